@@ -1,0 +1,60 @@
+// Every op of torchext, in one list: its schema, and the host function that checks its arguments,
+// allocates its outputs and runs its CPU kernel, its CUDA kernel or, under torchext.sim.simulate,
+// its CUDA kernel on the PTX simulator. Fake kernels and gradients: torchext/_registrations.py.
+
+#include "gemm/gemm.h"
+#include "quantize/quantize.h"
+
+STABLE_TORCH_LIBRARY(torchext, m) {
+  // (data, scale): `scale` is the FP32 multiplier that dequantises. dtype=None is float8_e4m3fn.
+  m.def(
+      "quantize_1x128(Tensor x, *, ScalarType? dtype=None, bool pow2_scale=False)"
+      " -> (Tensor data, Tensor scale)");
+  m.def(
+      "quantize_1x128_t(Tensor x, *, ScalarType? dtype=None, bool pow2_scale=False)"
+      " -> (Tensor data_t, Tensor scale_t)");
+  m.def(
+      "quantize_1x128_dual(Tensor x, *, ScalarType? dtype=None, bool pow2_scale=False)"
+      " -> (Tensor data, Tensor scale, Tensor data_t, Tensor scale_t)");
+  m.def(
+      "quantize_128x128(Tensor x, *, ScalarType? dtype=None, bool pow2_scale=False)"
+      " -> (Tensor data, Tensor scale)");
+  m.def(
+      "quantize_128x128_dual(Tensor x, *, ScalarType? dtype=None, bool pow2_scale=False)"
+      " -> (Tensor data, Tensor scale, Tensor data_t)");
+  m.def(
+      "quantize_rowwise(Tensor x, *, ScalarType? dtype=None, bool pow2_scale=False)"
+      " -> (Tensor data, Tensor scale)");
+  m.def(
+      "quantize_tensorwise(Tensor x, *, ScalarType? dtype=None, bool pow2_scale=False)"
+      " -> (Tensor data, Tensor scale)");
+  m.def("dequantize(Tensor data, Tensor scale, *, ScalarType out_dtype) -> Tensor");
+
+  // D[M, N] = A[M, K] @ B[N, K].T; the granularity comes from the scales' shapes.
+  m.def(
+      "fp8_gemm_nt(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, *, Tensor? bias=None,"
+      " ScalarType? out_dtype=None, int num_sms=0) -> Tensor");
+  m.def(
+      "fp8_gemm_nt.out(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, *, Tensor(a!) out,"
+      " bool accumulate=False, Tensor? bias=None, int num_sms=0) -> ()");
+}
+
+namespace {
+
+void register_kernels(torch::stable::detail::StableLibrary& m) {
+  m.impl("quantize_1x128", TORCH_BOX(&torchext::quantize_1x128));
+  m.impl("quantize_1x128_t", TORCH_BOX(&torchext::quantize_1x128_t));
+  m.impl("quantize_1x128_dual", TORCH_BOX(&torchext::quantize_1x128_dual));
+  m.impl("quantize_128x128", TORCH_BOX(&torchext::quantize_128x128));
+  m.impl("quantize_128x128_dual", TORCH_BOX(&torchext::quantize_128x128_dual));
+  m.impl("quantize_rowwise", TORCH_BOX(&torchext::quantize_rowwise));
+  m.impl("quantize_tensorwise", TORCH_BOX(&torchext::quantize_tensorwise));
+  m.impl("dequantize", TORCH_BOX(&torchext::dequantize));
+  m.impl("fp8_gemm_nt", TORCH_BOX(&torchext::fp8_gemm_nt));
+  m.impl("fp8_gemm_nt.out", TORCH_BOX(&torchext::fp8_gemm_nt_out));
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(torchext, CPU, m) { register_kernels(m); }
+STABLE_TORCH_LIBRARY_IMPL(torchext, CUDA, m) { register_kernels(m); }

@@ -1,0 +1,95 @@
+// Quantisation: host entry points of the ops (quantize.cpp: check, allocate, dispatch), and what the
+// CPU kernels (quantize_cpu.cpp) and CUDA launchers (sm90/) implement. Numbers: docs/numerics.md.
+#pragma once
+
+#include <optional>
+#include <tuple>
+
+#include "../runtime/device.h"
+
+namespace torchext {
+
+// ---- ops ----
+using OptionalDtype = std::optional<ScalarType>;
+std::tuple<Tensor, Tensor> quantize_1x128(const Tensor& x, OptionalDtype dtype, bool pow2_scale);
+std::tuple<Tensor, Tensor> quantize_1x128_t(const Tensor& x, OptionalDtype dtype, bool pow2_scale);
+std::tuple<Tensor, Tensor, Tensor, Tensor> quantize_1x128_dual(const Tensor& x, OptionalDtype dtype,
+                                                               bool pow2_scale);
+std::tuple<Tensor, Tensor> quantize_128x128(const Tensor& x, OptionalDtype dtype, bool pow2_scale);
+std::tuple<Tensor, Tensor, Tensor> quantize_128x128_dual(const Tensor& x, OptionalDtype dtype,
+                                                         bool pow2_scale);
+std::tuple<Tensor, Tensor> quantize_rowwise(const Tensor& x, OptionalDtype dtype, bool pow2_scale);
+std::tuple<Tensor, Tensor> quantize_tensorwise(const Tensor& x, OptionalDtype dtype,
+                                               bool pow2_scale);
+Tensor dequantize(const Tensor& data, const Tensor& scale, ScalarType out_dtype);
+
+// ---- kernels ----
+// A matrix of the input. Leading dimensions have been folded into `rows`.
+struct MatrixView {
+  const void* data;
+  ScalarType dtype;
+  int64_t rows, cols;
+  int64_t row_stride, col_stride;  // elements
+};
+
+// Destination of FP8 data and its scales, both indexed [row, column] with strides in elements.
+// `data` rows are round_up(cols, 16) bytes apart and contiguous.
+struct QuantizedView {
+  void* data;
+  int64_t data_stride;  // bytes between rows
+  float* scale;
+  int64_t scale_row_stride, scale_col_stride;
+};
+
+struct QuantizeOptions {
+  bool e5m2;
+  bool pow2_scale;
+};
+
+using Buffers = std::initializer_list<Buffer>;
+
+// 1x128 groups along the columns of x into `row`, and along its rows, transposed, into `transposed`;
+// either may be nullptr, and both come from one read of x.
+void quantize_groups_cpu(const MatrixView& x, const QuantizeOptions& options,
+                         const QuantizedView* row, const QuantizedView* transposed);
+void quantize_groups_sm90(Device& device, const MatrixView& x, const QuantizeOptions& options,
+                          const QuantizedView* row, const QuantizedView* transposed,
+                          Buffers buffers);
+
+// 128x128 blocks; `transposed_data` (nullptr: none) has rows transposed_stride bytes apart.
+void quantize_blocks_cpu(const MatrixView& x, const QuantizeOptions& options,
+                         const QuantizedView& out, void* transposed_data,
+                         int64_t transposed_stride);
+void quantize_blocks_sm90(Device& device, const MatrixView& x, const QuantizeOptions& options,
+                          const QuantizedView& out, void* transposed_data,
+                          int64_t transposed_stride, Buffers buffers);
+
+// One scale a row.
+void quantize_rowwise_cpu(const MatrixView& x, const QuantizeOptions& options,
+                          const QuantizedView& out);
+void quantize_rowwise_sm90(Device& device, const MatrixView& x, const QuantizeOptions& options,
+                           const QuantizedView& out, Buffers buffers);
+
+// One scale in all. The CUDA kernel reduces amax into `amax_bits` (one uint32, zeroed by it).
+void quantize_tensorwise_cpu(const MatrixView& x, const QuantizeOptions& options,
+                             const QuantizedView& out);
+void quantize_tensorwise_sm90(Device& device, const MatrixView& x, const QuantizeOptions& options,
+                              const QuantizedView& out, uint32_t* amax_bits, Buffers buffers);
+
+// y[row, col] = data[row, col] * scale[row / row_group, col / col_group], rounded once to y's dtype.
+struct DequantizeView {
+  const void* data;
+  int64_t data_row_stride, data_col_stride;
+  bool e5m2;
+  const float* scale;
+  int64_t scale_row_stride, scale_col_stride;
+  int64_t row_group, col_group;
+  void* y;  // contiguous rows, y_stride elements apart
+  ScalarType y_dtype;
+  int64_t y_stride;
+  int64_t rows, cols;
+};
+void dequantize_cpu(const DequantizeView& view);
+void dequantize_sm90(Device& device, const DequantizeView& view, Buffers buffers);
+
+}  // namespace torchext

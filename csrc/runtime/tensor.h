@@ -1,0 +1,45 @@
+// The little of torch that the op library uses, over LibTorch's stable ABI: tensors, dtypes,
+// allocation with explicit strides, and calls into ATen through the dispatcher.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+namespace torchext {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int64_t kGroup = 128;  // elements of K that share a scale, and a promotion
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+const char* dtype_name(ScalarType dtype);
+int64_t element_size(ScalarType dtype);
+std::string shape_string(const Tensor& tensor);
+std::string stride_string(const Tensor& tensor);
+
+inline bool is_fp8(ScalarType dtype) {
+  return dtype == ScalarType::Float8_e4m3fn || dtype == ScalarType::Float8_e5m2;
+}
+inline bool is_wide(ScalarType dtype) {  // the dtypes that are quantised from and written by GEMMs
+  return dtype == ScalarType::BFloat16 || dtype == ScalarType::Half || dtype == ScalarType::Float;
+}
+
+// Uninitialised, on the device of `like`.
+Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
+                     ScalarType dtype, const Tensor& like);
+
+// Bytes from data_ptr() to the end of the last element: what a kernel may touch.
+int64_t extent_bytes(const Tensor& tensor);
+
+}  // namespace torchext
