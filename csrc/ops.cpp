@@ -56,5 +56,9 @@ void register_kernels(torch::stable::detail::StableLibrary& m) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(torchext, CPU, m) { register_kernels(m); }
-STABLE_TORCH_LIBRARY_IMPL(torchext, CUDA, m) { register_kernels(m); }
+STABLE_TORCH_LIBRARY_IMPL(torchext, CPU, m) {
+  register_kernels(m);
+}
+STABLE_TORCH_LIBRARY_IMPL(torchext, CUDA, m) {
+  register_kernels(m);
+}

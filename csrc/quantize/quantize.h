@@ -1,5 +1,6 @@
-// Quantisation: host entry points of the ops (quantize.cpp: check, allocate, dispatch), and what the
-// CPU kernels (quantize_cpu.cpp) and CUDA launchers (sm90/) implement. Numbers: docs/numerics.md.
+// Quantisation: host entry points of the ops (quantize.cpp: check, allocate, dispatch), and what
+// the CPU kernels (quantize_cpu.cpp) and CUDA launchers (sm90/) implement. Numbers:
+// docs/numerics.md.
 #pragma once
 
 #include <optional>
@@ -48,8 +49,8 @@ struct QuantizeOptions {
 
 using Buffers = std::initializer_list<Buffer>;
 
-// 1x128 groups along the columns of x into `row`, and along its rows, transposed, into `transposed`;
-// either may be nullptr, and both come from one read of x.
+// 1x128 groups along the columns of x into `row`, and along its rows, transposed, into
+// `transposed`; either may be nullptr, and both come from one read of x.
 void quantize_groups_cpu(const MatrixView& x, const QuantizeOptions& options,
                          const QuantizedView* row, const QuantizedView* transposed);
 void quantize_groups_sm90(Device& device, const MatrixView& x, const QuantizeOptions& options,
@@ -76,7 +77,8 @@ void quantize_tensorwise_cpu(const MatrixView& x, const QuantizeOptions& options
 void quantize_tensorwise_sm90(Device& device, const MatrixView& x, const QuantizeOptions& options,
                               const QuantizedView& out, uint32_t* amax_bits, Buffers buffers);
 
-// y[row, col] = data[row, col] * scale[row / row_group, col / col_group], rounded once to y's dtype.
+// y[row, col] = data[row, col] * scale[row / row_group, col / col_group], rounded once to y's
+// dtype.
 struct DequantizeView {
   const void* data;
   int64_t data_row_stride, data_col_stride;

@@ -1,6 +1,6 @@
 // Errors that a caller can act on: which op, which argument, what was expected, what came, what to
-// do. The stable ABI can only carry a RuntimeError, so the class that Python should raise travels as
-// a tag at the end of the message; torchext/_errors.py takes it off again.
+// do. The stable ABI can only carry a RuntimeError, so the class that Python should raise travels
+// as a tag at the end of the message; torchext/_errors.py takes it off again.
 #pragma once
 
 #include <sstream>
@@ -18,17 +18,17 @@ template <class... Parts>
 
 }  // namespace torchext
 
-#define TORCHEXT_CHECK_VALUE(condition, ...) \
-  do {                                       \
+#define TORCHEXT_CHECK_VALUE(condition, ...)                       \
+  do {                                                             \
     if (!(condition)) ::torchext::fail("ValueError", __VA_ARGS__); \
   } while (0)
 
-#define TORCHEXT_CHECK_TYPE(condition, ...) \
-  do {                                      \
+#define TORCHEXT_CHECK_TYPE(condition, ...)                       \
+  do {                                                            \
     if (!(condition)) ::torchext::fail("TypeError", __VA_ARGS__); \
   } while (0)
 
-#define TORCHEXT_CHECK(condition, ...) \
-  do {                                 \
+#define TORCHEXT_CHECK(condition, ...)                   \
+  do {                                                   \
     if (!(condition)) ::torchext::fail("", __VA_ARGS__); \
   } while (0)

@@ -130,8 +130,7 @@ struct TorchextSimulator {
                            char* error, size_t error_bytes);
   int (*launch)(void* context, const char* kernel, const uint32_t grid[3], const uint32_t block[3],
                 const uint32_t cluster[3], uint32_t shared_bytes, void** arguments,
-                const TorchextBuffer* buffers, size_t num_buffers, char* error,
-                size_t error_bytes);
+                const TorchextBuffer* buffers, size_t num_buffers, char* error, size_t error_bytes);
 };
 // Installs (or, with nullptr, removes) the simulator for CPU tensors, process-wide. The struct must
 // outlive its installation.

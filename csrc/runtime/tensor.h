@@ -20,8 +20,12 @@ using torch::stable::Tensor;
 
 constexpr int64_t kGroup = 128;  // elements of K that share a scale, and a promotion
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+constexpr int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+constexpr int64_t round_up(int64_t a, int64_t b) {
+  return ceil_div(a, b) * b;
+}
 
 const char* dtype_name(ScalarType dtype);
 int64_t element_size(ScalarType dtype);
