@@ -102,11 +102,18 @@ class Device {
 // Pass as `device->launch(TORCHEXT_KERNEL(sm90_name), config, ...)`.
 #define TORCHEXT_KERNEL(kernel) (&kernel), #kernel
 
-// nullptr: run the CPU kernel. Raises when `tensor` is on a GPU that this build cannot drive.
+#ifdef TORCHEXT_CUDA
+constexpr bool kBuiltWithCuda = true;
+#else
+constexpr bool kBuiltWithCuda = false;  // CUDA launchers are declared but not linked in
+#endif
+
+// nullptr: run the CPU kernel. Raises when `tensor` is on a GPU that this build cannot drive. Call
+// CUDA launchers under `if constexpr (kBuiltWithCuda)`.
 Device* device_for(const Tensor& tensor, const char* op);
 
-// The CUDA device of that index, made current on this thread with torch's current stream.
-Device* cuda_device(int32_t index, const char* op);
+// The GPU of that index; CUDA builds only.
+Device* cuda_device(int32_t index);
 
 }  // namespace torchext
 

@@ -1,0 +1,84 @@
+// Decides where an op runs, and adapts the installed simulator to the Device interface.
+#include "device.h"
+
+#include <atomic>
+
+#include "check.h"
+
+namespace torchext {
+namespace {
+
+std::atomic<const TorchextSimulator*> installed_simulator{nullptr};
+
+// Forwards a launch to the simulator and turns its findings into an exception.
+class SimulatedDevice final : public Device {
+ public:
+  DeviceProperties properties() override {
+    return {simulator().compute_capability, simulator().sm_count};
+  }
+
+  TensorMap encode(const TensorMapSpec& spec) override {
+    TensorMap map;
+    char error[kErrorBytes] = "";
+    const int status = simulator().encode_tensor_map(
+        simulator().context, &map, spec.name, uint32_t(spec.element), spec.rank, spec.address,
+        spec.dims.data(), spec.strides_bytes.data(), spec.box.data(), uint32_t(spec.swizzle), error,
+        sizeof error);
+    TORCHEXT_CHECK(status == 0, error);
+    return map;
+  }
+
+  void launch_raw(const void*, const char* name, const LaunchConfig& config, void** arguments,
+                  const Buffer* buffers, size_t num_buffers) override {
+    std::vector<TorchextBuffer> ranges;
+    for (size_t i = 0; i < num_buffers; ++i) {
+      if (buffers[i].bytes == 0) continue;
+      ranges.push_back(
+          {buffers[i].data, buffers[i].bytes, uint32_t(buffers[i].access), buffers[i].name});
+    }
+    const uint32_t grid[3] = {config.grid.x, config.grid.y, config.grid.z};
+    const uint32_t block[3] = {config.block.x, config.block.y, config.block.z};
+    const uint32_t cluster[3] = {config.cluster, 1, 1};
+    std::vector<char> error(kErrorBytes);
+    const int status =
+        simulator().launch(simulator().context, name, grid, block, cluster, config.shared_bytes,
+                           arguments, ranges.data(), ranges.size(), error.data(), error.size());
+    TORCHEXT_CHECK(status == 0, error.data());
+  }
+
+ private:
+  static constexpr size_t kErrorBytes = 1 << 16;
+
+  static const TorchextSimulator& simulator() {
+    const TorchextSimulator* simulator = installed_simulator.load(std::memory_order_acquire);
+    TORCHEXT_CHECK(simulator != nullptr, "the simulator was removed while an op was running");
+    return *simulator;
+  }
+};
+
+}  // namespace
+
+Device* device_for(const Tensor& tensor, const char* op) {
+  if (tensor.is_cpu()) {
+    static SimulatedDevice simulated;
+    return installed_simulator.load(std::memory_order_acquire) ? &simulated : nullptr;
+  }
+  if constexpr (!kBuiltWithCuda) {
+    fail("", op,
+         ": this build of torchext has no CUDA kernels (no nvcc was found when it was built); move "
+         "the tensors to the CPU, or reinstall torchext where nvcc is on PATH or CUDA_HOME is set");
+  } else {
+    Device* device = cuda_device(tensor.get_device_index());
+    const int capability = device->properties().compute_capability;
+    TORCHEXT_CHECK(capability == 90, op, ": the GPU is sm_", capability,
+                   "; torchext's CUDA kernels run on sm_90 (H100, H200, H800, GH200); move the "
+                   "tensors to the CPU or keep this layer in plain torch");
+    return device;
+  }
+}
+
+}  // namespace torchext
+
+void torchext_set_simulator(const TorchextSimulator* simulator) {
+  torchext::installed_simulator.store(simulator, std::memory_order_release);
+}

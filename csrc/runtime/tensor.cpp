@@ -1,0 +1,107 @@
+// Implements tensor.h.
+#include "tensor.h"
+
+#include <sstream>
+
+#include "check.h"
+
+namespace torchext {
+namespace {
+
+std::string join(const char* open, const torch::headeronly::IntHeaderOnlyArrayRef& values,
+                 const char* close) {
+  std::ostringstream text;
+  text << open;
+  for (size_t i = 0; i < values.size(); ++i) text << (i ? ", " : "") << values[i];
+  text << close;
+  return text.str();
+}
+
+int32_t dtype_code(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float8_e4m3fn:
+      return aoti_torch_dtype_float8_e4m3fn();
+    case ScalarType::Float8_e5m2:
+      return aoti_torch_dtype_float8_e5m2();
+    case ScalarType::BFloat16:
+      return aoti_torch_dtype_bfloat16();
+    case ScalarType::Half:
+      return aoti_torch_dtype_float16();
+    case ScalarType::Float:
+      return aoti_torch_dtype_float32();
+    case ScalarType::Int:
+      return aoti_torch_dtype_int32();
+    default:
+      fail("TypeError", "torchext allocates no tensors of dtype ", dtype_name(dtype));
+  }
+}
+
+}  // namespace
+
+const char* dtype_name(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float8_e4m3fn:
+      return "torch.float8_e4m3fn";
+    case ScalarType::Float8_e5m2:
+      return "torch.float8_e5m2";
+    case ScalarType::BFloat16:
+      return "torch.bfloat16";
+    case ScalarType::Half:
+      return "torch.float16";
+    case ScalarType::Float:
+      return "torch.float32";
+    case ScalarType::Double:
+      return "torch.float64";
+    case ScalarType::Int:
+      return "torch.int32";
+    case ScalarType::Long:
+      return "torch.int64";
+    default:
+      return torch::headeronly::toString(dtype);
+  }
+}
+
+int64_t element_size(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float8_e4m3fn:
+    case ScalarType::Float8_e5m2:
+      return 1;
+    case ScalarType::BFloat16:
+    case ScalarType::Half:
+      return 2;
+    case ScalarType::Float:
+    case ScalarType::Int:
+      return 4;
+    default:
+      fail("TypeError", "torchext has no use for dtype ", dtype_name(dtype));
+  }
+}
+
+std::string shape_string(const Tensor& tensor) {
+  return join("[", tensor.sizes(), "]");
+}
+std::string stride_string(const Tensor& tensor) {
+  return join("(", tensor.strides(), ")");
+}
+
+Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
+                     ScalarType dtype, const Tensor& like) {
+  int32_t device_type;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(),
+                               dtype_code(dtype), device_type, like.get_device_index(), &handle));
+  return Tensor(handle);
+}
+
+int64_t extent_bytes(const Tensor& tensor) {
+  int64_t last = 0;
+  for (int64_t i = 0; i < tensor.dim(); ++i) {
+    if (tensor.size(i) == 0) return 0;
+    last += (tensor.size(i) - 1) * tensor.stride(i);
+  }
+  return (last + 1) * element_size(tensor.scalar_type());
+}
+
+}  // namespace torchext
