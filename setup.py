@@ -1,0 +1,111 @@
+"""Builds torchext with torch's cpp_extension.
+
+Two extension modules: `torchext._C`, the ops (LibTorch's stable ABI, no Python: one binary for every
+torch >= 2.10 and every Python), with the CUDA kernels in it wherever nvcc is found, and
+`torchext._sim`, the PTX simulator's Python objects (pybind11, this Python only). Beside them go the
+PTX of every kernel (torchext/_ptx) and the ptx/isa headers (torchext/include).
+"""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from setuptools import find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from torch.utils import cpp_extension
+
+ROOT = Path(__file__).parent.resolve()
+sys.path.insert(0, str(ROOT / "csrc" / "build"))
+
+from toolchain import find_toolkit  # noqa: E402
+
+TOOLKIT = find_toolkit()
+# torch 2.10: the oldest release whose libtorch the binary may be loaded into.
+STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
+GENCODE = ["-gencode=arch=compute_90a,code=sm_90a"]
+WARNINGS = ["-Wall", "-Wno-unused-function"]
+
+
+def sources(*patterns: str) -> list[str]:
+    return sorted(str(p.relative_to(ROOT)) for pattern in patterns for p in ROOT.glob(pattern))
+
+
+def op_library() -> cpp_extension.CppExtension:
+    files = sources("csrc/*.cpp", "csrc/*/*.cpp")
+    cxx = ["-O3", "-std=c++17", "-fvisibility=hidden", STABLE_ABI, *WARNINGS]
+    nvcc = []
+    include_dirs = [str(ROOT)]
+    link = ["-Wl,--no-as-needed", "-ltorch"]
+    if TOOLKIT is None:
+        files.remove("csrc/runtime/cuda_device.cpp")
+        print("torchext: no nvcc found: building for the CPU only", file=sys.stderr)
+    else:
+        files += sources("csrc/*/*/*.cpp", "csrc/*/*/*.cu")
+        cxx.append("-DTORCHEXT_CUDA")
+        nvcc = ["-O3", "-std=c++17", "-lineinfo", STABLE_ABI, "-DTORCHEXT_CUDA", *GENCODE]
+        include_dirs.append(str(TOOLKIT.home / "include"))
+        link += [f"-L{TOOLKIT.library_dir}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+    return cpp_extension.CppExtension(
+        "torchext._C",
+        files,
+        include_dirs=include_dirs,
+        extra_compile_args={"cxx": cxx, "nvcc": nvcc},
+        extra_link_args=link,
+        py_limited_api=True,  # links no libtorch_python
+    )
+
+
+def simulator() -> cpp_extension.CppExtension:
+    import pybind11
+
+    return cpp_extension.CppExtension(
+        "torchext._sim",
+        sources("ptx/sim/*.cpp"),
+        include_dirs=[str(ROOT), pybind11.get_include()],
+        extra_compile_args={"cxx": ["-O3", "-std=c++17", "-fvisibility=hidden", *WARNINGS]},
+    )
+
+
+class BuildExtension(cpp_extension.BuildExtension):
+    """torch's build, with our nvcc (csrc/build/nvcc.py) and the data files that go with a build."""
+
+    def build_extensions(self):
+        os.environ.setdefault("MAX_JOBS", str(os.cpu_count()))
+        if TOOLKIT is not None:
+            # CPU-only torch leaves CUDA_HOME None whatever the environment says.
+            cpp_extension.CUDA_HOME = str(TOOLKIT.home)
+            os.environ["TORCHEXT_NVCC"] = str(TOOLKIT.nvcc)
+            wrapper = ROOT / "csrc" / "build" / "nvcc.py"
+            os.environ["PYTORCH_NVCC"] = f"{sys.executable} {wrapper}"
+        super().build_extensions()
+        package = ROOT if self.inplace else Path(self.build_lib)
+        self._copy(Path(self.build_temp).glob("csrc/**/*.ptx"), package / "torchext" / "_ptx")
+        headers = package / "torchext" / "include" / "ptx" / "isa"
+        self._copy((ROOT / "ptx" / "isa").glob("*.h"), headers)
+
+    @staticmethod
+    def _copy(files, folder):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        for file in files:
+            shutil.copy2(file, folder)
+
+    def get_ext_filename(self, name):
+        # The op library has nothing of Python in it, so nothing of Python's ABI in its name.
+        return "torchext/_C.so" if name == "torchext._C" else super().get_ext_filename(name)
+
+
+class BinaryWheel(bdist_wheel):
+    """One wheel for every Python; only torchext._sim is tied to the one that built it."""
+
+    def get_tag(self):
+        return "py3", "none", super().get_tag()[2]
+
+
+setup(
+    packages=find_packages(include=["torchext", "torchext.*"]),
+    package_data={"torchext": ["py.typed"]},
+    ext_modules=[op_library(), simulator()],
+    cmdclass={"build_ext": BuildExtension, "bdist_wheel": BinaryWheel},
+)
