@@ -63,9 +63,15 @@ struct DecodeTables {
 };
 extern const DecodeTables kDecodeTables;
 
-inline float e4m3_to_float(std::uint8_t code) { return kDecodeTables.e4m3[code]; }
-inline float e5m2_to_float(std::uint8_t code) { return kDecodeTables.e5m2[code]; }
-inline float f16_to_float(std::uint16_t code) { return kDecodeTables.f16[code]; }
+inline float e4m3_to_float(std::uint8_t code) {
+  return kDecodeTables.e4m3[code];
+}
+inline float e5m2_to_float(std::uint8_t code) {
+  return kDecodeTables.e5m2[code];
+}
+inline float f16_to_float(std::uint16_t code) {
+  return kDecodeTables.f16[code];
+}
 
 // Keeps a NaN's payload, as a shift does (PTX `cvt.f32.bf16` and `mov` agree on every other code).
 inline float bf16_to_float(std::uint16_t code) {

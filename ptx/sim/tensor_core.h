@@ -20,9 +20,9 @@
 namespace torchext::sim {
 
 enum class MmaResult {
-  f32,     // truncated toward zero to 23 fraction bits
-  e8m13,   // f32 with 13 fraction bits, truncated toward zero: FP8 inputs with an f32 accumulator
-  f16,     // rounded to nearest even
+  f32,    // truncated toward zero to 23 fraction bits
+  e8m13,  // f32 with 13 fraction bits, truncated toward zero: FP8 inputs with an f32 accumulator
+  f16,    // rounded to nearest even
 };
 
 struct MmaModel {
@@ -30,9 +30,10 @@ struct MmaModel {
   int fraction_bits;  // kept below the largest exponent
   int zero_exponent;  // the exponent of a zero addend: a floor for the alignment
   MmaResult result;
-  // sm_90 has no FP8 mma.sync unit: ptxas widens to f16, sums the products of all of K from zero and
-  // adds c last, in f32, to nearest even.
-  bool add_c_last = false;
+  // sm_90 has no FP8 mma.sync unit. Its SASS widens to f16, chains two steps from zero (the first
+  // takes the k with k % 4 < 2, the second the others: the low and high half of every register)
+  // and adds c last, rounding to nearest even.
+  bool fp8_widened_to_f16 = false;
 };
 
 // `inputs` is e4m3, e5m2, f16, bf16 or tf32; `accumulator` is f32 or f16.
@@ -43,6 +44,7 @@ MmaModel mma_sync_model(int target, NumberFormat inputs, NumberFormat accumulato
 
 // A decoded operand: `count` rows of A (or columns of B) of length k, stored [k][count].
 struct MmaOperand {
+  NumberFormat format = NumberFormat::e4m3;
   int count = 0;
   int k = 0;
   std::vector<float> value;            // exact; for tf32 the 13 low bits are dropped
@@ -57,16 +59,16 @@ struct MmaOperand {
 void decode_operand(MmaOperand& operand, NumberFormat format, const void* data, int count, int k,
                     std::ptrdiff_t stride, std::ptrdiff_t k_stride, bool negate = false);
 
-// accumulator[m * row_stride + n] <- sum over k of a(m, k) * b(n, k) + accumulator[...]: C in, D out,
-// as f32 values (with an f16 accumulator, f32 values that are f16 values). a.k == b.k; a k that is
-// not a multiple of model.block_k ends with a shorter step. Zero the accumulator for scale-d = 0.
+// accumulator[m * row_stride + n] <- sum over k of a(m, k) * b(n, k) + accumulator[...]: C in, D
+// out, as f32 values (with an f16 accumulator, f32 values that are f16 values). a.k == b.k; a k
+// that is not a multiple of model.block_k ends with a shorter step. Zero the accumulator for
+// scale-d = 0.
 void multiply_accumulate(const MmaModel& model, const MmaOperand& a, const MmaOperand& b,
                          float* accumulator, std::ptrdiff_t row_stride);
 
 // The same for one element, written for reading: the definition that the fast path is tested
-// against and that serves NaN and infinity. a and b are values of `inputs`, `stride` apart.
-float multiply_accumulate_element(const MmaModel& model, NumberFormat inputs, const float* a,
-                                  std::ptrdiff_t a_stride, const float* b, std::ptrdiff_t b_stride,
-                                  int k, float c);
+// against, and the path that NaN and infinity take.
+float multiply_accumulate_element(const MmaModel& model, const MmaOperand& a, int m,
+                                  const MmaOperand& b, int n, float c);
 
 }  // namespace torchext::sim

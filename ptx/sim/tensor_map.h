@@ -16,8 +16,19 @@ constexpr int kMaxTensorMapRank = 5;
 // The values of CUtensorMapDataType, CUtensorMapInterleave, CUtensorMapSwizzle,
 // CUtensorMapL2promotion and CUtensorMapFloatOOBfill, so that a caller may pass those.
 enum class TensorMapDataType : std::uint8_t {
-  uint8, uint16, uint32, int32, uint64, int64, float16, float32, float64, bfloat16, float32_ftz,
-  tfloat32, tfloat32_ftz,
+  uint8,
+  uint16,
+  uint32,
+  int32,
+  uint64,
+  int64,
+  float16,
+  float32,
+  float64,
+  bfloat16,
+  float32_ftz,
+  tfloat32,
+  tfloat32_ftz,
 };
 enum class TensorMapInterleave : std::uint8_t { none, bytes_16, bytes_32 };
 enum class TensorMapSwizzle : std::uint8_t { none, span_32, span_64, span_128 };
@@ -32,8 +43,8 @@ struct TensorMapFields {
   TensorMapDataType data_type = TensorMapDataType::uint8;
   std::uint32_t rank = 0;
   std::uint64_t global_address = 0;
-  std::uint64_t global_dim[kMaxTensorMapRank] = {};         // elements
-  std::uint64_t global_strides[kMaxTensorMapRank - 1] = {}; // bytes, of dimensions 1 to rank - 1
+  std::uint64_t global_dim[kMaxTensorMapRank] = {};          // elements
+  std::uint64_t global_strides[kMaxTensorMapRank - 1] = {};  // bytes, of dimensions 1 to rank - 1
   std::uint32_t box_dim[kMaxTensorMapRank] = {};
   std::uint32_t element_strides[kMaxTensorMapRank] = {};
   TensorMapInterleave interleave = TensorMapInterleave::none;
@@ -69,9 +80,10 @@ TensorMapFields decode_tensor_map(const void* tensor_map);
 // Elements that one box moves along dimension d: ceil(box_dim / element_stride).
 std::uint32_t box_elements(const TensorMapFields& fields, int dimension);
 // Bytes that one box moves, out-of-bounds elements included: what complete_tx counts.
-std::uint32_t box_bytes(const TensorMapFields& fields);
-// Bytes of shared memory that one box spans: more than box_bytes only where a swizzle pads the rows.
-std::uint32_t box_span_bytes(const TensorMapFields& fields);
+std::uint64_t box_bytes(const TensorMapFields& fields);
+// Bytes of shared memory that one box spans: more than box_bytes only where a swizzle pads the
+// rows. Check it against the memory at hand first: a legal box may span 2^43 bytes.
+std::uint64_t box_span_bytes(const TensorMapFields& fields);
 
 // XORs address bits 4.. with bits 7..: 16-byte chunks permuted within the swizzle span.
 inline std::uint32_t swizzle_address(TensorMapSwizzle swizzle, std::uint32_t address) {

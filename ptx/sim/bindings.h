@@ -1,0 +1,10 @@
+// The parts of the Python extension module torchext._sim.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace torchext::sim {
+
+void bind_numerics(pybind11::module_& module);
+
+}  // namespace torchext::sim

@@ -1,0 +1,246 @@
+"""Tensor-core arithmetic, bit for bit, against two published models of the hardware.
+
+`mmaemu` (recorded and replayed on an H100 and an RTX 4060 by its author) covers FP8 into f32,
+`mmasim` (Microsoft's MMA-Sim) every other pair of formats. Neither shares code with ours.
+"""
+
+import itertools
+import time
+
+import numpy as np
+import pytest
+import torch
+from mmaemu.model import chain
+from mmasim.nv_ptx.sim import MMA, WGMMA
+
+from torchext import _sim
+
+DTYPE = {
+    "e4m3": torch.float8_e4m3fn,
+    "e5m2": torch.float8_e5m2,
+    "f16": torch.float16,
+    "bf16": torch.bfloat16,
+    "tf32": torch.float32,
+}
+SIZE = {"e4m3": 1, "e5m2": 1, "f16": 2, "bf16": 2, "tf32": 4}
+ARCH = {80: "Ampere", 89: "Ada Lovelace", 90: "Hopper"}
+
+
+def random_codes(rng, shape, name, kind):
+    """Bytes [rows, K * size] of finite values, by the kind of difficulty they pose."""
+    rows, k = shape
+    if kind == "any code":  # subnormals, zeros of both signs, the whole exponent range
+        raw = rng.integers(0, 256, (rows, k * SIZE[name]), dtype=np.uint8)
+        tensor = torch.from_numpy(raw).view(DTYPE[name])
+        finite = torch.isfinite(tensor.float())
+        return torch.where(finite, tensor.float(), 0.0).to(DTYPE[name])
+    values = rng.standard_normal(shape)
+    if kind == "positive":
+        values = np.abs(values)
+    if kind == "spread":
+        values *= 2.0 ** rng.integers(-12, 7, shape)
+    if kind == "sparse":
+        values *= rng.random(shape) < 0.15
+    return torch.from_numpy(values).float().to(DTYPE[name])
+
+
+def raw_bytes(tensor):
+    return tensor.contiguous().view(torch.uint8).numpy()
+
+
+def ours(a, a_name, b, b_name, c, *, k, instruction="wgmma", target=90, acc="f32", slow=False):
+    d = _sim.mma(
+        instruction, target, acc, raw_bytes(a), a_name, raw_bytes(b), b_name, c.float().numpy(), k,
+        slow,
+    )  # fmt: skip
+    return torch.from_numpy(d)
+
+
+def assert_same_bits(got, expected):
+    got, expected = got.float(), expected.float()
+    bits, wanted = got.view(torch.int32), expected.view(torch.int32)
+    differ = (bits != wanted).nonzero()
+    assert not len(differ), f"{len(differ)} of {got.numel()} differ, first at {differ[0].tolist()}"
+
+
+KINDS = ["any code", "normal", "positive", "spread", "sparse"]
+FP8_PAIRS = list(itertools.product(["e4m3", "e5m2"], repeat=2))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("a_name, b_name", FP8_PAIRS)
+@pytest.mark.parametrize(
+    "preset, instruction, target", [("hopper", "wgmma", 90), ("ada", "mma.sync", 89)]
+)
+def test_fp8_chain_agrees_with_mmaemu(preset, instruction, target, a_name, b_name, kind):
+    rng = np.random.default_rng(KINDS.index(kind))
+    m, n, k = 64, 72, 256
+    a, b = random_codes(rng, (m, k), a_name, kind), random_codes(rng, (n, k), b_name, kind)
+    expected = chain.chain_gemm(
+        a.view(torch.uint8), b.view(torch.uint8), fmt_a=a_name, fmt_b=b_name, preset=preset
+    )
+    got = ours(a, a_name, b, b_name, torch.zeros(m, n), k=32, instruction=instruction,
+               target=target)  # fmt: skip
+    assert_same_bits(got, expected)
+
+
+@pytest.mark.parametrize("spread", [0, 4, 13, 14, 30, 120])
+def test_fp8_takes_c_into_the_alignment(spread):
+    rng = np.random.default_rng(spread)
+    a, b = (
+        random_codes(rng, (64, 32), "e4m3", "spread"),
+        random_codes(rng, (8, 32), "e4m3", "any code"),
+    )
+    scale = 2.0 ** rng.integers(-spread, spread + 1, (64, 8)).astype(np.float64)
+    c = torch.from_numpy((rng.standard_normal((64, 8)) * scale).astype(np.float32))
+    expected = chain.dot(
+        a[:, None].expand(64, 8, 32), b[None].expand(64, 8, 32), c, preset="hopper"
+    )
+    assert_same_bits(ours(a, "e4m3", b, "e4m3", c, k=32), expected)
+
+
+WGMMA_CASES = [
+    ("e4m3", "e5m2", "f32"), ("e4m3", "e4m3", "f16"), ("e5m2", "e4m3", "f16"),
+    ("f16", "f16", "f32"), ("f16", "f16", "f16"), ("bf16", "bf16", "f32"), ("tf32", "tf32", "f32"),
+]  # fmt: skip
+
+
+def random_c(rng, shape, acc):
+    """Addends that matter: zeros, subnormals, and numbers near the products."""
+    c = rng.standard_normal(shape) * 2.0 ** rng.integers(-20, 6, shape)
+    c *= rng.random(shape) < 0.8
+    if acc == "f16":
+        return torch.from_numpy(c).half()
+    tiny = rng.random(shape) < 0.1
+    return torch.from_numpy(np.where(tiny, c * 2.0**-126, c)).float()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("a_name, b_name, acc", WGMMA_CASES)
+def test_wgmma_agrees_with_mmasim(a_name, b_name, acc, kind):
+    rng = np.random.default_rng(KINDS.index(kind))
+    k = 32 // SIZE[a_name]
+    a, b = random_codes(rng, (64, k), a_name, kind), random_codes(rng, (24, k), b_name, kind)
+    c = random_c(rng, (64, 24), acc)
+    expected = WGMMA("Hopper", f"m64n24k{k}.{acc}.{a_name}.{b_name}")(a, b.T, c)
+    assert_same_bits(ours(a, a_name, b, b_name, c, k=k, acc=acc), expected)
+
+
+MMA_CASES = [
+    (80, "f16", "f32", 16), (80, "f16", "f16", 16), (80, "f16", "f32", 8), (80, "bf16", "f32", 16),
+    (80, "bf16", "f32", 8), (80, "tf32", "f32", 8), (89, "f16", "f32", 16), (89, "e4m3", "f32", 32),
+    (89, "e5m2", "f16", 32), (89, "bf16", "f32", 16), (90, "f16", "f32", 16), (90, "f16", "f16", 8),
+    (90, "bf16", "f32", 16), (90, "tf32", "f32", 8), (90, "tf32", "f32", 4),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("target, name, acc, k", MMA_CASES)
+def test_mma_sync_agrees_with_mmasim(target, name, acc, k, kind):
+    rng = np.random.default_rng(KINDS.index(kind))
+    a, b = random_codes(rng, (16, k), name, kind), random_codes(rng, (8, k), name, kind)
+    c = random_c(rng, (16, 8), acc)
+    expected = MMA(ARCH[target], f"m16n8k{k}.{acc}.{name}.{name}.{acc}")(a, b.T, c)
+    got = ours(a, name, b, name, c, k=k, acc=acc, instruction="mma.sync", target=target)
+    assert_same_bits(got, expected)
+
+
+@pytest.mark.parametrize("acc", ["f32", "f16"])
+@pytest.mark.parametrize("name", ["e4m3", "e5m2"])
+def test_hopper_mma_sync_widens_fp8(name, acc):
+    """The SASS of sm_90: two HMMA.16816 over the low and high halves of the registers, then FADD."""
+    rng = np.random.default_rng(7)
+    a, b = random_codes(rng, (16, 32), name, "spread"), random_codes(rng, (8, 32), name, "spread")
+    c = random_c(rng, (16, 8), acc)
+    hmma = MMA("Hopper", f"m16n8k16.{acc}.f16.f16.{acc}")
+    low = torch.arange(32) % 4 < 2
+    d = torch.zeros_like(c)
+    for half in (low, ~low):
+        d = hmma(a[:, half].half(), b[:, half].half().T, d)
+    got = ours(a, name, b, name, c, k=32, acc=acc, instruction="mma.sync", target=90)
+    assert_same_bits(got, c + d)
+
+
+@pytest.mark.parametrize("name, acc", [("e4m3", "f32"), ("e5m2", "f16"), ("f16", "f32"),
+                                       ("f16", "f16"), ("bf16", "f32"), ("tf32", "f32")])  # fmt: skip
+@pytest.mark.parametrize("kind", KINDS)
+def test_fast_path_equals_the_definition(name, acc, kind):
+    rng = np.random.default_rng(11)
+    k = 32 // SIZE[name]
+    a, b = random_codes(rng, (19, 4 * k), name, kind), random_codes(rng, (70, 4 * k), name, kind)
+    c = random_c(rng, (19, 70), acc)
+    fast = ours(a, name, b, name, c, k=k, acc=acc)
+    assert_same_bits(fast, ours(a, name, b, name, c, k=k, acc=acc, slow=True))
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    "a0, b0, c, expected",
+    [
+        (NAN, 1, 1, NAN), (1, NAN, 1, NAN), (1, 1, NAN, NAN), (INF, 1, 1, INF), (-INF, 1, 1, -INF),
+        (1, 1, INF, INF), (INF, -1, INF, NAN), (INF, 0, 1, NAN), (0, NAN, 0, NAN),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("acc, nan_bits", [("f32", 0x7FFFFFFF), ("f16", 0x7FFFFFFF)])
+def test_nan_and_infinity(a0, b0, c, expected, acc, nan_bits):
+    a, b = torch.ones(2, 32), torch.ones(3, 32)
+    a[0, 5], b[0, 5] = a0, b0
+    addend = torch.ones(2, 3)
+    addend[0, 0] = c
+    got = ours(a.to(DTYPE["e5m2"]), "e5m2", b.to(DTYPE["e5m2"]), "e5m2", addend, k=32, acc=acc)
+    assert got[1, 1] == 33  # untouched by the special values
+    if expected != expected:
+        assert got[0, 0].view(torch.int32) == nan_bits
+    else:
+        assert got[0, 0] == expected
+
+
+def test_zero_results_are_positive():
+    a = torch.full((1, 32), -0.0).to(DTYPE["e4m3"])
+    got = ours(a, "e4m3", a, "e4m3", torch.full((1, 1), -0.0), k=32)
+    assert got.view(torch.int32).item() == 0
+    one = torch.ones(1, 32)
+    cancel = one.clone()
+    cancel[0, ::2] = -1
+    for acc in ("f32", "f16"):
+        got = ours(one.to(DTYPE["e4m3"]), "e4m3", cancel.to(DTYPE["e4m3"]), "e4m3",
+                   torch.zeros(1, 1), k=32, acc=acc)  # fmt: skip
+        assert got.view(torch.int32).item() == 0
+
+
+def test_accumulator_overflow():
+    a = torch.full((1, 32), 448.0).to(DTYPE["e4m3"])
+    got = ours(a, "e4m3", a, "e4m3", torch.tensor([[3.4e38]]), k=32)
+    # Truncation to 13 fraction bits keeps a C this large finite: the products vanish below it.
+    assert got.item() == pytest.approx(3.4e38, rel=2**-13) and got.item() < 3.4e38
+    got = ours(a, "e4m3", a, "e4m3", torch.zeros(1, 1), k=32, acc="f16")
+    assert got.item() == INF
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("wgmma", 90, "f32", "f32"), "wgmma.mma_async does not multiply f32 into f32"),
+        (("wgmma", 90, "bf16", "f16"), "wgmma.mma_async does not multiply bf16 into f16"),
+        (("mma.sync", 80, "e4m3", "f32"), "FP8 from sm_89 on, not on sm_80"),
+        (("mma.sync", 75, "f16", "f32"), "not for sm_75"),
+    ],
+)
+def test_unsupported_combinations_are_refused(arguments, message):
+    instruction, target, name, acc = arguments
+    zeros = np.zeros((1, 32), np.uint8)
+    with pytest.raises(ValueError, match=message):
+        _sim.mma(
+            instruction, target, acc, zeros, name, zeros, name, np.zeros((1, 1), np.float32), 4
+        )
+
+
+def test_a_gemm_takes_a_fraction_of_its_budget():
+    """256x256x512 in FP8 costs 0.02 to 0.05 s on one core; the budget of the whole op is 1 s."""
+    rng = np.random.default_rng(0)
+    a, b = (random_codes(rng, (256, 512), "e4m3", "normal") for _ in range(2))
+    start = time.process_time()
+    ours(a, "e4m3", b, "e4m3", torch.zeros(256, 256), k=32)
+    assert time.process_time() - start < 0.3
