@@ -120,7 +120,7 @@ class CudaDevice final : public Device {
     TORCHEXT_CHECK(&aoti_torch_get_current_cuda_stream != nullptr,
                    "this torch has no CUDA support; install a CUDA build of torch");
     void* stream;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
     return static_cast<cudaStream_t>(stream);
   }
 

@@ -87,12 +87,27 @@ std::string stride_string(const Tensor& tensor) {
 Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
                      ScalarType dtype, const Tensor& like) {
   int32_t device_type;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(),
                                dtype_code(dtype), device_type, like.get_device_index(), &handle));
   return Tensor(handle);
+}
+
+std::optional<FoldedRows> fold_rows(const Tensor& tensor) {
+  FoldedRows rows{1, 0};
+  for (int64_t i = tensor.dim() - 2; i >= 0; --i) {
+    const int64_t size = tensor.size(i), stride = tensor.stride(i);
+    if (size == 1) continue;
+    if (rows.count == 1)
+      rows.stride = stride;
+    else if (size != 0 && stride != rows.count * rows.stride)
+      return std::nullopt;
+    rows.count *= size;
+    if (rows.count == 0) return FoldedRows{0, 0};
+  }
+  return rows;
 }
 
 int64_t extent_bytes(const Tensor& tensor) {

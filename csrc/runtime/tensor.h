@@ -43,6 +43,13 @@ inline bool is_wide(ScalarType dtype) {  // the dtypes that are quantised from a
 Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
                      ScalarType dtype, const Tensor& like);
 
+// All dimensions but the last as one: their product, and the stride (elements) between its steps.
+// 1-D counts as one row. nullopt where the strides do not allow it.
+struct FoldedRows {
+  int64_t count, stride;
+};
+std::optional<FoldedRows> fold_rows(const Tensor& tensor);
+
 // Bytes from data_ptr() to the end of the last element: what a kernel may touch.
 int64_t extent_bytes(const Tensor& tensor);
 
