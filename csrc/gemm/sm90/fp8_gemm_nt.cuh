@@ -49,6 +49,7 @@ struct Shared {
   uint8_t store[kConsumerWarpgroups][kStoreBytes];
   float a_scale[kLoadsScalesA ? kStages : 1][kTileM];
   float b_scale[kLoadsScalesB ? kStages : 1][kTileN];
+  float column_scale[kConsumerWarpgroups][kTileN], column_bias[kConsumerWarpgroups][kTileN];
   ptx::mbarrier full[kStages], empty[kStages];
 
   static constexpr uint32_t kBytesPerStage = sizeof a[0] + sizeof b[0] +
@@ -82,10 +83,20 @@ struct Tile {
   }
 };
 
-__device__ __forceinline__ float load_as_float(const void* data, ScalarType dtype, int64_t i) {
-  if (dtype == ScalarType::Float) return static_cast<const float*>(data)[i];
-  const uint16_t bits = static_cast<const uint16_t*>(data)[i];
-  return dtype == ScalarType::BFloat16 ? ptx::cvt_f32_bf16(bits) : ptx::cvt_f32_f16(bits);
+// Calls body(load), where load(data, i) reads element i of an array of `dtype` as FP32: one branch
+// for all the loads in `body`.
+template <class Body>
+__device__ __forceinline__ void with_loader(ScalarType dtype, const Body& body) {
+  if (dtype == ScalarType::Float)
+    body([](const void* data, int64_t i) { return static_cast<const float*>(data)[i]; });
+  else if (dtype == ScalarType::BFloat16)
+    body([](const void* data, int64_t i) {
+      return ptx::cvt_f32_bf16(static_cast<const uint16_t*>(data)[i]);
+    });
+  else
+    body([](const void* data, int64_t i) {
+      return ptx::cvt_f32_f16(static_cast<const uint16_t*>(data)[i]);
+    });
 }
 
 __device__ __forceinline__ uint32_t pack(ScalarType dtype, float low, float high) {
@@ -194,46 +205,59 @@ __device__ __forceinline__ void accumulate_tile(const GemmParams& p, Shared<gran
   }
 }
 
+// What the epilogue needs of the tile's columns. Thread t of a warpgroup fetches column t's before
+// the main loop, which hides the latency, and shares them after it.
+struct ColumnTerms {
+  float scale, bias;  // row-wise scale of b; bias
+
+  __device__ static ColumnTerms fetch(const GemmParams& p, bool rowwise, uint32_t column) {
+    ColumnTerms terms{1, 0};
+    if (column >= p.n) return terms;
+    if (rowwise) terms.scale = ptx::ld_global_nc_f32(p.b_scale_data + column * p.b_scale_row);
+    if (p.bias != nullptr)
+      with_loader(p.bias_dtype, [&](auto load) { terms.bias = load(p.bias, column); });
+    return terms;
+  }
+};
+
 // Row-wise scales, bias and the old output, in FP32.
 template <Granularity granularity>
-__device__ __forceinline__ void finish_tile(const GemmParams& p, const Tile& tile,
-                                            const Fragment& at, float (&total)[64]) {
+__device__ __forceinline__ void finish_tile(const GemmParams& p, Shared<granularity>& shared,
+                                            const Tile& tile, const Fragment& at,
+                                            const ColumnTerms& fetched, float (&total)[64]) {
+  constexpr bool kRowwise = granularity == Granularity::kRowwise;
   const uint32_t row = tile.m + at.warpgroup * kConsumerRows + at.row();
   const uint32_t column = tile.n + at.column();
-  if constexpr (granularity == Granularity::kRowwise) {
-    float row_scale[2];
+  if (kRowwise || p.bias != nullptr) {
+    float* scales = shared.column_scale[at.warpgroup];
+    float* biases = shared.column_bias[at.warpgroup];
+    const uint32_t own = at.warp * 32 + at.lane;
+    ptx::bar_sync(1 + at.warpgroup, 128);  // the last tile's have been read
+    scales[own] = fetched.scale;
+    biases[own] = fetched.bias;
+    ptx::bar_sync(1 + at.warpgroup, 128);
+    float row_scale[2] = {1, 1};
+    if constexpr (kRowwise) {
 #pragma unroll
-    for (int h = 0; h < 2; ++h)
-      row_scale[h] = row + 8 * h < p.m
-                         ? ptx::ld_global_nc_f32(p.a_scale_data + (row + 8 * h) * p.a_scale_row)
-                         : 0;
-#pragma unroll
-    for (int j = 0; j < 32; ++j) {
-      const uint32_t c = column + j / 2 * 8 + j % 2;
-      const float column_scale =
-          c < p.n ? ptx::ld_global_nc_f32(p.b_scale_data + c * p.b_scale_row) : 0;
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        float& value = total[j / 2 * 4 + 2 * h + j % 2];
-        value *= row_scale[h] * column_scale;
-      }
+      for (int h = 0; h < 2; ++h)
+        if (row + 8 * h < p.m)
+          row_scale[h] = ptx::ld_global_nc_f32(p.a_scale_data + (row + 8 * h) * p.a_scale_row);
     }
-  }
-  if (p.bias != nullptr) {
 #pragma unroll
-    for (int j = 0; j < 32; ++j) {
-      const uint32_t c = column + j / 2 * 8 + j % 2;
-      const float bias = c < p.n ? load_as_float(p.bias, p.bias_dtype, c) : 0;
-#pragma unroll
-      for (int h = 0; h < 2; ++h) total[j / 2 * 4 + 2 * h + j % 2] += bias;
+    for (int i = 0; i < 64; ++i) {
+      const uint32_t c = at.column() + i / 4 * 8 + i % 2;
+      if constexpr (kRowwise) total[i] *= row_scale[i / 2 % 2] * scales[c];
+      total[i] += biases[c];
     }
   }
   if (p.accumulate) {
+    with_loader(p.out_dtype, [&](auto load) {
 #pragma unroll
-    for (int i = 0; i < 64; ++i) {
-      const uint32_t r = row + i / 2 % 2 * 8, c = column + i / 4 * 8 + i % 2;
-      if (r < p.m && c < p.n) total[i] += load_as_float(p.out, p.out_dtype, r * p.out_stride + c);
-    }
+      for (int i = 0; i < 64; ++i) {
+        const uint32_t r = row + i / 2 % 2 * 8, c = column + i / 4 * 8 + i % 2;
+        if (r < p.m && c < p.n) total[i] += load(p.out, r * p.out_stride + c);
+      }
+    });
   }
 }
 
@@ -349,9 +373,11 @@ __device__ __forceinline__ void fp8_gemm_nt(const GemmParams& p) {
     RingPosition ring;
     for (uint32_t index = blockIdx.x; index < m_tiles * n_tiles; index += gridDim.x) {
       const Tile tile(index, m_tiles, n_tiles);
+      const auto columns = ColumnTerms::fetch(p, granularity == Granularity::kRowwise,
+                                              tile.n + at.warp * 32 + at.lane);
       float total[64];
       accumulate_tile<granularity, A, B>(p, shared, tile, at, ring, total);
-      finish_tile<granularity>(p, tile, at, total);
+      finish_tile<granularity>(p, shared, tile, at, columns, total);
       if (p.store_by_tma)
         store_by_tma(p, tile, at, total, shared.store[at.warpgroup]);
       else

@@ -1,0 +1,54 @@
+# Every target sets up what it needs: a virtual environment (.venv), the packages of the `dev` group,
+# NVIDIA's compiler from PyPI where no nvcc is found, and the compiled extension. A second run
+# rebuilds nothing.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+BUILT := build/.built
+SOURCES := setup.py pyproject.toml $(shell find csrc ptx -type f -not -name '*.pyc' -not -name '*.md')
+
+.PHONY: all demo test lint format bench wheel gpu-check clean
+all: $(BUILT)
+
+$(VENV)/.ready: pyproject.toml Makefile csrc/build/setup_venv.sh csrc/build/toolchain.py
+	PYTHON="$(PYTHON)" TORCH="$(TORCH)" bash csrc/build/setup_venv.sh $(VENV)
+	touch $@
+
+$(BUILT): $(VENV)/.ready $(SOURCES)
+	$(BIN)/python setup.py -q build_ext --inplace
+	touch $@
+
+demo: $(BUILT)
+	$(BIN)/python -m torchext.demo
+
+test: $(BUILT) lint
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
+
+format: $(VENV)/.ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | xargs $(BIN)/clang-format -i
+
+# Arguments: make bench ARGS="--suite gemm --quick"
+bench: $(BUILT)
+	$(BIN)/python -m benchmarks $(ARGS)
+
+wheel: $(VENV)/.ready
+	$(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w dist .
+	ls -l dist/*.whl
+
+# On a machine with a GPU and its own torch; WHEEL=dist/torchext-...whl from `make wheel`.
+gpu-check:
+	@test -n "$(WHEEL)" || { echo 'usage: make gpu-check WHEEL=dist/torchext-...whl'; exit 2; }
+	$(PYTHON) benchmarks/gpu_check.py --wheel $(WHEEL) $(ARGS)
+
+clean:
+	rm -rf build dist demo torchext/*.so torchext/_ptx torchext/include

@@ -1,0 +1,50 @@
+"""Where the tests run: `--device cpu` (the CPU kernels), `sim` (the CUDA kernels' PTX on the
+simulator) or `cuda` (the CUDA kernels on a GPU). Tests that call ops take the `device` fixture."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+
+import torchext
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cpu", choices=["cpu", "sim", "cuda"])
+    parser.addoption("--sim-seed", type=int, default=0, help="schedule of the simulator")
+    parser.addoption(
+        "--sim-completion", default="random", choices=["eager", "late", "random"],
+        help="when the simulator lets asynchronous work complete",
+    )  # fmt: skip
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Off the CPU, only tests of ops and modules say anything new; `large` ones not on the sim."""
+    where = config.getoption("--device")
+    for item in items:
+        takes_device = "device" in getattr(item, "fixturenames", ())
+        if where != "cpu" and not takes_device:
+            item.add_marker(pytest.mark.skip(reason="runs on the CPU only"))
+        if where == "sim" and item.get_closest_marker("large"):
+            item.add_marker(pytest.mark.skip(reason="too large for the simulator"))
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest):
+    """The torch device of a test's tensors: "cpu" (also under the simulator) or "cuda"."""
+    where = request.config.getoption("--device")
+    feature = {"cpu": "cpu", "sim": "sim", "cuda": "cuda"}[where]
+    available, reason = torchext.is_available(feature)
+    if not available:
+        pytest.fail(f"--device {where}: {reason}")  # asked for, so no reason to skip
+    context = contextlib.nullcontext()
+    if where == "sim":
+        context = torchext.sim.simulate(
+            seed=request.config.getoption("--sim-seed"),
+            completion=request.config.getoption("--sim-completion"),
+        )
+    torch.manual_seed(0)
+    with context:
+        yield torch.device("cuda" if where == "cuda" else "cpu")

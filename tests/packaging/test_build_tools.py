@@ -1,0 +1,85 @@
+"""csrc/build: the compiler wrapper finds what must fail a build, and finds toolkits."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BUILD = Path(__file__).parents[2] / "csrc" / "build"
+sys.path.insert(0, str(BUILD))
+
+import nvcc  # noqa: E402
+import toolchain  # noqa: E402
+
+CLEAN = """
+ptxas info    : Compiling entry function 'good' for 'sm_90a'
+ptxas info    : Function properties for good
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 168 registers, used 3 barriers
+"""
+
+
+def test_clean_report_has_no_findings() -> None:
+    assert nvcc.findings(CLEAN) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "    0 bytes stack frame, 8 bytes spill stores, 20 bytes spill loads",
+        "    16 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads",
+    ],
+)
+def test_spills_and_local_memory_name_the_kernel(line: str) -> None:
+    report = CLEAN + f"ptxas info : Compiling entry function 'bad' for 'sm_90a'\n{line}\n"
+    (finding,) = nvcc.findings(report)
+    assert finding.startswith("bad: ")
+
+
+@pytest.mark.parametrize("code", ["C7508", "C7510"])
+def test_performance_warnings_are_findings(code: str) -> None:
+    line = f"ptxas warning : ({code}) Potential Performance Loss: something in 'bad'"
+    assert nvcc.findings(CLEAN + line) == [line]
+
+
+@pytest.mark.skipif(toolchain.find_toolkit() is None, reason="no nvcc")
+def test_a_spilling_kernel_does_not_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run-time index into a register array puts it in local memory."""
+    source = tmp_path / "spill.cu"
+    source.write_text(
+        'extern "C" __global__ void spill(float* x, int n) {\n'
+        "  float v[32];\n"
+        "  for (int i = 0; i < n; ++i) v[x[i] > 0 ? i & 31 : 31 - (i & 31)] = x[i];\n"
+        "  for (int i = 0; i < n; ++i) x[i] = v[i & 31];\n"
+        "}\n"
+    )
+    toolkit = toolchain.find_toolkit()
+    assert toolkit is not None
+    monkeypatch.setenv("TORCHEXT_NVCC", str(toolkit.nvcc))
+    command = [sys.executable, str(BUILD / "nvcc.py"), "-c", str(source)]
+    command += ["-gencode=arch=compute_90a,code=sm_90a", "-o", str(tmp_path / "spill.o")]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert "error: spill: " in result.stdout
+    assert not (tmp_path / "spill.o").exists()
+
+
+def test_cuda_home_is_not_second_guessed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert toolchain.find_toolkit() is None
+
+
+def test_finds_the_layout_of_nvidias_packages(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    home = tmp_path / "nvidia" / "cu13"
+    for file in ("bin/nvcc", "lib/libcudart_static.a"):
+        (home / file).parent.mkdir(parents=True)
+        (home / file).touch()
+    monkeypatch.setattr(toolchain, "_candidates", lambda: [tmp_path / "absent", home])
+    found = toolchain.find_toolkit()
+    assert found is not None
+    assert (found.nvcc, found.library_dir) == (home / "bin/nvcc", home / "lib")

@@ -1,0 +1,113 @@
+"""The wheel holds what it should, and its op library is tied to no Python and no torch release."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from cuda_stubs import write_stubs
+
+ROOT = Path(__file__).parents[2]
+OTHER_TORCH = "2.10.0"  # the oldest supported
+
+# What the other environment runs: every kind of op once, numbers included, on that torch.
+SMOKE = (
+    """
+import pathlib, torch, torchext
+assert torch.__version__.startswith("%s"), torch.__version__
+package = pathlib.Path(torchext.__file__).parent
+assert "site-packages" in str(package), package
+assert (pathlib.Path(torchext.get_include()) / "ptx/isa/wgmma.h").exists()
+torch.manual_seed(0)
+x, w = torch.randn(65, 200), torch.randn(150, 200)
+a, b = torchext.ops.quantize_1x128(x), torchext.ops.quantize_128x128(w)
+y = torchext.ops.fp8_gemm_nt(*a, *b, out_dtype=torch.float32)
+exact = (
+    torchext.ops.dequantize(*a, out_dtype=torch.float32).double()
+    @ torchext.ops.dequantize(*b, out_dtype=torch.float32).double().T
+)
+assert (y - exact).abs().max() < 1e-3 * exact.abs().max()
+model = torchext.convert_to_fp8_training(torch.nn.Sequential(torch.nn.Linear(256, 128))).model
+model(torch.randn(8, 256)).square().mean().backward()
+assert model[0].weight.grad.isfinite().all() and type(model[0]) is torchext.nn.Linear
+try:
+    torchext.ops.quantize_1x128(x.double())
+except TypeError as error:
+    assert "quantize_1x128" in str(error)
+else:
+    raise AssertionError("float64 was accepted")
+print("smoke passed")
+"""
+    % OTHER_TORCH
+)
+
+
+def test_contents(wheel: Path) -> None:
+    assert re.fullmatch(r"torchext-[\d.]+-py3-none-linux_x86_64\.whl", wheel.name)
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "torchext/_C.so" in names
+    assert "torchext/py.typed" in names
+    for header in (ROOT / "ptx" / "isa").glob("*.h"):
+        assert f"torchext/include/ptx/isa/{header.name}" in names
+    assert {n.split("/")[0] for n in names if not re.match(r"torchext-.*\.dist-info/", n)} == {
+        "torchext"
+    }
+
+
+def test_carries_the_ptx_of_every_kernel(wheel: Path) -> None:
+    """Under nvcc: as many entry points in the PTX as kernels in the sources' macros."""
+    archive = zipfile.ZipFile(wheel)
+    ptx = [archive.read(n).decode() for n in archive.namelist() if n.endswith(".ptx")]
+    entries = re.findall(r"\.visible \.entry (\w+)\(", "".join(ptx))
+    assert len(entries) == len(set(entries)) > 0
+    assert all(entry.startswith("sm90_") for entry in entries)
+    assert {f"sm90_fp8_gemm_nt_{g}_e4m3_e4m3_128x128x128" for g in ("1d2d", "1d1d", "rowwise")} <= {
+        *entries
+    }
+
+
+def test_library_depends_on_no_python_and_no_cuda(wheel: Path, tmp_path: Path) -> None:
+    zipfile.ZipFile(wheel).extract("torchext/_C.so", tmp_path)
+    library = str(tmp_path / "torchext/_C.so")
+    dynamic = subprocess.run(
+        ["readelf", "-dW", library], capture_output=True, text=True, check=True
+    ).stdout
+    needed = re.findall(r"NEEDED.*\[(.*)\]", dynamic)
+    assert "libtorch.so" in needed
+    assert not [n for n in needed if re.match(r"lib(python|torch_python|cuda|cudart)", n)], needed
+    undefined = subprocess.run(
+        ["nm", "-D", "--undefined-only", library], capture_output=True, text=True, check=True
+    ).stdout
+    names = [line.split()[-1] for line in undefined.splitlines()]
+    assert not [n for n in names if re.match(r"_?Py[A-Z_]|cu[A-Z]|cuda[A-Z]", n)]
+
+
+@pytest.mark.slow
+def test_runs_on_another_torch(wheel: Path, tmp_path: Path) -> None:
+    environment = tmp_path / "other"
+    subprocess.run([sys.executable, "-m", "venv", str(environment)], check=True)
+    python = str(environment / "bin" / "python")
+    pip = [python, "-m", "pip", "install", "-q"]
+    subprocess.run([*pip, "--no-deps", f"torch=={OTHER_TORCH}", str(wheel)], check=True)
+    # What `import torch` needs of its dependencies, but for CUDA.
+    subprocess.run(
+        [*pip, "typing_extensions", "filelock", "sympy", "networkx", "jinja2", "fsspec", "numpy"],
+        check=True,
+    )
+    (torch_lib,) = environment.glob("lib/python*/site-packages/torch/lib")
+    write_stubs(torch_lib, tmp_path / "stubs")
+    result = subprocess.run(
+        [python, "-c", SMOKE],
+        cwd=tmp_path,
+        env={**os.environ, "LD_LIBRARY_PATH": str(tmp_path / "stubs")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "smoke passed" in result.stdout
