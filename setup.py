@@ -1,9 +1,9 @@
 """Builds torchext with torch's cpp_extension.
 
-Two extension modules: `torchext._C`, the ops (LibTorch's stable ABI, no Python: one binary for every
-torch >= 2.10 and every Python), with the CUDA kernels in it wherever nvcc is found, and
-`torchext._sim`, the PTX simulator's Python objects (pybind11, this Python only). Beside them go the
-PTX of every kernel (torchext/_ptx) and the ptx/isa headers (torchext/include).
+Two extension modules. `torchext._C` is the ops: LibTorch's stable ABI and no Python, so one binary
+for every torch >= 2.10 and every Python, with the CUDA kernels in it wherever nvcc is found.
+`torchext._sim` is the PTX simulator's Python objects: pybind11, for this Python only. Beside them go
+the PTX of every kernel (torchext/_ptx) and the ptx/isa headers (torchext/include).
 """
 
 import os

@@ -18,8 +18,8 @@ OTHER_TORCH = "2.10.0"  # the oldest supported
 # What the other environment runs: every kind of op once, numbers included, on that torch.
 SMOKE = (
     """
-import pathlib, torch, torchext
-assert torch.__version__.startswith("%s"), torch.__version__
+import pathlib, sys, torch, torchext
+assert torch.__version__.startswith(sys.argv[1]), torch.__version__
 package = pathlib.Path(torchext.__file__).parent
 assert "site-packages" in str(package), package
 assert (pathlib.Path(torchext.get_include()) / "ptx/isa/wgmma.h").exists()
@@ -102,7 +102,7 @@ def test_runs_on_another_torch(wheel: Path, tmp_path: Path) -> None:
     (torch_lib,) = environment.glob("lib/python*/site-packages/torch/lib")
     write_stubs(torch_lib, tmp_path / "stubs")
     result = subprocess.run(
-        [python, "-c", SMOKE],
+        [python, "-c", SMOKE, OTHER_TORCH],
         cwd=tmp_path,
         env={**os.environ, "LD_LIBRARY_PATH": str(tmp_path / "stubs")},
         capture_output=True,

@@ -148,7 +148,7 @@ def test_mma_sync_agrees_with_mmasim(target, name, acc, k, kind):
 @pytest.mark.parametrize("acc", ["f32", "f16"])
 @pytest.mark.parametrize("name", ["e4m3", "e5m2"])
 def test_hopper_mma_sync_widens_fp8(name, acc):
-    """The SASS of sm_90: two HMMA.16816 over the low and high halves of the registers, then FADD."""
+    """The SASS of sm_90: two HMMA.16816, over the registers' low and high halves, then FADD."""
     rng = np.random.default_rng(7)
     a, b = random_codes(rng, (16, 32), name, "spread"), random_codes(rng, (8, 32), name, "spread")
     c = random_c(rng, (16, 8), acc)
@@ -161,8 +161,11 @@ def test_hopper_mma_sync_widens_fp8(name, acc):
     assert_same_bits(got, c + d)
 
 
-@pytest.mark.parametrize("name, acc", [("e4m3", "f32"), ("e5m2", "f16"), ("f16", "f32"),
-                                       ("f16", "f16"), ("bf16", "f32"), ("tf32", "f32")])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, acc",
+    [("e4m3", "f32"), ("e5m2", "f16"), ("f16", "f32"), ("f16", "f16"), ("bf16", "f32"),
+     ("tf32", "f32")],
+)  # fmt: skip
 @pytest.mark.parametrize("kind", KINDS)
 def test_fast_path_equals_the_definition(name, acc, kind):
     rng = np.random.default_rng(11)

@@ -73,6 +73,39 @@ def test_other_bytes_are_no_tensor_map():
         _sim.decode_tensor_map(bytes(128))
 
 
+def test_replacing_every_field_makes_a_map_from_zeros():
+    """What Triton's device-side descriptors do: zero 128 bytes, then tensormap.replace."""
+    packed = bytes(128)
+    writes = [
+        ("global_address", 0, 0x20000),
+        ("rank", 0, 1),
+        ("elemtype", 0, 0xA),
+        ("interleave_layout", 0, 0),
+        ("swizzle_mode", 0, 2),
+        ("fill_mode", 0, 1),
+    ]
+    for d in range(2):
+        writes += [("box_dim", d, 32 >> d), ("global_dim", d, 100 + d), ("element_stride", d, 1)]
+    writes.append(("global_stride", 0, 208))
+    for field, ordinal, value in writes:
+        packed = _sim.replace_tensor_map_field(packed, field, ordinal, value)
+    assert packed == _sim.encode_tensor_map(
+        BF16, 0x20000, [100, 101], [208], [32, 16], [1, 1], swizzle=2, oob_fill=1
+    )
+    with pytest.raises(_sim.TensorMapError, match=r"boxDim\[0\] must be 1 to 256; got 300"):
+        _sim.decode_tensor_map(_sim.replace_tensor_map_field(packed, "box_dim", 0, 300))
+    for field, ordinal, value, message in [
+        ("rank", 0, 5, "tensorRank - 1 must be less than 5"),
+        ("elemtype", 0, 13, "elemtype must be less than 13"),
+        ("swizzle_mode", 0, 4, "swizzle must be less than 4"),
+        ("global_stride", 4, 16, "the ordinal of tensormap.replace must be less than 4; got 4"),
+    ]:
+        with pytest.raises(_sim.TensorMapError, match=message):
+            _sim.replace_tensor_map_field(packed, field, ordinal, value)
+    with pytest.raises(_sim.TensorMapError, match="__grid_constant__"):
+        _sim.replace_tensor_map_field(b"?" * 128, "rank", 0, 1)
+
+
 def expected_image(tensor, corner, box, element_strides, span):
     """The box by index arithmetic: {offset in shared memory: value of that byte}, C order.
 
@@ -81,7 +114,7 @@ def expected_image(tensor, corner, box, element_strides, span):
     """
     element = tensor.dtype.itemsize
     counts = [box[0]] + [-(-b // s) for b, s in zip(box[1:], element_strides[1:], strict=True)]
-    steps = [1] + list(element_strides[1:])
+    steps = [1, *element_strides[1:]]
     image = {}
     pitch = box[0] * element if span == 16 else span
     for row, index in enumerate(np.ndindex(*counts[:0:-1])):
@@ -112,7 +145,7 @@ def test_boxes(rank, swizzle, data_type, dtype):
         shape = [int(x) for x in rng.integers(1, 9, rank)]
         shape[-1] = int(rng.integers(1, 40))
         element_strides = [1] + [int(x) for x in rng.integers(1, 4, rank - 1)]
-        padded = shape[:-1] + [-(-shape[-1] * element // 16) * 16 // element]
+        padded = [*shape[:-1], -(-shape[-1] * element // 16) * 16 // element]
         store = rng.integers(0, 256, int(np.prod(padded)) * element, dtype=np.uint8).view(dtype)
         store = store.reshape(padded)
         tensor = store[..., : shape[-1]]

@@ -1,0 +1,168 @@
+"""Loading the op library, what a build says of itself, and what `import torchext` costs."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import torchext
+from torchext import _library
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_a_missing_library_is_an_import_error_that_says_how_to_build(tmp_path):
+    missing = tmp_path / "_C.so"
+    with pytest.raises(ImportError, match=r"expected .*_C\.so.*pip install") as error:
+        _library.load(missing)
+    assert str(missing) in str(error.value)
+
+
+def test_a_library_that_does_not_load_is_an_import_error_with_its_cause(tmp_path):
+    broken = tmp_path / "_C.so"
+    broken.write_bytes(b"not an ELF file")
+    with pytest.raises(ImportError, match=r"cannot load _C\.so.*torch >= 2\.10") as error:
+        _library.load(broken)
+    assert isinstance(error.value.__cause__, OSError)
+    assert torch.__version__ in str(error.value)
+
+
+def test_cpu_is_always_available():
+    assert torchext.is_available("cpu")[0] is True
+
+
+@pytest.mark.parametrize("feature", ["cpu", "cuda", "sm90", "sim"])
+def test_is_available_gives_a_reason_either_way(feature):
+    available, reason = torchext.is_available(feature)
+    assert isinstance(available, bool)
+    assert reason
+
+
+def test_is_available_refuses_an_unknown_feature():
+    with pytest.raises(ValueError, match="feature must be one of 'cpu', 'cuda'.*got 'tpu'"):
+        torchext.is_available("tpu")
+
+
+def without_ptx(monkeypatch, tmp_path):
+    monkeypatch.setattr(_library, "PACKAGE", tmp_path)
+
+
+def with_ptx(monkeypatch, tmp_path):
+    (tmp_path / "_ptx").mkdir()
+    (tmp_path / "_ptx" / "kernel.ptx").touch()
+    monkeypatch.setattr(_library, "PACKAGE", tmp_path)
+
+
+def with_gpu(monkeypatch, capability):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+
+
+@pytest.mark.parametrize("feature", ["cuda", "sm90", "sim"])
+def test_a_build_without_nvcc_says_so(feature, monkeypatch, tmp_path):
+    without_ptx(monkeypatch, tmp_path)
+    monkeypatch.setattr(_library.importlib.util, "find_spec", lambda name: object())
+    available, reason = torchext.is_available(feature)
+    assert not available
+    assert "nvcc" in reason
+
+
+def test_a_torch_without_cuda_is_named(monkeypatch, tmp_path):
+    with_ptx(monkeypatch, tmp_path)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    available, reason = torchext.is_available("cuda")
+    assert not available
+    assert "torch" in reason and "without CUDA" in reason
+
+
+def test_sm90_needs_compute_capability_9_0(monkeypatch, tmp_path):
+    with_ptx(monkeypatch, tmp_path)
+    with_gpu(monkeypatch, (8, 0))
+    assert torchext.is_available("cuda")[0]
+    available, reason = torchext.is_available("sm90")
+    assert not available
+    assert "Some GPU has compute capability 8.0" in reason
+    with_gpu(monkeypatch, (9, 0))
+    assert torchext.is_available("sm90") == (True, "Some GPU has compute capability 9.0")
+
+
+def test_sim_needs_its_extension(monkeypatch, tmp_path):
+    with_ptx(monkeypatch, tmp_path)
+    monkeypatch.setattr(_library.importlib.util, "find_spec", lambda name: None)
+    available, reason = torchext.is_available("sim")
+    assert not available
+    assert "torchext._sim" in reason
+
+
+def test_get_include_of_this_installation_has_the_headers():
+    folder = Path(torchext.get_include())
+    assert (folder / "ptx" / "isa" / "wgmma.h").is_file()
+
+
+def test_get_include_of_a_wheel_is_inside_the_package(monkeypatch, tmp_path):
+    package = tmp_path / "torchext"
+    headers = package / "include" / "ptx" / "isa"
+    headers.mkdir(parents=True)
+    (headers / "wgmma.h").touch()
+    monkeypatch.setattr(_library, "PACKAGE", package)
+    assert torchext.get_include() == str(package / "include")
+
+
+def test_get_include_without_headers_says_where_it_looked(monkeypatch, tmp_path):
+    monkeypatch.setattr(_library, "PACKAGE", tmp_path / "torchext")
+    with pytest.raises(FileNotFoundError, match="include"):
+        torchext.get_include()
+
+
+def test_import_loads_neither_the_simulator_nor_the_references():
+    script = (
+        "import sys, torchext; "
+        "print([m for m in ('torchext.sim', 'torchext._sim', 'torchext.reference', 'matplotlib') "
+        "if m in sys.modules])"
+    )
+    loaded = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert loaded.stdout.strip() == "[]"
+
+
+def test_references_load_as_an_attribute():
+    script = "import torchext; print(torchext.reference.quantize_1x128.__name__)"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "quantize_1x128"
+
+
+def test_an_unknown_attribute_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = torchext.nothing
+
+
+def test_exports():
+    assert set(torchext.__all__) == {
+        "Recipe",
+        "__version__",
+        "convert_to_fp8_training",
+        "get_include",
+        "is_available",
+        "nn",
+        "ops",
+    }
+    for name in torchext.__all__:
+        assert hasattr(torchext, name)
+
+
+def test_version_is_the_projects():
+    declared = re.search(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert declared is not None
+    assert torchext.__version__ == declared[1]
+
+
+def test_the_package_is_marked_as_typed():
+    assert (Path(torchext.__file__).parent / "py.typed").is_file()
