@@ -176,6 +176,24 @@ py::dict decode_map(const std::string& map) {
   return d;
 }
 
+py::bytes replace_field(std::string map, const std::string& field, std::uint32_t ordinal,
+                        std::uint64_t value) {
+  static const std::map<std::string, TensorMapField> table = {
+      {"global_address", TensorMapField::global_address},
+      {"rank", TensorMapField::rank},
+      {"box_dim", TensorMapField::box_dim},
+      {"global_dim", TensorMapField::global_dim},
+      {"global_stride", TensorMapField::global_stride},
+      {"element_stride", TensorMapField::element_stride},
+      {"elemtype", TensorMapField::elemtype},
+      {"interleave_layout", TensorMapField::interleave_layout},
+      {"swizzle_mode", TensorMapField::swizzle_mode},
+      {"fill_mode", TensorMapField::fill_mode}};
+  if (map.size() != sizeof(TensorMap)) throw py::value_error("a tensor map has 128 bytes");
+  replace_tensor_map_field(map.data(), lookup(table, "field", field), ordinal, value);
+  return py::bytes(map);
+}
+
 // [(shared address, bytes, global address or None)]
 py::list box_runs(const std::string& map, const std::vector<std::int32_t>& coordinates,
                   std::uint32_t shared_address) {
@@ -212,6 +230,8 @@ void bind_numerics(py::module_& module) {
              py::arg("element_strides"), py::arg("interleave") = 0, py::arg("swizzle") = 0,
              py::arg("l2_promotion") = 0, py::arg("oob_fill") = 0);
   module.def("decode_tensor_map", &decode_map, py::arg("map"));
+  module.def("replace_tensor_map_field", &replace_field, py::arg("map"), py::arg("field"),
+             py::arg("ordinal"), py::arg("value"));
   module.def("box_runs", &box_runs, py::arg("map"), py::arg("coordinates"),
              py::arg("shared_address"));
   module.def("oob_fill", &oob_fill, py::arg("map"), py::arg("bytes"));

@@ -2,6 +2,7 @@
 #include "tensor_map.h"
 
 #include <cstring>
+#include <iterator>
 #include <string>
 
 namespace torchext::sim {
@@ -43,30 +44,7 @@ std::uint32_t swizzle_span(TensorMapSwizzle swizzle) {
   return 16u << static_cast<std::uint32_t>(swizzle);
 }
 
-}  // namespace
-
-int size_in_bytes(TensorMapDataType type) {
-  switch (type) {
-    case TensorMapDataType::uint8:
-      return 1;
-    case TensorMapDataType::uint16:
-    case TensorMapDataType::float16:
-    case TensorMapDataType::bfloat16:
-      return 2;
-    case TensorMapDataType::uint64:
-    case TensorMapDataType::int64:
-    case TensorMapDataType::float64:
-      return 8;
-    default:
-      return 4;
-  }
-}
-
-bool is_floating_point(TensorMapDataType type) {
-  return type >= TensorMapDataType::float16;
-}
-
-void check_tensor_map(const TensorMapFields& f) {
+void check(const TensorMapFields& f) {
   require(f.rank >= 1 && f.rank <= kMaxTensorMapRank, "tensorRank", "must be 1 to 5", f.rank);
   if (f.interleave != TensorMapInterleave::none) {
     fail("interleave", "must be NONE (0): the simulator has no interleaved layouts",
@@ -105,13 +83,13 @@ void check_tensor_map(const TensorMapFields& f) {
   }
 }
 
-void pack_tensor_map(void* tensor_map, const TensorMapFields& f) {
+Packed pack(const TensorMapFields& f) {
   Packed packed{};
   packed.magic = kMagic;
   packed.global_address = f.global_address;
   std::memcpy(packed.global_strides, f.global_strides, sizeof f.global_strides);
   std::memcpy(packed.box_dim, f.box_dim, sizeof f.box_dim);
-  for (int d = 0; d < kMaxTensorMapRank; ++d) {
+  for (std::uint32_t d = 0; d < f.rank; ++d) {
     packed.last_index[d] = static_cast<std::uint32_t>(f.global_dim[d] - 1);
     packed.element_strides[d] = static_cast<std::uint8_t>(f.element_strides[d]);
   }
@@ -121,19 +99,10 @@ void pack_tensor_map(void* tensor_map, const TensorMapFields& f) {
   packed.swizzle = static_cast<std::uint8_t>(f.swizzle);
   packed.l2_promotion = static_cast<std::uint8_t>(f.l2_promotion);
   packed.oob_fill = static_cast<std::uint8_t>(f.oob_fill);
-  std::memset(tensor_map, 0, sizeof(TensorMap));
-  std::memcpy(tensor_map, &packed, sizeof packed);
+  return packed;
 }
 
-TensorMapFields decode_tensor_map(const void* tensor_map) {
-  Packed packed;
-  std::memcpy(&packed, tensor_map, sizeof packed);
-  if (packed.magic != kMagic) {
-    throw TensorMapError(
-        "the 128 bytes used as a tensor map are none: pass what torchext.sim.tensor_map or the "
-        "simulated cuTensorMapEncodeTiled made, as a __grid_constant__ const parameter or from "
-        "memory aligned to 64 bytes");
-  }
+TensorMapFields unpack(const Packed& packed) {
   TensorMapFields f;
   f.global_address = packed.global_address;
   std::memcpy(f.global_strides, packed.global_strides, sizeof f.global_strides);
@@ -149,6 +118,111 @@ TensorMapFields decode_tensor_map(const void* tensor_map) {
   f.l2_promotion = static_cast<TensorMapL2Promotion>(packed.l2_promotion);
   f.oob_fill = static_cast<TensorMapOobFill>(packed.oob_fill);
   return f;
+}
+
+Packed load(const void* tensor_map) {
+  Packed packed;
+  std::memcpy(&packed, tensor_map, sizeof packed);
+  if (packed.magic == kMagic) return packed;
+  throw TensorMapError(
+      "the 128 bytes used as a tensor map are none: pass what torchext.sim.tensor_map or the "
+      "simulated cuTensorMapEncodeTiled made, as a __grid_constant__ const parameter or from "
+      "memory aligned to 64 bytes");
+}
+
+void store(void* tensor_map, const Packed& packed) {
+  std::memset(tensor_map, 0, sizeof(TensorMap));
+  std::memcpy(tensor_map, &packed, sizeof packed);
+}
+
+}  // namespace
+
+int size_in_bytes(TensorMapDataType type) {
+  switch (type) {
+    case TensorMapDataType::uint8:
+      return 1;
+    case TensorMapDataType::uint16:
+    case TensorMapDataType::float16:
+    case TensorMapDataType::bfloat16:
+      return 2;
+    case TensorMapDataType::uint64:
+    case TensorMapDataType::int64:
+    case TensorMapDataType::float64:
+      return 8;
+    default:
+      return 4;
+  }
+}
+
+bool is_floating_point(TensorMapDataType type) {
+  return type >= TensorMapDataType::float16;
+}
+
+TensorMapFields decode_tensor_map(const void* tensor_map) {
+  const TensorMapFields f = unpack(load(tensor_map));
+  check(f);
+  return f;
+}
+
+void replace_tensor_map_field(void* tensor_map, TensorMapField field, std::uint32_t ordinal,
+                              std::uint64_t value) {
+  static constexpr std::uint8_t kZero[sizeof(TensorMap)] = {};
+  Packed packed{};
+  packed.magic = kMagic;
+  if (std::memcmp(tensor_map, kZero, sizeof kZero) != 0) packed = load(tensor_map);
+
+  const std::uint32_t ordinals = field == TensorMapField::box_dim ||
+                                         field == TensorMapField::global_dim ||
+                                         field == TensorMapField::element_stride
+                                     ? kMaxTensorMapRank
+                                 : field == TensorMapField::global_stride ? kMaxTensorMapRank - 1
+                                                                          : 1;
+  require(ordinal < ordinals, "the ordinal of tensormap.replace",
+          "must be less than " + std::to_string(ordinals), ordinal);
+  const auto below = [&](std::uint64_t limit, const char* argument) {
+    require(value < limit, argument, "must be less than " + std::to_string(limit), value);
+    return static_cast<std::uint8_t>(value);
+  };
+  switch (field) {
+    case TensorMapField::global_address:
+      packed.global_address = value;
+      break;
+    case TensorMapField::rank:
+      packed.rank = below(kMaxTensorMapRank, "tensorRank - 1") + 1;
+      break;
+    case TensorMapField::box_dim:
+      packed.box_dim[ordinal] = static_cast<std::uint32_t>(value);
+      break;
+    case TensorMapField::global_dim:
+      require(value >= 1, at("globalDim", ordinal), "must be 1 to 2^32", value);
+      packed.last_index[ordinal] = static_cast<std::uint32_t>(value - 1);
+      break;
+    case TensorMapField::global_stride:
+      packed.global_strides[ordinal] = value;
+      break;
+    case TensorMapField::element_stride:
+      packed.element_strides[ordinal] = below(256, "elementStrides");
+      break;
+    case TensorMapField::elemtype: {
+      using T = TensorMapDataType;
+      static constexpr T kTypes[] = {T::uint8,       T::uint16,  T::uint32,   T::int32,
+                                     T::uint64,      T::int64,   T::float16,  T::float32,
+                                     T::float32_ftz, T::float64, T::bfloat16, T::tfloat32,
+                                     T::tfloat32_ftz};
+      packed.data_type = static_cast<std::uint8_t>(kTypes[below(std::size(kTypes), "elemtype")]);
+      break;
+    }
+    case TensorMapField::interleave_layout:
+      packed.interleave = below(3, "interleave");
+      break;
+    case TensorMapField::swizzle_mode:
+      packed.swizzle = below(4, "swizzle");
+      break;
+    case TensorMapField::fill_mode:
+      packed.oob_fill = below(2, "oobFill");
+      break;
+  }
+  store(tensor_map, packed);
 }
 
 void encode_tensor_map(void* tensor_map, int data_type, std::uint32_t rank,
@@ -184,8 +258,8 @@ void encode_tensor_map(void* tensor_map, int data_type, std::uint32_t rank,
                               "must be a CUtensorMapL2promotion, 0 to 3");
   f.oob_fill = enumerator(oob_fill, TensorMapOobFill::nan, "oobFill",
                           "must be a CUtensorMapFloatOOBfill, 0 or 1");
-  check_tensor_map(f);
-  pack_tensor_map(tensor_map, f);
+  check(f);
+  store(tensor_map, pack(f));
 }
 
 std::uint32_t box_elements(const TensorMapFields& f, int dimension) {

@@ -70,12 +70,27 @@ void encode_tensor_map(void* tensor_map, int data_type, std::uint32_t rank,
                        const std::uint32_t* element_strides, int interleave, int swizzle,
                        int l2_promotion, int oob_fill);
 
-// The rules alone, for maps that `tensormap.replace` has changed.
-void check_tensor_map(const TensorMapFields& fields);
-// Stores the fields without checking them.
-void pack_tensor_map(void* tensor_map, const TensorMapFields& fields);
-// Throws TensorMapError if the 128 bytes are no tensor map of ours.
+// Throws TensorMapError if the 128 bytes are no tensor map of ours or, after
+// replace_tensor_map_field, break one of the rules.
 TensorMapFields decode_tensor_map(const void* tensor_map);
+
+// The fields of PTX `tensormap.replace.tile`, which writes one of them. `value` is as PTX has it:
+// rank counts from 0, and elemtype is numbered by the PTX ISA, not by CUtensorMapDataType. 128 zero
+// bytes count as a map with nothing set yet. Throws TensorMapError.
+enum class TensorMapField {
+  global_address,
+  rank,
+  box_dim,
+  global_dim,
+  global_stride,
+  element_stride,
+  elemtype,
+  interleave_layout,
+  swizzle_mode,
+  fill_mode,
+};
+void replace_tensor_map_field(void* tensor_map, TensorMapField field, std::uint32_t ordinal,
+                              std::uint64_t value);
 
 // Elements that one box moves along dimension d: ceil(box_dim / element_stride).
 std::uint32_t box_elements(const TensorMapFields& fields, int dimension);
