@@ -158,7 +158,7 @@ void run(GemmProblem& p, const Tensor& a, const Tensor& a_scale, const Tensor& b
   p.out_dtype = out.scalar_type();
   if (p.m == 0 || p.n == 0) return;
   Device* device = device_for(a, kOp);
-  if (device == nullptr) return fp8_gemm_nt_cpu(p);
+  if (device == nullptr) return fp8_gemm_nt_cpu(p, a);
   if constexpr (kBuiltWithCuda) {
     fp8_gemm_nt_sm90(*device, p,
                      {reads(a, "a"), reads(a_scale, "a_scale"), reads(b, "b"),

@@ -44,7 +44,8 @@ struct GemmProblem {
   int num_sms;      // 0: all
 };
 
-void fp8_gemm_nt_cpu(const GemmProblem& problem);
+// `like`: any CPU tensor; scratch memory is allocated as torch allocates it.
+void fp8_gemm_nt_cpu(const GemmProblem& problem, const Tensor& like);
 void fp8_gemm_nt_sm90(Device& device, const GemmProblem& problem,
                       std::initializer_list<Buffer> buffers);
 

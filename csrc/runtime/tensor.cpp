@@ -89,9 +89,9 @@ Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_
   int32_t device_type;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(),
-                               dtype_code(dtype), device_type, like.get_device_index(), &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(),
+                                                  strides.data(), dtype_code(dtype), device_type,
+                                                  like.get_device_index(), &handle));
   return Tensor(handle);
 }
 

@@ -1,0 +1,303 @@
+// Host entry of the quantisation ops: checks the input, lays out the outputs, and runs the CPU or
+// the CUDA kernel. Layouts: torchext/ops.py.
+#include "quantize.h"
+
+#include "../runtime/check.h"
+
+namespace torchext {
+namespace {
+
+QuantizeOptions check_options(const char* op, const Tensor& x, OptionalDtype dtype,
+                              bool pow2_scale) {
+  TORCHEXT_CHECK_TYPE(is_wide(x.scalar_type()), op,
+                      ": x must be torch.bfloat16, torch.float16 or torch.float32 (got ",
+                      dtype_name(x.scalar_type()), "); convert it with .to() first");
+  const ScalarType fp8 = dtype.value_or(ScalarType::Float8_e4m3fn);
+  TORCHEXT_CHECK_TYPE(is_fp8(fp8), op,
+                      ": dtype must be torch.float8_e4m3fn (None) or torch.float8_e5m2 (got ",
+                      dtype_name(fp8), ")");
+  return {fp8 == ScalarType::Float8_e5m2, pow2_scale};
+}
+
+// x as a matrix, in place.
+MatrixView check_input(const char* op, const Tensor& x) {
+  TORCHEXT_CHECK_VALUE(x.dim() >= 1, op,
+                       ": x must have shape [..., K] (got a 0-dimensional tensor); give it a "
+                       "dimension with x.reshape(1)");
+  const auto rows = fold_rows(x);
+  TORCHEXT_CHECK_VALUE(rows.has_value(), op,
+                       ": the leading dimensions of x must fold into one row stride (got shape ",
+                       shape_string(x), ", strides ", stride_string(x), "); pass x.contiguous()");
+  const int64_t last = x.dim() - 1;
+  return {x.data_ptr(), x.scalar_type(), rows->count, x.size(last), rows->stride, x.stride(last)};
+}
+
+void check_matrix(const char* op, const Tensor& x) {
+  TORCHEXT_CHECK_VALUE(x.dim() == 2, op, ": x must have shape [N, K] (got ", shape_string(x),
+                       "); fold other dimensions with x.flatten(0, -2)");
+}
+
+ScalarType fp8_dtype(const QuantizeOptions& options) {
+  return options.e5m2 ? ScalarType::Float8_e5m2 : ScalarType::Float8_e4m3fn;
+}
+
+// Strides of x's leading dimensions folded into rows `row` apart, then `column`.
+std::vector<int64_t> folded_strides(const Tensor& x, int64_t row, int64_t column) {
+  std::vector<int64_t> strides(x.dim(), column);
+  for (int64_t i = x.dim() - 2; i >= 0; --i) {
+    strides[i] = row;
+    row *= x.size(i);
+  }
+  return strides;
+}
+
+// x's shape but for the last dimension.
+std::vector<int64_t> with_columns(const Tensor& x, int64_t columns) {
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  sizes.back() = columns;
+  return sizes;
+}
+
+// A quantised tensor, and a kernel's view of it.
+struct Output {
+  Tensor data, scale;
+  QuantizedView view;
+};
+
+Tensor empty_data(const Tensor& x, const QuantizeOptions& options) {
+  const int64_t columns = x.size(x.dim() - 1);
+  return empty_strided(with_columns(x, columns), folded_strides(x, round_up(columns, 16), 1),
+                       fp8_dtype(options), x);
+}
+
+Tensor empty_matrix(int64_t rows, int64_t columns, const QuantizeOptions& options,
+                    const Tensor& like) {
+  return empty_strided({rows, columns}, {round_up(columns, 16), 1}, fp8_dtype(options), like);
+}
+
+Output output(const Tensor& data, const Tensor& scale, int64_t columns, int64_t scale_row_stride,
+              int64_t scale_col_stride) {
+  return {data,
+          scale,
+          {data.data_ptr(), round_up(columns, 16), static_cast<float*>(scale.data_ptr()),
+           scale_row_stride, scale_col_stride}};
+}
+
+Output empty_groups(const Tensor& x, const MatrixView& view, const QuantizeOptions& options) {
+  const int64_t pitch = round_up(view.rows, 4);
+  Tensor scale = empty_strided(with_columns(x, ceil_div(view.cols, kGroup)),
+                               folded_strides(x, 1, pitch), ScalarType::Float, x);
+  return output(empty_data(x, options), scale, view.cols, 1, pitch);
+}
+
+Output empty_groups_t(const Tensor& x, const MatrixView& view, const QuantizeOptions& options) {
+  const int64_t pitch = round_up(view.cols, 4);
+  Tensor scale =
+      empty_strided({view.cols, ceil_div(view.rows, kGroup)}, {1, pitch}, ScalarType::Float, x);
+  return output(empty_matrix(view.cols, view.rows, options, x), scale, view.rows, 1, pitch);
+}
+
+Output empty_blocks(const Tensor& x, const MatrixView& view, const QuantizeOptions& options) {
+  const int64_t groups = ceil_div(view.cols, kGroup);
+  Tensor scale =
+      empty_strided({ceil_div(view.rows, kGroup), groups}, {groups, 1}, ScalarType::Float, x);
+  return output(empty_data(x, options), scale, view.cols, groups, 1);
+}
+
+// 1x128 groups of x, of its transpose, or both.
+void quantize_groups(const char* op, const Tensor& x, const MatrixView& view,
+                     const QuantizeOptions& options, const Output* row, const Output* transposed) {
+  if (view.rows == 0 || view.cols == 0) return;
+  const QuantizedView* row_view = row ? &row->view : nullptr;
+  const QuantizedView* transposed_view = transposed ? &transposed->view : nullptr;
+  Device* device = device_for(x, op);
+  if (device == nullptr) return quantize_groups_cpu(view, options, row_view, transposed_view);
+  if constexpr (kBuiltWithCuda) {
+    const Output& first = row ? *row : *transposed;
+    const Output& last = transposed ? *transposed : *row;
+    quantize_groups_sm90(*device, view, options, row_view, transposed_view,
+                         {reads(x, "x"), writes(first.data, "data"), writes(first.scale, "scale"),
+                          writes(last.data, "data_t"), writes(last.scale, "scale_t")});
+  }
+}
+
+void quantize_blocks(const char* op, const Tensor& x, const MatrixView& view,
+                     const QuantizeOptions& options, const Output& out, const Tensor* data_t) {
+  if (view.rows == 0 || view.cols == 0) return;
+  void* transposed = data_t ? data_t->data_ptr() : nullptr;
+  const int64_t transposed_stride = data_t ? data_t->stride(0) : 0;
+  Device* device = device_for(x, op);
+  if (device == nullptr)
+    return quantize_blocks_cpu(view, options, out.view, transposed, transposed_stride);
+  if constexpr (kBuiltWithCuda) {
+    quantize_blocks_sm90(*device, view, options, out.view, transposed, transposed_stride,
+                         {reads(x, "x"), writes(out.data, "data"), writes(out.scale, "scale"),
+                          writes(data_t ? *data_t : out.data, "data_t")});
+  }
+}
+
+void fill_with_one(const Tensor& scale) {
+  torch::stable::fill_(const_cast<Tensor&>(scale), 1.0);
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> quantize_1x128(const Tensor& x, OptionalDtype dtype, bool pow2_scale) {
+  constexpr const char* kOp = "quantize_1x128";
+  const QuantizeOptions options = check_options(kOp, x, dtype, pow2_scale);
+  const MatrixView view = check_input(kOp, x);
+  const Output row = empty_groups(x, view, options);
+  quantize_groups(kOp, x, view, options, &row, nullptr);
+  return {row.data, row.scale};
+}
+
+std::tuple<Tensor, Tensor> quantize_1x128_t(const Tensor& x, OptionalDtype dtype, bool pow2_scale) {
+  constexpr const char* kOp = "quantize_1x128_t";
+  const QuantizeOptions options = check_options(kOp, x, dtype, pow2_scale);
+  const MatrixView view = check_input(kOp, x);
+  const Output transposed = empty_groups_t(x, view, options);
+  quantize_groups(kOp, x, view, options, nullptr, &transposed);
+  return {transposed.data, transposed.scale};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> quantize_1x128_dual(const Tensor& x, OptionalDtype dtype,
+                                                               bool pow2_scale) {
+  constexpr const char* kOp = "quantize_1x128_dual";
+  const QuantizeOptions options = check_options(kOp, x, dtype, pow2_scale);
+  const MatrixView view = check_input(kOp, x);
+  const Output row = empty_groups(x, view, options);
+  const Output transposed = empty_groups_t(x, view, options);
+  quantize_groups(kOp, x, view, options, &row, &transposed);
+  return {row.data, row.scale, transposed.data, transposed.scale};
+}
+
+std::tuple<Tensor, Tensor> quantize_128x128(const Tensor& x, OptionalDtype dtype, bool pow2_scale) {
+  constexpr const char* kOp = "quantize_128x128";
+  const QuantizeOptions options = check_options(kOp, x, dtype, pow2_scale);
+  check_matrix(kOp, x);
+  const MatrixView view = check_input(kOp, x);
+  const Output out = empty_blocks(x, view, options);
+  quantize_blocks(kOp, x, view, options, out, nullptr);
+  return {out.data, out.scale};
+}
+
+std::tuple<Tensor, Tensor, Tensor> quantize_128x128_dual(const Tensor& x, OptionalDtype dtype,
+                                                         bool pow2_scale) {
+  constexpr const char* kOp = "quantize_128x128_dual";
+  const QuantizeOptions options = check_options(kOp, x, dtype, pow2_scale);
+  check_matrix(kOp, x);
+  const MatrixView view = check_input(kOp, x);
+  const Output out = empty_blocks(x, view, options);
+  const Tensor data_t = empty_matrix(view.cols, view.rows, options, x);
+  quantize_blocks(kOp, x, view, options, out, &data_t);
+  return {out.data, out.scale, data_t};
+}
+
+std::tuple<Tensor, Tensor> quantize_rowwise(const Tensor& x, OptionalDtype dtype, bool pow2_scale) {
+  constexpr const char* kOp = "quantize_rowwise";
+  const QuantizeOptions options = check_options(kOp, x, dtype, pow2_scale);
+  const MatrixView view = check_input(kOp, x);
+  const Tensor scale =
+      empty_strided(with_columns(x, 1), folded_strides(x, 1, 1), ScalarType::Float, x);
+  const Output out = output(empty_data(x, options), scale, view.cols, 1, 1);
+  if (view.cols == 0) {
+    fill_with_one(scale);
+  } else if (view.rows > 0) {
+    Device* device = device_for(x, kOp);
+    if (device == nullptr) {
+      quantize_rowwise_cpu(view, options, out.view);
+    } else if constexpr (kBuiltWithCuda) {
+      quantize_rowwise_sm90(*device, view, options, out.view,
+                            {reads(x, "x"), writes(out.data, "data"), writes(scale, "scale")});
+    }
+  }
+  return {out.data, scale};
+}
+
+std::tuple<Tensor, Tensor> quantize_tensorwise(const Tensor& x, OptionalDtype dtype,
+                                               bool pow2_scale) {
+  constexpr const char* kOp = "quantize_tensorwise";
+  const QuantizeOptions options = check_options(kOp, x, dtype, pow2_scale);
+  const MatrixView view = check_input(kOp, x);
+  const Tensor scale = empty_strided({1, 1}, {1, 1}, ScalarType::Float, x);
+  const Output out = output(empty_data(x, options), scale, view.cols, 1, 1);
+  if (view.rows == 0 || view.cols == 0) {
+    fill_with_one(scale);
+  } else {
+    Device* device = device_for(x, kOp);
+    if (device == nullptr) {
+      quantize_tensorwise_cpu(view, options, out.view);
+    } else if constexpr (kBuiltWithCuda) {
+      const Tensor amax = empty_strided({1}, {1}, ScalarType::Int, x);
+      quantize_tensorwise_sm90(
+          *device, view, options, out.view, static_cast<uint32_t*>(amax.data_ptr()),
+          {reads(x, "x"), writes(out.data, "data"), writes(scale, "scale"), updates(amax, "amax")});
+    }
+  }
+  return {out.data, scale};
+}
+
+Tensor dequantize(const Tensor& data, const Tensor& scale, ScalarType out_dtype) {
+  constexpr const char* kOp = "dequantize";
+  TORCHEXT_CHECK_TYPE(is_fp8(data.scalar_type()), kOp,
+                      ": data must be torch.float8_e4m3fn or torch.float8_e5m2 (got ",
+                      dtype_name(data.scalar_type()), ")");
+  TORCHEXT_CHECK_TYPE(scale.scalar_type() == ScalarType::Float, kOp,
+                      ": scale must be torch.float32 (got ", dtype_name(scale.scalar_type()), ")");
+  TORCHEXT_CHECK_TYPE(is_wide(out_dtype), kOp,
+                      ": out_dtype must be torch.bfloat16, torch.float16 or torch.float32 (got ",
+                      dtype_name(out_dtype), ")");
+  TORCHEXT_CHECK_VALUE(data.dim() >= 1 && scale.dim() >= 1, kOp,
+                       ": data and scale must have at least one dimension (got data ",
+                       shape_string(data), " and scale ", shape_string(scale), ")");
+  TORCHEXT_CHECK_VALUE(
+      data.is_cpu() == scale.is_cpu() && data.get_device_index() == scale.get_device_index(), kOp,
+      ": scale must be on the device of data; move it there with .to(data.device)");
+  const auto rows = fold_rows(data), scale_rows = fold_rows(scale);
+  TORCHEXT_CHECK_VALUE(rows.has_value() && scale_rows.has_value(), kOp,
+                       ": the leading dimensions of data and of scale must each fold into one row "
+                       "stride (got data ",
+                       shape_string(data), ", strides ", stride_string(data), ", and scale ",
+                       shape_string(scale), ", strides ", stride_string(scale),
+                       "); pass data.contiguous()");
+  const int64_t columns = data.size(data.dim() - 1);
+  const int64_t scale_columns = scale.size(scale.dim() - 1);
+  const bool each_row = scale_rows->count == rows->count;
+  const bool row_blocks = scale_rows->count == ceil_div(rows->count, kGroup);
+  const bool column_groups = scale_columns == ceil_div(columns, kGroup);
+  TORCHEXT_CHECK_VALUE((column_groups && (each_row || row_blocks)) ||
+                           (scale_columns == 1 && (each_row || scale_rows->count == 1)),
+                       kOp, ": scale must have, for data of ", rows->count, " rows and ", columns,
+                       " columns, shape [", rows->count, ", ", ceil_div(columns, kGroup),
+                       "] (1x128), [", ceil_div(rows->count, kGroup), ", ",
+                       ceil_div(columns, kGroup), "] (128x128), [", rows->count,
+                       ", 1] (row-wise) or [1, 1] (tensor-wise) (got ", shape_string(scale), ")");
+
+  Tensor y =
+      empty_strided(with_columns(data, columns), folded_strides(data, columns, 1), out_dtype, data);
+  DequantizeView view;
+  view.data = data.data_ptr();
+  view.data_row_stride = rows->stride;
+  view.data_col_stride = data.stride(data.dim() - 1);
+  view.e5m2 = data.scalar_type() == ScalarType::Float8_e5m2;
+  view.scale = static_cast<const float*>(scale.data_ptr());
+  view.scale_row_stride = scale_rows->stride;
+  view.scale_col_stride = scale.stride(scale.dim() - 1);
+  view.rows = rows->count;
+  view.cols = columns;
+  view.row_group = each_row ? 1 : scale_rows->count == 1 ? std::max<int64_t>(view.rows, 1) : kGroup;
+  view.col_group = column_groups ? kGroup : std::max<int64_t>(columns, 1);
+  view.y = y.data_ptr();
+  view.y_dtype = out_dtype;
+  view.y_stride = columns;
+  if (view.rows == 0 || view.cols == 0) return y;
+  Device* device = device_for(data, kOp);
+  if (device == nullptr) {
+    dequantize_cpu(view);
+  } else if constexpr (kBuiltWithCuda) {
+    dequantize_sm90(*device, view, {reads(data, "data"), reads(scale, "scale"), writes(y, "y")});
+  }
+  return y;
+}
+
+}  // namespace torchext
