@@ -2,8 +2,8 @@
 
 Two extension modules. `torchext._C` is the ops: LibTorch's stable ABI and no Python, so one binary
 for every torch >= 2.10 and every Python, with the CUDA kernels in it wherever nvcc is found.
-`torchext._sim` is the PTX simulator's Python objects: pybind11, for this Python only. Beside them go
-the PTX of every kernel (torchext/_ptx) and the ptx/isa headers (torchext/include).
+`torchext._sim` is the PTX simulator's Python objects: pybind11, for this Python only. Beside them
+go the PTX of every kernel (torchext/_ptx) and the ptx/isa headers (torchext/include).
 """
 
 import os
