@@ -1,0 +1,187 @@
+"""The declarative table of what is measured: models, layers, numbers of rows, in order of worth.
+
+A `Case` is one piece of work that every contender does on the same data. Cases come back sorted by
+priority, so that a run that is cut short has measured the ones that matter most.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+
+SUITES = ("quantize", "gemm", "linear")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A weight of n x k, as `nn.Linear(k, n)` holds it."""
+
+    model: str
+    name: str
+    n: int
+    k: int
+
+
+# deepseek-v3: the six (N, K) that DeepGEMM publishes. Llama 3 70B: hidden 8192, MLP 28672, 64 query
+# and 8 key-value heads of 128. Qwen3 32B: hidden 5120, MLP 25600, 64 and 8 heads of 128.
+LAYERS = (
+    Layer("deepseek-v3", "qkv_a_proj", 2112, 7168),
+    Layer("deepseek-v3", "q_b_proj", 24576, 1536),
+    Layer("deepseek-v3", "kv_b_proj", 32768, 512),
+    Layer("deepseek-v3", "o_proj", 7168, 16384),
+    Layer("deepseek-v3", "gate_up_proj", 4096, 7168),
+    Layer("deepseek-v3", "down_proj", 7168, 2048),
+    Layer("llama-3-70b", "qkv_proj", 10240, 8192),
+    Layer("llama-3-70b", "o_proj", 8192, 8192),
+    Layer("llama-3-70b", "gate_up_proj", 57344, 8192),
+    Layer("llama-3-70b", "down_proj", 8192, 28672),
+    Layer("qwen3-32b", "qkv_proj", 10240, 5120),
+    Layer("qwen3-32b", "o_proj", 5120, 8192),
+    Layer("qwen3-32b", "gate_up_proj", 51200, 5120),
+    Layer("qwen3-32b", "down_proj", 5120, 25600),
+)
+MODELS = tuple(dict.fromkeys(layer.model for layer in LAYERS))
+
+QUANTIZERS = (
+    "quantize_1x128",
+    "quantize_1x128_t",
+    "quantize_1x128_dual",
+    "quantize_128x128",
+    "quantize_128x128_dual",
+    "quantize_rowwise",
+    "quantize_tensorwise",
+    "dequantize",
+)
+
+# Products of a layer with m rows of input, weight [n, k]. fprop: Y[m, n], 1x128 by 128x128 scales.
+# wgrad: dW[n, k], 1x128 by 1x128, stored in BF16, or added to FP32. dgrad is fprop with n and k
+# exchanged, and no case of its own.
+FPROP, FPROP_ROWWISE, FPROP_TENSORWISE = "fprop", "fprop_rowwise", "fprop_tensorwise"
+WGRAD, WGRAD_ACCUMULATE = "wgrad", "wgrad_accumulate"
+GEMMS = (FPROP, FPROP_ROWWISE, FPROP_TENSORWISE, WGRAD, WGRAD_ACCUMULATE)
+
+# forward: no gradient wanted, weight quantised beforehand. forward_backward: a training step's
+# share, with the weight quantised anew.
+FORWARD, FORWARD_BACKWARD = "forward", "forward_backward"
+LINEARS = (FORWARD, FORWARD_BACKWARD)
+
+# Number of rows m -> priority of a DeepSeek-V3 fprop with it.
+ROWS = {
+    **{m: 0 for m in (64, 4096)},
+    **{m: 1 for m in (1, 16, 128, 512, 2048, 8192)},
+    **{m: 2 for m in (8, 32, 256, 1024)},
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One piece of work; `shape` is (rows, columns) for quantisers, else (m, n, k)."""
+
+    suite: str
+    op: str
+    model: str
+    layer: str
+    shape: tuple[int, ...]
+    priority: int = 1
+    host: bool = False  # also time the host's share of a call
+    energy: bool = False  # also read the energy counter, where there is one
+
+    @property
+    def name(self) -> str:
+        shape = "x".join(map(str, self.shape))
+        return "/".join(filter(None, (self.suite, self.op, self.model, self.layer, shape)))
+
+    def as_dict(self) -> dict:
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(values: dict) -> Case:
+        return Case(**{**values, "shape": tuple(values["shape"])})
+
+
+def cuda_cases() -> list[Case]:
+    cases = [
+        Case("quantize", op, "activation", "host overhead", (128, 1024), 0, host=True)
+        for op in ("quantize_1x128", "quantize_1x128_dual")
+    ]
+    small = (128, 1024, 1024)
+    cases += [
+        Case("gemm", FPROP, "small", "host overhead", small, 0, host=True),
+        Case("linear", FORWARD, "small", "host overhead", small, 0, host=True),
+    ]
+    for rows, columns, priority in ((4096, 7168, 0), (8192, 2048, 1), (16384, 16384, 2)):
+        cases += [
+            Case("quantize", op, "activation", "", (rows, columns), priority) for op in QUANTIZERS
+        ]
+    for layer in LAYERS:
+        where = (layer.model, layer.name)
+        shape = {m: (m, layer.n, layer.k) for m in ROWS}
+        if layer.model != "deepseek-v3":
+            cases += [Case("gemm", FPROP, *where, shape[m], 2) for m in (64, 4096)]
+            continue
+        cases += [
+            Case("gemm", FPROP, *where, shape[m], priority, energy=m in (64, 4096))
+            for m, priority in ROWS.items()
+        ]
+        cases += [Case("gemm", op, *where, shape[4096], 1) for op in (WGRAD, WGRAD_ACCUMULATE)]
+        cases += [
+            Case("gemm", op, *where, shape[m], 2)
+            for op in (FPROP_ROWWISE, FPROP_TENSORWISE)
+            for m in (64, 4096)
+        ]
+        cases += [
+            Case("linear", FORWARD_BACKWARD, *where, shape[4096], 0),
+            Case("linear", FORWARD_BACKWARD, *where, shape[8192], 1),
+            Case("linear", FORWARD, *where, shape[64], 2),
+            Case("linear", FORWARD, *where, shape[4096], 2),
+        ]
+    return cases
+
+
+def cpu_cases() -> list[Case]:
+    cube = ("cube", "", (1024, 1024, 1024))
+    return [
+        *(
+            Case("quantize", op, "activation", "", (4096, 7168), int(op != "quantize_1x128"))
+            for op in QUANTIZERS
+        ),
+        *(Case("gemm", op, *cube, int(op != FPROP)) for op in GEMMS),
+        *(Case("linear", op, *cube, int(op != FORWARD_BACKWARD)) for op in LINEARS),
+    ]
+
+
+def explicit_cases(m: int, n: int, k: int) -> list[Case]:
+    """Everything there is, for one shape given by hand."""
+    return [
+        *(Case("quantize", op, "given", "", (m, k)) for op in QUANTIZERS),
+        *(Case("gemm", op, "given", "", (m, n, k)) for op in GEMMS),
+        *(Case("linear", op, "given", "", (m, n, k)) for op in LINEARS),
+    ]
+
+
+def select(
+    device: str, suites: Iterable[str], shapes: Sequence[str] = (), quick: bool = False
+) -> list[Case]:
+    """The cases to run, most important first.
+
+    `shapes`: names of models, which narrow the device's table, or shapes `MxNxK`, which take its
+    place. `quick` keeps priority 0.
+    """
+    given = [re.fullmatch(r"(\d+)x(\d+)x(\d+)", shape) for shape in shapes]
+    table = cuda_cases() if device == "cuda" else cpu_cases()
+    known = dict.fromkeys(case.model for case in table)
+    for shape, match in zip(shapes, given, strict=True):
+        if not match and shape not in known:
+            raise ValueError(
+                f"--shapes: expected MxNxK or one of {', '.join(known)} on {device}, got {shape!r}"
+            )
+    if shapes:
+        table = [case for case in table if case.model in shapes]
+        for match in filter(None, given):
+            m, n, k = map(int, match.groups())
+            table += explicit_cases(m, n, k)
+    chosen = list(dict.fromkeys(case for case in table if case.suite in suites))
+    if quick and not any(given):
+        chosen = [case for case in chosen if case.priority == 0]
+    return sorted(chosen, key=lambda case: case.priority)

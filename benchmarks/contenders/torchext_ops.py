@@ -1,0 +1,65 @@
+"""torchext itself: its quantisers, its GEMM, its Linear."""
+
+from __future__ import annotations
+
+import torch
+
+from .. import cases
+from ..problems import GemmProblem, LinearProblem, QuantizeProblem, Run
+from . import SUBJECT, Contender
+
+
+def require(device: str) -> str:
+    import torchext
+
+    return torchext.__version__
+
+
+def quantize(problem: QuantizeProblem) -> Run:
+    from torchext import ops
+
+    if problem.case.op == "dequantize":
+        data, scale = problem.quantized
+        return Run(
+            lambda: ops.dequantize(data, scale, out_dtype=torch.bfloat16), problem.check_bits
+        )
+    op = getattr(ops, problem.case.op)
+    return Run(lambda: op(problem.x), problem.check_bits)
+
+
+def gemm(problem: GemmProblem) -> Run:
+    from torchext import ops
+
+    operands = (*problem.left_fp8, *problem.right_fp8)
+    if problem.case.op != cases.WGRAD_ACCUMULATE:
+        return Run(lambda: ops.fp8_gemm_nt(*operands), problem.check_fp8)
+    out = torch.empty(problem.rows, problem.cols, device=problem.device)
+
+    return Run(
+        lambda: ops.fp8_gemm_nt(*operands, out=out, accumulate=True),
+        problem.check_fp8,
+        before=out.zero_,
+    )
+
+
+def linear(problem: LinearProblem) -> Run:
+    import torchext
+
+    n, k = problem.weight.shape
+    plain = torch.nn.Linear(k, n, bias=False, device=problem.device, dtype=problem.dtype)
+    model = torch.nn.Sequential(plain)
+    torchext.convert_to_fp8_training(model, module_filter_fn=lambda module, fqn: True)
+    converted = model[0]
+    if not isinstance(converted, torchext.nn.Linear):
+        raise RuntimeError(f"convert_to_fp8_training left a {type(converted).__name__} in place")
+    with torch.no_grad():
+        converted.weight.copy_(problem.weight)
+    return problem.run(model, converted.weight, problem.FP8_TOLERANCE)
+
+
+DEVICES = ("cpu", "cuda")
+CONTENDERS = [
+    Contender(SUBJECT, "quantize", DEVICES, require, quantize),
+    Contender(SUBJECT, "gemm", DEVICES, require, gemm),
+    Contender(SUBJECT, "linear", DEVICES, require, linear),
+]

@@ -1,0 +1,296 @@
+"""Command line of the GPU check, and the order of its stages."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import date
+from pathlib import Path
+
+from .. import goals, processes
+from ..environment import gpu_name, slug
+from ..report import markdown
+from ..results import Results, scrub
+from . import staging
+from .pytest_stage import GOOD, TestRun, run_tests
+from .sanitizer import TOOLS, OpCalls, run_tool
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+BUDGET_S = 520.0  # of the nine minutes a run may take
+REPORT_S = 25.0
+CORRECTNESS_SHARE = 0.5  # of the budget, for tests and sanitizer together
+LOG_BYTES = 4_000_000
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_check", description=__doc__)
+    parser.add_argument("--wheel", type=Path, required=True, help="torchext's wheel")
+    parser.add_argument("--peer-wheels", type=Path, help="folder of peers' wheels to install too")
+    parser.add_argument(
+        "--out", type=Path, help="default: $OUT, else benchmarks/results/<date>-gpu"
+    )
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a rehearsal"
+    )
+    parser.add_argument("--budget", type=float, default=BUDGET_S, metavar="SECONDS")
+    parser.add_argument("--quick", action="store_true", help="only the most important benchmarks")
+    parser.add_argument("--shapes", nargs="+", default=[], help="as in python -m benchmarks")
+    parser.add_argument("--commit", help="recorded where git cannot tell")
+    parser.add_argument("--repository", type=Path, default=REPOSITORY, help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+def default_folder(options: argparse.Namespace) -> Path:
+    """benchmarks/results/<date>-<GPU>."""
+    name = (gpu_name() if options.device == "cuda" else None) or options.device
+    return options.repository / "benchmarks" / "results" / f"{date.today()}-{slug(name)}"
+
+
+class StageError(Exception):
+    """A stage did not pass; the message says why."""
+
+
+class Check:
+    """One run: what is known so far, where it runs, and how much time is left."""
+
+    def __init__(self, options: argparse.Namespace, target: Path):
+        self.options = options
+        self.device: str = options.device
+        self.target = target
+        self.deadline = time.monotonic() + options.budget
+        self.out: Path = (
+            options.out
+            or (Path(os.environ["OUT"]) if os.environ.get("OUT") else None)
+            or default_folder(options)
+        ).resolve()
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.lock = threading.Lock()
+        self.results = Results(self.out / "results.json")
+        self.results.private = [(str(target), "."), (str(options.repository), ".")]
+        self.results.data |= {"stages": [], "wheel": options.wheel.name}
+
+    def log(self, name: str) -> Path:
+        return self.out / f"{name}.log"
+
+    def left(self, reserve: float = REPORT_S) -> float:
+        return max(0.0, self.deadline - reserve - time.monotonic())
+
+    def put(self, **values: object) -> None:
+        """Into results.json, now."""
+        with self.lock:
+            self.results.data |= values
+            self.results.write()
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Records how the block ended. Its exceptions end here: later stages go on."""
+        start = time.monotonic()
+        status, reason = "passed", ""
+        print(f"{name} ...", flush=True)
+        try:
+            yield
+        except Exception as error:  # whatever it is, the other stages' results still count
+            status, reason = "failed", f"{type(error).__name__}: {error}"
+        seconds = time.monotonic() - start
+        with self.lock:
+            self.results.data["stages"].append(
+                {"name": name, "status": status, "seconds": seconds, "reason": reason}
+            )
+            self.results.write()
+        print(f"{name}: {status} in {seconds:.0f} s {reason}", flush=True)
+
+    def passed(self, name: str) -> bool:
+        return any(
+            s["name"] == name and s["status"] == "passed" for s in self.results.data["stages"]
+        )
+
+    def benchmarks(self, *arguments: str, limit_s: float, cwd: Path | None = None) -> int:
+        command = (sys.executable, "-m", "benchmarks", "--device", self.device, *arguments)
+        outcome = processes.run(
+            command,
+            self.log("benchmarks"),
+            limit_s,
+            cwd or self.target,
+            staging.environment(self.target),
+        )
+        if outcome.returncode is None:
+            raise StageError(outcome.reason)
+        return outcome.returncode
+
+
+def install(check: Check) -> None:
+    peers = sorted(check.options.peer_wheels.glob("*.whl")) if check.options.peer_wheels else []
+    wheels = [check.options.wheel, *peers]
+    log = check.log("benchmarks")
+    staging.stage(check.options.repository, wheels, check.target, log, min(90.0, check.left()))
+
+
+def environment(check: Check) -> None:
+    """Fails where there is no GPU to check on, or torchext does not load."""
+    done = subprocess.run(
+        (sys.executable, "-m", "benchmarks.environment", "--device", check.device),
+        capture_output=True,
+        text=True,
+        timeout=min(120.0, check.left()),
+        cwd=check.target,
+        env=staging.environment(check.target),
+        check=False,
+    )
+    if done.returncode != 0:
+        raise StageError(done.stderr.strip().splitlines()[-1] if done.stderr else "no output")
+    facts = json.loads(done.stdout) | _commit(check.options)
+    check.put(environment=facts)
+    for problem in (facts.get("gpu", {}).get("reason"), facts.get("torchext_reason")):
+        if problem:
+            raise StageError(problem)
+
+
+def _commit(options: argparse.Namespace) -> dict:
+    """Of the repository, since the staged copy has no .git; `--commit` where git does not know."""
+    git = ("git", "-C", str(options.repository))
+    try:
+        head = subprocess.run(
+            (*git, "rev-parse", "HEAD"), capture_output=True, text=True, timeout=20, check=True
+        )
+        status = subprocess.run(
+            (*git, "status", "--porcelain", "--untracked-files=no"),
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return {"commit": options.commit, "uncommitted_changes": None}
+    return {"commit": head.stdout.strip(), "uncommitted_changes": bool(status.stdout.strip())}
+
+
+def tests(check: Check, deadline: float) -> None:
+    jobs = max(1, min(4, (os.cpu_count() or 1) // 4))
+    run = TestRun(check.target, check.device, deadline, check.log("tests"))
+    summary = run_tests(run, jobs, lambda values: check.put(tests=values))
+    check.put(tests=summary)
+    bad = {outcome: n for outcome, n in summary["counts"].items() if outcome not in GOOD}
+    if bad or not summary["counts"].get("passed"):
+        raise StageError(f"{summary['counts']}")
+
+
+def sanitizer(check: Check, deadline: float) -> None:
+    run = OpCalls(check.target, check.device, deadline, check.log("sanitizer"))
+    answers: list[dict] = []
+
+    def one(tool: str | None) -> None:
+        answers.append(run_tool(run, tool))
+        check.put(sanitizer=list(answers))
+
+    one(None)
+    with ThreadPoolExecutor(len(TOOLS)) as pool:
+        for future in [pool.submit(one, tool) for tool in TOOLS]:
+            future.result()
+    bad = [f"{a['tool']}: {a['summary']}" for a in answers if a["status"] == "failed"]
+    if bad:
+        raise StageError("; ".join(bad))
+
+
+def correctness(check: Check) -> None:
+    """Tests and sanitizer side by side, while peers compile in the background."""
+    until = min(
+        time.monotonic() + CORRECTNESS_SHARE * check.options.budget,
+        check.deadline - REPORT_S,
+    )
+    selection = selected(check.options)
+
+    def staged(name: str, work: Callable[[Check, float], None]) -> None:
+        with check.stage(name):
+            work(check, until)
+
+    def warm_up() -> None:
+        with check.stage("peers' kernels compiled ahead"):
+            left = until - time.monotonic()
+            check.benchmarks(*selection, "--warm-up", "4", "--budget", str(left), limit_s=left + 5)
+
+    jobs = [lambda: staged("tests", tests), lambda: staged("sanitizer", sanitizer)]
+    if check.device == "cuda":
+        jobs.append(warm_up)
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        for future in [pool.submit(job) for job in jobs]:
+            future.result()
+
+
+def selected(options: argparse.Namespace) -> list[str]:
+    shapes = ["--shapes", *options.shapes] if options.shapes else []
+    return shapes + (["--quick"] if options.quick else [])
+
+
+def benchmarks(check: Check) -> None:
+    budget = check.left() - 10
+    arguments = (*selected(check.options), "--budget", str(budget), "--out", str(check.out))
+    try:
+        code = check.benchmarks(*arguments, limit_s=check.left())
+    finally:
+        check.results.data = json.loads(check.results.path.read_text())
+    if code != 0:
+        raise StageError("torchext failed, was wrong or was absent: see the measurements")
+
+
+def report(check: Check) -> None:
+    check.put(goals=goals.evaluate(check.results.data))
+    command = (sys.executable, "-m", "benchmarks.report", str(check.out))
+    cwd = check.target if check.passed("install") else check.options.repository
+    outcome = processes.run(command, check.log("benchmarks"), REPORT_S, cwd)
+    said = staging.last_line(check.log("benchmarks"))
+    if not outcome.ok:
+        raise StageError(f"plots: {outcome.reason}: {said}")
+    check.put(plots=sorted(plot.name for plot in check.out.glob("*.png")) or said)
+
+
+def finish(check: Check) -> int:
+    """Logs trimmed and without this machine's paths, the summary printed, the exit status."""
+    places = [*check.results.private, (sys.prefix, "<python>"), (str(Path.home()), "~")]
+    for log in check.out.glob("*.log"):
+        log.write_text(scrub(log.read_text(errors="replace")[-LOG_BYTES:], places))
+    data = check.results.data
+    (check.out / "report.md").write_text(markdown(json.loads(check.results.path.read_text())))
+    print()
+    for goal in data.get("goals", []):
+        value = "" if goal["value"] is None else f" {goal['value']:.3f} ({goal['bound']})"
+        print(f"  {goal['verdict']:>12}: {goal['text']}{value}")
+    if "tests" in data:
+        print(f"  tests: {data['tests']['counts']}")
+    for stage in data["stages"]:
+        print(f"  {stage['status']:>12}: {stage['name']} {stage['reason']}")
+    print(f"  {check.out}")
+    return 0 if all(stage["status"] == "passed" for stage in data["stages"]) else 1
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """0: every stage passed. 1: not. 2: there is nothing to check on, or with."""
+    options = parse(arguments)
+    with tempfile.TemporaryDirectory(prefix="gpu-check-", ignore_cleanup_errors=True) as folder:
+        check = Check(options, Path(folder))
+        with check.stage("install"):
+            install(check)
+        if check.passed("install"):
+            with check.stage("environment"):
+                environment(check)
+        ready = check.passed("environment")
+        if ready:
+            correctness(check)
+            with check.stage("benchmarks"):
+                benchmarks(check)
+        with check.stage("report"):
+            report(check)
+        code = finish(check)
+    return code if ready else 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,163 @@
+"""Runs the test suite file by file, several at once; a test that hangs or kills its process is a
+failed test, and the rest of its file goes on in a new process."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..processes import EventProcess, describe_exit
+from . import staging
+
+START_LIMIT_S = 100.0
+TEST_LIMIT_S = 60.0
+# Tests of this harness: they need no GPU, and run it.
+LEFT_OUT = "benchmarks"
+GOOD = ("passed", "skipped", "xfailed")
+
+
+@dataclass
+class TestRun:
+    """Where and how long to test. limits: seconds for a file's start, and for a test."""
+
+    target: Path
+    device: str
+    deadline: float  # time.monotonic()
+    log: Path
+    start_limit_s: float = START_LIMIT_S
+    test_limit_s: float = TEST_LIMIT_S
+
+
+def run_tests(run: TestRun, jobs: int, write: Callable[[dict], None]) -> dict:
+    """Counts of outcomes, failures with their messages, reasons of skips, the slowest tests; handed
+    to `write` after each file too."""
+    start = time.monotonic()
+    outcomes: dict[str, dict] = {}
+    lock = threading.Lock()
+
+    def summary() -> dict:
+        counts = Counter(end["outcome"] for end in outcomes.values())
+        bad = [end for end in outcomes.values() if end["outcome"] not in GOOD]
+        skips = Counter(e["message"] for e in outcomes.values() if e["outcome"] == "skipped")
+        slowest = sorted(outcomes.values(), key=lambda end: -end["seconds"])[:10]
+        return {
+            "counts": dict(counts),
+            "seconds": time.monotonic() - start,
+            "failures": [{k: end[k] for k in ("test", "outcome", "message")} for end in bad],
+            "skip_reasons": dict(skips.most_common(20)),
+            "slowest": [{"test": end["test"], "seconds": end["seconds"]} for end in slowest],
+        }
+
+    def one(file: Path) -> None:
+        ends = _run_file(run, file)
+        with lock:
+            outcomes.update(ends)
+            write(summary())
+
+    with ThreadPoolExecutor(jobs) as pool:
+        for future in [pool.submit(one, file) for file in test_files(run.target)]:
+            future.result()
+    return summary()
+
+
+def test_files(target: Path) -> list[Path]:
+    """Relative to `target`, the largest first: they take longest."""
+    files = [
+        path
+        for path in (target / "tests").rglob("test_*.py")
+        if path.relative_to(target / "tests").parts[0] != LEFT_OUT
+    ]
+    files.sort(key=lambda path: -path.stat().st_size)
+    return [path.relative_to(target) for path in files]
+
+
+def _run_file(run: TestRun, file: Path) -> dict[str, dict]:
+    """The end event of every test in `file`."""
+    ends: dict[str, dict] = {}
+    while True:
+        if time.monotonic() >= run.deadline:
+            ends[str(file)] = _end(str(file), "not run", "no time was left")
+            return ends
+        before = len(ends)
+        if _run_process(run, file, ends):
+            return ends
+        if len(ends) == before:
+            return ends  # it ended before any test; said in `ends` by then
+
+
+def _run_process(run: TestRun, file: Path, ends: dict[str, dict]) -> bool:
+    """One pytest process, its findings added to `ends`. False: tests may be left for another."""
+    name = str(file).replace(os.sep, ".")
+    done = run.target / f".{name}.done"
+    done.write_text("\n".join(ends))
+    log = run.target / f".{name}.log"
+    options = ("--device", run.device, "--done", str(done), "--tb=short", "-v")
+    trace_after = ("--trace-after", str(0.8 * run.test_limit_s))
+    plugin = ("-p", "benchmarks.gpu_check.pytest_events", "-p", "no:cacheprovider")
+    command = (sys.executable, "-m", "pytest", str(file), *plugin, *options, *trace_after)
+    start = time.monotonic()
+    process = EventProcess(command, log, cwd=run.target, env=staging.environment(run.target))
+    pending: list[str] = []
+    current: str | None = None
+    limit = run.start_limit_s
+    try:
+        while True:
+            left = max(0.0, run.deadline - time.monotonic())
+            try:
+                event = process.next_event(min(limit, left))
+            except TimeoutError:
+                if time.monotonic() < run.deadline:
+                    at = current or str(file)
+                    ends[at] = _end(at, "hung", f"no end after {limit:.0f} s", limit)
+                    return False
+                for test in pending or [str(file)]:
+                    ends[test] = _end(test, "not run", "the time for tests was up")
+                return True
+            if event is None:
+                code = process.returncode
+                exit_text = describe_exit(code, time.monotonic() - start)
+                if current:
+                    ends[current] = _end(current, "crashed", exit_text)
+                    pending.remove(current)
+                elif not ends and not pending and code not in (0, 5):
+                    message = f"{exit_text}: {staging.last_line(log)}"
+                    ends[str(file)] = _end(str(file), "error", message)
+                return not pending
+            if event["event"] == "collected":
+                pending = event["tests"]
+            elif event["event"] == "begin":
+                current, limit = event["test"], run.test_limit_s
+            else:
+                _add(ends, event)
+                current, limit = None, run.start_limit_s
+                if event["test"] in pending:
+                    pending.remove(event["test"])
+    finally:
+        process.close()
+        _collect_log(log, run.log, file)
+
+
+def _add(ends: dict[str, dict], event: dict) -> None:
+    """A test has a second end when its cleaning up fails: the worse one stays."""
+    known = ends.get(event["test"])
+    if known is None or known["outcome"] in GOOD:
+        ends[event["test"]] = event
+
+
+def _end(test: str, outcome: str, message: str, seconds: float = 0.0) -> dict:
+    return {"test": test, "outcome": outcome, "message": message, "seconds": seconds}
+
+
+def _collect_log(log: Path, whole: Path, file: Path, last: int = 200_000) -> None:
+    """Appends the end of one process's output to the log of all, in one write."""
+    text = log.read_text(errors="replace")[-last:]
+    log.unlink()
+    with whole.open("a") as output:
+        output.write(f"==== {file} ====\n{text}\n")

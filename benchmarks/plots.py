@@ -1,0 +1,118 @@
+"""Plots of results.json: gemm.png (TFLOPS by M, every peer), linear.png, quantize.png."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+
+from . import cases
+from .contenders import SUBJECT
+
+# Okabe and Ito's colours, told apart by colour-blind readers; torchext always has the first.
+COLORS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = "os^Dv<>"
+
+
+def draw(data: dict, folder: Path) -> Iterator[Path]:
+    """Writes the plots that `data` has figures for; yields their paths."""
+    records = [record for record in data["measurements"] if record["status"] == "ok"]
+    for name, plot in (("gemm", _gemm), ("linear", _linear), ("quantize", _quantize)):
+        figure = plot([r for r in records if r["suite"] == name], data["ceilings"])
+        if figure is None:
+            continue
+        figure.suptitle(f"{name} on {_hardware(data)}")
+        path = folder / f"{name}.png"
+        figure.savefig(path, dpi=130)
+        plt.close(figure)
+        yield path
+
+
+def _hardware(data: dict) -> str:
+    facts = data["environment"]
+    return (facts.get("gpu") or {}).get("name") or facts.get("cpu") or "unknown hardware"
+
+
+def _names(records: list[dict]) -> list[str]:
+    return sorted({r["contender"] for r in records}, key=lambda name: (name != SUBJECT, name))
+
+
+def _gemm(records: list[dict], ceilings: dict) -> plt.Figure | None:
+    """One panel a layer with more than one M: fprop's TFLOPS by M."""
+    fprops = [record for record in records if record["op"] == cases.FPROP]
+    layers: dict[tuple[str, str], list[dict]] = {}
+    for record in fprops:
+        layers.setdefault((record["model"], record["layer"]), []).append(record)
+    panels = {k: v for k, v in layers.items() if len({r["shape"][0] for r in v}) > 2}
+    if not panels:
+        return _bars(records, "flops_per_s", 1e12, "TFLOPS", ceilings.get("fp8_flops_per_s"))
+    columns = min(3, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(5 * columns, 3.6 * rows), squeeze=False, layout="constrained"
+    )
+    names = _names(fprops)
+    for axis, ((model, layer), group) in zip(axes.flat, panels.items(), strict=False):
+        for i, name in enumerate(names):
+            points = sorted(
+                (r["shape"][0], r["flops_per_s"] / 1e12) for r in group if r["contender"] == name
+            )
+            if points:
+                axis.plot(
+                    *zip(*points, strict=True), color=COLORS[i], marker=MARKERS[i], label=name
+                )
+        _, n, k = group[0]["shape"]
+        axis.set(title=f"{model} {layer}: N {n}, K {k}", xlabel="M", ylabel="TFLOPS")
+        axis.set_xscale("log", base=2)
+        axis.set_ylim(bottom=0)
+        _ceiling(axis, ceilings.get("fp8_flops_per_s"), 1e12, "2 x BF16 GEMM")
+        axis.grid(alpha=0.3)
+    for axis in list(axes.flat)[len(panels) :]:
+        axis.remove()
+    axes.flat[0].legend(fontsize="small")
+    return figure
+
+
+def _linear(records: list[dict], ceilings: dict) -> plt.Figure | None:
+    return _bars(records, "flops_per_s", 1e12, "TFLOPS", ceilings.get("fp8_flops_per_s"))
+
+
+def _quantize(records: list[dict], ceilings: dict) -> plt.Figure | None:
+    return _bars(records, "bytes_per_s", 1e9, "GB/s", ceilings.get("copy_bytes_per_s"))
+
+
+def _bars(
+    records: list[dict], key: str, unit: float, label: str, ceiling: float | None
+) -> plt.Figure | None:
+    """One group of horizontal bars a case, one bar a contender."""
+    if not records:
+        return None
+    names, labels = _names(records), list(dict.fromkeys(r["case"] for r in records))
+    height = 0.8 / len(names)
+    figure, axis = plt.subplots(
+        figsize=(10, 1.5 + 0.22 * len(names) * len(labels)), layout="constrained"
+    )
+    for i, name in enumerate(names):
+        mine = [record for record in records if record["contender"] == name]
+        places = [labels.index(record["case"]) + i * height for record in mine]
+        axis.barh(places, [r[key] / unit for r in mine], height, color=COLORS[i], label=name)
+    ticks = [place + 0.4 - height / 2 for place in range(len(labels))]
+    axis.set_yticks(ticks, [text.partition("/")[2] for text in labels], fontsize="small")
+    axis.invert_yaxis()
+    axis.set_xlabel(label)
+    if ceiling:
+        axis.axvline(ceiling / unit, color="grey", linestyle="--", label="measured ceiling")
+    axis.grid(axis="x", alpha=0.3)
+    axis.legend(fontsize="small")
+    return figure
+
+
+def _ceiling(axis: Axes, ceiling: float | None, unit: float, label: str) -> None:
+    if ceiling:
+        axis.axhline(ceiling / unit, color="grey", linestyle="--", label=label)

@@ -1,0 +1,291 @@
+"""The data of a case, shared by its contenders, its float64 reference, and its work in numbers.
+
+Data is random, never zero: zeros hide unwritten outputs and run faster. Every operand of a product
+is quantised once, by benchmarks.plain, so that all contenders multiply the same FP8 numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from . import cases, plain
+from .cases import Case
+
+
+class UnsupportedError(Exception):
+    """A contender does not do this case; the message says why."""
+
+
+class WrongResultError(Exception):
+    """A contender's result is not what the reference says."""
+
+    def __init__(self, message: str, error: dict):
+        super().__init__(message)
+        self.error = error
+
+
+@dataclass
+class Run:
+    """One contender on one case.
+
+    call: the timed work. check: takes call's result, returns its error or raises WrongResultError.
+    before: untimed, ahead of every call. bytes: least memory traffic, where the case's own
+    figure does not hold.
+    """
+
+    call: Callable[[], object]
+    check: Callable[[object], dict]
+    before: Callable[[], object] | None = None
+    bytes: float | None = None
+
+
+def difference(result: Tensor, expected: Tensor) -> dict:
+    """relative: |result - expected| / |expected|, Frobenius norms. worst: max |result - expected| /
+    rms(expected).
+
+    The norm sees a loss of accuracy everywhere; the maximum sees one wrong element.
+    """
+    if result.shape != expected.shape:
+        raise WrongResultError(
+            f"result: expected shape {tuple(expected.shape)}, got {tuple(result.shape)}", {}
+        )
+    expected = expected.double()
+    gap = result.double() - expected
+    rms = expected.square().mean().sqrt()
+    return {
+        "relative": (gap.square().mean().sqrt() / rms).item(),
+        "worst": (gap.abs().max() / rms).item(),
+    }
+
+
+def require(error: dict, relative: float, worst: float = math.inf, what: str = "result") -> dict:
+    """`error`, or WrongResultError where it passes a bound or is NaN."""
+    if not (error["relative"] <= relative and error["worst"] <= worst):
+        raise WrongResultError(
+            f"{what}: relative error {error['relative']:.2e} (bound {relative:.0e}), worst element"
+            f" {error['worst']:.2e} of the RMS (bound {worst:.0e})",
+            error,
+        )
+    return error
+
+
+def random_matrix(rows: int, columns: int, device: str, dtype: torch.dtype) -> Tensor:
+    """N(0, 1) times powers of two that differ between rows and 128-column groups."""
+    x = torch.randn(rows, columns, device=device)
+    row = torch.randint(-2, 3, (rows, 1), device=device)
+    group = torch.randint(-2, 3, (1, -(-columns // plain.GROUP)), device=device)
+    exponent = row + group.repeat_interleave(plain.GROUP, 1)[:, :columns]
+    return (x * torch.exp2(exponent)).to(dtype)
+
+
+class Problem:
+    """Base: the case, the device, and what the case costs at least."""
+
+    def __init__(self, case: Case, device: str):
+        self.case = case
+        self.device = device
+        self.dtype = torch.bfloat16 if device == "cuda" else torch.float32
+
+    flops: float | None = None
+    bytes: float | None = None
+
+
+class QuantizeProblem(Problem):
+    """x [rows, columns] in BF16; for dequantize, its 1x128 quantisation."""
+
+    # Bytes per element with BF16 in: input read once, outputs written once, scales of 4 bytes.
+    BYTES: ClassVar[dict[str, float]] = {
+        "quantize_1x128": 3 + 4 / 128,
+        "quantize_1x128_t": 3 + 4 / 128,
+        "quantize_1x128_dual": 4 + 8 / 128,
+        "quantize_128x128": 3.0,
+        "quantize_128x128_dual": 4.0,
+        "quantize_rowwise": 3.0,
+        "quantize_tensorwise": 3.0,
+        "dequantize": 3 + 4 / 128,
+    }
+
+    def __init__(self, case: Case, device: str):
+        super().__init__(case, device)
+        rows, columns = case.shape
+        self.bytes = self.BYTES[case.op] * rows * columns
+        self.x = random_matrix(rows, columns, device, torch.bfloat16)
+
+    @cached_property
+    def quantized(self) -> tuple[Tensor, Tensor]:
+        return plain.quantize_1x128(self.x)
+
+    @cached_property
+    def expected(self) -> tuple[Tensor, ...]:
+        if self.case.op == "dequantize":
+            return (plain.dequantize(*self.quantized, torch.bfloat16),)
+        return getattr(plain, self.case.op)(self.x)
+
+    def check_bits(self, result: object) -> dict:
+        """Equal to plain PyTorch's to the last bit, as DESIGN.md promises of torchext."""
+        outputs = result if isinstance(result, tuple) else (result,)
+        if len(outputs) != len(self.expected):
+            raise WrongResultError(f"expected {len(self.expected)} outputs, got {len(outputs)}", {})
+        differing = {}
+        for i, (got, want) in enumerate(zip(outputs, self.expected, strict=True)):
+            if got.shape != want.shape or got.dtype != want.dtype:
+                raise WrongResultError(
+                    f"output {i}: expected {want.dtype} {tuple(want.shape)},"
+                    f" got {got.dtype} {tuple(got.shape)}",
+                    {},
+                )
+            unequal = (_bits(got) != _bits(want)).sum().item()
+            if unequal:
+                differing[f"output_{i}_elements"] = unequal
+        if differing:
+            raise WrongResultError(f"bits differ from plain PyTorch's: {differing}", differing)
+        return {"relative": 0.0, "worst": 0.0}
+
+    def check_close(self, data: Tensor, scale: Tensor, transposed: bool = False) -> dict:
+        """Dequantised again, within 4 % of x: e4m3 rounds by 2.6 % RMS."""
+        back = plain.dequantize(data, scale)
+        return require(difference(back, self.x.t() if transposed else self.x), 0.04)
+
+
+def _bits(x: Tensor) -> Tensor:
+    return x.contiguous().view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[x.element_size()])
+
+
+class GemmProblem(Problem):
+    """left [rows, inner] @ right [cols, inner].T, in BF16 and quantised as the op asks."""
+
+    # FP8 tensor cores keep about 14 bits while they sum 128 products; BF16 rounds by 2^-9.
+    TOLERANCE = (5e-3, 5e-2)
+    # Without promotion to FP32 the sum over all of K keeps those 14 bits only.
+    UNPROMOTED_TOLERANCE = (5e-2, 5e-1)
+
+    def __init__(self, case: Case, device: str):
+        super().__init__(case, device)
+        m, n, k = case.shape
+        wgrad = case.op in (cases.WGRAD, cases.WGRAD_ACCUMULATE)
+        self.rows, self.cols, self.inner = (n, k, m) if wgrad else (m, n, k)
+        self.flops = 2.0 * m * n * k
+        self.bytes = self.traffic(operand=1)
+        self.left = random_matrix(self.rows, self.inner, device, self.dtype)
+        self.right = random_matrix(self.cols, self.inner, device, self.dtype)
+
+    def traffic(self, operand: int) -> float:
+        """Bytes: operands read once, output written once (read too, where it accumulates)."""
+        out = 8 if self.case.op == cases.WGRAD_ACCUMULATE else 2
+        inputs = operand * (self.rows + self.cols) * self.inner
+        return float(inputs + out * self.rows * self.cols)
+
+    @cached_property
+    def left_fp8(self) -> tuple[Tensor, Tensor]:
+        return self._left_quantizer(self.left)
+
+    @cached_property
+    def right_fp8(self) -> tuple[Tensor, Tensor]:
+        return self._right_quantizer(self.right)
+
+    @property
+    def _left_quantizer(self) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+        return {
+            cases.FPROP_ROWWISE: plain.quantize_rowwise,
+            cases.FPROP_TENSORWISE: plain.quantize_tensorwise,
+        }.get(self.case.op, plain.quantize_1x128)
+
+    @property
+    def _right_quantizer(self) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+        return plain.quantize_128x128 if self.case.op == cases.FPROP else self._left_quantizer
+
+    @cached_property
+    def expected_fp8(self) -> Tensor:
+        """Float64 product of the dequantised operands."""
+        left, right = (
+            plain.dequantize(*pair, torch.float64) for pair in (self.left_fp8, self.right_fp8)
+        )
+        return left @ right.t()
+
+    @cached_property
+    def expected(self) -> Tensor:
+        """Float64 product of the operands before quantisation."""
+        return self.left.double() @ self.right.double().t()
+
+    def check_fp8(self, result: object, promoted: bool = True) -> dict:
+        assert isinstance(result, Tensor)
+        tolerance = self.TOLERANCE if promoted else self.UNPROMOTED_TOLERANCE
+        return require(difference(result, self.expected_fp8), *tolerance)
+
+    def check_unquantized(self, result: object) -> dict:
+        assert isinstance(result, Tensor)
+        return require(difference(result, self.expected), *self.TOLERANCE)
+
+
+class LinearProblem(Problem):
+    """x [m, k], weight [n, k], gradient of the output [m, n]; BF16 on a GPU, FP32 on a CPU."""
+
+    FP8_TOLERANCE = 10 ** (-25 / 20)  # an SQNR of 25 dB
+    UNQUANTIZED_TOLERANCE = 1e-2
+
+    def __init__(self, case: Case, device: str):
+        super().__init__(case, device)
+        m, n, k = case.shape
+        self.backward = case.op == cases.FORWARD_BACKWARD
+        self.flops = (6.0 if self.backward else 2.0) * m * n * k
+        self.x = torch.randn(m, k, device=device, dtype=self.dtype)
+        self.weight = torch.randn(n, k, device=device, dtype=self.dtype) / math.sqrt(k)
+        self.grad = torch.randn(m, n, device=device, dtype=self.dtype)
+
+    @cached_property
+    def expected(self) -> tuple[Tensor, ...]:
+        """Float64 output and, with backward, the gradients of x and of the weight."""
+        x, weight = self.x.double(), self.weight.double()
+        output = x @ weight.t()
+        if not self.backward:
+            return (output,)
+        grad = self.grad.double()
+        return output, grad @ weight, grad.t() @ x
+
+    def run(self, model: Callable[[Tensor], Tensor], weight: Tensor, tolerance: float) -> Run:
+        """`model` under this case's load; `weight` is its parameter, to be taken as changed by an
+        optimiser before every forward_backward, so that caches of its quantisation are refreshed.
+        """
+        x = self.x.clone().requires_grad_(self.backward)
+
+        def forward() -> tuple[Tensor, ...]:
+            with torch.no_grad():
+                return (model(x),)
+
+        def forward_backward() -> tuple[Tensor | None, ...]:
+            output = model(x)
+            output.backward(self.grad)
+            return output, x.grad, weight.grad
+
+        def new_step() -> None:
+            x.grad = weight.grad = None
+            with torch.no_grad():
+                weight.add_(0)
+
+        def check(result: object) -> dict:
+            assert isinstance(result, tuple)
+            names = ("output", "gradient of x", "gradient of the weight")
+            errors = {}
+            for what, got, want in zip(names, result, self.expected, strict=False):
+                if got is None:
+                    raise WrongResultError(f"{what}: none was computed", {})
+                errors[what] = require(difference(got, want), tolerance, what=what)
+            return max(errors.values(), key=lambda error: error["relative"])
+
+        if self.backward:
+            return Run(forward_backward, check, before=new_step)
+        return Run(forward, check)
+
+
+PROBLEMS: dict[str, type[Problem]] = {
+    "quantize": QuantizeProblem,
+    "gemm": GemmProblem,
+    "linear": LinearProblem,
+}

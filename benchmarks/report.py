@@ -1,0 +1,251 @@
+"""report.md: the tables a person reads, from results.json. `python -m benchmarks.report FOLDER`
+makes it, and the plots, again."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from . import goals
+from .contenders import SUBJECT
+
+
+def markdown(data: dict) -> str:
+    sections = [
+        "# torchext: benchmark results",
+        _environment(data),
+        _stages(data),
+        _goals(data),
+        _tests(data),
+        _sanitizer(data),
+        *(_suite(data, suite) for suite in ("gemm", "linear", "quantize")),
+        _host(data),
+        _energy(data),
+        _failures(data),
+        _contenders(data),
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def table(header: Iterable[str], rows: Iterable[Iterable[object]], numeric_from: int = 1) -> str:
+    """A Markdown table; columns from `numeric_from` on are aligned right."""
+    header = list(header)
+    rule = [":--" if i < numeric_from else "--:" for i in range(len(header))]
+    lines = [header, rule, *(["" if cell is None else str(cell) for cell in row] for row in rows)]
+    return "\n".join("| " + " | ".join(_cell(c) for c in line) + " |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _environment(data: dict) -> str:
+    facts = dict(data["environment"])
+    gpu = facts.pop("gpu", None) or {}
+    rows = [(key, value) for key, value in facts.items() if value is not None]
+    rows += [(f"gpu: {key}", value) for key, value in gpu.items()]
+    ceilings = data["ceilings"]
+    if "copy_bytes_per_s" in ceilings:
+        rows += [
+            ("measured copy bandwidth", f"{ceilings['copy_bytes_per_s'] / 1e9:.0f} GB/s"),
+            (
+                f"measured {ceilings['gemm_dtype']} GEMM rate",
+                f"{ceilings['gemm_flops_per_s'] / 1e12:.2f} TFLOPS",
+            ),
+        ]
+    elif ceilings:
+        rows.append(("ceilings", ceilings["reason"]))
+    rows.append(("created", data["created"]))
+    return "## Measured on\n\n" + table(("what", "value"), rows, numeric_from=2)
+
+
+def _stages(data: dict) -> str:
+    if not data.get("stages"):
+        return ""
+    rows = [
+        (stage["name"], stage["status"], f"{stage['seconds']:.0f}", stage.get("reason", ""))
+        for stage in data["stages"]
+    ]
+    return "## Stages\n\n" + table(("stage", "status", "s", "reason"), rows, numeric_from=4)
+
+
+def _goals(data: dict) -> str:
+    verdicts = goals.evaluate(data)
+    if not verdicts:
+        return ""
+    rows = [
+        (
+            goal["text"],
+            goal["bound"],
+            "-" if goal["value"] is None else f"{goal['value']:.3f}",
+            goal["verdict"],
+            f"{goal['measured']} of {goal['of']}",
+            goal["at"] or "",
+        )
+        for goal in verdicts
+    ]
+    header = ("goal", "bound", "measured", "verdict", "cases", "decided by")
+    return "## Goals\n\n" + table(header, rows)
+
+
+def _tests(data: dict) -> str:
+    tests = data.get("tests")
+    if not tests:
+        return ""
+    counts = ", ".join(f"{count} {outcome}" for outcome, count in tests["counts"].items())
+    rows = [(bad["test"], bad["outcome"], bad["message"]) for bad in tests["failures"]]
+    header = ("test", "outcome", "message")
+    listing = table(header, rows, numeric_from=3) if rows else "None failed."
+    return f"## Tests\n\n{counts}\n\n{listing}"
+
+
+def _sanitizer(data: dict) -> str:
+    runs = data.get("sanitizer")
+    if not runs:
+        return ""
+    rows = [
+        (run["tool"], run["status"], run["calls"], f"{run['seconds']:.0f}", run["summary"])
+        for run in runs
+    ]
+    header = ("tool", "status", "op calls done", "s", "last word")
+    return "## compute-sanitizer\n\n" + table(header, rows, numeric_from=5)
+
+
+def _suite(data: dict, suite: str) -> str:
+    records = [r for r in data["measurements"] if r["suite"] == suite]
+    if not any(r["status"] == "ok" for r in records):
+        return ""
+    present = {r["contender"] for r in records if r["status"] == "ok"}
+    names = sorted(present, key=lambda name: (name != SUBJECT, name))
+    others = [name for name in names if name != SUBJECT]
+    by_case: dict[str, dict[str, dict]] = {}
+    for record in records:
+        by_case.setdefault(record["case"], {})[record["contender"]] = record
+    header = ["case", *(f"{name}, us" for name in names)]
+    header += [f"{SUBJECT} against {name}" for name in others]
+    header += ["TFLOPS"] if suite != "quantize" else []
+    header += ["share of FP8 rate"] if suite != "quantize" else []
+    header += ["GB/s", "share of copy"] if suite != "linear" else []
+    ceilings = data["ceilings"]
+    rows = []
+    for case in sorted(by_case, key=_case_order):
+        group = by_case[case]
+        if not any(record["status"] == "ok" for record in group.values()):
+            continue
+        subject = _ok(group.get(SUBJECT))
+        row = [case.removeprefix(f"{suite}/")]
+        row += [_microseconds(group.get(name)) for name in names]
+        row += [_ratio(_ok(group.get(name)), subject) for name in others]
+        if suite != "quantize":
+            row.append(_scaled(subject, "flops_per_s", 1e12))
+            row.append(_share(subject, "flops_per_s", ceilings.get("fp8_flops_per_s")))
+        if suite != "linear":
+            row.append(_scaled(subject, "bytes_per_s", 1e9))
+            row.append(_share(subject, "bytes_per_s", ceilings.get("copy_bytes_per_s")))
+        rows.append(row)
+    note = (
+        f"Medians. Ratios are the other's time over {SUBJECT}'s: above 1, {SUBJECT} is faster."
+        f" TFLOPS, GB/s and shares are {SUBJECT}'s."
+    )
+    return f"## {suite}\n\n{note}\n\n" + table(header, rows)
+
+
+def _case_order(case: str) -> tuple:
+    *names, shape = case.split("/")
+    return (*names, tuple(int(size) for size in shape.split("x"))[::-1])
+
+
+def _ok(record: dict | None) -> dict | None:
+    return record if record and record["status"] == "ok" else None
+
+
+def _microseconds(record: dict | None) -> str:
+    if record is None:
+        return "-"
+    if record["status"] != "ok":
+        return record["status"]
+    return f"{1e3 * record['milliseconds']['median']:.1f}"
+
+
+def _ratio(other: dict | None, subject: dict | None) -> str:
+    if not other or not subject:
+        return "-"
+    return f"{other['milliseconds']['median'] / subject['milliseconds']['median']:.2f}"
+
+
+def _scaled(record: dict | None, key: str, unit: float) -> str:
+    return f"{record[key] / unit:.1f}" if record and record[key] else "-"
+
+
+def _share(record: dict | None, key: str, ceiling: float | None) -> str:
+    return f"{100 * record[key] / ceiling:.0f} %" if record and record[key] and ceiling else "-"
+
+
+def _host(data: dict) -> str:
+    rows = [
+        (record["case"], record["contender"], f"{record['host_microseconds']:.1f}")
+        for record in data["measurements"]
+        if "host_microseconds" in record
+    ]
+    header = ("case", "contender", "us")
+    return "## Host time of a call, us\n\n" + table(header, rows, numeric_from=2) if rows else ""
+
+
+def _energy(data: dict) -> str:
+    rows = [
+        (record["case"], record["contender"], f"{record['joules']:.4f}")
+        for record in data["measurements"]
+        if "joules" in record
+    ]
+    header = ("case", "contender", "J")
+    return "## Energy, J a call\n\n" + table(header, rows, numeric_from=2) if rows else ""
+
+
+def _failures(data: dict) -> str:
+    """Everything that went wrong or was left out, except for want of time."""
+    rows = [
+        (record["case"], record["contender"], record["status"], record["reason"])
+        for record in data["measurements"]
+        if record["status"] != "ok" and "budget" not in record["reason"]
+    ]
+    rows += [("", "", "failed", reason) for reason in data.get("failures", [])]
+    late = sum("budget" in record.get("reason", "") for record in data["measurements"])
+    parts = []
+    if rows:
+        header = ("case", "contender", "status", "reason")
+        parts.append(table(header, rows, numeric_from=4))
+    if late:
+        parts.append(f"{late} measurements were left out for want of time.")
+    return "## Not measured\n\n" + "\n\n".join(parts) if parts else ""
+
+
+def _contenders(data: dict) -> str:
+    rows = [
+        (known["suite"], known["name"], known.get("version", ""), known.get("reason", ""))
+        for known in data["contenders"]
+    ]
+    if not rows:
+        return ""
+    header = ("suite", "contender", "version", "not run, because")
+    return "## Contenders\n\n" + table(header, rows, numeric_from=4)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, help="holds results.json")
+    folder = parser.parse_args().folder
+    data = json.loads((folder / "results.json").read_text())
+    (folder / "report.md").write_text(markdown(data))
+    try:
+        from .plots import draw
+    except ImportError as error:
+        print(f"no plots: {error}")
+        return
+    for path in draw(data, folder):
+        print(path.name)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""Stop-watches: interleaved device times, host times, energy, and the two ceilings.
+
+Contenders take turns, one call each a round and in rotating order, so that clocks and temperature
+drift for all alike and a ratio compares neighbours.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .problems import Run
+
+WARM_UPS = 2
+
+
+def summarize(samples: list[float]) -> dict:
+    """Seconds -> {"median", "p20", "p80", "samples"}, the first three in milliseconds."""
+    ordered = sorted(1e3 * sample for sample in samples)
+    last = len(ordered) - 1
+    return {
+        "median": statistics.median(ordered),
+        "p20": ordered[round(0.2 * last)],
+        "p80": ordered[round(0.8 * last)],
+        "samples": len(ordered),
+    }
+
+
+def interleave(
+    runs: dict[str, Run], device: str, rounds: int, seconds: float
+) -> dict[str, list[float]]:
+    """Seconds of each call of each run: `rounds` rounds, or as many as fit into `seconds` (3 at
+    least)."""
+    stopwatch = CudaStopwatch() if device == "cuda" else CpuStopwatch()
+    for run in runs.values():
+        for _ in range(WARM_UPS):
+            stopwatch.sample(run)
+        stopwatch.learn(run)
+    estimate = sum(stopwatch.cost(run) for run in runs.values())
+    rounds = max(3, min(rounds, int(seconds / estimate)))
+    pending: dict[str, list[Callable[[], float]]] = {name: [] for name in runs}
+    order = list(runs)
+    for _ in range(rounds):
+        for name in order:
+            pending[name].append(stopwatch.sample(runs[name]))
+        order.append(order.pop(0))
+    stopwatch.finish()
+    return {name: [read() for read in reads] for name, reads in pending.items()}
+
+
+class CpuStopwatch:
+    def __init__(self) -> None:
+        self._cost: dict[int, float] = {}
+
+    def sample(self, run: Run) -> Callable[[], float]:
+        """Calls `run` once; the returned function gives the seconds, after finish()."""
+        if run.before:
+            run.before()
+        start = time.perf_counter()
+        run.call()
+        elapsed = time.perf_counter() - start
+        return lambda: elapsed
+
+    def learn(self, run: Run) -> None:
+        """Notes what a sample of `run` costs."""
+        start = time.perf_counter()
+        self.sample(run)
+        self._cost[id(run)] = time.perf_counter() - start
+
+    def cost(self, run: Run) -> float:
+        return self._cost[id(run)]
+
+    def finish(self) -> None:
+        pass
+
+
+class CudaStopwatch(CpuStopwatch):
+    """CUDA events around a call whose inputs have left the L2 cache.
+
+    Ahead of the first event the GPU clears a buffer four times the L2 and then spins for as long as
+    the host needs to launch the call, so that the events enclose device work only.
+    """
+
+    CYCLES_PER_SECOND = 2e9  # no Hopper clocks higher; the spin may be longer than needed
+
+    def __init__(self) -> None:
+        super().__init__()
+        l2 = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+        self._flush = torch.empty(max(4 * l2, 1 << 28) // 4, dtype=torch.int32, device="cuda")
+        self._launch_seconds: dict[int, float] = {}
+
+    def sample(self, run: Run) -> Callable[[], float]:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        if run.before:
+            run.before()
+        self._flush.zero_()
+        launch = self._launch_seconds.get(id(run), 1e-3)
+        torch.cuda._sleep(int(1.5 * launch * self.CYCLES_PER_SECOND))
+        begin.record()
+        run.call()
+        end.record()
+        return lambda: begin.elapsed_time(end) / 1e3
+
+    def learn(self, run: Run) -> None:
+        if run.before:
+            run.before()
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        run.call()
+        self._launch_seconds[id(run)] = time.perf_counter() - start
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        self.sample(run)
+        torch.cuda.synchronize()
+        self._cost[id(run)] = time.perf_counter() - start
+
+    def finish(self) -> None:
+        torch.cuda.synchronize()
+
+
+def host_microseconds(run: Run, batches: int = 9, calls: int = 100) -> float:
+    """Time the host spends in one call, median over batches; the GPU works behind its back."""
+    means = []
+    for _ in range(batches + 1):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            run.call()
+        means.append((time.perf_counter() - start) / calls)
+    torch.cuda.synchronize()
+    return 1e6 * statistics.median(means[1:])
+
+
+class EnergyMeter:
+    """NVML's energy counter of the current GPU. It ticks every few tens of milliseconds: joules()
+    repeats a call for half a second."""
+
+    def __init__(self) -> None:
+        import pynvml
+
+        pynvml.nvmlInit()
+        uuid = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid
+        self._nvml: Any = pynvml
+        self._handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+        self._millijoules()  # raises where the counter is not supported
+
+    def _millijoules(self) -> int:
+        return self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)
+
+    def joules(self, run: Run, seconds: float = 0.5) -> float:
+        """Joules a call, back to back, the GPU's idle power included."""
+        torch.cuda.synchronize()
+        before, start, calls = self._millijoules(), time.perf_counter(), 0
+        while time.perf_counter() - start < seconds:
+            for _ in range(10):
+                run.call()
+            calls += 10
+            torch.cuda.synchronize()
+        return (self._millijoules() - before) / 1e3 / calls
+
+
+def measure_ceilings(device: str) -> dict:
+    """What this machine can do at best, measured: the roofline's two lines.
+
+    copy_bytes_per_s: a large copy, bytes read plus bytes written. gemm_flops_per_s: a large product
+    on random data, BF16 on a GPU, FP32 on a CPU. fp8_flops_per_s: what shares are taken of: twice
+    the BF16 rate on a GPU; on a CPU, which has no FP8 units, the FP32 rate.
+    """
+    megabytes, size = (2048, 8192) if device == "cuda" else (256, 1536)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    source = torch.randint(0, 127, (megabytes << 20,), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    runs = {
+        "copy": Run(lambda: target.copy_(source), lambda result: {}),
+        "gemm": Run(lambda: a @ b.t(), lambda result: {}),
+    }
+    times = interleave(runs, device, rounds=11, seconds=5.0)
+    copy, gemm = (statistics.median(times[name]) for name in ("copy", "gemm"))
+    flops = 2.0 * size**3 / gemm
+    return {
+        "copy_bytes_per_s": 2.0 * source.numel() / copy,
+        "gemm_flops_per_s": flops,
+        "gemm_dtype": str(dtype).removeprefix("torch."),
+        "fp8_flops_per_s": 2 * flops if device == "cuda" else flops,
+    }
