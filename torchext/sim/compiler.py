@@ -1,0 +1,61 @@
+"""CUDA sources to PTX, with whatever nvcc there is."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sysconfig
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from .module import Module
+
+
+class CompileError(RuntimeError):
+    """nvcc is missing, or refused the source; the message holds what it said."""
+
+
+def find_nvcc() -> Path:
+    """nvcc of CUDA_HOME, else of /usr/local/cuda*, PATH, or the PyPI packages of the compiler."""
+    homes = [Path(os.environ[key]) for key in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(key)]
+    if not homes:
+        homes = [Path("/usr/local/cuda"), *sorted(Path("/usr/local").glob("cuda-*"), reverse=True)]
+        on_path = shutil.which("nvcc")
+        homes += [Path(on_path).resolve().parent.parent] if on_path else []
+        homes += sorted(Path(sysconfig.get_path("purelib")).glob("nvidia/cu*"), reverse=True)
+    for home in homes:
+        if (home / "bin" / "nvcc").is_file():
+            return home / "bin" / "nvcc"
+    raise CompileError(
+        "torchext.sim: expected nvcc in CUDA_HOME, /usr/local/cuda* or PATH; found none. Install "
+        "the CUDA toolkit or, from PyPI, nvidia-cuda-nvcc, nvidia-cuda-crt, nvidia-nvvm, "
+        "nvidia-cuda-runtime and nvidia-cuda-cccl; a .ptx file needs no compiler"
+    )
+
+
+def compile_cuda(
+    source: str | Path, *, arch: str = "90a", options: Sequence[str] = (), keep: Path | None = None
+) -> Module:
+    """Compiles a CUDA file to PTX, with line information, and loads it.
+
+    Args:
+        source: path of a .cu file.
+        arch: N of compute_N.
+        options: more options of nvcc, such as include paths.
+        keep: where to leave the PTX; by default nowhere.
+
+    Raises CompileError if there is no nvcc or if it fails, PtxError if the PTX is not understood.
+    """
+    nvcc = find_nvcc()
+    with tempfile.TemporaryDirectory() as folder:
+        ptx = Path(folder) / f"{Path(source).stem}.ptx" if keep is None else keep
+        command = [
+            str(nvcc), "-std=c++17", "-lineinfo", "-ptx", "-o", str(ptx), str(source),
+            f"-gencode=arch=compute_{arch},code=compute_{arch}", *options,
+        ]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise CompileError(f"{' '.join(command)}\n{done.stdout}{done.stderr}".rstrip())
+        return Module(ptx)

@@ -1,0 +1,201 @@
+"""Host arrays as device buffers: copied into one arena with wide gaps, and back."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+# What lies between two buffers: wider than any plausible overshoot, and never touched, so that it
+# costs address space alone.
+GUARD_BYTES = 1 << 20
+ALIGNMENT = 256  # of cudaMalloc
+
+
+@dataclass(frozen=True)
+class View:
+    """Part of an allocation on the host.
+
+    Attributes:
+        owner: the array or tensor, kept alive.
+        base, size: address and bytes of the whole allocation.
+        offset, extent: the bytes of the allocation that the view spans.
+        shape, strides: in elements.
+        dtype: numpy's or torch's name of it.
+        itemsize: bytes of an element.
+        writable: numpy may forbid writing.
+    """
+
+    owner: Any
+    base: int
+    size: int
+    offset: int
+    extent: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: str
+    itemsize: int
+    writable: bool
+
+
+def is_array(value: Any) -> bool:
+    """Whether `value` is a numpy array or a torch tensor."""
+    return isinstance(value, np.ndarray) or _is_tensor(value)
+
+
+def _is_tensor(value: Any) -> bool:
+    return hasattr(value, "untyped_storage") and hasattr(value, "data_ptr")
+
+
+def _span(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, int]:
+    """The first and one past the last element, relative to element 0."""
+    if 0 in shape:
+        return 0, 0
+    steps = [(n - 1) * s for n, s in zip(shape, strides, strict=True)]
+    return sum(s for s in steps if s < 0), sum(s for s in steps if s > 0) + 1
+
+
+def view_of(value: Any) -> View:
+    """The View of a numpy array or a torch CPU tensor; raises TypeError for anything else."""
+    if isinstance(value, np.ndarray):
+        return _numpy_view(value)
+    if not _is_tensor(value):
+        raise TypeError(f"expected a numpy array or a torch CPU tensor; got {type(value).__name__}")
+    if value.device.type != "cpu":
+        raise TypeError(
+            f"expected a torch tensor on the CPU, where the simulator runs; got one on "
+            f"{value.device}; call .cpu() first"
+        )
+    storage, itemsize = value.untyped_storage(), value.element_size()
+    _, last = _span(tuple(value.shape), value.stride())
+    return View(
+        owner=value,
+        base=storage.data_ptr(),
+        size=storage.nbytes(),
+        offset=value.storage_offset() * itemsize,
+        extent=last * itemsize,
+        shape=tuple(value.shape),
+        strides=tuple(value.stride()),
+        dtype=str(value.dtype).removeprefix("torch."),
+        itemsize=itemsize,
+        writable=True,
+    )
+
+
+def _numpy_view(value: np.ndarray) -> View:
+    if value.dtype.hasobject:
+        raise TypeError(f"expected an array of numbers; got dtype {value.dtype}")
+    if any(stride % value.itemsize for stride in value.strides):
+        raise TypeError("expected strides that are multiples of the element size")
+    strides = tuple(stride // value.itemsize for stride in value.strides)
+    first, last = (x * value.itemsize for x in _span(value.shape, strides))
+    root = value
+    while isinstance(root.base, np.ndarray):
+        root = root.base
+    low, high = _span(root.shape, root.strides)
+    address = value.__array_interface__["data"][0]
+    base = root.__array_interface__["data"][0] + low
+    # `high` is one past the last byte offset at which an element starts.
+    return View(
+        owner=value,
+        base=base,
+        size=max(high - low + root.itemsize - 1, 0) if root.size else 0,
+        offset=address + first - base,
+        extent=last - first,
+        shape=value.shape,
+        strides=strides,
+        dtype=value.dtype.name,
+        itemsize=value.itemsize,
+        writable=value.flags.writeable,
+    )
+
+
+@dataclass
+class _Range:
+    begin: int  # in the allocation
+    end: int
+    access: str
+    names: list[str]
+
+
+@dataclass
+class _Allocation:
+    base: int
+    size: int
+    owner: Any
+    address: int = 0  # in the arena
+    ranges: list[_Range] = field(default_factory=list)
+
+    def add(self, new: _Range) -> None:
+        """Adds a range; ranges that overlap become one, with the access of both."""
+        apart = []
+        for old in self.ranges:
+            if old.end <= new.begin or new.end <= old.begin:
+                apart.append(old)
+                continue
+            new = _Range(
+                min(old.begin, new.begin),
+                max(old.end, new.end),
+                old.access if old.access == new.access else "read_write",
+                old.names + new.names,
+            )
+        self.ranges = [*apart, new]
+
+
+class Arena:
+    """The device memory of one launch."""
+
+    def __init__(self) -> None:
+        self._allocations: dict[int, _Allocation] = {}
+        self._memory: np.ndarray | None = None
+
+    def add(self, view: View, access: str, name: str) -> None:
+        """Registers a view, to be placed with the allocation that it is part of."""
+        if view.extent == 0:
+            return
+        allocation = self._allocations.setdefault(
+            view.base, _Allocation(view.base, view.size, view.owner)
+        )
+        allocation.add(_Range(view.offset, view.offset + view.extent, access, [name]))
+
+    def place(self) -> None:
+        """Lays the allocations out and copies the host's bytes in."""
+        at = GUARD_BYTES
+        for allocation in self._allocations.values():
+            allocation.address = at
+            at += -(-(allocation.size + GUARD_BYTES) // ALIGNMENT) * ALIGNMENT
+        self._memory = np.empty(at + ALIGNMENT, np.uint8)
+        start = -(-self._memory.__array_interface__["data"][0] // ALIGNMENT) * ALIGNMENT
+        for allocation in self._allocations.values():
+            allocation.address += start
+            for r in allocation.ranges:
+                if r.access != "write":
+                    self._copy(allocation, r, to_host=False)
+
+    def address_of(self, view: View) -> int:
+        """The device address of a view's first byte; 0, as cudaMalloc(0) gives, if it is empty."""
+        allocation = self._allocations.get(view.base)
+        return 0 if allocation is None or view.extent == 0 else allocation.address + view.offset
+
+    def buffers(self) -> list[tuple[int, int, str, str]]:
+        """(address, bytes, access, name) of every buffer."""
+        return [
+            (allocation.address + r.begin, r.end - r.begin, r.access, " and ".join(r.names))
+            for allocation in self._allocations.values()
+            for r in allocation.ranges
+        ]
+
+    def copy_back(self) -> None:
+        """Copies what the kernel may have written to the host arrays."""
+        for allocation in self._allocations.values():
+            for r in allocation.ranges:
+                if r.access != "read":
+                    self._copy(allocation, r, to_host=True)
+
+    @staticmethod
+    def _copy(allocation: _Allocation, r: _Range, *, to_host: bool) -> None:
+        host, device = allocation.base + r.begin, allocation.address + r.begin
+        target, source = (host, device) if to_host else (device, host)
+        ctypes.memmove(target, source, r.end - r.begin)

@@ -1,0 +1,183 @@
+"""PTX modules: parse, list, launch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torchext import _sim
+
+from .arguments import argument_of
+from .memory import Arena
+from .options import launch_options
+from .report import Report, report_from
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A kernel's parameter: PTX name, size and alignment in bytes."""
+
+    name: str
+    size: int
+    alignment: int
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """An entry point of a module.
+
+    Attributes:
+        name, parameters: as PTX declares them.
+        max_threads, required_threads, cluster: `.maxntid`, `.reqntid` and `.reqnctapercluster`,
+            (0, 0, 0) where absent.
+        line: of the declaration, in the PTX text.
+    """
+
+    name: str
+    parameters: tuple[Parameter, ...]
+    max_threads: tuple[int, int, int]
+    required_threads: tuple[int, int, int]
+    cluster: tuple[int, int, int]
+    line: int
+
+    def __str__(self) -> str:
+        sizes = ", ".join(f"{p.size} bytes" for p in self.parameters)
+        return f"{self.name}({sizes})"
+
+
+def _dim3(name: str, value: int | Sequence[int]) -> tuple[int, int, int]:
+    values = (value,) if isinstance(value, int) else tuple(value)
+    if not 1 <= len(values) <= 3 or any(not 0 <= v < 1 << 32 for v in values):
+        raise ValueError(
+            f"torchext.sim.Module.launch: {name} must be 1 to 3 numbers; got {value!r}"
+        )
+    x, y, z = (*values, 1, 1)[:3]
+    return x, y, z
+
+
+class Module:
+    """PTX text, or the path of a .ptx file, ready to be launched.
+
+    Raises:
+        PtxError: the PTX is malformed; the message names file and line.
+        FileNotFoundError: there is no such file.
+    """
+
+    def __init__(self, ptx_text_or_path: str | Path) -> None:
+        if isinstance(ptx_text_or_path, str) and "\n" in ptx_text_or_path:
+            name, text = "<ptx>", ptx_text_or_path
+        else:
+            name, text = str(ptx_text_or_path), Path(ptx_text_or_path).read_text()
+        self._module = _sim.Module(text, name)
+
+    @property
+    def target(self) -> str:
+        """The `.target` of the module, such as "sm_90a"."""
+        target: str = self._module.target
+        return target
+
+    def kernels(self) -> list[Kernel]:
+        """The module's entry points, in the order of the text."""
+        return [
+            Kernel(**{**k, "parameters": tuple(Parameter(*p) for p in k["parameters"])})
+            for k in self._module.kernels()
+        ]
+
+    def kernel(self, name: str) -> Kernel:
+        """The entry point of that name; raises ValueError, listing them, if there is none."""
+        kernels = self.kernels()
+        for kernel in kernels:
+            if kernel.name == name:
+                return kernel
+        raise ValueError(
+            f"torchext.sim.Module: there is no kernel {name!r}; the module has "
+            f"{', '.join(k.name for k in kernels) or 'none'}"
+        )
+
+    def check(self, name: str) -> None:
+        """Decodes a kernel and all it calls; raises PtxError for an unknown opcode or modifier."""
+        self._module.decode(self.kernel(name).name)
+
+    def launch(
+        self,
+        name: str,
+        *,
+        grid: int | Sequence[int],
+        block: int | Sequence[int],
+        args: Sequence[Any] = (),
+        smem: int = 0,
+        cluster: int | Sequence[int] | None = None,
+        seed: int = 0,
+        completion: str = "late",
+        lane_order: str = "converged",
+        checks: bool = True,
+        num_threads: int = 0,
+        num_sms: int = 132,
+        max_instructions: int = 20_000_000_000,
+    ) -> Report:
+        """Runs a kernel and returns what the checker saw.
+
+        Args:
+            name: of the kernel.
+            grid, block, cluster: one to three numbers. `cluster` None is the kernel's own.
+            args: one for each parameter. Numpy arrays and torch CPU tensors become buffers that
+                the kernel may read and write (`read_only(x)` and `output(x)` say more); they are
+                copied into memory of their own, with guard gaps, and back. Scalars carry their C
+                type: numpy or ctypes scalars. Also `tensor_map(...)`, `struct(...)` and bytes.
+            smem: bytes of dynamic shared memory.
+            seed: of the schedule. A seed gives the same schedule every time if num_threads is 1.
+            completion: when asynchronous work (TMA, wgmma, cp.async) completes: "late", not before
+                something waits for it; "eager", at once; "random".
+            lane_order: "converged": an `.aligned` or `.sync` instruction orders the lanes of its
+                warp. "strict": only bar.warp.sync and barriers do.
+            checks: False finds only what stops a kernel, and is faster.
+            num_threads: host threads; 0 uses all cores.
+            num_sms: what %nsmid says.
+            max_instructions: a finding ends the launch after so many warp-instructions.
+
+        Raises:
+            ValueError: no such kernel, arguments that do not fit, a launch that CUDA would refuse.
+            TypeError: an argument of no known kind.
+            PtxError: an opcode or modifier that the simulator does not know.
+        """
+        kernel = self.kernel(name)
+        where = f"torchext.sim.Module.launch of {name}"
+        if len(args) != len(kernel.parameters):
+            raise ValueError(
+                f"{where}: the kernel takes {len(kernel.parameters)} arguments; got {len(args)}"
+            )
+        options = launch_options(
+            where,
+            seed=seed,
+            completion=completion,
+            lane_order=lane_order,
+            checks=checks,
+            num_threads=num_threads,
+            num_sms=num_sms,
+            max_instructions=max_instructions,
+        )
+        arguments = [argument_of(arg, f"{where}: argument {i}") for i, arg in enumerate(args)]
+        for i, (argument, parameter) in enumerate(zip(arguments, kernel.parameters, strict=True)):
+            if argument.size != parameter.size:
+                raise ValueError(
+                    f"{where}: argument {i} has {argument.size} bytes; parameter "
+                    f"{parameter.name} has {parameter.size}"
+                )
+        arena = Arena()
+        for i, argument in enumerate(arguments):
+            argument.register(arena, f"argument {i}")
+        arena.place()
+        raw = self._module.launch(
+            name,
+            _dim3("grid", grid),
+            _dim3("block", block),
+            (0, 0, 0) if cluster is None else _dim3("cluster", cluster),
+            smem,
+            options,
+            [argument.to_bytes(arena) for argument in arguments],
+            arena.buffers(),
+        )
+        arena.copy_back()
+        return report_from(raw)

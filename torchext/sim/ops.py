@@ -1,0 +1,84 @@
+"""Ops under simulation: `torch.ops.torchext.*` on CPU tensors through launcher and PTX."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from torchext import _sim
+
+from .options import launch_options
+from .report import Report, report_from
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+_active: list[_sim.OpSimulator] = []
+
+
+class Simulation:
+    """What `simulate()` yields: the reports of the launches so far."""
+
+    def __init__(self, simulator: _sim.OpSimulator) -> None:
+        self._simulator = simulator
+
+    @property
+    def reports(self) -> list[Report]:
+        """One Report for each kernel launched, in order; those with findings also raised."""
+        return [report_from(raw) for raw in self._simulator.launches()]
+
+
+def _install(simulator: _sim.OpSimulator | None) -> None:
+    library = ctypes.CDLL(str(_PACKAGE / "_C.so"))
+    library.torchext_set_simulator.argtypes = [ctypes.c_void_p]
+    library.torchext_set_simulator.restype = None
+    library.torchext_set_simulator(None if simulator is None else simulator.interface)
+
+
+@contextmanager
+def simulate(
+    *,
+    seed: int = 0,
+    completion: str = "late",
+    lane_order: str = "converged",
+    checks: bool = True,
+    num_threads: int = 0,
+    num_sms: int = 132,
+    max_instructions: int = 20_000_000_000,
+) -> Iterator[Simulation]:
+    """Within it, torchext's ops on CPU tensors run their CUDA kernels on the simulator.
+
+    The launchers (heuristics, tensor maps, shared memory, grid, cluster) and the PTX are those of a
+    GPU. An op whose kernel has findings raises RuntimeError with the report. The switch is
+    process-wide: every thread's ops are simulated until the block ends. Blocks nest.
+
+    Args:
+        num_sms: of the simulated GPU, which persistent kernels fill.
+        others: as in `Module.launch`.
+
+    Raises RuntimeError where this build has no CUDA kernels to simulate.
+    """
+    options = launch_options(
+        "torchext.sim.simulate",
+        seed=seed,
+        completion=completion,
+        lane_order=lane_order,
+        checks=checks,
+        num_threads=num_threads,
+        num_sms=num_sms,
+        max_instructions=max_instructions,
+    )
+    files = sorted(str(path) for path in (_PACKAGE / "_ptx").glob("*.ptx"))
+    if not files:
+        raise RuntimeError(
+            "torchext.sim.simulate: this build of torchext has no PTX to simulate (no nvcc was "
+            "found when it was built); reinstall torchext where nvcc is on PATH or CUDA_HOME is set"
+        )
+    simulator = _sim.OpSimulator(files, options, 90)
+    _active.append(simulator)
+    _install(simulator)
+    try:
+        yield Simulation(simulator)
+    finally:
+        _active.remove(simulator)
+        _install(_active[-1] if _active else None)

@@ -1,0 +1,90 @@
+"""What a simulated launch reports."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+class SimulationError(RuntimeError):
+    """A simulated kernel has findings; `str(error)` is the rendered report."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One fault of a kernel.
+
+    Attributes:
+        kind: its class, such as "data race" or "out of bounds".
+        message: one sentence.
+        kernel: the kernel's name.
+        ptx_line, opcode: the instruction, by its line in the PTX text.
+        source_file, source_line: the CUDA line, where the PTX has `-lineinfo`; else "" and 0.
+        cta, warp, lanes: who executed it. `lanes` is empty when no thread did (a TMA, say).
+        address: of the access; shared memory counts from the CTA's window. 0 if there is none.
+        other, other_ptx_line: the access or event that it collides with, if there is one.
+        remedy: the usual remedy, in one sentence.
+        seed: of the schedule that showed it.
+    """
+
+    kind: str
+    message: str
+    kernel: str
+    ptx_line: int
+    opcode: str
+    source_file: str
+    source_line: int
+    cta: tuple[int, int, int]
+    warp: int
+    lanes: tuple[int, ...]
+    address: int
+    other: str
+    other_ptx_line: int
+    remedy: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """The outcome of one simulated launch; `print(report)` reads like a compiler's errors.
+
+    Attributes:
+        kernel: the kernel's name.
+        findings: its faults, one for each kind and pair of PTX lines.
+        findings_truncated: there were more than the simulator keeps.
+        instructions: warp-instructions executed, by opcode.
+        warp_instructions: their sum.
+        seconds: wall-clock time of the launch.
+        output: what the kernel printed.
+        unwritten: (buffer, bytes, offset of the first) of output buffers with bytes that the kernel
+            did not write. No fault in itself: padding is often left alone.
+    """
+
+    kernel: str
+    findings: tuple[Finding, ...]
+    findings_truncated: bool
+    instructions: dict[str, int]
+    warp_instructions: int
+    seconds: float
+    output: str
+    unwritten: tuple[tuple[str, int, int], ...]
+    text: str = field(repr=False)
+
+    @property
+    def ok(self) -> bool:
+        """Whether there are no findings."""
+        return not self.findings
+
+    def raise_for_findings(self) -> None:
+        """Raises SimulationError, with the rendered report, if there are findings."""
+        if self.findings:
+            raise SimulationError(self.text)
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def report_from(raw: dict[str, Any]) -> Report:
+    """A Report of what torchext._sim returns."""
+    findings = tuple(Finding(**finding) for finding in raw["findings"])
+    return Report(**{**raw, "findings": findings, "unwritten": tuple(raw["unwritten"])})

@@ -1,0 +1,202 @@
+"""Launch specifications: TOML files that say how to launch a kernel.
+
+kernel = "scale_rows"
+grid = [2, 1, 1]                             # or one number
+block = 128
+smem = 0                                     # optional, as are the lines below
+cluster = 1
+seeds = [0, 1, 2]                            # the default
+completion = ["late", "eager", "random"]     # the default: nine runs together
+
+[arrays.x]
+shape = [100, 64]
+dtype = "float8_e4m3fn"       # any dtype of torch
+fill = "normal"               # zeros, ones, normal, uniform, arange or a number
+access = "read"               # read, write or read_write (the default)
+
+[arrays.y]
+file = "y.npy"                # instead of shape, dtype and fill; beside the specification
+save = "y_out.npy"            # what the first run left in it
+
+[[args]]                      # one for each parameter, in order
+array = "x"
+
+[[args]]
+tensor_map = "x"
+box = [64, 64]
+swizzle = 64                  # optional, as are element_strides and oob_fill
+
+[[args]]
+scalar = 100
+type = "int32"                # any scalar type of numpy
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .arguments import Argument, pointer, tensor_map
+
+
+class SpecError(ValueError):
+    """A launch specification that cannot be used; the message names the entry."""
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """A buffer: what it holds before a run, and who may touch it."""
+
+    make: Callable[[], torch.Tensor]
+    access: str
+    save: Path | None
+
+
+@dataclass(frozen=True)
+class LaunchSpec:
+    """A parsed specification; `arguments` makes fresh buffers for every run."""
+
+    kernel: str
+    grid: int | Sequence[int]
+    block: int | Sequence[int]
+    smem: int
+    cluster: int | Sequence[int] | None
+    seeds: list[int]
+    completion: list[str]
+    arrays: dict[str, ArraySpec]
+    args: list[dict[str, Any]] = field(repr=False)
+
+    def arguments(self) -> tuple[list[Any], dict[str, torch.Tensor]]:
+        """(the kernel's arguments, the arrays that they point to), freshly filled."""
+        tensors = {name: array.make() for name, array in self.arrays.items()}
+        return [self._argument(entry, tensors) for entry in self.args], tensors
+
+    def _argument(self, entry: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Any:
+        if "scalar" in entry:
+            return np.dtype(entry["type"]).type(entry["scalar"])
+        name = entry.get("array") or entry["tensor_map"]
+        target: Argument = pointer(tensors[name], self.arrays[name].access, name)
+        if "array" in entry:
+            return target
+        options = {k: v for k, v in entry.items() if k != "tensor_map"}
+        return tensor_map(target, **options)
+
+
+def _take(
+    table: dict[str, Any], where: str, required: Sequence[str], optional: Sequence[str]
+) -> None:
+    for key in required:
+        if key not in table:
+            raise SpecError(f"{where}: expected the key '{key}'; got {', '.join(table) or 'none'}")
+    for key in table:
+        if key not in (*required, *optional):
+            raise SpecError(
+                f"{where}: unknown key '{key}'; expected {', '.join((*required, *optional))}"
+            )
+
+
+_FILLS: dict[str, Callable[[tuple[int, ...]], torch.Tensor]] = {
+    "zeros": torch.zeros,
+    "ones": torch.ones,
+    "normal": lambda shape: torch.randn(shape, generator=torch.Generator().manual_seed(0)),
+    "uniform": lambda shape: torch.rand(shape, generator=torch.Generator().manual_seed(0)),
+    "arange": lambda shape: torch.arange(int(np.prod(shape))).reshape(shape),
+}
+
+
+def _array(table: dict[str, Any], where: str, folder: Path) -> ArraySpec:
+    shared = ("access", "save")
+    if "file" in table:
+        _take(table, where, ("file",), shared)
+        path = folder / table["file"]
+        if not path.is_file():
+            raise SpecError(f"{where}: there is no file {path}")
+        stored = np.load(path, allow_pickle=False)
+
+        def make() -> torch.Tensor:
+            return torch.from_numpy(stored.copy())
+    else:
+        _take(table, where, ("shape", "dtype"), ("fill", *shared))
+        shape, fill = tuple(table["shape"]), table.get("fill", "zeros")
+        dtype = getattr(torch, table["dtype"], None)
+        if not isinstance(dtype, torch.dtype):
+            raise SpecError(f"{where}: dtype must be one of torch's; got '{table['dtype']}'")
+        if isinstance(fill, str) and fill not in _FILLS:
+            raise SpecError(
+                f"{where}: fill must be a number or one of {', '.join(_FILLS)}; got '{fill}'"
+            )
+
+        def make() -> torch.Tensor:
+            if isinstance(fill, str):
+                return _FILLS[fill](shape).to(dtype)
+            return torch.full(shape, fill, dtype=torch.float64).to(dtype)
+
+    access = table.get("access", "read_write")
+    if access not in ("read", "write", "read_write"):
+        raise SpecError(f"{where}: access must be read, write or read_write; got '{access}'")
+    return ArraySpec(make, access, folder / table["save"] if "save" in table else None)
+
+
+def _check_argument(entry: dict[str, Any], where: str, arrays: dict[str, ArraySpec]) -> None:
+    if "scalar" in entry:
+        _take(entry, where, ("scalar", "type"), ())
+        try:
+            np.dtype(entry["type"]).type(entry["scalar"])
+        except (TypeError, ValueError, OverflowError) as error:
+            raise SpecError(f"{where}: {error}") from None
+        return
+    if "array" in entry:
+        _take(entry, where, ("array",), ())
+    else:
+        _take(entry, where, ("tensor_map", "box"), ("swizzle", "element_strides", "oob_fill"))
+    name = entry.get("array") or entry["tensor_map"]
+    if name not in arrays:
+        raise SpecError(f"{where}: there is no [arrays.{name}]")
+
+
+def _load_toml(text: str) -> dict[str, Any]:
+    try:
+        import tomllib
+    except ModuleNotFoundError:  # Python 3.10
+        try:
+            import tomli as tomllib  # type: ignore[no-redef]
+        except ModuleNotFoundError:
+            raise SpecError(
+                "launch specifications need Python 3.11, or `pip install tomli` on 3.10"
+            ) from None
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise SpecError(f"not TOML: {error}") from None
+
+
+def load_spec(path: Path) -> LaunchSpec:
+    """Reads and checks a specification; raises SpecError, or OSError if it cannot be read."""
+    table = _load_toml(path.read_text())
+    _take(
+        table, str(path), ("kernel", "grid", "block"),
+        ("smem", "cluster", "seeds", "completion", "arrays", "args"),
+    )  # fmt: skip
+    arrays = {
+        name: _array(entry, f"{path}: [arrays.{name}]", path.parent)
+        for name, entry in table.get("arrays", {}).items()
+    }
+    args = table.get("args", [])
+    for index, entry in enumerate(args):
+        _check_argument(entry, f"{path}: args[{index}]", arrays)
+    return LaunchSpec(
+        kernel=table["kernel"],
+        grid=table["grid"],
+        block=table["block"],
+        smem=table.get("smem", 0),
+        cluster=table.get("cluster"),
+        seeds=table.get("seeds", [0, 1, 2]),
+        completion=table.get("completion", ["late", "eager", "random"]),
+        arrays=arrays,
+        args=args,
+    )
