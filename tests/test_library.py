@@ -44,7 +44,7 @@ def test_is_available_gives_a_reason_either_way(feature):
 
 
 def test_is_available_refuses_an_unknown_feature():
-    with pytest.raises(ValueError, match="feature must be one of 'cpu', 'cuda'.*got 'tpu'"):
+    with pytest.raises(ValueError, match=r"feature must be one of 'cpu', 'cuda'.*\(got 'tpu'\)"):
         torchext.is_available("tpu")
 
 

@@ -1,0 +1,226 @@
+"""The references against values worked out by hand, and the ops against the references: to the bit
+for quantisers and dequantize, within the tensor core's rounding for the GEMM."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from op_samples import (
+    E4M3,
+    E5M2,
+    FOLDING,
+    GRANULARITIES,
+    QUANTIZERS,
+    assert_same,
+    quantized,
+    random,
+)
+
+from torchext import ops, reference
+
+# ---- references, by hand ----
+
+
+def test_scale_is_amax_over_the_largest_value():
+    data, scale = reference.quantize_1x128(torch.tensor([[896.0, -2.0, 0.0, 3.1]]))
+    assert scale.tolist() == [[2.0]]
+    assert data.float().tolist() == [[448.0, -1.0, 0.0, 1.5]]  # 1.55 lies nearer 1.5 than 1.625
+    _, scale = reference.quantize_1x128(torch.tensor([[-57344.0]]), dtype=E5M2)
+    assert scale.tolist() == [[1.0]]
+
+
+def test_groups_and_blocks_are_of_128():
+    x = torch.zeros(130, 129)
+    x[0, 127], x[0, 128], x[129, 128] = 448.0, 896.0, 1792.0
+    assert reference.quantize_1x128(x)[1][0].tolist() == [1.0, 2.0]
+    assert reference.quantize_1x128_t(x)[1][128].tolist() == [2.0, 4.0]
+    assert reference.quantize_128x128(x)[1].tolist() == [[1.0, 2.0], [1.0, 4.0]]
+    assert reference.quantize_rowwise(x)[1].flatten()[[0, 1, 129]].tolist() == [2.0, 1.0, 4.0]
+    assert reference.quantize_tensorwise(x)[1].tolist() == [[4.0]]
+
+
+@pytest.mark.parametrize(
+    "amax, expected", [(448.0, 1.0), (449.0, 2.0), (1344.0, 4.0), (3.5, 2**-7), (0.0, 1.0)]
+)
+def test_pow2_scale_rounds_up(amax, expected):
+    _, scale = reference.quantize_1x128(torch.tensor([[amax]]), pow2_scale=True)
+    assert scale.item() == expected
+
+
+def test_tiny_groups_have_the_smallest_normal_scale():
+    data, scale = reference.quantize_1x128(torch.tensor([[2.0**-126, 2.0**-127, 2.0**-149]]))
+    assert scale.item() == 2.0**-126
+    assert data.float().tolist() == [[1.0, 0.5, 0.0]]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_nan_and_inf_poison_their_group_and_no_other(bad):
+    x = torch.ones(2, 256)
+    x[0, 3] = bad
+    data, scale = reference.quantize_1x128(x)
+    assert scale.isnan().tolist() == [[True, False], [False, False]]
+    assert data.float().isnan().sum() == 128
+    product = reference.fp8_gemm_nt(data, scale, *reference.quantize_128x128(torch.ones(5, 256)))
+    assert product.isnan().all(dim=1).tolist() == [True, False]
+
+
+def test_gemm_of_small_integers_is_exact():
+    x = torch.tensor([[448.0, 2.0], [0.0, -448.0]])
+    w = torch.tensor([[448.0, 1.0], [3.0, 0.0], [448.0, -448.0]])
+    bias = torch.tensor([1.0, 2.0, 3.0])
+    out = torch.full((2, 3), 0.5)
+    a, b = reference.quantize_1x128(x), reference.quantize_rowwise(w)
+    product = reference.fp8_gemm_nt(*a, *b, bias=bias)
+    b64 = b[0].double() * b[1].double()
+    assert product.dtype == torch.float64
+    torch.testing.assert_close(product, x.double() @ b64.t() + bias)
+    reference.fp8_gemm_nt(*a, *b, bias=bias, out=out, accumulate=True)
+    torch.testing.assert_close(out.double(), product + 0.5)
+
+
+# ---- ops against references ----
+
+
+def ordinary(device):
+    return random(150, 300, device=device, dtype=torch.float32)
+
+
+def wide_range(device):
+    return ordinary(device) * torch.exp2(torch.randint(-60, 60, (150, 300), device=device).float())
+
+
+def with_zeros(device):
+    x = ordinary(device)
+    x[3:140] = 0
+    x[:, 100:270] = 0
+    return x
+
+
+def with_nan_and_inf(device):
+    x = ordinary(device)
+    x[2, 5], x[7, 140], x[140, 290] = math.nan, math.inf, -math.inf
+    return x
+
+
+def subnormal(device):
+    return ordinary(device) * 2.0**-135
+
+
+def near_the_smallest_scale(device):
+    return ordinary(device) * 448 * 2.0**-126
+
+
+def largest(device):
+    return torch.finfo(torch.bfloat16).max * torch.sign(ordinary(device))
+
+
+def midpoints(device):
+    """Every FP8 value and every midpoint between neighbours, as x / scale with a scale of 1."""
+    values = torch.arange(256, dtype=torch.uint8, device=device).view(E4M3).float()
+    values = values[values.isfinite()].sort().values
+    between = (values[1:] + values[:-1]) / 2
+    x = torch.cat([values, between])
+    return torch.cat([x.new_full((x.numel(), 1), 448.0), x[:, None]], dim=1)
+
+
+HOSTILE = [
+    ordinary,
+    wide_range,
+    with_zeros,
+    with_nan_and_inf,
+    subnormal,
+    near_the_smallest_scale,
+    largest,
+    midpoints,
+]
+
+
+@pytest.mark.parametrize("pow2_scale", [False, True])
+@pytest.mark.parametrize("dtype", [E4M3, E5M2])
+@pytest.mark.parametrize("make", HOSTILE)
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_quantizers_equal_their_references(name, make, dtype, pow2_scale, device):
+    x = make(device)
+    for wide in (torch.float32, torch.bfloat16, torch.float16):
+        options = {"dtype": dtype, "pow2_scale": pow2_scale}
+        converted = x.to(wide)
+        assert_same(
+            getattr(ops, name)(converted, **options), getattr(reference, name)(converted, **options)
+        )
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 200), (1, 1, 1), (129,), (2, 0, 3), (0,)])
+@pytest.mark.parametrize("name", FOLDING)
+def test_quantizers_of_other_ranks_equal_their_references(name, shape, device):
+    x = random(*shape, device=device)
+    assert_same(getattr(ops, name)(x), getattr(reference, name)(x))
+
+
+@pytest.mark.parametrize(
+    "stride",
+    [
+        lambda x: x.t(),
+        lambda x: x[::2, ::3],
+        lambda x: x[1:, 1:],
+        lambda x: x[:1].expand(40, -1),
+        lambda x: x[:, :1].expand(-1, 40),
+    ],
+    ids=["transposed", "strided", "misaligned", "repeated row", "repeated column"],
+)
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_quantizers_of_other_strides_equal_their_references(name, stride, device):
+    x = stride(random(150, 300, device=device))
+    assert_same(getattr(ops, name)(x), getattr(reference, name)(x))
+
+
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("make", [ordinary, with_nan_and_inf, wide_range])
+@pytest.mark.parametrize("name", [n for n in QUANTIZERS if n != "quantize_1x128_t"])
+def test_dequantize_equals_its_reference(name, make, out_dtype, device):
+    data, scale = getattr(ops, name)(make(device))[:2]
+    assert_same(
+        ops.dequantize(data, scale, out_dtype=out_dtype),
+        reference.dequantize(data, scale, out_dtype=out_dtype),
+    )
+
+
+def test_dequantize_of_the_transpose(device):
+    x = random(150, 300, device=device)
+    data_t, scale_t = ops.quantize_1x128_t(x)
+    assert_same(
+        ops.dequantize(data_t, scale_t, out_dtype=torch.float32),
+        reference.dequantize(data_t, scale_t, out_dtype=torch.float32),
+    )
+    # ... and of views, which lie column-major.
+    y = ops.dequantize(data_t.t(), torch.ones(1, 1, device=device), out_dtype=torch.float32)
+    torch.testing.assert_close(y, data_t.float().t(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [(20, 40, 300), (130, 129, 257), (1, 1, 1), (7, 16, 0)])
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_gemm_is_near_its_reference(granularity, size, out_dtype, device):
+    m, n, k = size
+    a, a_scale, b, b_scale = quantized(granularity, m, n, k, device=device)
+    bias = random(n, device=device)
+    start = random(m, n, device=device, dtype=out_dtype)
+    exact = reference.fp8_gemm_nt(a, a_scale, b, b_scale, bias=bias)
+    # The sum of the magnitudes of what was added: what rounding errors are relative to.
+    magnitude = reference.fp8_gemm_nt(
+        a.float().abs().to(a.dtype), a_scale, b.float().abs().to(b.dtype), b_scale
+    )
+    rounding = torch.finfo(out_dtype).eps / 2
+
+    def check(result, expected):
+        error = (result.double() - expected).abs()
+        assert (error <= 1e-3 * magnitude + 1.01 * rounding * expected.abs() + 1e-12).all()
+
+    check(ops.fp8_gemm_nt(a, a_scale, b, b_scale, bias=bias, out_dtype=out_dtype), exact)
+    out = start.clone()
+    ops.fp8_gemm_nt(a, a_scale, b, b_scale, bias=bias, out=out)
+    check(out, exact)
+    out = start.clone()
+    ops.fp8_gemm_nt(a, a_scale, b, b_scale, bias=bias, out=out, accumulate=True)
+    check(out, exact + start.double())

@@ -1,0 +1,127 @@
+"""Loads the compiled ops, and answers what this build, on this machine, can run."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+PACKAGE = Path(__file__).resolve().parent
+
+
+def load(path: Path = PACKAGE / "_C.so") -> None:
+    """Registers `torch.ops.torchext.*`.
+
+    Raises ImportError when the library was not built, or when this torch cannot load it.
+    """
+    if not path.is_file():
+        raise ImportError(
+            f"torchext: its compiled ops are missing: expected {path}. Build them with "
+            "`pip install .` (or, in a checkout, `python setup.py build_ext --inplace`); a C++ "
+            "compiler is enough, nvcc adds the CUDA kernels."
+        )
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        raise ImportError(
+            f"torchext: torch {torch.__version__} cannot load {path.name}: {error}. Expected "
+            "torch >= 2.10; upgrade torch, or rebuild torchext on this machine with "
+            "`pip install .`."
+        ) from error
+
+
+def get_include() -> str:
+    """The folder to pass to a compiler as -I, so that `#include <ptx/isa/wgmma.h>` is found.
+
+    In an installed wheel it is `torchext/include`; in a checkout, the checkout itself.
+    """
+    for folder in (PACKAGE.parent, PACKAGE / "include"):
+        if (folder / "ptx" / "isa" / "wgmma.h").is_file():
+            return str(folder)
+    raise FileNotFoundError(
+        f"torchext.get_include: expected the headers in {PACKAGE / 'include' / 'ptx' / 'isa'}; "
+        "they are not there; reinstall torchext"
+    )
+
+
+def is_available(feature: str) -> tuple[bool, str]:
+    """Whether this build, on this machine, has `feature`; and why, in one sentence.
+
+    Features:
+      "cpu"   the CPU kernels: always;
+      "cuda"  the CUDA kernels were built and torch sees a GPU;
+      "sm90"  "cuda", and torch's current GPU is of compute capability 9.0, as they need;
+      "sim"   the PTX simulator (`torchext.sim`) and the PTX that it executes were built.
+
+    Raises ValueError for any other feature.
+    """
+    check = _FEATURES.get(feature)
+    if check is None:
+        raise ValueError(
+            f"torchext.is_available: feature must be one of {', '.join(map(repr, _FEATURES))} "
+            f"(got {feature!r})"
+        )
+    return check()
+
+
+def _has_ptx() -> bool:
+    # The build lays the PTX of every CUDA kernel here, and nothing when it found no nvcc.
+    return any((PACKAGE / "_ptx").glob("*.ptx"))
+
+
+def _cpu() -> tuple[bool, str]:
+    return True, "CPU kernels are part of every build"
+
+
+def _cuda() -> tuple[bool, str]:
+    if not _has_ptx():
+        return False, (
+            "this build of torchext has no CUDA kernels (no nvcc was found when it was built); "
+            "reinstall torchext where nvcc is on PATH or CUDA_HOME is set"
+        )
+    if torch.version.cuda is None:
+        return False, (
+            f"torch {torch.__version__} was built without CUDA; install a CUDA build of torch"
+        )
+    if not torch.cuda.is_available():
+        return False, "torch sees no GPU; check `nvidia-smi` and CUDA_VISIBLE_DEVICES"
+    return True, f"CUDA kernels are built and torch sees {torch.cuda.get_device_name()}"
+
+
+def _sm90() -> tuple[bool, str]:
+    available, reason = _cuda()
+    if not available:
+        return False, reason
+    major, minor = torch.cuda.get_device_capability()
+    if (major, minor) != (9, 0):
+        return False, (
+            f"{torch.cuda.get_device_name()} has compute capability {major}.{minor}; the CUDA "
+            "kernels need 9.0 (H100, H200, H800, GH200)"
+        )
+    return True, f"{torch.cuda.get_device_name()} has compute capability 9.0"
+
+
+def _sim() -> tuple[bool, str]:
+    if importlib.util.find_spec("torchext._sim") is None:
+        return False, (
+            "the simulator (torchext._sim) was not built for this Python; reinstall torchext from "
+            "source with this Python"
+        )
+    if not _has_ptx():
+        return False, (
+            "this build of torchext has no PTX to simulate (no nvcc was found when it was built); "
+            "reinstall torchext where nvcc is on PATH or CUDA_HOME is set"
+        )
+    return True, "the simulator and the PTX of the CUDA kernels are built"
+
+
+_FEATURES: dict[str, Callable[[], tuple[bool, str]]] = {
+    "cpu": _cpu,
+    "cuda": _cuda,
+    "sm90": _sm90,
+    "sim": _sim,
+}
+
+load()

@@ -1,0 +1,224 @@
+"""What torch must know of the compiled ops beyond their kernels: fake kernels and gradients.
+
+Fake kernels state shape, dtype and strides and leave the checks to the real kernels. Gradients:
+quantisers have none (their outputs never require one, like those of a cast to integers);
+`dequantize` has one with respect to `scale`; `fp8_gemm_nt` with respect to `bias`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import register_autograd, register_fake
+
+from . import _library  # noqa: F401  (loads the ops that are registered on here)
+from ._layout import (
+    GROUP,
+    ceil_div,
+    empty_block_scale,
+    empty_contiguous,
+    empty_data,
+    empty_group_scale,
+)
+
+_ops = torch.ops.torchext
+_IMPL = torch.library.Library("torchext", "IMPL")
+
+Dtype = torch.dtype | None
+
+
+# ---- fake kernels ----
+
+
+def _leading(x: Tensor) -> tuple[int, ...]:
+    if x.dim() == 0:
+        raise ValueError("torchext: a tensor must have shape [..., K] (got 0 dimensions)")
+    return tuple(x.shape[:-1])
+
+
+@register_fake("torchext::quantize_1x128")
+def _(x: Tensor, *, dtype: Dtype = None, pow2_scale: bool = False) -> tuple[Tensor, Tensor]:
+    leading, columns = _leading(x), x.shape[-1]
+    data = empty_data(x, leading, columns, dtype or torch.float8_e4m3fn)
+    return data, empty_group_scale(x, leading, columns)
+
+
+@register_fake("torchext::quantize_1x128_t")
+def _(x: Tensor, *, dtype: Dtype = None, pow2_scale: bool = False) -> tuple[Tensor, Tensor]:
+    rows, columns = math.prod(_leading(x)), x.shape[-1]
+    data_t = empty_data(x, (columns,), rows, dtype or torch.float8_e4m3fn)
+    return data_t, empty_group_scale(x, (columns,), rows)
+
+
+@register_fake("torchext::quantize_1x128_dual")
+def _(
+    x: Tensor, *, dtype: Dtype = None, pow2_scale: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return *_ops.quantize_1x128(x, dtype=dtype), *_ops.quantize_1x128_t(x, dtype=dtype)
+
+
+@register_fake("torchext::quantize_128x128")
+def _(x: Tensor, *, dtype: Dtype = None, pow2_scale: bool = False) -> tuple[Tensor, Tensor]:
+    rows, columns = x.shape
+    data = empty_data(x, (rows,), columns, dtype or torch.float8_e4m3fn)
+    return data, empty_block_scale(x, rows, columns)
+
+
+@register_fake("torchext::quantize_128x128_dual")
+def _(x: Tensor, *, dtype: Dtype = None, pow2_scale: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    rows, columns = x.shape
+    data_t = empty_data(x, (columns,), rows, dtype or torch.float8_e4m3fn)
+    return *_ops.quantize_128x128(x, dtype=dtype), data_t
+
+
+@register_fake("torchext::quantize_rowwise")
+def _(x: Tensor, *, dtype: Dtype = None, pow2_scale: bool = False) -> tuple[Tensor, Tensor]:
+    leading = _leading(x)
+    data = empty_data(x, leading, x.shape[-1], dtype or torch.float8_e4m3fn)
+    return data, empty_contiguous(x, leading, 1, torch.float32)
+
+
+@register_fake("torchext::quantize_tensorwise")
+def _(x: Tensor, *, dtype: Dtype = None, pow2_scale: bool = False) -> tuple[Tensor, Tensor]:
+    data = empty_data(x, _leading(x), x.shape[-1], dtype or torch.float8_e4m3fn)
+    return data, x.new_empty((1, 1), dtype=torch.float32)
+
+
+@register_fake("torchext::dequantize")
+def _(data: Tensor, scale: Tensor, *, out_dtype: torch.dtype) -> Tensor:
+    return empty_contiguous(data, _leading(data), data.shape[-1], out_dtype)
+
+
+@register_fake("torchext::fp8_gemm_nt")
+def _(
+    a: Tensor,
+    a_scale: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    *,
+    bias: Tensor | None = None,
+    out_dtype: Dtype = None,
+    num_sms: int = 0,
+) -> Tensor:
+    return a.new_empty((*_leading(a), b.shape[0]), dtype=out_dtype or torch.bfloat16)
+
+
+@register_fake("torchext::fp8_gemm_nt.out")
+def _(
+    a: Tensor,
+    a_scale: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    *,
+    out: Tensor,
+    accumulate: bool = False,
+    bias: Tensor | None = None,
+    num_sms: int = 0,
+) -> None:
+    return None
+
+
+# ---- gradients ----
+
+# Falling through the Autograd key leaves fresh outputs that require no gradient, and costs nothing.
+for _name in (
+    "quantize_1x128",
+    "quantize_1x128_t",
+    "quantize_1x128_dual",
+    "quantize_128x128",
+    "quantize_128x128_dual",
+    "quantize_rowwise",
+    "quantize_tensorwise",
+    "fp8_gemm_nt.out",  # refuses gradients below, where it also bumps the version of `out`
+):
+    _IMPL.impl(_name, torch.library.fallthrough_kernel, "Autograd")
+
+
+def _save_for_dequantize(
+    ctx: Any, inputs: tuple[Tensor, Tensor], keyword_only_inputs: dict[str, Any], output: Tensor
+) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _dequantize_backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None]:
+    """y = data * scale, so a scale's gradient is the sum of grad * data over its group, in FP32."""
+    if not ctx.needs_input_grad[1]:
+        return None, None
+    data, scale = ctx.saved_tensors
+    columns, scale_columns = data.shape[-1], scale.shape[-1]
+    rows, scale_rows = math.prod(data.shape[:-1]), math.prod(scale.shape[:-1])
+    product = (grad.float() * data.float()).reshape(rows, columns)
+    if scale_columns != columns:
+        product = _sum_groups(product, scale_columns)
+    if scale_rows != rows:
+        product = _sum_groups(product.t(), scale_rows).t()
+    return None, product.reshape(scale.shape)
+
+
+def _sum_groups(matrix: Tensor, groups: int) -> Tensor:
+    """Sums the columns of `matrix` in groups of 128, the last one ragged, or all in one group."""
+    rows, columns = matrix.shape
+    if groups == 1:
+        return matrix.sum(1, keepdim=True)
+    padding = ceil_div(columns, GROUP) * GROUP - columns
+    return torch.nn.functional.pad(matrix, (0, padding)).view(rows, groups, GROUP).sum(2)
+
+
+register_autograd(
+    "torchext::dequantize", _dequantize_backward, setup_context=_save_for_dequantize, lib=_IMPL
+)
+
+
+class _GemmWithBias(torch.autograd.Function):
+    """fp8_gemm_nt seen from its bias: register_autograd takes no keyword-only tensors."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, bias: Tensor, operands: tuple[Tensor, ...], options: dict[str, Any]
+    ) -> Tensor:
+        ctx.bias_dtype = bias.dtype
+        with torch._C._AutoDispatchBelowAutograd():
+            return _ops.fp8_gemm_nt.default(*operands, bias=bias, **options)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (grad,) = grads
+        rows = grad.reshape(math.prod(grad.shape[:-1]), grad.shape[-1])
+        return rows.sum(0, dtype=torch.float32).to(ctx.bias_dtype), None, None
+
+
+def _fp8_gemm_nt_autograd(*operands: Tensor, bias: Tensor | None = None, **options: Any) -> Tensor:
+    if bias is not None and bias.requires_grad and torch.is_grad_enabled():
+        return _GemmWithBias.apply(bias, operands, options)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _ops.fp8_gemm_nt.default(*operands, bias=bias, **options)
+
+
+_IMPL.impl("fp8_gemm_nt", _fp8_gemm_nt_autograd, "Autograd")
+
+
+def _fp8_gemm_nt_out_inplace(
+    keyset: torch._C.DispatchKeySet,
+    *operands: Tensor,
+    out: Tensor,
+    bias: Tensor | None = None,
+    **options: Any,
+) -> None:
+    """Refuses gradients, as every out= function of torch does, and tells autograd of the write."""
+    if torch.is_grad_enabled():
+        for name, tensor in (("out", out), ("bias", bias)):
+            if tensor is not None and tensor.requires_grad:
+                raise RuntimeError(
+                    f"fp8_gemm_nt: {name} must not require a gradient when out= is given (got "
+                    "requires_grad=True); detach it, call under torch.no_grad(), or leave out= away"
+                )
+    torch.autograd.graph.increment_version(out)
+    _ops.fp8_gemm_nt.out.redispatch(
+        keyset & torch._C._after_ADInplaceOrView_keyset, *operands, out=out, bias=bias, **options
+    )
+
+
+_IMPL.impl("fp8_gemm_nt.out", _fp8_gemm_nt_out_inplace, "ADInplaceOrView", with_keyset=True)

@@ -1,0 +1,347 @@
+"""The ops as typed functions: quantisation to FP8, and FP8 matrix products.
+
+Each is the function of the same name under `torch.ops.torchext`, with its errors as ValueError and
+TypeError. They run on CPU and CUDA tensors, under `torch.compile(fullgraph=True)` and CUDA graphs,
+and are deterministic; CPU and CUDA give the same bits for every quantiser and for `dequantize`.
+
+Quantised tensors. `(data, scale)` stands for `data.float() * scale`: data are FP8, scale is the
+FP32 multiplier that dequantises. FP8 is `torch.float8_e4m3fn` (largest value 448) unless
+`dtype=torch.float8_e5m2` (57344) is asked for. For every group of elements that share a scale
+
+    scale = amax / largest          amax = max |x| over the group; FP32, rounded to nearest even
+    data  = fp8(x / scale)          round to nearest even, saturating
+
+- A group of zeros has scale 1; a scale is never below the smallest normal FP32, 2**-126.
+- With `pow2_scale=True` a scale is rounded up to a power of two.
+- NaN or Inf anywhere in a group makes its scale NaN, so that whatever is computed from the group is
+  NaN and a training loop's overflow check sees it.
+
+Layout. "Rows" below are all leading dimensions, folded: M = x.shape[:-1].numel(). Rows of data lie
+P = round_up(K, 16) bytes apart, which is what TMA asks for; so 2-D data have strides (P, 1), and
+data are contiguous only where K is a multiple of 16. Scales of 1x128 groups are M-major: 2-D
+strides (1, round_up(M, 4)). A 1-D x is one row. Empty inputs give empty outputs. Inputs are read in
+place, whatever their strides, if the rows fold, that is, if they lie one stride apart
+(`x.view(-1, K)` would work, or x is 2-D); others are refused, since they would have to be copied.
+
+Gradients. Outputs of the quantisers require none: the gradient stops there, as at a cast to
+integers. (`torchext.nn.Linear` carries gradients around them.)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import _registrations  # noqa: F401  (loads the ops, their fake kernels and gradients)
+from ._errors import python_error
+
+__all__ = [
+    "dequantize",
+    "fp8_gemm_nt",
+    "quantize_1x128",
+    "quantize_1x128_dual",
+    "quantize_1x128_t",
+    "quantize_128x128",
+    "quantize_128x128_dual",
+    "quantize_rowwise",
+    "quantize_tensorwise",
+]
+
+# Overloads, resolved once: a call costs one Python frame above the dispatcher.
+_quantize_1x128 = torch.ops.torchext.quantize_1x128.default
+_quantize_1x128_t = torch.ops.torchext.quantize_1x128_t.default
+_quantize_1x128_dual = torch.ops.torchext.quantize_1x128_dual.default
+_quantize_128x128 = torch.ops.torchext.quantize_128x128.default
+_quantize_128x128_dual = torch.ops.torchext.quantize_128x128_dual.default
+_quantize_rowwise = torch.ops.torchext.quantize_rowwise.default
+_quantize_tensorwise = torch.ops.torchext.quantize_tensorwise.default
+_dequantize = torch.ops.torchext.dequantize.default
+_fp8_gemm_nt = torch.ops.torchext.fp8_gemm_nt.default
+_fp8_gemm_nt_out = torch.ops.torchext.fp8_gemm_nt.out
+
+
+def quantize_1x128(
+    x: Tensor, *, dtype: torch.dtype | None = None, pow2_scale: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Quantises `x` to FP8 with one scale for every 128 consecutive elements of a row.
+
+    The layout of activations and of gradients in fprop and dgrad (DeepSeek-V3, section 3.3.2).
+
+    Args:
+        x: [..., K], bfloat16, float16 or float32, of any strides that let its rows fold.
+        dtype: torch.float8_e4m3fn (None) or torch.float8_e5m2.
+        pow2_scale: round scales up to powers of two.
+
+    Returns:
+        data: [..., K], FP8. Strides (P, 1) for a 2-D x, (S*P, P, 1) for [B, S, K], and so on,
+            with P = round_up(K, 16).
+        scale: [..., ceil(K / 128)], float32, M-major. Strides (1, round_up(M, 4)) for a 2-D x,
+            (S, 1, round_up(M, 4)) for [B, S, K]. The last group of a row may be shorter than 128.
+
+    Raises:
+        ValueError: x is a scalar, or its rows do not fold.
+        TypeError: x or dtype is of another dtype.
+    """
+    try:
+        return _quantize_1x128(x, dtype=dtype, pow2_scale=pow2_scale)
+    except RuntimeError as error:
+        raise python_error(error) from None
+
+
+def quantize_1x128_t(
+    x: Tensor, *, dtype: torch.dtype | None = None, pow2_scale: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Quantises `x` transposed, with one scale for every 128 consecutive rows of a column.
+
+    Equal, to the bit, to `quantize_1x128(x.flatten(0, -2).t())` without the copy: the operands of
+    wgrad, whose K is the number of tokens.
+
+    Args:
+        x: [..., K], bfloat16, float16 or float32, of any strides that let its rows fold
+            into M.
+        dtype: torch.float8_e4m3fn (None) or torch.float8_e5m2.
+        pow2_scale: round scales up to powers of two.
+
+    Returns:
+        data_t: [K, M], FP8, strides (round_up(M, 16), 1).
+        scale_t: [K, ceil(M / 128)], float32, strides (1, round_up(K, 4)).
+
+    Raises:
+        ValueError: x is a scalar, or its rows do not fold.
+        TypeError: x or dtype is of another dtype.
+    """
+    try:
+        return _quantize_1x128_t(x, dtype=dtype, pow2_scale=pow2_scale)
+    except RuntimeError as error:
+        raise python_error(error) from None
+
+
+def quantize_1x128_dual(
+    x: Tensor, *, dtype: torch.dtype | None = None, pow2_scale: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`quantize_1x128` and `quantize_1x128_t` from one read of `x`.
+
+    What a training step needs of an activation or a gradient: the rows now, for fprop or dgrad, and
+    the transpose for wgrad.
+
+    Args:
+        x: [..., K], bfloat16, float16 or float32, of any strides that let its rows fold into M.
+        dtype: torch.float8_e4m3fn (None) or torch.float8_e5m2.
+        pow2_scale: round scales up to powers of two.
+
+    Returns:
+        data, scale: as `quantize_1x128` returns them.
+        data_t, scale_t: as `quantize_1x128_t` returns them.
+
+    Raises:
+        ValueError: x is a scalar, or its rows do not fold.
+        TypeError: x or dtype is of another dtype.
+    """
+    try:
+        return _quantize_1x128_dual(x, dtype=dtype, pow2_scale=pow2_scale)
+    except RuntimeError as error:
+        raise python_error(error) from None
+
+
+def quantize_128x128(
+    x: Tensor, *, dtype: torch.dtype | None = None, pow2_scale: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Quantises a matrix to FP8 with one scale for every block of 128 rows and 128 columns.
+
+    The layout of weights, and of `weight` and `weight_scale_inv` in DeepSeek-V3 checkpoints.
+
+    Args:
+        x: [N, K], bfloat16, float16 or float32, of any strides.
+        dtype: torch.float8_e4m3fn (None) or torch.float8_e5m2.
+        pow2_scale: round scales up to powers of two.
+
+    Returns:
+        data: [N, K], FP8, strides (round_up(K, 16), 1).
+        scale: [ceil(N / 128), ceil(K / 128)], float32, contiguous. Blocks at the right and lower
+            edges may be smaller.
+
+    Raises:
+        ValueError: x is not 2-D.
+        TypeError: x or dtype is of another dtype.
+    """
+    try:
+        return _quantize_128x128(x, dtype=dtype, pow2_scale=pow2_scale)
+    except RuntimeError as error:
+        raise python_error(error) from None
+
+
+def quantize_128x128_dual(
+    x: Tensor, *, dtype: torch.dtype | None = None, pow2_scale: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`quantize_128x128` of `x` and of its transpose, from one read of `x`.
+
+    Blocks are square, so both share their FP8 values and their scales: the transpose's scale is
+    `scale.t()`. A weight needs `data` in fprop and `data_t` in dgrad.
+
+    Args:
+        x: [N, K], bfloat16, float16 or float32, of any strides.
+        dtype: torch.float8_e4m3fn (None) or torch.float8_e5m2.
+        pow2_scale: round scales up to powers of two.
+
+    Returns:
+        data, scale: as `quantize_128x128` returns them.
+        data_t: [K, N], FP8, strides (round_up(N, 16), 1).
+
+    Raises:
+        ValueError: x is not 2-D.
+        TypeError: x or dtype is of another dtype.
+    """
+    try:
+        return _quantize_128x128_dual(x, dtype=dtype, pow2_scale=pow2_scale)
+    except RuntimeError as error:
+        raise python_error(error) from None
+
+
+def quantize_rowwise(
+    x: Tensor, *, dtype: torch.dtype | None = None, pow2_scale: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Quantises `x` to FP8 with one scale a row.
+
+    Args:
+        x: [..., K], bfloat16, float16 or float32, of any strides that let its rows fold.
+        dtype: torch.float8_e4m3fn (None) or torch.float8_e5m2.
+        pow2_scale: round scales up to powers of two.
+
+    Returns:
+        data: [..., K], FP8, strides as `quantize_1x128`'s.
+        scale: [..., 1], float32, contiguous.
+
+    Raises:
+        ValueError: x is a scalar, or its rows do not fold.
+        TypeError: x or dtype is of another dtype.
+    """
+    try:
+        return _quantize_rowwise(x, dtype=dtype, pow2_scale=pow2_scale)
+    except RuntimeError as error:
+        raise python_error(error) from None
+
+
+def quantize_tensorwise(
+    x: Tensor, *, dtype: torch.dtype | None = None, pow2_scale: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Quantises `x` to FP8 with one scale in all.
+
+    Args:
+        x: [..., K], bfloat16, float16 or float32, of any strides that let its rows fold.
+        dtype: torch.float8_e4m3fn (None) or torch.float8_e5m2.
+        pow2_scale: round the scale up to a power of two.
+
+    Returns:
+        data: [..., K], FP8, strides as `quantize_1x128`'s.
+        scale: [1, 1], float32.
+
+    Raises:
+        ValueError: x is a scalar, or its rows do not fold.
+        TypeError: x or dtype is of another dtype.
+    """
+    try:
+        return _quantize_tensorwise(x, dtype=dtype, pow2_scale=pow2_scale)
+    except RuntimeError as error:
+        raise python_error(error) from None
+
+
+def dequantize(data: Tensor, scale: Tensor, *, out_dtype: torch.dtype) -> Tensor:
+    """`data * scale`, computed in FP32 and rounded once, to nearest even, to `out_dtype`.
+
+    The shape of `scale` tells which elements share a scale. It has a gradient with respect to
+    `scale` (float32; the sum of grad * data over each group) and none with respect to `data`.
+
+    Args:
+        data: [..., K], torch.float8_e4m3fn or torch.float8_e5m2; M rows.
+        scale: float32, of any strides, as a quantiser made it: [..., ceil(K / 128)],
+            [ceil(M / 128), ceil(K / 128)], [..., 1] or [1, 1].
+        out_dtype: torch.bfloat16, torch.float16 or torch.float32.
+
+    Returns:
+        [..., K], out_dtype, contiguous.
+
+    Raises:
+        ValueError: scale's shape fits data in none of these ways; rows do not fold; different
+            devices.
+        TypeError: data, scale or out_dtype is of another dtype.
+    """
+    try:
+        return _dequantize(data, scale, out_dtype=out_dtype)
+    except RuntimeError as error:
+        raise python_error(error) from None
+
+
+def fp8_gemm_nt(
+    a: Tensor,
+    a_scale: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    *,
+    out: Tensor | None = None,
+    accumulate: bool = False,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    num_sms: int = 0,
+) -> Tensor:
+    """The matrix product of FP8 operands: dequantised a @ dequantised b.T (+ bias).
+
+    The granularity comes from the scales' shapes:
+
+        a_scale               b_scale
+        [..., ceil(K / 128)]  [ceil(N / 128), ceil(K / 128)]   1D2D: 1x128 by 128x128
+        [..., ceil(K / 128)]  [N, ceil(K / 128)]               1D1D: 1x128 by 1x128
+        [..., 1] or [1, 1]    [N, 1] or [1, 1]                 row-wise, tensor-wise
+
+    FP8 products accumulate on tensor cores over at most 128 of K, then in FP32 with the scales
+    applied; bias is added in FP32; the result is rounded once. Error bounds: docs/numerics.md.
+
+    It has a gradient with respect to `bias` (summed in FP32) when `out` is None, and none with
+    respect to the quantised operands and their scales: `torchext.nn.Linear` computes dgrad and
+    wgrad as products of their own.
+
+    Args:
+        a: [..., K], torch.float8_e4m3fn or torch.float8_e5m2. Rows, leading dimensions folded,
+            are contiguous and a multiple of 16 bytes apart, from a 16-byte aligned address: as
+            the quantisers return them. Any K.
+        a_scale: float32. Per 1x128 group it must be M-major: rows adjacent, groups a multiple of
+            four elements apart, 16-byte aligned, as the quantisers return it.
+        b: [N, K], FP8, laid out like a; e4m3 and e5m2 mix.
+        b_scale: float32. Per 1x128 group, laid out like a_scale.
+        out: write here instead: [..., N], bfloat16, float16 or float32, contiguous rows.
+        accumulate: add the product to `out`: the sum is taken in FP32 and rounded once.
+        bias: [N], bfloat16, float16 or float32, contiguous.
+        out_dtype: bfloat16 (None), float16 or float32. With `out`, whose dtype decides, None.
+        num_sms: how many SMs the CUDA kernel may occupy; 0 for all. Other work can run on the rest.
+
+    Returns:
+        [..., N], contiguous, of out_dtype; or `out`.
+
+    Raises:
+        ValueError: shapes that do not fit together; a pitch, alignment or scale layout that TMA
+            cannot load; different devices; num_sms < 0; `accumulate` without `out`; an out_dtype
+            that is not out's.
+        TypeError: an operand, scale, bias or output of another dtype.
+        RuntimeError: a GPU that this build has no kernels for; out= where `out` or `bias` requires
+            a gradient.
+    """
+    try:
+        if out is None:
+            if accumulate:
+                raise ValueError(
+                    "fp8_gemm_nt: out must be the tensor to add to when accumulate=True (got "
+                    "None); pass out=, or leave accumulate=False"
+                )
+            return _fp8_gemm_nt(
+                a, a_scale, b, b_scale, bias=bias, out_dtype=out_dtype, num_sms=num_sms
+            )
+        if out_dtype is not None and out_dtype != out.dtype:
+            raise ValueError(
+                f"fp8_gemm_nt: out_dtype must be None or out's own {out.dtype} when out is given "
+                f"(got {out_dtype}); leave it away, or pass an out of that dtype"
+            )
+        _fp8_gemm_nt_out(
+            a, a_scale, b, b_scale, out=out, accumulate=accumulate, bias=bias, num_sms=num_sms
+        )
+        return out
+    except RuntimeError as error:
+        raise python_error(error) from None

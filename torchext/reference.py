@@ -1,0 +1,179 @@
+"""What every op computes, in plain PyTorch: short, slow, and the standard that kernels are held to.
+
+Each function has the name and arguments of its op in `torchext.ops`, runs on any device that torch
+does, and returns tensors of the same shape, dtype and strides. Quantisers and `dequantize` are
+specified to the bit: CPU and CUDA kernels return what the functions here return. `fp8_gemm_nt` is a
+float64 product, which kernels approximate within the bounds of docs/numerics.md.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ._layout import (
+    GROUP,
+    ceil_div,
+    empty_block_scale,
+    empty_contiguous,
+    empty_data,
+    empty_group_scale,
+)
+
+_SMALLEST_NORMAL = torch.finfo(torch.float32).smallest_normal
+
+
+def quantize_1x128(
+    x: Tensor, *, dtype: torch.dtype | None = None, pow2_scale: bool = False
+) -> tuple[Tensor, Tensor]:
+    """One scale for every 128 elements of a row; see `torchext.ops.quantize_1x128`."""
+    data, scale = _quantize(_matrix(x), (1, GROUP), dtype, pow2_scale)
+    leading, columns = x.shape[:-1], x.shape[-1]
+    return (
+        empty_data(x, leading, columns, data.dtype).copy_(data.reshape(x.shape)),
+        empty_group_scale(x, leading, columns).copy_(scale.reshape(*leading, scale.shape[-1])),
+    )
+
+
+def quantize_1x128_t(
+    x: Tensor, *, dtype: torch.dtype | None = None, pow2_scale: bool = False
+) -> tuple[Tensor, Tensor]:
+    """`quantize_1x128` of the transpose; see `torchext.ops.quantize_1x128_t`."""
+    return quantize_1x128(_matrix(x).t(), dtype=dtype, pow2_scale=pow2_scale)
+
+
+def quantize_1x128_dual(
+    x: Tensor, *, dtype: torch.dtype | None = None, pow2_scale: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Both of the above; see `torchext.ops.quantize_1x128_dual`."""
+    rows = quantize_1x128(x, dtype=dtype, pow2_scale=pow2_scale)
+    return *rows, *quantize_1x128_t(x, dtype=dtype, pow2_scale=pow2_scale)
+
+
+def quantize_128x128(
+    x: Tensor, *, dtype: torch.dtype | None = None, pow2_scale: bool = False
+) -> tuple[Tensor, Tensor]:
+    """One scale for every block of 128x128; see `torchext.ops.quantize_128x128`."""
+    data, scale = _quantize(x, (GROUP, GROUP), dtype, pow2_scale)
+    return (
+        empty_data(x, x.shape[:1], x.shape[1], data.dtype).copy_(data),
+        empty_block_scale(x, *x.shape).copy_(scale),
+    )
+
+
+def quantize_128x128_dual(
+    x: Tensor, *, dtype: torch.dtype | None = None, pow2_scale: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """With the transposed data; see `torchext.ops.quantize_128x128_dual`."""
+    data, scale = quantize_128x128(x, dtype=dtype, pow2_scale=pow2_scale)
+    data_t, _ = quantize_128x128(x.t(), dtype=dtype, pow2_scale=pow2_scale)
+    return data, scale, data_t
+
+
+def quantize_rowwise(
+    x: Tensor, *, dtype: torch.dtype | None = None, pow2_scale: bool = False
+) -> tuple[Tensor, Tensor]:
+    """One scale a row; see `torchext.ops.quantize_rowwise`."""
+    data, scale = _quantize(_matrix(x), (1, None), dtype, pow2_scale)
+    leading, columns = x.shape[:-1], x.shape[-1]
+    return (
+        empty_data(x, leading, columns, data.dtype).copy_(data.reshape(x.shape)),
+        empty_contiguous(x, leading, 1, torch.float32).copy_(scale.reshape(*leading, 1)),
+    )
+
+
+def quantize_tensorwise(
+    x: Tensor, *, dtype: torch.dtype | None = None, pow2_scale: bool = False
+) -> tuple[Tensor, Tensor]:
+    """One scale in all; see `torchext.ops.quantize_tensorwise`."""
+    data, scale = _quantize(_matrix(x), (None, None), dtype, pow2_scale)
+    return (
+        empty_data(x, x.shape[:-1], x.shape[-1], data.dtype).copy_(data.reshape(x.shape)),
+        scale.reshape(1, 1),
+    )
+
+
+def dequantize(data: Tensor, scale: Tensor, *, out_dtype: torch.dtype) -> Tensor:
+    """data * scale in FP32, rounded to `out_dtype`; see `torchext.ops.dequantize`."""
+    product = _matrix(data).float() * _spread(_matrix(scale), *_matrix(data).shape)
+    y = empty_contiguous(data, data.shape[:-1], data.shape[-1], out_dtype)
+    return y.copy_(product.reshape(data.shape))
+
+
+def fp8_gemm_nt(
+    a: Tensor,
+    a_scale: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    *,
+    out: Tensor | None = None,
+    accumulate: bool = False,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """a @ b.T (+ bias) (+ out), in float64, of the dequantised operands.
+
+    See `torchext.ops.fp8_gemm_nt`; here out_dtype=None is float64, and the result is rounded once
+    to any other `out_dtype` or to the dtype of `out`.
+    """
+    left, right = (
+        _matrix(data).double() * _spread(_matrix(scale), *_matrix(data).shape)
+        for data, scale in ((a, a_scale), (b, b_scale))
+    )
+    product = (left @ right.t()).view(*a.shape[:-1], b.shape[0])
+    if bias is not None:
+        product = product + bias.double()
+    if out is None:
+        return product.to(out_dtype or torch.float64)
+    return out.copy_(out.double() + product if accumulate else product)
+
+
+def _matrix(x: Tensor) -> Tensor:
+    """All leading dimensions folded into rows."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def _quantize(
+    x: Tensor, group: tuple[int | None, int | None], dtype: torch.dtype | None, pow2_scale: bool
+) -> tuple[Tensor, Tensor]:
+    """Data and scales of a matrix, one scale for each group[0] x group[1]; None: the whole side."""
+    dtype = dtype or torch.float8_e4m3fn
+    x = x.float()
+    amax = _group_amax(_group_amax(x.abs(), group[1]).t(), group[0]).t()
+    scale = _scale(amax, torch.finfo(dtype).max, pow2_scale)
+    data = x / _spread(scale, *x.shape)
+    largest = torch.finfo(dtype).max
+    return data.clamp(-largest, largest).to(dtype), scale  # clamp keeps NaN
+
+
+def _group_amax(x: Tensor, group: int | None) -> Tensor:
+    """The largest of every `group` columns, the last group ragged. amax propagates NaN."""
+    rows, columns = x.shape
+    if group is None:
+        return torch.cat((x, x.new_zeros(rows, 1)), dim=1).amax(1, keepdim=True)  # any width, 0 too
+    groups = ceil_div(columns, group)
+    padded = torch.nn.functional.pad(x, (0, groups * group - columns))
+    return padded.reshape(rows, groups, group).amax(2)
+
+
+def _scale(amax: Tensor, largest: float, pow2_scale: bool) -> Tensor:
+    scale = (amax / largest).clamp(min=_SMALLEST_NORMAL)
+    if pow2_scale:
+        mantissa, exponent = torch.frexp(scale)  # mantissa * 2**exponent, 0.5 <= mantissa < 1
+        exponent = torch.where(mantissa == 0.5, exponent - 1, exponent)
+        scale = ((exponent + 127) << 23).view(torch.float32)  # 2**exponent, exactly
+    scale = torch.where(amax == 0, 1.0, scale)
+    return torch.where(amax.isfinite(), scale, torch.nan)
+
+
+def _spread(scale: Tensor, rows: int, columns: int) -> Tensor:
+    """The scale of every element of a [rows, columns] matrix."""
+    for dim, size in ((0, rows), (1, columns)):
+        scales = scale.shape[dim]
+        if scales == size:
+            continue
+        group = GROUP if scales == ceil_div(size, GROUP) else size
+        scale = scale.repeat_interleave(group, dim).narrow(dim, 0, size)
+    return scale
