@@ -92,8 +92,12 @@ class BuildExtension(cpp_extension.BuildExtension):
             shutil.copy2(file, folder)
 
     def get_ext_filename(self, name):
-        # The op library has nothing of Python in it, so nothing of Python's ABI in its name.
-        return "torchext/_C.so" if name == "torchext._C" else super().get_ext_filename(name)
+        # The op library has nothing of Python in it, so nothing of Python's ABI in its name. Asked
+        # for with its package (copies) and without (the linker's output).
+        *package, module = name.split(".")
+        if module == "_C":
+            return os.path.join(*package, "_C.so")
+        return super().get_ext_filename(name)
 
 
 class BinaryWheel(bdist_wheel):
