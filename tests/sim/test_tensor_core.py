@@ -175,6 +175,46 @@ def test_fast_path_equals_the_definition(name, acc, kind):
     assert_same_bits(fast, ours(a, name, b, name, c, k=k, acc=acc, slow=True))
 
 
+@pytest.mark.parametrize("small, expected", [(1.0, 2.0**-149), (1.5, 0.0)])
+@pytest.mark.parametrize("target, block, grid", [(80, 8, -156), (89, 8, -156), (90, 16, -158)])
+def test_zeros_bound_the_alignment(target, block, grid, small, expected):
+    """A zero C aligns to 2^-132 (sm_80, sm_89) or 2^-133 (sm_90): bits below `grid` are dropped.
+
+    One large product and block - 1 small ones sum to about the smallest f32 subnormal. Small
+    products of 2^grid count, and lift the sum over it; of 1.5 * 2^grid the half is dropped.
+    """
+    few = block - 1
+    large = 2.0 ** (-149 - grid) - (few * 2 // 3 if small == 1.0 else few + few // 2 - 1)
+    a, b = torch.full((1, block), 2.0 ** (grid + 90)), torch.full((1, block), 2.0**-90)
+    a[0, 0] *= large
+    a[0, 1:] *= small
+    a, b = a.bfloat16(), b.bfloat16()
+    c = torch.zeros(1, 1)
+    got = ours(a, "bf16", b, "bf16", c, k=block, instruction="mma.sync", target=target)
+    assert got.item() == expected
+    if target == 90:
+        assert_same_bits(ours(a, "bf16", b, "bf16", c, k=block), got)
+    mma = MMA(ARCH[target], f"m16n8k{block}.f32.bf16.bf16.f32")
+    assert_same_bits(got, mma(a.expand(16, -1), b.expand(8, -1).T, c.expand(16, 8))[:1, :1])
+
+
+@pytest.mark.parametrize("target, unit", [(80, -45), (90, -47)])
+def test_zeros_bound_the_alignment_of_f16(target, unit):
+    """2^-25 is a tie in f16: what is added decides it, unless alignment to 2^-20 or -21 drops it."""
+    for exponent, expected in ((unit, 0.0), (unit + 1, 2.0**-24)):
+        a = torch.zeros(1, 8)
+        b = torch.zeros(1, 8)
+        a[0, 0], b[0, 0] = 2.0**-12, 2.0**-13
+        a[0, 1], b[0, 1] = 2.0**-24, 2.0 ** (exponent + 24)
+        a, b, c = a.half(), b.half(), torch.zeros(1, 1).half()
+        got = ours(a, "f16", b, "f16", c, k=8, acc="f16", instruction="mma.sync", target=target)
+        assert got.item() == expected
+        if target == 90:
+            assert_same_bits(ours(a, "f16", b, "f16", c, k=8, acc="f16"), got)
+        mma = MMA(ARCH[target], "m16n8k8.f16.f16.f16.f16")
+        assert_same_bits(got, mma(a.expand(16, -1), b.expand(8, -1).T, c.expand(16, 8))[:1, :1])
+
+
 NAN, INF = float("nan"), float("inf")
 
 

@@ -1,0 +1,104 @@
+"""Parses and launches damaged PTX: `python fuzz_ptx.py SEED COUNT`.
+
+A program of its own, so that a crash is an exit status. Every damaged text must give a report or an
+exception of the documented kinds; the last line says how many gave which.
+"""
+
+import re
+import sys
+from collections import Counter
+
+import numpy as np
+from kernels import RACE, SCALE, STRUCT, TMA
+
+from torchext import sim
+
+TOKEN = re.compile(r"[\w.$%]+(?:::\w+[\w.:]*)?|\s+|.", re.DOTALL)
+SOURCES = {text: [t for t in TOKEN.findall(text)] for text in (SCALE, STRUCT, TMA, RACE)}
+WORDS = sorted({t for tokens in SOURCES.values() for t in tokens if t.strip()})
+EXTRA = (
+    "0 -1 4294967295 18446744073709551616 0x 0f3F800000 1e999 { } [ ] ( ) < > ; , @ ! % . .. :: "
+    '" // /* \\ \0 \xff .reg .shared .align .b8 .pred .entry .func .param .loc .file .v4 call bra '
+    "ret exit trap %r1000000 %r<1000000000> [1000000000] .b128"
+)
+WORDS += EXTRA.split(" ")
+
+
+def damage(rng: np.random.Generator, tokens: list[str]) -> str:
+    """A copy with up to four tokens deleted, repeated, replaced, swapped, or the rest cut off."""
+    tokens = list(tokens)
+    for _ in range(rng.integers(1, 5)):
+        at, other = (int(rng.integers(len(tokens))) for _ in range(2))
+        match rng.integers(6):
+            case 0:
+                del tokens[at]
+            case 1:
+                tokens.insert(at, tokens[other])
+            case 2 | 3:
+                tokens[at] = WORDS[rng.integers(len(WORDS))]
+            case 4:
+                tokens[at], tokens[other] = tokens[other], tokens[at]
+            case _:
+                if rng.integers(8) == 0:
+                    del tokens[at:]
+        if not tokens:
+            break
+    return "".join(tokens) + "\n"
+
+
+def arguments_for(kernel: sim.Kernel) -> list:
+    """An argument of the right size for each parameter: buffers for pointers, a map, numbers."""
+    data = np.zeros((32, 32), np.float32)
+    made = []
+    for parameter in kernel.parameters:
+        match parameter.size:
+            case 8:
+                made.append(np.zeros(256, np.float32))
+            case 128:
+                made.append(sim.tensor_map(data, box=(8, 16)))
+            case 16:
+                made.append(sim.struct(data, np.float32(2), np.uint32(3)))
+            case size if size <= 4096:
+                made.append(bytes(size))
+            case _:
+                return []
+    return made
+
+
+def run(rng: np.random.Generator) -> str:
+    """What became of one damaged text."""
+    texts = list(SOURCES)
+    text = damage(rng, SOURCES[texts[rng.integers(len(texts))]])
+    try:
+        module = sim.Module(text)
+        for kernel in module.kernels():
+            report = module.launch(
+                kernel.name,
+                grid=2,
+                block=64,
+                args=arguments_for(kernel),
+                seed=int(rng.integers(9)),
+                completion=("late", "eager", "random")[rng.integers(3)],
+                num_threads=1,
+                max_instructions=20_000,
+            )
+            str(report)
+            return "ran" if report.ok else "findings"
+    except sim.PtxError:
+        return "PtxError"
+    except ValueError:
+        return "ValueError"
+    return "no kernel"
+
+
+def main() -> None:
+    seed, count = int(sys.argv[1]), int(sys.argv[2])
+    outcomes: Counter[str] = Counter()
+    for index in range(seed, seed + count):
+        print(index, end="\r", flush=True)  # the last one printed is the one that crashed
+        outcomes[run(np.random.default_rng(index))] += 1
+    print(dict(outcomes))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""Hand-written PTX that the tests of torchext.sim launch."""
+
+HEADER = ".version 8.0\n.target sm_90a\n.address_size 64\n"
+
+# y[i] = a * x[i] for i < n
+SCALE = (
+    HEADER
+    + """
+.visible .entry scale(.param .u64 x, .param .u64 y, .param .f32 a, .param .u32 n)
+{
+    .reg .pred %p<2>;
+    .reg .b32 %r<6>;
+    .reg .f32 %f<4>;
+    .reg .b64 %rd<6>;
+    ld.param.u64 %rd1, [x];
+    ld.param.u64 %rd2, [y];
+    ld.param.f32 %f1, [a];
+    ld.param.u32 %r1, [n];
+    mov.u32 %r2, %ctaid.x;
+    mov.u32 %r3, %ntid.x;
+    mov.u32 %r4, %tid.x;
+    mad.lo.s32 %r5, %r2, %r3, %r4;
+    setp.ge.u32 %p1, %r5, %r1;
+    @%p1 bra DONE;
+    mul.wide.u32 %rd3, %r5, 4;
+    add.s64 %rd4, %rd1, %rd3;
+    ld.global.f32 %f2, [%rd4];
+    mul.f32 %f3, %f2, %f1;
+    add.s64 %rd5, %rd2, %rd3;
+    st.global.f32 [%rd5], %f3;
+DONE:
+    ret;
+}
+"""
+)
+
+# The same with one thread and its arguments in a struct { float* y; float a; unsigned n; }
+STRUCT = (
+    HEADER
+    + """
+.visible .entry by_struct(.param .align 8 .b8 p[16])
+{
+    .reg .b32 %r<2>;
+    .reg .f32 %f<4>;
+    .reg .b64 %rd<4>;
+    ld.param.u64 %rd1, [p];
+    ld.param.f32 %f1, [p+8];
+    ld.param.u32 %r1, [p+12];
+    mul.wide.u32 %rd2, %r1, 4;
+    add.s64 %rd3, %rd1, %rd2;
+    ld.global.f32 %f2, [%rd3];
+    mul.f32 %f3, %f2, %f1;
+    st.global.f32 [%rd3], %f3;
+    ret;
+}
+"""
+)
+
+# TMA brings a box of 8 x 16 f32 at (x, y) to shared memory; 128 threads copy it to out.
+TMA = (
+    HEADER
+    + """
+.visible .entry tma(.param .align 64 .b8 map[128], .param .u64 out, .param .u32 x, .param .u32 y)
+{
+    .reg .pred %p<3>;
+    .reg .b32 %r<12>;
+    .reg .f32 %f<2>;
+    .reg .b64 %rd<6>;
+    .shared .align 128 .b8 tile[512];
+    .shared .align 8 .b8 full[8];
+    mov.u64 %rd1, map;
+    ld.param.u64 %rd2, [out];
+    ld.param.u32 %r1, [x];
+    ld.param.u32 %r2, [y];
+    mov.u32 %r3, tile;
+    mov.u32 %r4, full;
+    mov.u32 %r5, %tid.x;
+    setp.ne.s32 %p1, %r5, 0;
+    @%p1 bra READY;
+    mbarrier.init.shared::cta.b64 [%r4], 1;
+    fence.mbarrier_init.release.cluster;
+    mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r4], 512;
+    cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes
+        [%r3], [%rd1, {%r1, %r2}], [%r4];
+READY:
+    bar.sync 0;
+WAIT:
+    mbarrier.try_wait.parity.shared::cta.b64 %p2, [%r4], 0;
+    @!%p2 bra WAIT;
+    shl.b32 %r6, %r5, 2;
+    add.s32 %r7, %r3, %r6;
+    ld.shared.f32 %f1, [%r7];
+    mul.wide.u32 %rd3, %r5, 4;
+    add.s64 %rd4, %rd2, %rd3;
+    st.global.f32 [%rd4], %f1;
+    ret;
+}
+"""
+)
+
+# Each thread writes its slot of shared memory and reads its neighbour's; no barrier in between.
+RACE = (
+    HEADER
+    + """
+.visible .entry race(.param .u64 out)
+{
+    .reg .b32 %r<8>;
+    .reg .b64 %rd<4>;
+    .shared .align 4 .b8 slots[256];
+    ld.param.u64 %rd1, [out];
+    mov.u32 %r1, %tid.x;
+    mov.u32 %r2, slots;
+    shl.b32 %r3, %r1, 2;
+    add.s32 %r4, %r2, %r3;
+    st.shared.u32 [%r4], %r1;
+    xor.b32 %r5, %r3, 128;
+    add.s32 %r6, %r2, %r5;
+    ld.shared.u32 %r7, [%r6];
+    mul.wide.u32 %rd2, %r1, 4;
+    add.s64 %rd3, %rd1, %rd2;
+    st.global.u32 [%rd3], %r7;
+    ret;
+}
+"""
+)

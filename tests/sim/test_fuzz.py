@@ -1,0 +1,22 @@
+"""Damaged PTX gives an exception or a report, never a crash (fuzz_ptx.py does the work)."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.parametrize("seed", [0, 1000, 2000])
+def test_damaged_ptx_never_crashes(seed):
+    program = Path(__file__).with_name("fuzz_ptx.py")
+    done = subprocess.run(
+        [sys.executable, str(program), str(seed), "400"],
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-200:] + done.stderr[-3000:]
+    outcomes = ast.literal_eval(done.stdout.splitlines()[-1])
+    assert sum(outcomes.values()) == 400
+    # The damage is neither always fatal nor always harmless.
+    assert outcomes["PtxError"] > 40 and outcomes["ran"] + outcomes["findings"] > 40
