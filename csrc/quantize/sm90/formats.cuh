@@ -13,7 +13,7 @@ namespace torchext::sm90 {
 struct bf16 {
   static constexpr ScalarType kDtype = ScalarType::BFloat16;
   static constexpr int kPerWord = 2;
-  static constexpr bool kLifts = true;  // scales below 2^-64 occur
+  static constexpr bool kLifts = true;  // scales so small that x must be lifted occur
   static constexpr uint32_t kMagnitude = 0x7fff7fff;
 
   static __device__ float element(uint32_t word, int i) {
@@ -48,6 +48,11 @@ struct f32 {
 
   static __device__ float element(uint32_t word, int) { return float_of(word); }
   static __device__ uint32_t larger(uint32_t a, uint32_t b) { return max(a, b); }
+};
+
+// FP8 data of either kind, as it is loaded.
+struct fp8 {
+  static constexpr int kPerWord = 4;
 };
 
 struct e4m3 {
@@ -109,27 +114,43 @@ __device__ uint32_t reduce_magnitudes(uint32_t magnitudes, int lanes) {
   return magnitudes;
 }
 
-template <class Out>
-__device__ uint32_t pack4(float x0, float x1, float x2, float x3) {
-  return Out::pack(x1, x0) | uint32_t(Out::pack(x3, x2)) << 16;
+// The scale that another of `lanes` neighbouring lanes computed.
+template <class In>
+__device__ GroupScale from_lane(const GroupScale& s, int lane, int lanes) {
+  return {__shfl_sync(~0u, s.scale, lane, lanes),
+          In::kLifts ? __shfl_sync(~0u, s.lift, lane, lanes) : 1.0f,
+          __shfl_sync(~0u, s.divisor, lane, lanes), __shfl_sync(~0u, s.reciprocal, lane, lanes)};
+}
+
+// FP8 of the 16 values x(i), lifted already.
+template <class Out, class Value>
+__device__ uint4 divide16(Value x, const GroupScale& s) {
+  uint32_t packed[4];
+#pragma unroll
+  for (int i = 0; i < 16; i += 4)
+    packed[i / 4] = Out::pack(divide(x(i + 1), s), divide(x(i), s)) |
+                    uint32_t(Out::pack(divide(x(i + 3), s), divide(x(i + 2), s))) << 16;
+  return {packed[0], packed[1], packed[2], packed[3]};
+}
+
+// FP8 of the 16 values x(i), which come from elements of format In.
+template <class In, class Out, class Value>
+__device__ uint4 quantize16(Value x, const GroupScale& s) {
+  if (In::kLifts && s.lift != 1.0f) return divide16<Out>([&](int i) { return x(i) * s.lift; }, s);
+  return divide16<Out>(x, s);
 }
 
 template <class In, class Out>
-__device__ uint4 quantize16(const Elements16<In>& e, const GroupScale& scale) {
-  uint32_t packed[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    float x[4];
-#pragma unroll
-    for (int j = 0; j < 4; ++j) x[j] = divide<In::kLifts>(e.at(4 * i + j), scale);
-    packed[i] = pack4<Out>(x[0], x[1], x[2], x[3]);
-  }
-  return {packed[0], packed[1], packed[2], packed[3]};
+__device__ uint4 quantize16(const Elements16<In>& e, const GroupScale& s) {
+  return quantize16<In, Out>([&](int i) { return e.at(i); }, s);
 }
 
 }  // namespace torchext::sm90
 
-// Every (input, output) pair for which a quantiser exists.
-#define TORCHEXT_SM90_QUANTIZERS(APPLY)                           \
-  APPLY(bf16, e4m3) APPLY(f16, e4m3) APPLY(f32, e4m3)             \
+// Every input, and every (input, output) pair, for which a quantiser exists.
+// clang-format off
+#define TORCHEXT_SM90_INPUTS(APPLY) APPLY(bf16) APPLY(f16) APPLY(f32)
+#define TORCHEXT_SM90_QUANTIZERS(APPLY)               \
+  APPLY(bf16, e4m3) APPLY(f16, e4m3) APPLY(f32, e4m3) \
   APPLY(bf16, e5m2) APPLY(f16, e5m2) APPLY(f32, e5m2)
+// clang-format on

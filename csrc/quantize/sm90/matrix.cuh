@@ -10,8 +10,12 @@ namespace torchext::sm90 {
 struct Source {
   const uint8_t* data;
   int64_t rows, cols;
-  int64_t row_stride, col_stride;  // elements
+  int64_t row_stride, col_stride;  // bytes
   bool aligned;                    // rows are contiguous and start at multiples of 16 bytes
+
+  __device__ const uint8_t* at(int64_t row, int64_t col) const {
+    return data + row * row_stride + col * col_stride;
+  }
 };
 
 struct Sink {
@@ -20,19 +24,23 @@ struct Sink {
   float* scale;
   int64_t scale_row_stride, scale_col_stride;
 
-  __device__ void store_scale(int64_t row, int64_t col, float value) const {
-    scale[row * scale_row_stride + col * scale_col_stride] = value;
+  __device__ uint8_t* at(int64_t row, int64_t col) const { return data + row * data_stride + col; }
+  __device__ float* scale_at(int64_t row, int64_t col) const {
+    return scale + row * scale_row_stride + col * scale_col_stride;
   }
 };
 
-// Elements (row, col) to (row, col + 15); zeros beyond the edges.
+// How many of `count` positions from `first` on lie below `end`.
+__device__ inline int valid_of(int64_t first, int64_t end, int count) {
+  return int(max(int64_t(0), min(end - first, int64_t(count))));
+}
+
+// The first `valid` of 16 elements of a row, `stride` bytes apart; the others are zero. `aligned`:
+// contiguous, from a multiple of 16 bytes on.
 template <class In>
-__device__ Elements16<In> load16(const Source& x, int64_t row, int64_t col) {
-  constexpr int kBytes = 4 / In::kPerWord;
+__device__ Elements16<In> load16(const uint8_t* address, int64_t stride, bool aligned, int valid) {
   Elements16<In> e = {};
-  if (row >= x.rows) return e;
-  const uint8_t* address = x.data + (row * x.row_stride + col * x.col_stride) * kBytes;
-  if (x.aligned && col + 16 <= x.cols) {
+  if (aligned && valid == 16) {
 #pragma unroll
     for (int i = 0; i < Elements16<In>::kWords / 4; ++i) {
       const uint4 chunk = __ldg(reinterpret_cast<const uint4*>(address) + i);
@@ -45,28 +53,46 @@ __device__ Elements16<In> load16(const Source& x, int64_t row, int64_t col) {
   }
 #pragma unroll
   for (int i = 0; i < 16; ++i) {
-    if (col + i < x.cols) {
-      const uint8_t* element = address + i * x.col_stride * kBytes;
-      if constexpr (In::kPerWord == 2)
-        e.words[i / 2] |= uint32_t(__ldg(reinterpret_cast<const uint16_t*>(element))) << i % 2 * 16;
+    if (i < valid) {
+      if constexpr (In::kPerWord == 4)
+        e.words[i / 4] |= uint32_t(__ldg(address)) << i % 4 * 8;
+      else if constexpr (In::kPerWord == 2)
+        e.words[i / 2] |= uint32_t(__ldg(reinterpret_cast<const uint16_t*>(address))) << i % 2 * 16;
       else
-        e.words[i] = __ldg(reinterpret_cast<const uint32_t*>(element));
+        e.words[i] = __ldg(reinterpret_cast<const uint32_t*>(address));
     }
+    address += stride;
   }
   return e;
 }
 
-// Bytes col to col + 15 of a row of `cols` bytes that starts at `row`, a multiple of 16. What
-// follows the row's last element is left alone: nothing there need belong to the tensor.
-__device__ inline void store16(uint8_t* row, int64_t col, int64_t cols, const uint4& bytes) {
-  if (col + 16 <= cols) {
-    *reinterpret_cast<uint4*>(row + col) = bytes;
+// use(i, load(i)) for every i below n. `together`: with all loads in flight before the first use;
+// otherwise one after another, in little code, for edges.
+template <class In, int n, bool together, class Load, class Use>
+__device__ void for_each_loaded(Load load, Use use) {
+  if constexpr (together) {
+    Elements16<In> e[n];
+#pragma unroll
+    for (int i = 0; i < n; ++i) e[i] = load(i);
+#pragma unroll
+    for (int i = 0; i < n; ++i) use(i, e[i]);
+  } else {
+#pragma unroll 1
+    for (int i = 0; i < n; ++i) use(i, load(i));
+  }
+}
+
+// The first `valid` of 16 bytes, to an address that is a multiple of 16. What follows a row's last
+// element is left alone: it need not belong to the tensor.
+__device__ inline void store16(uint8_t* address, int valid, const uint4& bytes) {
+  if (valid == 16) {
+    *reinterpret_cast<uint4*>(address) = bytes;
     return;
   }
   const uint32_t words[4] = {bytes.x, bytes.y, bytes.z, bytes.w};
 #pragma unroll
   for (int i = 0; i < 16; ++i)
-    if (col + i < cols) row[col + i] = uint8_t(words[i / 4] >> i % 4 * 8);
+    if (i < valid) address[i] = uint8_t(words[i / 4] >> i % 4 * 8);
 }
 
 inline bool is_aligned(const void* data, int64_t row_bytes) {
@@ -74,12 +100,14 @@ inline bool is_aligned(const void* data, int64_t row_bytes) {
 }
 
 inline Source source_of(const MatrixView& x) {
+  const int64_t row_stride = x.row_stride * element_size(x.dtype);
+  const int64_t col_stride = x.col_stride * element_size(x.dtype);
   return {static_cast<const uint8_t*>(x.data),
           x.rows,
           x.cols,
-          x.row_stride,
-          x.col_stride,
-          x.col_stride == 1 && is_aligned(x.data, x.row_stride * element_size(x.dtype))};
+          row_stride,
+          col_stride,
+          x.col_stride == 1 && is_aligned(x.data, row_stride)};
 }
 
 inline Sink sink_of(const QuantizedView& out) {
@@ -89,10 +117,10 @@ inline Sink sink_of(const QuantizedView& out) {
           out.scale_col_stride};
 }
 
-// Kernels count tiles in 32 bits; memory ends long before they do.
-inline Dim3 grid_of(int64_t blocks) {
-  TORCHEXT_CHECK(blocks <= INT32_MAX, "quantiser launch of ", blocks, " blocks: too large");
-  return {uint32_t(blocks)};
+// Enough blocks for `tiles`. Kernels count tiles in 32 bits: memory ends long before they do.
+inline Dim3 grid_of(int64_t tiles, int64_t tiles_per_block) {
+  TORCHEXT_CHECK(tiles <= INT32_MAX, "quantiser launch of ", tiles, " tiles: too large");
+  return {uint32_t(ceil_div(tiles, tiles_per_block))};
 }
 
 }  // namespace torchext::sm90

@@ -30,40 +30,45 @@ TORCHEXT_NUMBERS uint32_t bits_of(float value) {
 // What a scale does to the values that share it.
 struct GroupScale {
   float scale;       // as stored: NaN for a group that holds NaN or Inf
-  float lift;        // 1, or 2^64 for scales so small that the remainder below would underflow
+  float lift;        // of x before division: 2^64 if the remainder might underflow, else 1
   float divisor;     // scale * lift, at least 2^-64
   float reciprocal;  // RN(1 / divisor)
 };
 
-// The scale of values whose largest magnitude is `amax_bits` (as FP32 bits, so that NaN and Inf are
-// the largest of all): RN(amax / fp8_max), at least the smallest normal FP32, optionally rounded up
-// to a power of two. fp8_max is 448 or 57344, both 7 * 2^n, for which one correction of the
-// product with the reciprocal gives the correctly rounded quotient of every FP32 amax.
-TORCHEXT_NUMBERS GroupScale scale_of(uint32_t amax_bits, float fp8_max, bool pow2_scale) {
-  constexpr float kSmallestNormal = 0x1p-126f;
-  const float amax = float_of(amax_bits);
-  const float estimate = amax * (1.0f / fp8_max);
-  GroupScale s;
-  s.scale = fmaf(-fmaf(estimate, fp8_max, -amax), 1.0f / fp8_max, estimate);
-  s.scale = fmaxf(s.scale, kSmallestNormal);
-  if (pow2_scale) s.scale = float_of((bits_of(s.scale) + 0x007fffff) & 0xff800000);
-  if (amax_bits == 0) s.scale = 1.0f;
-  if (amax_bits >= 0x7f800000) s.scale = float_of(0x7fc00000);
+constexpr uint32_t kMantissa = 0x007fffff;
+
+// From s.scale, the rest.
+TORCHEXT_NUMBERS void set_divisor(GroupScale& s) {
   s.lift = s.scale < 0x1p-64f ? 0x1p64f : 1.0f;
   s.divisor = s.scale * s.lift;
   s.reciprocal = 1.0f / s.divisor;
+}
+
+// The scale of values whose largest magnitude is `amax_bits` (as FP32 bits, so that NaN and Inf are
+// the largest of all): RN(amax / fp8_max), at least the smallest normal FP32, and rounded up to
+// where the bits `dropped_mantissa` are zero: 0 for no change, kMantissa for a power of two.
+// fp8_max is 448 or 57344, both 7 * 2^n, for which one correction of the product with the
+// reciprocal gives the correctly rounded quotient of every FP32 amax.
+TORCHEXT_NUMBERS GroupScale scale_of(uint32_t amax_bits, float fp8_max, uint32_t dropped_mantissa) {
+  constexpr float kSmallestNormal = 0x1p-126f;
+  const float amax = float_of(amax_bits);
+  const float estimate = amax * (1.0f / fp8_max);
+  const float quotient = fmaf(-fmaf(estimate, fp8_max, -amax), 1.0f / fp8_max, estimate);
+  const uint32_t bits = bits_of(fmaxf(quotient, kSmallestNormal));
+  GroupScale s;
+  s.scale = float_of((bits + dropped_mantissa) & ~dropped_mantissa);
+  if (amax_bits == 0) s.scale = 1.0f;
+  if (amax_bits >= 0x7f800000) s.scale = float_of(0x7fc00000);
+  set_divisor(s);
   return s;
 }
 
-// x / scale, such that rounding the result to FP8 gives what rounding the correctly rounded FP32
-// quotient gives: one correction by the remainder (Markstein). The remainder is taken negated,
-// which keeps the sign of a zero. NaN when the scale is. Without `lifts` the caller knows that the
-// scale is at least 2^-64.
-template <bool lifts>
-TORCHEXT_NUMBERS float divide(float x, const GroupScale& s) {
-  const float lifted = lifts ? x * s.lift : x;
-  const float quotient = lifted * s.reciprocal;
-  const float negated_remainder = fmaf(quotient, s.divisor, -lifted);
+// lifted_x / divisor, that is x / scale, such that rounding the result to FP8 gives what rounding
+// the correctly rounded FP32 quotient gives: one correction by the remainder (Markstein). The
+// remainder is taken negated, which keeps the sign of a zero. NaN when the scale is.
+TORCHEXT_NUMBERS float divide(float lifted_x, const GroupScale& s) {
+  const float quotient = lifted_x * s.reciprocal;
+  const float negated_remainder = fmaf(quotient, s.divisor, -lifted_x);
   return fmaf(-negated_remainder, s.reciprocal, quotient);
 }
 

@@ -1,0 +1,158 @@
+// 128x128 blocks (128x128), and with the FP8 data transposed as well (128x128_dual): the two share
+// their scales, so that only bytes are transposed.
+//
+// A block of threads takes a block of the matrix and holds it in registers, 16 elements a lane and
+// eight lanes a row, until its one scale is known. For the transpose the FP8 rows go to shared
+// memory, permuted in units of 16 bytes so that neither side meets a bank conflict; a thread takes
+// 16 rows of 4 columns out and turns them in registers.
+#include "matrix.cuh"
+
+namespace torchext::sm90 {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
+constexpr int kBlock = int(kGroup);
+constexpr int kRowStep = kThreads / 8;
+constexpr int kPasses = kBlock / kRowStep;
+static_assert(kBlock == 8 * 16, "eight lanes of 16 elements hold a row");
+static_assert(kThreads / 8 * 4 == kBlock, "eight lanes of 16 rows hold four columns");
+
+struct Transposed {
+  uint8_t* data;
+  int64_t stride;  // bytes between rows, a multiple of 16
+};
+
+// Of a block's FP8 data in shared memory. Writes take the eight chunks of a row at a time, reads
+// one chunk of rows 16j.
+__device__ inline int chunk_offset(int row, int chunk) {
+  return row * (kBlock / 16) + (chunk ^ (row >> 4));
+}
+
+// Bytes c of a, b, c, d to word c of the result.
+__device__ inline uint4 transpose4x4(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  const uint32_t ab_low = __byte_perm(a, b, 0x5140), ab_high = __byte_perm(a, b, 0x7362);
+  const uint32_t cd_low = __byte_perm(c, d, 0x5140), cd_high = __byte_perm(c, d, 0x7362);
+  return {__byte_perm(ab_low, cd_low, 0x5410), __byte_perm(ab_low, cd_low, 0x7632),
+          __byte_perm(ab_high, cd_high, 0x5410), __byte_perm(ab_high, cd_high, 0x7632)};
+}
+
+// `interior`: the block's rows and columns all exist, and are aligned.
+template <class In, class Out, bool dual, bool interior>
+__device__ void quantize_block(const Source& x, const Sink& out, const Transposed& transposed,
+                               uint32_t dropped_mantissa, uint32_t block_row, uint32_t block_col) {
+  __shared__ uint32_t warp_largest[kWarps];
+  __shared__ uint4 tile[dual ? kBlock * kBlock / 16 : 1];
+  {
+    const int lane = threadIdx.x % 8, tile_row = threadIdx.x / 8;
+    const int64_t row = int64_t(block_row) * kBlock + tile_row;
+    const int64_t col = int64_t(block_col) * kBlock + lane * 16;
+    const int rows = interior ? kBlock : valid_of(row, x.rows, kBlock);
+    const int valid = interior ? 16 : valid_of(col, x.cols, 16);
+
+    Elements16<In> e[kPasses];
+    const uint8_t* from = x.at(row, col);
+#pragma unroll
+    for (int i = 0; i < kPasses; ++i)
+      e[i] = load16<In>(from + kRowStep * i * x.row_stride, x.col_stride, interior || x.aligned,
+                        kRowStep * i < rows ? valid : 0);
+    uint32_t largest = 0;
+#pragma unroll
+    for (int i = 0; i < kPasses; ++i) largest = In::larger(largest, magnitudes(e[i]));
+    largest = amax_bits<In>(reduce_magnitudes<In>(largest, 32));
+    if (threadIdx.x % 32 == 0) warp_largest[threadIdx.x / 32] = largest;
+    __syncthreads();
+    largest = 0;
+#pragma unroll
+    for (int i = 0; i < kWarps; ++i) largest = max(largest, warp_largest[i]);
+    const GroupScale scale = scale_of(largest, Out::kMax, dropped_mantissa);
+    if (threadIdx.x == 0) *out.scale_at(block_row, block_col) = scale.scale;
+
+    uint8_t* to = out.at(row, col);
+#pragma unroll
+    for (int i = 0; i < kPasses; ++i) {
+      const uint4 bytes = quantize16<In, Out>(e[i], scale);
+      store16(to + kRowStep * i * out.data_stride, kRowStep * i < rows ? valid : 0, bytes);
+      if constexpr (dual) tile[chunk_offset(tile_row + kRowStep * i, lane)] = bytes;
+    }
+  }
+  if constexpr (dual) {
+    __syncthreads();
+    const int lane = threadIdx.x % 8;  // owns rows 16 * lane to + 15, columns 4 * quad to + 3
+    const int quad = threadIdx.x / 8;
+    const uint32_t* from =
+        reinterpret_cast<const uint32_t*>(tile + chunk_offset(16 * lane, quad / 4)) + quad % 4;
+    uint4 quarter[4];  // four rows each
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      uint32_t words[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) words[j] = from[(4 * i + j) * (kBlock / 4)];
+      quarter[i] = transpose4x4(words[0], words[1], words[2], words[3]);
+    }
+    const int64_t row = int64_t(block_row) * kBlock + 16 * lane;
+    const int64_t col = int64_t(block_col) * kBlock + 4 * quad;
+    const int valid = interior ? 16 : valid_of(row, x.rows, 16);
+    const int cols = interior ? 4 : valid_of(col, x.cols, 4);
+    uint8_t* to = transposed.data + col * transposed.stride + row;
+    const uint4 columns[4] = {{quarter[0].x, quarter[1].x, quarter[2].x, quarter[3].x},
+                              {quarter[0].y, quarter[1].y, quarter[2].y, quarter[3].y},
+                              {quarter[0].z, quarter[1].z, quarter[2].z, quarter[3].z},
+                              {quarter[0].w, quarter[1].w, quarter[2].w, quarter[3].w}};
+#pragma unroll
+    for (int c = 0; c < 4; ++c)
+      store16(to + c * transposed.stride, c < cols ? valid : 0, columns[c]);
+  }
+}
+
+template <class In, class Out, bool dual>
+__device__ void quantize_128x128(const Source& x, const Sink& out, const Transposed& transposed,
+                                 uint32_t dropped_mantissa, uint32_t block_cols) {
+  const uint32_t block_col = blockIdx.x % block_cols;
+  const uint32_t block_row = blockIdx.x / block_cols;
+  if (x.aligned && (block_row + 1) * kGroup <= x.rows && (block_col + 1) * kGroup <= x.cols)
+    quantize_block<In, Out, dual, true>(x, out, transposed, dropped_mantissa, block_row, block_col);
+  else
+    quantize_block<In, Out, dual, false>(x, out, transposed, dropped_mantissa, block_row,
+                                         block_col);
+}
+
+#define KERNEL(In, Out)                                                                            \
+  extern "C" __global__ void __launch_bounds__(kThreads) sm90_quantize_128x128_##In##_##Out(       \
+      Source x, Sink out, uint32_t dropped_mantissa, uint32_t block_cols) {                        \
+    quantize_128x128<In, Out, false>(x, out, {}, dropped_mantissa, block_cols);                    \
+  }                                                                                                \
+  extern "C" __global__ void __launch_bounds__(kThreads) sm90_quantize_128x128_dual_##In##_##Out(  \
+      Source x, Sink out, Transposed transposed, uint32_t dropped_mantissa, uint32_t block_cols) { \
+    quantize_128x128<In, Out, true>(x, out, transposed, dropped_mantissa, block_cols);             \
+  }
+TORCHEXT_SM90_QUANTIZERS(KERNEL)
+#undef KERNEL
+
+}  // namespace torchext::sm90
+
+namespace torchext {
+
+void quantize_blocks_sm90(Device& device, const MatrixView& x, const QuantizeOptions& options,
+                          const QuantizedView& out, void* transposed_data,
+                          int64_t transposed_stride, Buffers buffers) {
+  using namespace sm90;
+  if (x.rows == 0 || x.cols == 0) return;
+  const uint32_t dropped = options.pow2_scale ? kMantissa : 0;
+  const int64_t block_cols = ceil_div(x.cols, kGroup);
+  const LaunchConfig config{grid_of(ceil_div(x.rows, kGroup) * block_cols, 1), {kThreads}};
+  const Transposed transposed{static_cast<uint8_t*>(transposed_data), transposed_stride};
+  TORCHEXT_CHECK(is_aligned(transposed.data, transposed.stride),
+                 "quantised rows must start at multiples of 16 bytes");
+#define LAUNCH(In, Out)                                                                          \
+  if (x.dtype == In::kDtype && options.e5m2 == Out::kE5m2) {                                     \
+    if (transposed_data == nullptr)                                                              \
+      return device.launch(TORCHEXT_KERNEL(sm90_quantize_128x128_##In##_##Out), config, buffers, \
+                           source_of(x), sink_of(out), dropped, block_cols);                     \
+    return device.launch(TORCHEXT_KERNEL(sm90_quantize_128x128_dual_##In##_##Out), config,       \
+                         buffers, source_of(x), sink_of(out), transposed, dropped, block_cols);  \
+  }
+  TORCHEXT_SM90_QUANTIZERS(LAUNCH)
+#undef LAUNCH
+}
+
+}  // namespace torchext

@@ -1,0 +1,158 @@
+// FP8 data and scales back to a wide dtype. Eight lanes take 128 columns of a row, 16 each; a warp
+// takes 16 rows, so that M-major scales arrive as whole sectors.
+#include "matrix.cuh"
+
+namespace torchext::sm90 {
+
+constexpr int kWarps = 4;
+constexpr int kRowsPerLane = 4;
+constexpr int kRowsPerWarp = 4 * kRowsPerLane;
+constexpr int kTileCols = 8 * 16;
+
+// The scale of element [row, col] is [row >> row_shift, col >> col_shift].
+struct Scales {
+  const float* data;
+  int64_t row_stride, col_stride;
+  int row_shift, col_shift;
+
+  __device__ float at(int64_t row, int64_t col) const {
+    return __ldg(data + (row >> row_shift) * row_stride + (col >> col_shift) * col_stride);
+  }
+};
+
+struct Result {
+  uint8_t* data;
+  int64_t stride;  // bytes between rows
+  bool aligned;    // rows start at multiples of 16 bytes
+};
+
+// a * b rounded to odd, if inexact: rounding that to a format of two bits fewer or less rounds the
+// exact product once. Of the two neighbours of an inexact product one is odd.
+__device__ inline float multiply_to_odd(float a, float b) {
+  const float below = __fmul_rd(a, b);
+  return bits_of(below) & 1 ? below : __fmul_ru(a, b);
+}
+
+template <class Out>
+__device__ uint32_t scaled_word(const float* x, float scale) {
+  if constexpr (Out::kPerWord == 2)
+    return Out::pack(multiply_to_odd(x[1], scale), multiply_to_odd(x[0], scale));
+  else
+    return bits_of(__fmul_rn(x[0], scale));
+}
+
+// The first `valid` of 16 elements.
+template <class Out>
+__device__ void store(uint8_t* address, bool aligned, int valid, const Elements16<Out>& y) {
+  if (aligned && valid == 16) {
+#pragma unroll
+    for (int i = 0; i < Elements16<Out>::kWords; i += 4)
+      reinterpret_cast<uint4*>(address)[i / 4] = {y.words[i], y.words[i + 1], y.words[i + 2],
+                                                  y.words[i + 3]};
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < 16; ++i) {
+    if (i >= valid) break;
+    if constexpr (Out::kPerWord == 2)
+      reinterpret_cast<uint16_t*>(address)[i] = uint16_t(y.words[i / 2] >> i % 2 * 16);
+    else
+      reinterpret_cast<uint32_t*>(address)[i] = y.words[i];
+  }
+}
+
+// `interior`: the warp's rows and columns all exist, and are aligned.
+template <class In, class Out, bool interior>
+__device__ void dequantize_rows(const Source& x, const Scales& scales, const Result& y, int64_t row,
+                                int64_t col) {
+  const int rows = interior ? kRowsPerWarp : valid_of(row, x.rows, kRowsPerWarp);
+  const int valid = interior ? 16 : valid_of(col, x.cols, 16);
+  const uint8_t* from = x.at(row, col);
+  uint8_t* to = y.data + row * y.stride + col * (4 / Out::kPerWord);
+  for_each_loaded<fp8, kRowsPerLane, interior>(
+      [&](int i) {
+        return load16<fp8>(from + 4 * i * x.row_stride, x.col_stride, interior || x.aligned,
+                           4 * i < rows ? valid : 0);
+      },
+      [&](int i, const Elements16<fp8>& e) {
+        if (4 * i >= rows || valid == 0) return;
+        const float scale = scales.at(row + 4 * i, col);
+        Elements16<Out> result;
+#pragma unroll
+        for (int j = 0; j < 16; j += 2) {
+          const uint32_t pair = In::unpack_f16x2(uint16_t(e.words[j / 4] >> j % 4 * 8));
+          const float values[2] = {f16::element(pair, 0), f16::element(pair, 1)};
+          result.words[j / Out::kPerWord] = scaled_word<Out>(values, scale);
+          if constexpr (Out::kPerWord == 1)
+            result.words[j + 1] = scaled_word<Out>(values + 1, scale);
+        }
+        store(to + 4 * i * y.stride, interior || y.aligned, valid, result);
+      });
+}
+
+template <class In, class Out>
+__device__ void dequantize(const Source& x, const Scales& scales, const Result& y,
+                           uint32_t tile_cols) {
+  const uint32_t tile = blockIdx.x * kWarps + threadIdx.x / 32;
+  const int64_t first_row = int64_t(tile / tile_cols) * kRowsPerWarp;
+  const int64_t first_col = int64_t(tile % tile_cols) * kTileCols;
+  const int64_t row = first_row + threadIdx.x % 32 / 8;
+  const int64_t col = first_col + threadIdx.x % 8 * 16;
+  if (x.aligned && y.aligned && first_row + kRowsPerWarp <= x.rows &&
+      first_col + kTileCols <= x.cols)
+    dequantize_rows<In, Out, true>(x, scales, y, row, col);
+  else
+    dequantize_rows<In, Out, false>(x, scales, y, row, col);
+}
+
+#define KERNEL(Out, In)                                                                     \
+  extern "C" __global__ void __launch_bounds__(32 * kWarps)                                 \
+      sm90_dequantize_##In##_##Out(Source x, Scales scales, Result y, uint32_t tile_cols) { \
+    dequantize<In, Out>(x, scales, y, tile_cols);                                           \
+  }
+TORCHEXT_SM90_QUANTIZERS(KERNEL)
+#undef KERNEL
+
+}  // namespace torchext::sm90
+
+namespace torchext {
+namespace {
+
+// log2 of how many rows or columns share a scale; a shift that leaves 0 where all of them do.
+int shift_of(int64_t group, int64_t count) {
+  if (group >= count) return 62;
+  int shift = 0;
+  while ((int64_t(1) << shift) < group) ++shift;
+  TORCHEXT_CHECK(int64_t(1) << shift == group, "dequantize: groups of ", group, " of ", count);
+  return shift;
+}
+
+}  // namespace
+
+void dequantize_sm90(Device& device, const DequantizeView& view, Buffers buffers) {
+  using namespace sm90;
+  if (view.rows == 0 || view.cols == 0) return;
+  TORCHEXT_CHECK(view.col_group >= std::min<int64_t>(view.cols, 16), "dequantize: groups of ",
+                 view.col_group, " columns");
+  const Source source{static_cast<const uint8_t*>(view.data),
+                      view.rows,
+                      view.cols,
+                      view.data_row_stride,
+                      view.data_col_stride,
+                      view.data_col_stride == 1 && is_aligned(view.data, view.data_row_stride)};
+  const Scales scales{view.scale, view.scale_row_stride, view.scale_col_stride,
+                      shift_of(view.row_group, view.rows), shift_of(view.col_group, view.cols)};
+  const int64_t y_stride = view.y_stride * element_size(view.y_dtype);
+  const Result result{static_cast<uint8_t*>(view.y), y_stride, is_aligned(view.y, y_stride)};
+  const int64_t tile_cols = ceil_div(view.cols, kTileCols);
+  const int64_t tiles = ceil_div(view.rows, kRowsPerWarp) * tile_cols;
+  const LaunchConfig config{grid_of(tiles, kWarps), {32 * kWarps}};
+#define LAUNCH(Out, In)                                                                          \
+  if (view.y_dtype == Out::kDtype && view.e5m2 == In::kE5m2)                                     \
+    return device.launch(TORCHEXT_KERNEL(sm90_dequantize_##In##_##Out), config, buffers, source, \
+                         scales, result, tile_cols);
+  TORCHEXT_SM90_QUANTIZERS(LAUNCH)
+#undef LAUNCH
+}
+
+}  // namespace torchext

@@ -1,0 +1,20 @@
+"""The arithmetic of the Hopper quantisers, which is plain C++, run on the host."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+SOURCE = Path(__file__).with_name("sm90_numbers.cpp")
+
+
+def test_scales_and_quotients_are_those_of_a_true_division(tmp_path: Path) -> None:
+    program = tmp_path / "sm90_numbers"
+    compiler = os.environ.get("CXX", "c++")
+    # Where fmaf is an instruction, GCC folds a negation into it and loses the sign of a zero.
+    exact = ["-ffp-contract=off", "-fno-builtin-fmaf"]
+    flags = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", *exact]
+    subprocess.run([compiler, *flags, str(SOURCE), "-o", str(program)], check=True)
+    result = subprocess.run([program], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
