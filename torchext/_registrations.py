@@ -25,6 +25,7 @@ from ._layout import (
 )
 
 _ops = torch.ops.torchext
+_fp8_gemm_nt, _fp8_gemm_nt_out = _ops.fp8_gemm_nt.default, _ops.fp8_gemm_nt.out
 _IMPL = torch.library.Library("torchext", "IMPL")
 
 Dtype = torch.dtype | None
@@ -181,7 +182,7 @@ class _GemmWithBias(torch.autograd.Function):
     ) -> Tensor:
         ctx.bias_dtype = bias.dtype
         with torch._C._AutoDispatchBelowAutograd():
-            return _ops.fp8_gemm_nt.default(*operands, bias=bias, **options)
+            return _fp8_gemm_nt(*operands, bias=bias, **options)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
@@ -194,7 +195,7 @@ def _fp8_gemm_nt_autograd(*operands: Tensor, bias: Tensor | None = None, **optio
     if bias is not None and bias.requires_grad and torch.is_grad_enabled():
         return _GemmWithBias.apply(bias, operands, options)
     with torch._C._AutoDispatchBelowAutograd():
-        return _ops.fp8_gemm_nt.default(*operands, bias=bias, **options)
+        return _fp8_gemm_nt(*operands, bias=bias, **options)
 
 
 _IMPL.impl("fp8_gemm_nt", _fp8_gemm_nt_autograd, "Autograd")
@@ -216,7 +217,7 @@ def _fp8_gemm_nt_out_inplace(
                     "requires_grad=True); detach it, call under torch.no_grad(), or leave out= away"
                 )
     torch.autograd.graph.increment_version(out)
-    _ops.fp8_gemm_nt.out.redispatch(
+    _fp8_gemm_nt_out.redispatch(
         keyset & torch._C._after_ADInplaceOrView_keyset, *operands, out=out, bias=bias, **options
     )
 

@@ -1,8 +1,10 @@
 """The ops as typed functions: quantisation to FP8, and FP8 matrix products.
 
 Each is the function of the same name under `torch.ops.torchext`, with its errors as ValueError and
-TypeError. They run on CPU and CUDA tensors, under `torch.compile(fullgraph=True)` and CUDA graphs,
-and are deterministic; CPU and CUDA give the same bits for every quantiser and for `dequantize`.
+TypeError (the op itself, and so a compiled graph, can only raise a RuntimeError, which names that
+class at its end). They run on CPU and CUDA tensors, under `torch.compile(fullgraph=True)` and CUDA
+graphs, and are deterministic; CPU and CUDA give the same bits for every quantiser and for
+`dequantize`.
 
 Quantised tensors. `(data, scale)` stands for `data.float() * scale`: data are FP8, scale is the
 FP32 multiplier that dequantises. FP8 is `torch.float8_e4m3fn` (largest value 448) unless
