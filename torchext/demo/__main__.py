@@ -1,0 +1,81 @@
+"""`python -m torchext.demo`: trains a transformer twice, as written and in FP8, and compares.
+
+Exits with 1 if the final held-out losses differ by more than 1 %.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+from pathlib import Path
+
+import torch
+
+from .._library import is_available
+from ..convert import convert_to_fp8_training
+from .data import batches, standard_library
+from .model import ByteTransformer
+from .report import draw, gap, table
+from .train import train
+
+LARGEST_GAP = 0.01
+BATCH, LENGTH, HELD_OUT_BATCHES = 16, 128, 8
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the demonstration; returns the exit code."""
+    options = _parse(arguments)
+    device = torch.device(options.device)
+    torch.manual_seed(options.seed)
+    model = ByteTransformer(max_length=LENGTH).to(device)
+    fp8_model = copy.deepcopy(model)
+    conversion = convert_to_fp8_training(fp8_model)
+
+    text = standard_library()
+    train_batches = batches(text.train, options.steps, BATCH, LENGTH, options.seed)
+    held_out = batches(text.held_out, HELD_OUT_BATCHES, BATCH, LENGTH, options.seed)
+    parameters = sum(p.numel() for p in model.parameters())
+    print(
+        f"A byte-level transformer of {parameters / 1e6:.2f}M parameters learns Python's standard "
+        f"library ({text.num_files} files,\n{len(text.train) / 1e6:.1f} MB to train on and "
+        f"{len(text.held_out) / 1e6:.1f} MB held out), twice from the same start, on the same "
+        f"{options.steps} batches of\n{BATCH} x {LENGTH} bytes.\n"
+    )
+    reference = train("bf16" if device.type == "cuda" else "fp32", model, train_batches, held_out)
+    fp8 = train("fp8", fp8_model, train_batches, held_out)
+
+    print("\n" + table(reference, fp8, conversion, device) + "\n")
+    try:
+        draw(reference, fp8, options.plot)
+        print(f"curves: {options.plot}")
+    except ModuleNotFoundError as error:
+        print(f"no curves drawn: {error}; pip install 'torchext[demo]'")
+    final_gap = gap(reference, fp8)
+    verdict = "within" if abs(final_gap) <= LARGEST_GAP else "NOT within"
+    print(f"final gap: {final_gap:+.2%}, {verdict} {LARGEST_GAP:.0%}")
+    return 0 if abs(final_gap) <= LARGEST_GAP else 1
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m torchext.demo", description=__doc__)
+    on_gpu, reason = is_available("sm90")
+    parser.add_argument("--steps", type=int, default=300, help="training steps of each run (300)")
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cuda" if on_gpu else "cpu",
+        help=f"default here: %(default)s, since {reason}",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of weights and batches (0)")
+    parser.add_argument(
+        "--plot", type=Path, default=Path("demo/loss.png"), help="default: %(default)s"
+    )
+    options = parser.parse_args(arguments)
+    if options.steps < 1:
+        parser.error(f"--steps: expected at least 1; got {options.steps}")
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,87 @@
+"""What the demonstration prints and draws at the end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from ..convert import ConversionResult
+from .train import Run
+
+
+def gap(reference: Run, fp8: Run) -> float:
+    """How much higher the final held-out loss of `fp8` is, as a fraction; negative if lower."""
+    last = max(reference.held_out)
+    return fp8.held_out[last] / reference.held_out[last] - 1
+
+
+def table(reference: Run, fp8: Run, conversion: ConversionResult, device: torch.device) -> str:
+    """The comparison, as text."""
+    rows = [("held-out loss after", reference.name, fp8.name, "difference")]
+    for step, loss in reference.held_out.items():
+        other = fp8.held_out[step]
+        rows.append((f"{step} steps", f"{loss:.4f}", f"{other:.4f}", f"{other / loss - 1:+.2%}"))
+    rows.append(("", "", "", ""))
+    rows.append(
+        (
+            "saved for backward",
+            f"{reference.saved_bytes / 2**20:.1f} MiB",
+            f"{fp8.saved_bytes / 2**20:.1f} MiB",
+            f"{fp8.saved_bytes / reference.saved_bytes - 1:+.1%}",
+        )
+    )
+    rows.append(
+        (
+            "training time",
+            f"{reference.seconds:.1f} s",
+            f"{fp8.seconds:.1f} s",
+            f"{fp8.seconds / reference.seconds:.2f} x",
+        )
+    )
+    lines = [f"{a:<24}{b:>12}{c:>12}{d:>12}" for a, b, c, d in rows]
+    calls = ", ".join(f"{name} x {count}" for name, count in sorted(fp8.op_calls.items()))
+    lines += ["", str(conversion), "", f"torchext kernels of one step, on {_where(device)}:"]
+    return "\n".join([*lines, f"  {calls}"])
+
+
+def _where(device: torch.device) -> str:
+    if device.type == "cpu":
+        return f"the CPU ({torch.get_num_threads()} threads)"
+    properties = torch.cuda.get_device_properties(device)
+    return f"{properties.name} (sm_{properties.major}{properties.minor})"
+
+
+def draw(reference: Run, fp8: Run, path: Path) -> None:
+    """Both training losses, smoothed a little, and both held-out losses, as a PNG.
+
+    Raises ImportError without matplotlib.
+    """
+    from matplotlib.figure import Figure  # not pyplot: no display is needed
+
+    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    for run, colour in ((reference, "tab:blue"), (fp8, "tab:orange")):
+        axes.plot(_smooth(run.losses), color=colour, alpha=0.4, linewidth=1)
+        axes.plot(
+            list(run.held_out),
+            list(run.held_out.values()),
+            color=colour,
+            marker="o",
+            markersize=4,
+            label=f"{run.name}: held out {list(run.held_out.values())[-1]:.4f}",
+        )
+    axes.set(
+        xlabel="step",
+        ylabel="loss, nats a byte",
+        title=f"One byte-level transformer, trained twice: final gap {gap(reference, fp8):+.2%}",
+    )
+    axes.grid(alpha=0.3)
+    axes.legend(title="held out (line), training (faint)")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def _smooth(losses: list[float], window: int = 10) -> list[float]:
+    recent = [losses[max(0, i - window + 1) : i + 1] for i in range(len(losses))]
+    return [sum(values) / len(values) for values in recent]

@@ -1,0 +1,5 @@
+"""Layers that train in FP8."""
+
+from .linear import Linear
+
+__all__ = ["Linear"]

@@ -1,0 +1,190 @@
+"""torchext.nn.Linear: torch.nn.Linear whose three GEMMs run in FP8."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..recipe import Recipe
+from .linear_function import LinearFunction, Operand, quantize_weight
+from .weight_cache import CachedWeight, is_cacheable
+
+_WIDE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Linear(torch.nn.Linear):
+    """y = x @ weight.T + bias with FP8 fprop, dgrad and wgrad: a torch.nn.Linear otherwise.
+
+    Parameters (`weight` [out_features, in_features], `bias` [out_features]), their initialisation
+    and `state_dict` keys are torch.nn.Linear's, so checkpoints go both ways. Features need not be
+    multiples of anything.
+
+    For backward the input is kept in FP8 (one byte an element plus scales), the input itself is
+    not. The FP8 weight, two bytes an element for a layer that is trained, is kept between optimiser
+    steps and made anew when the parameter changes: by an optimiser, in place, by assignment,
+    `load_state_dict` or `to`. `train()` and `eval()` drop it too. One change cannot be seen: a
+    write through `weight.data` or `weight.detach()` other than by a torch.optim.Optimizer; call
+    `refresh_weight()` after it. Under torch.compile the weight is quantised in the graph, each
+    time.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as in torch.nn.Linear. The parameters are
+            FP32, BF16 or FP16.
+        recipe: how x, weight and dy are quantised; Recipe.deepseek_v3() if None.
+    """
+
+    recipe: Recipe
+    _cached_weight: CachedWeight | None = None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        recipe: Recipe | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self.recipe = _checked_recipe(recipe)
+
+    @classmethod
+    def from_linear(cls, linear: torch.nn.Linear, recipe: Recipe | None = None) -> Linear:
+        """An FP8 layer with the parameters (the same, not copies), hooks and mode of `linear`.
+
+        Raises TypeError for anything but a plain torch.nn.Linear: a subclass's own behaviour would
+        be lost.
+        """
+        if type(linear) is not torch.nn.Linear:
+            raise TypeError(
+                "Linear.from_linear: linear: expected a torch.nn.Linear; got "
+                f"{type(linear).__module__}.{type(linear).__qualname__}; pass its weights to a new "
+                "torchext.nn.Linear by load_state_dict"
+            )
+        new = torch.nn.Linear.__new__(torch.nn.Linear)
+        # A level deep: parameters and hooks are shared, the dictionaries that list them are not.
+        new.__dict__ = {
+            name: copy.copy(value) if isinstance(value, dict) else value
+            for name, value in linear.__dict__.items()
+        }
+        return cls.convert_(new, recipe)
+
+    @classmethod
+    def convert_(cls, linear: torch.nn.Linear, recipe: Recipe | None = None) -> Linear:
+        """Turns a plain torch.nn.Linear into an FP8 layer in place, and returns it.
+
+        It stays the same object, so that everything that refers to it (hooks, other modules,
+        optimisers) goes on doing so.
+        """
+        recipe = _checked_recipe(recipe)
+        linear.__class__ = cls
+        assert isinstance(linear, cls)
+        linear.recipe = recipe
+        return linear
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`input` [..., in_features], FP32, BF16 or FP16, to [..., out_features].
+
+        The output has the input's dtype or, under torch.autocast, autocast's. The parameters may be
+        of another dtype than the input.
+
+        Raises RuntimeError for a shape or device that does not fit, TypeError for another dtype.
+        """
+        weight = self.weight
+        self._check(input, weight, self.bias)
+        training = torch.is_grad_enabled()
+        return LinearFunction.apply(
+            input,
+            weight,
+            self.bias,
+            None if torch.compiler.is_compiling() else self._quantized_weight(weight, input),
+            self.recipe,
+            _output_dtype(input),
+            training and input.requires_grad,
+            training and weight.requires_grad,
+        )
+
+    def refresh_weight(self) -> None:
+        """Drops the FP8 weight; the next forward quantises the parameter as it then is.
+
+        Needed only after a write through `weight.data` or `weight.detach()`, and useful to free
+        the memory of a layer that rests.
+        """
+        self._cached_weight = None
+
+    def _quantized_weight(self, weight: Tensor, input: Tensor) -> Operand | None:
+        """The cached FP8 weight, made anew if need be; None where caching is not possible."""
+        if not is_cacheable(weight):
+            return None
+        # Re-entrant checkpointing runs forward without gradients first, and with them later.
+        transposed = input.requires_grad if torch.is_grad_enabled() else self.training
+        cached = self._cached_weight
+        if (
+            cached is not None
+            and cached.is_current(weight, self.recipe)
+            and (cached.quantized.data_t is not None or not transposed)
+        ):
+            return cached.quantized
+        self._cached_weight = None  # before its successor is allocated
+        with torch.inference_mode(False), torch.no_grad():  # so that backward may save it
+            quantized = quantize_weight(weight, self.recipe, transposed=transposed)
+        self._cached_weight = CachedWeight(weight, self.recipe, quantized)
+        return quantized
+
+    def _check(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+        if input.dim() == 0 or input.shape[-1] != weight.shape[1]:
+            raise RuntimeError(
+                f"torchext.nn.Linear: input: expected shape [..., {weight.shape[1]}] for a weight "
+                f"of shape {list(weight.shape)}; got {list(input.shape)}; its last dimension must "
+                "be in_features"
+            )
+        if input.device != weight.device:
+            raise RuntimeError(
+                f"torchext.nn.Linear: input: expected device {weight.device}, where the weight is; "
+                f"got {input.device}; move one of them with .to()"
+            )
+        for name, tensor in (("input", input), ("weight", weight), ("bias", bias)):
+            if tensor is not None and tensor.dtype not in _WIDE_DTYPES:
+                raise TypeError(
+                    f"torchext.nn.Linear: {name}: expected torch.float32, torch.bfloat16 or "
+                    f"torch.float16; got {tensor.dtype}; convert it with .to()"
+                )
+
+    def train(self, mode: bool = True) -> Linear:
+        self.refresh_weight()
+        super().train(mode)
+        return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Linear:
+        self.refresh_weight()
+        super()._apply(fn, recurse)
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.refresh_weight()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, recipe={self.recipe}"
+
+
+def _checked_recipe(recipe: Recipe | None) -> Recipe:
+    if recipe is None:
+        return Recipe.deepseek_v3()
+    if not isinstance(recipe, Recipe):
+        raise TypeError(
+            f"torchext.nn.Linear: recipe: expected a torchext.Recipe; got {recipe!r}; for example "
+            "Recipe.deepseek_v3()"
+        )
+    return recipe
+
+
+def _output_dtype(input: Tensor) -> torch.dtype:
+    device = input.device.type
+    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return input.dtype

@@ -1,0 +1,167 @@
+"""The three FP8 GEMMs of a linear layer as one autograd function, whatever the recipe.
+
+Every operand is quantised along the dimension that its GEMM sums over. x is summed over K in fprop
+and over M in wgrad, so it is needed as [M, K] and as [K, M]; likewise w and dy:
+
+    fprop  y  [M, N] = x    [M, K] @ (w   [N, K]).T
+    dgrad  dx [M, K] = dy   [M, N] @ (w_t [K, N]).T
+    wgrad  dw [N, K] = dy_t [N, M] @ (x_t [K, M]).T
+
+What stays for backward is x_t and w_t, one byte an element; x itself is let go.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..recipe import Recipe
+
+_ops = torch.ops.torchext
+
+
+class Operand(NamedTuple):
+    """A quantised matrix as one GEMM reads it (`data`), as another does (`data_t`), or both."""
+
+    data: Tensor | None
+    scale: Tensor | None
+    data_t: Tensor | None
+    scale_t: Tensor | None
+
+
+def quantize_activation(
+    x: Tensor, dtype: torch.dtype, recipe: Recipe, *, plain: bool, transposed: bool
+) -> Operand:
+    """x [M, K], an input or a gradient, as [M, K] if `plain` and as [K, M] if `transposed`."""
+    if recipe.granularity != "blockwise":
+        return _quantize_coarsely(x, dtype, recipe, plain=plain, transposed=transposed)
+    options = {"dtype": dtype, "pow2_scale": recipe.pow2_scale}
+    if plain and transposed:
+        return Operand(*_ops.quantize_1x128_dual(x, **options))
+    data, scale = _ops.quantize_1x128(x, **options) if plain else (None, None)
+    data_t, scale_t = _ops.quantize_1x128_t(x, **options) if transposed else (None, None)
+    return Operand(data, scale, data_t, scale_t)
+
+
+def quantize_weight(weight: Tensor, recipe: Recipe, *, transposed: bool) -> Operand:
+    """weight [N, K] as [N, K] and, if `transposed`, as [K, N]."""
+    dtype = recipe.weight_dtype
+    if recipe.granularity != "blockwise":
+        return _quantize_coarsely(weight, dtype, recipe, plain=True, transposed=transposed)
+    options = {"dtype": dtype, "pow2_scale": recipe.pow2_scale}
+    if transposed:
+        data, scale, data_t = _ops.quantize_128x128_dual(weight, **options)
+        return Operand(data, scale, data_t, scale.t())
+    data, scale = _ops.quantize_128x128(weight, **options)
+    return Operand(data, scale, None, None)
+
+
+def _quantize_coarsely(
+    x: Tensor, dtype: torch.dtype, recipe: Recipe, *, plain: bool, transposed: bool
+) -> Operand:
+    # Tensor-wise too, the transpose is quantised from x: the same values, laid out as GEMMs read.
+    op = _ops.quantize_rowwise if recipe.granularity == "rowwise" else _ops.quantize_tensorwise
+    options = {"dtype": dtype, "pow2_scale": recipe.pow2_scale}
+    data, scale = op(x, **options) if plain else (None, None)
+    data_t, scale_t = op(x.t(), **options) if transposed else (None, None)
+    return Operand(data, scale, data_t, scale_t)
+
+
+class LinearFunction(torch.autograd.Function):
+    """y = x @ weight.T + bias in FP8, with gradients for x, weight and bias.
+
+    apply(x, weight, bias, quantized_weight, recipe, out_dtype, needs_dx, needs_dw) takes x of any
+    leading shape; `quantized_weight` is quantize_weight's result, or None to quantise here. w_t is
+    kept only if `needs_dx`, x_t only if `needs_dw`. dx has x's dtype, dw the weight's, and the
+    bias's gradient is summed in FP32.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        quantized_weight: Operand | None,
+        recipe: Recipe,
+        out_dtype: torch.dtype,
+        needs_dx: bool,
+        needs_dw: bool,
+    ) -> Tensor:
+        leading = x.shape[:-1]
+        q_x = quantize_activation(
+            x.reshape(math.prod(leading), x.shape[-1]),
+            recipe.input_dtype,
+            recipe,
+            plain=True,
+            transposed=needs_dw,
+        )
+        q_w = quantized_weight or quantize_weight(weight, recipe, transposed=needs_dx)
+        y = _ops.fp8_gemm_nt(
+            q_x.data, q_x.scale, q_w.data, q_w.scale, bias=bias, out_dtype=out_dtype
+        )
+        ctx.save_for_backward(
+            *((q_w.data_t, q_w.scale_t) if needs_dx else (None, None)),
+            *((q_x.data_t, q_x.scale_t) if needs_dw else (None, None)),
+        )
+        ctx.recipe = recipe
+        ctx.x_shape = x.shape
+        ctx.dtypes = (x.dtype, weight.dtype, None if bias is None else bias.dtype)
+        return y.view(*leading, weight.shape[0])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+            with torch.no_grad():
+                return _refuse_second_gradient(_gradients(ctx, grad))
+        return _gradients(ctx, grad)
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """(dx, dw, db) as far as they are needed, and None for each other argument of forward."""
+    needs_dx, needs_dw, needs_db = ctx.needs_input_grad[:3]
+    w_t, w_t_scale, x_t, x_t_scale = ctx.saved_tensors
+    x_dtype, weight_dtype, bias_dtype = ctx.dtypes
+    dy = grad.reshape(math.prod(grad.shape[:-1]), grad.shape[-1])
+    dx = dw = db = None
+    if needs_dx or needs_dw:
+        q_dy = quantize_activation(
+            dy, ctx.recipe.grad_dtype, ctx.recipe, plain=needs_dx, transposed=needs_dw
+        )
+    if needs_dx:
+        dx = _ops.fp8_gemm_nt(q_dy.data, q_dy.scale, w_t, w_t_scale, out_dtype=x_dtype)
+        dx = dx.view(ctx.x_shape)
+    if needs_dw:
+        dw = _ops.fp8_gemm_nt(q_dy.data_t, q_dy.scale_t, x_t, x_t_scale, out_dtype=weight_dtype)
+    if needs_db:
+        db = dy.sum(0, dtype=torch.float32).to(bias_dtype)
+    return dx, dw, db, None, None, None, None, None
+
+
+class _SecondGradient(torch.autograd.Function):
+    """Passes gradients on, and refuses to be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, *grads: Tensor) -> tuple[Tensor, ...]:
+        return tuple(grad.view_as(grad) for grad in grads)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        raise RuntimeError(
+            "torchext.nn.Linear: backward: expected to be differentiated once; its gradient was "
+            "differentiated again (create_graph=True), and FP8 GEMMs have no second gradient; use "
+            "torch.nn.Linear for layers under a gradient penalty or a Hessian"
+        )
+
+
+def _refuse_second_gradient(grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    # Without a graph of their own the gradients would count as constants, and a penalty on them
+    # would train nothing, silently. The anchor gives them one even where dy is constant.
+    with torch.enable_grad():
+        anchor = torch.empty(0, requires_grad=True)
+        passed = iter(_SecondGradient.apply(anchor, *(g for g in grads if g is not None)))
+    return tuple(None if grad is None else next(passed) for grad in grads)
