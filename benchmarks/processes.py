@@ -10,13 +10,20 @@ import os
 import select
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 EVENTS_FD = "BENCHMARK_EVENTS_FD"
+# A group of its own, to be killed as one; not a session of its own, so that whoever ends this
+# process's session ends the children too.
+OWN_GROUP: dict[str, Any] = (
+    {"process_group": 0} if sys.version_info >= (3, 11) else {"start_new_session": True}
+)
 
 
 @dataclass
@@ -72,7 +79,7 @@ def run(
             stdin=subprocess.DEVNULL,
             cwd=cwd,
             env=None if env is None else dict(env),
-            start_new_session=True,
+            **OWN_GROUP,
         )
         try:
             returncode: int | None = process.wait(timeout=max(limit_s, 0))
@@ -108,7 +115,7 @@ class EventProcess:
                 cwd=cwd,
                 env={**(os.environ if env is None else env), EVENTS_FD: str(writer)},
                 pass_fds=(writer,),
-                start_new_session=True,
+                **OWN_GROUP,
             )
         os.close(writer)
 

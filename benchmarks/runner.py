@@ -20,6 +20,7 @@ from .processes import EventProcess, describe_exit
 from .results import Results
 
 START_LIMIT_S = 120.0
+CASE_LIMIT_S = 45.0
 STRIKES = 2
 WRITE_EVERY_S = 2.0
 
@@ -28,7 +29,8 @@ class Runner:
     """Measures `cases` on `device` into `results`.
 
     peers: names of contenders beside torchext; None for all. rounds: samples a contender and case.
-    budget_s: seconds for everything; what is left over then is recorded as skipped. mode:
+    budget_s: seconds for everything; what is left over then is recorded as skipped. case_limit_s: a
+    call and its check, or the timing of a case, that takes longer has hung; compiling may. mode:
     "measure", or "warm-up", which only makes the first calls of contenders that compile.
     """
 
@@ -42,6 +44,7 @@ class Runner:
         peers: list[str] | None = None,
         rounds: int = 30,
         budget_s: float = float("inf"),
+        case_limit_s: float = CASE_LIMIT_S,
         mode: str = "measure",
         progress: Callable[[str], None] = lambda line: None,
     ):
@@ -53,6 +56,7 @@ class Runner:
         self.rounds = rounds
         self.budget_s = budget_s
         self.deadline = time.monotonic() + budget_s
+        self.case_limit_s = case_limit_s
         self.mode = mode
         self.progress = progress
         self.names = {
@@ -100,6 +104,7 @@ class Runner:
             "device": self.device,
             "mode": self.mode,
             "rounds": self.rounds,
+            "case_limit_s": self.case_limit_s,
             "peers": self.peers,
             "ceilings": self.mode == "measure" and not self.results.data["ceilings"],
             "work": [{"case": case.as_dict(), "contenders": names} for case, names in work],

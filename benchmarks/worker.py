@@ -1,6 +1,7 @@
 """The process that measures. It may crash or hang; benchmarks.runner, which started it, goes on.
 
-stdin: a plan, {"device", "mode", "rounds", "work": [{"case", "contenders"}], "peers", "ceilings"}.
+stdin: a plan, {"device", "mode", "rounds", "case_limit_s", "peers", "ceilings" (to be measured?),
+"work": [{"case", "contenders"}]}.
 Events go out as JSON lines through the inherited file descriptor BENCHMARK_EVENTS_FD:
 
     contender    name, suite, version or reason          who can run here
@@ -26,8 +27,8 @@ from .cases import Case
 from .contenders import Contender, contenders_for
 from .problems import PROBLEMS, Problem, Run, UnsupportedError, WrongResultError
 
-CASE_LIMIT_S = 45.0
 COMPILE_LIMIT_S = 150.0
+CEILINGS_LIMIT_S = 60.0
 SECONDS_PER_CASE = {"cpu": 20.0, "cuda": 4.0}
 DEAD_CONTEXT = 71  # exit status: the CUDA context is beyond use
 
@@ -36,6 +37,7 @@ class Worker:
     def __init__(self, plan: dict, events: int):
         self.plan = plan
         self.device: str = plan["device"]
+        self.limit_s: float = plan["case_limit_s"]
         self._events = os.fdopen(events, "w", buffering=1)
         self._meter: timing.EnergyMeter | None = None
         self._meter_missing: str | None = None
@@ -58,7 +60,7 @@ class Worker:
         }
         available = {key for key, contender in contenders.items() if self.announce(contender)}
         if self.plan["ceilings"]:
-            self.emit("begin", case=None, contender="ceilings", limit_s=CASE_LIMIT_S)
+            self.emit("begin", case=None, contender="ceilings", limit_s=CEILINGS_LIMIT_S)
             self.emit("ceilings", values=timing.measure_ceilings(self.device))
         for case, names in work:
             chosen = [contenders[case.suite, n] for n in names if (case.suite, n) in available]
@@ -86,7 +88,7 @@ class Worker:
         problem = PROBLEMS[case.suite](case, self.device)
         runs, errors = {}, {}
         for contender in contenders:
-            limit = COMPILE_LIMIT_S if contender.compiles else CASE_LIMIT_S
+            limit = COMPILE_LIMIT_S if contender.compiles else self.limit_s
             self.emit("begin", case=case.name, contender=contender.name, limit_s=limit)
             try:
                 run = contender.prepare(problem)
@@ -102,7 +104,7 @@ class Worker:
                 self.exit_if_context_is_dead()
         if not runs or self.plan["mode"] == "warm-up":
             return
-        self.emit("timing", case=case.name, contenders=list(runs), limit_s=CASE_LIMIT_S)
+        self.emit("timing", case=case.name, contenders=list(runs), limit_s=self.limit_s)
         times = timing.interleave(
             runs, self.device, self.plan["rounds"], SECONDS_PER_CASE[self.device]
         )

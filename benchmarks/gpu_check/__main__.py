@@ -44,6 +44,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--budget", type=float, default=BUDGET_S, metavar="SECONDS")
     parser.add_argument("--quick", action="store_true", help="only the most important benchmarks")
     parser.add_argument("--shapes", nargs="+", default=[], help="as in python -m benchmarks")
+    parser.add_argument(
+        "--test-limit", type=float, default=60.0, metavar="SECONDS", help="longer tests have hung"
+    )
     parser.add_argument("--commit", help="recorded where git cannot tell")
     parser.add_argument("--repository", type=Path, default=REPOSITORY, help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
@@ -175,7 +178,8 @@ def _commit(options: argparse.Namespace) -> dict:
 
 def tests(check: Check, deadline: float) -> None:
     jobs = max(1, min(4, (os.cpu_count() or 1) // 4))
-    run = TestRun(check.target, check.device, deadline, check.log("tests"))
+    limit = check.options.test_limit
+    run = TestRun(check.target, check.device, deadline, check.log("tests"), test_limit_s=limit)
     summary = run_tests(run, jobs, lambda values: check.put(tests=values))
     check.put(tests=summary)
     bad = {outcome: n for outcome, n in summary["counts"].items() if outcome not in GOOD}

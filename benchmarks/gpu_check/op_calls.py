@@ -40,13 +40,15 @@ def dequantize(quantizer: str) -> Call:
 
 
 def gemm(quantizers: str, m: int, n: int, k: int, **options: object) -> Call:
-    """options: those of fp8_gemm_nt; bias and accumulate as flags."""
+    """options: those of fp8_gemm_nt; bias and accumulate as flags. num_sms is the kernel's affair,
+    and nothing the reference knows of."""
     left, right = quantizers.split()
     a = getattr(reference, f"quantize_{left}")(random(m, k))
     b = getattr(reference, f"quantize_{right}")(random(n, k))
     bias = random(1, n)[0] if options.pop("bias", False) else None
     accumulate = bool(options.pop("accumulate", False))
     start = random(m, n, torch.float32) if accumulate else None
+    budget = {"num_sms": options.pop("num_sms")} if "num_sms" in options else {}
 
     def call(module: object, device: str) -> object:
         place = {
@@ -54,8 +56,9 @@ def gemm(quantizers: str, m: int, n: int, k: int, **options: object) -> Call:
             "out": None if start is None else start.to(device, copy=True),
         }
         operands = (tensor.to(device) for tensor in (*a, *b))
+        sms = budget if module is ops else {}
         fp8_gemm_nt = module.fp8_gemm_nt  # type: ignore[attr-defined]
-        return fp8_gemm_nt(*operands, **place, accumulate=accumulate, **options)
+        return fp8_gemm_nt(*operands, **place, **sms, accumulate=accumulate, **options)
 
     return call
 

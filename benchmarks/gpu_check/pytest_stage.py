@@ -17,7 +17,6 @@ from ..processes import EventProcess, describe_exit
 from . import staging
 
 START_LIMIT_S = 100.0
-TEST_LIMIT_S = 60.0
 # Tests of this harness: they need no GPU, and run it.
 LEFT_OUT = "benchmarks"
 GOOD = ("passed", "skipped", "xfailed")
@@ -25,14 +24,13 @@ GOOD = ("passed", "skipped", "xfailed")
 
 @dataclass
 class TestRun:
-    """Where and how long to test. limits: seconds for a file's start, and for a test."""
+    """Where and how long to test."""
 
     target: Path
     device: str
     deadline: float  # time.monotonic()
     log: Path
-    start_limit_s: float = START_LIMIT_S
-    test_limit_s: float = TEST_LIMIT_S
+    test_limit_s: float
 
 
 def run_tests(run: TestRun, jobs: int, write: Callable[[dict], None]) -> dict:
@@ -106,7 +104,7 @@ def _run_process(run: TestRun, file: Path, ends: dict[str, dict]) -> bool:
     process = EventProcess(command, log, cwd=run.target, env=staging.environment(run.target))
     pending: list[str] = []
     current: str | None = None
-    limit = run.start_limit_s
+    limit = START_LIMIT_S
     try:
         while True:
             left = max(0.0, run.deadline - time.monotonic())
@@ -136,7 +134,7 @@ def _run_process(run: TestRun, file: Path, ends: dict[str, dict]) -> bool:
                 current, limit = event["test"], run.test_limit_s
             else:
                 _add(ends, event)
-                current, limit = None, run.start_limit_s
+                current, limit = None, START_LIMIT_S
                 if event["test"] in pending:
                     pending.remove(event["test"])
     finally:

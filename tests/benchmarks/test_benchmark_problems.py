@@ -1,0 +1,134 @@
+"""References, checks and layouts: what stands between a wrong result and a published figure."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import plain
+from benchmarks.cases import GEMMS, LINEARS, QUANTIZERS, Case
+from benchmarks.contenders import contenders_for
+from benchmarks.contenders.cublaslt import dense_columns, padded_blocks
+from benchmarks.problems import PROBLEMS, WrongResultError, difference, require
+from torchext import ops
+
+
+def case(suite: str, op: str, shape: tuple[int, ...]) -> Case:
+    return Case(suite, op, "given", "", shape)
+
+
+CASES = [
+    *(case("quantize", op, (70, 200)) for op in QUANTIZERS),
+    *(case("gemm", op, (48, 144, 272)) for op in GEMMS),
+    *(case("linear", op, (48, 144, 272)) for op in LINEARS),
+]
+
+
+@pytest.mark.parametrize("chosen", CASES, ids=lambda c: c.name)
+def test_every_contender_of_this_machine_is_right(chosen):
+    problem = PROBLEMS[chosen.suite](chosen, "cpu")
+    for contender in contenders_for("cpu"):
+        if contender.suite == chosen.suite:
+            contender.require("cpu")
+            run = contender.prepare(problem)
+            for _ in range(2):  # `before` must make a second call the same work
+                if run.before:
+                    run.before()
+                error = run.check(run.call())
+            assert error["relative"] < 0.06, contender.name
+
+
+def test_a_training_step_starts_without_gradients_and_with_a_changed_weight():
+    problem = PROBLEMS["linear"](case("linear", "forward_backward", (16, 32, 48)), "cpu")
+    weight = torch.nn.Parameter(problem.weight.clone())
+    run = problem.run(lambda x: x @ weight.t(), weight, 1e-2)
+    _, grad_x, grad_weight = run.call()
+    assert grad_x is not None and grad_weight is weight.grad
+    version, value = weight._version, weight.detach().clone()
+    run.before()
+    assert weight.grad is None
+    assert weight._version > version and torch.equal(weight, value)
+
+
+@pytest.mark.parametrize("op", [op for op in QUANTIZERS if op != "dequantize"])
+@pytest.mark.parametrize("shape", [(1, 1), (5, 130), (200, 144), (130, 257)])
+def test_plain_quantisers_equal_torchext_in_bits_and_layout(op, shape):
+    x = torch.randn(shape).mul_(10).bfloat16()
+    x[0, 0] = 0
+    for ours, theirs in zip(getattr(plain, op)(x), getattr(ops, op)(x), strict=True):
+        assert torch.equal(ours.float(), theirs.float())
+        assert ours.stride() == theirs.stride() or ours.shape[-1] == 1 or ours.shape[0] == 1
+
+
+def test_plain_quantiser_against_numpy():
+    x = torch.randn(3, 256)
+    data, scale = plain.quantize_1x128(x)
+    amax = np.abs(x.numpy().reshape(3, 2, 128)).max(2)
+    assert np.array_equal(scale.numpy(), (amax / np.float32(448)).astype(np.float32))
+    back = plain.dequantize(data, scale).numpy()
+    assert np.abs(back - x.numpy()).max() <= amax.max() / 28 * 1.001  # half a step of 448
+
+
+@pytest.mark.parametrize("spoil", [float("nan"), float("inf"), 1e3])
+def test_one_wrong_element_is_found(spoil):
+    expected = torch.randn(300, 400, dtype=torch.float64)
+    result = expected.to(torch.bfloat16)
+    require(difference(result, expected), 5e-3, 5e-2)
+    result[17, 3] = spoil
+    with pytest.raises(WrongResultError, match="relative error"):
+        require(difference(result, expected), 5e-3, 5e-2)
+
+
+def test_a_wrong_tile_and_a_wrong_shape_are_found():
+    problem = PROBLEMS["gemm"](case("gemm", "fprop", (256, 256, 256)), "cpu")
+    right = problem.expected_fp8.to(torch.bfloat16)
+    assert problem.check_fp8(right)["relative"] < 5e-3
+    wrong = right.clone()
+    wrong[64:128, :64] = 0
+    for result in (wrong, right * 1.01, right[:, :255], right * float("nan")):
+        with pytest.raises(WrongResultError):
+            problem.check_fp8(result)
+
+
+def test_a_flipped_bit_of_a_quantiser_is_found():
+    problem = PROBLEMS["quantize"](case("quantize", "quantize_1x128", (8, 128)), "cpu")
+    data, scale = plain.quantize_1x128(problem.x)
+    problem.check_bits((data, scale))
+    data.view(torch.uint8)[3, 5] ^= 1
+    with pytest.raises(WrongResultError, match=r"output_0_elements': 1"):
+        problem.check_bits((data, scale))
+    with pytest.raises(WrongResultError, match="expected 2 outputs, got 1"):
+        problem.check_bits(scale)
+
+
+def test_gradients_are_checked_one_by_one():
+    problem = PROBLEMS["linear"](case("linear", "forward_backward", (16, 24, 32)), "cpu")
+    weight = torch.nn.Parameter(problem.weight.clone())
+    check = problem.run(lambda x: x @ weight.t(), weight, 1e-2).check
+    check(problem.expected)
+    output, grad_x, grad_weight = problem.expected
+    with pytest.raises(WrongResultError, match="gradient of the weight"):
+        check((output, grad_x, 1.1 * grad_weight))
+    with pytest.raises(WrongResultError, match="gradient of x: none"):
+        check((output, None, grad_weight))
+
+
+def test_traffic_is_counted_as_published():
+    bytes_of = PROBLEMS["quantize"].BYTES
+    assert round(bytes_of["quantize_1x128"], 2) == 3.03
+    assert round(bytes_of["quantize_1x128_dual"], 2) == 4.06
+    assert bytes_of["quantize_128x128"] == 3
+    gemm = PROBLEMS["gemm"](case("gemm", "fprop", (16, 32, 48)), "cpu")
+    assert gemm.bytes == 16 * 48 + 32 * 48 + 2 * 16 * 32
+    assert gemm.flops == 2 * 16 * 32 * 48
+
+
+def test_scale_layouts_of_cublaslt():
+    scale = plain.quantize_1x128(torch.randn(6, 300))[1]
+    assert scale.stride() == (1, 8)
+    dense = dense_columns(scale)
+    assert dense.stride() == (1, 6) and torch.equal(dense, scale)
+    blocks = torch.randn(3, 5)
+    padded: Tensor = padded_blocks(blocks)
+    assert padded.shape == (8, 3) and padded.stride() == (1, 8)
+    assert torch.equal(padded[:5], blocks.t())

@@ -1,0 +1,261 @@
+"""The GPU check, rehearsed on a CPU with a repository and a wheel made for the purpose."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from benchmarks.gpu_check import op_calls, sanitizer, staging
+from benchmarks.gpu_check.__main__ import main
+from benchmarks.gpu_check.pytest_stage import TestRun as Run  # or pytest collects it
+from benchmarks.gpu_check.pytest_stage import run_tests
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+CONFTEST = """
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cpu")
+"""
+TESTS = """
+import os, time, pytest, torchext
+def test_first(): assert torchext.__version__ == "0.0.fake"
+def test_wrong(): assert 1 == 2, "one is not two"
+def test_crash(): os.abort()
+def test_between(): pass
+def test_hang(): time.sleep(600)
+@pytest.mark.parametrize("text", ["a b", "c::d"])
+def test_last(text): pass
+@pytest.mark.skip(reason="not here")
+def test_skipped(): pass
+@pytest.fixture
+def broken(): yield; raise ValueError("cannot clean up")
+def test_teardown(broken): pass
+"""
+
+
+@pytest.fixture
+def repository(staged: Path) -> Path:
+    """A checkout whose own package must never be imported; its wheel lies in dist/."""
+    wheel = staged / "dist" / "torchext-0.0-py3-none-any.whl"
+    wheel.parent.mkdir()
+    info = "torchext-0.0.dist-info"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        source = (
+            (staged / "torchext.py").read_text().replace("time.sleep(3600)", "raise ValueError")
+        )
+        archive.writestr("torchext/__init__.py", source)
+        archive.writestr(
+            f"{info}/METADATA", "Metadata-Version: 2.1\nName: torchext\nVersion: 0.0\n"
+        )
+        archive.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        archive.writestr(f"{info}/RECORD", "")
+    (staged / "torchext.py").unlink()
+    (staged / "torchext").mkdir()
+    (staged / "torchext" / "__init__.py").write_text("raise ImportError('the source package')")
+    (staged / "tests").mkdir()
+    (staged / "tests" / "conftest.py").write_text(CONFTEST)
+    (staged / "benchmarks" / "results").mkdir()
+    (staged / ".git").mkdir()
+    return staged
+
+
+def wheel_of(repository: Path) -> Path:
+    return next((repository / "dist").glob("*.whl"))
+
+
+def test_staging_leaves_the_source_package_out(repository, tmp_path_factory):
+    target = tmp_path_factory.mktemp("target")
+    staging.stage(repository, [wheel_of(repository)], target, target / "log", 60)
+    assert (
+        target / "torchext" / "__init__.py"
+    ).read_text() != "raise ImportError('the source package')"
+    assert (target / "benchmarks" / "worker.py").is_file()
+    assert (target / "tests" / "conftest.py").is_file()
+    for absent in (".git", "dist", "benchmarks/results"):
+        assert not (target / absent).exists()
+    code = "import torchext; print(torchext.__version__, torchext.__file__)"
+    said = subprocess.run(
+        (sys.executable, "-c", code), cwd=target, env=staging.environment(target),
+        capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    assert said == f"0.0.fake {target}/torchext/__init__.py\n"
+
+
+def test_staging_says_what_is_wrong_with_a_wheel(repository, tmp_path):
+    target = tmp_path / "target"
+    with pytest.raises(staging.StagingError, match=r"expected a file, got .*none\.whl"):
+        staging.stage(repository, [Path("none.whl")], target, tmp_path / "log", 60)
+    bad = tmp_path / "torchext-1-py3-none-any.whl"
+    bad.write_text("no zip")
+    with pytest.raises(staging.StagingError, match="pip install: exit status"):
+        staging.stage(repository, [bad], target, tmp_path / "log", 60)
+
+
+@pytest.mark.slow
+def test_every_test_has_its_turn_whatever_the_others_do(repository, tmp_path_factory):
+    target = tmp_path_factory.mktemp("target")
+    (repository / "tests" / "test_all.py").write_text(TESTS)
+    (repository / "tests" / "test_unimportable.py").write_text("import no_such_module")
+    (repository / "tests" / "benchmarks").mkdir()
+    (repository / "tests" / "benchmarks" / "test_self.py").write_text("def test_self(): assert 0")
+    staging.stage(repository, [wheel_of(repository)], target, target / "log", 60)
+    written: list[dict] = []
+    run = Run(target, "cpu", time.monotonic() + 200, target / "tests.log", test_limit_s=5.0)
+    summary = run_tests(run, jobs=2, write=written.append)
+    outcomes = {bad["test"].rpartition("::")[2]: bad for bad in summary["failures"]}
+    assert {name: bad["outcome"] for name, bad in outcomes.items()} == {
+        "test_wrong": "failed",
+        "test_crash": "crashed",
+        "test_hang": "hung",
+        "test_teardown": "error",
+        "tests/test_unimportable.py": "error",
+    }
+    assert "one is not two" in outcomes["test_wrong"]["message"]
+    assert outcomes["test_crash"]["message"] == "died of SIGABRT"
+    assert "no_such_module" in outcomes["tests/test_unimportable.py"]["message"]
+    assert summary["counts"]["passed"] == 4 and summary["counts"]["skipped"] == 1
+    assert summary["skip_reasons"] == {"Skipped: not here": 1}
+    assert written[-1]["counts"] == summary["counts"] and len(written) == 2
+    assert "in test_hang\n" in (target / "tests.log").read_text()  # its stack
+
+
+@pytest.mark.slow
+def test_tests_that_find_no_time_are_said_not_to_have_run(repository, tmp_path_factory):
+    target = tmp_path_factory.mktemp("target")
+    (repository / "tests" / "test_slow.py").write_text(
+        "import time\ndef test_a(): time.sleep(600)\ndef test_b(): pass\n"
+    )
+    staging.stage(repository, [wheel_of(repository)], target, target / "log", 60)
+    run = Run(target, "cpu", time.monotonic() + 12, target / "tests.log", test_limit_s=60.0)
+    counts = run_tests(run, jobs=1, write=lambda values: None)["counts"]
+    assert counts in ({"not run": 2}, {"not run": 1})  # 1: the file, where collection took 12 s
+
+
+@pytest.mark.slow
+def test_a_whole_rehearsal_leaves_one_folder_with_all_findings(
+    repository, tmp_path_factory, capsys
+):
+    out = tmp_path_factory.mktemp("out")
+    (repository / "tests" / "test_some.py").write_text(
+        "import torchext\ndef test_good(): pass\ndef test_bad(): assert 0\n"
+    )
+    code = main(
+        ["--wheel", str(wheel_of(repository)), "--repository", str(repository), "--device", "cpu",
+         "--out", str(out), "--shapes", "8x16x128", "--budget", "240", "--commit", "abc"]
+    )  # fmt: skip
+    assert code == 1
+    data = json.loads((out / "results.json").read_text())
+    stages = {stage["name"]: stage for stage in data["stages"]}
+    order = list(stages)
+    assert order[:2] == ["install", "environment"] and order[4:] == ["benchmarks", "report"]
+    assert set(order[2:4]) == {"tests", "sanitizer"}
+    status = {name: stage["status"] for name, stage in stages.items()}
+    assert status["install"] == status["environment"] == status["report"] == "passed"
+    assert status["tests"] == status["benchmarks"] == "failed"
+    assert status["sanitizer"] == "failed"  # the fake package has no reference to call
+    assert data["environment"]["torchext"] == "0.0.fake"
+    assert data["environment"]["commit"] == "abc"
+    assert data["tests"]["counts"] == {"passed": 1, "failed": 1}
+    tools = {run["tool"]: run["status"] for run in data["sanitizer"]}
+    assert tools == {"none": "failed"} | dict.fromkeys(sanitizer.TOOLS, "skipped")
+    found = {(r["op"], r["contender"]): r["status"] for r in data["measurements"]}
+    assert found["fprop", "torchext"] == found["forward_backward", "torchext"] == "ok"
+    assert found["quantize_tensorwise", "torchext"] == "failed"
+    files = {path.name for path in out.iterdir()}
+    assert {"results.json", "report.md", "tests.log", "sanitizer.log", "benchmarks.log"} <= files
+    assert len(files) <= 8  # all that the device tool brings back
+    for path in (out / "results.json", *out.glob("*.log")):
+        assert str(repository) not in path.read_text(), path
+    printed = capsys.readouterr().out
+    assert "tests: {" in printed and "failed: benchmarks" in printed
+    assert f"{out}" in printed
+
+
+@pytest.mark.slow
+def test_without_a_gpu_it_ends_soon_and_says_so(repository, tmp_path_factory, capsys):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    out = tmp_path_factory.mktemp("out")
+    arguments = ["--wheel", str(wheel_of(repository)), "--repository", str(repository)]
+    assert main([*arguments, "--out", str(out)]) == 2
+    assert "torch.cuda.is_available() is False" in capsys.readouterr().out
+    data = json.loads((out / "results.json").read_text())
+    assert [s["status"] for s in data["stages"]] == ["passed", "failed", "passed"]
+    assert (out / "report.md").is_file()
+
+
+def test_a_broken_wheel_is_the_only_stage_that_runs(repository, tmp_path, monkeypatch):
+    monkeypatch.setenv("OUT", str(tmp_path / "from-the-environment"))
+    assert main(["--wheel", "none.whl", "--repository", str(repository), "--device", "cpu"]) == 2
+    data = json.loads((tmp_path / "from-the-environment" / "results.json").read_text())
+    assert [s["name"] for s in data["stages"]] == ["install", "report"]
+
+
+def test_op_calls_cover_every_op_and_notice_a_wrong_one(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["op_calls", "--device", "cpu"])
+    assert op_calls.main() == 0
+    assert capsys.readouterr().out.count("\nok ") == len(op_calls.CALLS)
+    monkeypatch.delitem(op_calls.CALLS, "dequantize 1x128")
+    monkeypatch.delitem(op_calls.CALLS, "dequantize 128x128")
+    assert op_calls.main() == 1
+    assert "no call of dequantize" in capsys.readouterr().out
+    monkeypatch.undo()
+    monkeypatch.setattr(sys, "argv", ["op_calls", "--device", "cpu"])
+    right = op_calls.CALLS["quantize_rowwise"]
+    monkeypatch.setitem(
+        op_calls.CALLS,
+        "quantize_rowwise",
+        lambda module, device: (
+            right(module, device)
+            if module is op_calls.reference
+            else tuple(t.float().mul(1.5).to(t.dtype) for t in right(module, device))
+        ),
+    )
+    assert op_calls.main() == 1
+    assert "WRONG quantize_rowwise: " in capsys.readouterr().out
+
+
+FAKE_TOOL = """#!{python}
+import os, sys, time
+skip = sys.argv[sys.argv.index("--skip") + 1:] if "--skip" in sys.argv else []
+for name in ("one", "two 2", "three"):
+    if name in skip:
+        continue
+    print("calling", name, flush=True)
+    if name == "two 2" and "racecheck" in sys.argv:
+        time.sleep(600)
+    print("ok", name, flush=True)
+if "memcheck" in sys.argv:
+    print("========= ERROR SUMMARY: 3 errors")
+    sys.exit(86)
+print("========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)")
+"""
+
+
+@pytest.mark.parametrize(
+    ("tool", "verdict", "summary"),
+    [
+        ("memcheck", ("failed", 3), "ERROR SUMMARY: 3 errors"),
+        ("synccheck", ("passed", 3), "RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0"),
+        ("racecheck", ("failed", 2), "'two 2' did not end; RACECHECK SUMMARY: 0 hazards"),
+    ],
+)
+def test_sanitizer_verdicts_and_calls_that_hang(tool, verdict, summary, tmp_path, monkeypatch):
+    program = tmp_path / "bin" / "compute-sanitizer"
+    program.parent.mkdir()
+    program.write_text(FAKE_TOOL.format(python=sys.executable))
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
+    run = sanitizer.OpCalls(tmp_path, "cuda", time.monotonic() + 15, tmp_path / "sanitizer.log")
+    answer = sanitizer.run_tool(run, tool)
+    assert (answer["status"], answer["calls"]) == verdict
+    assert answer["summary"].startswith(summary)
