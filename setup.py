@@ -24,7 +24,7 @@ TOOLKIT = find_toolkit()
 # torch 2.10: the oldest release whose libtorch the binary may be loaded into.
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 GENCODE = ["-gencode=arch=compute_90a,code=sm_90a"]
-WARNINGS = ["-Wall", "-Wno-unused-function"]
+COMMON = ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", "-Wall", "-Wno-unused-function"]
 
 
 def sources(*patterns: str) -> list[str]:
@@ -33,7 +33,7 @@ def sources(*patterns: str) -> list[str]:
 
 def op_library() -> cpp_extension.CppExtension:
     files = sources("csrc/*.cpp", "csrc/*/*.cpp")
-    cxx = ["-O3", "-std=c++17", "-fvisibility=hidden", STABLE_ABI, *WARNINGS]
+    cxx = [*COMMON, STABLE_ABI]
     nvcc = []
     include_dirs = [str(ROOT)]
     link = ["-Wl,--no-as-needed", "-ltorch"]
@@ -63,7 +63,7 @@ def simulator() -> cpp_extension.CppExtension:
         "torchext._sim",
         sources("ptx/sim/*.cpp"),
         include_dirs=[str(ROOT), pybind11.get_include()],
-        extra_compile_args={"cxx": ["-O3", "-std=c++17", "-fvisibility=hidden", *WARNINGS]},
+        extra_compile_args={"cxx": COMMON},
     )
 
 
@@ -79,10 +79,14 @@ class BuildExtension(cpp_extension.BuildExtension):
             wrapper = ROOT / "csrc" / "build" / "nvcc.py"
             os.environ["PYTORCH_NVCC"] = f"{sys.executable} {wrapper}"
         super().build_extensions()
-        package = ROOT if self.inplace else Path(self.build_lib)
-        self._copy(Path(self.build_temp).glob("csrc/**/*.ptx"), package / "torchext" / "_ptx")
-        headers = package / "torchext" / "include" / "ptx" / "isa"
-        self._copy((ROOT / "ptx" / "isa").glob("*.h"), headers)
+        package = Path(self.build_lib) / "torchext"
+        self._copy(Path(self.build_temp).glob("csrc/**/*.ptx"), package / "_ptx")
+        self._copy((ROOT / "ptx" / "isa").glob("*.h"), package / "include" / "ptx" / "isa")
+
+    def copy_extensions_to_source(self):  # build_ext --inplace
+        super().copy_extensions_to_source()
+        ptx = Path(self.build_lib) / "torchext" / "_ptx"
+        self._copy(ptx.glob("*.ptx"), ROOT / "torchext" / "_ptx")
 
     @staticmethod
     def _copy(files, folder):
