@@ -1,0 +1,141 @@
+// atom and red: read-modify-write on global and shared memory.
+#include <cstring>
+
+#include "copy_engine.h"
+#include "decode.h"
+#include "lanes.h"
+#include "strong.h"
+
+namespace torchext::sim {
+
+void decode_async_store(Decoder& d, bool reduce);  // bulk_copies.cpp
+
+namespace {
+
+using U32 = std::uint32_t;
+using U64 = std::uint64_t;
+
+struct Atomic {
+  Space space;
+  Type type;
+  U32 bytes = 0, elements = 1;
+  bool compare_and_swap = false, exchange = false, returns = false;
+  bool acquire = false, release = false;
+  Reduction reduction;
+};
+
+// PTX's f16x2 and bf16x2 reductions work on each half.
+Reduction elementwise(const Atomic& a) {
+  Reduction r = a.reduction;
+  if (a.type == Type::f16x2) r.type = Type::f16;
+  else if (a.type == Type::bf16x2) r.type = Type::bf16;
+  else r.type = a.type;
+  return r;
+}
+
+Step atomic(Warp& w, const Instruction& i, U32 mask) {
+  const auto& a = *static_cast<const Atomic*>(i.extra);
+  w.need(i.s[0], mask, "as an address");
+  const std::size_t values = a.returns ? a.elements : 0;  // list: results, then values
+  for (std::size_t e = values; e < i.list.size(); ++e) w.need(i.list[e], mask, "as a value");
+  const U32 total = a.bytes * a.elements;
+  bool changed = false;
+  for_lanes(mask, [&](int lane) {
+    const U64 base = w.integer(i.s[0], lane) + static_cast<U64>(i.offset);
+    const U64 address = i.s[0].bytes == 4 ? static_cast<U32>(base) : base;
+    Place place;
+    std::uint8_t old[16] = {}, value[16] = {};
+    if (w.resolve(lane, a.space, address, total, true, &place)) {
+      if (place.valid != nullptr) {
+        w.finding("invalid operand", "an atomic on local memory", 1u << lane, address);
+        return;
+      }
+      for (U32 e = 0; e < a.elements; ++e) {
+        const U64 v = w.integer(i.list[values + e], lane);
+        std::memcpy(value + e * a.bytes, &v, a.bytes);
+      }
+      Actor actor = w.actor(lane, true);
+      w.check_read(place, actor, total, 1u << lane, address);
+      if (a.returns || a.acquire) strong_read(w, lane, place, address, a.acquire);
+      strong_write(w, lane, place, address, a.release);
+      actor = w.actor(lane, true);
+      w.check_write(place, actor, total, 1u << lane, address);
+      const auto modify = [&] {
+        std::memcpy(old, place.host, total);
+        if (a.compare_and_swap) {
+          U64 expected = 0, current = 0, next = w.integer(i.list[values + 1], lane);
+          std::memcpy(&expected, value, a.bytes);
+          std::memcpy(&current, old, a.bytes);
+          if (current != expected) return;
+          std::memcpy(place.host, &next, a.bytes);
+        } else if (a.exchange) {
+          std::memcpy(place.host, value, total);
+        } else {
+          reduce_bytes(elementwise(a), place.host, value, total);
+        }
+        changed |= std::memcmp(old, place.host, total) != 0;
+      };
+      if (place.buffer != nullptr) {
+        const std::lock_guard<SpinLock> lock(place.buffer->lock);
+        modify();
+      } else {
+        modify();
+      }
+    }
+    if (!a.returns) return;
+    for (U32 e = 0; e < a.elements; ++e) {
+      U64 v = 0;
+      std::memcpy(&v, old + e * a.bytes, a.bytes);
+      w.put(i.list[e], lane, v);
+    }
+  });
+  if (changed) ++w.cluster().progress;
+  else ++w.cluster().spins;
+  for (std::size_t e = 0; e < values; ++e) w.set_valid(i.list[e], mask, mask);
+  return Step::next;
+}
+
+void decode_atomic(Decoder& d) {
+  const bool red = d.opcode() == "red";
+  if (red && d.take("async")) return decode_async_store(d, true);
+  Atomic a{};
+  a.returns = !red;
+  if (d.take("acquire")) a.acquire = true;
+  if (d.take("release")) a.release = true;
+  if (d.take("acq_rel")) a.acquire = a.release = true;
+  d.take("relaxed");
+  d.take_one_of({"cta", "cluster", "gpu", "sys"});
+  a.space = d.take_space();
+  a.compare_and_swap = d.take("cas");
+  a.exchange = !a.compare_and_swap && d.take("exch");
+  if (!a.compare_and_swap && !a.exchange) a.reduction = take_reduction(d, false);
+  d.take("noftz");
+  d.take_cache_hints();
+  a.elements = d.take("v2") ? 2 : d.take("v4") ? 4 : d.take("v8") ? 8 : 1;
+  a.type = d.take_type();
+  a.bytes = static_cast<U32>(size_of(a.type));
+  if (a.bytes < 2 || a.bytes > 8 || a.bytes * a.elements > 16) d.fail("unsupported size");
+  std::size_t k = red ? 0 : 1;
+  const std::size_t sources = a.compare_and_swap ? 2 : 1;
+  d.finish(k + 1 + sources + (d.has_cache_policy ? 1 : 0));
+  const auto each = [&](const Arg& arg, auto&& add) {
+    if (a.elements == 1) return add(arg);
+    if (arg.kind != Arg::vector || arg.args.size() != a.elements) d.fail("bad vector");
+    for (const Arg& element : arg.args) add(element);
+  };
+  if (!red) {
+    if (a.elements == 1 && d.arg(0).kind == Arg::sink) a.returns = false;
+    else each(d.arg(0), [&](const Arg& x) { d.out.list.push_back(d.destination(x, static_cast<int>(a.bytes))); });
+  }
+  d.out.s[0] = d.address(d.arg(k++), &d.out.offset, &a.space);
+  for (std::size_t n = 0; n < sources; ++n, ++k)
+    each(d.arg(k), [&](const Arg& x) { d.out.list.push_back(d.source(x, a.type)); });
+  d.own(a);
+  d.out.execute = atomic;
+}
+
+}  // namespace
+
+void add_atomics(DecodeTable& t) { t["atom"] = t["red"] = decode_atomic; }
+
+}  // namespace torchext::sim

@@ -1,0 +1,333 @@
+// Decoder: modifiers and operands of one instruction.
+#include "decode.h"
+
+#include <cstring>
+
+#include "memory.h"
+#include "number_formats.h"
+
+namespace torchext::sim {
+
+namespace {
+
+const std::pair<const char*, Special> kSpecials[] = {
+    {"%tid.x", Special::tid_x},
+    {"%tid.y", Special::tid_y},
+    {"%tid.z", Special::tid_z},
+    {"%ntid.x", Special::ntid_x},
+    {"%ntid.y", Special::ntid_y},
+    {"%ntid.z", Special::ntid_z},
+    {"%ctaid.x", Special::ctaid_x},
+    {"%ctaid.y", Special::ctaid_y},
+    {"%ctaid.z", Special::ctaid_z},
+    {"%nctaid.x", Special::nctaid_x},
+    {"%nctaid.y", Special::nctaid_y},
+    {"%nctaid.z", Special::nctaid_z},
+    {"%laneid", Special::laneid},
+    {"%warpid", Special::warpid},
+    {"%nwarpid", Special::nwarpid},
+    {"%smid", Special::smid},
+    {"%nsmid", Special::nsmid},
+    {"%gridid", Special::gridid},
+    {"%lanemask_eq", Special::lanemask_eq},
+    {"%lanemask_le", Special::lanemask_le},
+    {"%lanemask_lt", Special::lanemask_lt},
+    {"%lanemask_ge", Special::lanemask_ge},
+    {"%lanemask_gt", Special::lanemask_gt},
+    {"%clusterid.x", Special::clusterid_x},
+    {"%clusterid.y", Special::clusterid_y},
+    {"%clusterid.z", Special::clusterid_z},
+    {"%nclusterid.x", Special::nclusterid_x},
+    {"%nclusterid.y", Special::nclusterid_y},
+    {"%nclusterid.z", Special::nclusterid_z},
+    {"%cluster_ctaid.x", Special::cluster_ctaid_x},
+    {"%cluster_ctaid.y", Special::cluster_ctaid_y},
+    {"%cluster_ctaid.z", Special::cluster_ctaid_z},
+    {"%cluster_nctaid.x", Special::cluster_nctaid_x},
+    {"%cluster_nctaid.y", Special::cluster_nctaid_y},
+    {"%cluster_nctaid.z", Special::cluster_nctaid_z},
+    {"%cluster_ctarank", Special::cluster_ctarank},
+    {"%cluster_nctarank", Special::cluster_nctarank},
+    {"%dynamic_smem_size", Special::dynamic_smem_size},
+    {"%total_smem_size", Special::total_smem_size},
+    {"%aggr_smem_size", Special::aggr_smem_size},
+    {"%clock", Special::clock},
+    {"%clock_hi", Special::clock_hi},
+    {"%clock64", Special::clock64},
+    {"%globaltimer", Special::globaltimer},
+    {"%globaltimer_lo", Special::globaltimer_lo},
+    {"%globaltimer_hi", Special::globaltimer_hi},
+};
+
+int storage_bytes(Type type) { return size_of(type) == 8 ? 8 : 4; }
+
+bool is_floating(Type t) {
+  return t == Type::f16 || t == Type::bf16 || t == Type::f32 || t == Type::f64 || t == Type::tf32 ||
+         t == Type::f16x2 || t == Type::bf16x2;
+}
+
+std::uint64_t real_bits(const Arg& arg, Type type) {
+  double value;
+  std::memcpy(&value, &arg.bits, 8);
+  switch (type) {
+    case Type::f64:
+    case Type::b64:
+      return arg.bits;
+    case Type::f16:
+      return encode_f16(value);
+    case Type::bf16:
+      return encode_bf16(value);
+    default: {
+      if (arg.text == "f") return static_cast<std::uint32_t>(arg.offset);
+      return bits_from_float(static_cast<float>(value));
+    }
+  }
+}
+
+}  // namespace
+
+Decoder::Decoder(ProgramBuilder& builder, const Function& function, const RawInstruction& r,
+                 Instruction& o)
+    : raw(r), out(o), builder_(builder), function_(function),
+      modifiers_(r.parts.begin() + 1, r.parts.end()) {}
+
+void Decoder::own_pointer(std::shared_ptr<void> p) { builder_.program().owned.push_back(std::move(p)); }
+
+int Decoder::target() const { return builder_.module().target_number; }
+
+void Decoder::fail(const std::string& what) const {
+  throw PtxError(builder_.module().name, raw.line, raw.opcode + ": " + what);
+}
+
+bool Decoder::take(const char* modifier) {
+  for (auto it = modifiers_.begin(); it != modifiers_.end(); ++it) {
+    if (*it == modifier) {
+      modifiers_.erase(it);
+      return true;
+    }
+  }
+  return false;
+}
+
+std::string Decoder::take_one_of(std::initializer_list<const char*> modifiers) {
+  for (const char* m : modifiers) {
+    if (take(m)) return m;
+  }
+  return "";
+}
+
+bool Decoder::take_prefix(const char* prefix, std::string* rest) {
+  const std::size_t length = std::strlen(prefix);
+  for (auto it = modifiers_.begin(); it != modifiers_.end(); ++it) {
+    if (it->compare(0, length, prefix) == 0) {
+      *rest = *it;
+      modifiers_.erase(it);
+      return true;
+    }
+  }
+  return false;
+}
+
+Type Decoder::take_type_if_any() {
+  for (auto it = modifiers_.begin(); it != modifiers_.end(); ++it) {
+    const Type type = type_named(*it);
+    if (type != Type::none) {
+      modifiers_.erase(it);
+      return type;
+    }
+  }
+  return Type::none;
+}
+
+Type Decoder::take_type() {
+  const Type type = take_type_if_any();
+  if (type == Type::none) fail("no type");
+  return type;
+}
+
+void Decoder::take_cache_hints() {
+  take_one_of({"L1::evict_normal", "L1::evict_unchanged", "L1::evict_first", "L1::evict_last",
+               "L1::no_allocate"});
+  take_one_of({"L2::evict_normal", "L2::evict_first", "L2::evict_last"});
+  take_one_of({"L2::64B", "L2::128B", "L2::256B"});
+  take_one_of({"ca", "cg", "cs", "lu", "cv", "wb", "wt"});
+  has_cache_policy = take("L2::cache_hint");
+}
+
+Space Decoder::take_space() {
+  if (take("global")) return Space::global;
+  if (take("shared") || take("shared::cta")) return Space::shared;
+  if (take("shared::cluster")) return Space::shared_cluster;
+  if (take("local")) return Space::local;
+  if (take("param") || take("param::entry") || take("param::func")) return Space::param;
+  if (take("const")) return Space::constant;
+  return Space::generic;
+}
+
+void Decoder::finish(std::size_t least, std::size_t most) {
+  if (!modifiers_.empty()) fail("unknown modifier '." + modifiers_.front() + "'");
+  if (count() < least || count() > most) {
+    fail("expected " + std::to_string(least) +
+         (most == least ? "" : " to " + std::to_string(most)) + " operands, got " +
+         std::to_string(count()));
+  }
+}
+
+void Decoder::finish(std::size_t arguments) { finish(arguments, arguments); }
+
+const Arg& Decoder::arg(std::size_t i) const {
+  if (i >= raw.args.size()) fail("too few operands");
+  return raw.args[i];
+}
+
+Type Decoder::register_type(const Arg& a) const {
+  return a.kind == Arg::reg ? function_.registers[a.reg_index].type : Type::none;
+}
+
+Slot Decoder::register_slot(const Arg& a) const {
+  const auto& plan = builder_.plan(function_);
+  Slot slot;
+  slot.reg = plan.first_register + a.reg_index;
+  slot.offset = plan.register_offsets[a.reg_index];
+  const Type type = function_.registers[a.reg_index].type;
+  slot.bytes = static_cast<std::uint8_t>(size_of(type) == 8 ? 8 : 4);
+  slot.negate = a.negate;
+  return slot;
+}
+
+Slot Decoder::destination_at_least(const Arg& a, int bytes) {
+  if (a.kind == Arg::sink) {
+    Slot slot;
+    slot.sink = true;
+    slot.reg = 1;
+    slot.bytes = static_cast<std::uint8_t>(bytes == 8 ? 8 : 4);
+    return slot;  // offset 0 of the register file is scratch
+  }
+  if (a.kind != Arg::reg) fail("the destination is not a register");
+  const Type type = register_type(a);
+  if (type == Type::pred) fail("the destination is a predicate");
+  if (size_of(type) < bytes) fail("the destination register is too narrow");
+  return register_slot(a);
+}
+
+Slot Decoder::destination(const Arg& a, int bytes) {
+  const Slot slot = destination_at_least(a, bytes);
+  if (slot.bytes != (bytes == 8 ? 8 : 4)) fail("the destination register has the wrong size");
+  return slot;
+}
+
+Slot Decoder::predicate_destination(const Arg& a) {
+  if (a.kind == Arg::sink) {
+    Slot slot;
+    slot.sink = true;
+    slot.reg = 1;
+    return slot;
+  }
+  if (a.kind != Arg::reg || register_type(a) != Type::pred)
+    fail("expected a predicate register as destination");
+  return register_slot(a);
+}
+
+Slot Decoder::predicate(const Arg& a) {
+  if (a.kind == Arg::integer) {
+    if (a.bits > 1) fail("expected a predicate");
+    return constant(a.bits ? ~0ull : 0, 4);
+  }
+  if (a.kind != Arg::reg || register_type(a) != Type::pred) fail("expected a predicate");
+  return register_slot(a);
+}
+
+Slot Decoder::constant(std::uint64_t value, int bytes) { return builder_.constant(value, bytes); }
+
+Slot Decoder::source_at_least(const Arg& a, Type type) {
+  const int bytes = storage_bytes(type);
+  switch (a.kind) {
+    case Arg::reg: {
+      const Type have = register_type(a);
+      if (have == Type::pred) fail("a predicate cannot be an operand here");
+      if (size_of(have) < size_of(type)) fail("a source register is too narrow");
+      return register_slot(a);
+    }
+    case Arg::integer: {
+      if (is_floating(type)) fail("an integer literal cannot be a floating-point operand");
+      const int size = size_of(type);
+      const std::uint64_t mask = size >= 8 ? ~0ull : (1ull << (8 * size)) - 1;
+      return constant(a.bits & mask, bytes);
+    }
+    case Arg::real:
+      return constant(real_bits(a, type), bytes);
+    case Arg::special: {
+      for (const auto& [name, which] : kSpecials) {
+        if (a.text == name) return builder_.special(which, bytes);
+      }
+      fail("unknown special register '" + a.text + "'");
+    }
+    case Arg::name: {
+      if (a.text == "WARP_SZ") return constant(32, bytes);
+      const Symbol* symbol = builder_.symbol(function_, a.text);
+      if (symbol == nullptr) fail("unknown name '" + a.text + "'");
+      if (symbol->kernel_param)
+        return builder_.param_address(static_cast<std::int64_t>(symbol->address) + a.offset);
+      return constant(symbol->address + static_cast<std::uint64_t>(a.offset), bytes);
+    }
+    default:
+      fail("bad operand");
+  }
+}
+
+Slot Decoder::source(const Arg& a, Type type) {
+  const Slot slot = source_at_least(a, type);
+  if (slot.bytes != storage_bytes(type)) fail("a source register has the wrong size");
+  return slot;
+}
+
+std::uint64_t Decoder::immediate(std::size_t i) const {
+  const Arg& a = arg(i);
+  if (a.kind != Arg::integer) fail("operand " + std::to_string(i + 1) + " must be an immediate");
+  return a.bits;
+}
+
+Slot Decoder::address(const Arg& a, std::int64_t* offset, Space* space) {
+  if (a.kind != Arg::memory || a.args.empty()) fail("expected an address in brackets");
+  const Arg& base = a.args[0];
+  *offset = a.offset;
+  if (base.kind == Arg::integer) {
+    return constant(base.bits, 8);
+  }
+  if (base.kind == Arg::name) {
+    const Symbol* symbol = builder_.symbol(function_, base.text);
+    if (symbol == nullptr) fail("unknown name '" + base.text + "'");
+    // Parameters of device functions live with the lane's local memory.
+    if (*space == Space::param && !symbol->kernel_param) *space = Space::local;
+    if (symbol->kernel_param)
+      return builder_.param_address(static_cast<std::int64_t>(symbol->address));
+    if (*space == Space::generic && symbol->space == Space::shared)
+      return constant(symbol->address | kSharedWindow, 8);
+    return constant(symbol->address, 8);
+  }
+  if (base.kind != Arg::reg) fail("bad address");
+  const Type type = register_type(base);
+  if (size_of(type) < 4) fail("the address register is too narrow");
+  return register_slot(base);
+}
+
+std::uint32_t Decoder::label(const Arg& a) const {
+  if (a.kind != Arg::name) fail("expected a label");
+  const auto& plan = builder_.plan(function_);
+  for (int scope = static_cast<int>(raw.scope); scope >= 0;
+       scope = function_.scope_parent[static_cast<std::size_t>(scope)]) {
+    for (const Function::Label& l : function_.labels) {
+      if (static_cast<int>(l.scope) == scope && l.name == a.text) return plan.entry + l.at;
+    }
+  }
+  fail("unknown label '" + a.text + "'");
+}
+
+const Function::BranchTable& Decoder::branch_table(const Arg& a) const {
+  for (const Function::BranchTable& t : function_.tables) {
+    if (a.kind == Arg::name && t.name == a.text) return t;
+  }
+  fail("unknown branch table");
+}
+
+}  // namespace torchext::sim

@@ -1,0 +1,164 @@
+// From parsed instructions to executable ones. Each instruction family registers a decoder for its
+// opcodes; a decoder takes the modifiers that it knows and fails on any that are left.
+#pragma once
+
+#include <initializer_list>
+#include <map>
+#include <string>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#include "ir.h"
+
+namespace torchext::sim {
+
+struct DeviceVariables;
+class ProgramBuilder;
+
+class Decoder {
+ public:
+  Decoder(ProgramBuilder& builder, const Function& function, const RawInstruction& raw,
+          Instruction& out);
+
+  const RawInstruction& raw;
+  Instruction& out;
+
+  const std::string& opcode() const { return raw.parts[0]; }
+  int target() const;  // 90 for sm_90a
+
+  // Modifiers. take: true if it was there; a type is taken in order of appearance.
+  bool take(const char* modifier);
+  std::string take_one_of(std::initializer_list<const char*> modifiers);  // "" if none
+  bool take_prefix(const char* prefix, std::string* rest);                // "m64n" -> "m64n128k32"
+  Type take_type();        // fails if there is none
+  Type take_type_if_any();
+  // Modifiers that change speed, not meaning.
+  void take_cache_hints();
+  bool has_cache_policy = false;  // .L2::cache_hint: one more operand
+  void finish(std::size_t arguments);  // no modifier left, this many operands
+  void finish(std::size_t least, std::size_t most);
+  [[noreturn]] void fail(const std::string& what) const;
+
+  // Operands.
+  std::size_t count() const { return raw.args.size(); }
+  const Arg& arg(std::size_t i) const;
+  Slot destination(const Arg& arg, int bytes);
+  Slot destination(std::size_t i, int bytes) { return destination(arg(i), bytes); }
+  Slot destination_at_least(const Arg& arg, int bytes);  // ld, cvt: a wider register is allowed
+  Slot source(const Arg& arg, Type type);
+  Slot source(std::size_t i, Type type) { return source(arg(i), type); }
+  Slot source_at_least(const Arg& arg, Type type);  // st, cvt
+  Slot predicate(const Arg& arg);
+  Slot predicate(std::size_t i) { return predicate(arg(i)); }
+  Slot predicate_destination(const Arg& arg);
+  Slot constant(std::uint64_t value, int bytes);
+  std::uint64_t immediate(std::size_t i) const;  // fails unless it is an integer literal
+  // [base + offset]; which of arg.args follow the base is the caller's affair.
+  Slot address(const Arg& arg, std::int64_t* offset, Space* space);
+  bool is_register(const Arg& a) const { return a.kind == Arg::reg; }
+  Type register_type(const Arg& a) const;
+  std::uint32_t label(const Arg& arg) const;
+  const Function::BranchTable& branch_table(const Arg& arg) const;
+
+  // Space of .global, .shared, .shared::cta, .shared::cluster, .local, .param, .const, or none.
+  Space take_space();
+
+  template <class T>
+  T* own(T value) {
+    auto p = std::make_shared<T>(std::move(value));
+    own_pointer(p);
+    out.extra = p.get();
+    return p.get();
+  }
+  ProgramBuilder& builder() { return builder_; }
+  const Function& function() const { return function_; }
+
+ private:
+  void own_pointer(std::shared_ptr<void> p);
+  Slot register_slot(const Arg& arg) const;
+  ProgramBuilder& builder_;
+  const Function& function_;
+  std::vector<std::string> modifiers_;
+};
+
+using DecodeTable = std::unordered_map<std::string, void (*)(Decoder&)>;
+
+void add_control(DecodeTable&);      // control.cpp
+void add_integer(DecodeTable&);      // integer.cpp
+void add_logic(DecodeTable&);        // logic.cpp
+void add_floating(DecodeTable&);     // floating.cpp
+void add_convert(DecodeTable&);      // convert.cpp
+void add_load_store(DecodeTable&);   // load_store.cpp
+void add_atomics(DecodeTable&);      // atomics.cpp
+void add_collectives(DecodeTable&);  // collectives.cpp
+void add_barriers(DecodeTable&);     // barriers.cpp
+void add_mbarrier(DecodeTable&);     // mbarrier.cpp
+void add_copies(DecodeTable&);       // copies.cpp
+void add_matrix(DecodeTable&);       // matrix.cpp
+void add_wgmma(DecodeTable&);        // wgmma.cpp
+void add_system(DecodeTable&);       // system.cpp
+
+struct Symbol {
+  Space space = Space::global;
+  std::uint64_t address = 0;
+  std::uint64_t bytes = 0;
+  bool kernel_param = false;
+};
+
+class ProgramBuilder {
+ public:
+  ProgramBuilder(const ParsedModule& module, DeviceVariables& variables, const std::string& kernel);
+  std::shared_ptr<Program> build();
+
+  struct FunctionPlan {
+    const Function* function;
+    std::uint32_t first_register = 0;
+    std::vector<std::uint32_t> register_offsets;
+    std::uint32_t entry = 0;  // pc
+    std::map<std::string, Symbol> symbols;
+  };
+  const FunctionPlan* plan(const std::string& name) const;
+  const FunctionPlan& plan(const Function& f) const { return *plan(f.name); }
+  const ParsedModule& module() const { return module_; }
+  Program& program() { return *program_; }
+  Slot constant(std::uint64_t value, int bytes);
+  Slot param_address(std::int64_t addend);
+  Slot special(Special which, int bytes);
+  const Symbol* symbol(const Function& f, const std::string& name) const;
+  const Function* declared(const std::string& name) const;
+
+ private:
+  void collect(const Function& f, std::vector<std::string>& stack);
+  void lay_out();
+  void find_post_dominators(std::uint32_t begin, std::uint32_t end);
+  void track_wgmma_registers();
+
+  const ParsedModule& module_;
+  DeviceVariables& variables_;
+  std::string kernel_;
+  std::shared_ptr<Program> program_;
+  std::vector<FunctionPlan> plans_;
+  std::map<std::string, Symbol> globals_;
+  std::map<std::pair<std::uint64_t, int>, Slot> constants_;
+  std::map<std::int64_t, Slot> param_constants_;
+  std::map<std::pair<int, int>, Slot> specials_;
+  std::map<std::string, std::uint32_t> opcode_index_;
+};
+
+// Storage for .global and .const variables.
+struct DeviceVariables {
+  struct Entry {
+    std::string name;
+    std::vector<std::uint64_t> storage;
+    std::uint8_t* data = nullptr;
+    std::uint64_t bytes = 0;
+    bool constant = false;
+  };
+  explicit DeviceVariables(const ParsedModule& module);
+  const Entry* find(const std::string& name) const;
+  std::vector<std::unique_ptr<Entry>> entries;
+  std::map<std::string, Entry*> by_name;
+};
+
+}  // namespace torchext::sim

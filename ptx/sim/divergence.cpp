@@ -1,0 +1,234 @@
+// Divergence and reconvergence: groups of lanes by pc, parted by branches, waiting for each other
+// at the branch's immediate post-dominator.
+#include <algorithm>
+
+#include "machine.h"
+
+namespace torchext::sim {
+
+void Warp::branch(const Instruction& i, std::uint32_t taken) {
+  Group& g = groups_[current_];
+  const std::uint32_t rest = g.mask & ~taken;
+  g.blocked = g.arrived = g.released = g.give_up = false;
+  if (rest == 0) {
+    g.pc = i.target;
+    return;
+  }
+  if (i.reconverge != ~0u &&
+      (g.tokens.empty() || g.tokens.back()->pc != i.reconverge)) {
+    auto token = std::make_shared<Token>();
+    token->pc = i.reconverge;
+    token->depth = g.calls.size();
+    token->expected = g.mask;
+    g.tokens.push_back(std::move(token));
+  }
+  Group other = g;
+  other.pc = i.target;
+  other.mask = taken;
+  g.mask = rest;
+  ++g.pc;
+  groups_.push_back(std::move(other));
+}
+
+void Warp::branch_each(const std::uint32_t (&targets)[32], std::uint32_t mask,
+                       std::uint32_t reconverge) {
+  Group base = groups_[current_];
+  base.blocked = base.arrived = base.released = base.give_up = false;
+  const std::uint32_t rest = base.mask & ~mask;
+  std::vector<Group> parts;
+  const auto add = [&](std::uint32_t pc, std::uint32_t lanes) {
+    for (Group& p : parts) {
+      if (p.pc == pc) {
+        p.mask |= lanes;
+        return;
+      }
+    }
+    Group p = base;
+    p.pc = pc;
+    p.mask = lanes;
+    parts.push_back(std::move(p));
+  };
+  if (rest != 0) add(base.pc + 1, rest);
+  for_lanes(mask, [&](int lane) { add(targets[lane], 1u << lane); });
+  if (parts.size() > 1 && reconverge != ~0u) {
+    auto token = std::make_shared<Token>();
+    token->pc = reconverge;
+    token->depth = base.calls.size();
+    token->expected = base.mask;
+    for (Group& p : parts) p.tokens.push_back(token);
+  }
+  groups_[current_] = parts[0];
+  groups_.insert(groups_.end(), parts.begin() + 1, parts.end());
+}
+
+// The current group has reached the pc where lanes of its innermost branch meet. True if it now
+// waits there; false if it may execute.
+bool Warp::at_token() {
+  Group* g = &groups_[current_];
+  while (!g->tokens.empty() && g->tokens.back()->pc == g->pc &&
+         g->tokens.back()->depth == g->calls.size()) {
+    Token& token = *g->tokens.back();
+    token.parked |= g->mask;
+    if ((token.expected & ~token.parked) != 0) {
+      g->parked = true;
+      return true;
+    }
+    // Everyone is here: one group goes on, without the token.
+    const std::shared_ptr<Token> done = g->tokens.back();
+    std::uint32_t mask = g->mask;
+    Group merged = *g;
+    for (std::size_t i = 0; i < groups_.size();) {
+      if (i != current_ && groups_[i].parked && !groups_[i].tokens.empty() &&
+          groups_[i].tokens.back() == done) {
+        mask |= groups_[i].mask;
+        groups_.erase(groups_.begin() + static_cast<std::ptrdiff_t>(i));
+        if (i < current_) --current_;
+      } else {
+        ++i;
+      }
+    }
+    merged.mask = mask;
+    merged.parked = false;
+    merged.tokens.pop_back();
+    groups_[current_] = std::move(merged);
+    g = &groups_[current_];
+  }
+  return false;
+}
+
+// Groups that happen to stand at the same instruction with the same history become one.
+void Warp::merge_equal() {
+  for (std::size_t i = 0; i < groups_.size();) {
+    Group& g = groups_[current_];
+    Group& o = groups_[i];
+    if (i != current_ && o.pc == g.pc && !o.parked && o.tokens == g.tokens && o.calls == g.calls &&
+        o.arrived == g.arrived && o.generation == g.generation && o.released == g.released) {
+      g.mask |= o.mask;
+      groups_.erase(groups_.begin() + static_cast<std::ptrdiff_t>(i));
+      if (i < current_) --current_;
+    } else {
+      ++i;
+    }
+  }
+}
+
+// Guarded calls and returns part the group like a branch.
+void Warp::enter(std::uint32_t callee, std::uint32_t mask) {
+  Group& g = groups_[current_];
+  const std::uint32_t call_pc = g.pc;
+  if (mask != g.mask) {
+    Group rest = g;
+    rest.mask &= ~mask;
+    ++rest.pc;
+    g.mask = mask;
+    groups_.push_back(std::move(rest));
+  }
+  groups_[current_].calls.push_back(call_pc);
+  groups_[current_].pc = callee;
+}
+
+void Warp::leave(std::uint32_t mask) {
+  Group& g = groups_[current_];
+  if (mask != g.mask) {
+    Group rest = g;
+    rest.mask &= ~mask;
+    ++rest.pc;
+    g.mask = mask;
+    groups_.push_back(std::move(rest));
+  }
+  Group& returning = groups_[current_];
+  returning.pc = returning.calls.back() + 1;
+  returning.calls.pop_back();
+  // Branches inside the callee that end in return statements leave tokens behind.
+  while (!returning.tokens.empty() && returning.tokens.back()->depth > returning.calls.size())
+    drop_from_tokens(returning, returning.tokens.size() - 1);
+  settle_tokens();
+}
+
+void Warp::exit_lanes(std::uint32_t mask) {
+  live_ &= ~mask;
+  for (Group& g : groups_) {
+    if ((g.mask & mask) == 0) continue;
+    for (const auto& token : g.tokens) {
+      token->expected &= ~mask;
+      token->parked &= ~mask;
+    }
+    g.mask &= ~mask;
+  }
+  if (groups_[current_].mask != 0) ++groups_[current_].pc;  // guarded: the others go on
+  for (std::size_t i = 0; i < groups_.size();) {
+    if (groups_[i].mask == 0) groups_.erase(groups_.begin() + static_cast<std::ptrdiff_t>(i));
+    else ++i;
+  }
+  current_ = 0;
+  settle_tokens();
+}
+
+// Lets go of parked groups whose partners have all left.
+void Warp::settle_tokens() {
+  for (std::size_t i = 0; i < groups_.size(); ++i) {
+    Group& g = groups_[i];
+    if (g.parked && !g.tokens.empty() &&
+        (g.tokens.back()->expected & ~g.tokens.back()->parked) == 0) {
+      g.parked = false;  // at_token merges it with the others when it runs
+      g.blocked = false;
+    }
+  }
+}
+
+// Takes the group's lanes out of every token above the first `keep`.
+void Warp::drop_from_tokens(Group& g, std::size_t keep) {
+  while (g.tokens.size() > keep) {
+    Token& token = *g.tokens.back();
+    token.expected &= ~g.mask;
+    token.parked &= ~g.mask;
+    g.tokens.pop_back();
+  }
+}
+
+bool Warp::unpark() {
+  bool any = false;
+  for (Group& g : groups_) {
+    if (!g.parked) continue;
+    const std::shared_ptr<Token> token = g.tokens.back();
+    g.parked = false;
+    drop_from_tokens(g, g.tokens.size() - 1);
+    any = true;
+  }
+  if (any) settle_tokens();
+  return any;
+}
+
+bool Warp::converge(std::uint32_t members) {
+  Group& mine = groups_[current_];
+  if ((members & live_ & ~mine.mask) == 0) return true;
+  std::uint32_t here = mine.mask;
+  for (std::size_t i = 0; i < groups_.size(); ++i) {
+    if (i != current_ && groups_[i].blocked && groups_[i].pc == mine.pc) here |= groups_[i].mask;
+  }
+  if ((members & live_ & ~here) != 0) return false;
+  // The lanes meet here although their branches would have met elsewhere.
+  std::size_t common = mine.tokens.size();
+  for (const Group& g : groups_) {
+    if (g.pc != mine.pc || !g.blocked) continue;
+    std::size_t n = 0;
+    while (n < common && n < g.tokens.size() && g.tokens[n] == mine.tokens[n]) ++n;
+    common = n;
+  }
+  drop_from_tokens(mine, common);
+  for (std::size_t i = 0; i < groups_.size();) {
+    Group& g = groups_[i];
+    if (i != current_ && g.blocked && g.pc == groups_[current_].pc) {
+      drop_from_tokens(g, common);
+      groups_[current_].mask |= g.mask;
+      groups_.erase(groups_.begin() + static_cast<std::ptrdiff_t>(i));
+      if (i < current_) --current_;
+    } else {
+      ++i;
+    }
+  }
+  settle_tokens();
+  return true;
+}
+
+}  // namespace torchext::sim

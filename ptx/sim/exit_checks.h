@@ -1,0 +1,13 @@
+// What lanes must have finished before they exit.
+#pragma once
+
+#include <cstdint>
+
+namespace torchext::sim {
+
+class Warp;
+
+void before_exit(Warp& warp, std::uint32_t lanes);
+void after_exit(Warp& warp);
+
+}  // namespace torchext::sim

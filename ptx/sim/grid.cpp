@@ -1,0 +1,254 @@
+// A launch: checks what CUDA would check, lays out constants and memory, runs clusters on all cores.
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+#include <deque>
+#include <sstream>
+#include <thread>
+
+#include "decode.h"
+#include "machine.h"
+
+namespace torchext::sim {
+
+namespace {
+
+[[noreturn]] void refuse(const std::string& kernel, const std::string& what) {
+  throw std::invalid_argument("launch of '" + kernel + "': " + what);
+}
+
+}  // namespace
+
+Grid::Grid(const Module& module, std::shared_ptr<const Program> p, const LaunchOptions& o,
+           const std::vector<ParamBytes>& params, const std::vector<Buffer>& buffers)
+    : program(std::move(p)), options(o), sink(o.max_findings), checks(o.checks),
+      files_(module.files()) {
+  const Function& f = program->attributes;
+  const std::string& name = program->kernel;
+  if (o.grid.volume() == 0 || o.block.volume() == 0) refuse(name, "empty grid or block");
+  if (o.grid.y > 65535 || o.grid.z > 65535 || o.grid.x > 0x7fffffff)
+    refuse(name, "grid too large");
+  if (o.block.volume() > 1024 || o.block.x > 1024 || o.block.y > 1024 || o.block.z > 64)
+    refuse(name, "block of " + std::to_string(o.block.volume()) + " threads; at most 1024");
+  threads = static_cast<std::uint32_t>(o.block.volume());
+  warps_per_cta = (threads + 31) / 32;
+  if (f.max_threads[0] != 0) {
+    const std::uint64_t limit =
+        std::uint64_t{f.max_threads[0]} * f.max_threads[1] * f.max_threads[2];
+    if (threads > limit) {
+      refuse(name, "block of " + std::to_string(threads) + " threads; .maxntid allows " +
+                       std::to_string(limit));
+    }
+  }
+  if (f.required_threads[0] != 0 &&
+      (o.block.x != f.required_threads[0] || o.block.y != f.required_threads[1] ||
+       o.block.z != f.required_threads[2])) {
+    refuse(name, "the block is not .reqntid");
+  }
+  cluster_dim = o.cluster;
+  const bool own = f.cluster[0] != 0;
+  if (cluster_dim.volume() == 0) {
+    cluster_dim = own ? Dim3{f.cluster[0], f.cluster[1], f.cluster[2]} : Dim3{1, 1, 1};
+  } else if (own && (cluster_dim.x != f.cluster[0] || cluster_dim.y != f.cluster[1] ||
+                     cluster_dim.z != f.cluster[2])) {
+    refuse(name, "the cluster is not .reqnctapercluster");
+  }
+  if (cluster_dim.volume() > 16) refuse(name, "a cluster has at most 16 CTAs");
+  cluster_size = static_cast<std::uint32_t>(cluster_dim.volume());
+  if (o.grid.x % cluster_dim.x || o.grid.y % cluster_dim.y || o.grid.z % cluster_dim.z)
+    refuse(name, "the grid is not a multiple of the cluster");
+  shared_bytes = program->shared_dynamic_begin + o.dynamic_smem;
+  if (shared_bytes > kMaxSharedBytes + kSharedBase) {
+    refuse(name, std::to_string(shared_bytes - kSharedBase) +
+                     " bytes of shared memory; at most " + std::to_string(kMaxSharedBytes));
+  }
+  registers_per_thread = o.registers_per_thread;
+  if (registers_per_thread == 0) {
+    const std::uint32_t ctas = std::max(1u, f.min_ctas);
+    registers_per_thread = std::min(255u, 65536 / (warps_per_cta * 32 * ctas));
+    registers_per_thread = std::max(16u, registers_per_thread / 8 * 8);
+    if (f.max_registers != 0) registers_per_thread = std::min(registers_per_thread, f.max_registers);
+  }
+
+  if (params.size() != program->params.size()) {
+    refuse(name, "expected " + std::to_string(program->params.size()) + " parameters, got " +
+                     std::to_string(params.size()));
+  }
+  param_block.assign(program->param_bytes / 8 + 32, 0);
+  auto base = reinterpret_cast<std::uint64_t>(param_block.data());
+  base = (base + 127) / 128 * 128;
+  for (std::size_t i = 0; i < params.size(); ++i) {
+    if (params[i].size() != program->params[i].bytes) {
+      refuse(name, "parameter " + std::to_string(i) + " (" + program->params[i].name + ") has " +
+                       std::to_string(program->params[i].bytes) + " bytes, got " +
+                       std::to_string(params[i].size()));
+    }
+    std::memcpy(reinterpret_cast<void*>(base + program->param_offsets[i]), params[i].data(),
+                params[i].size());
+  }
+  constants.assign(program->constants.size() / 8 + 1, 0);
+  if (!program->constants.empty())
+    std::memcpy(constants.data(), program->constants.data(), program->constants.size());
+  for (const auto& [offset, addend] : program->param_addresses) {
+    for (std::size_t lane = 0; lane < 32; ++lane)
+      constants[offset / 8 + lane] = base + static_cast<std::uint64_t>(addend);
+  }
+
+  for (const Buffer& b : buffers) memory.add(b, checks, false);
+  if (program->param_bytes != 0)
+    memory.add({reinterpret_cast<void*>(base), program->param_bytes, Buffer::Read, "parameters"},
+               checks, true);
+  for (const auto& v : module.variables().entries) {
+    if (v->bytes == 0) continue;
+    memory.add({v->data, v->bytes, v->constant ? Buffer::Read : Buffer::ReadWrite, v->name}, checks,
+               true);
+  }
+  memory.sort();
+}
+
+void Grid::print(const std::string& text) {
+  const std::lock_guard<std::mutex> lock(output_mutex_);
+  output_ += text;
+}
+
+void Grid::publish(std::uint64_t address, std::uint32_t cluster, const Knowledge& knowledge) {
+  const std::lock_guard<std::mutex> lock(sync_mutex_);
+  auto& cell = sync_[address].known;
+  VectorClock joined;
+  joined.foreign = std::make_shared<ForeignClocks>(cell);
+  ForeignClocks mine;
+  if (knowledge.known->foreign != nullptr) mine = *knowledge.known->foreign;
+  mine[cluster] = std::make_shared<AgentClocks>(knowledge.known->agents);
+  joined.join_foreign(mine);
+  cell = *joined.foreign;
+}
+
+bool Grid::observe(std::uint64_t address, std::uint32_t cluster, Knowledge* knowledge) {
+  const std::lock_guard<std::mutex> lock(sync_mutex_);
+  const auto it = sync_.find(address);
+  if (it == sync_.end()) return false;
+  VectorClock clock;
+  ForeignClocks others = it->second.known;
+  if (const auto own = others.find(cluster); own != others.end()) {
+    clock.agents = *own->second;
+    others.erase(own);
+  }
+  clock.foreign = std::make_shared<ForeignClocks>(std::move(others));
+  knowledge->known = ClockRef::make(std::move(clock));
+  return true;
+}
+
+Report Grid::run() {
+  const auto started = std::chrono::steady_clock::now();
+  const auto total = static_cast<std::uint32_t>(options.grid.volume() / cluster_size);
+  unsigned workers = options.num_threads ? options.num_threads : std::thread::hardware_concurrency();
+  workers = std::max(1u, std::min(workers, total));
+
+  std::atomic<std::uint32_t> next{0};
+  std::mutex counts_mutex;
+  std::vector<std::uint64_t> counts(program->code.size(), 0);
+  std::exception_ptr failure;
+  std::atomic<std::uint32_t> finished{0};
+  // A cluster that polls gives way to others; as many as a GPU holds are resident at once.
+  const std::uint32_t resident = std::max(1u, (options.num_sms + workers - 1) / workers);
+  std::atomic<std::uint64_t> polling_rounds{0};
+
+  const auto work = [&] {
+    std::deque<std::unique_ptr<Cluster>> clusters;
+    const auto account = [&](const Cluster& c) {
+      const std::lock_guard<std::mutex> lock(counts_mutex);
+      for (std::size_t i = 0; i < counts.size(); ++i) counts[i] += c.counts[i];
+    };
+    try {
+      while (!stop.load()) {
+        if (clusters.empty()) {
+          const std::uint32_t n = next.fetch_add(1);
+          if (n >= total) break;
+          clusters.push_back(std::make_unique<Cluster>(*this, n));
+        }
+        std::unique_ptr<Cluster> c = std::move(clusters.front());
+        clusters.pop_front();
+        const std::uint64_t before = c->progress;
+        Cluster::State state;
+        try {
+          state = c->run(1'000'000);
+        } catch (const LaunchStopped&) {
+          account(*c);
+          throw;
+        }
+        if (state == Cluster::State::finished) {
+          account(*c);
+          finished.fetch_add(1);
+          global_progress.fetch_add(1);
+          continue;
+        }
+        if (c->progress != before) global_progress.fetch_add(1);
+        const bool polled = c->progress == before;
+        Cluster& waiting = *c;
+        clusters.push_back(std::move(c));
+        // It is waiting for another cluster, or merely long: let the next one start or go on.
+        if (clusters.size() < resident) {
+          const std::uint32_t n = next.fetch_add(1);
+          if (n < total) {
+            clusters.push_front(std::make_unique<Cluster>(*this, n));
+            continue;
+          }
+        }
+        if (polled) {
+          const std::uint64_t seen = global_progress.load();
+          waiting.idle_turns = waiting.idle_seen == seen ? waiting.idle_turns + 1 : 0;
+          waiting.idle_seen = seen;
+          if (waiting.idle_turns > 200 + 50 * workers) {
+            waiting.report_deadlock();
+            throw LaunchStopped{};
+          }
+          if (clusters.size() == 1) std::this_thread::yield();
+        }
+      }
+    } catch (const LaunchStopped&) {
+      stop.store(true);
+    } catch (...) {
+      const std::lock_guard<std::mutex> lock(counts_mutex);
+      if (!failure) failure = std::current_exception();
+      stop.store(true);
+    }
+  };
+  if (workers == 1) {
+    work();
+  } else {
+    std::vector<std::thread> pool;
+    for (unsigned i = 0; i < workers; ++i) pool.emplace_back(work);
+    for (std::thread& t : pool) t.join();
+  }
+  if (failure) std::rethrow_exception(failure);
+
+  Report report;
+  report.findings_truncated = sink.full();
+  report.findings = sink.take();
+  for (std::size_t i = 0; i < counts.size(); ++i) {
+    if (counts[i] == 0) continue;
+    report.instructions[program->opcodes[program->code[i].opcode]] += counts[i];
+    report.warp_instructions += counts[i];
+  }
+  report.output = std::move(output_);
+  if (checks && !stop.load()) {
+    for (const auto& b : memory.buffers()) {
+      if (b->shadow == nullptr) continue;
+      std::uint64_t first = 0;
+      const std::uint64_t bytes = b->shadow->count_invalid(&first);
+      if (bytes != 0) report.unwritten.push_back({b->name, bytes, first});
+    }
+  }
+  report.seconds =
+      std::chrono::duration<double>(std::chrono::steady_clock::now() - started).count();
+  return report;
+}
+
+Report launch(const Module& module, const std::string& kernel, const LaunchOptions& options,
+              const std::vector<ParamBytes>& params, const std::vector<Buffer>& buffers) {
+  module.kernel(kernel);
+  Grid grid(module, module.program(kernel), options, params, buffers);
+  return grid.run();
+}
+
+}  // namespace torchext::sim

@@ -1,0 +1,366 @@
+// ld, ldu, st: vectors, state spaces, orderings; cvta, isspacep, mapa, prefetch and policies.
+#include <cstring>
+
+#include "decode.h"
+#include "machine.h"
+#include "strong.h"
+
+namespace torchext::sim {
+
+void decode_async_store(Decoder& d, bool reduce);  // bulk_copies.cpp
+
+namespace {
+
+struct Transfer {
+  Space space;
+  std::uint32_t bytes;      // of one element
+  std::uint32_t elements;
+  bool sign_extend = false;
+  bool strong = false, acquire = false, release = false;
+};
+
+// Lanes of one instruction that write the same value to the same place agree, race or not.
+bool same_value(const Place& place, const std::uint8_t* value, std::uint32_t bytes) {
+  return std::memcmp(place.host, value, bytes) == 0;
+}
+
+std::uint64_t lane_address(Warp& w, const Instruction& i, int lane) {
+  const std::uint64_t base = w.integer(i.s[0], lane) + static_cast<std::uint64_t>(i.offset);
+  return i.s[0].bytes == 4 ? static_cast<std::uint32_t>(base) : base;
+}
+
+Step load(Warp& w, const Instruction& i, std::uint32_t mask) {
+  const auto& t = *static_cast<const Transfer*>(i.extra);
+  w.need(i.s[0], mask, "as an address");
+  if (t.strong) ++w.cluster().spins;
+  const std::uint32_t total = t.bytes * t.elements;
+  std::uint32_t valid[8];
+  for (std::uint32_t e = 0; e < t.elements; ++e) valid[e] = mask;
+  for_lanes(mask, [&](int lane) {
+    const std::uint64_t address = lane_address(w, i, lane);
+    Place place;
+    std::uint8_t data[32] = {};
+    if (w.resolve(lane, t.space, address, total, false, &place)) {
+      w.check_read(place, w.actor(lane, t.strong), total, 1u << lane, address);
+      std::memcpy(data, place.host, total);
+      if (place.valid != nullptr) {
+        for (std::uint32_t b = 0; b < total; ++b) {
+          if (!place.valid[b]) valid[b / t.bytes] &= ~(1u << lane);
+        }
+      }
+      if (t.strong) strong_read(w, lane, place, address, t.acquire);
+    }
+    for (std::uint32_t e = 0; e < t.elements; ++e) {
+      std::uint64_t value = 0;
+      std::memcpy(&value, data + e * t.bytes, t.bytes);
+      if (t.sign_extend && t.bytes < 8) {
+        const int unused = 64 - 8 * static_cast<int>(t.bytes);
+        value = static_cast<std::uint64_t>(static_cast<std::int64_t>(value << unused) >> unused);
+      }
+      w.put(i.list[e], lane, value);
+    }
+  });
+  for (std::uint32_t e = 0; e < t.elements; ++e) w.set_valid(i.list[e], mask, valid[e]);
+  return Step::next;
+}
+
+Step store(Warp& w, const Instruction& i, std::uint32_t mask) {
+  const auto& t = *static_cast<const Transfer*>(i.extra);
+  w.need(i.s[0], mask, "as an address");
+  if (t.space != Space::local) {
+    for (const Slot& s : i.list) w.need(s, mask, "as a value to store");
+  }
+  const std::uint32_t total = t.bytes * t.elements;
+  std::uint32_t done = 0;
+  for_lanes(mask, [&](int lane) {
+    const std::uint64_t address = lane_address(w, i, lane);
+    std::uint8_t data[32];
+    for (std::uint32_t e = 0; e < t.elements; ++e) {
+      const std::uint64_t value = w.integer(i.list[e], lane);
+      std::memcpy(data + e * t.bytes, &value, t.bytes);
+    }
+    Place place;
+    if (!w.resolve(lane, t.space, address, total, true, &place)) return;
+    if (place.valid != nullptr) {
+      for (std::uint32_t e = 0; e < t.elements; ++e) {
+        std::memset(place.valid + e * t.bytes, (w.valid(i.list[e]) >> lane) & 1, t.bytes);
+      }
+    } else {
+      // A second lane of this instruction that stores the same value is no race.
+      bool repeated = false;
+      if (same_value(place, data, total)) {
+        for_lanes(done, [&](int other) { repeated |= lane_address(w, i, other) == address; });
+      }
+      if (t.strong) strong_write(w, lane, place, address, t.release);
+      if (!repeated) w.check_write(place, w.actor(lane, t.strong), total, 1u << lane, address);
+    }
+    std::memcpy(place.host, data, total);
+    done |= 1u << lane;
+  });
+  ++w.cluster().progress;
+  return Step::next;
+}
+
+Transfer take_transfer(Decoder& d, bool is_store) {
+  Transfer t{};
+  if (d.take("volatile") || d.take("relaxed") || d.take("mmio")) {
+    t.strong = true;
+    d.take("mmio");
+  }
+  if (!is_store && d.take("acquire")) t.strong = t.acquire = true;
+  if (is_store && d.take("release")) t.strong = t.release = true;
+  if (d.take("weak") && t.strong) d.fail("weak and strong at once");
+  if (t.strong) d.take_one_of({"cta", "cluster", "gpu", "sys"});
+  t.space = d.take_space();
+  if (!is_store && d.take("nc") && t.space != Space::global) d.fail(".nc needs .global");
+  d.take("unified");
+  d.take_cache_hints();
+  t.elements = d.take("v2") ? 2 : d.take("v4") ? 4 : d.take("v8") ? 8 : 1;
+  const Type type = d.take_type();
+  if (type == Type::b128) d.fail(".b128 is not supported");
+  t.bytes = static_cast<std::uint32_t>(size_of(type));
+  t.sign_extend = is_signed(type);
+  if (t.bytes * t.elements > 32 || t.bytes == 0) d.fail("bad access size");
+  return t;
+}
+
+std::vector<Arg> elements(Decoder& d, const Arg& arg, std::uint32_t count) {
+  if (count == 1 && arg.kind != Arg::vector) return {arg};
+  if (arg.kind != Arg::vector || arg.args.size() != count)
+    d.fail("expected a vector of " + std::to_string(count) + " registers");
+  return arg.args;
+}
+
+void decode_load(Decoder& d) {
+  Transfer t = take_transfer(d, false);
+  d.finish(d.has_cache_policy ? 3 : 2);
+  for (const Arg& a : elements(d, d.arg(0), t.elements))
+    d.out.list.push_back(d.destination_at_least(a, static_cast<int>(t.bytes)));
+  d.out.s[0] = d.address(d.arg(1), &d.out.offset, &t.space);
+  if (d.has_cache_policy) d.source(2, Type::b64);
+  d.own(t);
+  d.out.execute = load;
+}
+
+void decode_store(Decoder& d) {
+  if (d.take("async")) return decode_async_store(d, false);
+  Transfer t = take_transfer(d, true);
+  d.finish(d.has_cache_policy ? 3 : 2);
+  d.out.s[0] = d.address(d.arg(0), &d.out.offset, &t.space);
+  const Type type = t.bytes == 8   ? Type::b64
+                    : t.bytes == 4 ? Type::b32
+                    : t.bytes == 2 ? Type::b16
+                                   : Type::b8;
+  for (const Arg& a : elements(d, d.arg(1), t.elements))
+    d.out.list.push_back(d.source_at_least(a, a.kind == Arg::real && t.bytes == 8 ? Type::f64
+                                           : a.kind == Arg::real                  ? Type::f32
+                                                                                  : type));
+  if (d.has_cache_policy) d.source(2, Type::b64);
+  d.own(t);
+  d.out.execute = store;
+}
+
+// ---- Addresses ----------------------------------------------------------------------------------
+
+enum : std::uint16_t { kAdd, kSubtract };
+
+Step convert_address(Warp& w, const Instruction& i, std::uint32_t mask) {
+  const auto window = static_cast<std::uint64_t>(i.offset);
+  for_lanes(mask, [&](int lane) {
+    std::uint64_t a = w.integer(i.s[0], lane);
+    if (i.small == kAdd) a |= window;
+    else if (window == kSharedWindow) a = static_cast<std::uint32_t>(a);
+    else a &= ~window;
+    w.put(i.d, lane, a);
+  });
+  w.set_valid(i.d, mask, w.valid(i.s[0]));
+  return Step::next;
+}
+
+void decode_cvta(Decoder& d) {
+  const bool to = d.take("to");
+  const Space space = d.take_space();
+  const Type type = d.take_type();
+  d.finish(2);
+  d.out.d = d.destination(0, size_of(type));
+  d.out.s[0] = d.source(1, type);
+  d.out.small = to ? kSubtract : kAdd;
+  if (space == Space::shared || space == Space::shared_cluster) {
+    d.out.offset = static_cast<std::int64_t>(kSharedWindow);
+  } else if (space == Space::local) {
+    d.out.offset = static_cast<std::int64_t>(kLocalWindow);
+  } else if (space == Space::generic) {
+    d.fail("no state space");
+  }
+  d.out.execute = convert_address;
+}
+
+Step is_space(Warp& w, const Instruction& i, std::uint32_t mask) {
+  const auto space = static_cast<Space>(i.small);
+  std::uint32_t result = 0;
+  for_lanes(mask, [&](int lane) {
+    const std::uint64_t a = w.integer(i.s[0], lane), window = a & kWindowMask;
+    bool is = false;
+    if (space == Space::shared || space == Space::shared_cluster) {
+      const std::uint32_t rank = static_cast<std::uint32_t>(a) >> kSharedRankShift;
+      is = window == kSharedWindow && (space == Space::shared_cluster || rank == 0);
+    } else if (space == Space::local) {
+      is = window == kLocalWindow;
+    } else {
+      is = window == 0;
+    }
+    if (is) result |= 1u << lane;
+  });
+  w.set_predicate(i.d, mask, result);
+  w.set_valid(i.d, mask, w.valid(i.s[0]));
+  return Step::next;
+}
+
+void decode_isspacep(Decoder& d) {
+  const Space space = d.take_space();
+  d.finish(2);
+  d.out.d = d.predicate_destination(d.arg(0));
+  d.out.s[0] = d.source(1, Type::u64);
+  d.out.small = static_cast<std::uint16_t>(space);
+  d.out.execute = is_space;
+}
+
+// mapa: the address of the same variable in another CTA of the cluster. getctarank: the reverse.
+Step map_address(Warp& w, const Instruction& i, std::uint32_t mask) {
+  for_lanes(mask, [&](int lane) {
+    const std::uint64_t a = w.integer(i.s[0], lane);
+    const auto rank = static_cast<std::uint32_t>(w.integer(i.s[1], lane));
+    if (rank >= w.grid().cluster_size) {
+      w.finding("invalid operand",
+                "CTA rank " + std::to_string(rank) + " of a cluster of " +
+                    std::to_string(w.grid().cluster_size),
+                1u << lane);
+    }
+    const std::uint64_t offset = a & kSharedOffsetMask;
+    const std::uint64_t mapped = offset | (std::uint64_t{rank} + 1) << kSharedRankShift;
+    w.put(i.d, lane, i.small ? mapped : mapped | kSharedWindow);
+  });
+  w.set_valid(i.d, mask, w.valid(i.s[0]) & w.valid(i.s[1]));
+  return Step::next;
+}
+
+void decode_mapa(Decoder& d) {
+  const bool shared = d.take("shared::cluster");
+  const Type type = d.take_type();
+  d.finish(3);
+  d.out.d = d.destination(0, size_of(type));
+  d.out.s[0] = d.source(1, type);
+  d.out.s[1] = d.source(2, Type::u32);
+  d.out.small = shared;
+  d.out.execute = map_address;
+}
+
+Step cta_rank_of(Warp& w, const Instruction& i, std::uint32_t mask) {
+  for_lanes(mask, [&](int lane) {
+    const auto a = static_cast<std::uint32_t>(w.integer(i.s[0], lane));
+    const std::uint32_t rank = a >> kSharedRankShift;
+    w.put(i.d, lane, rank == 0 ? w.cta().rank : rank - 1);
+  });
+  w.set_valid(i.d, mask, w.valid(i.s[0]));
+  return Step::next;
+}
+
+void decode_getctarank(Decoder& d) {
+  d.take("shared::cluster");
+  const Type type = d.take_type();
+  d.finish(2);
+  d.out.d = d.destination(0, 4);
+  d.out.s[0] = d.source(1, type);
+  d.out.execute = cta_rank_of;
+}
+
+// ---- Hints: no effect on values -----------------------------------------------------------------
+
+Step nothing(Warp&, const Instruction&, std::uint32_t) { return Step::next; }
+
+void decode_prefetch(Decoder& d) {
+  if (d.opcode() == "prefetchu") {
+    d.take("L1");
+  } else if (!d.take("tensormap")) {
+    d.take_space();
+    if (d.take_one_of({"L1", "L2"}).empty()) d.fail("no cache level");
+    d.take_one_of({"L2::evict_last", "L2::evict_normal"});
+  } else {
+    d.take_space();
+  }
+  Space space = Space::generic;
+  d.finish(1);
+  d.out.s[0] = d.address(d.arg(0), &d.out.offset, &space);
+  d.out.execute = nothing;
+}
+
+Step discard(Warp& w, const Instruction& i, std::uint32_t mask) {
+  for_lanes(mask, [&](int lane) {
+    Place place;
+    const std::uint64_t address = lane_address(w, i, lane);
+    if (w.resolve(lane, Space::global, address, 128, true, &place))
+      w.check_write(place, w.actor(lane), 128, 1u << lane, address);
+  });
+  return Step::next;
+}
+
+void decode_discard(Decoder& d) {
+  Space space = d.take_space();
+  if (!d.take("L2")) d.fail("expected .L2");
+  d.finish(2);
+  if (d.immediate(1) != 128) d.fail("the size must be 128");
+  d.out.s[0] = d.address(d.arg(0), &d.out.offset, &space);
+  d.out.execute = discard;
+}
+
+void decode_applypriority(Decoder& d) {
+  d.take_space();
+  if (!d.take("L2::evict_normal")) d.fail("expected .L2::evict_normal");
+  d.finish(2);
+  d.out.execute = nothing;
+}
+
+Step policy(Warp& w, const Instruction& i, std::uint32_t mask) {
+  for_lanes(mask, [&](int lane) { w.put(i.d, lane, 0x12f0000000000000ull); });
+  w.set_valid(i.d, mask, mask);
+  return Step::next;
+}
+
+void decode_createpolicy(Decoder& d) {
+  const bool range = d.take("range"), convert = d.take("cvt");
+  if (!range && !convert && !d.take("fractional")) d.fail("unknown form");
+  d.take("L2");
+  d.take("global");
+  std::string rest;
+  while (d.take_prefix("L2::", &rest)) {
+    bool known = false;
+    for (const char* hint : {"L2::evict_last", "L2::evict_normal", "L2::evict_first",
+                             "L2::evict_unchanged"}) {
+      known |= rest == hint;
+    }
+    if (!known) d.fail("unknown modifier '." + rest + "'");
+  }
+  if (d.take_type() != Type::b64) d.fail("expected .b64");
+  d.finish(1, 4);
+  d.out.d = d.destination(0, 8);
+  d.out.execute = policy;
+}
+
+}  // namespace
+
+void add_load_store(DecodeTable& t) {
+  t["ld"] = decode_load;
+  t["ldu"] = decode_load;
+  t["st"] = decode_store;
+  t["cvta"] = decode_cvta;
+  t["isspacep"] = decode_isspacep;
+  t["mapa"] = decode_mapa;
+  t["getctarank"] = decode_getctarank;
+  t["prefetch"] = decode_prefetch;
+  t["prefetchu"] = decode_prefetch;
+  t["discard"] = decode_discard;
+  t["applypriority"] = decode_applypriority;
+  t["createpolicy"] = decode_createpolicy;
+}
+
+}  // namespace torchext::sim

@@ -1,0 +1,365 @@
+// The simulated machine: grid, cluster, CTA, warp. One Cluster runs on one host thread; Grid is
+// what clusters share.
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "clock.h"
+#include "ir.h"
+#include "launch.h"
+#include "memory.h"
+#include "shadow.h"
+
+namespace torchext::sim {
+
+class Cluster;
+class Cta;
+class Warp;
+class Grid;
+
+// Stops the whole launch after a finding that nothing can follow (deadlock, trap).
+struct LaunchStopped {};
+
+class Random {  // splitmix64
+ public:
+  explicit Random(std::uint64_t seed) : state_(seed) {}
+  std::uint64_t next() {
+    std::uint64_t z = (state_ += 0x9e3779b97f4a7c15ull);
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
+    return z ^ (z >> 31);
+  }
+  std::uint32_t below(std::uint32_t n) {
+    return static_cast<std::uint32_t>(((next() >> 32) * n) >> 32);
+  }
+
+ private:
+  std::uint64_t state_;
+};
+
+// Where diverged lanes wait for each other: the immediate post-dominator of the branch that
+// parted them.
+struct Token {
+  std::uint32_t pc = 0;
+  std::uint32_t expected = 0;  // lanes still in the region or parked
+  std::uint32_t parked = 0;
+  std::size_t depth = 0;  // calls it lies within
+};
+
+// Lanes that share a pc.
+struct Group {
+  std::uint32_t pc = 0;
+  std::uint32_t mask = 0;
+  std::vector<std::shared_ptr<Token>> tokens;
+  std::vector<std::uint32_t> calls;  // pcs of the call instructions to return to
+  bool blocked = false;              // the instruction at pc wants to be tried again
+  bool parked = false;               // at tokens.back()
+  bool arrived = false;              // a barrier has counted this group already
+  bool released = false;             // bar.warp.sync has met its partners
+  bool give_up = false;              // a try_wait may return false now
+  std::uint64_t generation = 0;      // of the barrier it waits for
+  std::uint64_t blocked_at = 0;      // Cluster::progress then
+};
+
+// Asynchronous work. `read` (optional) takes its source, `finish` delivers.
+struct AsyncWork {
+  std::function<void()> read, finish;
+  bool read_done = false, done = false;
+  bool wanted = false;  // something waits for it
+  std::string what;
+};
+
+struct MBarrier {
+  std::uint32_t expected = 0;  // arrivals per phase
+  std::int64_t pending = 0;    // arrivals missing in this phase
+  std::int64_t transactions = 0;
+  std::uint64_t phase = 0;
+  std::uint32_t agent = 0;  // stands for the copies of each phase: clock = phase + 1
+  std::uint32_t init_agent = 0, init_clock = 0, init_pc = 0;
+  bool fenced = false;  // fence.mbarrier_init or fence.proxy.async since init
+  Knowledge arriving, completed;
+  std::vector<std::weak_ptr<AsyncWork>> work;  // copies that signal it
+};
+
+struct NamedBarrier {
+  std::uint32_t expected = 0;
+  std::uint32_t arrived = 0;
+  std::uint64_t generation = 0;
+  std::uint32_t first_pc = 0;
+  Knowledge arriving, completed;
+  std::uint32_t reduce_and = 1, reduce_or = 0, reduce_count = 0;
+  std::uint32_t result_and = 0, result_or = 0, result_count = 0;
+};
+
+// A thread's cp.async.bulk groups, or a warp's cp.async groups.
+struct CopyGroups {
+  std::uint32_t read_agent = 0, write_agent = 0;  // 0: not yet assigned
+  std::uint32_t current = 1;                      // clock of the group being filled
+  bool open = false;                              // the group being filled is not empty
+  std::uint32_t read_waited = 0, waited = 0;      // groups up to this clock are known done
+  std::uint32_t last_pc = 0;
+  std::map<std::uint32_t, std::vector<std::shared_ptr<AsyncWork>>> work;  // by group
+};
+
+struct PendingWgmma;
+
+class Warp {
+ public:
+  Warp(Cta& cta, std::uint32_t index);
+  ~Warp();
+
+  // Runs up to `quantum` instructions of one group; returns how many.
+  std::uint32_t run(std::uint32_t quantum);
+  bool runnable() const;  // some group might make progress
+  bool finished() const { return live_ == 0; }
+
+  // ---- for instructions ----
+  template <class T = std::uint8_t>
+  T* at(const Slot& slot) const {
+    return reinterpret_cast<T*>(banks_[slot.bank] + slot.offset);
+  }
+  std::uint32_t predicate(const Slot& slot) const {
+    const std::uint32_t mask = *at<std::uint32_t>(slot);
+    return slot.negate ? ~mask : mask;
+  }
+  void set_predicate(const Slot& slot, std::uint32_t mask, std::uint32_t value) {
+    auto* p = at<std::uint32_t>(slot);
+    *p = (*p & ~mask) | (value & mask);
+  }
+  std::uint32_t valid(const Slot& slot) const { return valid_[slot.reg]; }
+  void set_valid(const Slot& slot, std::uint32_t mask, std::uint32_t value) {
+    std::uint32_t& v = valid_[slot.reg];
+    v = (v & ~mask) | (value & mask);
+  }
+  // Reports lanes of `mask` whose register was never assigned.
+  void need(const Slot& slot, std::uint32_t mask, const char* use);
+  std::uint64_t integer(const Slot& slot, int lane) const {
+    return slot.bytes == 8 ? at<std::uint64_t>(slot)[lane] : at<std::uint32_t>(slot)[lane];
+  }
+  void put(const Slot& slot, int lane, std::uint64_t value) {
+    if (slot.bytes == 8) at<std::uint64_t>(slot)[lane] = value;
+    else at<std::uint32_t>(slot)[lane] = static_cast<std::uint32_t>(value);
+  }
+
+  Cta& cta() const { return cta_; }
+  Cluster& cluster() const { return cluster_; }
+  Grid& grid() const { return grid_; }
+  const Program& program() const { return program_; }
+  std::uint32_t index() const { return index_; }
+  std::uint32_t live() const { return live_; }
+  Group& group() { return groups_[current_]; }
+  std::vector<Group>& groups() { return groups_; }
+  std::uint32_t pc() const { return groups_[current_].pc; }
+
+  void finding(const char* kind, const std::string& message, std::uint32_t lanes,
+               std::uint64_t address = 0, const std::string& other = "",
+               std::uint32_t other_line = 0);
+  void finding_at(std::uint32_t pc, const char* kind, const std::string& message,
+                  std::uint32_t lanes, std::uint64_t address = 0, const std::string& other = "",
+                  std::uint32_t other_line = 0);
+
+  // Control flow (divergence.cpp).
+  void branch(const Instruction& i, std::uint32_t taken);
+  void branch_each(const std::uint32_t (&targets)[32], std::uint32_t mask, std::uint32_t reconverge);
+  void enter(std::uint32_t callee, std::uint32_t mask);  // call, return
+  void leave(std::uint32_t mask);
+  void exit_lanes(std::uint32_t mask);
+  bool converge(std::uint32_t members);  // merges groups blocked here that make up `members`
+  bool unpark();  // lets parked lanes run on alone; false if there are none
+
+  // Order (order.cpp).
+  std::uint32_t agent(int lane) const { return first_agent_ + static_cast<std::uint32_t>(lane); }
+  Actor actor(int lane, bool strong = false) const;
+  void order_lanes(std::uint32_t mask);  // as bar.warp.sync does
+  Knowledge release(std::uint32_t mask);
+  void acquire(std::uint32_t mask, const Knowledge& knowledge);
+  void proxy_fence(std::uint32_t mask);
+  void memory_fence(std::uint32_t mask);
+  void learn(std::uint32_t mask, std::uint32_t agent, std::uint32_t clock);
+  void touched(std::uint32_t mask) { dirty_ |= mask; }
+  const ClockRef& known(int lane) const { return known_[lane]; }
+  const ClockRef& proxied(int lane) const { return proxied_[lane]; }
+  std::uint32_t clock(int lane) const { return clock_[lane]; }
+  void tick(std::uint32_t mask) {
+    for (; mask; mask &= mask - 1) ++clock_[__builtin_ctz(mask)];
+  }
+  Knowledge fence_released[32];  // at the last memory fence: what a later strong write passes on
+  Knowledge strong_acquired[32]; // what strong reads have seen: a later memory fence takes it in
+  std::uint32_t fenced_lanes = 0, acquired_lanes = 0;
+
+  // Memory (memory.cpp).
+  bool resolve(int lane, Space space, std::uint64_t address, std::uint32_t bytes, bool write,
+               Place* place);
+  void check_read(const Place& place, const Actor& actor, std::uint32_t bytes,
+                  std::uint32_t lanes, std::uint64_t address);
+  void check_write(const Place& place, const Actor& actor, std::uint32_t bytes,
+                   std::uint32_t lanes, std::uint64_t address);
+  void conflict(const Conflict& c, const Actor& actor, bool write, std::uint32_t lanes,
+                std::uint64_t address);
+
+  std::vector<std::uint8_t> local, local_valid;  // 32 lanes, one after another
+
+  // Async state.
+  std::map<int, CopyGroups> bulk_groups;  // by lane
+  CopyGroups cp_async;
+  std::vector<std::unique_ptr<PendingWgmma>> wgmma_pending;
+  std::uint32_t wgmma_agent = 0;
+  std::uint32_t wgmma_group = 1;  // clock of the group being filled
+  bool wgmma_open = false;
+  std::uint32_t wgmma_issued = 0;
+  std::uint32_t fence_count = 1;  // wgmma.fence executed
+  std::vector<std::uint32_t> register_fence;  // by tracked register: fence_count at last access
+  std::vector<std::uint32_t> in_flight;       // by tracked register: pending wgmmas that use it
+  std::uint32_t registers = 0;                // setmaxnreg
+  std::uint64_t cluster_arrivals[32] = {};    // barrier.cluster generations arrived at, by lane
+  std::uint32_t cluster_arrived = 0;
+
+ private:
+  friend class Cluster;
+  std::size_t pick_group();
+  bool at_token();
+  void merge_equal();
+  void drop_from_tokens(Group& g, std::size_t keep);
+  void check_tracked(const Instruction& i, std::uint32_t mask);
+  void settle_tokens();
+
+  Cta& cta_;
+  Cluster& cluster_;
+  Grid& grid_;
+  const Program& program_;
+  std::uint32_t index_;
+  std::uint32_t live_ = 0;
+  std::uint32_t first_agent_ = 0;
+  std::uint8_t* banks_[2] = {nullptr, nullptr};
+  std::vector<std::uint64_t> register_file_;
+  std::vector<std::uint32_t> valid_;
+  std::vector<Group> groups_;
+  std::size_t current_ = 0;
+  ClockRef known_[32], proxied_[32];
+  std::uint32_t clock_[32];
+  std::uint32_t dirty_ = 0;  // lanes with accesses since they were last ordered
+};
+
+class Cta {
+ public:
+  Cta(Cluster& cluster, Dim3 index, std::uint32_t rank);
+
+  Cluster& cluster;
+  Dim3 index;           // in the grid
+  std::uint32_t rank;   // in the cluster
+  std::vector<std::uint8_t> shared;
+  Shadow shadow;
+  std::vector<std::unique_ptr<Warp>> warps;
+  std::array<NamedBarrier, 16> barriers;
+  std::map<std::uint32_t, MBarrier> mbarriers;
+  std::uint32_t live_threads = 0;  // warps count whole: a ragged last warp's missing lanes too
+  std::int64_t register_pool = 0;  // free, in registers
+  struct WgmmaRecord { std::uint32_t pc; std::uint64_t a, b; std::uint32_t scale_d, seen; };
+  std::map<std::uint32_t, std::map<std::uint32_t, WgmmaRecord>> wgmma_log;  // warpgroup, sequence
+  bool exited() const { return live_threads == 0; }
+};
+
+class Cluster {
+ public:
+  Cluster(Grid& grid, std::uint32_t number);
+  ~Cluster();
+
+  enum class State { finished, running };
+  // Runs about `budget` warp-instructions.
+  State run(std::uint64_t budget);
+
+  Grid& grid;
+  std::uint32_t number;  // linear, in the grid
+  Random random;
+  std::vector<std::unique_ptr<Cta>> ctas;
+  std::uint64_t progress = 0;  // counts events that may unblock someone
+  std::uint64_t spins = 0;     // failed polls
+  std::vector<std::uint64_t> counts;  // executions, by pc
+  std::uint64_t executed = 0;
+  NamedBarrier barrier;  // barrier.cluster
+
+  std::uint32_t new_agent() { return agents_++; }
+  void start(const std::shared_ptr<AsyncWork>& work);
+  // Completes the work as far as needed now.
+  void finish_read(AsyncWork& work);
+  void finish(AsyncWork& work);
+  bool has_work() const { return !pending_.empty(); }
+  std::vector<Warp*> all_warps;
+  std::unordered_map<std::uint64_t, Knowledge> shared_sync;  // by shared address: strong accesses
+
+  std::string describe_agent(std::uint32_t agent) const;
+  std::map<std::uint32_t, std::string> agent_names;
+  void report_deadlock();
+  std::uint64_t idle_turns = 0, idle_seen = 0;  // Grid: turns without progress anywhere
+
+ private:
+  bool complete_some();
+  bool stalled();
+
+  std::uint32_t agents_ = 0;
+  std::vector<std::shared_ptr<AsyncWork>> pending_;
+  std::uint64_t released_at_ = ~0ull;  // progress when try_waits were last let go
+  std::uint64_t idle_rounds_ = 0;
+};
+
+class Grid {
+ public:
+  Grid(const Module& module, std::shared_ptr<const Program> program, const LaunchOptions& options,
+       const std::vector<ParamBytes>& params, const std::vector<Buffer>& buffers);
+
+  Report run();
+
+  std::shared_ptr<const Program> program;
+  const LaunchOptions& options;
+  Memory memory;
+  FindingSink sink;
+  Dim3 cluster_dim;
+  std::uint32_t cluster_size = 1;
+  std::uint32_t threads = 0, warps_per_cta = 0;
+  std::uint32_t registers_per_thread = 0;
+  std::uint32_t shared_bytes = 0;
+  std::vector<std::uint64_t> constants;  // bank 1
+  std::vector<std::uint64_t> param_block;
+  bool checks;
+  bool reproducible_order = true;
+  std::atomic<bool> stop{false};
+  std::atomic<std::uint64_t> executed{0};
+  std::atomic<std::uint64_t> global_progress{0};
+
+  // Strong accesses to global memory pass knowledge between clusters.
+  void publish(std::uint64_t address, std::uint32_t cluster, const Knowledge& knowledge);
+  bool observe(std::uint64_t address, std::uint32_t cluster, Knowledge* knowledge);
+
+  void print(const std::string& text);
+  const std::vector<std::string>& files() const { return files_; }
+
+ private:
+  struct SyncCell {
+    ForeignClocks known;  // includes the publisher's own cluster
+  };
+  std::mutex sync_mutex_;
+  std::unordered_map<std::uint64_t, SyncCell> sync_;
+  const std::vector<std::string>& files_;
+  std::mutex output_mutex_;
+  std::string output_;
+};
+
+inline std::uint32_t lane_of(std::uint32_t mask) {
+  return static_cast<std::uint32_t>(__builtin_ctz(mask));
+}
+
+template <class F>
+void for_lanes(std::uint32_t mask, F&& f) {
+  for (; mask != 0; mask &= mask - 1) f(static_cast<int>(lane_of(mask)));
+}
+
+}  // namespace torchext::sim

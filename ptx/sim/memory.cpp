@@ -1,0 +1,224 @@
+// Address resolution: bounds, alignment, permissions; and the race and validity checks of an access.
+#include "memory.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <stdexcept>
+
+#include "machine.h"
+
+namespace torchext::sim {
+
+namespace {
+std::string hex(std::uint64_t value) {
+  char text[32];
+  std::snprintf(text, sizeof text, "0x%llx", static_cast<unsigned long long>(value));
+  return text;
+}
+}  // namespace
+
+void Memory::add(const Buffer& b, bool checks, bool always_valid) {
+  if (b.bytes == 0) return;
+  auto g = std::make_unique<GlobalBuffer>();
+  g->begin = reinterpret_cast<std::uint64_t>(b.data);
+  g->end = g->begin + b.bytes;
+  g->writable = b.access != Buffer::Read;
+  g->name = b.name;
+  if (g->writable && checks)
+    g->shadow = std::make_unique<Shadow>(b.bytes, always_valid || b.access == Buffer::ReadWrite);
+  buffers_.push_back(std::move(g));
+}
+
+void Memory::sort() {
+  std::sort(buffers_.begin(), buffers_.end(),
+            [](const auto& a, const auto& b) { return a->begin < b->begin; });
+  for (std::size_t i = 1; i < buffers_.size(); ++i) {
+    if (buffers_[i]->begin < buffers_[i - 1]->end) {
+      throw std::invalid_argument("buffers '" + buffers_[i - 1]->name + "' and '" +
+                                  buffers_[i]->name + "' overlap");
+    }
+  }
+}
+
+std::string Memory::describe(std::uint64_t address) const {
+  const GlobalBuffer* best = nullptr;
+  std::uint64_t distance = ~0ull;
+  bool after = false;
+  for (const auto& b : buffers_) {
+    if (address >= b->begin && address < b->end) {
+      return "byte " + std::to_string(address - b->begin) + " of '" + b->name + "' (" +
+             std::to_string(b->end - b->begin) + " bytes)";
+    }
+    const std::uint64_t d = address < b->begin ? b->begin - address : address - b->end;
+    if (d < distance) {
+      distance = d;
+      best = b.get();
+      after = address >= b->end;
+    }
+  }
+  if (best == nullptr || distance > (1u << 30)) return "not near any buffer";
+  return std::to_string(distance) + " bytes " + (after ? "after the end of '" : "before '") +
+         best->name + "' (" + std::to_string(best->end - best->begin) + " bytes)";
+}
+
+bool Warp::resolve(int lane, Space space, std::uint64_t address, std::uint32_t bytes, bool write,
+                   Place* place) {
+  const std::uint32_t lanes = 1u << lane;
+  const char* verb = write ? "write" : "read";
+  if (space == Space::generic) {
+    switch (address & kWindowMask) {
+      case kSharedWindow:
+        space = Space::shared_cluster;
+        break;
+      case kLocalWindow:
+        space = Space::local;
+        address -= kLocalWindow;
+        break;
+      default:
+        space = Space::global;
+    }
+  }
+  if (address & (bytes - 1)) {
+    finding("misaligned access",
+            std::string(verb) + " of " + std::to_string(bytes) + " bytes at " + hex(address) +
+                ", which is not a multiple of " + std::to_string(bytes),
+            lanes, address);
+    return false;
+  }
+  switch (space) {
+    case Space::shared:
+    case Space::shared_cluster: {
+      const auto at = static_cast<std::uint32_t>(address);
+      const std::uint32_t rank = at >> kSharedRankShift, offset = at & kSharedOffsetMask;
+      Cta* owner = &cta_;
+      if (rank != 0) {
+        if (space == Space::shared || rank > grid_.cluster_size) {
+          finding("out of bounds",
+                  std::string("shared::cta ") + verb + " at " + hex(at) +
+                      ", which is not in this CTA's shared memory",
+                  lanes, at);
+          return false;
+        }
+        owner = cluster_.ctas[rank - 1].get();
+        if (owner->exited()) {
+          finding("exited CTA",
+                  std::string(verb) + " of shared memory of CTA rank " + std::to_string(rank - 1) +
+                      ", which has exited",
+                  lanes, at);
+          return false;
+        }
+      }
+      if (offset < kSharedBase || offset + bytes > owner->shared.size()) {
+        finding("out of bounds",
+                std::string("shared-memory ") + verb + " of " + std::to_string(bytes) +
+                    " bytes at " + hex(offset) + "; the CTA has [" + hex(kSharedBase) + ", " +
+                    hex(owner->shared.size()) + ")",
+                lanes, offset);
+        return false;
+      }
+      place->host = owner->shared.data() + offset;
+      place->shadow = grid_.checks ? &owner->shadow : nullptr;
+      place->offset = offset;
+      place->cta = owner;
+      return true;
+    }
+    case Space::local: {
+      if (address + bytes > program_.local_bytes) {
+        finding("out of bounds",
+                std::string("local-memory ") + verb + " at " + hex(address) + "; a thread has " +
+                    std::to_string(program_.local_bytes) + " bytes",
+                lanes, address);
+        return false;
+      }
+      const std::size_t at = static_cast<std::size_t>(lane) * program_.local_bytes + address;
+      place->host = local.data() + at;
+      place->valid = local_valid.data() + at;
+      return true;
+    }
+    default: {
+      GlobalBuffer* b = grid_.memory.find(address);
+      if (b == nullptr || address + bytes > b->end) {
+        finding("out of bounds",
+                std::string("global ") + verb + " of " + std::to_string(bytes) + " bytes, " +
+                    grid_.memory.describe(address),
+                lanes, address);
+        return false;
+      }
+      if (write && !b->writable) {
+        finding("read-only memory", "write to read-only '" + b->name + "', " +
+                                        grid_.memory.describe(address),
+                lanes, address);
+        return false;
+      }
+      place->host = reinterpret_cast<std::uint8_t*>(address);
+      place->shadow = b->shadow.get();
+      place->offset = address - b->begin;
+      place->buffer = b;
+      return true;
+    }
+  }
+}
+
+void Warp::conflict(const Conflict& c, const Actor& actor, bool write, std::uint32_t lanes,
+                    std::uint64_t address) {
+  const std::string what = write ? "write" : "read";
+  if (c.kind == Conflict::uninitialized) {
+    finding_at(actor.pc, "uninitialized memory", "read of bytes that nothing has written", lanes,
+               address);
+    return;
+  }
+  const Instruction& other = program_.code[c.other_pc];
+  std::string by = c.other_cluster == cluster_.number
+                       ? cluster_.describe_agent(c.other_agent)
+                       : "another " + std::string(grid_.cluster_size > 1 ? "cluster" : "CTA") +
+                             " (" + std::to_string(c.other_cluster) + ")";
+  const std::string against = std::string(c.other_is_async ? "async-proxy " : "") +
+                              (c.other_is_write ? "write" : "read") + " by " + by + ", line " +
+                              std::to_string(other.line) + ": " + program_.opcodes[other.opcode];
+  const std::string op = program_.opcodes[other.opcode];
+  if (c.kind == Conflict::proxy) {
+    finding_at(actor.pc, "missing proxy fence",
+               "async-proxy " + what + " of bytes that a generic-proxy write made, with no "
+               "fence.proxy.async in between",
+               lanes, address, against, other.line);
+  } else if (write && !c.other_is_write && op.compare(0, 5, "wgmma") == 0) {
+    finding_at(actor.pc, "wgmma operand in flight",
+               "write to shared memory that a wgmma may still read", lanes, address, against,
+               other.line);
+  } else {
+    finding_at(actor.pc, "data race",
+               std::string(actor.async ? "async-proxy " : "") + what +
+                   " that nothing orders after an earlier access",
+               lanes, address, against, other.line);
+  }
+}
+
+void Warp::check_read(const Place& place, const Actor& actor, std::uint32_t bytes,
+                      std::uint32_t lanes, std::uint64_t address) {
+  if (place.shadow == nullptr) return;
+  Conflict c;
+  if (place.buffer != nullptr) {
+    const std::lock_guard<SpinLock> lock(place.buffer->lock);
+    c = place.shadow->read(actor, place.offset, bytes);
+  } else {
+    c = place.shadow->read(actor, place.offset, bytes);
+  }
+  dirty_ |= lanes;
+  if (c.kind != Conflict::none) conflict(c, actor, false, lanes, address);
+}
+
+void Warp::check_write(const Place& place, const Actor& actor, std::uint32_t bytes,
+                       std::uint32_t lanes, std::uint64_t address) {
+  if (place.shadow == nullptr) return;
+  Conflict c;
+  if (place.buffer != nullptr) {
+    const std::lock_guard<SpinLock> lock(place.buffer->lock);
+    c = place.shadow->write(actor, place.offset, bytes);
+  } else {
+    c = place.shadow->write(actor, place.offset, bytes);
+  }
+  dirty_ |= lanes;
+  if (c.kind != Conflict::none) conflict(c, actor, true, lanes, address);
+}
+
+}  // namespace torchext::sim

@@ -1,0 +1,88 @@
+// Module: parsed PTX, its kernels' signatures, programs decoded on first use.
+#include <map>
+#include <mutex>
+#include <stdexcept>
+
+#include "decode.h"
+#include "launch.h"
+#include "parser.h"
+
+namespace torchext::sim {
+
+struct Module::Cache {
+  std::mutex mutex;
+  std::map<std::string, std::shared_ptr<const Program>> programs;
+};
+
+std::shared_ptr<Module> Module::parse(std::string text, std::string name) {
+  std::shared_ptr<Module> m(new Module);
+  m->parsed_ = std::make_unique<ParsedModule>(parse_ptx(text, name));
+  m->variables_ = std::make_unique<DeviceVariables>(*m->parsed_);
+  m->cache_ = std::make_unique<Cache>();
+  for (const Function& f : m->parsed_->functions) {
+    if (!f.is_kernel || !f.has_body) continue;
+    Kernel k;
+    k.name = f.name;
+    k.line = f.line;
+    std::size_t at = 0;
+    for (const Variable& v : f.params) {
+      at = (at + v.align - 1) / v.align * v.align;
+      k.params.push_back({v.name, v.bytes, v.align, at});
+      at += v.bytes;
+    }
+    for (int i = 0; i < 3; ++i) {
+      k.max_threads[i] = f.max_threads[i];
+      k.required_threads[i] = f.required_threads[i];
+      k.cluster[i] = f.cluster[i];
+    }
+    k.min_ctas = f.min_ctas;
+    k.max_registers = f.max_registers;
+    m->kernels_.push_back(std::move(k));
+  }
+  return m;
+}
+
+Module::~Module() = default;
+
+std::string Module::target() const { return parsed_->target; }
+const std::vector<std::string>& Module::files() const { return parsed_->files; }
+
+const Kernel& Module::kernel(const std::string& name) const {
+  for (const Kernel& k : kernels_) {
+    if (k.name == name) return k;
+  }
+  std::string known;
+  for (const Kernel& k : kernels_) known += (known.empty() ? "" : ", ") + k.name;
+  throw std::invalid_argument("no kernel '" + name + "' in '" + parsed_->name +
+                              "'; it has: " + (known.empty() ? "none" : known));
+}
+
+std::shared_ptr<const Program> Module::program(const std::string& name) const {
+  kernel(name);
+  const std::lock_guard<std::mutex> lock(cache_->mutex);
+  auto& program = cache_->programs[name];
+  if (program == nullptr) program = ProgramBuilder(*parsed_, *variables_, name).build();
+  return program;
+}
+
+std::string to_string(const Finding& f) {
+  std::string out = f.kind + ": " + f.message + "\n";
+  out += "  in " + f.kernel + ", PTX line " + std::to_string(f.ptx_line) + ": " + f.opcode + "\n";
+  if (!f.file.empty()) out += "  source " + f.file + ":" + std::to_string(f.source_line) + "\n";
+  char text[160];
+  std::snprintf(text, sizeof text, "  CTA (%u, %u, %u), warp %u, lanes 0x%08x", f.cta[0], f.cta[1],
+                f.cta[2], f.warp, f.lanes);
+  out += text;
+  if (f.address != 0) {
+    std::snprintf(text, sizeof text, ", address 0x%llx",
+                  static_cast<unsigned long long>(f.address));
+    out += text;
+  }
+  out += "\n";
+  if (!f.other.empty()) out += "  against " + f.other + "\n";
+  if (!f.remedy.empty()) out += "  remedy: " + f.remedy + "\n";
+  out += "  seed " + std::to_string(f.seed) + "\n";
+  return out;
+}
+
+}  // namespace torchext::sim

@@ -1,0 +1,264 @@
+// Shadow memory: FastTrack-style epochs per granule (Flanagan and Freund, PLDI 2009), with reader
+// sets that hold a warp's lanes as one entry.
+#include "shadow.h"
+
+#include <algorithm>
+
+namespace torchext::sim {
+
+namespace {
+enum Flag : std::uint8_t {
+  kWriteStrong = 1,
+  kWriteAsync = 2,
+  kReadStrong = 4,
+  kReadAsync = 8,
+  kReaderSet = 16,  // r_agent is an index into reader_sets_
+  kSplit = 32,      // r_agent is an index into splits_
+};
+constexpr std::uint32_t kLanes = 32;
+}  // namespace
+
+Shadow::Shadow(std::uint64_t bytes, bool valid)
+    : bytes_(bytes), valid_(valid), pages_((bytes + kPageBytes - 1) / kPageBytes) {}
+
+Shadow::Page& Shadow::page(std::uint64_t index) {
+  auto& p = pages_[index];
+  if (p == nullptr) {
+    p = std::make_unique<Page>();
+    Cell fresh{};
+    fresh.valid = valid_ ? 15 : 0;
+    p->fill(fresh);
+  }
+  return *p;
+}
+
+Shadow::Cell& Shadow::cell(std::uint64_t granule) {
+  return page(granule / (kPageBytes / 4))[granule % (kPageBytes / 4)];
+}
+
+bool Shadow::ordered(const Actor& a, std::uint32_t cluster, std::uint32_t agent,
+                     std::uint32_t clock) {
+  if (cluster == a.cluster) {
+    if (agent == a.issuer) return clock <= a.issuer_clock;
+    if (agent == a.agent && clock == a.clock) return true;
+    return a.known->get(agent) >= clock;
+  }
+  if (a.known->foreign == nullptr) return false;
+  const auto it = a.known->foreign->find(cluster);
+  return it != a.known->foreign->end() && agent < it->second->size() &&
+         (*it->second)[agent] >= clock;
+}
+
+bool Shadow::ordered_readers(const Actor& a, const Reader& r) {
+  for (std::uint32_t m = r.mask; m != 0; m &= m - 1) {
+    const auto lane = static_cast<std::uint32_t>(__builtin_ctz(m));
+    if (!ordered(a, r.cluster, r.warp_agent + lane, r.clock)) return false;
+  }
+  return true;
+}
+
+std::uint32_t Shadow::split(Cell& c) {
+  if (c.flags & kSplit) return c.r_agent;
+  std::uint32_t index;
+  if (free_splits_.empty()) {
+    index = static_cast<std::uint32_t>(splits_.size());
+    splits_.emplace_back();
+  } else {
+    index = free_splits_.back();
+    free_splits_.pop_back();
+  }
+  for (int i = 0; i < 4; ++i) {
+    Cell& part = splits_[index][static_cast<std::size_t>(i)];
+    part = c;
+    part.valid = (c.valid >> i) & 1 ? 15 : 0;
+    if (c.flags & kReaderSet) {
+      const auto copy = static_cast<std::uint32_t>(reader_sets_.size());
+      reader_sets_.push_back(reader_sets_[c.r_agent]);
+      part.r_agent = copy;
+    }
+  }
+  if (c.flags & kReaderSet) free_sets_.push_back(c.r_agent);
+  c.flags = kSplit;
+  c.r_agent = index;
+  return index;
+}
+
+template <class Visit>
+void Shadow::for_each_cell(std::uint64_t offset, std::uint64_t bytes, bool merge, Visit&& visit) {
+  const std::uint64_t end = offset + bytes;
+  for (std::uint64_t at = offset; at < end;) {
+    const std::uint64_t granule = at / 4;
+    const std::uint64_t granule_end = std::min(end, granule * 4 + 4);
+    Cell& c = cell(granule);
+    const bool whole = granule_end - at == 4;
+    if (whole && !(c.flags & kSplit)) {
+      visit(c, at, std::uint8_t{15});
+    } else {
+      const std::uint32_t index = split(c);
+      for (std::uint64_t b = at; b < granule_end; ++b)
+        visit(splits_[index][b % 4], b, std::uint8_t{15});
+      c.valid = 0;
+      for (std::size_t i = 0; i < 4; ++i) {
+        if (splits_[index][i].valid) c.valid = static_cast<std::uint8_t>(c.valid | 1 << i);
+      }
+      if (whole && merge) {  // four equal bytes again: they were all just written
+        free_splits_.push_back(index);
+        c = splits_[index][0];
+      }
+    }
+    at = granule_end;
+  }
+}
+
+void Shadow::record_reader(Cell& c, const Actor& actor) {
+  // Threads of one warp are neighbouring agents, aligned to 32; async agents stand alone.
+  const bool is_thread = actor.agent == actor.issuer;
+  const std::uint32_t base = is_thread ? actor.agent / kLanes * kLanes : actor.agent;
+  const std::uint32_t bit = is_thread ? 1u << (actor.agent % kLanes) : 1u;
+  const Reader self{actor.cluster, base, actor.clock, bit, actor.pc, actor.strong, actor.async};
+  if (!(c.flags & kReaderSet)) {
+    const Reader old{c.r_cluster, c.r_agent,  c.r_clock, c.r_mask, c.r_pc,
+                     (c.flags & kReadStrong) != 0, (c.flags & kReadAsync) != 0};
+    const bool same_warp = old.cluster == self.cluster && old.warp_agent == base &&
+                           old.clock == self.clock && old.strong == self.strong;
+    if (c.r_mask != 0 && same_warp) {
+      c.r_mask |= bit;
+      return;
+    }
+    if (c.r_mask == 0 || (ordered_readers(actor, old) && old.strong == self.strong)) {
+      c.r_cluster = self.cluster;
+      c.r_agent = base;
+      c.r_clock = self.clock;
+      c.r_mask = bit;
+      c.r_pc = self.pc;
+      c.flags = static_cast<std::uint8_t>((c.flags & ~(kReadStrong | kReadAsync)) |
+                                          (self.strong ? kReadStrong : 0) |
+                                          (self.async ? kReadAsync : 0));
+      return;
+    }
+    std::uint32_t index;
+    if (free_sets_.empty()) {
+      index = static_cast<std::uint32_t>(reader_sets_.size());
+      reader_sets_.emplace_back();
+    } else {
+      index = free_sets_.back();
+      free_sets_.pop_back();
+      reader_sets_[index].clear();
+    }
+    reader_sets_[index].push_back(old);
+    c.flags |= kReaderSet;
+    c.r_agent = index;
+  }
+  auto& set = reader_sets_[c.r_agent];
+  for (Reader& r : set) {
+    if (r.cluster == self.cluster && r.warp_agent == base && r.strong == self.strong) {
+      if (r.clock == self.clock) {
+        r.mask |= bit;
+        return;
+      }
+      if (!is_thread || (r.mask == bit && r.clock < self.clock)) {  // the later one stands for both
+        r.clock = std::max(r.clock, self.clock);
+        r.pc = self.pc;
+        return;
+      }
+    }
+  }
+  set.push_back(self);
+}
+
+void Shadow::read_cell(Cell& c, const Actor& actor, std::uint64_t offset, std::uint8_t bytes,
+                       Conflict& conflict) {
+  if (conflict.kind == Conflict::none) {
+    if (c.w_clock != 0) {
+      const bool both_strong = actor.strong && (c.flags & kWriteStrong);
+      const bool write_async = (c.flags & kWriteAsync) != 0;
+      const auto found = [&](Conflict::Kind kind) {
+        conflict = {kind, offset, true, write_async, c.w_cluster, c.w_agent, c.w_pc};
+      };
+      if (!both_strong && !ordered(actor, c.w_cluster, c.w_agent, c.w_clock)) {
+        found(Conflict::race);
+      } else if (actor.async && !write_async && c.w_cluster == actor.cluster &&
+                 actor.proxied->get(c.w_agent) < c.w_clock) {
+        found(Conflict::proxy);
+      }
+    }
+    if (conflict.kind == Conflict::none && (c.valid & bytes) != bytes)
+      conflict = {Conflict::uninitialized, offset, false, false, 0, 0, 0};
+  }
+  record_reader(c, actor);
+}
+
+void Shadow::write_cell(Cell& c, const Actor& actor, std::uint64_t offset, std::uint8_t,
+                        Conflict& conflict) {
+  if (conflict.kind == Conflict::none) {
+    if (c.w_clock != 0 && !(actor.strong && (c.flags & kWriteStrong)) &&
+        !ordered(actor, c.w_cluster, c.w_agent, c.w_clock)) {
+      conflict = {Conflict::race, offset, true, (c.flags & kWriteAsync) != 0,
+                  c.w_cluster, c.w_agent, c.w_pc};
+    } else if (c.r_mask != 0) {
+      const auto check = [&](const Reader& r) {
+        if (conflict.kind != Conflict::none || (actor.strong && r.strong)) return;
+        if (!ordered_readers(actor, r))
+          conflict = {Conflict::race, offset, false, r.async, r.cluster, r.warp_agent, r.pc};
+      };
+      if (c.flags & kReaderSet) {
+        for (const Reader& r : reader_sets_[c.r_agent]) check(r);
+      } else {
+        check({c.r_cluster, c.r_agent, c.r_clock, c.r_mask, c.r_pc, (c.flags & kReadStrong) != 0,
+               (c.flags & kReadAsync) != 0});
+      }
+    }
+  }
+  if (c.flags & kReaderSet) free_sets_.push_back(c.r_agent);
+  c.w_cluster = actor.cluster;
+  c.w_agent = actor.agent;
+  c.w_clock = actor.clock;
+  c.w_pc = actor.pc;
+  c.r_mask = 0;
+  c.flags = static_cast<std::uint8_t>((actor.strong ? kWriteStrong : 0) |
+                                      (actor.async ? kWriteAsync : 0));
+  c.valid = 15;
+}
+
+Conflict Shadow::read(const Actor& actor, std::uint64_t offset, std::uint64_t bytes) {
+  Conflict conflict;
+  for_each_cell(offset, bytes, false, [&](Cell& c, std::uint64_t at, std::uint8_t mask) {
+    read_cell(c, actor, at, mask, conflict);
+  });
+  return conflict;
+}
+
+Conflict Shadow::write(const Actor& actor, std::uint64_t offset, std::uint64_t bytes) {
+  Conflict conflict;
+  for_each_cell(offset, bytes, true, [&](Cell& c, std::uint64_t at, std::uint8_t mask) {
+    write_cell(c, actor, at, mask, conflict);
+  });
+  return conflict;
+}
+
+void Shadow::set_valid(std::uint64_t offset, std::uint64_t bytes) {
+  for_each_cell(offset, bytes, false,
+                [](Cell& c, std::uint64_t, std::uint8_t mask) { c.valid |= mask; });
+}
+
+bool Shadow::is_valid(std::uint64_t offset, std::uint64_t bytes) const {
+  for (std::uint64_t b = offset; b < offset + bytes; ++b) {
+    const auto& p = pages_[b / kPageBytes];
+    if (p == nullptr ? !valid_ : !((*p)[b % kPageBytes / 4].valid >> (b % 4) & 1)) return false;
+  }
+  return true;
+}
+
+std::uint64_t Shadow::count_invalid(std::uint64_t* first) const {
+  std::uint64_t count = 0;
+  *first = bytes_;
+  if (valid_) return 0;
+  for (std::uint64_t b = 0; b < bytes_; ++b) {
+    const auto& p = pages_[b / kPageBytes];
+    if (p != nullptr && ((*p)[b % kPageBytes / 4].valid >> (b % 4) & 1)) continue;
+    if (count++ == 0) *first = b;
+  }
+  return count;
+}
+
+}  // namespace torchext::sim

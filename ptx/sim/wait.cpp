@@ -1,0 +1,63 @@
+// Deadlock reports: what each kind of waiting instruction waits for.
+#include "wait.h"
+
+#include <cstdio>
+
+#include "machine.h"
+#include "mbarrier.h"
+
+namespace torchext::sim {
+
+bool may_time_out(Warp& w, const Group& g) { return is_try_wait(w.program().code[g.pc]); }
+
+std::string wait_reason(Warp& w, const Group& g) {
+  const Instruction& i = w.program().code[g.pc];
+  const std::string& opcode = w.program().opcodes[i.opcode];
+  const auto lane = static_cast<int>(lane_of(g.mask));
+  const auto starts = [&](const char* prefix) { return opcode.rfind(prefix, 0) == 0; };
+  char text[256];
+  if (starts("mbarrier.t")) {
+    const std::uint64_t address = w.integer(i.s[0], lane) + static_cast<std::uint64_t>(i.offset);
+    const auto at = static_cast<std::uint32_t>(address);
+    const std::uint32_t rank = at >> kSharedRankShift;
+    Cta& cta = rank == 0 ? w.cta() : *w.cluster().ctas[rank - 1];
+    const auto it = cta.mbarriers.find(at & kSharedOffsetMask);
+    if (it == cta.mbarriers.end()) return opcode;
+    const MBarrier& m = it->second;
+    const bool parity = opcode.find("parity") != std::string::npos;
+    std::snprintf(text, sizeof text,
+                  "waits for %s %llu of mbarrier 0x%x, which is in phase %llu and lacks %lld of %u "
+                  "arrivals and %lld bytes",
+                  parity ? "parity" : "phase",
+                  static_cast<unsigned long long>(parity ? w.integer(i.s[1], lane) & 1
+                                                         : w.integer(i.s[1], lane) >> 32),
+                  at & kSharedOffsetMask, static_cast<unsigned long long>(m.phase),
+                  static_cast<long long>(m.pending), m.expected,
+                  static_cast<long long>(m.transactions));
+    return text;
+  }
+  if (starts("bar.warp") ) return "waits at bar.warp.sync for lanes that do not come";
+  if (starts("barrier.cluster")) {
+    std::snprintf(text, sizeof text, "waits at barrier.cluster, where %u threads have arrived",
+                  w.cluster().barrier.arrived);
+    return text;
+  }
+  if (starts("bar")) {
+    const auto id = static_cast<std::uint32_t>(w.integer(i.s[0], lane));
+    if (id < 16) {
+      const NamedBarrier& b = w.cta().barriers[id];
+      std::snprintf(text, sizeof text, "waits at barrier %u, where %u of %u threads have arrived", id,
+                    b.arrived, b.expected != 0 ? b.expected : w.cta().live_threads);
+      return text;
+    }
+  }
+  if (starts("setmaxnreg")) {
+    std::snprintf(text, sizeof text,
+                  "waits for registers: setmaxnreg to %u from %u, but the CTA's pool has %lld left",
+                  i.target, w.registers, static_cast<long long>(w.cta().register_pool));
+    return text;
+  }
+  return (g.blocked ? "waits at " : "polls at ") + opcode;
+}
+
+}  // namespace torchext::sim

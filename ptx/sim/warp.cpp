@@ -1,0 +1,244 @@
+// A warp's life: registers, choosing a group of lanes, executing instructions.
+#include <algorithm>
+#include <cstring>
+
+#include "machine.h"
+#include "wgmma_stream.h"
+
+namespace torchext::sim {
+
+namespace {
+
+std::uint64_t special_value(Special which, const Cta& cta, std::uint32_t thread, std::uint32_t lane,
+                            std::uint32_t warp) {
+  const Grid& grid = cta.cluster.grid;
+  const LaunchOptions& o = grid.options;
+  const Dim3 b = o.block, c = grid.cluster_dim;
+  const std::uint32_t bit = 1u << lane;
+  switch (which) {
+    case Special::tid_x: return thread % b.x;
+    case Special::tid_y: return thread / b.x % b.y;
+    case Special::tid_z: return thread / (b.x * b.y);
+    case Special::ntid_x: return b.x;
+    case Special::ntid_y: return b.y;
+    case Special::ntid_z: return b.z;
+    case Special::ctaid_x: return cta.index.x;
+    case Special::ctaid_y: return cta.index.y;
+    case Special::ctaid_z: return cta.index.z;
+    case Special::nctaid_x: return o.grid.x;
+    case Special::nctaid_y: return o.grid.y;
+    case Special::nctaid_z: return o.grid.z;
+    case Special::laneid: return lane;
+    case Special::warpid: return warp;
+    case Special::nwarpid: return 64;
+    case Special::smid:
+      return (cta.cluster.number * grid.cluster_size + cta.rank) % o.num_sms;
+    case Special::nsmid: return o.num_sms;
+    case Special::gridid: return 1;
+    case Special::lanemask_eq: return bit;
+    case Special::lanemask_le: return bit | (bit - 1);
+    case Special::lanemask_lt: return bit - 1;
+    case Special::lanemask_ge: return ~(bit - 1);
+    case Special::lanemask_gt: return ~(bit | (bit - 1));
+    case Special::clusterid_x: return cta.index.x / c.x;
+    case Special::clusterid_y: return cta.index.y / c.y;
+    case Special::clusterid_z: return cta.index.z / c.z;
+    case Special::nclusterid_x: return o.grid.x / c.x;
+    case Special::nclusterid_y: return o.grid.y / c.y;
+    case Special::nclusterid_z: return o.grid.z / c.z;
+    case Special::cluster_ctaid_x: return cta.index.x % c.x;
+    case Special::cluster_ctaid_y: return cta.index.y % c.y;
+    case Special::cluster_ctaid_z: return cta.index.z % c.z;
+    case Special::cluster_nctaid_x: return c.x;
+    case Special::cluster_nctaid_y: return c.y;
+    case Special::cluster_nctaid_z: return c.z;
+    case Special::cluster_ctarank: return cta.rank;
+    case Special::cluster_nctarank: return grid.cluster_size;
+    case Special::is_explicit_cluster: return grid.cluster_size > 1;
+    case Special::dynamic_smem_size: return o.dynamic_smem;
+    case Special::total_smem_size: return grid.shared_bytes;
+    case Special::aggr_smem_size: return grid.shared_bytes;
+    default: return 0;  // clocks are read by mov, when they are read
+  }
+}
+
+}  // namespace
+
+Warp::Warp(Cta& cta, std::uint32_t index)
+    : cta_(cta), cluster_(cta.cluster), grid_(cta.cluster.grid), program_(*cta.cluster.grid.program),
+      index_(index), register_file_(program_.register_bytes / 8 + 4),
+      valid_(program_.register_count, 0) {
+  banks_[0] = reinterpret_cast<std::uint8_t*>(register_file_.data());
+  banks_[1] = reinterpret_cast<std::uint8_t*>(grid_.constants.data());
+  valid_[0] = ~0u;
+  local.resize(std::size_t{program_.local_bytes} * 32);
+  local_valid.resize(local.size(), 0);
+  const std::uint32_t first = index * 32;
+  const std::uint32_t count = std::min(32u, grid_.threads - first);
+  live_ = count == 32 ? ~0u : (1u << count) - 1;
+  first_agent_ = (cta.rank * grid_.warps_per_cta + index) * 32;
+  std::fill(std::begin(clock_), std::end(clock_), 1);
+  for (const auto& [which, slot] : program_.specials) {
+    for (std::uint32_t lane = 0; lane < 32; ++lane)
+      put(slot, static_cast<int>(lane), special_value(which, cta, first + lane, lane, index));
+  }
+  if (program_.uses_wgmma) {
+    register_fence.resize(program_.register_count, 0);
+    in_flight.resize(program_.register_count, 0);
+  }
+  registers = grid_.registers_per_thread;
+  Group g;
+  g.mask = live_;
+  groups_.push_back(std::move(g));
+}
+
+Warp::~Warp() = default;
+
+bool Warp::runnable() const {
+  for (const Group& g : groups_) {
+    if (!g.parked && (!g.blocked || g.blocked_at != cluster_.progress || g.released || g.give_up))
+      return true;
+  }
+  return false;
+}
+
+std::size_t Warp::pick_group() {
+  if (groups_.size() == 1) return 0;
+  std::size_t candidates[32], count = 0;
+  for (std::size_t i = 0; i < groups_.size(); ++i) {
+    const Group& g = groups_[i];
+    if (!g.parked && (!g.blocked || g.blocked_at != cluster_.progress || g.released || g.give_up))
+      candidates[count++] = i;
+  }
+  return count == 0 ? 0 : candidates[cluster_.random.below(static_cast<std::uint32_t>(count))];
+}
+
+std::uint32_t Warp::run(std::uint32_t quantum) {
+  std::uint32_t executed = 0;
+  if (live_ == 0 || !runnable()) return 0;
+  current_ = pick_group();
+  const Instruction* code = program_.code.data();
+  while (executed < quantum) {
+    if (!groups_[current_].tokens.empty() && at_token()) {
+      if (live_ == 0 || !runnable()) break;
+      current_ = pick_group();
+      continue;
+    }
+    if (groups_.size() > 1) merge_equal();
+    Group& g = groups_[current_];
+    const std::uint32_t pc = g.pc;
+    const Instruction& i = code[pc];
+    std::uint32_t mask = g.mask;
+    if (i.guard >= 0) {
+      std::uint32_t p;
+      std::memcpy(&p, banks_[0] + i.guard, 4);
+      if ((valid_[i.guard_reg] & mask) != mask && grid_.checks) {
+        Slot slot;
+        slot.reg = i.guard_reg;
+        need(slot, mask, "as a predicate");
+      }
+      mask &= i.guard_negated ? ~p : p;
+      if (mask == 0) {
+        ++g.pc;
+        ++executed;
+        ++cluster_.counts[pc];
+        continue;
+      }
+    }
+    if (i.aligned && mask != live_ && grid_.checks && !g.blocked) {
+      finding("divergent collective",
+              "only some lanes of the warp execute an .aligned instruction (the others are at "
+              "another instruction or predicated off)",
+              mask);
+    }
+    if (!i.tracked.empty()) check_tracked(i, mask);
+    const Step step = i.execute(*this, i, mask);
+    if (step == Step::block) {
+      Group& blocked = groups_[current_];
+      blocked.blocked = true;
+      blocked.blocked_at = cluster_.progress;
+      if (groups_.size() > 1 && runnable()) {
+        current_ = pick_group();
+        ++executed;  // bounds a warp whose groups take turns
+        continue;
+      }
+      break;
+    }
+    ++executed;
+    ++cluster_.counts[pc];
+    if (live_ == 0) break;
+    if (step == Step::next) {
+      Group& same = groups_[current_];
+      same.blocked = false;
+      same.arrived = false;
+      same.released = false;
+      same.give_up = false;
+      ++same.pc;
+    } else {
+      if (!runnable()) break;
+      if (current_ >= groups_.size() || groups_[current_].parked || groups_[current_].blocked ||
+          groups_.size() > 1)
+        current_ = pick_group();
+    }
+  }
+  return executed;
+}
+
+void Warp::need(const Slot& slot, std::uint32_t mask, const char* use) {
+  if (!grid_.checks) return;
+  const std::uint32_t missing = mask & ~valid_[slot.reg];
+  if (missing == 0) return;
+  finding("uninitialized register",
+          "register " + program_.register_names[slot.reg] + " is used " + use +
+              " but was never assigned",
+          missing);
+  valid_[slot.reg] |= missing;  // say it once
+}
+
+void Warp::finding(const char* kind, const std::string& message, std::uint32_t lanes,
+                   std::uint64_t address, const std::string& other, std::uint32_t other_line) {
+  finding_at(pc(), kind, message, lanes, address, other, other_line);
+}
+
+void Warp::finding_at(std::uint32_t at_pc, const char* kind, const std::string& message,
+                      std::uint32_t lanes, std::uint64_t address, const std::string& other,
+                      std::uint32_t other_line) {
+  const Instruction& i = program_.code[at_pc];
+  Finding f;
+  f.kind = kind;
+  f.message = message;
+  f.kernel = program_.kernel;
+  f.ptx_line = i.line;
+  f.opcode = program_.opcodes[i.opcode];
+  const auto& files = grid_.files();
+  if (i.source_line != 0 && i.file < files.size()) {
+    f.file = files[i.file];
+    f.source_line = i.source_line;
+  }
+  f.cta[0] = cta_.index.x;
+  f.cta[1] = cta_.index.y;
+  f.cta[2] = cta_.index.z;
+  f.warp = index_;
+  f.lanes = lanes;
+  f.address = address;
+  f.other = other;
+  f.other_ptx_line = other_line;
+  f.seed = grid_.options.seed;
+  grid_.sink.add(std::move(f));
+}
+
+// Registers that some wgmma uses as accumulator or A fragment: not to be touched while one that
+// uses them is in flight, and any touch asks for a wgmma.fence before the next.
+void Warp::check_tracked(const Instruction& i, std::uint32_t mask) {
+  for (std::uint32_t reg : i.tracked) {
+    if (in_flight[reg] != 0) {
+      finding("wgmma register in flight",
+              "register " + program_.register_names[reg] +
+                  " belongs to a wgmma that has not been waited for",
+              mask);
+    }
+    register_fence[reg] = fence_count;
+  }
+}
+
+}  // namespace torchext::sim
