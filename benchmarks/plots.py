@@ -10,7 +10,6 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from matplotlib.axes import Axes
 
 from . import cases
 from .contenders import SUBJECT
@@ -22,7 +21,7 @@ MARKERS = "os^Dv<>"
 
 def draw(data: dict, folder: Path) -> Iterator[Path]:
     """Writes the plots that `data` has figures for; yields their paths."""
-    records = [record for record in data["measurements"] if record["status"] == "ok"]
+    records = [r for r in data["measurements"] if r["status"] == "ok" and not r["host"]]
     for name, plot in (("gemm", _gemm), ("linear", _linear), ("quantize", _quantize)):
         figure = plot([r for r in records if r["suite"] == name], data["ceilings"])
         if figure is None:
@@ -70,8 +69,10 @@ def _gemm(records: list[dict], ceilings: dict) -> plt.Figure | None:
         _, n, k = group[0]["shape"]
         axis.set(title=f"{model} {layer}: N {n}, K {k}", xlabel="M", ylabel="TFLOPS")
         axis.set_xscale("log", base=2)
+        if ceilings.get("fp8_flops_per_s"):
+            ceiling = ceilings["fp8_flops_per_s"] / 1e12
+            axis.axhline(ceiling, color="grey", linestyle="--", label="measured ceiling")
         axis.set_ylim(bottom=0)
-        _ceiling(axis, ceilings.get("fp8_flops_per_s"), 1e12, "2 x BF16 GEMM")
         axis.grid(alpha=0.3)
     for axis in list(axes.flat)[len(panels) :]:
         axis.remove()
@@ -80,7 +81,8 @@ def _gemm(records: list[dict], ceilings: dict) -> plt.Figure | None:
 
 
 def _linear(records: list[dict], ceilings: dict) -> plt.Figure | None:
-    return _bars(records, "flops_per_s", 1e12, "TFLOPS", ceilings.get("fp8_flops_per_s"))
+    steps = [record for record in records if record["op"] == cases.FORWARD_BACKWARD]
+    return _bars(steps or records, "flops_per_s", 1e12, "TFLOPS", ceilings.get("fp8_flops_per_s"))
 
 
 def _quantize(records: list[dict], ceilings: dict) -> plt.Figure | None:
@@ -96,7 +98,7 @@ def _bars(
     names, labels = _names(records), list(dict.fromkeys(r["case"] for r in records))
     height = 0.8 / len(names)
     figure, axis = plt.subplots(
-        figsize=(10, 1.5 + 0.22 * len(names) * len(labels)), layout="constrained"
+        figsize=(10, 1.5 + 0.16 * len(names) * len(labels)), layout="constrained"
     )
     for i, name in enumerate(names):
         mine = [record for record in records if record["contender"] == name]
@@ -104,6 +106,7 @@ def _bars(
         axis.barh(places, [r[key] / unit for r in mine], height, color=COLORS[i], label=name)
     ticks = [place + 0.4 - height / 2 for place in range(len(labels))]
     axis.set_yticks(ticks, [text.partition("/")[2] for text in labels], fontsize="small")
+    axis.margins(y=0.01)
     axis.invert_yaxis()
     axis.set_xlabel(label)
     if ceiling:
@@ -111,8 +114,3 @@ def _bars(
     axis.grid(axis="x", alpha=0.3)
     axis.legend(fontsize="small")
     return figure
-
-
-def _ceiling(axis: Axes, ceiling: float | None, unit: float, label: str) -> None:
-    if ceiling:
-        axis.axhline(ceiling / unit, color="grey", linestyle="--", label=label)

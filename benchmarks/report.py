@@ -154,7 +154,7 @@ def _suite(data: dict, suite: str) -> str:
 
 def _case_order(case: str) -> tuple:
     *names, shape = case.split("/")
-    return (*names, tuple(int(size) for size in shape.split("x"))[::-1])
+    return tuple(names), tuple(int(size) for size in shape.split("x"))[::-1]
 
 
 def _ok(record: dict | None) -> dict | None:

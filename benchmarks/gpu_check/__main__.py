@@ -177,9 +177,16 @@ def _commit(options: argparse.Namespace) -> dict:
 
 
 def tests(check: Check, deadline: float) -> None:
-    jobs = max(1, min(4, (os.cpu_count() or 1) // 4))
-    limit = check.options.test_limit
-    run = TestRun(check.target, check.device, deadline, check.log("tests"), test_limit_s=limit)
+    cores = os.cpu_count() or 1
+    jobs = max(1, min(4, cores // 4))
+    run = TestRun(
+        check.target,
+        check.device,
+        deadline,
+        check.log("tests"),
+        test_limit_s=check.options.test_limit,
+        threads=max(1, cores // jobs),
+    )
     summary = run_tests(run, jobs, lambda values: check.put(tests=values))
     check.put(tests=summary)
     bad = {outcome: n for outcome, n in summary["counts"].items() if outcome not in GOOD}

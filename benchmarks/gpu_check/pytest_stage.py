@@ -31,6 +31,7 @@ class TestRun:
     deadline: float  # time.monotonic()
     log: Path
     test_limit_s: float
+    threads: int = 1  # of each process
 
 
 def run_tests(run: TestRun, jobs: int, write: Callable[[dict], None]) -> dict:
@@ -101,7 +102,8 @@ def _run_process(run: TestRun, file: Path, ends: dict[str, dict]) -> bool:
     plugin = ("-p", "benchmarks.gpu_check.pytest_events", "-p", "no:cacheprovider")
     command = (sys.executable, "-m", "pytest", str(file), *plugin, *options, *trace_after)
     start = time.monotonic()
-    process = EventProcess(command, log, cwd=run.target, env=staging.environment(run.target))
+    env = {**staging.environment(run.target), "OMP_NUM_THREADS": str(run.threads)}
+    process = EventProcess(command, log, cwd=run.target, env=env)
     pending: list[str] = []
     current: str | None = None
     limit = START_LIMIT_S

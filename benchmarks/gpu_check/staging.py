@@ -44,7 +44,12 @@ def stage(repository: Path, wheels: list[Path], target: Path, log: Path, limit_s
 
 def environment(target: Path) -> dict[str, str]:
     """Environment of processes that run in the staged folder."""
-    return {**os.environ, "PYTHONPATH": str(target), "PYTHONUNBUFFERED": "1"}
+    return {
+        **os.environ,
+        "PYTHONPATH": str(target),
+        "PYTHONUNBUFFERED": "1",
+        "TORCHINDUCTOR_COMPILE_THREADS": "4",  # several processes compile side by side
+    }
 
 
 def last_line(log: Path) -> str:

@@ -128,6 +128,8 @@ def test_markdown_shows_ratios_failures_and_reasons():
     assert "relative error \\| 0.5" in text
     assert "1 measurements were left out for want of time." in text
     assert "ImportError: x" in text and "3 passed, 1 hung" in text and "memcheck" in text
+    for suite in ("gemm", "linear", "quantize"):  # every kind of case finds its place
+        assert f"## {suite}\n" in report.markdown(everything(0.1, 0.2))
     columns = {line.count(" | ") for line in text.splitlines() if line.startswith("| fprop/")}
     assert len(columns) == 1
 
