@@ -14,6 +14,7 @@
 #include "launch.h"
 #include "op_simulator.h"
 #include "rendering.h"
+#include "source_map.h"
 
 namespace py = pybind11;
 
@@ -46,7 +47,15 @@ LaunchOptions options_of(const py::dict& d) {
   return options;
 }
 
-py::dict to_python(const Finding& f) {
+py::tuple frames_of(const SourceMap& map, std::uint32_t ptx_line) {
+  py::list frames;
+  for (const SourceFrame& frame : map.frames(ptx_line)) {
+    frames.append(py::make_tuple(frame.file, frame.line));
+  }
+  return py::tuple(frames);
+}
+
+py::dict to_python(const Finding& f, const SourceMap& map) {
   py::list lanes;
   for (int lane = 0; lane < 32; ++lane) {
     if (f.lanes >> lane & 1) lanes.append(lane);
@@ -57,22 +66,24 @@ py::dict to_python(const Finding& f) {
   d["kernel"] = f.kernel;
   d["ptx_line"] = f.ptx_line;
   d["opcode"] = f.opcode;
-  d["source_file"] = f.file;
-  d["source_line"] = f.source_line;
+  d["source"] = frames_of(map, f.ptx_line);
   d["cta"] = py::make_tuple(f.cta[0], f.cta[1], f.cta[2]);
   d["warp"] = f.warp;
   d["lanes"] = py::tuple(lanes);
   d["address"] = f.address;
   d["other"] = f.other;
   d["other_ptx_line"] = f.other_ptx_line;
+  d["other_source"] = frames_of(map, f.other_ptx_line);
   d["remedy"] = f.remedy;
   d["seed"] = f.seed;
   return d;
 }
 
-py::dict to_python(const std::string& kernel, const Report& report, const std::string& text) {
+py::dict to_python(const std::string& kernel, const Report& report, const std::string& text,
+                   const std::string& ptx) {
+  const SourceMap map(report.ok() ? std::string() : ptx);
   py::list findings, unwritten;
-  for (const Finding& f : report.findings) findings.append(to_python(f));
+  for (const Finding& f : report.findings) findings.append(to_python(f, map));
   for (const auto& u : report.unwritten) {
     unwritten.append(py::make_tuple(u.buffer, u.bytes, u.first_offset));
   }
@@ -138,7 +149,7 @@ py::dict launch_module(const PythonModule& self, const std::string& kernel,
     report = launch(*self.module, kernel, options, bytes, ranges);
     text = render(report, kernel, options, self.text, self.name);
   }
-  return to_python(kernel, report, text);
+  return to_python(kernel, report, text, self.text);
 }
 
 }  // namespace
@@ -172,7 +183,7 @@ void bind_launch(py::module_& module) {
       .def("launches", [](const OpSimulator& self) {
         py::list reports;
         for (const auto& launch : self.launches()) {
-          reports.append(to_python(launch.kernel, launch.report, launch.text));
+          reports.append(to_python(launch.kernel, launch.report, launch.text, *launch.ptx));
         }
         return reports;
       });

@@ -93,7 +93,8 @@ std::string OpSimulator::launch(const std::string& kernel, LaunchOptions options
     const auto* bytes = static_cast<const std::uint8_t*>(arguments[params.size()]);
     params.emplace_back(bytes, bytes + parameter.size);
   }
-  Launch launch{kernel, sim::launch(*source.module, kernel, options, params, buffers), ""};
+  Launch launch{kernel, sim::launch(*source.module, kernel, options, params, buffers), "",
+                &source.text};
   launch.text = render(launch.report, kernel, options, source.text, source.path);
   const std::string findings = launch.report.ok() ? "" : launch.text;
   const std::lock_guard<std::mutex> lock(mutex_);

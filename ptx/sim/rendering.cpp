@@ -1,25 +1,15 @@
 // The layout of a rendered report.
 #include "rendering.h"
 
-#include <algorithm>
 #include <cstdio>
-#include <fstream>
+#include <set>
 #include <sstream>
 #include <vector>
 
+#include "source_map.h"
+
 namespace torchext::sim {
 namespace {
-
-// Line `number` (from 1) without its indentation; empty if there is none.
-std::string line_of(std::istream& text, std::uint32_t number) {
-  std::string line;
-  for (std::uint32_t i = 0; i < number; ++i) {
-    if (!std::getline(text, line)) return "";
-  }
-  const auto begin = line.find_first_not_of(" \t");
-  if (number == 0 || begin == std::string::npos) return "";
-  return line.substr(begin, line.find_last_not_of(" \t\r") + 1 - begin);
-}
 
 void quote(std::ostream& out, const std::string& file, std::uint32_t number,
            const std::string& text) {
@@ -28,6 +18,21 @@ void quote(std::ostream& out, const std::string& file, std::uint32_t number,
   std::string label = std::to_string(number);
   if (label.size() < 5) label.insert(0, 5 - label.size(), ' ');
   out << label << " | " << text << '\n';
+}
+
+// The CUDA line, outermost function first, then the PTX line.
+void quote_both(std::ostream& out, const SourceMap& map, const std::string& module_name,
+                std::uint32_t ptx_line) {
+  if (ptx_line == 0) return;
+  const std::vector<SourceFrame> frames = map.frames(ptx_line);
+  for (auto frame = frames.rbegin(); frame != frames.rend(); ++frame) {
+    if (frame == frames.rbegin()) {
+      quote(out, frame->file, frame->line, source_text(*frame));
+    } else {
+      out << "      inlined " << frame->file << ':' << frame->line << '\n';
+    }
+  }
+  quote(out, module_name, ptx_line, map.text(ptx_line));
 }
 
 // A mask as ranges: "lanes 0-3, 8".
@@ -65,27 +70,24 @@ std::string with_separators(std::uint64_t number) {
   return text;
 }
 
-void render_finding(std::ostream& out, const Finding& f, const std::string& ptx,
-                    const std::string& module_name) {
-  out << "error: " << f.kind << ": " << f.message << '\n';
-  if (f.source_line != 0) {
-    std::ifstream source(f.file);
-    quote(out, f.file, f.source_line, source ? line_of(source, f.source_line) : "");
+void render_other(std::ostream& out, const Finding& f, const SourceMap& map,
+                  const std::string& module_name) {
+  if (f.other.empty() && f.other_ptx_line == 0) return;
+  out << "      = other: " << (f.other.empty() ? "the other access" : f.other) << '\n';
+  quote_both(out, map, module_name, f.other_ptx_line);
+}
+
+// What tells apart the lines that a reader would look at.
+std::string place_of(const SourceMap& map, std::uint32_t ptx_line) {
+  std::string place;
+  for (const SourceFrame& frame : map.frames(ptx_line)) {
+    place += frame.file + ':' + std::to_string(frame.line) + ' ';
   }
-  std::istringstream text(ptx);
-  if (f.ptx_line != 0) quote(out, module_name, f.ptx_line, line_of(text, f.ptx_line));
-  out << "      = where: CTA (" << f.cta[0] << ", " << f.cta[1] << ", " << f.cta[2] << ")";
-  if (f.lanes != 0) out << ", warp " << f.warp << ", " << lanes_text(f.lanes);
-  if (f.address != 0) out << ", address " << hexadecimal(f.address);
-  out << '\n';
-  if (!f.other.empty() || f.other_ptx_line != 0) {
-    out << "      = other: " << (f.other.empty() ? "the other access" : f.other) << '\n';
-    if (f.other_ptx_line != 0) {
-      std::istringstream again(ptx);
-      quote(out, module_name, f.other_ptx_line, line_of(again, f.other_ptx_line));
-    }
-  }
-  if (!f.remedy.empty()) out << "      = remedy: " << f.remedy << '\n';
+  return place.empty() ? std::to_string(ptx_line) : place;
+}
+
+bool same_fault(const Finding& a, const Finding& b) {
+  return a.kind == b.kind && a.message == b.message && a.ptx_line == b.ptx_line;
 }
 
 }  // namespace
@@ -110,9 +112,29 @@ std::string render(const Report& report, const std::string& kernel, const Launch
       << (report.findings_truncated ? " (more were dropped)" : "") << " (seed=" << options.seed
       << ", completion=\"" << name_of(options.completion) << "\", "
       << with_separators(report.warp_instructions) << " warp-instructions)\n";
-  for (const Finding& finding : report.findings) {
+  const SourceMap map(ptx);
+  for (auto f = report.findings.begin(); f != report.findings.end();) {
+    out << "\nerror: " << f->kind << ": " << f->message << '\n';
+    quote_both(out, map, module_name, f->ptx_line);
+    out << "      = where: CTA (" << f->cta[0] << ", " << f->cta[1] << ", " << f->cta[2] << ")";
+    if (f->lanes != 0) out << ", warp " << f->warp << ", " << lanes_text(f->lanes);
+    if (f->address != 0) out << ", address " << hexadecimal(f->address);
     out << '\n';
-    render_finding(out, finding, ptx, module_name);
+    render_other(out, *f, map, module_name);
+    // Findings about the same instruction and other partners: each CUDA line once.
+    auto next = f + 1;
+    std::set<std::string> shown = {place_of(map, f->other_ptx_line)};
+    int like_shown = 0;
+    for (; next != report.findings.end() && same_fault(*f, *next); ++next) {
+      if (shown.insert(place_of(map, next->other_ptx_line)).second) {
+        render_other(out, *next, map, module_name);
+      } else {
+        ++like_shown;
+      }
+    }
+    if (like_shown != 0) out << "      = and " << like_shown << " more from lines shown\n";
+    if (!f->remedy.empty()) out << "      = remedy: " << f->remedy << '\n';
+    f = next;
   }
   for (const auto& gap : report.unwritten) {
     out << "\nnote: " << counted(gap.bytes, "byte") << " of output '" << gap.buffer

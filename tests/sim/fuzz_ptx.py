@@ -25,24 +25,24 @@ WORDS += EXTRA.split(" ")
 
 
 def damage(rng: np.random.Generator, tokens: list[str]) -> str:
-    """A copy with up to four tokens deleted, repeated, replaced, swapped, or the rest cut off."""
+    """A copy with one or two tokens deleted, repeated, replaced or swapped, or the rest cut off."""
     tokens = list(tokens)
-    for _ in range(rng.integers(1, 5)):
-        at, other = (int(rng.integers(len(tokens))) for _ in range(2))
-        match rng.integers(6):
+    for _ in range(rng.integers(1, 3)):
+        at = int(rng.choice([i for i, token in enumerate(tokens) if token.strip()]))
+        alike = [i for i, token in enumerate(tokens) if token[0] == tokens[at][0]]
+        other = int(rng.choice(alike))
+        match rng.integers(8):
             case 0:
                 del tokens[at]
             case 1:
                 tokens.insert(at, tokens[other])
-            case 2 | 3:
+            case 2:
                 tokens[at] = WORDS[rng.integers(len(WORDS))]
-            case 4:
-                tokens[at], tokens[other] = tokens[other], tokens[at]
+            case 3 if rng.integers(4) == 0:
+                del tokens[at:]
+                break
             case _:
-                if rng.integers(8) == 0:
-                    del tokens[at:]
-        if not tokens:
-            break
+                tokens[at], tokens[other] = tokens[other], tokens[at]
     return "".join(tokens) + "\n"
 
 
@@ -95,7 +95,7 @@ def main() -> None:
     seed, count = int(sys.argv[1]), int(sys.argv[2])
     outcomes: Counter[str] = Counter()
     for index in range(seed, seed + count):
-        print(index, end="\r", flush=True)  # the last one printed is the one that crashed
+        print(index, file=sys.stderr, flush=True)  # the last one printed is the one that crashed
         outcomes[run(np.random.default_rng(index))] += 1
     print(dict(outcomes))
 

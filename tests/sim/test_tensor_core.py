@@ -200,7 +200,7 @@ def test_zeros_bound_the_alignment(target, block, grid, small, expected):
 
 @pytest.mark.parametrize("target, unit", [(80, -45), (90, -47)])
 def test_zeros_bound_the_alignment_of_f16(target, unit):
-    """2^-25 is a tie in f16: what is added decides it, unless alignment to 2^-20 or -21 drops it."""
+    """2^-25 is a tie in f16: what is added decides it, unless aligning to 2^-20 or -21 drops it."""
     for exponent, expected in ((unit, 0.0), (unit + 1, 2.0**-24)):
         a = torch.zeros(1, 8)
         b = torch.zeros(1, 8)

@@ -204,8 +204,6 @@ def tensor_map(
             f"{where}: the last dimension of array must be contiguous; its stride is "
             f"{view.strides[-1]} elements; pass the transposed view, or a contiguous copy"
         )
-    if any(stride < 0 for stride in view.strides):
-        raise ValueError(f"{where}: array must not have negative strides; got {view.strides}")
     steps = [1] * len(view.shape) if element_strides is None else list(element_strides)
     for name, values in (("box", box), ("element_strides", steps)):
         if len(values) != len(view.shape):

@@ -58,4 +58,4 @@ def compile_cuda(
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             raise CompileError(f"{' '.join(command)}\n{done.stdout}{done.stderr}".rstrip())
-        return Module(ptx)
+        return Module(ptx, name=ptx.name if keep is None else None)

@@ -8,6 +8,11 @@ from typing import Any
 
 import numpy as np
 
+try:
+    from numpy.lib.array_utils import byte_bounds
+except ModuleNotFoundError:  # numpy 1
+    from numpy import byte_bounds  # type: ignore[attr-defined,no-redef]
+
 # What lies between two buffers: wider than any plausible overshoot, and never touched, so that it
 # costs address space alone.
 GUARD_BYTES = 1 << 20
@@ -49,12 +54,9 @@ def _is_tensor(value: Any) -> bool:
     return hasattr(value, "untyped_storage") and hasattr(value, "data_ptr")
 
 
-def _span(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, int]:
-    """The first and one past the last element, relative to element 0."""
-    if 0 in shape:
-        return 0, 0
-    steps = [(n - 1) * s for n, s in zip(shape, strides, strict=True)]
-    return sum(s for s in steps if s < 0), sum(s for s in steps if s > 0) + 1
+def _span(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
+    """One past the last element, in units of the strides; the first is element 0."""
+    return 0 if 0 in shape else 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
 
 
 def view_of(value: Any) -> View:
@@ -69,13 +71,12 @@ def view_of(value: Any) -> View:
             f"{value.device}; call .cpu() first"
         )
     storage, itemsize = value.untyped_storage(), value.element_size()
-    _, last = _span(tuple(value.shape), value.stride())
     return View(
         owner=value,
         base=storage.data_ptr(),
         size=storage.nbytes(),
         offset=value.storage_offset() * itemsize,
-        extent=last * itemsize,
+        extent=_span(tuple(value.shape), value.stride()) * itemsize,
         shape=tuple(value.shape),
         strides=tuple(value.stride()),
         dtype=str(value.dtype).removeprefix("torch."),
@@ -87,23 +88,22 @@ def view_of(value: Any) -> View:
 def _numpy_view(value: np.ndarray) -> View:
     if value.dtype.hasobject:
         raise TypeError(f"expected an array of numbers; got dtype {value.dtype}")
-    if any(stride % value.itemsize for stride in value.strides):
-        raise TypeError("expected strides that are multiples of the element size")
-    strides = tuple(stride // value.itemsize for stride in value.strides)
-    first, last = (x * value.itemsize for x in _span(value.shape, strides))
+    if any(stride < 0 or stride % value.itemsize for stride in value.strides):
+        raise TypeError(
+            f"expected strides that are non-negative multiples of the element size, "
+            f"{value.itemsize} bytes; got {value.strides}; pass a copy"
+        )
     root = value
     while isinstance(root.base, np.ndarray):
         root = root.base
-    low, high = _span(root.shape, root.strides)
-    address = value.__array_interface__["data"][0]
-    base = root.__array_interface__["data"][0] + low
-    # `high` is one past the last byte offset at which an element starts.
+    low, high = byte_bounds(root)
+    strides = tuple(stride // value.itemsize for stride in value.strides)
     return View(
         owner=value,
-        base=base,
-        size=max(high - low + root.itemsize - 1, 0) if root.size else 0,
-        offset=address + first - base,
-        extent=last - first,
+        base=low,
+        size=high - low,
+        offset=value.__array_interface__["data"][0] - low,
+        extent=_span(value.shape, strides) * value.itemsize,
         shape=value.shape,
         strides=strides,
         dtype=value.dtype.name,

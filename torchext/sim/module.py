@@ -60,17 +60,21 @@ def _dim3(name: str, value: int | Sequence[int]) -> tuple[int, int, int]:
 class Module:
     """PTX text, or the path of a .ptx file, ready to be launched.
 
+    Args:
+        ptx_text_or_path: a string with a line break is text.
+        name: what findings call the module; by default its path.
+
     Raises:
         PtxError: the PTX is malformed; the message names file and line.
         FileNotFoundError: there is no such file.
     """
 
-    def __init__(self, ptx_text_or_path: str | Path) -> None:
+    def __init__(self, ptx_text_or_path: str | Path, name: str | None = None) -> None:
         if isinstance(ptx_text_or_path, str) and "\n" in ptx_text_or_path:
-            name, text = "<ptx>", ptx_text_or_path
+            path, text = "<ptx>", ptx_text_or_path
         else:
-            name, text = str(ptx_text_or_path), Path(ptx_text_or_path).read_text()
-        self._module = _sim.Module(text, name)
+            path, text = str(ptx_text_or_path), Path(ptx_text_or_path).read_text()
+        self._module = _sim.Module(text, path if name is None else name)
 
     @property
     def target(self) -> str:

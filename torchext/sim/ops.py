@@ -6,6 +6,7 @@ import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from torchext import _sim
 
@@ -13,13 +14,13 @@ from .options import launch_options
 from .report import Report, report_from
 
 _PACKAGE = Path(__file__).resolve().parent.parent
-_active: list[_sim.OpSimulator] = []
+_active: list[Any] = []  # of _sim.OpSimulator, innermost last
 
 
 class Simulation:
     """What `simulate()` yields: the reports of the launches so far."""
 
-    def __init__(self, simulator: _sim.OpSimulator) -> None:
+    def __init__(self, simulator: Any) -> None:
         self._simulator = simulator
 
     @property
@@ -28,7 +29,7 @@ class Simulation:
         return [report_from(raw) for raw in self._simulator.launches()]
 
 
-def _install(simulator: _sim.OpSimulator | None) -> None:
+def _install(simulator: Any) -> None:
     library = ctypes.CDLL(str(_PACKAGE / "_C.so"))
     library.torchext_set_simulator.argtypes = [ctypes.c_void_p]
     library.torchext_set_simulator.restype = None

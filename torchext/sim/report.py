@@ -19,10 +19,12 @@ class Finding:
         message: one sentence.
         kernel: the kernel's name.
         ptx_line, opcode: the instruction, by its line in the PTX text.
-        source_file, source_line: the CUDA line, where the PTX has `-lineinfo`; else "" and 0.
+        source: the CUDA lines it comes from, as (file, line), innermost inlined function first and
+            the kernel's own line last; empty where the PTX has no `-lineinfo`.
         cta, warp, lanes: who executed it. `lanes` is empty when no thread did (a TMA, say).
         address: of the access; shared memory counts from the CTA's window. 0 if there is none.
-        other, other_ptx_line: the access or event that it collides with, if there is one.
+        other, other_ptx_line, other_source: the access or event that it collides with, if there is
+            one.
         remedy: the usual remedy, in one sentence.
         seed: of the schedule that showed it.
     """
@@ -32,14 +34,14 @@ class Finding:
     kernel: str
     ptx_line: int
     opcode: str
-    source_file: str
-    source_line: int
+    source: tuple[tuple[str, int], ...]
     cta: tuple[int, int, int]
     warp: int
     lanes: tuple[int, ...]
     address: int
     other: str
     other_ptx_line: int
+    other_source: tuple[tuple[str, int], ...]
     remedy: str
     seed: int
 
