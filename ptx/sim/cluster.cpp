@@ -57,7 +57,10 @@ Cluster::State Cluster::run(std::uint64_t budget) {
       ran += warp.run(1 + random.below(64));
       if (random_completion && has_work() && random.below(8) == 0) complete_some();
     }
-    if (!alive) return State::finished;
+    if (!alive) {
+      while (complete_some()) {}  // stores whose source has been read may outlive the threads
+      return State::finished;
+    }
     executed += ran;
     grid.executed.fetch_add(ran, std::memory_order_relaxed);
     if (ran == 0) {
