@@ -35,6 +35,27 @@ std::vector<std::string> entry_names(const std::string& ptx) {
   return names;
 }
 
+// Ops may name one range twice (in-place updates): ranges that overlap become one, with the access
+// of both.
+std::vector<Buffer> merged(std::vector<Buffer> buffers) {
+  std::sort(buffers.begin(), buffers.end(),
+            [](const Buffer& a, const Buffer& b) { return a.data < b.data; });
+  std::vector<Buffer> apart;
+  for (const Buffer& b : buffers) {
+    const auto begin = reinterpret_cast<std::uintptr_t>(b.data);
+    const auto last = apart.empty() ? 0 : reinterpret_cast<std::uintptr_t>(apart.back().data);
+    if (apart.empty() || last + apart.back().bytes <= begin) {
+      apart.push_back(b);
+      continue;
+    }
+    Buffer& a = apart.back();
+    a.bytes = std::max(a.bytes, static_cast<std::size_t>(begin - last + b.bytes));
+    if (a.access != b.access) a.access = Buffer::ReadWrite;
+    if (a.name != b.name) a.name += " and " + b.name;
+  }
+  return apart;
+}
+
 template <class F>
 int guarded(char* error, std::size_t error_bytes, F&& f) {
   std::string message;
@@ -138,7 +159,7 @@ int OpSimulator::launch_kernel(void* context, const char* kernel, const uint32_t
       ranges.push_back(Buffer{const_cast<void*>(b.data), static_cast<std::size_t>(b.bytes),
                               kAccess[std::min<std::uint32_t>(b.access, 2)], b.name});
     }
-    return self.launch(kernel, options, arguments, ranges);
+    return self.launch(kernel, options, arguments, merged(std::move(ranges)));
   });
 }
 
