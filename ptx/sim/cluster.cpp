@@ -170,30 +170,31 @@ std::string Cluster::describe_agent(std::uint32_t agent) const {
 
 void Cluster::report_deadlock() {
   Warp* first = nullptr;
-  std::ostringstream out;
-  out << "no warp can go on:";
-  int listed = 0;
+  const Group* first_group = nullptr;
+  std::vector<std::pair<std::string, std::string>> waits;  // reason, who
   for (Warp* w : all_warps) {
     if (w->finished()) continue;
     for (const Group& g : w->groups()) {
       if (g.parked) continue;
       if (first == nullptr) {
         first = w;
+        first_group = &g;
       }
-      if (++listed > 12) continue;
-      out << "\n  ";
-      if (grid.cluster_size > 1) out << "CTA rank " << w->cta().rank << ' ';
-      out << "warp " << w->index() << " lanes 0x" << std::hex << g.mask << std::dec << ", line "
-          << grid.program->code[g.pc].line << ": " << wait_reason(*w, g);
+      std::ostringstream who, why;
+      if (grid.cluster_size > 1) who << "CTA rank " << w->cta().rank << ' ';
+      who << "warp " << w->index();
+      if (g.mask != ~0u) who << " lanes 0x" << std::hex << g.mask;
+      why << "line " << grid.program->code[g.pc].line << ": " << wait_reason(*w, g);
+      const auto same = std::find_if(waits.begin(), waits.end(),
+                                     [&](const auto& other) { return other.first == why.str(); });
+      if (same == waits.end()) waits.emplace_back(why.str(), who.str());
+      else same->second += ", " + who.str();
     }
   }
-  if (listed > 12) out << "\n  and " << listed - 12 << " more";
   if (first == nullptr) return;
-  const Group* g = nullptr;
-  for (const Group& candidate : first->groups()) {
-    if (!candidate.parked && g == nullptr) g = &candidate;
-  }
-  first->finding_at(g->pc, "deadlock", out.str(), g->mask);
+  std::string message = "no warp can go on:";
+  for (const auto& [why, who] : waits) message += "\n  " + who + ", " + why;
+  first->finding_at(first_group->pc, "deadlock", message, first_group->mask);
 }
 
 }  // namespace torchext::sim

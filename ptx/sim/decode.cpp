@@ -230,7 +230,6 @@ Slot Decoder::predicate_destination(const Arg& a) {
 
 Slot Decoder::predicate(const Arg& a) {
   if (a.kind == Arg::integer) {
-    if (a.bits > 1) fail("expected a predicate");
     return constant(a.bits ? ~0ull : 0, 4);
   }
   if (a.kind != Arg::reg || register_type(a) != Type::pred) fail("expected a predicate");

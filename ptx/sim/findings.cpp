@@ -34,6 +34,9 @@ const std::pair<const char*, const char*> kRemedies[] = {
     {"read-only memory", "Declare the buffer as output, or write elsewhere."},
     {"outstanding bulk store",
      "Run cp.async.bulk.commit_group and cp.async.bulk.wait_group.read 0 before the thread exits."},
+    {"bulk store in flight",
+     "Run cp.async.bulk.wait_group.read in the thread that started the copy, then a barrier, before "
+     "its source is written again."},
     {"outstanding async copy", "Wait for every async copy before the CTA exits."},
     {"divergent collective",
      "Let all lanes of the warp reach an .aligned instruction together, or use the form with a "

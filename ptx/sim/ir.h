@@ -163,7 +163,6 @@ struct Program {
   struct SpecialRegister { Special which; Slot slot; };
   std::vector<SpecialRegister> specials;
   std::uint32_t shared_static_end = 0, shared_dynamic_begin = 0;
-  struct SharedInitial { std::uint32_t offset; std::vector<std::uint8_t> bytes; };
   std::uint32_t local_bytes = 0;  // per lane, call parameters included
   std::uint32_t param_bytes = 0;
   std::vector<Variable> params;   // offsets in align order

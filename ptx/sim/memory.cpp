@@ -185,6 +185,10 @@ void Warp::conflict(const Conflict& c, const Actor& actor, bool write, std::uint
     finding_at(actor.pc, "wgmma operand in flight",
                "write to shared memory that a wgmma may still read", lanes, address, against,
                other.line);
+  } else if (write && !c.other_is_write && c.other_is_async && op.compare(0, 2, "cp") == 0) {
+    finding_at(actor.pc, "bulk store in flight",
+               "write to memory that a bulk copy may still read", lanes, address, against,
+               other.line);
   } else {
     finding_at(actor.pc, "data race",
                std::string(actor.async ? "async-proxy " : "") + what +
