@@ -48,7 +48,7 @@ wheel: $(VENV)/.ready
 # On a machine with a GPU and its own torch; WHEEL=dist/torchext-...whl from `make wheel`.
 gpu-check:
 	@test -n "$(WHEEL)" || { echo 'usage: make gpu-check WHEEL=dist/torchext-...whl'; exit 2; }
-	$(PYTHON) benchmarks/gpu_check.py --wheel $(WHEEL) $(ARGS)
+	$(PYTHON) -m benchmarks.gpu_check --wheel $(WHEEL) $(ARGS)
 
 clean:
 	rm -rf build dist demo torchext/*.so torchext/_ptx torchext/include

@@ -141,5 +141,6 @@ struct TorchextSimulator {
 };
 // Installs (or, with nullptr, removes) the simulator for CPU tensors, process-wide. The struct must
 // outlive its installation.
-void torchext_set_simulator(const TorchextSimulator* simulator);
+__attribute__((visibility("default"))) void torchext_set_simulator(
+    const TorchextSimulator* simulator);
 }
