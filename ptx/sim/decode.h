@@ -97,6 +97,7 @@ void add_mbarrier(DecodeTable&);     // mbarrier.cpp
 void add_copies(DecodeTable&);       // copies.cpp
 void add_matrix(DecodeTable&);       // matrix.cpp
 void add_wgmma(DecodeTable&);        // wgmma.cpp
+void add_tensormap(DecodeTable&);    // tensormap.cpp
 void add_system(DecodeTable&);       // system.cpp
 
 struct Symbol {

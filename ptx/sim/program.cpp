@@ -27,6 +27,7 @@ const DecodeTable& decode_table() {
     add_copies(t);
     add_matrix(t);
     add_wgmma(t);
+    add_tensormap(t);
     add_system(t);
     return t;
   }();

@@ -123,3 +123,81 @@ RACE = (
 }
 """
 )
+
+# One warp makes a tensor map over the 16 x 32 f32 at src, as Triton does, and has TMA bring the
+# 8 x 16 box at (16, 8) to out.
+MAKE_MAP = (
+    HEADER.replace("8.0", "8.3")
+    + """
+.visible .entry make_map(.param .u64 src, .param .u64 scratch, .param .u64 out)
+{
+    .reg .pred %p<3>;
+    .reg .b32 %r<12>;
+    .reg .f32 %f<2>;
+    .reg .b64 %rd<8>;
+    .shared .align 128 .b8 map[128];
+    .shared .align 128 .b8 tile[512];
+    .shared .align 8 .b8 full[8];
+    ld.param.u64 %rd1, [src];
+    ld.param.u64 %rd2, [scratch];
+    ld.param.u64 %rd3, [out];
+    mov.u32 %r1, %tid.x;
+    mov.u32 %r2, map;
+    mov.u32 %r3, tile;
+    mov.u32 %r4, full;
+    shl.b32 %r5, %r1, 2;
+    add.s32 %r6, %r2, %r5;
+    st.shared.b32 [%r6], 0;
+    bar.warp.sync -1;
+    setp.ne.s32 %p1, %r1, 0;
+    @%p1 bra MADE;
+    cvt.u64.u32 %rd4, %r2;
+    cvta.shared.u64 %rd5, %rd4;
+    tensormap.replace.tile.global_address.shared::cta.b1024.b64 [%rd4], %rd1;
+    tensormap.replace.tile.rank.shared::cta.b1024.b32 [%rd4], 0x1;
+    mov.u32 %r7, 16;
+    tensormap.replace.tile.box_dim.shared::cta.b1024.b32 [%rd4], 0x0, %r7;
+    tensormap.replace.tile.box_dim.shared::cta.b1024.b32 [%rd4], 0x1, 8;
+    tensormap.replace.tile.global_dim.shared::cta.b1024.b32 [%rd4], 0x0, 32;
+    tensormap.replace.tile.global_dim.shared::cta.b1024.b32 [%rd4], 0x1, 16;
+    mov.u64 %rd6, 128;
+    tensormap.replace.tile.global_stride.shared::cta.b1024.b64 [%rd4], 0x0, %rd6;
+    tensormap.replace.tile.element_stride.shared::cta.b1024.b32 [%rd4], 0x0, 1;
+    tensormap.replace.tile.element_stride.shared::cta.b1024.b32 [%rd4], 0x1, 1;
+    tensormap.replace.tile.elemtype.shared::cta.b1024.b32 [%rd4], 0x7;
+    tensormap.replace.tile.interleave_layout.b1024.b32 [%rd5], 0x0;
+    tensormap.replace.tile.swizzle_mode.shared::cta.b1024.b32 [%rd4], 0x0;
+    tensormap.replace.tile.fill_mode.shared::cta.b1024.b32 [%rd4], 0x0;
+MADE:
+    bar.warp.sync -1;
+    cvt.u64.u32 %rd4, %r2;
+    tensormap.cp_fenceproxy.global.shared::cta.tensormap::generic.release.gpu.sync.aligned
+        [%rd2], [%rd4], 128;
+    fence.proxy.tensormap::generic.acquire.gpu [%rd2], 128;
+    @%p1 bra READY;
+    mbarrier.init.shared::cta.b64 [%r4], 1;
+    fence.mbarrier_init.release.cluster;
+    mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r4], 512;
+    cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes
+        [%r3], [%rd2, {16, 8}], [%r4];
+READY:
+    bar.sync 0;
+WAIT:
+    mbarrier.try_wait.parity.shared::cta.b64 %p2, [%r4], 0;
+    @!%p2 bra WAIT;
+    mov.u32 %r8, 0;
+COPY:
+    shl.b32 %r9, %r8, 7;
+    add.s32 %r9, %r9, %r5;
+    add.s32 %r10, %r3, %r9;
+    ld.shared.f32 %f1, [%r10];
+    cvt.u64.u32 %rd7, %r9;
+    add.s64 %rd7, %rd3, %rd7;
+    st.global.f32 [%rd7], %f1;
+    add.s32 %r8, %r8, 1;
+    setp.lt.s32 %p2, %r8, 4;
+    @%p2 bra COPY;
+    ret;
+}
+"""
+)

@@ -1,11 +1,12 @@
 """torchext.sim.Module: arguments, memory, reports and errors, on hand-written PTX."""
 
 import ctypes
+import re
 
 import numpy as np
 import pytest
 import torch
-from kernels import HEADER, RACE, SCALE, STRUCT, TMA
+from kernels import HEADER, MAKE_MAP, RACE, SCALE, STRUCT, TMA
 
 from torchext import sim
 
@@ -176,6 +177,42 @@ def test_tensor_map_of_a_view():
     args = [sim.tensor_map(wide[:, 16:32], box=(8, 16)), out, np.int32(0), np.int32(0)]
     assert sim.Module(TMA).launch("tma", grid=1, block=128, args=args).ok
     np.testing.assert_array_equal(out, wide[:, 16:32])
+
+
+def make_map(ptx=MAKE_MAP):
+    source = np.arange(512, dtype=np.float32).reshape(16, 32)
+    scratch, out = np.zeros(128, np.uint8), np.zeros((8, 16), np.float32)
+    args = [sim.read_only(source), sim.output(scratch), sim.output(out)]
+    report = sim.Module(ptx).launch("make_map", grid=1, block=32, args=args)
+    return report, np.array_equal(out, source[8:, 16:])
+
+
+def test_a_kernel_makes_its_own_tensor_map():
+    report, right = make_map()
+    assert report.ok and right, str(report)
+
+
+@pytest.mark.parametrize(
+    "old, new, kind, message",
+    [
+        ("rank.shared::cta.b1024.b32 [%rd4], 0x1", "rank.shared::cta.b1024.b32 [%rd4], 0x5",
+         "tensor map", "tensorRank - 1 must be less than 5"),
+        ("element_stride.shared::cta.b1024.b32 [%rd4], 0x1, 1", "fill_mode.b1024.b32 [%rd5], 0",
+         "tensor map", r"elementStrides\[1\] must be 1 to 8; got 0"),
+        ("mov.u64 %rd6, 128", "mov.u64 %rd6, 120", "tensor map", "multiple of 16 bytes; got 120"),
+        ("[%rd2], [%rd4], 128", "[%rd2+64], [%rd4], 128", "misaligned access", "multiple of 128"),
+    ],
+)  # fmt: skip
+def test_faults_in_making_a_tensor_map(old, new, kind, message):
+    assert old in MAKE_MAP
+    report, _ = make_map(MAKE_MAP.replace(old, new, 1))
+    finding = next(f for f in report.findings if f.kind == kind)
+    assert re.search(message, finding.message)
+
+
+def test_a_tensor_map_changed_before_all_lanes_have_cleared_it():
+    report, _ = make_map(MAKE_MAP.replace("    bar.warp.sync -1;\n", ""))
+    assert "data race" in {f.kind for f in report.findings}
 
 
 @pytest.mark.parametrize(
