@@ -90,8 +90,8 @@ struct Tile {
 };
 
 template <class In, class Out, bool by_rows, bool interior>
-__device__ void quantize_tile(const Source& x, const Sink& out, const Sink& transposed,
-                              uint32_t dropped_mantissa, uint32_t row_group, uint32_t group) {
+__device__ void quantize_group_tile(const Source& x, const Sink& out, const Sink& transposed,
+                                    uint32_t dropped_mantissa, uint32_t row_group, uint32_t group) {
   extern __shared__ uint4 tile[];
   {
     constexpr int kPasses = kTile / (kTileThreads / 8);
@@ -176,9 +176,11 @@ __device__ void quantize_1x128_tile(const Source& x, const Sink& out, const Sink
   const uint32_t group = blockIdx.x % groups;
   const uint32_t row_group = blockIdx.x / groups;
   if (x.aligned && (row_group + 1) * kGroup <= x.rows && (group + 1) * kGroup <= x.cols)
-    quantize_tile<In, Out, by_rows, true>(x, out, transposed, dropped_mantissa, row_group, group);
+    quantize_group_tile<In, Out, by_rows, true>(x, out, transposed, dropped_mantissa, row_group,
+                                                group);
   else
-    quantize_tile<In, Out, by_rows, false>(x, out, transposed, dropped_mantissa, row_group, group);
+    quantize_group_tile<In, Out, by_rows, false>(x, out, transposed, dropped_mantissa, row_group,
+                                                 group);
 }
 
 #define KERNEL(In, Out)                                                                        \
