@@ -80,7 +80,7 @@ def test_summary():
         "left alone: router: its error changes which expert a token meets",
         "  blocks.*.moe.gate (2)",
         "  blocks.*.router.* (2)",
-        "left alone: fewer than 128 in or out features: quantising costs more than it saves",
+        "left alone: fewer than 128 in or out features: smaller than one group of scales",
         "  narrow",
         "  short",
         "left alone: output head: its error goes straight into the loss",

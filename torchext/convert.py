@@ -61,10 +61,10 @@ def convert_to_fp8_training(
         recipe: of every converted layer; Recipe.deepseek_v3() if None.
         module_filter_fn: called as (module, fully qualified name) for each torch.nn.Linear that
             could be converted; true means convert it. If None, these are left alone: layers with
-            fewer than 128 in or out features (the time to quantise them exceeds what the GEMM
-            saves), output heads (their error goes straight into the loss), and routers (where it
-            changes which expert a token meets). Heads and routers are known by their names, and a
-            head also by sharing its weight with an embedding.
+            fewer than 128 in or out features (smaller than one group of scales), output heads
+            (their error goes straight into the loss), and routers (where it changes which expert a
+            token meets). Heads and routers are known by their names, and a head also by sharing its
+            weight with an embedding.
 
     Whatever the filter says, these are left alone: subclasses of torch.nn.Linear, layers whose
     weight is parametrised or whose `forward` was replaced, and weights that are not plain FP32,
@@ -134,7 +134,7 @@ def _why_not_worthwhile(linear: torch.nn.Linear, fqn: str, embeddings: set[int])
     if "router" in path or (name in _ROUTER_NAMES and linear.out_features < linear.in_features):
         return "router: its error changes which expert a token meets"
     if min(linear.in_features, linear.out_features) < GROUP:
-        return f"fewer than {GROUP} in or out features: quantising costs more than it saves"
+        return f"fewer than {GROUP} in or out features: smaller than one group of scales"
     return None
 
 

@@ -39,7 +39,7 @@ def table(reference: Run, fp8: Run, conversion: ConversionResult, device: torch.
             f"{fp8.seconds / reference.seconds:.2f} x",
         )
     )
-    lines = [f"{a:<24}{b:>12}{c:>12}{d:>12}" for a, b, c, d in rows]
+    lines = [f"{a:<24}{b:>12}{c:>12}{d:>12}".rstrip() for a, b, c, d in rows]
     calls = ", ".join(f"{name} x {count}" for name, count in sorted(fp8.op_calls.items()))
     lines += ["", str(conversion), "", f"torchext kernels of one step, on {_where(device)}:"]
     return "\n".join([*lines, f"  {calls}"])
@@ -53,31 +53,28 @@ def _where(device: torch.device) -> str:
 
 
 def draw(reference: Run, fp8: Run, path: Path) -> None:
-    """Both training losses, smoothed a little, and both held-out losses, as a PNG.
+    """A PNG of both runs' losses and, below, of the gap, which the losses are too close to show.
 
     Raises ImportError without matplotlib.
     """
     from matplotlib.figure import Figure  # not pyplot: no display is needed
 
-    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
-    axes = figure.subplots()
-    for run, colour in ((reference, "tab:blue"), (fp8, "tab:orange")):
-        axes.plot(_smooth(run.losses), color=colour, alpha=0.4, linewidth=1)
-        axes.plot(
-            list(run.held_out),
-            list(run.held_out.values()),
-            color=colour,
-            marker="o",
-            markersize=4,
-            label=f"{run.name}: held out {list(run.held_out.values())[-1]:.4f}",
-        )
-    axes.set(
-        xlabel="step",
-        ylabel="loss, nats a byte",
-        title=f"One byte-level transformer, trained twice: final gap {gap(reference, fp8):+.2%}",
-    )
-    axes.grid(alpha=0.3)
-    axes.legend(title="held out (line), training (faint)")
+    figure = Figure(figsize=(8, 6), dpi=150, layout="constrained")
+    losses, gaps = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    steps = list(reference.held_out)
+    for run, colour, style in ((reference, "tab:blue", "-"), (fp8, "tab:orange", "--")):
+        losses.plot(_smooth(run.losses), style, color=colour, alpha=0.4, linewidth=1)
+        held_out = list(run.held_out.values())
+        label = f"{run.name}: {held_out[-1]:.4f} at the end"
+        losses.plot(steps, held_out, style, color=colour, marker="o", markersize=4, label=label)
+    losses.set(ylabel="loss, nats a byte", title="One byte-level transformer, trained twice")
+    losses.legend(title="held out (faint: training)")
+    percent = [100 * (fp8.held_out[step] / reference.held_out[step] - 1) for step in steps]
+    gaps.plot(steps, percent, color="tab:orange", marker="o", markersize=4)
+    gaps.axhline(0, color="tab:blue")
+    gaps.set(xlabel="step", ylabel=f"{fp8.name} against {reference.name}, %")
+    for axes in (losses, gaps):
+        axes.grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-_EVALUATIONS = 8
+_EVALUATIONS = 8  # of the held-out loss, beside the one before training
 
 
 @dataclasses.dataclass
@@ -51,7 +51,8 @@ def train(name: str, model: nn.Module, train_batches: Tensor, held_out_batches: 
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: _learning_rate_factor(step, steps)
     )
-    evaluate_at = {round(steps * i / _EVALUATIONS) for i in range(_EVALUATIONS + 1)}
+    evaluations = max(1, min(_EVALUATIONS, steps // 10))
+    evaluate_at = {round(steps * i / evaluations) for i in range(1, evaluations + 1)}
     run = Run(name, [], {0: _held_out_loss(model, held_out_batches)}, saved_bytes, op_calls, 0.0)
     progress = Progress(name, steps)
     start = time.perf_counter()

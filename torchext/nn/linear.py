@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..recipe import Recipe
-from .linear_function import LinearFunction, Operand, quantize_weight
+from .linear_function import LinearFunction, Operand, Options, quantize_weight
 from .weight_cache import CachedWeight, is_cacheable
 
 _WIDE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -25,10 +25,10 @@ class Linear(torch.nn.Linear):
     For backward the input is kept in FP8 (one byte an element plus scales), the input itself is
     not. The FP8 weight, two bytes an element for a layer that is trained, is kept between optimiser
     steps and made anew when the parameter changes: by an optimiser, in place, by assignment,
-    `load_state_dict` or `to`. `train()` and `eval()` drop it too. One change cannot be seen: a
-    write through `weight.data` or `weight.detach()` other than by a torch.optim.Optimizer; call
-    `refresh_weight()` after it. Under torch.compile the weight is quantised in the graph, each
-    time.
+    `load_state_dict` or `to`. A switch between `train()` and `eval()` drops it. One change cannot
+    be seen: a write through `weight.data` or `weight.detach()` other than by a
+    torch.optim.Optimizer; call `refresh_weight()` after it. Under torch.compile the weight is
+    quantised in the graph, each time.
 
     Args:
         in_features, out_features, bias, device, dtype: as in torch.nn.Linear. The parameters are
@@ -97,16 +97,16 @@ class Linear(torch.nn.Linear):
         weight = self.weight
         self._check(input, weight, self.bias)
         training = torch.is_grad_enabled()
-        return LinearFunction.apply(
-            input,
-            weight,
-            self.bias,
-            None if torch.compiler.is_compiling() else self._quantized_weight(weight, input),
-            self.recipe,
-            _output_dtype(input),
-            training and input.requires_grad,
-            training and weight.requires_grad,
+        options = Options(
+            recipe=self.recipe,
+            out_dtype=_output_dtype(input),
+            needs_dx=training and input.requires_grad,
+            needs_dw=training and weight.requires_grad,
+            quantized_weight=(
+                None if torch.compiler.is_compiling() else self._quantized_weight(weight, input)
+            ),
         )
+        return LinearFunction.apply(input, weight, self.bias, options)
 
     def refresh_weight(self) -> None:
         """Drops the FP8 weight; the next forward quantises the parameter as it then is.
@@ -155,7 +155,8 @@ class Linear(torch.nn.Linear):
                 )
 
     def train(self, mode: bool = True) -> Linear:
-        self.refresh_weight()
+        if mode != self.training:
+            self.refresh_weight()
         super().train(mode)
         return self
 

@@ -70,27 +70,36 @@ def _quantize_coarsely(
     return Operand(data, scale, data_t, scale_t)
 
 
+class Options(NamedTuple):
+    """What LinearFunction needs to know beside x, weight and bias.
+
+    Attributes:
+        recipe: how the operands are quantised.
+        out_dtype: of y.
+        needs_dx: there may be a backward with respect to x: keep w_t for it.
+        needs_dw: there may be one with respect to the weight: keep x_t for it.
+        quantized_weight: quantize_weight's result, or None to quantise in forward.
+    """
+
+    recipe: Recipe
+    out_dtype: torch.dtype
+    needs_dx: bool
+    needs_dw: bool
+    quantized_weight: Operand | None
+
+
 class LinearFunction(torch.autograd.Function):
     """y = x @ weight.T + bias in FP8, with gradients for x, weight and bias.
 
-    apply(x, weight, bias, quantized_weight, recipe, out_dtype, needs_dx, needs_dw) takes x of any
-    leading shape; `quantized_weight` is quantize_weight's result, or None to quantise here. w_t is
-    kept only if `needs_dx`, x_t only if `needs_dw`. dx has x's dtype, dw the weight's, and the
-    bias's gradient is summed in FP32.
+    apply(x, weight, bias, options) takes x of any leading shape. dx has x's dtype, dw the weight's,
+    and the bias's gradient is summed in FP32.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        quantized_weight: Operand | None,
-        recipe: Recipe,
-        out_dtype: torch.dtype,
-        needs_dx: bool,
-        needs_dw: bool,
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, options: Options
     ) -> Tensor:
+        recipe, out_dtype, needs_dx, needs_dw, q_w = options
         leading = x.shape[:-1]
         q_x = quantize_activation(
             x.reshape(math.prod(leading), x.shape[-1]),
@@ -99,7 +108,8 @@ class LinearFunction(torch.autograd.Function):
             plain=True,
             transposed=needs_dw,
         )
-        q_w = quantized_weight or quantize_weight(weight, recipe, transposed=needs_dx)
+        if q_w is None:
+            q_w = quantize_weight(weight, recipe, transposed=needs_dx)
         y = _ops.fp8_gemm_nt(
             q_x.data, q_x.scale, q_w.data, q_w.scale, bias=bias, out_dtype=out_dtype
         )
@@ -122,7 +132,7 @@ class LinearFunction(torch.autograd.Function):
 
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """(dx, dw, db) as far as they are needed, and None for each other argument of forward."""
+    """(dx, dw, db), each None unless it is needed, and None for forward's options."""
     needs_dx, needs_dw, needs_db = ctx.needs_input_grad[:3]
     w_t, w_t_scale, x_t, x_t_scale = ctx.saved_tensors
     x_dtype, weight_dtype, bias_dtype = ctx.dtypes
@@ -139,7 +149,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         dw = _ops.fp8_gemm_nt(q_dy.data_t, q_dy.scale_t, x_t, x_t_scale, out_dtype=weight_dtype)
     if needs_db:
         db = dy.sum(0, dtype=torch.float32).to(bias_dtype)
-    return dx, dw, db, None, None, None, None, None
+    return dx, dw, db, None
 
 
 class _SecondGradient(torch.autograd.Function):
