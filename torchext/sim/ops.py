@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ def simulate(
     num_threads: int = 0,
     num_sms: int = 132,
     max_instructions: int = 20_000_000_000,
+    ptx: Sequence[str | Path] | None = None,
 ) -> Iterator[Simulation]:
     """Within it, torchext's ops on CPU tensors run their CUDA kernels on the simulator.
 
@@ -55,6 +56,8 @@ def simulate(
 
     Args:
         num_sms: of the simulated GPU, which persistent kernels fill.
+        ptx: files to take the kernels from instead of the build's: changed kernels of the same
+            names and parameters.
         others: as in `Module.launch`.
 
     Raises RuntimeError where this build has no CUDA kernels to simulate.
@@ -69,7 +72,8 @@ def simulate(
         num_sms=num_sms,
         max_instructions=max_instructions,
     )
-    files = sorted(str(path) for path in (_PACKAGE / "_ptx").glob("*.ptx"))
+    files = sorted(str(path) for path in (_PACKAGE / "_ptx").glob("*.ptx") if ptx is None)
+    files += [str(path) for path in ptx or ()]
     if not files:
         raise RuntimeError(
             "torchext.sim.simulate: this build of torchext has no PTX to simulate (no nvcc was "
