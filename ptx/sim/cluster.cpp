@@ -63,6 +63,7 @@ Cluster::State Cluster::run(std::uint64_t budget) {
     }
     executed += ran;
     grid.executed.fetch_add(ran, std::memory_order_relaxed);
+    if (ran == 0 && progress != progress_before) continue;  // work completed in the meantime
     if (ran == 0) {
       if (!stalled()) {
         report_deadlock();

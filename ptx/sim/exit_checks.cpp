@@ -42,6 +42,13 @@ void after_exit(Warp& w) {
       for (NamedBarrier& b : cta.barriers) complete_barrier_if_full(cta, b);
     }
     if (cta.exited() && w.grid().checks) {
+      for (const auto& [warpgroup, log] : cta.wgmma_log) {
+        if (log.empty()) continue;
+        w.finding_at(log.begin()->second.pc, "wgmma disagreement",
+                     "only " + std::to_string(log.begin()->second.seen) +
+                         " of the four warps of a warpgroup executed this wgmma",
+                     0);
+      }
       for (const auto& [offset, m] : cta.mbarriers) {
         for (const auto& weak : m.work) {
           const auto work = weak.lock();

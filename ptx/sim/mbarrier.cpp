@@ -328,6 +328,14 @@ MBarrier* find_mbarrier(Warp& w, int lane, Space space, U64 address, Cta** owner
                                              "initialisation",
               1u << lane, *offset, "mbarrier.init, line " + std::to_string(line), line);
   }
+  const auto intact = [&](U64 at) {
+    return place.shadow->last_write_is(at, m.init_agent, m.init_clock, m.init_pc);
+  };
+  if (w.grid().checks && !(intact(*offset) && intact(*offset + 4))) {
+    w.finding("mbarrier misuse",
+              name_of(*place.cta, *offset) + " has been overwritten since its initialisation",
+              1u << lane, *offset);
+  }
   return &m;
 }
 

@@ -249,6 +249,14 @@ bool Shadow::is_valid(std::uint64_t offset, std::uint64_t bytes) const {
   return true;
 }
 
+bool Shadow::last_write_is(std::uint64_t offset, std::uint32_t agent, std::uint32_t clock,
+                           std::uint32_t pc) const {
+  const auto& p = pages_[offset / kPageBytes];
+  if (p == nullptr) return false;
+  const Cell& c = (*p)[offset % kPageBytes / 4];
+  return !(c.flags & kSplit) && c.w_agent == agent && c.w_clock == clock && c.w_pc == pc;
+}
+
 std::uint64_t Shadow::count_invalid(std::uint64_t* first) const {
   std::uint64_t count = 0;
   *first = bytes_;

@@ -45,6 +45,9 @@ class Shadow {
   Conflict write(const Actor& actor, std::uint64_t offset, std::uint64_t bytes);
   void set_valid(std::uint64_t offset, std::uint64_t bytes);
   bool is_valid(std::uint64_t offset, std::uint64_t bytes) const;
+  // Whether the last write to the granule at `offset` is this one.
+  bool last_write_is(std::uint64_t offset, std::uint32_t agent, std::uint32_t clock,
+                     std::uint32_t pc) const;
   // Bytes that nobody has written; the first one's offset in *first.
   std::uint64_t count_invalid(std::uint64_t* first) const;
 

@@ -1,0 +1,483 @@
+"""Asynchronous copies: cp.async, cp.async.bulk, cp.async.bulk.tensor; groups, multicast."""
+
+import numpy as np
+import pytest
+from opcodes import kernel, kinds
+
+from torchext import sim
+
+COMPLETIONS = ["late", "eager", "random"]
+
+# ---- cp.async -----------------------------------------------------------------------------------
+
+PER_THREAD = """
+    .shared .align 16 .b8 tile[4096];
+    ld.param.u64 %rd1, [in];
+    ld.param.u64 %rd2, [out];
+    mov.u32 %r1, %tid.x;
+    mov.u32 %r2, tile;
+    mad.lo.u32 %r3, %r1, 16, %r2;
+    mad.wide.u32 %rd3, %r1, 16, %rd1;
+    mad.wide.u32 %rd4, %r1, 16, %rd2;
+    {copy}
+    ld.shared.v4.u32 {{%r10, %r11, %r12, %r13}}, [%r3];
+    st.global.v4.u32 [%rd4], {{%r10, %r11, %r12, %r13}};
+"""
+
+
+def per_thread(copy, **options):
+    source, out = np.arange(512, dtype=np.uint32), np.zeros(512, np.uint32)
+    module = kernel(PER_THREAD.format(copy=copy), ".param .u64 in, .param .u64 out")
+    report = module.launch(
+        "kernel", grid=1, block=128, args=[sim.read_only(source), sim.output(out)], **options
+    )
+    return report, source, out
+
+
+@pytest.mark.parametrize("completion", COMPLETIONS)
+@pytest.mark.parametrize("copy", [
+    "cp.async.cg.shared.global [%r3], [%rd3], 16;\ncp.async.commit_group;\ncp.async.wait_group 0;",
+    "cp.async.ca.shared.global.L2::128B [%r3], [%rd3], 8;\n"
+    "cp.async.ca.shared.global [%r3+8], [%rd3+8], 4;\n"
+    "cp.async.ca.shared.global [%r3+12], [%rd3+12], 4;\ncp.async.wait_all;",
+])  # fmt: skip
+def test_cp_async(copy, completion):
+    report, source, out = per_thread(copy, completion=completion)
+    assert report.ok, str(report)
+    np.testing.assert_array_equal(out, source)
+
+
+@pytest.mark.parametrize("completion", COMPLETIONS)
+@pytest.mark.parametrize("copy", [
+    "cp.async.cg.shared.global [%r3], [%rd3], 16;\ncp.async.commit_group;\ncp.async.wait_group 1;",
+    "cp.async.cg.shared.global [%r3], [%rd3], 16;\ncp.async.wait_group 0;",
+    "cp.async.cg.shared.global [%r3], [%rd3], 16;\ncp.async.commit_group;",
+])  # fmt: skip
+def test_cp_async_read_too_early(copy, completion):
+    report, _, _ = per_thread(copy, completion=completion)
+    assert kinds(report) == {"data race"}
+
+
+def test_cp_async_zero_fill():
+    report, source, out = per_thread(
+        "cp.async.ca.shared.global [%r3], [%rd3], 16, 4;\ncp.async.wait_all;"
+    )
+    assert report.ok, str(report)
+    want = source.reshape(-1, 4).copy()
+    want[:, 1:] = 0
+    np.testing.assert_array_equal(out.reshape(-1, 4), want)
+    report, source, out = per_thread(
+        "setp.ge.u32 %p1, %r1, 3;\ncp.async.cg.shared.global [%r3], [%rd3], 16, %p1;\n"
+        "cp.async.wait_all;"
+    )
+    assert report.ok and not out[12:].any() and (out[:12] == source[:12]).all()
+
+
+@pytest.mark.parametrize("completion", COMPLETIONS)
+@pytest.mark.parametrize("noinc", ["", ".noinc"])
+def test_cp_async_mbarrier_arrive(noinc, completion):
+    count = 128 if noinc else 1
+    copy = f"""
+        .shared .align 8 .b8 bar[8];
+        mov.u32 %r4, bar;
+        setp.eq.u32 %p1, %r1, 0;
+        @%p1 mbarrier.init.shared::cta.b64 [%r4], {count};
+        bar.sync 0;
+        xor.b32 %r5, %r3, 1024;
+        cp.async.cg.shared.global [%r3], [%rd3], 16;
+        cp.async.mbarrier.arrive{noinc}.shared::cta.b64 [%r4];
+        bar.sync 0;
+        @%p1 mbarrier.arrive.shared::cta.b64 _, [%r4];
+    WAIT:
+        mbarrier.try_wait.parity.shared::cta.b64 %p2, [%r4], 0;
+        @!%p2 bra WAIT;
+    """
+    if noinc:
+        copy = copy.replace("@%p1 mbarrier.arrive.shared::cta.b64 _, [%r4];", "")
+    report, source, out = per_thread(copy, completion=completion)
+    assert report.ok, str(report)
+    np.testing.assert_array_equal(out, source)
+
+
+# ---- cp.async.bulk ------------------------------------------------------------------------------
+
+BULK = """
+    .shared .align 128 .b8 tile[2048];
+    .shared .align 8 .b8 bar[8];
+    ld.param.u64 %rd1, [in];
+    ld.param.u64 %rd2, [out];
+    mov.u32 %r1, %tid.x;
+    mov.u32 %r2, tile;
+    mov.u32 %r4, bar;
+    mad.lo.u32 %r3, %r1, 4, %r2;
+    setp.ne.u32 %p1, %r1, 0;
+    @%p1 bra READY;
+    mbarrier.init.shared::cta.b64 [%r4], 1;
+    {init_fence}
+    mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r4], {bytes};
+    cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%r2], [%rd1], {bytes}, [%r4];
+READY:
+    bar.sync 0;
+    {wait}
+    ld.shared.u32 %r10, [%r3];
+    add.u32 %r10, %r10, 1;
+    st.shared.u32 [%r3], %r10;
+    {proxy_fence}
+    bar.sync 0;
+    @%p1 bra END;
+    cp.async.bulk.global.shared::cta.bulk_group [%rd2], [%r2], {bytes};
+    {commit}
+END:
+"""
+PARTS = {
+    "init_fence": "fence.mbarrier_init.release.cluster;",
+    "bytes": "2048",
+    "wait": "WAIT:\nmbarrier.try_wait.parity.shared::cta.b64 %p2, [%r4], 0;\n@!%p2 bra WAIT;",
+    "proxy_fence": "fence.proxy.async.shared::cta;",
+    "commit": "cp.async.bulk.commit_group;\ncp.async.bulk.wait_group.read 0;",
+}
+
+
+def bulk(completion="late", seed=0, **parts):
+    source, out = np.arange(512, dtype=np.uint32), np.zeros(512, np.uint32)
+    module = kernel(BULK.format(**{**PARTS, **parts}), ".param .u64 in, .param .u64 out")
+    report = module.launch(
+        "kernel", grid=1, block=512, args=[sim.read_only(source), sim.output(out)],
+        completion=completion, seed=seed,
+    )  # fmt: skip
+    return report, source, out
+
+
+@pytest.mark.parametrize("completion", COMPLETIONS)
+def test_bulk_round_trip(completion):
+    report, source, out = bulk(completion)
+    assert report.ok, str(report)
+    np.testing.assert_array_equal(out, source + 1)
+
+
+@pytest.mark.parametrize("completion", COMPLETIONS)
+@pytest.mark.parametrize("fault,kind", [
+    ({"init_fence": ""}, "missing mbarrier fence"),
+    ({"wait": ""}, "data race"),
+    ({"proxy_fence": ""}, "missing proxy fence"),
+    ({"commit": ""}, "outstanding bulk store"),
+    ({"commit": "cp.async.bulk.wait_group.read 0;"}, "outstanding bulk store"),
+    ({"commit": "cp.async.bulk.commit_group;"}, "outstanding bulk store"),
+    ({"commit": "cp.async.bulk.commit_group;\nst.shared.u32 [%r2], %r1;\n"
+                "cp.async.bulk.wait_group.read 0;"}, "bulk store in flight"),
+    ({"commit": PARTS["commit"] + "\nld.global.u32 %r11, [%rd2];"}, "data race"),
+    ({"bytes": "2040"}, "misaligned access"),
+    ({"bytes": "4096"}, "out of bounds"),
+])  # fmt: skip
+def test_bulk_faults(fault, kind, completion):
+    report, _, _ = bulk(completion, **fault)
+    assert kind in kinds(report), str(report)
+
+
+def test_full_wait_makes_the_writes_visible():
+    commit = "cp.async.bulk.commit_group;\ncp.async.bulk.wait_group 0;\nld.global.u32 %r11, [%rd2];"
+    report, _, _ = bulk(commit=commit)
+    assert report.ok, str(report)
+
+
+def test_bulk_reduction_from_every_cta():
+    body = """
+        .shared .align 16 .b8 tile[256];
+        ld.param.u64 %rd2, [out];
+        mov.u32 %r1, %tid.x;
+        mov.u32 %r2, tile;
+        mad.lo.u32 %r3, %r1, 4, %r2;
+        cvt.rn.f32.u32 %f1, %r1;
+        st.shared.f32 [%r3], %f1;
+        fence.proxy.async;
+        bar.sync 0;
+        setp.ne.u32 %p1, %r1, 0;
+        @%p1 bra END;
+        cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%rd2], [%r2], 256;
+        cp.async.bulk.commit_group;
+        cp.async.bulk.wait_group.read 0;
+    END:
+    """
+    out = np.ones(64, np.float32)
+    report = kernel(body).launch("kernel", grid=8, block=64, args=[out])
+    assert report.ok, str(report)
+    np.testing.assert_array_equal(out, 1 + 8 * np.arange(64))
+    report = kernel(body).launch("kernel", grid=8, block=64, args=[sim.output(out)])
+    assert kinds(report) == {"uninitialized memory"}
+
+
+def test_bulk_copy_to_another_cta_and_prefetch():
+    body = """
+        .shared .align 128 .b8 tile[512];
+        .shared .align 8 .b8 bar[8];
+        ld.param.u64 %rd1, [in];
+        ld.param.u64 %rd2, [out];
+        cp.async.bulk.prefetch.L2.global [%rd1], 256;
+        mov.u32 %r1, %tid.x;
+        mov.u32 %r2, tile;
+        mov.u32 %r4, bar;
+        mov.u32 %r5, %cluster_ctarank;
+        mad.lo.u32 %r3, %r1, 4, %r2;
+        mad.lo.u32 %r6, %r5, 1000, %r1;
+        st.shared.u32 [%r3], %r6;
+        setp.eq.u32 %p1, %r1, 0;
+        @%p1 mbarrier.init.shared::cta.b64 [%r4], 1;
+        @%p1 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r4], 256;
+        fence.proxy.async;
+        barrier.cluster.arrive.aligned;
+        barrier.cluster.wait.aligned;
+        xor.b32 %r7, %r5, 1;
+        mapa.shared::cluster.u32 %r8, %r2, %r7;
+        mapa.shared::cluster.u32 %r9, %r4, %r7;
+        add.u32 %r8, %r8, 256;
+        @!%p1 bra WAIT;
+        cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes
+            [%r8], [%r2], 256, [%r9];
+    WAIT:
+        mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 %p2, [%r4], 0;
+        @!%p2 bra WAIT;
+        ld.shared.u32 %r10, [%r3+256];
+        mad.lo.u32 %r11, %r5, 64, %r1;
+        mad.wide.u32 %rd3, %r11, 4, %rd2;
+        st.global.u32 [%rd3], %r10;
+        barrier.cluster.arrive.aligned;
+        barrier.cluster.wait.aligned;
+    """
+    out = np.zeros(128, np.uint32)
+    module = kernel(body, ".param .u64 in, .param .u64 out")
+    for completion in COMPLETIONS:
+        args = [np.zeros(64, np.uint32), sim.output(out)]
+        report = module.launch(
+            "kernel", grid=2, block=64, cluster=2, args=args, completion=completion
+        )
+        assert report.ok, str(report)
+        np.testing.assert_array_equal(out, np.concatenate([np.arange(64) + 1000, np.arange(64)]))
+
+
+# ---- Tensor copies ------------------------------------------------------------------------------
+
+TENSOR = """
+    .shared .align 1024 .b8 tile[16384];
+    .shared .align 8 .b8 bar[8];
+    mov.u64 %rd1, map;
+    ld.param.u64 %rd2, [out];
+    mov.u32 %r1, %tid.x;
+    mov.u32 %r2, tile;
+    mov.u32 %r4, bar;
+    setp.ne.u32 %p1, %r1, 0;
+    @%p1 bra READY;
+    prefetch.tensormap [%rd1];
+    mbarrier.init.shared::cta.b64 [%r4], 1;
+    fence.mbarrier_init.release.cluster;
+    mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r4], {bytes};
+    {copy}
+READY:
+    bar.sync 0;
+WAIT:
+    mbarrier.try_wait.parity.shared::cta.b64 %p2, [%r4], 0;
+    @!%p2 bra WAIT;
+    mov.u32 %r3, %r1;
+LOOP:
+    setp.ge.u32 %p3, %r3, {words};
+    @%p3 bra END;
+    mad.lo.u32 %r5, %r3, 4, %r2;
+    ld.shared.u32 %r6, [%r5];
+    mad.wide.u32 %rd3, %r3, 4, %rd2;
+    st.global.u32 [%rd3], %r6;
+    add.u32 %r3, %r3, 64;
+    bra LOOP;
+END:
+"""
+MAP = ".param .align 64 .b8 map[128], .param .u64 out"
+
+
+def load_box(array, box, coordinates, swizzle=0, completion="late", **options):
+    """`coordinates` are innermost first; returns the box's image in shared memory."""
+    rank = array.ndim
+    words = int(np.prod(box)) * array.itemsize // 4
+    listed = ", ".join(str(c) for c in coordinates)
+    copy = (
+        f"cp.async.bulk.tensor.{rank}d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+        f" [%r2], [%rd1, {{{listed}}}], [%r4];"
+    )
+    out = np.zeros(words, np.uint32)
+    module = kernel(TENSOR.format(copy=copy, bytes=4 * words, words=words), MAP)
+    tensor_map = sim.tensor_map(array, box=box, swizzle=swizzle, **options)
+    report = module.launch("kernel", grid=1, block=64, args=[tensor_map, sim.output(out)],
+                           completion=completion)  # fmt: skip
+    assert report.ok, str(report)
+    return out.view(array.dtype).reshape(box)
+
+
+def slice_box(array, box, coordinates):
+    out = np.zeros(box, array.dtype)
+    for index in np.ndindex(*box):
+        at = tuple(i + c for i, c in zip(index, reversed(coordinates), strict=True))
+        if all(0 <= a < n for a, n in zip(at, array.shape, strict=True)):
+            out[index] = array[at]
+    return out
+
+
+@pytest.mark.parametrize("completion", COMPLETIONS)
+@pytest.mark.parametrize("shape,box,coordinates", [
+    ((64,), (16,), (8,)),
+    ((20, 32), (8, 16), (4, 3)),
+    ((20, 32), (8, 16), (-5, -2)),
+    ((20, 32), (8, 16), (28, 17)),
+    ((6, 10, 16), (3, 4, 8), (4, 8, -1)),
+    ((4, 3, 5, 8), (2, 2, 3, 4), (1, 3, 2, 3)),
+    ((3, 2, 3, 4, 8), (2, 2, 2, 2, 4), (4, 3, 2, -1, 2)),
+])  # fmt: skip
+def test_tensor_load(shape, box, coordinates, completion):
+    array = np.arange(1, 1 + np.prod(shape), dtype=np.int32).reshape(shape)
+    got = load_box(array, box, coordinates, completion=completion)
+    np.testing.assert_array_equal(got, slice_box(array, box, coordinates))
+
+
+@pytest.mark.parametrize("span", [32, 64, 128])
+def test_tensor_load_swizzled(span):
+    array = np.arange(64 * 128, dtype=np.uint8).reshape(64, 128)
+    got = load_box(array, (16, span), (0, 5), swizzle=span).reshape(-1)
+    want = np.zeros_like(got)
+    for row in range(16):
+        for column in range(span):
+            at = row * span + column
+            at ^= (at >> 7 & (span // 16 - 1)) << 4
+            want[at] = array[5 + row, column]
+    np.testing.assert_array_equal(got, want)
+
+
+STORE = """
+    .shared .align 1024 .b8 tile[1024];
+    mov.u64 %rd1, map;
+    mov.u32 %r1, %tid.x;
+    mov.u32 %r2, tile;
+    mad.lo.u32 %r3, %r1, 4, %r2;
+    st.shared.u32 [%r3], %r1;
+    fence.proxy.async.shared::cta;
+    bar.sync 0;
+    setp.ne.u32 %p1, %r1, 0;
+    @%p1 bra END;
+    {copy}
+    cp.async.bulk.commit_group;
+    cp.async.bulk.wait_group.read 0;
+END:
+"""
+
+
+@pytest.mark.parametrize("completion", COMPLETIONS)
+@pytest.mark.parametrize("x,y", [(0, 0), (24, 17), (-3, -2)])
+def test_tensor_store_and_reduce(x, y, completion):
+    # 8 rows of 16 words, of which only 128 threads' words are written
+    array = np.full((20, 32), 7, np.int32)
+    tile = np.arange(128, dtype=np.int32).reshape(8, 16)
+    where = np.zeros_like(array, bool)
+    want = array.copy()
+    for r in range(8):
+        for c in range(16):
+            if 0 <= y + r < 20 and 0 <= x + c < 32:
+                want[y + r, x + c] = tile[r, c]
+                where[y + r, x + c] = True
+    store = f"cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%rd1, {{{x}, {y}}}], [%r2];"
+    for copy, expected in (
+        (store, want),
+        (store.replace("cp.async.bulk.tensor.2d.global.shared::cta",
+                       "cp.reduce.async.bulk.tensor.2d.global.shared::cta.add.tile"),
+         np.where(where, 7 + want, 7)),
+        (store.replace("cp.async.bulk.tensor.2d.global.shared::cta",
+                       "cp.reduce.async.bulk.tensor.2d.global.shared::cta.max.tile"),
+         np.where(where, np.maximum(7, want), 7)),
+    ):  # fmt: skip
+        out = array.copy()
+        module = kernel(STORE.format(copy=copy), ".param .align 64 .b8 map[128]")
+        args = [sim.tensor_map(out, box=(8, 16))]
+        report = module.launch("kernel", grid=1, block=128, args=args, completion=completion)
+        assert report.ok, str(report)
+        np.testing.assert_array_equal(out, expected)
+
+
+def test_two_ctas_that_store_one_tile_race():
+    copy = "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%rd1, {0, 0}], [%r2];"
+    module = kernel(STORE.format(copy=copy), ".param .align 64 .b8 map[128]")
+    out = np.zeros((20, 32), np.int32)
+    report = module.launch("kernel", grid=2, block=128, args=[sim.tensor_map(out, box=(8, 16))])
+    assert kinds(report) == {"data race"}
+
+
+def test_tensor_faults():
+    array = np.zeros((20, 32), np.int32)
+
+    def launch(copy, tensor_map=None, words=128):
+        module = kernel(TENSOR.format(copy=copy, bytes=512, words=words), MAP)
+        tensor_map = tensor_map or sim.tensor_map(array, box=(8, 16))
+        return module.launch("kernel", grid=1, block=64,
+                             args=[tensor_map, sim.output(np.zeros(128, np.uint32))])  # fmt: skip
+
+    load = "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+    good = launch(f"{load} [%r2], [%rd1, {{0, 0}}], [%r4];")
+    assert good.ok, str(good)
+    assert "misaligned access" in kinds(
+        launch(f"add.u32 %r9, %r2, 16;\n{load} [%r9], [%rd1, {{0, 0}}], [%r4];")
+    )
+    wrong_rank = load.replace("2d", "3d")
+    assert "tensor map" in kinds(launch(f"{wrong_rank} [%r2], [%rd1, {{0, 0, 0}}], [%r4];"))
+    assert "tensor map" in kinds(launch(f"{load} [%r2], [%rd1, {{0, 0}}], [%r4];", bytes(128)))
+    assert "tensor map" in kinds(
+        launch(f"add.u64 %rd9, %rd1, 32;\n{load} [%r2], [%rd9, {{0, 0}}], [%r4];")
+    )
+    assert "mbarrier misuse" in kinds(launch(f"{load} [%r2], [%rd1, {{0, 0}}], [%r2];"))
+    with pytest.raises(Exception, match="2 coordinates"):
+        launch(f"{load} [%r2], [%rd1, {{0, 0, 0}}], [%r4];")
+
+
+@pytest.mark.parametrize("completion", COMPLETIONS)
+def test_multicast(completion):
+    body = """
+        .shared .align 128 .b8 tile[1024];
+        .shared .align 8 .b8 bar[8];
+        mov.u64 %rd1, map;
+        ld.param.u64 %rd2, [out];
+        mov.u32 %r1, %tid.x;
+        mov.u32 %r2, tile;
+        mov.u32 %r4, bar;
+        mov.u32 %r5, %cluster_ctarank;
+        setp.eq.u32 %p1, %r1, 0;
+        @%p1 mbarrier.init.shared::cta.b64 [%r4], 1;
+        @%p1 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r4], 512;
+        fence.mbarrier_init.release.cluster;
+        barrier.cluster.arrive.aligned;
+        barrier.cluster.wait.aligned;
+        mov.u16 %h1, 3;
+        mad.lo.u32 %r6, %r5, 256, %r2;
+        mul.lo.u32 %r7, %r5, 4;
+        @!%p1 bra WAIT;
+        cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster
+            [%r6], [%rd1, {0, %r7}], [%r4], %h1;
+    WAIT:
+        mbarrier.try_wait.parity.shared::cta.b64 %p2, [%r4], 0;
+        @!%p2 bra WAIT;
+        mad.lo.u32 %r8, %r1, 4, %r2;
+        ld.shared.u32 %r10, [%r8];
+        mad.lo.u32 %r11, %r5, 128, %r1;
+        mad.wide.u32 %rd3, %r11, 4, %rd2;
+        st.global.u32 [%rd3], %r10;
+        {end}
+    """
+    sync = "barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;"
+    array = np.arange(8 * 16, dtype=np.int32).reshape(8, 16)
+
+    def launch(end, body=body):
+        out = np.zeros((2, 8, 16), np.int32)
+        report = kernel(body.replace("{end}", end), MAP).launch(
+            "kernel", grid=2, block=128, cluster=2, completion=completion,
+            args=[sim.tensor_map(array, box=(4, 16)), sim.output(out)],
+        )  # fmt: skip
+        return report, out
+
+    report, out = launch(sync)
+    assert report.ok, str(report)
+    np.testing.assert_array_equal(out, np.stack([array, array]))
+    # CTA 1 leaves without waiting for its own copy; CTA 0 still sends to it.
+    early = body.replace("mov.u16 %h1, 3;", "mov.u16 %h1, 3;\nsetp.eq.u32 %p3, %r5, 1;\n@%p3 exit;")
+    report, _ = launch("", early)
+    assert kinds(report) & {"exited CTA", "outstanding async copy", "deadlock"}
