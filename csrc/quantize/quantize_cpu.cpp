@@ -1,148 +1,406 @@
-// CPU quantisers: the loops of cpu_kernels.h compiled for three instruction sets, the best that the
-// machine has picked once, rows spread over torch's threads.
-#include <algorithm>
+// CPU kernels of quantisation. x is walked in tiles of at most 128 x 128, read in place where the
+// columns are contiguous and otherwise gathered; whatever is computed from a tile is computed while
+// it is in cache, so that x comes from memory once (for one scale in all: twice).
 #include <atomic>
-#include <cstring>
+#include <cfloat>
+#include <type_traits>
 
+#include "../runtime/cpu.h"
 #include "../runtime/formats.h"
 #include "quantize.h"
+#include "transpose.h"
 
 namespace torchext {
-
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define TORCHEXT_X86
-#pragma GCC push_options
-#pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
-namespace avx512 {
-#include "cpu_kernels.h"
-}
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("arch=x86-64-v3")
-namespace avx2 {
-#include "cpu_kernels.h"
-}
-#pragma GCC pop_options
-#endif
-namespace baseline {
-#include "cpu_kernels.h"
-}
-
 namespace {
 
-// The outer functions of cpu_kernels.h for one format, as compiled for one instruction set.
-struct Kernels {
-  decltype(&baseline::groups_of_rows<E4M3>) groups_of_rows;
-  decltype(&baseline::groups_both_ways<E4M3>) groups_both_ways;
-  decltype(&baseline::blocks_of_rows<E4M3>) blocks_of_rows;
-  decltype(&baseline::amax_bits_of_row) amax_bits_of_row;
-  decltype(&baseline::encode_row<E4M3>) encode_row;
-  decltype(&baseline::decode_row<E4M3>) decode_row;
+constexpr int kTile = int(kGroup);
+constexpr uint8_t kNaN8 = 0x7f;  // in both formats
+
+// A format's magnitudes as signed integers, which are ordered like the values, Inf and NaN last,
+// and of which more machines can take the maximum.
+template <class In>
+using Magnitude = std::make_signed_t<typename In::Bits>;
+
+template <class In>
+Magnitude<In> magnitude(typename In::Bits bits) {
+  return Magnitude<In>(bits & (typename In::Bits(-1) >> 1));
+}
+
+// The scale of a group whose largest magnitude is `largest`. Rounding up to a power of two is
+// rounding up to a multiple of the lowest bit that `dropped_mantissa` leaves.
+template <class In, class Out>
+float scale_of(Magnitude<In> largest, uint32_t dropped_mantissa) {
+  const float amax = In::to_float(typename In::Bits(largest));
+  const float scale = std::max(amax / Out::kMax, FLT_MIN);
+  uint32_t bits = (bits_of(scale) + dropped_mantissa) & ~dropped_mantissa;
+  bits = select(largest == 0, bits_of(1.0f), bits);
+  bits = select(bits_of(amax) >= kInfinityBits, kNaNBits, bits);
+  return float_of(bits);
+}
+
+uint32_t dropped_mantissa(const QuantizeOptions& options) {
+  return options.pow2_scale ? 0x007fffff : 0;
+}
+
+// body(n), compiled once more for whole groups.
+template <class Body>
+auto with_count(int n, const Body& body) {
+  return n == kTile ? body(std::integral_constant<int, kTile>()) : body(n);
+}
+
+template <class In>
+Magnitude<In> largest_magnitude(const typename In::Bits* x, int n) {
+  return with_count(n, [x](auto count) {
+    Magnitude<In> largest = 0;
+    for (int i = 0; i < count; ++i) largest = std::max(largest, magnitude<In>(x[i]));
+    return largest;
+  });
+}
+
+// data = x / scale in FP8. No quotient exceeds the largest FP8 value by as much as half a place,
+// since no |x| exceeds amax: nothing needs to saturate.
+template <class In, class Out>
+void encode(const typename In::Bits* __restrict x, int n, float scale, uint8_t* __restrict data) {
+  if (scale != scale) {
+    std::memset(data, kNaN8, n);
+    return;
+  }
+  with_count(n, [=](auto count) {
+    for (int i = 0; i < count; ++i) data[i] = Out::encode_finite(In::to_float(x[i]) / scale);
+  });
+}
+
+// A part of x, at most 128 x 128, its columns contiguous.
+template <class In>
+struct Tile {
+  using Bits = typename In::Bits;
+  const Bits* data;
+  int64_t stride;
+  int rows, cols;
+  const Bits* row(int i) const { return data + i * stride; }
 };
 
-#define TORCHEXT_KERNELS(ISA)                                                                   \
-  Kernels {                                                                                     \
-    &ISA::groups_of_rows<Format>, &ISA::groups_both_ways<Format>, &ISA::blocks_of_rows<Format>, \
-        &ISA::amax_bits_of_row, &ISA::encode_row<Format>, &ISA::decode_row<Format>              \
+// How many rows a tile has where nothing asks for more: one, to walk through memory in order, or as
+// many as can be gathered at once.
+int64_t fewest_rows(const MatrixView& x) {
+  return x.col_stride == 1 ? 1 : kTile;
+}
+
+int64_t tile_count(const MatrixView& x, int64_t rows_per_tile) {
+  return ceil_div(x.rows, rows_per_tile) * ceil_div(x.cols, kGroup);
+}
+
+template <class Bits>
+void gather(const Bits* from, int64_t row_stride, int64_t col_stride, int rows, int cols,
+            Bits* to) {
+  if (row_stride == 1) return transpose(from, col_stride, to, kTile, cols, rows);
+  for (int r = 0; r < rows; ++r)
+    for (int c = 0; c < cols; ++c) to[r * kTile + c] = from[r * row_stride + c * col_stride];
+}
+
+// Calls body(tile, row, col) for tiles [begin, end), counted along rows, of which each has 128
+// columns and rows_per_tile rows, or what is left.
+template <class In, class Body>
+void for_each_tile(const MatrixView& x, int64_t rows_per_tile, int64_t begin, int64_t end,
+                   const Body& body) {
+  using Bits = typename In::Bits;
+  alignas(64) Bits gathered[kTile * kTile];
+  const int64_t groups = ceil_div(x.cols, kGroup);
+  int64_t row = begin / groups * rows_per_tile, col = begin % groups * kGroup;
+  for (int64_t i = begin; i < end; ++i) {
+    const int rows = int(std::min(rows_per_tile, x.rows - row));
+    const int cols = int(std::min(kGroup, x.cols - col));
+    const Bits* from = static_cast<const Bits*>(x.data) + row * x.row_stride + col * x.col_stride;
+    if (x.col_stride == 1) {
+      body(Tile<In>{from, x.row_stride, rows, cols}, row, col);
+    } else {
+      gather(from, x.row_stride, x.col_stride, rows, cols, gathered);
+      body(Tile<In>{gathered, kTile, rows, cols}, row, col);
+    }
+    col += kGroup;
+    if (col < x.cols) continue;
+    col = 0;
+    row += rows_per_tile;
   }
-
-template <class Format>
-Kernels pick() {
-#ifdef TORCHEXT_X86
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512cd"))
-    return TORCHEXT_KERNELS(avx512);
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-      __builtin_cpu_supports("bmi2"))
-    return TORCHEXT_KERNELS(avx2);
-#endif
-  return TORCHEXT_KERNELS(baseline);
 }
 
-const Kernels& kernels(bool e5m2) {
-  static const Kernels of_e4m3 = pick<E4M3>(), of_e5m2 = pick<E5M2>();
-  return e5m2 ? of_e5m2 : of_e4m3;
+uint8_t* data_at(const QuantizedView& out, int64_t row, int64_t col) {
+  return static_cast<uint8_t*>(out.data) + row * out.data_stride + col;
 }
 
-// body(begin, end) over [0, rows), in shares of at least `kElements` elements.
-template <class Body>
-void parallel_rows(int64_t rows, int64_t cols, const Body& body) {
-  constexpr int64_t kElements = 1 << 15;
-  torch::stable::parallel_for(0, rows, std::max<int64_t>(1, kElements / std::max<int64_t>(cols, 1)),
-                              body);
+float& scale_at(const QuantizedView& out, int64_t row, int64_t col) {
+  return out.scale[row * out.scale_row_stride + col * out.scale_col_stride];
 }
 
-// body(begin) for every kGroup-th row.
-template <class Body>
-void parallel_tile_rows(const MatrixView& x, const Body& body) {
-  parallel_rows(ceil_div(x.rows, kGroup), x.cols * kGroup, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) body(i * kGroup);
+// ---- 1x128 groups along rows ----
+
+template <class In, class Out>
+void quantize_rows(const Tile<In>& tile, int64_t row, int64_t col, const QuantizedView& out,
+                   uint32_t dropped) {
+  for (int i = 0; i < tile.rows; ++i) {
+    const float scale = scale_of<In, Out>(largest_magnitude<In>(tile.row(i), tile.cols), dropped);
+    encode<In, Out>(tile.row(i), tile.cols, scale, data_at(out, row + i, col));
+    scale_at(out, row + i, col / kGroup) = scale;
+  }
+}
+
+template <class In, class Out>
+struct RowGroups {
+  static void run(const MatrixView& x, const QuantizedView& out, uint32_t dropped, int64_t begin,
+                  int64_t end) {
+    for_each_tile<In>(x, fewest_rows(x), begin, end,
+                      [&](const Tile<In>& tile, int64_t row, int64_t col) {
+                        quantize_rows<In, Out>(tile, row, col, out, dropped);
+                      });
+  }
+};
+
+// ---- tiles of 128 x 128: groups along columns, blocks, and transposes ----
+
+// FP8 values of a tile, to be written transposed.
+struct EncodedTile {
+  alignas(64) uint8_t data[kTile][kTile] = {};
+
+  // to[c, r] = data[r][c], a few rows of `to` at a time, through a buffer: rows of `to` that are a
+  // power of two apart compete for the same few lines of cache.
+  void write_transposed(uint8_t* to, int64_t to_stride, int rows, int cols) const {
+    constexpr int kStrip = 16;
+    alignas(64) uint8_t strip[kStrip][kTile];
+    for (int col = 0; col < cols; col += kStrip) {
+      transpose(data[0] + col, kTile, strip[0], kTile, kTile, kStrip);
+      for (int i = 0; i < std::min(kStrip, cols - col); ++i)
+        std::memcpy(to + (col + i) * to_stride, strip[i], rows);
+    }
+  }
+};
+
+template <class In, class Out>
+void quantize_columns(const Tile<In>& tile, int64_t row, int64_t col, const QuantizedView& out,
+                      uint32_t dropped, EncodedTile& encoded) {
+  Magnitude<In> largest[kTile] = {};
+  float scales[kTile];
+  with_count(tile.cols, [&](auto cols) {
+    for (int i = 0; i < tile.rows; ++i) {
+      const auto* __restrict x = tile.row(i);
+      for (int j = 0; j < cols; ++j) largest[j] = std::max(largest[j], magnitude<In>(x[j]));
+    }
+    for (int j = 0; j < cols; ++j) scales[j] = scale_of<In, Out>(largest[j], dropped);
+    for (int i = 0; i < tile.rows; ++i) {
+      const auto* __restrict x = tile.row(i);
+      uint8_t* __restrict to = encoded.data[i];
+      for (int j = 0; j < cols; ++j) to[j] = Out::encode_finite(In::to_float(x[j]) / scales[j]);
+    }
   });
+  for (int j = 0; j < tile.cols; ++j) {
+    scale_at(out, col + j, row / kGroup) = scales[j];
+    if (scales[j] == scales[j]) continue;
+    for (int i = 0; i < tile.rows; ++i) encoded.data[i][j] = kNaN8;
+  }
+  encoded.write_transposed(data_at(out, col, row), out.data_stride, tile.rows, tile.cols);
+}
+
+template <class In, class Out>
+struct ColumnGroups {
+  // row_out, for the groups along rows of the same x, may be nullptr.
+  static void run(const MatrixView& x, const QuantizedView* row_out,
+                  const QuantizedView& transposed, uint32_t dropped, int64_t begin, int64_t end) {
+    EncodedTile encoded;
+    for_each_tile<In>(x, kGroup, begin, end, [&](const Tile<In>& tile, int64_t row, int64_t col) {
+      if (row_out) quantize_rows<In, Out>(tile, row, col, *row_out, dropped);
+      quantize_columns<In, Out>(tile, row, col, transposed, dropped, encoded);
+    });
+  }
+};
+
+template <class In>
+Magnitude<In> largest_magnitude(const Tile<In>& tile) {
+  Magnitude<In> largest = 0;
+  for (int i = 0; i < tile.rows; ++i)
+    largest = std::max(largest, largest_magnitude<In>(tile.row(i), tile.cols));
+  return largest;
+}
+
+template <class In, class Out>
+struct Blocks {
+  static void run(const MatrixView& x, const QuantizedView& out, uint8_t* transposed,
+                  int64_t transposed_stride, uint32_t dropped, int64_t begin, int64_t end) {
+    EncodedTile encoded;
+    for_each_tile<In>(x, kGroup, begin, end, [&](const Tile<In>& tile, int64_t row, int64_t col) {
+      const float scale = scale_of<In, Out>(largest_magnitude(tile), dropped);
+      scale_at(out, row / kGroup, col / kGroup) = scale;
+      for (int i = 0; i < tile.rows; ++i) {
+        uint8_t* to = data_at(out, row + i, col);
+        encode<In, Out>(tile.row(i), tile.cols, scale, to);
+        if (transposed) std::memcpy(encoded.data[i], to, tile.cols);
+      }
+      if (transposed)
+        encoded.write_transposed(transposed + col * transposed_stride + row, transposed_stride,
+                                 tile.rows, tile.cols);
+    });
+  }
+};
+
+// ---- one scale a row ----
+
+template <class In, class Out>
+struct Rows {
+  // [begin, end) counts rows of tiles. The second walk along one finds it in cache.
+  static void run(const MatrixView& x, const QuantizedView& out, uint32_t dropped, int64_t begin,
+                  int64_t end) {
+    const int64_t groups = ceil_div(x.cols, kGroup), rows_per_tile = fewest_rows(x);
+    for (int64_t b = begin; b < end; ++b) {
+      Magnitude<In> largest[kTile] = {};
+      for_each_tile<In>(x, rows_per_tile, b * groups, (b + 1) * groups,
+                        [&](const Tile<In>& tile, int64_t, int64_t) {
+                          for (int i = 0; i < tile.rows; ++i)
+                            largest[i] =
+                                std::max(largest[i], largest_magnitude<In>(tile.row(i), tile.cols));
+                        });
+      float scales[kTile];
+      for (int i = 0; i < kTile; ++i) scales[i] = scale_of<In, Out>(largest[i], dropped);
+      for_each_tile<In>(x, rows_per_tile, b * groups, (b + 1) * groups,
+                        [&](const Tile<In>& tile, int64_t row, int64_t col) {
+                          for (int i = 0; i < tile.rows; ++i) {
+                            encode<In, Out>(tile.row(i), tile.cols, scales[i],
+                                            data_at(out, row + i, col));
+                            scale_at(out, row + i, 0) = scales[i];
+                          }
+                        });
+    }
+  }
+};
+
+// ---- one scale in all ----
+
+template <class In>
+struct Amax {
+  static void run(const MatrixView& x, std::atomic<Magnitude<In>>* result, int64_t begin,
+                  int64_t end) {
+    Magnitude<In> largest = 0;
+    for_each_tile<In>(x, fewest_rows(x), begin, end, [&](const Tile<In>& tile, int64_t, int64_t) {
+      largest = std::max(largest, largest_magnitude(tile));
+    });
+    Magnitude<In> before = result->load();
+    while (before < largest && !result->compare_exchange_weak(before, largest)) {
+    }
+  }
+};
+
+template <class In, class Out>
+struct EncodeAll {
+  static void run(const MatrixView& x, float scale, const QuantizedView& out, int64_t begin,
+                  int64_t end) {
+    for_each_tile<In>(
+        x, fewest_rows(x), begin, end, [&](const Tile<In>& tile, int64_t row, int64_t col) {
+          for (int i = 0; i < tile.rows; ++i)
+            encode<In, Out>(tile.row(i), tile.cols, scale, data_at(out, row + i, col));
+        });
+  }
+};
+
+// ---- dequantisation ----
+
+template <class In, class Out>
+struct Dequantize {
+  // [begin, end) counts groups of 128 columns, along rows.
+  static void run(const DequantizeView& v, int64_t begin, int64_t end) {
+    using Bits = typename Out::Bits;
+    const int64_t groups = ceil_div(v.cols, kGroup);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t row = i / groups, col = i % groups * kGroup;
+      const float scale =
+          v.scale[row / v.row_group * v.scale_row_stride + col / v.col_group * v.scale_col_stride];
+      const uint8_t* __restrict from =
+          static_cast<const uint8_t*>(v.data) + row * v.data_row_stride + col * v.data_col_stride;
+      Bits* __restrict to = static_cast<Bits*>(v.y) + row * v.y_stride + col;
+      const int cols = int(std::min(kGroup, v.cols - col));
+      if (v.data_col_stride == 1) {
+        with_count(cols, [=](auto count) {
+          for (int j = 0; j < count; ++j) to[j] = Out::from_float(In::to_float(from[j]) * scale);
+        });
+      } else {
+        for (int j = 0; j < cols; ++j)
+          to[j] = Out::from_float(In::to_float(from[j * v.data_col_stride]) * scale);
+      }
+    }
+  }
+};
+
+// ---- dispatch ----
+
+// body(In(), Out())
+template <class Body>
+void with_formats(const MatrixView& x, const QuantizeOptions& options, const Body& body) {
+  with_wide_format(
+      x.dtype, [&](auto in) { with_fp8_format(options.e5m2, [&](auto out) { body(in, out); }); });
+}
+
+// The least number of tiles that is worth a thread.
+int64_t grain(int64_t rows_per_tile) {
+  constexpr int64_t kElements = 1 << 15;
+  return std::max<int64_t>(1, kElements / (rows_per_tile * kGroup));
+}
+
+// Runs the kernel over all tiles of x.
+template <class Kernel, class... Arguments>
+void run_on_tiles(const MatrixView& x, int64_t rows_per_tile, const Arguments&... arguments) {
+  run_parallel<Kernel>(tile_count(x, rows_per_tile), grain(rows_per_tile), x, arguments...);
 }
 
 }  // namespace
 
 void quantize_groups_cpu(const MatrixView& x, const QuantizeOptions& options,
                          const QuantizedView* row, const QuantizedView* transposed) {
-  const Kernels& k = kernels(options.e5m2);
-  if (transposed == nullptr) {
-    parallel_rows(x.rows, x.cols, [&](int64_t begin, int64_t end) {
-      k.groups_of_rows(x, options.pow2_scale, *row, begin, end);
-    });
-  } else {
-    parallel_tile_rows(x, [&](int64_t begin) {
-      k.groups_both_ways(x, options.pow2_scale, row, *transposed, begin);
-    });
-  }
+  with_formats(x, options, [&](auto in, auto out) {
+    using In = decltype(in);
+    using Out = decltype(out);
+    const uint32_t dropped = dropped_mantissa(options);
+    if (transposed)
+      run_on_tiles<ColumnGroups<In, Out>>(x, kGroup, row, *transposed, dropped);
+    else
+      run_on_tiles<RowGroups<In, Out>>(x, fewest_rows(x), *row, dropped);
+  });
 }
 
 void quantize_blocks_cpu(const MatrixView& x, const QuantizeOptions& options,
                          const QuantizedView& out, void* transposed_data,
                          int64_t transposed_stride) {
-  const Kernels& k = kernels(options.e5m2);
-  parallel_tile_rows(x, [&](int64_t begin) {
-    k.blocks_of_rows(x, options.pow2_scale, out, static_cast<uint8_t*>(transposed_data),
-                     transposed_stride, begin);
+  with_formats(x, options, [&](auto in, auto format) {
+    run_on_tiles<Blocks<decltype(in), decltype(format)>>(
+        x, kGroup, out, static_cast<uint8_t*>(transposed_data), transposed_stride,
+        dropped_mantissa(options));
   });
 }
 
 void quantize_rowwise_cpu(const MatrixView& x, const QuantizeOptions& options,
                           const QuantizedView& out) {
-  const Kernels& k = kernels(options.e5m2);
-  const float fp8_max = options.e5m2 ? E5M2::kMax : E4M3::kMax;
-  parallel_rows(x.rows, x.cols, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      const float scale = scale_of(k.amax_bits_of_row(x, row), fp8_max, options.pow2_scale);
-      out.scale[row * out.scale_row_stride] = scale;
-      k.encode_row(x, row, scale, out);
-    }
+  with_formats(x, options, [&](auto in, auto format) {
+    const int64_t rows_per_tile = fewest_rows(x);
+    run_parallel<Rows<decltype(in), decltype(format)>>(
+        ceil_div(x.rows, rows_per_tile), ceil_div(grain(rows_per_tile), ceil_div(x.cols, kGroup)),
+        x, out, dropped_mantissa(options));
   });
 }
 
 void quantize_tensorwise_cpu(const MatrixView& x, const QuantizeOptions& options,
                              const QuantizedView& out) {
-  const Kernels& k = kernels(options.e5m2);
-  std::atomic<uint32_t> amax{0};
-  parallel_rows(x.rows, x.cols, [&](int64_t begin, int64_t end) {
-    uint32_t share = 0;
-    for (int64_t row = begin; row < end; ++row) share = std::max(share, k.amax_bits_of_row(x, row));
-    uint32_t seen = amax.load();
-    while (share > seen && !amax.compare_exchange_weak(seen, share)) {
-    }
-  });
-  const float scale =
-      scale_of(amax.load(), options.e5m2 ? E5M2::kMax : E4M3::kMax, options.pow2_scale);
-  out.scale[0] = scale;
-  parallel_rows(x.rows, x.cols, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) k.encode_row(x, row, scale, out);
+  with_formats(x, options, [&](auto in, auto format) {
+    using In = decltype(in);
+    using Out = decltype(format);
+    const DefaultFloatingPoint environment;
+    std::atomic<Magnitude<In>> largest{0};
+    run_on_tiles<Amax<In>>(x, fewest_rows(x), &largest);
+    *out.scale = scale_of<In, Out>(largest, dropped_mantissa(options));
+    run_on_tiles<EncodeAll<In, Out>>(x, fewest_rows(x), *out.scale, out);
   });
 }
 
 void dequantize_cpu(const DequantizeView& view) {
-  const Kernels& k = kernels(view.e5m2);
-  parallel_rows(view.rows, view.cols, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) k.decode_row(view, row);
+  with_fp8_format(view.e5m2, [&](auto in) {
+    with_wide_format(view.y_dtype, [&](auto out) {
+      run_parallel<Dequantize<decltype(in), decltype(out)>>(view.rows * ceil_div(view.cols, kGroup),
+                                                            grain(1), view);
+    });
   });
 }
 

@@ -1,20 +1,16 @@
-// Number formats on the host: FP8 encoding with round to nearest even and saturation as PTX's
-// cvt.rn.satfinite does, decoding by table, the 16-bit formats both ways, and the one definition of
-// a scale (docs/numerics.md). Branch-free, so that loops over these vectorise.
+// Number formats on the host: conversions between FP32 and FP8, FP16 and BF16, written so that a
+// compiler turns loops over them into vector code.
 #pragma once
 
-#include <array>
-#include <cmath>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 
 namespace torchext {
 
-inline uint32_t bits_of(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  return bits;
-}
+using torch::headeronly::ScalarType;
 
 inline float float_of(uint32_t bits) {
   float value;
@@ -22,101 +18,110 @@ inline float float_of(uint32_t bits) {
   return value;
 }
 
-constexpr uint32_t kInfinityBits = 0x7f800000, kQuietNan = 0x7fc00000;
+inline uint32_t bits_of(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
 
-// A format by its exponent bias, mantissa bits and largest finite value.
-struct E4M3 {
-  static constexpr int kBias = 7, kMantissa = 3;
-  static constexpr uint32_t kMaxBits = 0x7e;
+// condition ? a : b, as arithmetic: a compiler that sees a branch may move floating-point
+// operations into it, and then not vectorise them.
+inline uint32_t select(bool condition, uint32_t a, uint32_t b) {
+  const uint32_t mask = -uint32_t(condition);
+  return (a & mask) | (b & ~mask);
+}
+
+constexpr uint32_t kInfinityBits = 0x7f800000, kNaNBits = 0x7fc00000;  // of FP32
+
+// Sign, exponent and kMantissa bits of fraction, with subnormals, in Bits. Codes (less the sign)
+// from kSpecial on are Inf and NaN.
+template <class Bits_, int kMantissa, int kBias, uint32_t kSpecial>
+struct SmallFloat {
+  using Bits = Bits_;
+  static constexpr uint32_t kSign = uint32_t(1) << (8 * sizeof(Bits) - 1);
+
+  // Rounds to nearest even. Beyond the format's range, the result is meaningless.
+  //
+  // Adding a power of two so large that the format's last place is FP32's makes the FPU round, and
+  // leaves the significand, hidden bit included, in the low bits of the sum.
+  static Bits encode_finite(float value) {
+    constexpr int kDropped = 23 - kMantissa;
+    constexpr uint32_t kLeastExponent = uint32_t(128 - kBias) << 23;  // subnormals share it
+    const uint32_t bits = bits_of(value);
+    const uint32_t magnitude = bits & 0x7fffffff;
+    // As signed integers, which more machines can compare.
+    const uint32_t exponent =
+        uint32_t(std::max(int32_t(magnitude), int32_t(kLeastExponent))) & 0x7f800000;
+    const uint32_t rounder = exponent + (uint32_t(kDropped) << 23);
+    const uint32_t significand = bits_of(float_of(magnitude) + float_of(rounder)) - rounder;
+    const uint32_t code = ((exponent - kLeastExponent) >> kDropped) + significand;
+    return Bits(code | (bits >> (32 - 8 * sizeof(Bits)) & kSign));
+  }
+
+  static float to_float(Bits code) {
+    // Its last place in FP32 is that of our subnormals.
+    constexpr uint32_t kUnit = uint32_t(151 - kBias - kMantissa) << 23;
+    const uint32_t magnitude = code & (kSign - 1);
+    const uint32_t normal = (magnitude << (23 - kMantissa)) + (uint32_t(127 - kBias) << 23);
+    const uint32_t subnormal = bits_of(float_of(kUnit + magnitude) - float_of(kUnit));
+    const uint32_t finite = select(magnitude < (1u << kMantissa), subnormal, normal);
+    const uint32_t special = select(magnitude >= kSpecial, kInfinityBits, 0);
+    return float_of(finite | special | (code & kSign) << (32 - 8 * sizeof(Bits)));
+  }
+};
+
+struct E4M3 : SmallFloat<uint8_t, 3, 7, 0x7f> {
   static constexpr float kMax = 448;
 };
-struct E5M2 {
-  static constexpr int kBias = 15, kMantissa = 2;
-  static constexpr uint32_t kMaxBits = 0x7b;
+
+struct E5M2 : SmallFloat<uint8_t, 2, 15, 0x7c> {
   static constexpr float kMax = 57344;
 };
 
-template <class Format>
-inline uint8_t encode_fp8(float value) {
-  constexpr int kDropped = 23 - Format::kMantissa;
-  constexpr uint32_t kSmallestNormal = uint32_t(127 + 1 - Format::kBias) << 23;
-  // Adding this leaves the value, rounded to a multiple of the smallest subnormal, in the low bits.
-  constexpr uint32_t kMagic = uint32_t(127 + 1 - Format::kBias + kDropped) << 23;
-  const uint32_t bits = bits_of(value), magnitude = bits & 0x7fffffff;
-  const uint32_t rounded = magnitude + (1u << (kDropped - 1)) - 1 + ((magnitude >> kDropped) & 1);
-  const uint32_t normal =
-      (rounded >> kDropped) - (uint32_t(127 - Format::kBias) << Format::kMantissa);
-  const uint32_t saturated = normal < Format::kMaxBits ? normal : Format::kMaxBits;
-  const uint32_t subnormal = bits_of(float_of(magnitude) + float_of(kMagic)) - kMagic;
-  const uint32_t finite = magnitude < kSmallestNormal ? subnormal : saturated;
-  return uint8_t(magnitude > kInfinityBits ? 0x7f : finite | (bits >> 24 & 0x80));
+struct Half : SmallFloat<uint16_t, 10, 15, 0x7c00> {
+  static Bits from_float(float value) {
+    const uint32_t bits = bits_of(value), magnitude = bits & 0x7fffffff;
+    constexpr uint32_t kBeyond = 0x47800000;  // 2^16, whose code is that of Inf
+    const uint32_t least = uint32_t(std::min(int32_t(magnitude), int32_t(kBeyond)));
+    const Bits rounded = encode_finite(float_of(least | (bits & 0x80000000)));
+    return Bits(rounded | select(magnitude > kInfinityBits, 0x7e00, 0));
+  }
+};
+
+struct BFloat16 {
+  using Bits = uint16_t;
+  static float to_float(Bits code) { return float_of(uint32_t(code) << 16); }
+
+  static Bits from_float(float value) {
+    const uint32_t bits = bits_of(value);
+    const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    return (bits & 0x7fffffff) > kInfinityBits ? Bits(0x7fc0) : Bits(rounded);
+  }
+};
+
+struct Float {
+  using Bits = uint32_t;
+  static float to_float(Bits code) { return float_of(code); }
+  static Bits from_float(float value) { return bits_of(value); }
+};
+
+// Calls body(Format()) for the wide format of a dtype that is_wide().
+template <class Body>
+void with_wide_format(ScalarType dtype, const Body& body) {
+  switch (dtype) {
+    case ScalarType::BFloat16:
+      return body(BFloat16());
+    case ScalarType::Half:
+      return body(Half());
+    default:
+      return body(Float());
+  }
 }
 
-// The value of each of the 256 codes.
-template <class Format>
-inline const std::array<float, 256>& fp8_table() {
-  static const std::array<float, 256> table = [] {
-    std::array<float, 256> values;
-    for (uint32_t code = 0; code < 256; ++code) {
-      const uint32_t magnitude = code & 0x7f, exponent = magnitude >> Format::kMantissa;
-      const uint32_t mantissa = magnitude & ((1u << Format::kMantissa) - 1);
-      float value;
-      if (magnitude > Format::kMaxBits)  // e5m2 has infinities, e4m3fn only NaN
-        value = Format::kMantissa == 2 && magnitude == 0x7c ? float_of(kInfinityBits)
-                                                            : float_of(kQuietNan);
-      else if (exponent == 0)
-        value = std::ldexp(float(mantissa), 1 - Format::kBias - Format::kMantissa);
-      else
-        value = std::ldexp(float(mantissa + (1u << Format::kMantissa)),
-                           int(exponent) - Format::kBias - Format::kMantissa);
-      values[code] = code & 0x80 ? -value : value;
-    }
-    return values;
-  }();
-  return table;
-}
-
-// ---- bfloat16 and float16, by their bits; to nearest even; NaN stays NaN ----
-
-inline float float_of_bfloat16(uint16_t bits) {
-  return float_of(uint32_t(bits) << 16);
-}
-
-inline uint16_t bfloat16_of(float value) {
-  const uint32_t bits = bits_of(value);
-  const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-  return uint16_t((bits & 0x7fffffff) > kInfinityBits ? 0x7fc0 : rounded);
-}
-
-inline float float_of_half(uint16_t half) {
-  const uint32_t magnitude = half & 0x7fff, sign = uint32_t(half & 0x8000) << 16;
-  const uint32_t subnormal = bits_of(float(int32_t(magnitude)) * 0x1p-24f);
-  const uint32_t normal = (magnitude << 13) + (uint32_t(127 - 15) << 23);
-  const uint32_t special = (magnitude << 13) | kInfinityBits;
-  const uint32_t bits = magnitude < 0x0400 ? subnormal : magnitude < 0x7c00 ? normal : special;
-  return float_of(bits | sign);
-}
-
-inline uint16_t half_of(float value) {
-  const uint32_t bits = bits_of(value), magnitude = bits & 0x7fffffff;
-  const uint32_t rounded = magnitude + 0x0fff + (magnitude >> 13 & 1);
-  const uint32_t normal = (rounded >> 13) - (uint32_t(127 - 15) << 10);
-  const uint32_t saturated = normal < 0x7c00 ? normal : 0x7c00;
-  constexpr uint32_t kMagic = uint32_t(127 - 1) << 23;  // 0.5: its ulp is 2^-24, half's subnormal
-  const uint32_t subnormal = bits_of(float_of(magnitude) + float_of(kMagic)) - kMagic;
-  const uint32_t finite = magnitude < 0x38800000 ? subnormal : saturated;  // 2^-14
-  return uint16_t((magnitude > kInfinityBits ? 0x7e00 : finite) | (bits >> 16 & 0x8000));
-}
-
-// The dequantisation scale of a group whose largest |x| has these bits. NaN or Inf gives NaN.
-inline float scale_of(uint32_t amax_bits, float fp8_max, bool pow2_scale) {
-  if (amax_bits >= kInfinityBits) return float_of(kQuietNan);
-  if (amax_bits == 0) return 1;
-  constexpr uint32_t kSmallestNormal = 0x00800000;
-  uint32_t bits = bits_of(float_of(amax_bits) / fp8_max);
-  if (bits < kSmallestNormal) bits = kSmallestNormal;
-  if (pow2_scale) bits = (bits + 0x007fffff) & 0x7f800000;  // up, unless it is one already
-  return float_of(bits);
+// The same for FP8.
+template <class Body>
+void with_fp8_format(bool e5m2, const Body& body) {
+  return e5m2 ? body(E5M2()) : body(E4M3());
 }
 
 }  // namespace torchext

@@ -1,0 +1,468 @@
+"""fp8_gemm_nt against the float64 product of the dequantised operands, within the bound that
+docs/numerics.md derives (`error_bound`): granularities, dtypes, ragged shapes, epilogues, NaN."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from op_samples import E4M3, E5M2, GRANULARITIES
+
+import torchext  # noqa: F401  (loads the ops)
+
+WIDE = [torch.bfloat16, torch.float16, torch.float32]
+SMALLEST_NORMAL = {E4M3: 2.0**-6, E5M2: 2.0**-14}
+ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
+LEAST = {torch.bfloat16: 2.0**-133, torch.float16: 2.0**-24, torch.float32: 2.0**-149}
+
+ops = torch.ops.torchext
+
+
+@pytest.fixture
+def tensor_core(request):
+    """Whether FP8 products are summed by a tensor core, or one that is simulated."""
+    return request.config.getoption("--device") != "cpu"
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A quantised matrix, and, in float64 on the CPU, its data and the scale of each element."""
+
+    data: torch.Tensor
+    scale: torch.Tensor
+    values: torch.Tensor
+    scales: torch.Tensor
+
+    @property
+    def dequantized(self):
+        return self.values * self.scales
+
+    @staticmethod
+    def of(data, scale, row_group):
+        values = data.double().cpu()
+        rows, columns = values.shape
+        scales = scale.double().cpu().repeat_interleave(row_group, 0)
+        if scale.shape[0] == 1:
+            scales = scales[:1].expand(rows, -1)
+        if scale.shape[1] != 1:
+            scales = scales.repeat_interleave(128, 1)
+        return Operand(data, scale, values, scales[:rows, :columns].expand(rows, columns))
+
+
+def operands(granularity, m, n, k, device, *, dtypes=(E4M3, E4M3), scaled=True):
+    """N(0, 1), the rows and the groups of K (of either operand, differently) scaled by powers of
+    two so that a scale applied in the wrong place cannot go unseen."""
+
+    def sizes(count):
+        return 2.0 ** torch.randint(-3, 2, (count,)) if scaled else torch.ones(count)
+
+    def matrix(rows):
+        x = torch.randn(rows, k)
+        if granularity != "tensorwise":
+            x *= sizes(rows)[:, None]
+        if granularity in ("1d2d", "1d1d"):
+            x *= sizes(-(-k // 128)).repeat_interleave(128)[:k]
+        return x.to(device)
+
+    quantize_a, quantize_b = {
+        "1d2d": (ops.quantize_1x128, ops.quantize_128x128),
+        "1d1d": (ops.quantize_1x128, ops.quantize_1x128),
+        "rowwise": (ops.quantize_rowwise, ops.quantize_rowwise),
+        "tensorwise": (ops.quantize_tensorwise, ops.quantize_tensorwise),
+    }[granularity]
+    a = Operand.of(*quantize_a(matrix(m), dtype=dtypes[0]), 1)
+    b = Operand.of(*quantize_b(matrix(n), dtype=dtypes[1]), 128 if granularity == "1d2d" else 1)
+    return a, b
+
+
+def tensor_core_error(a, b):
+    """The most that the tensor core loses of each output, summed over the blocks of 128 of K.
+
+    A step of 32 of K aligns its non-zero products and the sum so far to the largest exponent among
+    them, truncates each to 13 fraction bits, adds them exactly, and truncates the sum likewise:
+    at most 34 errors of 2**-13 times the largest magnitude involved. Exponents are not normalised,
+    so a subnormal operand counts as the smallest normal one. Four steps a block, and 2 % for what
+    the errors add to the sums: 0.017 times the largest product or partial sum of the block.
+    """
+    m, n, k = a.values.shape[0], b.values.shape[0], a.values.shape[1]
+    lost = torch.zeros(m, n, dtype=torch.float64)
+    for start in range(0, k, 128):
+        block = slice(start, min(start + 128, k))
+        qa, qb = a.values[:, block], b.values[:, block]
+        lifted = [
+            torch.where(q == 0, 0.0, q.abs().clamp(min=SMALLEST_NORMAL[x.data.dtype]))
+            for q, x in ((qa, a), (qb, b))
+        ]
+        largest = (lifted[0][:, None] * lifted[1]).amax(2)
+        for end in range(32, qa.shape[1] + 32, 32):
+            largest = largest.maximum((qa[:, :end] @ qb[:, :end].t()).abs())
+        lost += 0.017 * largest * a.scales[:, start, None] * b.scales[:, start]
+    return lost
+
+
+def error_bound(a, b, exact, out_dtype, *, tensor_core, addends=()):
+    """The largest |out - exact| that docs/numerics.md allows, with float64 operands.
+
+    sum |a b| * (K + 4) * 2**-24        FP32: scales and sums, in any order
+    + tensor_core_error                 not on the CPU
+    + (|a @ b| + |addends|) * 2**-23    bias and old output are added in FP32
+    + (|exact| + all that) * u          rounded once to out_dtype, u = 2**-8, 2**-11 or 2**-24,
+                                        and no less than half its least subnormal
+    """
+    da, db = a.dequantized, b.dequantized
+    error = (da.abs() @ db.abs().t()) * ((da.shape[1] + 4) * 2.0**-24)
+    if tensor_core:
+        error = error + tensor_core_error(a, b)
+    size = (da @ db.t()).abs()
+    for addend in addends:
+        size = size + addend.abs()
+    error = error + (size + error) * (2.0**-23 * len(addends))
+    rounding = ((exact.abs() + error) * ROUNDING[out_dtype]).clamp(min=LEAST[out_dtype] / 2)
+    return error + rounding
+
+
+def check(a, b, tensor_core, *, out_dtype=torch.bfloat16, bias=None, out=None, accumulate=False):
+    """Runs the op, compares with the exact result, and returns what the op made of it."""
+    exact = a.dequantized @ b.dequantized.t()
+    addends = []
+    if bias is not None:
+        addends.append(bias.double().cpu().expand_as(exact))
+    if accumulate:
+        addends.append(out.double().cpu())
+    for addend in addends:
+        exact = exact + addend
+    tensors = (a.data, a.scale, b.data, b.scale)
+    if out is None:
+        result = ops.fp8_gemm_nt(*tensors, bias=bias, out_dtype=out_dtype)
+        assert result.is_contiguous()
+    else:
+        ops.fp8_gemm_nt.out(*tensors, out=out, accumulate=accumulate, bias=bias)
+        result, out_dtype = out, out.dtype
+    assert result.dtype == out_dtype
+    assert result.shape == exact.shape
+    bound = error_bound(a, b, exact, out_dtype, tensor_core=tensor_core, addends=addends)
+    error = (result.double().cpu() - exact).abs()
+    assert (error <= bound).all(), f"{(error / bound).max():.3f} times the bound"
+    return result
+
+
+# ---- products ----
+
+SHAPES = [
+    (1, 1, 1), (1, 128, 128), (3, 5, 7), (16, 8, 16), (2, 300, 33), (130, 7, 640), (64, 48, 128),
+    (128, 128, 256), (129, 130, 257), (17, 200, 1000),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_shapes(granularity, shape, device, tensor_core):
+    a, b = operands(granularity, *shape, device)
+    check(a, b, tensor_core)
+    check(a, b, tensor_core, out_dtype=torch.float32)
+
+
+@pytest.mark.parametrize("dtypes", [(E4M3, E4M3), (E4M3, E5M2), (E5M2, E4M3), (E5M2, E5M2)])
+@pytest.mark.parametrize("out_dtype", WIDE)
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_dtypes(granularity, out_dtype, dtypes, device, tensor_core):
+    a, b = operands(granularity, 33, 70, 300, device, dtypes=dtypes)
+    check(a, b, tensor_core, out_dtype=out_dtype)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_error_of_normal_data_is_small(granularity, device, tensor_core):
+    """The bound is a worst case; this is what to expect. Unpromoted sums would lose 1e-3."""
+    a, b = operands(granularity, 64, 72, 1024, device, scaled=False)
+    exact = a.dequantized @ b.dequantized.t()
+    result = ops.fp8_gemm_nt(a.data, a.scale, b.data, b.scale, out_dtype=torch.float32)
+    error = (result.double().cpu() - exact).square().mean().sqrt() / exact.square().mean().sqrt()
+    assert error < (4e-4 if tensor_core else 1e-6)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("dtype", [E4M3, E5M2])
+def test_every_code_is_decoded_exactly(dtype, granularity, device):
+    """Each finite value, subnormals too, alone in a row of a, then of b, times ones."""
+    codes = torch.arange(256, dtype=torch.uint8)
+    finite = codes[codes.view(dtype).float().isfinite()]
+    data = torch.zeros(len(finite), 144, dtype=torch.uint8)
+    data[torch.arange(len(finite)), torch.arange(len(finite)) % 144] = finite
+    x, ones = data.view(dtype).to(device), torch.ones(3, 144).to(dtype).to(device)
+
+    def scale(rows, per_group):
+        groups = 2 if per_group else 1
+        return torch.ones(groups, -(-rows // 4) * 4, device=device)[:, :rows].t()
+
+    for a, b in ((x, ones), (ones, x)):
+        per_group = granularity in ("1d2d", "1d1d")
+        a_rows, b_rows = {
+            "1d2d": (a.shape[0], -(-b.shape[0] // 128)),
+            "1d1d": (a.shape[0], b.shape[0]),
+            "rowwise": (a.shape[0], b.shape[0]),
+            "tensorwise": (1, 1),
+        }[granularity]
+        a_scale, b_scale = scale(a_rows, per_group), scale(b_rows, per_group)
+        result = ops.fp8_gemm_nt(a, a_scale, b, b_scale, out_dtype=torch.float32)
+        assert torch.equal(result, a.float() @ b.float().t())
+
+
+def test_b_may_be_a_transpose_that_shares_blocks(device, tensor_core):
+    """dgrad: b is a weight's transpose, and the scales of blocks are those of the weight, .t()."""
+    weight = torch.randn(130, 200, device=device)
+    _, scale, data_t = ops.quantize_128x128_dual(weight)
+    b = Operand.of(data_t, scale.t(), 128)
+    a, _ = operands("1d2d", 40, 8, 130, device)
+    check(a, b, tensor_core)
+
+
+def test_rowwise_with_tensorwise(device, tensor_core):
+    for first, second in (("rowwise", "tensorwise"), ("tensorwise", "rowwise")):
+        a, _ = operands(first, 20, 8, 200, device)
+        _, b = operands(second, 8, 30, 200, device)
+        check(a, b, tensor_core, out_dtype=torch.float32)
+
+
+def test_results_repeat_to_the_bit(device, tensor_core):
+    a, b = operands("1d2d", 130, 150, 400, device)
+    first, second = check(a, b, tensor_core), check(a, b, tensor_core)
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("num_sms", [1, 3, 20])
+def test_num_sms_changes_no_bit(num_sms, device):
+    a, b = operands("1d2d", 300, 140, 200, device)
+    tensors = (a.data, a.scale, b.data, b.scale)
+    limited = ops.fp8_gemm_nt(*tensors, num_sms=num_sms)
+    assert torch.equal(limited, ops.fp8_gemm_nt(*tensors))
+
+
+@pytest.mark.large
+@pytest.mark.parametrize("shape", [(2100, 2200, 2300), (20, 700, 4200), (2100, 20, 130)])
+def test_large(shape, device):
+    """Several blocks of scratch memory on the CPU; against a product in float64 without a bound
+    for each element, which would take too long."""
+    a, b = operands("1d2d", *shape, device)
+    exact = a.dequantized @ b.dequantized.t()
+    result = ops.fp8_gemm_nt(a.data, a.scale, b.data, b.scale, out_dtype=torch.float32)
+    error = (result.double().cpu() - exact).abs().max() / exact.abs().max()
+    assert error < 1e-3
+
+
+# ---- epilogue ----
+
+
+@pytest.mark.parametrize("bias_dtype", WIDE)
+@pytest.mark.parametrize("out_dtype", WIDE)
+def test_bias(out_dtype, bias_dtype, device, tensor_core):
+    for granularity in GRANULARITIES:
+        a, b = operands(granularity, 20, 130, 200, device)
+        bias = (torch.randn(130) * 30).to(bias_dtype).to(device)
+        check(a, b, tensor_core, out_dtype=out_dtype, bias=bias)
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("out_dtype", WIDE)
+def test_out(out_dtype, accumulate, device, tensor_core):
+    """Into columns of a wider tensor, aligned or not; what lies around stays as it was."""
+    for granularity in GRANULARITIES:
+        a, b = operands(granularity, 37, 133, 200, device)
+        bias = torch.randn(133, device=device)
+        for before, after in ((0, 3), (8, 19), (5, 0)):
+            wide = (torch.randn(37, before + 133 + after) * 50).to(out_dtype).to(device)
+            old = wide.clone()
+            out = wide[:, before : before + 133]
+            check(a, b, tensor_core, out=out, accumulate=accumulate, bias=bias)
+            assert torch.equal(wide[:, :before], old[:, :before])
+            assert torch.equal(wide[:, before + 133 :], old[:, before + 133 :])
+
+
+def test_out_need_not_be_initialised(device, tensor_core):
+    a, b = operands("1d2d", 20, 40, 200, device)
+    out = torch.full((20, 40), torch.nan, device=device)
+    assert check(a, b, tensor_core, out=out).isfinite().all()
+
+
+def test_sums_are_rounded_once(device):
+    """256 + 0.75 + 0.75: added in BF16 one after the other, the small terms would be lost."""
+    eye = torch.eye(16, device=device)
+    a, b = ops.quantize_1x128(eye), ops.quantize_128x128(eye * 0.75)
+    for bias_dtype in WIDE:
+        out = torch.full((16, 16), 256.0, device=device, dtype=torch.bfloat16)
+        bias = torch.full((16,), 0.75, device=device, dtype=bias_dtype)
+        ops.fp8_gemm_nt.out(*a, *b, out=out, accumulate=True, bias=bias)
+        assert torch.equal(out.diagonal(), torch.full_like(out.diagonal(), 258.0))
+
+
+def test_results_beyond_float16_are_infinite(device):
+    x = torch.full((3, 128), 448.0, device=device)
+    x[1] *= -1
+    a, b = ops.quantize_1x128(x), ops.quantize_128x128(torch.ones(5, 128, device=device))
+    result = ops.fp8_gemm_nt(*a, *b, out_dtype=torch.float16)
+    assert result[:, 0].tolist() == [57344.0, -57344.0, 57344.0]
+    doubled = torch.full((3, 5), 9000.0, device=device, dtype=torch.float16)
+    ops.fp8_gemm_nt.out(*a, *b, out=doubled, accumulate=True)
+    assert doubled[:, 0].tolist() == [torch.inf, -48352.0, torch.inf]
+
+
+# ---- leading dimensions, and sizes of zero ----
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("leading", [(), (5,), (2, 3), (2, 1, 4), (1,)])
+def test_leading_dimensions(leading, granularity, device):
+    k, n = 200, 24
+    _, b = operands(granularity, 8, n, k, device)
+    x = torch.randn(*leading, k, device=device)
+    name = {"rowwise": "quantize_rowwise", "tensorwise": "quantize_tensorwise"}.get(
+        granularity, "quantize_1x128"
+    )
+    result = ops.fp8_gemm_nt(*getattr(ops, name)(x), b.data, b.scale)
+    flat = ops.fp8_gemm_nt(*getattr(ops, name)(x.reshape(-1, k)), b.data, b.scale)
+    assert result.shape == (*leading, n)
+    assert torch.equal(result.reshape(-1, n), flat)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("shape", [(0, 5, 200), (4, 0, 200), (0, 0, 0), (0, 5, 0)])
+def test_nothing_to_compute(shape, granularity, device):
+    a, b = operands(granularity, *shape, device, scaled=False)
+    m, n, _ = shape
+    bias = torch.ones(n, device=device)
+    result = ops.fp8_gemm_nt(a.data, a.scale, b.data, b.scale, bias=bias)
+    assert result.shape == (m, n)
+    out = torch.empty(m, n, device=device)
+    ops.fp8_gemm_nt.out(a.data, a.scale, b.data, b.scale, out=out, accumulate=True)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("out_dtype", WIDE)
+def test_a_sum_over_nothing_is_zero(out_dtype, granularity, device):
+    a, b = operands(granularity, 4, 150, 0, device, scaled=False)
+    tensors = (a.data, a.scale, b.data, b.scale)
+    assert (ops.fp8_gemm_nt(*tensors, out_dtype=out_dtype) == 0).all()
+    bias = torch.randn(150, device=device).to(out_dtype)
+    result = ops.fp8_gemm_nt(*tensors, bias=bias, out_dtype=out_dtype)
+    assert torch.equal(result, bias.expand(4, 150))
+    out = torch.ones(4, 150, device=device, dtype=out_dtype)
+    ops.fp8_gemm_nt.out(*tensors, out=out, accumulate=True)
+    assert (out == 1).all()
+    ops.fp8_gemm_nt.out(*tensors, out=out)
+    assert (out == 0).all()
+
+
+# ---- NaN ----
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("granularity", ["1d2d", "1d1d", "rowwise"])
+def test_nan_goes_where_its_operand_goes_and_no_further(granularity, bad, device):
+    m, n, k = 20, 140, 300
+    x, w = torch.randn(m, k), torch.randn(n, k)
+    x[3, 290] = bad
+    w[130, 5] = bad
+    quantize_a = ops.quantize_rowwise if granularity == "rowwise" else ops.quantize_1x128
+    quantize_b = ops.quantize_128x128 if granularity == "1d2d" else quantize_a
+    a, b = quantize_a(x.to(device)), quantize_b(w.to(device))
+    result = ops.fp8_gemm_nt(*a, *b, bias=torch.ones(n, device=device))
+    expected = torch.zeros(m, n, dtype=torch.bool)
+    expected[3] = True
+    expected[:, slice(128, n) if granularity == "1d2d" else 130] = True
+    assert torch.equal(result.isnan().cpu(), expected)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_nan_in_the_data_alone(granularity, device):
+    a, b = operands(granularity, 20, 40, 300, device)
+    a.data.view(torch.uint8)[7, 131] = 0x7F
+    result = ops.fp8_gemm_nt(a.data, a.scale, b.data, b.scale)
+    assert torch.equal(result.isnan().any(1).nonzero().flatten().cpu(), torch.tensor([7]))
+    assert result[7].isnan().all()
+
+
+# ---- settings of torch (CPU) ----
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_float32_matmul_precision_changes_nothing(precision):
+    before = torch.get_float32_matmul_precision()
+    a, b = operands("1d2d", 70, 300, 520, torch.device("cpu"))
+    try:
+        torch.set_float32_matmul_precision(precision)
+        check(a, b, False, out_dtype=torch.float32)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_autocast_changes_nothing():
+    a, b = operands("1d2d", 70, 300, 520, torch.device("cpu"))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        check(a, b, False, out_dtype=torch.float32)
+
+
+ROUNDING_BLAS = r"""
+// Stands in for ATen's FP32 product on a processor with AMX under precision "medium": rounds the
+// operands to BF16 (toward zero, for brevity) where they lie, and multiplies.
+#include <dlfcn.h>
+#include <stdint.h>
+#include <stdlib.h>
+
+typedef struct AtenTensorOpaque* Handle;
+extern "C" int aoti_torch_get_data_ptr(Handle, void**);
+extern "C" int aoti_torch_get_storage_numel(Handle, int64_t*);
+extern "C" int aoti_torch_get_numel(Handle, int64_t*);
+extern "C" int aoti_torch_get_dtype(Handle, int32_t*);
+extern "C" int aoti_torch_dtype_float32();
+
+static void* libtorch() {
+  return dlopen("libtorch_cpu.so", RTLD_NOW | RTLD_NOLOAD);
+}
+template <class F>
+static F find(F, const char* name) {
+  return (F)dlsym(libtorch(), name);
+}
+#define REAL(name) find(&name, #name)
+
+static void truncate(Handle tensor) {
+  int32_t dtype;
+  int64_t count;
+  void* data;
+  REAL(aoti_torch_get_dtype)(tensor, &dtype);
+  if (dtype != REAL(aoti_torch_dtype_float32)()) return;
+  REAL(aoti_torch_get_numel)(tensor, &count);
+  REAL(aoti_torch_get_data_ptr)(tensor, &data);
+  for (int64_t i = 0; i < count; ++i) ((uint32_t*)data)[i] &= 0xffff0000;
+}
+
+extern "C" int aoti_torch_cpu_addmm_out(Handle out, Handle self, Handle a, Handle b, double beta,
+                                        double alpha) {
+  truncate(a);
+  truncate(b);
+  return REAL(aoti_torch_cpu_addmm_out)(out, self, a, b, beta, alpha);
+}
+"""
+
+UNDER_ROUNDING_BLAS = """
+import sys, torch
+sys.path[:0] = {path}
+from test_fp8_gemm import *
+torch.manual_seed(0)
+a, b = operands("1d2d", 70, 300, 4200, torch.device("cpu"))
+check(a, b, False, out_dtype=torch.float32)
+"""
+
+
+def test_products_that_round_their_operands_are_noticed_and_avoided(tmp_path: Path):
+    source, library = tmp_path / "blas.cpp", tmp_path / "blas.so"
+    source.write_text(ROUNDING_BLAS)
+    compiler = os.environ.get("CXX", "c++")
+    build = [compiler, "-shared", "-fPIC", "-O1", str(source), "-o", str(library), "-ldl"]
+    subprocess.run(build, check=True)
+    script = UNDER_ROUNDING_BLAS.format(path=[p for p in sys.path if p])
+    environment = {**os.environ, "LD_PRELOAD": str(library)}
+    subprocess.run([sys.executable, "-c", script], env=environment, check=True)
