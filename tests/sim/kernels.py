@@ -201,3 +201,30 @@ COPY:
 }
 """
 )
+
+# All 32 lanes store one box of 8 x 16 f32 at (0, 0), as CUTLASS's epilogues do.
+STORE = (
+    HEADER
+    + """
+.visible .entry store(.param .u32 step, .param .align 64 .b8 map[128])
+{
+    .reg .b32 %r<8>;
+    .reg .b64 %rd<2>;
+    .shared .align 128 .b8 tile[512];
+    ld.param.u32 %r1, [step];
+    mov.u64 %rd1, map;
+    mov.u32 %r2, %tid.x;
+    mov.u32 %r3, tile;
+    shl.b32 %r4, %r2, 4;
+    add.s32 %r5, %r3, %r4;
+    st.shared.v4.b32 [%r5], {%r2, %r2, %r2, %r2};
+    fence.proxy.async.shared::cta;
+    bar.warp.sync -1;
+    mul.lo.s32 %r6, %r1, %r2;
+    cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%rd1, {%r6, 0}], [%r3];
+    cp.async.bulk.commit_group;
+    cp.async.bulk.wait_group 0;
+    ret;
+}
+"""
+)

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from kernels import HEADER, MAKE_MAP, RACE, SCALE, STRUCT, TMA
+from kernels import HEADER, MAKE_MAP, RACE, SCALE, STORE, STRUCT, TMA
 
 from torchext import sim
 
@@ -177,6 +177,37 @@ def test_tensor_map_of_a_view():
     args = [sim.tensor_map(wide[:, 16:32], box=(8, 16)), out, np.int32(0), np.int32(0)]
     assert sim.Module(TMA).launch("tma", grid=1, block=128, args=args).ok
     np.testing.assert_array_equal(out, wide[:, 16:32])
+
+
+@pytest.mark.parametrize("completion", ["late", "eager", "random"])
+def test_lanes_that_agree_make_one_tensor_store(completion):
+    """ptxas issues one UTMASTG for each distinct value of the operands."""
+    out = np.zeros((8, 64), np.int32)
+    for step, kinds in ((0, set()), (1, {"data race"})):
+        args = [np.int32(step), sim.tensor_map(sim.output(out), box=(8, 16))]
+        report = sim.Module(STORE).launch(
+            "store", grid=1, block=32, args=args, completion=completion
+        )
+        assert {f.kind for f in report.findings} == kinds, str(report)
+        if step == 0:
+            expected = np.repeat(np.arange(32), 4).reshape(8, 16)
+            np.testing.assert_array_equal(out[:, :16], expected)
+            assert not out[:, 16:].any()
+
+
+def test_the_alignment_after_ptr_is_of_the_pointee():
+    """Triton writes `.ptr .global .align 1`; the parameter itself stays aligned to its size."""
+    ptx = (
+        STRUCT.replace(
+            ".param .align 8 .b8 p[16]", ".param .u32 n, .param .u64 .ptr .global .align 1 p"
+        )
+        .replace("[p+8]", "[n]")
+        .replace("[p+12]", "[n]")
+    )
+    kernel = sim.Module(ptx).kernel("by_struct")
+    assert [(p.size, p.alignment) for p in kernel.parameters] == [(4, 4), (8, 8)]
+    report = sim.Module(ptx).launch("by_struct", grid=1, block=1, args=[np.uint32(0), np.ones(1)])
+    assert report.ok, str(report)
 
 
 def make_map(ptx=MAKE_MAP):

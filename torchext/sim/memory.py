@@ -171,8 +171,7 @@ class Arena:
         for allocation in self._allocations.values():
             allocation.address += start
             for r in allocation.ranges:
-                if r.access != "write":
-                    self._copy(allocation, r, to_host=False)
+                self._copy(allocation, r, to_host=False)
 
     def address_of(self, view: View) -> int:
         """The device address of a view's first byte; 0, as cudaMalloc(0) gives, if it is empty."""

@@ -1,0 +1,59 @@
+"""torchext.sim.simulate: ops on CPU tensors through launcher and PTX."""
+
+import pytest
+import torch
+
+import torchext
+from torchext import sim
+
+available, reason = torchext.is_available("sim")
+pytestmark = pytest.mark.skipif(not available, reason=reason)
+
+
+def quantize():
+    torch.manual_seed(0)
+    return torchext.ops.quantize_1x128(torch.randn(33, 300).bfloat16())
+
+
+@pytest.mark.parametrize("completion", ["late", "eager", "random"])
+def test_ops_run_their_kernels(completion):
+    expected = quantize()
+    with sim.simulate(seed=3, completion=completion) as simulation:
+        got = quantize()
+    assert torch.equal(got[0].view(torch.uint8), expected[0].view(torch.uint8))
+    assert torch.equal(got[1], expected[1])
+    (report,) = simulation.reports
+    assert report.ok and report.kernel.startswith("sm90_quantize") and report.warp_instructions > 0
+    quantize()
+    assert len(simulation.reports) == 1, "outside the block, ops run on the CPU"
+
+
+def test_blocks_nest():
+    with sim.simulate() as outer:
+        with sim.simulate(seed=1) as inner:
+            quantize()
+        assert (len(outer.reports), len(inner.reports)) == (0, 1)
+        quantize()
+        assert (len(outer.reports), len(inner.reports)) == (1, 1)
+
+
+def test_the_cpu_comes_back_after_an_error():
+    with pytest.raises(ZeroDivisionError), sim.simulate() as simulation:
+        1 / 0  # noqa: B018
+    quantize()
+    assert simulation.reports == []
+
+
+def test_options_are_checked():
+    with pytest.raises(ValueError, match="simulate: completion must be one of late, eager, random"):
+        sim.simulate(completion="never").__enter__()
+
+
+def test_a_kernel_that_does_not_end_raises_with_its_report():
+    with (
+        sim.simulate(max_instructions=100) as simulation,
+        pytest.raises(RuntimeError, match="error: instruction limit"),
+    ):
+        quantize()
+    (report,) = simulation.reports
+    assert {f.kind for f in report.findings} == {"instruction limit"}
