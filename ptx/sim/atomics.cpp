@@ -27,9 +27,12 @@ struct Atomic {
 // PTX's f16x2 and bf16x2 reductions work on each half.
 Reduction elementwise(const Atomic& a) {
   Reduction r = a.reduction;
-  if (a.type == Type::f16x2) r.type = Type::f16;
-  else if (a.type == Type::bf16x2) r.type = Type::bf16;
-  else r.type = a.type;
+  if (a.type == Type::f16x2)
+    r.type = Type::f16;
+  else if (a.type == Type::bf16x2)
+    r.type = Type::bf16;
+  else
+    r.type = a.type;
   return r;
 }
 
@@ -89,8 +92,10 @@ Step atomic(Warp& w, const Instruction& i, U32 mask) {
       w.put(i.list[e], lane, v);
     }
   });
-  if (changed) ++w.cluster().progress;
-  else ++w.cluster().spins;
+  if (changed)
+    ++w.cluster().progress;
+  else
+    ++w.cluster().spins;
   for (std::size_t e = 0; e < values; ++e) w.set_valid(i.list[e], mask, mask);
   return Step::next;
 }
@@ -124,8 +129,12 @@ void decode_atomic(Decoder& d) {
     for (const Arg& element : arg.args) add(element);
   };
   if (!red) {
-    if (a.elements == 1 && d.arg(0).kind == Arg::sink) a.returns = false;
-    else each(d.arg(0), [&](const Arg& x) { d.out.list.push_back(d.destination(x, static_cast<int>(a.bytes))); });
+    if (a.elements == 1 && d.arg(0).kind == Arg::sink)
+      a.returns = false;
+    else
+      each(d.arg(0), [&](const Arg& x) {
+        d.out.list.push_back(d.destination(x, static_cast<int>(a.bytes)));
+      });
   }
   d.out.s[0] = d.address(d.arg(k++), &d.out.offset, &a.space);
   for (std::size_t n = 0; n < sources; ++n, ++k)
@@ -136,6 +145,8 @@ void decode_atomic(Decoder& d) {
 
 }  // namespace
 
-void add_atomics(DecodeTable& t) { t["atom"] = t["red"] = decode_atomic; }
+void add_atomics(DecodeTable& t) {
+  t["atom"] = t["red"] = decode_atomic;
+}
 
 }  // namespace torchext::sim

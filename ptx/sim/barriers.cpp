@@ -23,7 +23,8 @@ Step barrier(Warp& w, const Instruction& i, U32 mask) {
   const auto id = static_cast<U32>(w.integer(i.s[0], first));
   Cta& cta = w.cta();
   if (id >= 16) {
-    w.finding("barrier misuse", "barrier " + std::to_string(id) + " does not exist (0 to 15)", mask);
+    w.finding("barrier misuse", "barrier " + std::to_string(id) + " does not exist (0 to 15)",
+              mask);
     throw LaunchStopped{};
   }
   NamedBarrier& b = cta.barriers[id];
@@ -46,8 +47,10 @@ Step barrier(Warp& w, const Instruction& i, U32 mask) {
   if (counted) {
     expected = static_cast<U32>(w.integer(i.s[1], first));
     if (expected == 0 || expected % 32 != 0) {
-      w.finding("barrier misuse", "a thread count of " + std::to_string(expected) +
-                                      " is not a positive multiple of 32", mask);
+      w.finding(
+          "barrier misuse",
+          "a thread count of " + std::to_string(expected) + " is not a positive multiple of 32",
+          mask);
       throw LaunchStopped{};
     }
   }
@@ -100,7 +103,11 @@ void decode_bar(Decoder& d) {
   if (!red && !arrive && !d.take("sync")) d.fail("unknown form");
   d.out.aligned = d.take("aligned") || bar;
   if (red) d.take_type();
-  d.out.small = arrive ? kArrive : !red ? kSync : op == "and" ? kRedAnd : op == "or" ? kRedOr : kRedPopc;
+  d.out.small = arrive        ? kArrive
+                : !red        ? kSync
+                : op == "and" ? kRedAnd
+                : op == "or"  ? kRedOr
+                              : kRedPopc;
   d.finish(1, 4);
   std::size_t k = 0;
   if (red) {
@@ -110,8 +117,10 @@ void decode_bar(Decoder& d) {
   d.out.s[0] = d.source(k++, Type::u32);
   const std::size_t rest = d.count() - k - (red ? 1 : 0);
   d.out.s[1].bytes = 0;  // no thread count
-  if (rest == 1) d.out.s[1] = d.source(k, Type::u32);
-  else if (rest != 0) d.fail("too many operands");
+  if (rest == 1)
+    d.out.s[1] = d.source(k, Type::u32);
+  else if (rest != 0)
+    d.fail("too many operands");
   if (arrive && rest != 1) d.fail("arrive needs a thread count");
   d.out.execute = barrier;
 }
@@ -128,8 +137,12 @@ Step cluster_arrive(Warp& w, const Instruction& i, U32 mask) {
   for_lanes(mask, [&](int l) { w.cluster_arrivals[l] = c.barrier.generation; });
   w.cluster_arrived |= mask;
   c.barrier.arrived += static_cast<U32>(__builtin_popcount(mask));
-  if (i.small) w.order_lanes(mask);  // .relaxed: no release
-  else c.barrier.arriving.join(w.release(mask));
+  if (i.small) {  // .relaxed: releases only what a fence before it did
+    w.order_lanes(mask);
+    for_lanes(mask & w.fenced_lanes, [&](int l) { c.barrier.arriving.join(w.fence_released[l]); });
+  } else {
+    c.barrier.arriving.join(w.release(mask));
+  }
   complete_cluster_barrier_if_full(c);
   ++c.progress;
   return Step::next;

@@ -33,14 +33,15 @@ void copy_one(Warp& w, const BulkCopy& c, int lane) {
   const U64 from = operand_address(w, c.from, c.from_offset, lane);
   const U32 bit = 1u << lane;
   if (bytes == 0 || bytes % 16 != 0) {
-    w.finding("misaligned access", "a bulk copy's size must be a positive multiple of 16, not " +
-                                       std::to_string(bytes), bit);
+    w.finding("misaligned access",
+              "a bulk copy's size must be a positive multiple of 16, not " + std::to_string(bytes),
+              bit);
     return;
   }
   for (const bool destination : {true, false}) {
     if ((destination ? c.to_global : c.from_global) && (destination ? to : from) % 16) {
-      w.finding("misaligned access", "the global address of a bulk copy must be a multiple of 16", bit,
-                destination ? to : from);
+      w.finding("misaligned access", "the global address of a bulk copy must be a multiple of 16",
+                bit, destination ? to : from);
       return;
     }
   }
@@ -79,8 +80,10 @@ void copy_one(Warp& w, const BulkCopy& c, int lane) {
     for_lanes(static_cast<U32>(w.integer(c.mask, lane)) & 0xffff, [&](int rank) {
       if (static_cast<U32>(rank) >= w.grid().cluster_size ||
           w.cluster().ctas[static_cast<std::size_t>(rank)]->exited()) {
-        w.finding("exited CTA", "multicast to CTA rank " + std::to_string(rank) +
-                                    ", which does not exist or has exited", bit);
+        w.finding("exited CTA",
+                  "multicast to CTA rank " + std::to_string(rank) +
+                      ", which does not exist or has exited",
+                  bit);
         return;
       }
       ctas.push_back(w.cluster().ctas[static_cast<std::size_t>(rank)].get());
@@ -93,8 +96,9 @@ void copy_one(Warp& w, const BulkCopy& c, int lane) {
   for (Cta* cta : ctas) {
     const auto it = cta->mbarriers.find(barrier_offset);
     if (it == cta->mbarriers.end()) {
-      w.finding("mbarrier misuse", "the mbarrier of CTA rank " + std::to_string(cta->rank) +
-                                       " is not initialised", bit, barrier_offset);
+      w.finding("mbarrier misuse",
+                "the mbarrier of CTA rank " + std::to_string(cta->rank) + " is not initialised",
+                bit, barrier_offset);
       continue;
     }
     const Signal signal = make_signal(*cta, barrier_offset, it->second);
@@ -123,7 +127,9 @@ Step copy(Warp& w, const Instruction& i, U32 mask) {
   return Step::next;
 }
 
-Step nothing(Warp&, const Instruction&, U32) { return Step::next; }
+Step nothing(Warp&, const Instruction&, U32) {
+  return Step::next;
+}
 
 // ---- Groups -------------------------------------------------------------------------------------
 
@@ -192,8 +198,8 @@ Step async_store(Warp& w, const Instruction& i, U32 mask) {
     Cta* owner;
     U32 offset;
     MBarrier* m = find_mbarrier_for_async(w, lane, Space::shared_cluster,
-                                          operand_address(w, t.barrier, t.barrier_offset, lane), &owner,
-                                          &offset);
+                                          operand_address(w, t.barrier, t.barrier_offset, lane),
+                                          &owner, &offset);
     if (m == nullptr) return;
     if (owner != place.cta) {
       w.finding("invalid operand", "destination and mbarrier are in different CTAs", 1u << lane);
@@ -279,7 +285,8 @@ void decode_bulk(Decoder& d, bool reduce) {
   // Destination first, then source.
   std::vector<std::string> spaces;
   for (const std::string& part : d.raw.parts) {
-    if (part == "global" || part == "shared::cta" || part == "shared::cluster") spaces.push_back(part);
+    if (part == "global" || part == "shared::cta" || part == "shared::cluster")
+      spaces.push_back(part);
   }
   if (spaces.size() != 2) d.fail("expected a destination and a source space");
   for (const std::string& s : spaces) d.take(s.c_str());

@@ -19,9 +19,7 @@ struct VectorClock {
   AgentClocks agents;
   std::shared_ptr<const ForeignClocks> foreign;
 
-  std::uint32_t get(std::uint32_t agent) const {
-    return agent < agents.size() ? agents[agent] : 0;
-  }
+  std::uint32_t get(std::uint32_t agent) const { return agent < agents.size() ? agents[agent] : 0; }
   void raise(std::uint32_t agent, std::uint32_t clock) {
     if (agent >= agents.size()) agents.resize(agent + 1, 0);
     if (agents[agent] < clock) agents[agent] = clock;
@@ -40,8 +38,8 @@ struct VectorClock {
     if (other.foreign != nullptr && other.foreign != foreign) join_foreign(*other.foreign);
   }
   void join_foreign(const ForeignClocks& other) {
-    auto merged = foreign ? std::make_shared<ForeignClocks>(*foreign)
-                          : std::make_shared<ForeignClocks>();
+    auto merged =
+        foreign ? std::make_shared<ForeignClocks>(*foreign) : std::make_shared<ForeignClocks>();
     for (const auto& [cluster, clocks] : other) {
       auto& mine = (*merged)[cluster];
       if (mine == nullptr || mine == clocks) {

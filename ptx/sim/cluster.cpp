@@ -9,11 +9,15 @@
 namespace torchext::sim {
 
 Cta::Cta(Cluster& c, Dim3 i, std::uint32_t r)
-    : cluster(c), index(i), rank(r), shared(c.grid.shared_bytes, 0xcd),
+    : cluster(c),
+      index(i),
+      rank(r),
+      shared(c.grid.shared_bytes, 0xcd),
       shadow(c.grid.shared_bytes, false) {}
 
 Cluster::Cluster(Grid& g, std::uint32_t n)
-    : grid(g), number(n),
+    : grid(g),
+      number(n),
       random(g.options.seed * 0x2545f4914f6cdd1dull + std::uint64_t{n} * 0x9e3779b97f4a7c15ull),
       counts(g.program->code.size(), 0) {
   const Dim3 c = g.cluster_dim, all = g.options.grid;
@@ -58,7 +62,8 @@ Cluster::State Cluster::run(std::uint64_t budget) {
       if (random_completion && has_work() && random.below(8) == 0) complete_some();
     }
     if (!alive) {
-      while (complete_some()) {}  // stores whose source has been read may outlive the threads
+      while (complete_some()) {
+      }  // stores whose source has been read may outlive the threads
       return State::finished;
     }
     executed += ran;
@@ -110,22 +115,23 @@ void Cluster::finish(AsyncWork& work) {
   if (work.done) return;
   finish_read(work);
   work.done = true;
+  ++progress;
   if (work.finish) work.finish();
 }
 
 // Completes half or all of one piece of work that someone waits for, else of any. False: none.
 bool Cluster::complete_some() {
-  pending_.erase(std::remove_if(pending_.begin(), pending_.end(),
-                                [](const auto& w) { return w->done; }),
-                 pending_.end());
+  pending_.erase(
+      std::remove_if(pending_.begin(), pending_.end(), [](const auto& w) { return w->done; }),
+      pending_.end());
   if (pending_.empty()) return false;
   std::vector<std::size_t> wanted;
   for (std::size_t i = 0; i < pending_.size(); ++i) {
     if (pending_[i]->wanted) wanted.push_back(i);
   }
-  const std::size_t i =
-      wanted.empty() ? random.below(static_cast<std::uint32_t>(pending_.size()))
-                     : wanted[random.below(static_cast<std::uint32_t>(wanted.size()))];
+  const std::size_t i = wanted.empty()
+                            ? random.below(static_cast<std::uint32_t>(pending_.size()))
+                            : wanted[random.below(static_cast<std::uint32_t>(wanted.size()))];
   AsyncWork& work = *pending_[i];
   if (!work.read_done && work.read) {
     finish_read(work);
@@ -188,8 +194,10 @@ void Cluster::report_deadlock() {
       why << "line " << grid.program->code[g.pc].line << ": " << wait_reason(*w, g);
       const auto same = std::find_if(waits.begin(), waits.end(),
                                      [&](const auto& other) { return other.first == why.str(); });
-      if (same == waits.end()) waits.emplace_back(why.str(), who.str());
-      else same->second += ", " + who.str();
+      if (same == waits.end())
+        waits.emplace_back(why.str(), who.str());
+      else
+        same->second += ", " + who.str();
     }
   }
   if (first == nullptr) return;

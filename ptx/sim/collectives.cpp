@@ -26,7 +26,8 @@ bool meet(Warp& w, const Slot& members_slot, U32 mask, U32* members) {
   w.need(members_slot, mask, "as a member mask");
   *members = static_cast<U32>(w.integer(members_slot, static_cast<int>(lane_of(mask))));
   if (mask & ~*members) {
-    w.finding("invalid operand", "a lane executes a .sync instruction whose member mask leaves it out",
+    w.finding("invalid operand",
+              "a lane executes a .sync instruction whose member mask leaves it out",
               mask & ~*members);
   }
   if (!gather(w, *members, mask)) return false;
@@ -53,13 +54,27 @@ Step shuffle(Warp& w, const Instruction& i, U32 mask) {
     int j;
     bool p;
     switch (i.small) {
-      case kUp: j = lane - b; p = j >= max_lane; break;
-      case kDown: j = lane + b; p = j <= max_lane; break;
-      case kBfly: j = lane ^ b; p = j <= max_lane; break;
-      default: j = min_lane | (b & ~segment); p = j <= max_lane; break;
+      case kUp:
+        j = lane - b;
+        p = j >= max_lane;
+        break;
+      case kDown:
+        j = lane + b;
+        p = j <= max_lane;
+        break;
+      case kBfly:
+        j = lane ^ b;
+        p = j <= max_lane;
+        break;
+      default:
+        j = min_lane | (b & ~segment);
+        p = j <= max_lane;
+        break;
     }
-    if (!p) j = lane;
-    else in_range |= 1u << lane;
+    if (!p)
+      j = lane;
+    else
+      in_range |= 1u << lane;
     if (!((mask >> j) & 1)) {
       w.finding("invalid operand",
                 "shfl reads lane " + std::to_string(j) + ", which does not take part", 1u << lane);
@@ -191,19 +206,36 @@ Step reduce(Warp& w, const Instruction& i, U32 mask) {
   if (!meet(w, i.s[1], mask, &members)) return Step::block;
   w.need(i.s[0], mask, "in redux");
   auto total = static_cast<T>(w.integer(i.s[0], static_cast<int>(lane_of(mask))));
-  for_lanes(mask & (mask - 1), [&](int lane) {
-    total = F()(total, static_cast<T>(w.integer(i.s[0], lane)));
-  });
+  for_lanes(mask & (mask - 1),
+            [&](int lane) { total = F()(total, static_cast<T>(w.integer(i.s[0], lane))); });
   for_lanes(mask, [&](int lane) { w.put(i.d, lane, static_cast<U32>(total)); });
   w.set_valid(i.d, mask, mask);
   return Step::next;
 }
-struct Add { U32 operator()(U32 a, U32 b) const { return a + b; } };
-struct And { U32 operator()(U32 a, U32 b) const { return a & b; } };
-struct Or { U32 operator()(U32 a, U32 b) const { return a | b; } };
-struct Xor { U32 operator()(U32 a, U32 b) const { return a ^ b; } };
-struct Min { template <class T> T operator()(T a, T b) const { return std::min(a, b); } };
-struct Max { template <class T> T operator()(T a, T b) const { return std::max(a, b); } };
+struct Add {
+  U32 operator()(U32 a, U32 b) const { return a + b; }
+};
+struct And {
+  U32 operator()(U32 a, U32 b) const { return a & b; }
+};
+struct Or {
+  U32 operator()(U32 a, U32 b) const { return a | b; }
+};
+struct Xor {
+  U32 operator()(U32 a, U32 b) const { return a ^ b; }
+};
+struct Min {
+  template <class T>
+  T operator()(T a, T b) const {
+    return std::min(a, b);
+  }
+};
+struct Max {
+  template <class T>
+  T operator()(T a, T b) const {
+    return std::max(a, b);
+  }
+};
 
 void decode_redux(Decoder& d) {
   if (!d.take("sync")) d.fail("expected .sync");
@@ -216,13 +248,20 @@ void decode_redux(Decoder& d) {
   if (size_of(type) != 4 || type == Type::f32) d.fail("not for this type");
   using S32 = std::int32_t;
   const bool sign = is_signed(type);
-  if (op == "add") d.out.execute = reduce<U32, Add>;
-  else if (op == "and") d.out.execute = reduce<U32, And>;
-  else if (op == "or") d.out.execute = reduce<U32, Or>;
-  else if (op == "xor") d.out.execute = reduce<U32, Xor>;
-  else if (op == "min") d.out.execute = sign ? reduce<S32, Min> : reduce<U32, Min>;
-  else if (op == "max") d.out.execute = sign ? reduce<S32, Max> : reduce<U32, Max>;
-  else d.fail("no operation");
+  if (op == "add")
+    d.out.execute = reduce<U32, Add>;
+  else if (op == "and")
+    d.out.execute = reduce<U32, And>;
+  else if (op == "or")
+    d.out.execute = reduce<U32, Or>;
+  else if (op == "xor")
+    d.out.execute = reduce<U32, Xor>;
+  else if (op == "min")
+    d.out.execute = sign ? reduce<S32, Min> : reduce<U32, Min>;
+  else if (op == "max")
+    d.out.execute = sign ? reduce<S32, Max> : reduce<U32, Max>;
+  else
+    d.fail("no operation");
 }
 
 // Deterministic in hardware for a given member mask; here the lowest member.
@@ -264,8 +303,7 @@ Step warp_barrier(Warp& w, const Instruction& i, U32 mask) {
   }
   U32 here = mask;
   for (const Group& g : w.groups()) {
-    if (&g != &mine && g.blocked && !g.parked &&
-        w.program().code[g.pc].execute == warp_barrier) {
+    if (&g != &mine && g.blocked && !g.parked && w.program().code[g.pc].execute == warp_barrier) {
       here |= g.mask;
     }
   }

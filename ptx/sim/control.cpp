@@ -34,8 +34,10 @@ Step brx(Warp& w, const Instruction& i, U32 mask) {
   for_lanes(mask, [&](int l) {
     const U64 index = w.integer(i.s[0], l);
     if (index >= targets.size()) {
-      w.finding("invalid operand", "branch index " + std::to_string(index) + " of a table of " +
-                                       std::to_string(targets.size()), 1u << l);
+      w.finding("invalid operand",
+                "branch index " + std::to_string(index) + " of a table of " +
+                    std::to_string(targets.size()),
+                1u << l);
       throw LaunchStopped{};
     }
     to[l] = targets[index];
@@ -63,7 +65,9 @@ void decode_brx(Decoder& d) {
 // ---- Calls --------------------------------------------------------------------------------------
 
 struct CallPlan {
-  struct Copy { U32 from, to, bytes; };  // within a lane's local memory
+  struct Copy {
+    U32 from, to, bytes;
+  };  // within a lane's local memory
   std::vector<Copy> arguments, results;
 };
 
@@ -73,7 +77,8 @@ void copy(Warp& w, const std::vector<CallPlan::Copy>& copies, U32 mask) {
     for (const auto& c : copies) {
       const std::size_t base = static_cast<std::size_t>(l) * size;
       std::memcpy(w.local.data() + base + c.to, w.local.data() + base + c.from, c.bytes);
-      std::memcpy(w.local_valid.data() + base + c.to, w.local_valid.data() + base + c.from, c.bytes);
+      std::memcpy(w.local_valid.data() + base + c.to, w.local_valid.data() + base + c.from,
+                  c.bytes);
     }
   });
 }
@@ -112,12 +117,16 @@ Step trap(Warp& w, const Instruction&, U32 mask) {
 
 // ---- Runtime functions --------------------------------------------------------------------------
 
-struct RuntimeCall { std::vector<std::pair<U32, U32>> arguments; U32 result = ~0u; };
+struct RuntimeCall {
+  std::vector<std::pair<U32, U32>> arguments;
+  U32 result = ~0u;
+};
 
 U64 argument(Warp& w, const RuntimeCall& c, std::size_t n, int lane) {
   U64 value = 0;
   const auto [at, bytes] = c.arguments.at(n);
-  std::memcpy(&value, w.local.data() + static_cast<std::size_t>(lane) * w.program().local_bytes + at,
+  std::memcpy(&value,
+              w.local.data() + static_cast<std::size_t>(lane) * w.program().local_bytes + at,
               bytes < 8 ? bytes : 8);
   return value;
 }
@@ -158,14 +167,19 @@ std::string format(Warp& w, int lane, const std::string& f, U64 arguments) {
     std::string flags = "%";
     int longs = 0;
     for (++k; k < f.size() && std::strchr("-+ #0123456789.*hlzjt", f[k]) != nullptr; ++k) {
-      if (f[k] == 'l' || f[k] == 'z' || f[k] == 'j' || f[k] == 't') longs += f[k] == 'l' ? 1 : 2;
-      else if (f[k] == '*') flags += std::to_string(static_cast<int>(next(4)));
-      else if (f[k] != 'h') flags += f[k];
+      if (f[k] == 'l' || f[k] == 'z' || f[k] == 'j' || f[k] == 't')
+        longs += f[k] == 'l' ? 1 : 2;
+      else if (f[k] == '*')
+        flags += std::to_string(static_cast<int>(next(4)));
+      else if (f[k] != 'h')
+        flags += f[k];
     }
     if (k >= f.size()) break;
     char text[512];
     switch (f[k]) {
-      case '%': out += '%'; continue;
+      case '%':
+        out += '%';
+        continue;
       case 's': {
         out += read_string(w, lane, next(8));
         continue;
@@ -173,20 +187,34 @@ std::string format(Warp& w, int lane, const std::string& f, U64 arguments) {
       case 'c':
         out += static_cast<char>(next(4));
         continue;
-      case 'd': case 'i':
+      case 'd':
+      case 'i':
         std::snprintf(text, sizeof text, (flags + PRId64).c_str(),
                       longs ? static_cast<std::int64_t>(next(8))
                             : std::int64_t{static_cast<std::int32_t>(next(4))});
         break;
-      case 'u': case 'x': case 'X': case 'o': {
-        const std::string conversion = f[k] == 'u' ? PRIu64 : f[k] == 'x' ? PRIx64 : f[k] == 'X' ? PRIX64 : PRIo64;
+      case 'u':
+      case 'x':
+      case 'X':
+      case 'o': {
+        const std::string conversion = f[k] == 'u'   ? PRIu64
+                                       : f[k] == 'x' ? PRIx64
+                                       : f[k] == 'X' ? PRIX64
+                                                     : PRIo64;
         std::snprintf(text, sizeof text, (flags + conversion).c_str(), longs ? next(8) : next(4));
         break;
       }
       case 'p':
         std::snprintf(text, sizeof text, "0x%" PRIx64, next(8));
         break;
-      case 'f': case 'F': case 'e': case 'E': case 'g': case 'G': case 'a': case 'A': {
+      case 'f':
+      case 'F':
+      case 'e':
+      case 'E':
+      case 'g':
+      case 'G':
+      case 'a':
+      case 'A': {
         const U64 bits = next(8);
         double v;
         std::memcpy(&v, &bits, 8);
@@ -248,9 +276,12 @@ void decode_call(Decoder& d) {
       c.arguments.emplace_back(static_cast<U32>(s->address), static_cast<U32>(s->bytes));
     }
     if (!results.empty()) c.result = static_cast<U32>(variable(results[0])->address);
-    if (target.text == "vprintf" && arguments.size() == 2) d.out.execute = print;
-    else if (target.text == "__assertfail" && arguments.size() == 5) d.out.execute = assertion;
-    else d.fail("function '" + target.text + "' has no body and is not provided");
+    if (target.text == "vprintf" && arguments.size() == 2)
+      d.out.execute = print;
+    else if (target.text == "__assertfail" && arguments.size() == 5)
+      d.out.execute = assertion;
+    else
+      d.fail("function '" + target.text + "' has no body and is not provided");
     d.own(std::move(c));
     return;
   }
@@ -284,7 +315,9 @@ void decode_plain(Decoder& d) {
   d.out.execute = execute;
 }
 
-Step nothing(Warp&, const Instruction&, U32) { return Step::next; }
+Step nothing(Warp&, const Instruction&, U32) {
+  return Step::next;
+}
 
 }  // namespace
 

@@ -27,18 +27,25 @@ bool is_float(Type t) {
 
 double round_integral(double v, Rounding rounding) {
   switch (rounding) {
-    case Rounding::toward_zero: return std::trunc(v);
-    case Rounding::downward: return std::floor(v);
-    case Rounding::upward: return std::ceil(v);
-    case Rounding::nearest_away: return std::round(v);
-    default: return std::nearbyint(v);
+    case Rounding::toward_zero:
+      return std::trunc(v);
+    case Rounding::downward:
+      return std::floor(v);
+    case Rounding::upward:
+      return std::ceil(v);
+    case Rounding::nearest_away:
+      return std::round(v);
+    default:
+      return std::nearbyint(v);
   }
 }
 
 double decode_float(Type type, U64 bits, bool ftz) {
   switch (type) {
-    case Type::f16: return f16_to_float(static_cast<U16>(bits));
-    case Type::bf16: return bf16_to_float(static_cast<U16>(bits));
+    case Type::f16:
+      return f16_to_float(static_cast<U16>(bits));
+    case Type::bf16:
+      return bf16_to_float(static_cast<U16>(bits));
     case Type::f64: {
       double v;
       std::memcpy(&v, &bits, 8);
@@ -55,9 +62,12 @@ double decode_float(Type type, U64 bits, bool ftz) {
 U64 encode_float(const Conversion& c, double v) {
   if (c.sat) v = v != v ? 0 : v < 0 ? 0 : v > 1 ? 1 : v;
   switch (c.to) {
-    case Type::f16: return encode_f16(v, c.modifiers);
-    case Type::bf16: return encode_bf16(v, c.modifiers);
-    case Type::tf32: return encode_tf32(v, c.modifiers);
+    case Type::f16:
+      return encode_f16(v, c.modifiers);
+    case Type::bf16:
+      return encode_bf16(v, c.modifiers);
+    case Type::tf32:
+      return encode_tf32(v, c.modifiers);
     case Type::f64: {
       U64 bits;
       std::memcpy(&bits, &v, 8);
@@ -78,8 +88,8 @@ U64 to_integer(Type type, double v, Rounding rounding) {
   v = round_integral(v, rounding);
   if (is_signed(type)) {
     const double limit = std::ldexp(1.0, bits - 1);
-    const std::int64_t low = bits == 64 ? std::numeric_limits<std::int64_t>::min()
-                                        : -(std::int64_t{1} << (bits - 1));
+    const std::int64_t low =
+        bits == 64 ? std::numeric_limits<std::int64_t>::min() : -(std::int64_t{1} << (bits - 1));
     if (v < -limit) return static_cast<U64>(low);
     if (v >= limit) return ~static_cast<U64>(low);
     return static_cast<U64>(static_cast<std::int64_t>(v));
@@ -92,7 +102,8 @@ U64 to_integer(Type type, double v, Rounding rounding) {
 U64 narrow(Type type, U64 value) {  // sign- or zero-extended to 64 bits
   const int unused = 64 - 8 * size_of(type);
   if (unused == 0) return value;
-  if (is_signed(type)) return static_cast<U64>(static_cast<std::int64_t>(value << unused) >> unused);
+  if (is_signed(type))
+    return static_cast<U64>(static_cast<std::int64_t>(value << unused) >> unused);
   return value << unused >> unused;
 }
 
@@ -124,14 +135,16 @@ U64 convert_one(const Conversion& c, U64 bits) {
   }
   const U64 value = narrow(c.from, bits);
   if (!is_float(c.to)) return c.sat ? saturate_integer(c.to, c.from, value) : narrow(c.to, value);
-  // A 64-bit integer does not fit a double: round to odd first, so that the second rounding is right.
+  // A 64-bit integer does not fit a double: round to odd first, so that the second rounding is
+  // right.
   const bool negative = is_signed(c.from) && static_cast<std::int64_t>(value) < 0;
   U64 magnitude = negative ? 0 - value : value;
   if (c.to != Type::f64 && magnitude >> 53) {
     const U64 lost = magnitude & 0x7ff;
     magnitude = (magnitude & ~U64{0x7ff}) | (lost ? 0x800 : 0);
   }
-  return encode_float(c, negative ? -static_cast<double>(magnitude) : static_cast<double>(magnitude));
+  return encode_float(c,
+                      negative ? -static_cast<double>(magnitude) : static_cast<double>(magnitude));
 }
 
 Step convert(Warp& w, const Instruction& i, U32 mask) {
@@ -148,30 +161,46 @@ template <class To, class From>
 struct Resize {
   To operator()(From v) const { return static_cast<To>(v); }
 };
-struct U32ToFloat { float operator()(U32 v) const { return static_cast<float>(v); } };
-struct S32ToFloat { float operator()(std::int32_t v) const { return static_cast<float>(v); } };
+struct U32ToFloat {
+  float operator()(U32 v) const { return static_cast<float>(v); }
+};
+struct S32ToFloat {
+  float operator()(std::int32_t v) const { return static_cast<float>(v); }
+};
 
 // ---- Packed -------------------------------------------------------------------------------------
 
 U32 encode_element(Type packed, double v, const CvtModifiers& m) {
   switch (packed) {
-    case Type::e4m3x2: return encode_e4m3(v, m);
-    case Type::e5m2x2: return encode_e5m2(v, m);
-    case Type::ue8m0x2: return encode_ue8m0(v, m);
-    case Type::f16x2: return encode_f16(v, m);
-    default: return encode_bf16(v, m);
+    case Type::e4m3x2:
+      return encode_e4m3(v, m);
+    case Type::e5m2x2:
+      return encode_e5m2(v, m);
+    case Type::ue8m0x2:
+      return encode_ue8m0(v, m);
+    case Type::f16x2:
+      return encode_f16(v, m);
+    default:
+      return encode_bf16(v, m);
   }
 }
 double decode_element(Type packed, U32 bits) {
   switch (packed) {
-    case Type::e4m3x2: return e4m3_to_float(static_cast<std::uint8_t>(bits));
-    case Type::e5m2x2: return e5m2_to_float(static_cast<std::uint8_t>(bits));
-    case Type::ue8m0x2: return ue8m0_to_float(static_cast<std::uint8_t>(bits));
-    case Type::f16x2: return f16_to_float(static_cast<U16>(bits));
-    default: return bf16_to_float(static_cast<U16>(bits));
+    case Type::e4m3x2:
+      return e4m3_to_float(static_cast<std::uint8_t>(bits));
+    case Type::e5m2x2:
+      return e5m2_to_float(static_cast<std::uint8_t>(bits));
+    case Type::ue8m0x2:
+      return ue8m0_to_float(static_cast<std::uint8_t>(bits));
+    case Type::f16x2:
+      return f16_to_float(static_cast<U16>(bits));
+    default:
+      return bf16_to_float(static_cast<U16>(bits));
   }
 }
-int element_bits(Type packed) { return 4 * size_of(packed); }
+int element_bits(Type packed) {
+  return 4 * size_of(packed);
+}
 
 // d = {high: a, low: b} from two f32
 Step pack_two(Warp& w, const Instruction& i, U32 mask) {
@@ -180,7 +209,8 @@ Step pack_two(Warp& w, const Instruction& i, U32 mask) {
   for_lanes(mask, [&](int l) {
     const double high = decode_float(Type::f32, w.integer(i.s[0], l), c.ftz);
     const double low = decode_float(Type::f32, w.integer(i.s[1], l), c.ftz);
-    w.put(i.d, l, encode_element(c.to, high, c.modifiers) << bits | encode_element(c.to, low, c.modifiers));
+    w.put(i.d, l,
+          encode_element(c.to, high, c.modifiers) << bits | encode_element(c.to, low, c.modifiers));
   });
   w.set_valid(i.d, mask, w.valid(i.s[0]) & w.valid(i.s[1]));
   return Step::next;
@@ -200,7 +230,9 @@ Step convert_pair(Warp& w, const Instruction& i, U32 mask) {
   return Step::next;
 }
 
-struct PackIntegers { Type to, from; };
+struct PackIntegers {
+  Type to, from;
+};
 Step pack_integers(Warp& w, const Instruction& i, U32 mask) {
   const auto& c = *static_cast<const PackIntegers*>(i.extra);
   const int bits = 8 * size_of(c.to);
@@ -270,7 +302,8 @@ void decode_cvt(Decoder& d) {
     d.out.execute = convert_pair;
     return;
   }
-  if (!is_float(c.to) && is_float(c.from) && !c.integral) d.fail("float to integer needs a rounding to integer");
+  if (!is_float(c.to) && is_float(c.from) && !c.integral)
+    d.fail("float to integer needs a rounding to integer");
   d.out.d = d.destination_at_least(d.arg(0), size_of(c.to));
   d.out.s[0] = d.source_at_least(d.arg(1), c.from);
   d.own(c);
@@ -285,12 +318,16 @@ void decode_cvt(Decoder& d) {
     d.out.execute = map1<S64, S32, Resize<S64, S32>>;
   if (size_of(c.to) == 4 && size_of(c.from) == 8 && !is_float(c.to) && !is_float(c.from))
     d.out.execute = map1<U32, U64, Resize<U32, U64>>;
-  if (c.to == Type::f32 && mode == "rn" && c.from == Type::u32) d.out.execute = map1<float, U32, U32ToFloat>;
-  if (c.to == Type::f32 && mode == "rn" && c.from == Type::s32) d.out.execute = map1<float, S32, S32ToFloat>;
+  if (c.to == Type::f32 && mode == "rn" && c.from == Type::u32)
+    d.out.execute = map1<float, U32, U32ToFloat>;
+  if (c.to == Type::f32 && mode == "rn" && c.from == Type::s32)
+    d.out.execute = map1<float, S32, S32ToFloat>;
 }
 
 }  // namespace
 
-void add_convert(DecodeTable& t) { t["cvt"] = decode_cvt; }
+void add_convert(DecodeTable& t) {
+  t["cvt"] = decode_cvt;
+}
 
 }  // namespace torchext::sim

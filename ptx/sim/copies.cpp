@@ -41,10 +41,15 @@ Step copy(Warp& w, const Instruction& i, U32 mask) {
   need_agent(w);
   CopyGroups& g = w.cp_async;
   g.open = true;
-  struct Piece { std::uint8_t* to; const std::uint8_t* from; U32 bytes; };
+  struct Piece {
+    std::uint8_t* to;
+    const std::uint8_t* from;
+    U32 bytes;
+  };
   std::vector<Piece> pieces;
   for_lanes(mask, [&](int lane) {
-    const U64 to = operand_address(w, c.to, c.to_offset, lane), from = operand_address(w, c.from, c.from_offset, lane);
+    const U64 to = operand_address(w, c.to, c.to_offset, lane),
+              from = operand_address(w, c.from, c.from_offset, lane);
     U32 bytes = c.has_size ? static_cast<U32>(w.integer(c.size, lane)) : c.bytes;
     if (c.has_ignore && (w.predicate(c.ignore) >> lane) & 1) bytes = 0;
     if (bytes > c.bytes) {
@@ -54,7 +59,8 @@ Step copy(Warp& w, const Instruction& i, U32 mask) {
     Place target, source;
     if (!w.resolve(lane, Space::shared, to, c.bytes, true, &target)) return;
     if (from % c.bytes) {
-      w.finding("misaligned access", "the source of cp.async is not a multiple of cp-size", 1u << lane, from);
+      w.finding("misaligned access", "the source of cp.async is not a multiple of cp-size",
+                1u << lane, from);
       return;
     }
     Actor actor = w.actor(lane);
@@ -63,7 +69,8 @@ Step copy(Warp& w, const Instruction& i, U32 mask) {
     if (bytes != 0) {
       if (!w.resolve(lane, Space::global, from, 1, false, &source)) return;
       if (from + bytes > source.buffer->end) {
-        w.finding("out of bounds", "cp.async reads " + w.grid().memory.describe(from) + " and past its end",
+        w.finding("out of bounds",
+                  "cp.async reads " + w.grid().memory.describe(from) + " and past its end",
                   1u << lane, from);
         return;
       }
@@ -169,7 +176,8 @@ Step arrive_later(Warp& w, const Instruction& i, U32 mask) {
       k.known = ClockRef::make(std::move(known));
     }
     auto before = std::make_shared<std::vector<std::shared_ptr<AsyncWork>>>();
-    for (const auto& [clock, work] : g.work) before->insert(before->end(), work.begin(), work.end());
+    for (const auto& [clock, work] : g.work)
+      before->insert(before->end(), work.begin(), work.end());
     auto work = std::make_shared<AsyncWork>();
     work->what = "cp.async.mbarrier.arrive";
     Cluster* cluster = &w.cluster();
@@ -229,6 +237,8 @@ void decode_cp(Decoder& d) {
 
 }  // namespace
 
-void add_copies(DecodeTable& t) { t["cp"] = decode_cp; }
+void add_copies(DecodeTable& t) {
+  t["cp"] = decode_cp;
+}
 
 }  // namespace torchext::sim

@@ -22,18 +22,27 @@ T combine(ReduceOp op, T a, T b) {
       } else {
         return a + b;
       }
-    case ReduceOp::min: return std::min(a, b);
-    case ReduceOp::max: return std::max(a, b);
-    default: break;
+    case ReduceOp::min:
+      return std::min(a, b);
+    case ReduceOp::max:
+      return std::max(a, b);
+    default:
+      break;
   }
   if constexpr (std::is_integral_v<T>) {
     switch (op) {
-      case ReduceOp::inc: return a >= b ? T{0} : static_cast<T>(a + 1);
-      case ReduceOp::dec: return a == 0 || a > b ? b : static_cast<T>(a - 1);
-      case ReduceOp::bit_and: return static_cast<T>(a & b);
-      case ReduceOp::bit_or: return static_cast<T>(a | b);
-      case ReduceOp::bit_xor: return static_cast<T>(a ^ b);
-      default: break;
+      case ReduceOp::inc:
+        return a >= b ? T{0} : static_cast<T>(a + 1);
+      case ReduceOp::dec:
+        return a == 0 || a > b ? b : static_cast<T>(a - 1);
+      case ReduceOp::bit_and:
+        return static_cast<T>(a & b);
+      case ReduceOp::bit_or:
+        return static_cast<T>(a | b);
+      case ReduceOp::bit_xor:
+        return static_cast<T>(a ^ b);
+      default:
+        break;
     }
   }
   return b;
@@ -71,7 +80,8 @@ Reduction take_reduction(Decoder& d, bool with_type) {
   return r;
 }
 
-void reduce_bytes(const Reduction& r, std::uint8_t* to, const std::uint8_t* from, std::size_t bytes) {
+void reduce_bytes(const Reduction& r, std::uint8_t* to, const std::uint8_t* from,
+                  std::size_t bytes) {
   switch (r.type) {
     case Type::f16:
     case Type::bf16:
@@ -87,14 +97,25 @@ void reduce_bytes(const Reduction& r, std::uint8_t* to, const std::uint8_t* from
         std::memcpy(to + at, &a, 2);
       }
       return;
-    case Type::f32: return reduce_as<float>(r.op, to, from, bytes);
-    case Type::f64: return reduce_as<double>(r.op, to, from, bytes);
-    case Type::s32: return reduce_as<std::int32_t>(r.op, to, from, bytes);
-    case Type::s64: return reduce_as<std::int64_t>(r.op, to, from, bytes);
-    case Type::u64: case Type::b64: return reduce_as<std::uint64_t>(r.op, to, from, bytes);
-    case Type::u8: case Type::b8: return reduce_as<std::uint8_t>(r.op, to, from, bytes);
-    case Type::u16: case Type::b16: return reduce_as<std::uint16_t>(r.op, to, from, bytes);
-    default: return reduce_as<std::uint32_t>(r.op, to, from, bytes);
+    case Type::f32:
+      return reduce_as<float>(r.op, to, from, bytes);
+    case Type::f64:
+      return reduce_as<double>(r.op, to, from, bytes);
+    case Type::s32:
+      return reduce_as<std::int32_t>(r.op, to, from, bytes);
+    case Type::s64:
+      return reduce_as<std::int64_t>(r.op, to, from, bytes);
+    case Type::u64:
+    case Type::b64:
+      return reduce_as<std::uint64_t>(r.op, to, from, bytes);
+    case Type::u8:
+    case Type::b8:
+      return reduce_as<std::uint8_t>(r.op, to, from, bytes);
+    case Type::u16:
+    case Type::b16:
+      return reduce_as<std::uint16_t>(r.op, to, from, bytes);
+    default:
+      return reduce_as<std::uint32_t>(r.op, to, from, bytes);
   }
 }
 
@@ -114,13 +135,16 @@ namespace {
 void run_job(const CopyJob& job) {
   for (const CopyRun& r : job.runs) {
     const std::uint8_t* from = r.from != nullptr ? r.from : job.fills[r.fill].data();
-    if (job.reduction.op != ReduceOp::none) reduce_bytes(job.reduction, r.to, from, r.bytes);
-    else std::memcpy(r.to, from, r.bytes);
+    if (job.reduction.op != ReduceOp::none)
+      reduce_bytes(job.reduction, r.to, from, r.bytes);
+    else
+      std::memcpy(r.to, from, r.bytes);
   }
 }
 }  // namespace
 
-void start_signalled(Warp& w, CopyJob job, const Signal& signal, std::uint32_t bytes, std::string what) {
+void start_signalled(Warp& w, CopyJob job, const Signal& signal, std::uint32_t bytes,
+                     std::string what) {
   auto work = std::make_shared<AsyncWork>();
   work->what = std::move(what);
   auto shared_job = std::make_shared<CopyJob>(std::move(job));
@@ -173,37 +197,49 @@ void start_grouped(Warp& w, int lane, CopyJob job, GlobalBuffer* target, std::st
   w.cluster().start(work);
 }
 
-bool resolve_global(Warp& w, int lane, std::uint64_t address, std::uint64_t bytes, bool write, Place* place) {
+void join_group(Warp& w, int lane, int leader) {
+  const CopyGroups& from = bulk_group(w, leader);
+  CopyGroups& g = bulk_group(w, lane);
+  g.open = true;
+  g.last_pc = w.pc();
+  g.work[g.current].push_back(from.work.at(from.current).back());
+}
+
+bool resolve_global(Warp& w, int lane, std::uint64_t address, std::uint64_t bytes, bool write,
+                    Place* place) {
   if (bytes == 0) return false;
   if (!w.resolve(lane, Space::global, address, 1, write, place)) return false;
   if (address + bytes > place->buffer->end) {
     w.finding("out of bounds",
-              "a bulk copy of " + std::to_string(bytes) + " bytes from " + w.grid().memory.describe(address) +
-                  " runs past its end",
+              "a bulk copy of " + std::to_string(bytes) + " bytes from " +
+                  w.grid().memory.describe(address) + " runs past its end",
               1u << lane, address);
     return false;
   }
   return true;
 }
 
-bool resolve_shared(Warp& w, int lane, std::uint64_t address, std::uint64_t bytes, std::uint32_t align,
-                    bool cluster, Place* place) {
+bool resolve_shared(Warp& w, int lane, std::uint64_t address, std::uint64_t bytes,
+                    std::uint32_t align, bool cluster, Place* place) {
   if (address % align) {
-    w.finding("misaligned access",
-              "the shared-memory address of a bulk copy must be a multiple of " + std::to_string(align),
-              1u << lane, address);
+    w.finding(
+        "misaligned access",
+        "the shared-memory address of a bulk copy must be a multiple of " + std::to_string(align),
+        1u << lane, address);
     return false;
   }
-  if (!w.resolve(lane, cluster ? Space::shared_cluster : Space::shared, address, 1, true, place)) return false;
+  if (!w.resolve(lane, cluster ? Space::shared_cluster : Space::shared, address, 1, true, place))
+    return false;
   if (place->cta == nullptr) {
     w.finding("out of bounds", "the address is not in shared memory", 1u << lane, address);
     return false;
   }
   const std::uint64_t offset = static_cast<std::uint64_t>(place->host - place->cta->shared.data());
   if (offset + bytes > place->cta->shared.size()) {
-    w.finding("out of bounds",
-              "a bulk copy of " + std::to_string(bytes) + " bytes runs past the end of shared memory",
-              1u << lane, address);
+    w.finding(
+        "out of bounds",
+        "a bulk copy of " + std::to_string(bytes) + " bytes runs past the end of shared memory",
+        1u << lane, address);
     return false;
   }
   return true;

@@ -59,7 +59,9 @@ const std::pair<const char*, Special> kSpecials[] = {
     {"%globaltimer_hi", Special::globaltimer_hi},
 };
 
-int storage_bytes(Type type) { return size_of(type) == 8 ? 8 : 4; }
+int storage_bytes(Type type) {
+  return size_of(type) == 8 ? 8 : 4;
+}
 
 bool is_floating(Type t) {
   return t == Type::f16 || t == Type::bf16 || t == Type::f32 || t == Type::f64 || t == Type::tf32 ||
@@ -88,12 +90,19 @@ std::uint64_t real_bits(const Arg& arg, Type type) {
 
 Decoder::Decoder(ProgramBuilder& builder, const Function& function, const RawInstruction& r,
                  Instruction& o)
-    : raw(r), out(o), builder_(builder), function_(function),
+    : raw(r),
+      out(o),
+      builder_(builder),
+      function_(function),
       modifiers_(r.parts.begin() + 1, r.parts.end()) {}
 
-void Decoder::own_pointer(std::shared_ptr<void> p) { builder_.program().owned.push_back(std::move(p)); }
+void Decoder::own_pointer(std::shared_ptr<void> p) {
+  builder_.program().owned.push_back(std::move(p));
+}
 
-int Decoder::target() const { return builder_.module().target_number; }
+int Decoder::target() const {
+  return builder_.module().target_number;
+}
 
 void Decoder::fail(const std::string& what) const {
   throw PtxError(builder_.module().name, raw.line, raw.opcode + ": " + what);
@@ -173,7 +182,9 @@ void Decoder::finish(std::size_t least, std::size_t most) {
   }
 }
 
-void Decoder::finish(std::size_t arguments) { finish(arguments, arguments); }
+void Decoder::finish(std::size_t arguments) {
+  finish(arguments, arguments);
+}
 
 const Arg& Decoder::arg(std::size_t i) const {
   if (i >= raw.args.size()) fail("too few operands");
@@ -236,7 +247,9 @@ Slot Decoder::predicate(const Arg& a) {
   return register_slot(a);
 }
 
-Slot Decoder::constant(std::uint64_t value, int bytes) { return builder_.constant(value, bytes); }
+Slot Decoder::constant(std::uint64_t value, int bytes) {
+  return builder_.constant(value, bytes);
+}
 
 Slot Decoder::source_at_least(const Arg& a, Type type) {
   const int bytes = storage_bytes(type);

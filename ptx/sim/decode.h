@@ -31,11 +31,11 @@ class Decoder {
   bool take(const char* modifier);
   std::string take_one_of(std::initializer_list<const char*> modifiers);  // "" if none
   bool take_prefix(const char* prefix, std::string* rest);                // "m64n" -> "m64n128k32"
-  Type take_type();        // fails if there is none
+  Type take_type();                                                       // fails if there is none
   Type take_type_if_any();
   // Modifiers that change speed, not meaning.
   void take_cache_hints();
-  bool has_cache_policy = false;  // .L2::cache_hint: one more operand
+  bool has_cache_policy = false;       // .L2::cache_hint: one more operand
   void finish(std::size_t arguments);  // no modifier left, this many operands
   void finish(std::size_t least, std::size_t most);
   [[noreturn]] void fail(const std::string& what) const;
@@ -84,21 +84,25 @@ class Decoder {
 
 using DecodeTable = std::unordered_map<std::string, void (*)(Decoder&)>;
 
-void add_control(DecodeTable&);      // control.cpp
-void add_integer(DecodeTable&);      // integer.cpp
-void add_logic(DecodeTable&);        // logic.cpp
-void add_floating(DecodeTable&);     // floating.cpp
-void add_convert(DecodeTable&);      // convert.cpp
-void add_load_store(DecodeTable&);   // load_store.cpp
-void add_atomics(DecodeTable&);      // atomics.cpp
-void add_collectives(DecodeTable&);  // collectives.cpp
-void add_barriers(DecodeTable&);     // barriers.cpp
-void add_mbarrier(DecodeTable&);     // mbarrier.cpp
-void add_copies(DecodeTable&);       // copies.cpp
-void add_matrix(DecodeTable&);       // matrix.cpp
-void add_wgmma(DecodeTable&);        // wgmma.cpp
-void add_tensormap(DecodeTable&);    // tensormap.cpp
-void add_system(DecodeTable&);       // system.cpp
+// Each in the file of its name.
+void add_control(DecodeTable&);
+void add_integer(DecodeTable&);
+void add_moves(DecodeTable&);
+void add_logic(DecodeTable&);
+void add_bits(DecodeTable&);
+void add_compare(DecodeTable&);
+void add_floating(DecodeTable&);
+void add_convert(DecodeTable&);
+void add_load_store(DecodeTable&);
+void add_atomics(DecodeTable&);
+void add_collectives(DecodeTable&);
+void add_barriers(DecodeTable&);
+void add_mbarrier(DecodeTable&);
+void add_copies(DecodeTable&);
+void add_matrix(DecodeTable&);
+void add_wgmma(DecodeTable&);
+void add_tensormap(DecodeTable&);
+void add_system(DecodeTable&);
 
 struct Symbol {
   Space space = Space::global;

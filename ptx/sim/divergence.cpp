@@ -14,8 +14,7 @@ void Warp::branch(const Instruction& i, std::uint32_t taken) {
     g.pc = i.target;
     return;
   }
-  if (i.reconverge != ~0u &&
-      (g.tokens.empty() || g.tokens.back()->pc != i.reconverge)) {
+  if (i.reconverge != ~0u && (g.tokens.empty() || g.tokens.back()->pc != i.reconverge)) {
     auto token = std::make_shared<Token>();
     token->pc = i.reconverge;
     token->depth = g.calls.size();
@@ -157,8 +156,10 @@ void Warp::exit_lanes(std::uint32_t mask) {
   }
   if (groups_[current_].mask != 0) ++groups_[current_].pc;  // guarded: the others go on
   for (std::size_t i = 0; i < groups_.size();) {
-    if (groups_[i].mask == 0) groups_.erase(groups_.begin() + static_cast<std::ptrdiff_t>(i));
-    else ++i;
+    if (groups_[i].mask == 0)
+      groups_.erase(groups_.begin() + static_cast<std::ptrdiff_t>(i));
+    else
+      ++i;
   }
   current_ = 0;
   settle_tokens();

@@ -35,7 +35,8 @@ const std::pair<const char*, const char*> kRemedies[] = {
     {"outstanding bulk store",
      "Run cp.async.bulk.commit_group and cp.async.bulk.wait_group.read 0 before the thread exits."},
     {"bulk store in flight",
-     "Run cp.async.bulk.wait_group.read in the thread that started the copy, then a barrier, before "
+     "Run cp.async.bulk.wait_group.read in the thread that started the copy, then a barrier, "
+     "before "
      "its source is written again."},
     {"outstanding async copy", "Wait for every async copy before the CTA exits."},
     {"divergent collective",

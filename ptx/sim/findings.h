@@ -16,7 +16,7 @@ struct Finding {
   std::string kernel;
   std::uint32_t ptx_line = 0;
   std::string opcode;
-  std::string file;               // of the CUDA source, with -lineinfo
+  std::string file;  // of the CUDA source, with -lineinfo
   std::uint32_t source_line = 0;
   std::uint32_t cta[3] = {0, 0, 0};
   std::uint32_t warp = 0;

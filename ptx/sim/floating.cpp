@@ -15,13 +15,27 @@ using U16 = std::uint16_t;
 using U32 = std::uint32_t;
 using U64 = std::uint64_t;
 
-enum Mode : U16 { kRoundMask = 3, kFtz = 4, kSat = 8, kRelu = 16, kNan = 32, kXorSign = 64, kAbs = 128 };
+enum Mode : U16 {
+  kRoundMask = 3,
+  kFtz = 4,
+  kSat = 8,
+  kRelu = 16,
+  kNan = 32,
+  kXorSign = 64,
+  kAbs = 128
+};
 // kRoundMask: 0 rn, 1 rz, 2 rm, 3 rp
 
-Rounding rounding(U16 mode) { return static_cast<Rounding>(mode & kRoundMask); }
+Rounding rounding(U16 mode) {
+  return static_cast<Rounding>(mode & kRoundMask);
+}
 
-float canonical(float v) { return v != v ? float_from_bits(kCanonicalNanF32) : v; }
-double canonical(double v) { return v != v ? std::numeric_limits<double>::quiet_NaN() : v; }
+float canonical(float v) {
+  return v != v ? float_from_bits(kCanonicalNanF32) : v;
+}
+double canonical(double v) {
+  return v != v ? std::numeric_limits<double>::quiet_NaN() : v;
+}
 float flush(float v) {
   return std::fabs(v) < std::numeric_limits<float>::min() ? std::copysign(0.0f, v) : v;
 }
@@ -82,7 +96,9 @@ float finish32(double exact_to_odd, U16 mode) {
   if (mode & kSat) v = v != v ? 0.0f : v < 0 ? 0.0f : v > 1 ? 1.0f : v;
   return canonical(v);
 }
-float in32(float v, U16 mode) { return mode & kFtz ? flush(v) : v; }
+float in32(float v, U16 mode) {
+  return mode & kFtz ? flush(v) : v;
+}
 
 struct Add32 {
   float operator()(const Instruction& i, float a, float b, float) const {
@@ -106,9 +122,15 @@ struct Fma32 {
   }
 };
 // The common forms: round to nearest, nothing flushed, nothing clamped.
-struct PlainAdd { float operator()(float a, float b) const { return canonical(a + b); } };
-struct PlainSub { float operator()(float a, float b) const { return canonical(a - b); } };
-struct PlainMul { float operator()(float a, float b) const { return canonical(a * b); } };
+struct PlainAdd {
+  float operator()(float a, float b) const { return canonical(a + b); }
+};
+struct PlainSub {
+  float operator()(float a, float b) const { return canonical(a - b); }
+};
+struct PlainMul {
+  float operator()(float a, float b) const { return canonical(a * b); }
+};
 struct PlainFma {
   float operator()(float a, float b, float c) const { return canonical(std::fma(a, b, c)); }
 };
@@ -168,10 +190,14 @@ float select_minmax(float a, float b, U16 mode, bool is_max) {
   float r;
   const float x = mode & kXorSign || mode & kAbs ? std::fabs(a) : a;
   const float y = mode & kXorSign || mode & kAbs ? std::fabs(b) : b;
-  if (a != a) r = y;
-  else if (b != b) r = x;
-  else if (x == y) r = (is_max ? std::signbit(x) : !std::signbit(x)) ? y : x;  // -0 < +0
-  else r = (x > y) == is_max ? x : y;
+  if (a != a)
+    r = y;
+  else if (b != b)
+    r = x;
+  else if (x == y)
+    r = (is_max ? std::signbit(x) : !std::signbit(x)) ? y : x;  // -0 < +0
+  else
+    r = (x > y) == is_max ? x : y;
   if (mode & kXorSign) r = std::copysign(r, std::signbit(a) != std::signbit(b) ? -1.0f : 1.0f);
   return r;
 }
@@ -207,20 +233,42 @@ struct CopySign32 {
 
 // ---- f64: round to nearest only -----------------------------------------------------------------
 
-struct Add64 { double operator()(double a, double b) const { return canonical(a + b); } };
-struct Sub64 { double operator()(double a, double b) const { return canonical(a - b); } };
-struct Mul64 { double operator()(double a, double b) const { return canonical(a * b); } };
-struct Div64 { double operator()(double a, double b) const { return canonical(a / b); } };
+struct Add64 {
+  double operator()(double a, double b) const { return canonical(a + b); }
+};
+struct Sub64 {
+  double operator()(double a, double b) const { return canonical(a - b); }
+};
+struct Mul64 {
+  double operator()(double a, double b) const { return canonical(a * b); }
+};
+struct Div64 {
+  double operator()(double a, double b) const { return canonical(a / b); }
+};
 struct Fma64 {
   double operator()(double a, double b, double c) const { return canonical(std::fma(a, b, c)); }
 };
-struct Min64 { double operator()(double a, double b) const { return std::fmin(a, b); } };
-struct Max64 { double operator()(double a, double b) const { return std::fmax(a, b); } };
-struct Neg64 { double operator()(double a) const { return -a; } };
-struct Abs64 { double operator()(double a) const { return std::fabs(a); } };
-struct Sqrt64 { double operator()(double a) const { return canonical(std::sqrt(a)); } };
-struct Rcp64 { double operator()(double a) const { return canonical(1.0 / a); } };
-struct Rsqrt64 { double operator()(double a) const { return canonical(1.0 / std::sqrt(a)); } };
+struct Min64 {
+  double operator()(double a, double b) const { return std::fmin(a, b); }
+};
+struct Max64 {
+  double operator()(double a, double b) const { return std::fmax(a, b); }
+};
+struct Neg64 {
+  double operator()(double a) const { return -a; }
+};
+struct Abs64 {
+  double operator()(double a) const { return std::fabs(a); }
+};
+struct Sqrt64 {
+  double operator()(double a) const { return canonical(std::sqrt(a)); }
+};
+struct Rcp64 {
+  double operator()(double a) const { return canonical(1.0 / a); }
+};
+struct Rsqrt64 {
+  double operator()(double a) const { return canonical(1.0 / std::sqrt(a)); }
+};
 struct CopySign64 {
   double operator()(double a, double b) const { return std::copysign(b, a); }
 };
@@ -248,32 +296,47 @@ struct Bf16 {
   static U16 input(U16 bits, U16) { return bits; }
 };
 
-struct HAdd { double operator()(float a, float b, float, U16) const { return add_to_odd(a, b); } };
-struct HSub { double operator()(float a, float b, float, U16) const { return add_to_odd(a, -double{b}); } };
-struct HMul { double operator()(float a, float b, float, U16) const { return double{a} * b; } };
+struct HAdd {
+  double operator()(float a, float b, float, U16) const { return add_to_odd(a, b); }
+};
+struct HSub {
+  double operator()(float a, float b, float, U16) const { return add_to_odd(a, -double{b}); }
+};
+struct HMul {
+  double operator()(float a, float b, float, U16) const { return double{a} * b; }
+};
 struct HFma {
   double operator()(float a, float b, float c, U16) const { return add_to_odd(double{a} * b, c); }
 };
 template <bool is_max>
 struct HMinMax {
-  double operator()(float a, float b, float, U16 mode) const { return select_minmax(a, b, mode, is_max); }
+  double operator()(float a, float b, float, U16 mode) const {
+    return select_minmax(a, b, mode, is_max);
+  }
 };
-struct HEx2 { double operator()(float a, float, float, U16) const { return std::exp2(double{a}); } };
-struct HTanh { double operator()(float a, float, float, U16) const { return std::tanh(double{a}); } };
+struct HEx2 {
+  double operator()(float a, float, float, U16) const { return std::exp2(double{a}); }
+};
+struct HTanh {
+  double operator()(float a, float, float, U16) const { return std::tanh(double{a}); }
+};
 
 template <class Format, class F>
 struct Half {
   U16 operator()(const Instruction& i, U16 a, U16 b, U16 c) const {
     const U16 m = i.small;
-    return Format::encode(F()(Format::decode(Format::input(a, m)), Format::decode(Format::input(b, m)),
-                              Format::decode(Format::input(c, m)), m), m);
+    return Format::encode(
+        F()(Format::decode(Format::input(a, m)), Format::decode(Format::input(b, m)),
+            Format::decode(Format::input(c, m)), m),
+        m);
   }
 };
 template <class One>
 struct Pair {
   U32 operator()(const Instruction& i, U32 a, U32 b, U32 c) const {
     const U32 low = One()(i, static_cast<U16>(a), static_cast<U16>(b), static_cast<U16>(c));
-    const U32 high = One()(i, static_cast<U16>(a >> 16), static_cast<U16>(b >> 16), static_cast<U16>(c >> 16));
+    const U32 high =
+        One()(i, static_cast<U16>(a >> 16), static_cast<U16>(b >> 16), static_cast<U16>(c >> 16));
     return high << 16 | low;
   }
 };
@@ -287,23 +350,35 @@ struct HSign {
 template <class F>
 Execute half_form(Type type) {
   switch (type) {
-    case Type::f16: return map3i<U16, U16, U16, U16, Half<F16, F>>;
-    case Type::bf16: return map3i<U16, U16, U16, U16, Half<Bf16, F>>;
-    case Type::f16x2: return map3i<U32, U32, U32, U32, Pair<Half<F16, F>>>;
-    case Type::bf16x2: return map3i<U32, U32, U32, U32, Pair<Half<Bf16, F>>>;
-    default: return nullptr;
+    case Type::f16:
+      return map3i<U16, U16, U16, U16, Half<F16, F>>;
+    case Type::bf16:
+      return map3i<U16, U16, U16, U16, Half<Bf16, F>>;
+    case Type::f16x2:
+      return map3i<U32, U32, U32, U32, Pair<Half<F16, F>>>;
+    case Type::bf16x2:
+      return map3i<U32, U32, U32, U32, Pair<Half<Bf16, F>>>;
+    default:
+      return nullptr;
   }
 }
 template <class One>
 Execute sign_form(Type type) {
   switch (type) {
-    case Type::f16: case Type::bf16: return map3i<U16, U16, U16, U16, One>;
-    case Type::f16x2: case Type::bf16x2: return map3i<U32, U32, U32, U32, Pair<One>>;
-    default: return nullptr;
+    case Type::f16:
+    case Type::bf16:
+      return map3i<U16, U16, U16, U16, One>;
+    case Type::f16x2:
+    case Type::bf16x2:
+      return map3i<U32, U32, U32, U32, Pair<One>>;
+    default:
+      return nullptr;
   }
 }
 template <class F>
-Execute f32_form() { return map3i<float, float, float, float, F>; }
+Execute f32_form() {
+  return map3i<float, float, float, float, F>;
+}
 
 // ---- Decoding -----------------------------------------------------------------------------------
 
@@ -347,17 +422,23 @@ void decode_float_arithmetic(Decoder& d, Type type) {
   if (type == Type::f32) {
     if (d.out.small & kRelu) d.fail("unknown modifier '.relu'");
     const bool plain = d.out.small == 0;
-    if (op == "add") return operands(d, type, 2, plain ? map2<float, float, float, PlainAdd> : f32_form<Add32>());
-    if (op == "sub") return operands(d, type, 2, plain ? map2<float, float, float, PlainSub> : f32_form<Sub32>());
-    if (op == "mul") return operands(d, type, 2, plain ? map2<float, float, float, PlainMul> : f32_form<Mul32>());
+    if (op == "add")
+      return operands(d, type, 2, plain ? map2<float, float, float, PlainAdd> : f32_form<Add32>());
+    if (op == "sub")
+      return operands(d, type, 2, plain ? map2<float, float, float, PlainSub> : f32_form<Sub32>());
+    if (op == "mul")
+      return operands(d, type, 2, plain ? map2<float, float, float, PlainMul> : f32_form<Mul32>());
     if (op == "fma" || op == "mad") {
-      return operands(d, type, 3, plain ? map3<float, float, float, float, PlainFma> : f32_form<Fma32>());
+      return operands(d, type, 3,
+                      plain ? map3<float, float, float, float, PlainFma> : f32_form<Fma32>());
     }
     if (op == "div") return operands(d, type, 2, f32_form<Div32>());
-    if (op == "min") return d.count() == 4 ? operands(d, type, 3, f32_form<MinMax3<false>>())
-                                           : operands(d, type, 2, f32_form<MinMax32<false>>());
-    if (op == "max") return d.count() == 4 ? operands(d, type, 3, f32_form<MinMax3<true>>())
-                                           : operands(d, type, 2, f32_form<MinMax32<true>>());
+    if (op == "min")
+      return d.count() == 4 ? operands(d, type, 3, f32_form<MinMax3<false>>())
+                            : operands(d, type, 2, f32_form<MinMax32<false>>());
+    if (op == "max")
+      return d.count() == 4 ? operands(d, type, 3, f32_form<MinMax3<true>>())
+                            : operands(d, type, 2, f32_form<MinMax32<true>>());
     if (op == "neg") return operands(d, type, 1, f32_form<Neg32>());
     if (op == "abs") return operands(d, type, 1, f32_form<Abs32>());
     if (op == "copysign") return operands(d, type, 2, f32_form<CopySign32>());
@@ -390,7 +471,9 @@ void decode_float_arithmetic(Decoder& d, Type type) {
 
 namespace {
 
-void decode_with_type(Decoder& d) { decode_float_arithmetic(d, d.take_type()); }
+void decode_with_type(Decoder& d) {
+  decode_float_arithmetic(d, d.take_type());
+}
 
 template <class F32, class F64>
 void decode_root(Decoder& d) {  // rcp, sqrt, rsqrt
@@ -432,8 +515,9 @@ Step test(Warp& w, const Instruction& i, U32 mask) {
   const auto& property = *static_cast<const std::string*>(i.extra);
   U32 result = 0;
   for_lanes(mask, [&](int l) {
-    const bool yes = i.s[0].bytes == 8 ? test_property(property, Element<double>::load(w.at(i.s[0]), l))
-                                       : test_property(property, Element<float>::load(w.at(i.s[0]), l));
+    const bool yes = i.s[0].bytes == 8
+                         ? test_property(property, Element<double>::load(w.at(i.s[0]), l))
+                         : test_property(property, Element<float>::load(w.at(i.s[0]), l));
     result |= static_cast<U32>(yes) << l;
   });
   w.set_predicate(i.d, mask, result);

@@ -1,4 +1,5 @@
-// A launch: checks what CUDA would check, lays out constants and memory, runs clusters on all cores.
+// A launch: checks what CUDA would check, lays out constants and memory, runs clusters on all
+// cores.
 #include <algorithm>
 #include <chrono>
 #include <cstring>
@@ -21,13 +22,15 @@ namespace {
 
 Grid::Grid(const Module& module, std::shared_ptr<const Program> p, const LaunchOptions& o,
            const std::vector<ParamBytes>& params, const std::vector<Buffer>& buffers)
-    : program(std::move(p)), options(o), sink(o.max_findings), checks(o.checks),
+    : program(std::move(p)),
+      options(o),
+      sink(o.max_findings),
+      checks(o.checks),
       files_(module.files()) {
   const Function& f = program->attributes;
   const std::string& name = program->kernel;
   if (o.grid.volume() == 0 || o.block.volume() == 0) refuse(name, "empty grid or block");
-  if (o.grid.y > 65535 || o.grid.z > 65535 || o.grid.x > 0x7fffffff)
-    refuse(name, "grid too large");
+  if (o.grid.y > 65535 || o.grid.z > 65535 || o.grid.x > 0x7fffffff) refuse(name, "grid too large");
   if (o.block.volume() > 1024 || o.block.x > 1024 || o.block.y > 1024 || o.block.z > 64)
     refuse(name, "block of " + std::to_string(o.block.volume()) + " threads; at most 1024");
   threads = static_cast<std::uint32_t>(o.block.volume());
@@ -59,15 +62,16 @@ Grid::Grid(const Module& module, std::shared_ptr<const Program> p, const LaunchO
     refuse(name, "the grid is not a multiple of the cluster");
   shared_bytes = program->shared_dynamic_begin + o.dynamic_smem;
   if (shared_bytes > kMaxSharedBytes + kSharedBase) {
-    refuse(name, std::to_string(shared_bytes - kSharedBase) +
-                     " bytes of shared memory; at most " + std::to_string(kMaxSharedBytes));
+    refuse(name, std::to_string(shared_bytes - kSharedBase) + " bytes of shared memory; at most " +
+                     std::to_string(kMaxSharedBytes));
   }
   registers_per_thread = o.registers_per_thread;
   if (registers_per_thread == 0) {
     const std::uint32_t ctas = std::max(1u, f.min_ctas);
     registers_per_thread = std::min(255u, 65536 / (warps_per_cta * 32 * ctas));
     registers_per_thread = std::max(16u, registers_per_thread / 8 * 8);
-    if (f.max_registers != 0) registers_per_thread = std::min(registers_per_thread, f.max_registers);
+    if (f.max_registers != 0)
+      registers_per_thread = std::min(registers_per_thread, f.max_registers);
   }
 
   if (params.size() != program->params.size()) {
@@ -141,7 +145,8 @@ bool Grid::observe(std::uint64_t address, std::uint32_t cluster, Knowledge* know
 Report Grid::run() {
   const auto started = std::chrono::steady_clock::now();
   const auto total = static_cast<std::uint32_t>(options.grid.volume() / cluster_size);
-  unsigned workers = options.num_threads ? options.num_threads : std::thread::hardware_concurrency();
+  unsigned workers =
+      options.num_threads ? options.num_threads : std::thread::hardware_concurrency();
   workers = std::max(1u, std::min(workers, total));
 
   std::atomic<std::uint32_t> next{0};

@@ -17,11 +17,13 @@ using Unsigned = std::make_unsigned_t<T>;
 
 template <class T>
 T wrap_add(T a, T b) {
-  return static_cast<T>(static_cast<Unsigned<T>>(static_cast<Unsigned<T>>(a) + static_cast<Unsigned<T>>(b)));
+  return static_cast<T>(
+      static_cast<Unsigned<T>>(static_cast<Unsigned<T>>(a) + static_cast<Unsigned<T>>(b)));
 }
 template <class T>
 T wrap_sub(T a, T b) {
-  return static_cast<T>(static_cast<Unsigned<T>>(static_cast<Unsigned<T>>(a) - static_cast<Unsigned<T>>(b)));
+  return static_cast<T>(
+      static_cast<Unsigned<T>>(static_cast<Unsigned<T>>(a) - static_cast<Unsigned<T>>(b)));
 }
 template <class T>
 T wrap_mul(T a, T b) {
@@ -39,10 +41,30 @@ T multiply_high(T a, T b) {
   }
 }
 
-struct Add { template <class T> T operator()(T a, T b) const { return wrap_add(a, b); } };
-struct Sub { template <class T> T operator()(T a, T b) const { return wrap_sub(a, b); } };
-struct MulLow { template <class T> T operator()(T a, T b) const { return wrap_mul(a, b); } };
-struct MulHigh { template <class T> T operator()(T a, T b) const { return multiply_high(a, b); } };
+struct Add {
+  template <class T>
+  T operator()(T a, T b) const {
+    return wrap_add(a, b);
+  }
+};
+struct Sub {
+  template <class T>
+  T operator()(T a, T b) const {
+    return wrap_sub(a, b);
+  }
+};
+struct MulLow {
+  template <class T>
+  T operator()(T a, T b) const {
+    return wrap_mul(a, b);
+  }
+};
+struct MulHigh {
+  template <class T>
+  T operator()(T a, T b) const {
+    return multiply_high(a, b);
+  }
+};
 struct AddSat {
   std::int32_t operator()(std::int32_t a, std::int32_t b) const {
     const std::int64_t r = std::int64_t{a} + b;
@@ -56,63 +78,111 @@ struct SubSat {
   }
 };
 struct MadLow {
-  template <class T> T operator()(T a, T b, T c) const { return wrap_add(wrap_mul(a, b), c); }
+  template <class T>
+  T operator()(T a, T b, T c) const {
+    return wrap_add(wrap_mul(a, b), c);
+  }
 };
 struct MadHigh {
-  template <class T> T operator()(T a, T b, T c) const { return wrap_add(multiply_high(a, b), c); }
+  template <class T>
+  T operator()(T a, T b, T c) const {
+    return wrap_add(multiply_high(a, b), c);
+  }
 };
 template <class Wide>
 struct MulWide {
-  template <class T> Wide operator()(T a, T b) const {
+  template <class T>
+  Wide operator()(T a, T b) const {
     return wrap_mul(static_cast<Wide>(a), static_cast<Wide>(b));
   }
 };
 template <class Wide>
 struct MadWide {
-  template <class T> Wide operator()(T a, T b, Wide c) const {
+  template <class T>
+  Wide operator()(T a, T b, Wide c) const {
     return wrap_add(wrap_mul(static_cast<Wide>(a), static_cast<Wide>(b)), c);
   }
 };
 // Division by zero gives an unspecified value in PTX; all bits set, as hardware does.
 struct Div {
-  template <class T> T operator()(T a, T b) const {
+  template <class T>
+  T operator()(T a, T b) const {
     if (b == 0) return static_cast<T>(~T{0});
     if (std::is_signed_v<T> && b == static_cast<T>(-1)) return wrap_sub(T{0}, a);
     return static_cast<T>(a / b);
   }
 };
 struct Rem {
-  template <class T> T operator()(T a, T b) const {
+  template <class T>
+  T operator()(T a, T b) const {
     if (b == 0) return a;
     if (std::is_signed_v<T> && b == static_cast<T>(-1)) return 0;
     return static_cast<T>(a % b);
   }
 };
-struct Min { template <class T> T operator()(T a, T b) const { return std::min(a, b); } };
-struct Max { template <class T> T operator()(T a, T b) const { return std::max(a, b); } };
-struct MinRelu { template <class T> T operator()(T a, T b) const { return std::max(T{0}, std::min(a, b)); } };
-struct MaxRelu { template <class T> T operator()(T a, T b) const { return std::max(T{0}, std::max(a, b)); } };
-struct Abs { template <class T> T operator()(T a) const { return a < 0 ? wrap_sub(T{0}, a) : a; } };
-struct Neg { template <class T> T operator()(T a) const { return wrap_sub(T{0}, a); } };
+struct Min {
+  template <class T>
+  T operator()(T a, T b) const {
+    return std::min(a, b);
+  }
+};
+struct Max {
+  template <class T>
+  T operator()(T a, T b) const {
+    return std::max(a, b);
+  }
+};
+struct MinRelu {
+  template <class T>
+  T operator()(T a, T b) const {
+    return std::max(T{0}, std::min(a, b));
+  }
+};
+struct MaxRelu {
+  template <class T>
+  T operator()(T a, T b) const {
+    return std::max(T{0}, std::max(a, b));
+  }
+};
+struct Abs {
+  template <class T>
+  T operator()(T a) const {
+    return a < 0 ? wrap_sub(T{0}, a) : a;
+  }
+};
+struct Neg {
+  template <class T>
+  T operator()(T a) const {
+    return wrap_sub(T{0}, a);
+  }
+};
 struct Sad {
-  template <class T> T operator()(T a, T b, T c) const {
+  template <class T>
+  T operator()(T a, T b, T c) const {
     return wrap_add(c, a < b ? wrap_sub(b, a) : wrap_sub(a, b));
   }
 };
 struct Mul24 {
-  template <class T> T operator()(T a, T b) const {
-    return wrap_mul(static_cast<T>(static_cast<T>(a << 8) >> 8), static_cast<T>(static_cast<T>(b << 8) >> 8));
+  template <class T>
+  T operator()(T a, T b) const {
+    return wrap_mul(static_cast<T>(static_cast<T>(a << 8) >> 8),
+                    static_cast<T>(static_cast<T>(b << 8) >> 8));
   }
 };
 struct Mad24 {
-  template <class T> T operator()(T a, T b, T c) const { return wrap_add(Mul24()(a, b), c); }
+  template <class T>
+  T operator()(T a, T b, T c) const {
+    return wrap_add(Mul24()(a, b), c);
+  }
 };
 template <class F>
 struct Halves {  // u16x2, s16x2
-  template <class T> T operator()(T a, T b) const {
+  template <class T>
+  T operator()(T a, T b) const {
     using H = std::conditional_t<std::is_signed_v<T>, std::int16_t, std::uint16_t>;
     const auto low = static_cast<std::uint16_t>(F()(static_cast<H>(a), static_cast<H>(b)));
-    const auto high = static_cast<std::uint16_t>(F()(static_cast<H>(a >> 16), static_cast<H>(b >> 16)));
+    const auto high =
+        static_cast<std::uint16_t>(F()(static_cast<H>(a >> 16), static_cast<H>(b >> 16)));
     return static_cast<T>(static_cast<std::uint32_t>(high) << 16 | low);
   }
 };
@@ -120,36 +190,58 @@ struct Halves {  // u16x2, s16x2
 template <class F>
 Execute binary(Type t) {
   switch (t) {
-    case Type::u16: return map2<std::uint16_t, std::uint16_t, std::uint16_t, F>;
-    case Type::s16: return map2<std::int16_t, std::int16_t, std::int16_t, F>;
-    case Type::u32: case Type::b32: return map2<std::uint32_t, std::uint32_t, std::uint32_t, F>;
-    case Type::s32: return map2<std::int32_t, std::int32_t, std::int32_t, F>;
-    case Type::u64: case Type::b64: return map2<std::uint64_t, std::uint64_t, std::uint64_t, F>;
-    case Type::s64: return map2<std::int64_t, std::int64_t, std::int64_t, F>;
-    case Type::u16x2: return map2<std::uint32_t, std::uint32_t, std::uint32_t, Halves<F>>;
-    case Type::s16x2: return map2<std::int32_t, std::int32_t, std::int32_t, Halves<F>>;
-    default: return nullptr;
+    case Type::u16:
+      return map2<std::uint16_t, std::uint16_t, std::uint16_t, F>;
+    case Type::s16:
+      return map2<std::int16_t, std::int16_t, std::int16_t, F>;
+    case Type::u32:
+    case Type::b32:
+      return map2<std::uint32_t, std::uint32_t, std::uint32_t, F>;
+    case Type::s32:
+      return map2<std::int32_t, std::int32_t, std::int32_t, F>;
+    case Type::u64:
+    case Type::b64:
+      return map2<std::uint64_t, std::uint64_t, std::uint64_t, F>;
+    case Type::s64:
+      return map2<std::int64_t, std::int64_t, std::int64_t, F>;
+    case Type::u16x2:
+      return map2<std::uint32_t, std::uint32_t, std::uint32_t, Halves<F>>;
+    case Type::s16x2:
+      return map2<std::int32_t, std::int32_t, std::int32_t, Halves<F>>;
+    default:
+      return nullptr;
   }
 }
 template <class F>
 Execute ternary(Type t) {
   switch (t) {
-    case Type::u16: return map3<std::uint16_t, std::uint16_t, std::uint16_t, std::uint16_t, F>;
-    case Type::s16: return map3<std::int16_t, std::int16_t, std::int16_t, std::int16_t, F>;
-    case Type::u32: return map3<std::uint32_t, std::uint32_t, std::uint32_t, std::uint32_t, F>;
-    case Type::s32: return map3<std::int32_t, std::int32_t, std::int32_t, std::int32_t, F>;
-    case Type::u64: return map3<std::uint64_t, std::uint64_t, std::uint64_t, std::uint64_t, F>;
-    case Type::s64: return map3<std::int64_t, std::int64_t, std::int64_t, std::int64_t, F>;
-    default: return nullptr;
+    case Type::u16:
+      return map3<std::uint16_t, std::uint16_t, std::uint16_t, std::uint16_t, F>;
+    case Type::s16:
+      return map3<std::int16_t, std::int16_t, std::int16_t, std::int16_t, F>;
+    case Type::u32:
+      return map3<std::uint32_t, std::uint32_t, std::uint32_t, std::uint32_t, F>;
+    case Type::s32:
+      return map3<std::int32_t, std::int32_t, std::int32_t, std::int32_t, F>;
+    case Type::u64:
+      return map3<std::uint64_t, std::uint64_t, std::uint64_t, std::uint64_t, F>;
+    case Type::s64:
+      return map3<std::int64_t, std::int64_t, std::int64_t, std::int64_t, F>;
+    default:
+      return nullptr;
   }
 }
 template <class F>
 Execute unary_signed(Type t) {
   switch (t) {
-    case Type::s16: return map1<std::int16_t, std::int16_t, F>;
-    case Type::s32: return map1<std::int32_t, std::int32_t, F>;
-    case Type::s64: return map1<std::int64_t, std::int64_t, F>;
-    default: return nullptr;
+    case Type::s16:
+      return map1<std::int16_t, std::int16_t, F>;
+    case Type::s32:
+      return map1<std::int32_t, std::int32_t, F>;
+    case Type::s64:
+      return map1<std::int64_t, std::int64_t, F>;
+    default:
+      return nullptr;
   }
 }
 
@@ -164,8 +256,17 @@ void set_binary(Decoder& d, Type type, Execute execute) {
 
 bool is_integer(Type t) {
   switch (t) {
-    case Type::u16: case Type::s16: case Type::u32: case Type::s32: case Type::u64: case Type::s64:
-    case Type::u16x2: case Type::s16x2: case Type::b32: case Type::b64: case Type::b16:
+    case Type::u16:
+    case Type::s16:
+    case Type::u32:
+    case Type::s32:
+    case Type::u64:
+    case Type::s64:
+    case Type::u16x2:
+    case Type::s16x2:
+    case Type::b32:
+    case Type::b64:
+    case Type::b16:
       return true;
     default:
       return false;
@@ -243,8 +344,10 @@ void decode_add_sub(Decoder& d) {
     return set_binary(d, type, e);
   }
   if (!is_integer(type)) return decode_float_arithmetic(d, type);
-  if (sat) return set_binary(d, type, subtract ? map2<std::int32_t, std::int32_t, std::int32_t, SubSat>
-                                               : map2<std::int32_t, std::int32_t, std::int32_t, AddSat>);
+  if (sat)
+    return set_binary(d, type,
+                      subtract ? map2<std::int32_t, std::int32_t, std::int32_t, SubSat>
+                               : map2<std::int32_t, std::int32_t, std::int32_t, AddSat>);
   set_binary(d, type, subtract ? binary<Sub>(type) : binary<Add>(type));
 }
 
@@ -264,10 +367,11 @@ void decode_mul(Decoder& d) {
   d.out.s[0] = d.source(1, type);
   d.out.s[1] = d.source(2, type);
   d.out.execute =
-      type == Type::u16   ? map2<std::uint32_t, std::uint16_t, std::uint16_t, MulWide<std::uint32_t>>
+      type == Type::u16 ? map2<std::uint32_t, std::uint16_t, std::uint16_t, MulWide<std::uint32_t>>
       : type == Type::s16 ? map2<std::int32_t, std::int16_t, std::int16_t, MulWide<std::int32_t>>
-      : type == Type::u32 ? map2<std::uint64_t, std::uint32_t, std::uint32_t, MulWide<std::uint64_t>>
-                          : map2<std::int64_t, std::int32_t, std::int32_t, MulWide<std::int64_t>>;
+      : type == Type::u32
+          ? map2<std::uint64_t, std::uint32_t, std::uint32_t, MulWide<std::uint64_t>>
+          : map2<std::int64_t, std::int32_t, std::int32_t, MulWide<std::int64_t>>;
 }
 
 void decode_mad(Decoder& d) {
@@ -288,9 +392,12 @@ void decode_mad(Decoder& d) {
     const Type wide_type = bytes == 4 ? Type::u64 : Type::u32;
     d.out.d = d.destination(0, 2 * bytes);
     d.out.s[2] = d.source(3, wide_type);
-    using U16 = std::uint16_t; using S16 = std::int16_t;
-    using U32 = std::uint32_t; using S32 = std::int32_t;
-    using U64 = std::uint64_t; using S64 = std::int64_t;
+    using U16 = std::uint16_t;
+    using S16 = std::int16_t;
+    using U32 = std::uint32_t;
+    using S32 = std::int32_t;
+    using U64 = std::uint64_t;
+    using S64 = std::int64_t;
     d.out.execute = type == Type::u16   ? map3<U32, U16, U16, U32, MadWide<U32>>
                     : type == Type::s16 ? map3<S32, S16, S16, S32, MadWide<S32>>
                     : type == Type::u32 ? map3<U64, U32, U32, U64, MadWide<U64>>
@@ -399,8 +506,10 @@ Execute dot(bool a_signed, bool b_signed) {
   }
   return b_signed ? map3<S32, U32, U32, S32, F<U, S2>> : map3<S32, U32, U32, S32, F<U, U2>>;
 }
-template <class A, class B> using Dp2aLow = Dp2a<A, B, 0>;
-template <class A, class B> using Dp2aHigh = Dp2a<A, B, 2>;
+template <class A, class B>
+using Dp2aLow = Dp2a<A, B, 0>;
+template <class A, class B>
+using Dp2aHigh = Dp2a<A, B, 2>;
 
 void decode_dot(Decoder& d) {
   const bool two = d.opcode() == "dp2a", low = d.take("lo"), high = d.take("hi");
@@ -409,8 +518,10 @@ void decode_dot(Decoder& d) {
   d.finish(4);
   d.out.d = d.destination(0, 4);
   for (std::size_t k = 0; k < 3; ++k) d.out.s[k] = d.source(k + 1, Type::b32);
-  using U8 = std::uint8_t; using S8 = std::int8_t;
-  using U16 = std::uint16_t; using S16 = std::int16_t;
+  using U8 = std::uint8_t;
+  using S8 = std::int8_t;
+  using U16 = std::uint16_t;
+  using S16 = std::int16_t;
   d.out.execute = !two  ? dot<Dp4a, U8, S8, U8, S8>(a, b)
                   : low ? dot<Dp2aLow, U16, S16, U8, S8>(a, b)
                         : dot<Dp2aHigh, U16, S16, U8, S8>(a, b);

@@ -17,8 +17,35 @@ class PtxError : public std::runtime_error {
 };
 
 enum class Type : std::uint8_t {
-  none, pred, b8, b16, b32, b64, b128, u8, u16, u32, u64, s8, s16, s32, s64, f16, f16x2, bf16,
-  bf16x2, f32, f64, tf32, e4m3, e5m2, e4m3x2, e5m2x2, ue8m0x2, u16x2, s16x2,
+  none,
+  pred,
+  b8,
+  b16,
+  b32,
+  b64,
+  b128,
+  u8,
+  u16,
+  u32,
+  u64,
+  s8,
+  s16,
+  s32,
+  s64,
+  f16,
+  f16x2,
+  bf16,
+  bf16x2,
+  f32,
+  f64,
+  tf32,
+  e4m3,
+  e5m2,
+  e4m3x2,
+  e5m2x2,
+  ue8m0x2,
+  u16x2,
+  s16x2,
 };
 
 Type type_named(const std::string& name);  // Type::none if it is not a type
@@ -35,12 +62,12 @@ enum class Space : std::uint8_t { generic, global, shared, shared_cluster, local
 struct Arg {
   enum Kind : std::uint8_t { reg, integer, real, name, special, vector, memory, list, sink, pair };
   Kind kind = sink;
-  bool negate = false;         // !p
-  std::uint32_t reg_index = 0; // reg
-  std::uint64_t bits = 0;      // integer; real: the bits of a double
-  std::int64_t offset = 0;     // memory, name: + offset
-  std::string text;            // name, special
-  std::vector<Arg> args;       // vector, list, pair; memory: base, then what follows commas
+  bool negate = false;          // !p
+  std::uint32_t reg_index = 0;  // reg
+  std::uint64_t bits = 0;       // integer; real: the bits of a double
+  std::int64_t offset = 0;      // memory, name: + offset
+  std::string text;             // name, special
+  std::vector<Arg> args;        // vector, list, pair; memory: base, then what follows commas
 };
 
 struct RawInstruction {
@@ -62,10 +89,16 @@ struct Variable {  // .shared, .global, .const, .local, .param
   Space space = Space::global;
   std::uint32_t align = 1;
   std::uint64_t bytes = 0;
-  bool external = false;                // .extern .shared: dynamic shared memory
-  std::vector<std::uint8_t> initial;    // may be shorter than bytes
-  struct Reference { std::uint64_t at; std::string symbol; std::int64_t addend; int bytes; int shift; };
-  std::vector<Reference> references;    // addresses within the initialiser
+  bool external = false;              // .extern .shared: dynamic shared memory
+  std::vector<std::uint8_t> initial;  // may be shorter than bytes
+  struct Reference {
+    std::uint64_t at;
+    std::string symbol;
+    std::int64_t addend;
+    int bytes;
+    int shift;
+  };
+  std::vector<Reference> references;  // addresses within the initialiser
 };
 
 struct Function {
@@ -77,9 +110,17 @@ struct Function {
   std::vector<RegisterDecl> registers;
   std::vector<Variable> variables;  // declared in the body, names made unique by scope
   std::vector<RawInstruction> code;
-  struct Label { std::string name; std::uint32_t scope; std::uint32_t at; };
+  struct Label {
+    std::string name;
+    std::uint32_t scope;
+    std::uint32_t at;
+  };
   std::vector<Label> labels;
-  struct BranchTable { std::string name; std::uint32_t scope; std::vector<std::string> targets; };
+  struct BranchTable {
+    std::string name;
+    std::uint32_t scope;
+    std::vector<std::string> targets;
+  };
   std::vector<BranchTable> tables;
   std::vector<int> scope_parent;
   std::uint32_t max_threads[3] = {0, 0, 0};       // .maxntid
@@ -126,28 +167,69 @@ struct Instruction {
   std::int32_t guard = -1;  // register offset of the predicate
   std::uint32_t guard_reg = 0;
   bool guard_negated = false;
-  bool aligned = false;           // all lanes of the warp must be here
-  std::uint16_t small = 0;        // family-specific
-  std::uint32_t target = 0;       // branch target, callee
-  std::uint32_t reconverge = ~0u; // immediate post-dominator of a branch
+  bool aligned = false;            // all lanes of the warp must be here
+  std::uint16_t small = 0;         // family-specific
+  std::uint32_t target = 0;        // branch target, callee
+  std::uint32_t reconverge = ~0u;  // immediate post-dominator of a branch
   Slot d, d2, s[4];
-  std::vector<Slot> list;         // vectors: destinations first
-  std::int64_t offset = 0;        // of an address
-  const void* extra = nullptr;    // owned by the program
+  std::vector<Slot> list;              // vectors: destinations first
+  std::int64_t offset = 0;             // of an address
+  const void* extra = nullptr;         // owned by the program
   std::vector<std::uint32_t> tracked;  // wgmma fragment registers it touches (index, write flag)
-  std::uint32_t opcode = 0;       // index into Program::opcodes
+  std::uint32_t opcode = 0;            // index into Program::opcodes
   std::uint32_t line = 0, file = 0, source_line = 0;
 };
 
 // Read-only registers that hold a value per lane, filled when a warp starts.
 enum class Special : std::uint8_t {
-  tid_x, tid_y, tid_z, ntid_x, ntid_y, ntid_z, ctaid_x, ctaid_y, ctaid_z, nctaid_x, nctaid_y,
-  nctaid_z, laneid, warpid, nwarpid, smid, nsmid, gridid, lanemask_eq, lanemask_le, lanemask_lt,
-  lanemask_ge, lanemask_gt, clusterid_x, clusterid_y, clusterid_z, nclusterid_x, nclusterid_y,
-  nclusterid_z, cluster_ctaid_x, cluster_ctaid_y, cluster_ctaid_z, cluster_nctaid_x,
-  cluster_nctaid_y, cluster_nctaid_z, cluster_ctarank, cluster_nctarank, is_explicit_cluster,
-  dynamic_smem_size, total_smem_size, aggr_smem_size, clock, clock_hi, clock64, globaltimer,
-  globaltimer_lo, globaltimer_hi, count,
+  tid_x,
+  tid_y,
+  tid_z,
+  ntid_x,
+  ntid_y,
+  ntid_z,
+  ctaid_x,
+  ctaid_y,
+  ctaid_z,
+  nctaid_x,
+  nctaid_y,
+  nctaid_z,
+  laneid,
+  warpid,
+  nwarpid,
+  smid,
+  nsmid,
+  gridid,
+  lanemask_eq,
+  lanemask_le,
+  lanemask_lt,
+  lanemask_ge,
+  lanemask_gt,
+  clusterid_x,
+  clusterid_y,
+  clusterid_z,
+  nclusterid_x,
+  nclusterid_y,
+  nclusterid_z,
+  cluster_ctaid_x,
+  cluster_ctaid_y,
+  cluster_ctaid_z,
+  cluster_nctaid_x,
+  cluster_nctaid_y,
+  cluster_nctaid_z,
+  cluster_ctarank,
+  cluster_nctarank,
+  is_explicit_cluster,
+  dynamic_smem_size,
+  total_smem_size,
+  aggr_smem_size,
+  clock,
+  clock_hi,
+  clock64,
+  globaltimer,
+  globaltimer_lo,
+  globaltimer_hi,
+  count,
 };
 
 // A kernel with every function that it calls, ready to run.
@@ -158,19 +240,25 @@ struct Program {
   std::vector<std::string> opcodes;
   std::uint32_t register_bytes = 0, register_count = 0;
   std::vector<std::uint8_t> constants;
-  struct ParamAddress { std::uint32_t offset; std::int64_t addend; };
+  struct ParamAddress {
+    std::uint32_t offset;
+    std::int64_t addend;
+  };
   std::vector<ParamAddress> param_addresses;  // constants that become addresses at launch
-  struct SpecialRegister { Special which; Slot slot; };
+  struct SpecialRegister {
+    Special which;
+    Slot slot;
+  };
   std::vector<SpecialRegister> specials;
   std::uint32_t shared_static_end = 0, shared_dynamic_begin = 0;
   std::uint32_t local_bytes = 0;  // per lane, call parameters included
   std::uint32_t param_bytes = 0;
-  std::vector<Variable> params;   // offsets in align order
+  std::vector<Variable> params;  // offsets in align order
   std::vector<std::uint32_t> param_offsets;
   bool uses_wgmma = false;
   std::vector<std::shared_ptr<void>> owned;
   std::vector<std::string> register_names;  // by register index
-  Function attributes;  // launch attributes of the kernel (no code)
+  Function attributes;                      // launch attributes of the kernel (no code)
 };
 
 }  // namespace torchext::sim

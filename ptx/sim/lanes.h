@@ -62,8 +62,8 @@ Step map3(Warp& w, const Instruction& i, std::uint32_t mask) {
   const auto* b = w.at(i.s[1]);
   const auto* c = w.at(i.s[2]);
   each_lane(mask, [&](int l) {
-    Element<R>::store(
-        d, l, F()(Element<A>::load(a, l), Element<B>::load(b, l), Element<C>::load(c, l)));
+    Element<R>::store(d, l,
+                      F()(Element<A>::load(a, l), Element<B>::load(b, l), Element<C>::load(c, l)));
   });
   w.set_valid(i.d, mask, w.valid(i.s[0]) & w.valid(i.s[1]) & w.valid(i.s[2]));
   return Step::next;

@@ -41,8 +41,8 @@ class Module {
 
   const std::vector<Kernel>& kernels() const { return kernels_; }
   const Kernel& kernel(const std::string& name) const;  // throws std::invalid_argument
-  std::string target() const;  // "sm_90a"
-  const std::vector<std::string>& files() const;  // of .file directives
+  std::string target() const;                           // "sm_90a"
+  const std::vector<std::string>& files() const;        // of .file directives
   // Decodes the kernel and all it calls. Throws PtxError for an unknown opcode or modifier.
   std::shared_ptr<const Program> program(const std::string& kernel) const;
   DeviceVariables& variables() const { return *variables_; }
@@ -81,7 +81,7 @@ struct LaunchOptions {
   // converged: an .aligned or .sync instruction orders the lanes of its warp.
   // strict: only bar.warp.sync and barriers do.
   enum LaneOrder { converged, strict } lane_order = converged;
-  bool checks = true;  // false: only errors that stop the kernel (out of bounds, deadlock)
+  bool checks = true;        // false: only errors that stop the kernel (out of bounds, deadlock)
   unsigned num_threads = 0;  // host threads; 0: all cores. 1 makes racing CTAs reproducible
   std::uint64_t max_instructions = 20'000'000'000;  // warp-instructions, all CTAs together
   std::uint32_t num_sms = 132;
@@ -98,7 +98,10 @@ struct Report {
   std::uint64_t warp_instructions = 0;
   double seconds = 0;
   std::string output;  // printf
-  struct Unwritten { std::string buffer; std::uint64_t bytes, first_offset; };
+  struct Unwritten {
+    std::string buffer;
+    std::uint64_t bytes, first_offset;
+  };
   std::vector<Unwritten> unwritten;  // Write buffers with bytes that no one wrote
   bool findings_truncated = false;
   bool ok() const { return findings.empty(); }

@@ -13,7 +13,7 @@ namespace {
 
 struct Transfer {
   Space space;
-  std::uint32_t bytes;      // of one element
+  std::uint32_t bytes;  // of one element
   std::uint32_t elements;
   bool sign_extend = false;
   bool strong = false, acquire = false, release = false;
@@ -153,7 +153,7 @@ void decode_store(Decoder& d) {
                                    : Type::b8;
   for (const Arg& a : elements(d, d.arg(1), t.elements))
     d.out.list.push_back(d.source_at_least(a, a.kind == Arg::real && t.bytes == 8 ? Type::f64
-                                           : a.kind == Arg::real                  ? Type::f32
+                                              : a.kind == Arg::real               ? Type::f32
                                                                                   : type));
   if (d.has_cache_policy) d.source(2, Type::b64);
   d.own(t);
@@ -168,9 +168,12 @@ Step convert_address(Warp& w, const Instruction& i, std::uint32_t mask) {
   const auto window = static_cast<std::uint64_t>(i.offset);
   for_lanes(mask, [&](int lane) {
     std::uint64_t a = w.integer(i.s[0], lane);
-    if (i.small == kAdd) a |= window;
-    else if (window == kSharedWindow) a = static_cast<std::uint32_t>(a);
-    else a &= ~window;
+    if (i.small == kAdd)
+      a |= window;
+    else if (window == kSharedWindow)
+      a = static_cast<std::uint32_t>(a);
+    else
+      a &= ~window;
     w.put(i.d, lane, a);
   });
   w.set_valid(i.d, mask, w.valid(i.s[0]));
@@ -276,7 +279,9 @@ void decode_getctarank(Decoder& d) {
 
 // ---- Hints: no effect on values -----------------------------------------------------------------
 
-Step nothing(Warp&, const Instruction&, std::uint32_t) { return Step::next; }
+Step nothing(Warp&, const Instruction&, std::uint32_t) {
+  return Step::next;
+}
 
 void decode_prefetch(Decoder& d) {
   if (d.opcode() == "prefetchu") {
@@ -334,8 +339,8 @@ void decode_createpolicy(Decoder& d) {
   std::string rest;
   while (d.take_prefix("L2::", &rest)) {
     bool known = false;
-    for (const char* hint : {"L2::evict_last", "L2::evict_normal", "L2::evict_first",
-                             "L2::evict_unchanged"}) {
+    for (const char* hint :
+         {"L2::evict_last", "L2::evict_normal", "L2::evict_first", "L2::evict_unchanged"}) {
       known |= rest == hint;
     }
     if (!known) d.fail("unknown modifier '." + rest + "'");

@@ -86,6 +86,7 @@ struct MBarrier {
   std::uint32_t agent = 0;  // stands for the copies of each phase: clock = phase + 1
   std::uint32_t init_agent = 0, init_clock = 0, init_pc = 0;
   bool fenced = false;  // fence.mbarrier_init or fence.proxy.async since init
+  std::uint32_t published_agent = 0;  // fence.mbarrier_init: whoever knows it knows the init
   Knowledge arriving, completed;
   std::vector<std::weak_ptr<AsyncWork>> work;  // copies that signal it
 };
@@ -146,8 +147,10 @@ class Warp {
     return slot.bytes == 8 ? at<std::uint64_t>(slot)[lane] : at<std::uint32_t>(slot)[lane];
   }
   void put(const Slot& slot, int lane, std::uint64_t value) {
-    if (slot.bytes == 8) at<std::uint64_t>(slot)[lane] = value;
-    else at<std::uint32_t>(slot)[lane] = static_cast<std::uint32_t>(value);
+    if (slot.bytes == 8)
+      at<std::uint64_t>(slot)[lane] = value;
+    else
+      at<std::uint32_t>(slot)[lane] = static_cast<std::uint32_t>(value);
   }
 
   Cta& cta() const { return cta_; }
@@ -169,12 +172,13 @@ class Warp {
 
   // Control flow (divergence.cpp).
   void branch(const Instruction& i, std::uint32_t taken);
-  void branch_each(const std::uint32_t (&targets)[32], std::uint32_t mask, std::uint32_t reconverge);
+  void branch_each(const std::uint32_t (&targets)[32], std::uint32_t mask,
+                   std::uint32_t reconverge);
   void enter(std::uint32_t callee, std::uint32_t mask);  // call, return
   void leave(std::uint32_t mask);
   void exit_lanes(std::uint32_t mask);
   bool converge(std::uint32_t members);  // merges groups blocked here that make up `members`
-  bool unpark();  // lets parked lanes run on alone; false if there are none
+  bool unpark();                         // lets parked lanes run on alone; false if there are none
 
   // Order (order.cpp).
   std::uint32_t agent(int lane) const { return first_agent_ + static_cast<std::uint32_t>(lane); }
@@ -192,17 +196,17 @@ class Warp {
   void tick(std::uint32_t mask) {
     for (; mask; mask &= mask - 1) ++clock_[__builtin_ctz(mask)];
   }
-  Knowledge fence_released[32];  // at the last memory fence: what a later strong write passes on
-  Knowledge strong_acquired[32]; // what strong reads have seen: a later memory fence takes it in
+  Knowledge fence_released[32];   // at the last memory fence: what a later strong write passes on
+  Knowledge strong_acquired[32];  // what strong reads have seen: a later memory fence takes it in
   std::uint32_t fenced_lanes = 0, acquired_lanes = 0;
 
   // Memory (memory.cpp).
   bool resolve(int lane, Space space, std::uint64_t address, std::uint32_t bytes, bool write,
                Place* place);
-  void check_read(const Place& place, const Actor& actor, std::uint32_t bytes,
-                  std::uint32_t lanes, std::uint64_t address);
-  void check_write(const Place& place, const Actor& actor, std::uint32_t bytes,
-                   std::uint32_t lanes, std::uint64_t address);
+  void check_read(const Place& place, const Actor& actor, std::uint32_t bytes, std::uint32_t lanes,
+                  std::uint64_t address);
+  void check_write(const Place& place, const Actor& actor, std::uint32_t bytes, std::uint32_t lanes,
+                   std::uint64_t address);
   void conflict(const Conflict& c, const Actor& actor, bool write, std::uint32_t lanes,
                 std::uint64_t address);
 
@@ -216,7 +220,7 @@ class Warp {
   std::uint32_t wgmma_group = 1;  // clock of the group being filled
   bool wgmma_open = false;
   std::uint32_t wgmma_issued = 0;
-  std::uint32_t fence_count = 1;  // wgmma.fence executed
+  std::uint32_t fence_count = 1;              // wgmma.fence executed
   std::vector<std::uint32_t> register_fence;  // by tracked register: fence_count at last access
   std::vector<std::uint32_t> in_flight;       // by tracked register: pending wgmmas that use it
   std::uint32_t registers = 0;                // setmaxnreg
@@ -254,8 +258,8 @@ class Cta {
   Cta(Cluster& cluster, Dim3 index, std::uint32_t rank);
 
   Cluster& cluster;
-  Dim3 index;           // in the grid
-  std::uint32_t rank;   // in the cluster
+  Dim3 index;          // in the grid
+  std::uint32_t rank;  // in the cluster
   std::vector<std::uint8_t> shared;
   Shadow shadow;
   std::vector<std::unique_ptr<Warp>> warps;
@@ -263,7 +267,11 @@ class Cta {
   std::map<std::uint32_t, MBarrier> mbarriers;
   std::uint32_t live_threads = 0;  // warps count whole: a ragged last warp's missing lanes too
   std::int64_t register_pool = 0;  // free, in registers
-  struct WgmmaRecord { std::uint32_t pc; std::uint64_t a, b; std::uint32_t scale_d, seen; };
+  struct WgmmaRecord {
+    std::uint32_t pc;
+    std::uint64_t a, b;
+    std::uint32_t scale_d, seen;
+  };
   std::map<std::uint32_t, std::map<std::uint32_t, WgmmaRecord>> wgmma_log;  // warpgroup, sequence
   bool exited() const { return live_threads == 0; }
 };
@@ -281,8 +289,8 @@ class Cluster {
   std::uint32_t number;  // linear, in the grid
   Random random;
   std::vector<std::unique_ptr<Cta>> ctas;
-  std::uint64_t progress = 0;  // counts events that may unblock someone
-  std::uint64_t spins = 0;     // failed polls
+  std::uint64_t progress = 0;         // counts events that may unblock someone
+  std::uint64_t spins = 0;            // failed polls
   std::vector<std::uint64_t> counts;  // executions, by pc
   std::uint64_t executed = 0;
   NamedBarrier barrier;  // barrier.cluster

@@ -104,9 +104,11 @@ void decode_matrices(Decoder& d) {
   if (d.take_type() != Type::b16) d.fail("only .b16 is supported");
   d.finish(2);
   const Arg& registers = d.arg(load ? 0 : 1);
-  std::vector<Arg> each = registers.kind == Arg::vector ? registers.args : std::vector<Arg>{registers};
+  std::vector<Arg> each =
+      registers.kind == Arg::vector ? registers.args : std::vector<Arg>{registers};
   if (each.size() != m.count) d.fail("expected " + std::to_string(m.count) + " registers");
-  for (const Arg& a : each) d.out.list.push_back(load ? d.destination(a, 4) : d.source(a, Type::b32));
+  for (const Arg& a : each)
+    d.out.list.push_back(load ? d.destination(a, 4) : d.source(a, Type::b32));
   d.out.s[0] = d.address(d.arg(load ? 1 : 0), &d.out.offset, &m.space);
   d.out.aligned = true;
   d.own(m);
@@ -161,8 +163,8 @@ std::size_t registers_of(const Arg& a, std::size_t* count) {
 }
 
 template <class Get>
-void gather(Warp& w, const Slot* slots, std::size_t count, int element_bytes, int k, std::uint8_t* image,
-            Get&& register_row) {
+void gather(Warp& w, const Slot* slots, std::size_t count, int element_bytes, int k,
+            std::uint8_t* image, Get&& register_row) {
   const int per = 4 / element_bytes;
   for (int lane = 0; lane < 32; ++lane) {
     for (std::size_t r = 0; r < count; ++r) {
@@ -203,7 +205,8 @@ Step multiply(Warp& w, const Instruction& i, U32 mask) {
           sum += std::int64_t{m.a_signed ? static_cast<std::int8_t>(x) : static_cast<int>(x)} *
                  (m.b_signed ? static_cast<std::int8_t>(y) : static_cast<int>(y));
         }
-        if (m.saturate) sum = std::min<std::int64_t>(std::max<std::int64_t>(sum, INT32_MIN), INT32_MAX);
+        if (m.saturate)
+          sum = std::min<std::int64_t>(std::max<std::int64_t>(sum, INT32_MIN), INT32_MAX);
         w.put(d[r], lane, static_cast<U32>(sum));
       }
     }
@@ -257,12 +260,18 @@ void decode_mma(Decoder& d) {
   m.integer = size_of(a) == 1 && a != Type::e4m3 && a != Type::e5m2;
   const auto format = [&](Type t) {
     switch (t) {
-      case Type::e4m3: return NumberFormat::e4m3;
-      case Type::e5m2: return NumberFormat::e5m2;
-      case Type::f16: return NumberFormat::f16;
-      case Type::bf16: return NumberFormat::bf16;
-      case Type::tf32: return NumberFormat::tf32;
-      default: d.fail("unsupported operand type");
+      case Type::e4m3:
+        return NumberFormat::e4m3;
+      case Type::e5m2:
+        return NumberFormat::e5m2;
+      case Type::f16:
+        return NumberFormat::f16;
+      case Type::bf16:
+        return NumberFormat::bf16;
+      case Type::tf32:
+        return NumberFormat::tf32;
+      default:
+        d.fail("unsupported operand type");
     }
   };
   int element = 1;
@@ -280,7 +289,8 @@ void decode_mma(Decoder& d) {
     if (m.f16_result != m.f16_accumulator) d.fail("C and D of different types are not supported");
     if (!m.f16_result && (result != Type::f32 || c != Type::f32)) d.fail("bad accumulator type");
     try {
-      m.model = mma_sync_model(d.target(), m.a, m.f16_accumulator ? NumberFormat::f16 : NumberFormat::f32);
+      m.model = mma_sync_model(d.target(), m.a,
+                               m.f16_accumulator ? NumberFormat::f16 : NumberFormat::f32);
     } catch (const std::invalid_argument& e) {
       d.fail(e.what());
     }
@@ -292,13 +302,17 @@ void decode_mma(Decoder& d) {
   registers_of(d.arg(1), &m.na);
   registers_of(d.arg(2), &m.nb);
   registers_of(d.arg(3), &m.nc);
-  if (m.nd != accumulators || m.nc != accumulators || m.na != 2 * k_registers || m.nb != k_registers)
+  if (m.nd != accumulators || m.nc != accumulators || m.na != 2 * k_registers ||
+      m.nb != k_registers)
     d.fail("wrong number of registers");
   const auto add = [&](std::size_t n, bool destination) {
     const Arg& arg = d.arg(n);
     const std::vector<Arg> each = arg.kind == Arg::vector ? arg.args : std::vector<Arg>{arg};
-    const Type type = n == 1 || n == 2 || m.f16_result ? Type::b32 : m.integer ? Type::s32 : Type::f32;
-    for (const Arg& x : each) d.out.list.push_back(destination ? d.destination(x, 4) : d.source(x, type));
+    const Type type = n == 1 || n == 2 || m.f16_result ? Type::b32
+                      : m.integer                      ? Type::s32
+                                                       : Type::f32;
+    for (const Arg& x : each)
+      d.out.list.push_back(destination ? d.destination(x, 4) : d.source(x, type));
   };
   add(0, true);
   for (std::size_t n = 1; n < 4; ++n) add(n, false);

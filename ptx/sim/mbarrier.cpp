@@ -20,8 +20,9 @@ constexpr std::int64_t kMaxTransactions = (1 << 20) - 1;
 std::string name_of(const Cta& cta, U32 offset) {
   char text[64];
   std::snprintf(text, sizeof text, "mbarrier 0x%x", offset);
-  return cta.cluster.ctas.size() > 1 ? std::string(text) + " of CTA rank " + std::to_string(cta.rank)
-                                     : text;
+  return cta.cluster.ctas.size() > 1
+             ? std::string(text) + " of CTA rank " + std::to_string(cta.rank)
+             : text;
 }
 
 void complete_if_ready(Cta& cta, MBarrier& m) {
@@ -44,7 +45,9 @@ std::uint64_t address_of(Warp& w, const Instruction& i, int lane) {
   return i.s[0].bytes == 4 ? static_cast<U32>(a) : a;
 }
 
-Space space_of(const Instruction& i) { return static_cast<Space>(i.small & 15); }
+Space space_of(const Instruction& i) {
+  return static_cast<Space>(i.small & 15);
+}
 
 // ---- init, inval --------------------------------------------------------------------------------
 
@@ -56,14 +59,16 @@ Step init(Warp& w, const Instruction& i, U32 mask) {
     Place place;
     if (!w.resolve(lane, space_of(i), address, 8, true, &place)) return;
     if (place.cta != &w.cta()) {
-      w.finding("mbarrier misuse", "mbarrier.init of memory that is not this CTA's", 1u << lane, address);
+      w.finding("mbarrier misuse", "mbarrier.init of memory that is not this CTA's", 1u << lane,
+                address);
       return;
     }
     const auto offset = static_cast<U32>(place.offset);
     const auto count = static_cast<U32>(w.integer(i.s[1], lane));
     if (count == 0 || count > kMaxTransactions) {
-      w.finding("mbarrier misuse", "an arrival count of " + std::to_string(count) +
-                                       " (1 to 1048575 are valid)", 1u << lane, offset);
+      w.finding("mbarrier misuse",
+                "an arrival count of " + std::to_string(count) + " (1 to 1048575 are valid)",
+                1u << lane, offset);
       return;
     }
     auto& all = w.cta().mbarriers;
@@ -104,8 +109,9 @@ Step inval(Warp& w, const Instruction& i, U32 mask) {
     MBarrier* m = find_mbarrier(w, lane, space_of(i), address, &owner, &offset);
     if (m == nullptr) return;
     if (m->transactions != 0) {
-      w.finding("mbarrier misuse", name_of(*owner, offset) + " is invalidated with bytes outstanding",
-                1u << lane, offset);
+      w.finding("mbarrier misuse",
+                name_of(*owner, offset) + " is invalidated with bytes outstanding", 1u << lane,
+                offset);
     }
     Place place;
     if (w.resolve(lane, space_of(i), address, 8, true, &place))
@@ -126,7 +132,14 @@ void decode_inval(Decoder& d) {
 
 // ---- arrive, expect_tx, complete_tx -------------------------------------------------------------
 
-enum : U16 { kDrop = 16, kExpect = 32, kRelaxed = 64, kNoComplete = 128, kParity = 256, kTry = 512 };
+enum : U16 {
+  kDrop = 16,
+  kExpect = 32,
+  kRelaxed = 64,
+  kNoComplete = 128,
+  kParity = 256,
+  kTry = 512
+};
 
 Step arrive_at(Warp& w, const Instruction& i, U32 mask) {
   w.need(i.s[0], mask, "as an address");
@@ -142,15 +155,16 @@ Step arrive_at(Warp& w, const Instruction& i, U32 mask) {
     if (i.small & kExpect) {
       expect_transactions(*m, operand);
       if (m->transactions > kMaxTransactions) {
-        w.finding("mbarrier misuse", name_of(*owner, offset) + ": the transaction count exceeds 2^20 - 1",
-                  1u << lane, offset);
+        w.finding("mbarrier misuse",
+                  name_of(*owner, offset) + ": the transaction count exceeds 2^20 - 1", 1u << lane,
+                  offset);
       }
     }
     if (!i.d.sink) w.put(i.d, lane, m->phase << 32 | static_cast<U64>(m->pending));
     if (count == 0 || count > m->pending) {
       w.finding("mbarrier misuse",
-                name_of(*owner, offset) + ": " + std::to_string(count) + " arrivals, but the phase lacks " +
-                    std::to_string(m->pending),
+                name_of(*owner, offset) + ": " + std::to_string(count) +
+                    " arrivals, but the phase lacks " + std::to_string(m->pending),
                 1u << lane, offset);
       return;
     }
@@ -170,8 +184,10 @@ void decode_arrive(Decoder& d, bool drop) {
   U16 flags = drop ? kDrop : 0;
   if (d.take("expect_tx")) flags |= kExpect;
   if (d.take("noComplete")) flags |= kNoComplete;
-  if (d.take("relaxed")) flags |= kRelaxed;
-  else d.take("release");
+  if (d.take("relaxed"))
+    flags |= kRelaxed;
+  else
+    d.take("release");
   d.take_one_of({"cta", "cluster"});
   Space space = d.take_space();
   if (d.take_type() != Type::b64) d.fail("expected .b64");
@@ -201,8 +217,10 @@ Step transactions(Warp& w, const Instruction& i, U32 mask) {
     MBarrier* m = find_mbarrier(w, lane, space_of(i), address_of(w, i, lane), &owner, &offset);
     if (m == nullptr) return;
     const auto bytes = static_cast<std::int64_t>(w.integer(i.s[1], lane));
-    if (sign > 0) expect_transactions(*m, bytes);
-    else complete_transactions(*owner, offset, bytes);
+    if (sign > 0)
+      expect_transactions(*m, bytes);
+    else
+      complete_transactions(*owner, offset, bytes);
   });
   ++w.cluster().progress;
   return Step::next;
@@ -238,7 +256,8 @@ Step wait(Warp& w, const Instruction& i, U32 mask) {
       return;
     }
     const U64 operand = w.integer(i.s[1], lane);
-    const bool done = i.small & kParity ? (m->phase & 1) != (operand & 1) : m->phase > operand >> 32;
+    const bool done =
+        i.small & kParity ? (m->phase & 1) != (operand & 1) : m->phase > operand >> 32;
     if (done) {
       complete |= 1u << lane;
       knowledge.join(m->completed);
@@ -263,8 +282,10 @@ template <bool patient>
 void decode_wait(Decoder& d) {
   U16 flags = patient ? kTry : 0;
   if (d.take("parity")) flags |= kParity;
-  if (d.take("relaxed")) flags |= kRelaxed;
-  else d.take("acquire");
+  if (d.take("relaxed"))
+    flags |= kRelaxed;
+  else
+    d.take("acquire");
   d.take_one_of({"cta", "cluster"});
   Space space = d.take_space();
   if (d.take_type() != Type::b64) d.fail("expected .b64");
@@ -316,16 +337,19 @@ MBarrier* find_mbarrier(Warp& w, int lane, Space space, U64 address, Cta** owner
   *offset = static_cast<U32>(place.offset);
   const auto it = place.cta->mbarriers.find(*offset);
   if (it == place.cta->mbarriers.end()) {
-    w.finding("mbarrier misuse", name_of(*place.cta, *offset) + " is not initialised", 1u << lane, *offset);
+    w.finding("mbarrier misuse", name_of(*place.cta, *offset) + " is not initialised", 1u << lane,
+              *offset);
     return nullptr;
   }
   MBarrier& m = it->second;
   if (w.grid().checks && m.init_agent != w.agent(lane) &&
-      w.known(lane)->get(m.init_agent) < m.init_clock) {
+      w.known(lane)->get(m.init_agent) < m.init_clock &&
+      (m.published_agent == 0 || w.known(lane)->get(m.published_agent) == 0)) {
     const U32 line = w.program().code[m.init_pc].line;
     w.finding("mbarrier misuse",
-              name_of(*place.cta, *offset) + " is used by a thread that nothing ordered after its "
-                                             "initialisation",
+              name_of(*place.cta, *offset) +
+                  " is used by a thread that nothing ordered after its "
+                  "initialisation",
               1u << lane, *offset, "mbarrier.init, line " + std::to_string(line), line);
   }
   const auto intact = [&](U64 at) {
@@ -339,13 +363,15 @@ MBarrier* find_mbarrier(Warp& w, int lane, Space space, U64 address, Cta** owner
   return &m;
 }
 
-MBarrier* find_mbarrier_for_async(Warp& w, int lane, Space space, U64 address, Cta** owner, U32* offset) {
+MBarrier* find_mbarrier_for_async(Warp& w, int lane, Space space, U64 address, Cta** owner,
+                                  U32* offset) {
   MBarrier* m = find_mbarrier(w, lane, space, address, owner, offset);
   if (m != nullptr && !m->fenced && w.grid().checks) {
     const U32 line = w.program().code[m->init_pc].line;
     w.finding("missing mbarrier fence",
-              name_of(**owner, *offset) + " is signalled from the async proxy, but nothing fenced its "
-                                          "initialisation",
+              name_of(**owner, *offset) +
+                  " is signalled from the async proxy, but nothing fenced its "
+                  "initialisation",
               1u << lane, *offset, "mbarrier.init, line " + std::to_string(line), line);
     m->fenced = true;  // say it once
   }
@@ -358,7 +384,9 @@ void arrive(Cta& cta, MBarrier& m, U32 count, const Knowledge& knowledge) {
   complete_if_ready(cta, m);
 }
 
-void expect_transactions(MBarrier& m, std::int64_t bytes) { m.transactions += bytes; }
+void expect_transactions(MBarrier& m, std::int64_t bytes) {
+  m.transactions += bytes;
+}
 
 void complete_transactions(Cta& cta, U32 offset, std::int64_t bytes) {
   const auto it = cta.mbarriers.find(offset);
@@ -368,8 +396,12 @@ void complete_transactions(Cta& cta, U32 offset, std::int64_t bytes) {
   complete_if_ready(cta, it->second);
 }
 
-bool is_try_wait(const Instruction& i) { return i.execute == wait && (i.small & kTry); }
+bool is_try_wait(const Instruction& i) {
+  return i.execute == wait && (i.small & kTry);
+}
 
-void add_mbarrier(DecodeTable& t) { t["mbarrier"] = decode_mbarrier; }
+void add_mbarrier(DecodeTable& t) {
+  t["mbarrier"] = decode_mbarrier;
+}
 
 }  // namespace torchext::sim

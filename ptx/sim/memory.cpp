@@ -1,4 +1,5 @@
-// Address resolution: bounds, alignment, permissions; and the race and validity checks of an access.
+// Address resolution: bounds, alignment, permissions; and the race and validity checks of an
+// access.
 #include "memory.h"
 
 #include <algorithm>
@@ -145,9 +146,9 @@ bool Warp::resolve(int lane, Space space, std::uint64_t address, std::uint32_t b
         return false;
       }
       if (write && !b->writable) {
-        finding("read-only memory", "write to read-only '" + b->name + "', " +
-                                        grid_.memory.describe(address),
-                lanes, address);
+        finding("read-only memory",
+                "write to read-only '" + b->name + "', " + grid_.memory.describe(address), lanes,
+                address);
         return false;
       }
       place->host = reinterpret_cast<std::uint8_t*>(address);
@@ -178,17 +179,17 @@ void Warp::conflict(const Conflict& c, const Actor& actor, bool write, std::uint
   const std::string op = program_.opcodes[other.opcode];
   if (c.kind == Conflict::proxy) {
     finding_at(actor.pc, "missing proxy fence",
-               "async-proxy " + what + " of bytes that a generic-proxy write made, with no "
-               "fence.proxy.async in between",
+               "async-proxy " + what +
+                   " of bytes that a generic-proxy write made, with no "
+                   "fence.proxy.async in between",
                lanes, address, against, other.line);
   } else if (write && !c.other_is_write && op.compare(0, 5, "wgmma") == 0) {
     finding_at(actor.pc, "wgmma operand in flight",
                "write to shared memory that a wgmma may still read", lanes, address, against,
                other.line);
   } else if (write && !c.other_is_write && c.other_is_async && op.compare(0, 2, "cp") == 0) {
-    finding_at(actor.pc, "bulk store in flight",
-               "write to memory that a bulk copy may still read", lanes, address, against,
-               other.line);
+    finding_at(actor.pc, "bulk store in flight", "write to memory that a bulk copy may still read",
+               lanes, address, against, other.line);
   } else {
     finding_at(actor.pc, "data race",
                std::string(actor.async ? "async-proxy " : "") + what +

@@ -30,7 +30,8 @@ constexpr std::uint32_t kMaxSharedBytes = 227 * 1024;
 class SpinLock {
  public:
   void lock() {
-    while (flag_.test_and_set(std::memory_order_acquire)) {}
+    while (flag_.test_and_set(std::memory_order_acquire)) {
+    }
   }
   void unlock() { flag_.clear(std::memory_order_release); }
 
@@ -52,7 +53,7 @@ struct Place {
   Shadow* shadow = nullptr;
   std::uint64_t offset = 0;  // in the shadow
   GlobalBuffer* buffer = nullptr;
-  Cta* cta = nullptr;        // shared
+  Cta* cta = nullptr;             // shared
   std::uint8_t* valid = nullptr;  // local: a byte per byte
 };
 
@@ -65,8 +66,10 @@ class Memory {
     std::size_t low = 0, high = buffers_.size();
     while (low < high) {
       const std::size_t middle = (low + high) / 2;
-      if (buffers_[middle]->end <= address) low = middle + 1;
-      else high = middle;
+      if (buffers_[middle]->end <= address)
+        low = middle + 1;
+      else
+        high = middle;
     }
     return low < buffers_.size() && buffers_[low]->begin <= address ? buffers_[low].get() : nullptr;
   }

@@ -44,8 +44,12 @@ std::shared_ptr<Module> Module::parse(std::string text, std::string name) {
 
 Module::~Module() = default;
 
-std::string Module::target() const { return parsed_->target; }
-const std::vector<std::string>& Module::files() const { return parsed_->files; }
+std::string Module::target() const {
+  return parsed_->target;
+}
+const std::vector<std::string>& Module::files() const {
+  return parsed_->files;
+}
 
 const Kernel& Module::kernel(const std::string& name) const {
   for (const Kernel& k : kernels_) {

@@ -22,8 +22,8 @@ void Warp::order_lanes(std::uint32_t mask) {
   const auto first = static_cast<int>(lane_of(mask));
   bool equal = true;
   for_lanes(mask, [&](int l) {
-    equal &= known_[l] == known_[first] && proxied_[l] == proxied_[first] &&
-             clock_[l] == clock_[first];
+    equal &=
+        known_[l] == known_[first] && proxied_[l] == proxied_[first] && clock_[l] == clock_[first];
   });
   if (equal && (dirty_ & mask) == 0) return;
   VectorClock all = *known_[first];

@@ -1,34 +1,19 @@
-// PTX text to ParsedModule.
+// PTX text to ParsedModule: one recursive descent, kept in one piece (550 lines) with its state.
 #include "parser.h"
 
 #include <cstring>
 #include <map>
 #include <unordered_map>
 
-#include "lexer.h"
+#include "token_reader.h"
 
 namespace torchext::sim {
 
 namespace {
 
-const std::pair<const char*, Type> kTypeNames[] = {
-    {"pred", Type::pred},     {"b8", Type::b8},         {"b16", Type::b16},
-    {"b32", Type::b32},       {"b64", Type::b64},       {"b128", Type::b128},
-    {"u8", Type::u8},         {"u16", Type::u16},       {"u32", Type::u32},
-    {"u64", Type::u64},       {"s8", Type::s8},         {"s16", Type::s16},
-    {"s32", Type::s32},       {"s64", Type::s64},       {"f16", Type::f16},
-    {"f16x2", Type::f16x2},   {"bf16", Type::bf16},     {"bf16x2", Type::bf16x2},
-    {"f32", Type::f32},       {"f64", Type::f64},       {"tf32", Type::tf32},
-    {"e4m3", Type::e4m3},     {"e5m2", Type::e5m2},     {"e4m3x2", Type::e4m3x2},
-    {"e5m2x2", Type::e5m2x2}, {"ue8m0x2", Type::ue8m0x2}, {"u16x2", Type::u16x2},
-    {"s16x2", Type::s16x2},
-};
-
-bool starts_with_digit(const std::string& s) { return !s.empty() && s[0] >= '0' && s[0] <= '9'; }
-
-class Parser {
+class Parser : TokenReader {
  public:
-  Parser(const std::string& text, const std::string& name) : tokens_(tokenize(text, name)) {
+  Parser(const std::string& text, const std::string& name) : TokenReader(text, name) {
     module_.name = name;
   }
 
@@ -38,121 +23,6 @@ class Parser {
   }
 
  private:
-  [[noreturn]] void fail(const std::string& what) const { fail_at(peek().line, what); }
-  [[noreturn]] void fail_at(std::uint32_t line, const std::string& what) const {
-    throw PtxError(module_.name, line, what);
-  }
-  const Token& peek(std::size_t ahead = 0) const {
-    const std::size_t i = at_ + ahead;
-    return tokens_[i < tokens_.size() ? i : tokens_.size() - 1];
-  }
-  Token take() {
-    Token t = peek();
-    if (t.kind != Token::end) ++at_;
-    return t;
-  }
-  bool accept(char c) {
-    if (!peek().is(c)) return false;
-    ++at_;
-    return true;
-  }
-  bool accept(const char* word) {
-    if (!peek().is(word)) return false;
-    ++at_;
-    return true;
-  }
-  void expect(char c) {
-    if (!accept(c)) fail(std::string("expected '") + c + "', got '" + peek().text + "'");
-  }
-  std::string take_word() {
-    if (peek().kind != Token::word) fail("expected a name, got '" + peek().text + "'");
-    return take().text;
-  }
-  void skip_line() {
-    const std::uint32_t line = peek().line;
-    while (peek().kind != Token::end && peek().line == line) ++at_;
-  }
-  void skip_to_semicolon() {
-    while (!peek().is(';')) {
-      if (peek().kind == Token::end) fail("expected ';'");
-      ++at_;
-    }
-    ++at_;
-  }
-
-  std::uint64_t parse_integer(const std::string& word) const {
-    std::string s = word;
-    while (!s.empty() && (s.back() == 'U' || s.back() == 'u')) s.pop_back();
-    int base = 10;
-    std::size_t start = 0;
-    if (s.size() > 1 && s[0] == '0') {
-      if (s[1] == 'x' || s[1] == 'X') base = 16, start = 2;
-      else if (s[1] == 'b' || s[1] == 'B') base = 2, start = 2;
-      else base = 8, start = 1;
-    }
-    std::uint64_t value = 0;
-    if (start == s.size()) fail("'" + word + "' is not a number");
-    for (std::size_t i = start; i < s.size(); ++i) {
-      const char c = s[i];
-      const int digit = c >= '0' && c <= '9'   ? c - '0'
-                        : c >= 'a' && c <= 'f' ? c - 'a' + 10
-                        : c >= 'A' && c <= 'F' ? c - 'A' + 10
-                                               : 99;
-      if (digit >= base) fail("'" + word + "' is not a number");
-      value = value * static_cast<std::uint64_t>(base) + static_cast<std::uint64_t>(digit);
-    }
-    return value;
-  }
-  std::uint32_t take_integer() {
-    const std::string word = take_word();
-    if (!starts_with_digit(word)) fail("expected a number, got '" + word + "'");
-    return static_cast<std::uint32_t>(parse_integer(word));
-  }
-
-  // A number token, sign already seen.
-  Arg number(const std::string& word, bool minus) const {
-    Arg arg;
-    const bool hexadecimal_float =
-        word.size() > 2 && word[0] == '0' && std::strchr("fFdD", word[1]) != nullptr;
-    if (hexadecimal_float) {
-      const bool is_double = word[1] == 'd' || word[1] == 'D';
-      const std::uint64_t bits = parse_integer("0x" + word.substr(2));
-      double value;
-      if (is_double) {
-        std::memcpy(&value, &bits, 8);
-      } else {
-        const auto low = static_cast<std::uint32_t>(bits);
-        float single;
-        std::memcpy(&single, &low, 4);
-        value = static_cast<double>(single);
-        arg.offset = static_cast<std::int64_t>(low);  // f32 bits, exact for a NaN too
-      }
-      if (minus) value = -value;
-      arg.kind = Arg::real;
-      std::memcpy(&arg.bits, &value, 8);
-      arg.text = is_double ? "d" : "f";
-      if (!is_double && minus) arg.offset ^= 0x80000000;
-      return arg;
-    }
-    if (word.find('.') != std::string::npos) {
-      double value = 0;
-      try {
-        value = std::stod(word);
-      } catch (const std::exception&) {
-        fail("'" + word + "' is not a number");
-      }
-      if (minus) value = -value;
-      arg.kind = Arg::real;
-      arg.text = "d";
-      std::memcpy(&arg.bits, &value, 8);
-      return arg;
-    }
-    arg.kind = Arg::integer;
-    arg.bits = parse_integer(word);
-    if (minus) arg.bits = ~arg.bits + 1;
-    return arg;
-  }
-
   // ---- Top level ----
 
   void top_level() {
@@ -254,20 +124,22 @@ class Parser {
     v.external = external;
     int vector = 1;
     Type type = Type::none;
-    bool aligned = false;
+    bool aligned = false, pointee = false;
     while (peek().kind == Token::word && peek().text[0] == '.') {
       const std::string word = take_word();
       if (word == ".align") {
-        v.align = take_integer();
-        if (v.align == 0 || v.align > 4096 || (v.align & (v.align - 1)) != 0)
-          fail("bad alignment");
+        const auto align = take_integer();
+        if (align == 0 || align > 4096 || (align & (align - 1)) != 0) fail("bad alignment");
+        if (pointee) continue;  // after .ptr: of what the parameter points to
+        v.align = align;
         aligned = true;
       } else if (word == ".v2") {
         vector = 2;
       } else if (word == ".v4") {
         vector = 4;
-      } else if (word == ".ptr" || word == ".global" || word == ".shared" || word == ".const" ||
-                 word == ".local") {
+      } else if (word == ".ptr") {
+        pointee = true;
+      } else if (word == ".global" || word == ".shared" || word == ".const" || word == ".local") {
         continue;  // what a kernel parameter points to
       } else if (word == ".attribute") {
         expect('(');
@@ -378,16 +250,26 @@ class Parser {
     if (peek().is('(')) f.params = parameters();
     for (; peek().kind == Token::word; take()) {
       const std::string word = peek().text;
-      if (word == ".maxntid") triple(f.max_threads);
-      else if (word == ".reqntid") triple(f.required_threads);
-      else if (word == ".reqnctapercluster") triple(f.cluster);
-      else if (word == ".explicitcluster") f.explicit_cluster = true;
-      else if (word == ".minnctapersm") take(), f.min_ctas = parse_count();
-      else if (word == ".maxnreg") take(), f.max_registers = parse_count();
-      else if (word == ".maxnctapersm" || word == ".maxclusterrank") take();
-      else if (word == ".noreturn" || word == ".blocksareclusters") continue;
-      else if (word == ".pragma") while (!peek(1).is(';')) take();
-      else fail("unknown function directive '" + word + "'");
+      if (word == ".maxntid")
+        triple(f.max_threads);
+      else if (word == ".reqntid")
+        triple(f.required_threads);
+      else if (word == ".reqnctapercluster")
+        triple(f.cluster);
+      else if (word == ".explicitcluster")
+        f.explicit_cluster = true;
+      else if (word == ".minnctapersm")
+        take(), f.min_ctas = parse_count();
+      else if (word == ".maxnreg")
+        take(), f.max_registers = parse_count();
+      else if (word == ".maxnctapersm" || word == ".maxclusterrank")
+        take();
+      else if (word == ".noreturn" || word == ".blocksareclusters")
+        continue;
+      else if (word == ".pragma")
+        while (!peek(1).is(';')) take();
+      else
+        fail("unknown function directive '" + word + "'");
     }
     if (accept(';')) {
       module_.functions.push_back(std::move(f));
@@ -503,7 +385,8 @@ class Parser {
   }
 
   void declare_variable(Function& f, Variable v) {
-    const std::string unique = "{" + f.name + ":" + std::to_string(f.variables.size()) + "}" + v.name;
+    const std::string unique =
+        "{" + f.name + ":" + std::to_string(f.variables.size()) + "}" + v.name;
     variables_[static_cast<std::size_t>(scope_)][v.name] = unique;
     v.name = unique;
     f.variables.push_back(std::move(v));
@@ -521,8 +404,7 @@ class Parser {
         const std::uint32_t count = take_integer();
         expect('>');
         if (count > 1000000) fail("too many registers");
-        for (std::uint32_t i = 0; i < count; ++i)
-          add_register(f, name + std::to_string(i), type);
+        for (std::uint32_t i = 0; i < count; ++i) add_register(f, name + std::to_string(i), type);
       } else {
         add_register(f, name, type);
       }
@@ -536,8 +418,8 @@ class Parser {
   }
 
   template <class Map>
-  auto find(const std::vector<Map>& maps, const std::string& name) const
-      -> const typename Map::mapped_type* {
+  auto find(const std::vector<Map>& maps, const std::string& name) const -> const
+      typename Map::mapped_type* {
     for (int s = scope_; s >= 0; s = function_->scope_parent[static_cast<std::size_t>(s)]) {
       const auto& map = maps[static_cast<std::size_t>(s)];
       const auto it = map.find(name);
@@ -567,7 +449,7 @@ class Parser {
     while (!accept(';')) {
       if (peek().kind == Token::end || peek().is('}')) fail("expected ';'");
       ins.args.push_back(operand());
-      if (!peek().is(';') && !accept(',') ) fail("expected ',' or ';', got '" + peek().text + "'");
+      if (!peek().is(';') && !accept(',')) fail("expected ',' or ';', got '" + peek().text + "'");
     }
     f.code.push_back(std::move(ins));
   }
@@ -663,8 +545,6 @@ class Parser {
     return total;
   }
 
-  std::vector<Token> tokens_;
-  std::size_t at_ = 0;
   ParsedModule module_;
   Function* function_ = nullptr;
   std::vector<std::unordered_map<std::string, std::uint32_t>> registers_;  // by scope
@@ -674,34 +554,6 @@ class Parser {
 };
 
 }  // namespace
-
-Type type_named(const std::string& name) {
-  for (const auto& [text, type] : kTypeNames) {
-    if (name == text) return type;
-  }
-  return Type::none;
-}
-
-int size_of(Type type) {
-  switch (type) {
-    case Type::none:
-    case Type::pred:
-      return 0;
-    case Type::b8: case Type::u8: case Type::s8: case Type::e4m3: case Type::e5m2:
-      return 1;
-    case Type::b16: case Type::u16: case Type::s16: case Type::f16: case Type::bf16:
-    case Type::e4m3x2: case Type::e5m2x2: case Type::ue8m0x2:
-      return 2;
-    case Type::b32: case Type::u32: case Type::s32: case Type::f32: case Type::f16x2:
-    case Type::bf16x2: case Type::tf32: case Type::u16x2: case Type::s16x2:
-      return 4;
-    case Type::b64: case Type::u64: case Type::s64: case Type::f64:
-      return 8;
-    case Type::b128:
-      return 16;
-  }
-  return 0;
-}
 
 ParsedModule parse_ptx(const std::string& text, const std::string& name) {
   return Parser(text, name).run();

@@ -16,7 +16,10 @@ const DecodeTable& decode_table() {
     DecodeTable t;
     add_control(t);
     add_integer(t);
+    add_moves(t);
     add_logic(t);
+    add_bits(t);
+    add_compare(t);
     add_floating(t);
     add_convert(t);
     add_load_store(t);
@@ -34,7 +37,9 @@ const DecodeTable& decode_table() {
   return table;
 }
 
-std::uint64_t align_up(std::uint64_t value, std::uint64_t to) { return (value + to - 1) / to * to; }
+std::uint64_t align_up(std::uint64_t value, std::uint64_t to) {
+  return (value + to - 1) / to * to;
+}
 
 void visit_names(const Arg& arg, const std::function<void(const std::string&)>& visit) {
   if (arg.kind == Arg::name) visit(arg.text);
@@ -124,7 +129,8 @@ void ProgramBuilder::collect(const Function& f, std::vector<std::string>& stack)
 
 void ProgramBuilder::lay_out() {
   Program& p = *program_;
-  std::uint32_t registers = 2, bytes = 264;  // 0: always valid, 1: sink; 256 bytes for it, 8 for carries
+  std::uint32_t registers = 2,
+                bytes = 264;  // 0: always valid, 1: sink; 256 bytes for it, 8 for carries
   p.register_names = {"", "_"};
   std::uint64_t local = 0;
   const auto place_local = [&](const Variable& v) {
@@ -140,7 +146,8 @@ void ProgramBuilder::lay_out() {
     for (const RegisterDecl& r : f.registers) {
       plan.register_offsets.push_back(bytes);
       bytes += r.type == Type::pred ? 8 : size_of(r.type) == 8 ? 256 : 128;
-      if (r.type == Type::b128) throw PtxError(module_.name, f.line, ".b128 registers are not supported");
+      if (r.type == Type::b128)
+        throw PtxError(module_.name, f.line, ".b128 registers are not supported");
       p.register_names.push_back(r.name);
       ++registers;
     }
@@ -181,10 +188,12 @@ void ProgramBuilder::lay_out() {
     for (const Variable& v : plan.function->variables) place_shared(v);
   }
   if (shared > kMaxSharedBytes + kSharedBase)
-    throw PtxError(module_.name, plans_[0].function->line, "more static shared memory than an SM has");
+    throw PtxError(module_.name, plans_[0].function->line,
+                   "more static shared memory than an SM has");
   p.shared_static_end = static_cast<std::uint32_t>(shared);
   p.shared_dynamic_begin = static_cast<std::uint32_t>(align_up(shared, dynamic_align));
-  for (const Variable* v : dynamic) globals_[v->name] = {Space::shared, p.shared_dynamic_begin, 0, false};
+  for (const Variable* v : dynamic)
+    globals_[v->name] = {Space::shared, p.shared_dynamic_begin, 0, false};
 
   for (const auto& e : variables_.entries) {
     globals_[e->name] = {e->constant ? Space::constant : Space::global,
@@ -301,8 +310,8 @@ std::shared_ptr<Program> ProgramBuilder::build() {
     }
   }
   for (std::size_t i = 0; i < plans_.size(); ++i) {
-    const std::uint32_t end = i + 1 < plans_.size() ? plans_[i + 1].entry
-                                                    : static_cast<std::uint32_t>(p.code.size());
+    const std::uint32_t end =
+        i + 1 < plans_.size() ? plans_[i + 1].entry : static_cast<std::uint32_t>(p.code.size());
     find_post_dominators(plans_[i].entry, end);
   }
   track_wgmma_registers();
@@ -335,7 +344,11 @@ void ProgramBuilder::track_wgmma_registers() {
 // trap counts only where it is all there is.
 void ProgramBuilder::find_post_dominators(std::uint32_t begin, std::uint32_t end) {
   Program& p = *program_;
-  struct Block { std::uint32_t first, last; std::vector<int> next; bool leaves = false; };
+  struct Block {
+    std::uint32_t first, last;
+    std::vector<int> next;
+    bool leaves = false;
+  };
   std::set<std::uint32_t> starts{begin};
   const auto branches = [&](const Instruction& i) -> std::vector<std::uint32_t> {
     const std::string& op = p.opcodes[i.opcode];

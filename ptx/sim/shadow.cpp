@@ -117,8 +117,13 @@ void Shadow::record_reader(Cell& c, const Actor& actor) {
   const std::uint32_t bit = is_thread ? 1u << (actor.agent % kLanes) : 1u;
   const Reader self{actor.cluster, base, actor.clock, bit, actor.pc, actor.strong, actor.async};
   if (!(c.flags & kReaderSet)) {
-    const Reader old{c.r_cluster, c.r_agent,  c.r_clock, c.r_mask, c.r_pc,
-                     (c.flags & kReadStrong) != 0, (c.flags & kReadAsync) != 0};
+    const Reader old{c.r_cluster,
+                     c.r_agent,
+                     c.r_clock,
+                     c.r_mask,
+                     c.r_pc,
+                     (c.flags & kReadStrong) != 0,
+                     (c.flags & kReadAsync) != 0};
     const bool same_warp = old.cluster == self.cluster && old.warp_agent == base &&
                            old.clock == self.clock && old.strong == self.strong;
     if (c.r_mask != 0 && same_warp) {
@@ -193,8 +198,8 @@ void Shadow::write_cell(Cell& c, const Actor& actor, std::uint64_t offset, std::
   if (conflict.kind == Conflict::none) {
     if (c.w_clock != 0 && !(actor.strong && (c.flags & kWriteStrong)) &&
         !ordered(actor, c.w_cluster, c.w_agent, c.w_clock)) {
-      conflict = {Conflict::race, offset, true, (c.flags & kWriteAsync) != 0,
-                  c.w_cluster, c.w_agent, c.w_pc};
+      conflict = {Conflict::race, offset,    true,  (c.flags & kWriteAsync) != 0,
+                  c.w_cluster,    c.w_agent, c.w_pc};
     } else if (c.r_mask != 0) {
       const auto check = [&](const Reader& r) {
         if (conflict.kind != Conflict::none || (actor.strong && r.strong)) return;

@@ -15,9 +15,9 @@ namespace torchext::sim {
 // One access, by a thread or by an async agent on a thread's behalf.
 struct Actor {
   std::uint32_t cluster = 0;
-  std::uint32_t agent = 0;       // recorded in the shadow
-  std::uint32_t clock = 0;       // recorded in the shadow
-  std::uint32_t issuer = 0;      // the thread whose earlier accesses are ordered before this one
+  std::uint32_t agent = 0;   // recorded in the shadow
+  std::uint32_t clock = 0;   // recorded in the shadow
+  std::uint32_t issuer = 0;  // the thread whose earlier accesses are ordered before this one
   std::uint32_t issuer_clock = 0;
   const VectorClock* known = nullptr;
   const VectorClock* proxied = nullptr;
@@ -29,7 +29,7 @@ struct Actor {
 struct Conflict {
   enum Kind : std::uint8_t { none, race, proxy, uninitialized };
   Kind kind = none;
-  std::uint64_t offset = 0;     // of the byte or granule
+  std::uint64_t offset = 0;  // of the byte or granule
   bool other_is_write = false;
   bool other_is_async = false;
   std::uint32_t other_cluster = 0, other_agent = 0, other_pc = 0;
@@ -57,7 +57,7 @@ class Shadow {
     bool strong, async;
   };
   struct Cell {
-    std::uint32_t w_cluster, w_agent, w_clock, w_pc;  // w_clock 0: no write
+    std::uint32_t w_cluster, w_agent, w_clock, w_pc;          // w_clock 0: no write
     std::uint32_t r_cluster, r_agent, r_clock, r_mask, r_pc;  // r_mask 0: no read
     std::uint8_t flags;
     std::uint8_t valid;  // a bit per byte

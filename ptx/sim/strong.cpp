@@ -34,8 +34,10 @@ void strong_write(Warp& w, int lane, const Place& place, std::uint64_t address, 
   const std::uint32_t bit = 1u << lane;
   if (!release && !(w.fenced_lanes & bit)) return;
   const Knowledge k = release ? w.release(bit) : w.fence_released[lane];
-  if (place.cta != nullptr) w.cluster().shared_sync[shared_key(place)].join(k);
-  else w.grid().publish(address, w.cluster().number, k);
+  if (place.cta != nullptr)
+    w.cluster().shared_sync[shared_key(place)].join(k);
+  else
+    w.grid().publish(address, w.cluster().number, k);
 }
 
 }  // namespace torchext::sim

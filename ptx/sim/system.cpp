@@ -8,7 +8,9 @@ namespace {
 
 using U32 = std::uint32_t;
 
-Step nothing(Warp&, const Instruction&, U32) { return Step::next; }
+Step nothing(Warp&, const Instruction&, U32) {
+  return Step::next;
+}
 
 // ---- fence, membar ------------------------------------------------------------------------------
 
@@ -31,8 +33,20 @@ Step proxy_fence(Warp& w, const Instruction&, U32 mask) {
   return Step::next;
 }
 
+// A release fence for the initialisations alone: a later relaxed arrival passes those on.
 Step mbarrier_fence(Warp& w, const Instruction&, U32 mask) {
   mark_mbarriers_fenced(w, mask);
+  if (!w.grid().checks) return Step::next;
+  for (auto& [offset, m] : w.cta().mbarriers) {
+    const U32 lane = m.init_agent - w.agent(0);
+    if (lane >= 32 || !(mask >> lane & 1)) continue;
+    if (m.published_agent == 0) m.published_agent = w.cluster().new_agent();
+    w.learn(1u << lane, m.published_agent, 1);
+    VectorClock published;
+    published.raise(m.published_agent, 1);
+    w.fence_released[lane].join(Knowledge{ClockRef::make(std::move(published)), {}});
+    w.fenced_lanes |= 1u << lane;
+  }
   return Step::next;
 }
 
@@ -95,13 +109,17 @@ Step set_registers(Warp& w, const Instruction& i, U32 mask) {
   const std::int64_t more = (std::int64_t{count} - w.registers) * 32;
   if (i.small) {  // inc
     if (count < w.registers) {
-      w.finding("register pool", "setmaxnreg.inc to " + std::to_string(count) + " of a warp with " +
-                                     std::to_string(w.registers), mask);
+      w.finding("register pool",
+                "setmaxnreg.inc to " + std::to_string(count) + " of a warp with " +
+                    std::to_string(w.registers),
+                mask);
     }
     if (more > cta.register_pool) return Step::block;
   } else if (count > w.registers) {
-    w.finding("register pool", "setmaxnreg.dec to " + std::to_string(count) + " of a warp with " +
-                                   std::to_string(w.registers), mask);
+    w.finding("register pool",
+              "setmaxnreg.dec to " + std::to_string(count) + " of a warp with " +
+                  std::to_string(w.registers),
+              mask);
   }
   cta.register_pool -= more;
   w.registers = count;

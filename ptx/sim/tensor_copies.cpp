@@ -45,8 +45,10 @@ bool fetch_map(Warp& w, const TensorCopy& c, int lane, TensorMapFields* fields) 
     return false;
   }
   if (fields->rank != c.rank) {
-    w.finding("tensor map", "the instruction is " + std::to_string(c.rank) + "-D, the map is " +
-                                std::to_string(fields->rank) + "-D", 1u << lane, address);
+    w.finding("tensor map",
+              "the instruction is " + std::to_string(c.rank) + "-D, the map is " +
+                  std::to_string(fields->rank) + "-D",
+              1u << lane, address);
     return false;
   }
   return true;
@@ -54,16 +56,26 @@ bool fetch_map(Warp& w, const TensorCopy& c, int lane, TensorMapFields* fields) 
 
 Type reduce_type(TensorMapDataType t) {
   switch (t) {
-    case TensorMapDataType::uint8: return Type::u8;
-    case TensorMapDataType::uint16: return Type::u16;
-    case TensorMapDataType::int32: return Type::s32;
-    case TensorMapDataType::uint64: return Type::u64;
-    case TensorMapDataType::int64: return Type::s64;
-    case TensorMapDataType::float16: return Type::f16;
-    case TensorMapDataType::bfloat16: return Type::bf16;
-    case TensorMapDataType::float64: return Type::f64;
-    case TensorMapDataType::uint32: return Type::u32;
-    default: return Type::f32;
+    case TensorMapDataType::uint8:
+      return Type::u8;
+    case TensorMapDataType::uint16:
+      return Type::u16;
+    case TensorMapDataType::int32:
+      return Type::s32;
+    case TensorMapDataType::uint64:
+      return Type::u64;
+    case TensorMapDataType::int64:
+      return Type::s64;
+    case TensorMapDataType::float16:
+      return Type::f16;
+    case TensorMapDataType::bfloat16:
+      return Type::bf16;
+    case TensorMapDataType::float64:
+      return Type::f64;
+    case TensorMapDataType::uint32:
+      return Type::u32;
+    default:
+      return Type::f32;
   }
 }
 
@@ -87,7 +99,8 @@ void load_box(Warp& w, const TensorCopy& c, int lane) {
   TensorMapFields f;
   if (!fetch_map(w, c, lane, &f)) return;
   std::int32_t at[kMaxTensorMapRank] = {};
-  for (U32 k = 0; k < c.rank; ++k) at[k] = static_cast<std::int32_t>(w.integer(c.coordinates[k], lane));
+  for (U32 k = 0; k < c.rank; ++k)
+    at[k] = static_cast<std::int32_t>(w.integer(c.coordinates[k], lane));
   const U32 bytes = box_bytes(f), span = box_span_bytes(f);
   Place place;
   const U64 shared = operand_address(w, c.shared, c.shared_offset, lane);
@@ -100,27 +113,34 @@ void load_box(Warp& w, const TensorCopy& c, int lane) {
   if (m == nullptr) return;
   const auto offset = static_cast<U32>(place.host - place.cta->shared.data());
 
-  struct Target { Cta* cta; Signal signal; };
+  struct Target {
+    Cta* cta;
+    Signal signal;
+  };
   std::vector<Target> targets;
   if (c.multicast) {
     const auto mask = static_cast<U32>(w.integer(c.mask, lane)) & 0xffff;
     for_lanes(mask, [&](int rank) {
       if (static_cast<U32>(rank) >= w.grid().cluster_size) {
-        w.finding("invalid operand", "the multicast mask names CTA rank " + std::to_string(rank) +
-                                         " of a cluster of " + std::to_string(w.grid().cluster_size),
+        w.finding("invalid operand",
+                  "the multicast mask names CTA rank " + std::to_string(rank) +
+                      " of a cluster of " + std::to_string(w.grid().cluster_size),
                   1u << lane);
         return;
       }
       Cta& cta = *w.cluster().ctas[static_cast<std::size_t>(rank)];
       if (cta.exited()) {
-        w.finding("exited CTA", "multicast to CTA rank " + std::to_string(rank) + ", which has exited",
+        w.finding("exited CTA",
+                  "multicast to CTA rank " + std::to_string(rank) + ", which has exited",
                   1u << lane);
         return;
       }
       const auto it = cta.mbarriers.find(barrier_offset);
       if (it == cta.mbarriers.end()) {
-        w.finding("mbarrier misuse", "multicast to CTA rank " + std::to_string(rank) +
-                                         ", whose mbarrier is not initialised", 1u << lane, barrier_offset);
+        w.finding(
+            "mbarrier misuse",
+            "multicast to CTA rank " + std::to_string(rank) + ", whose mbarrier is not initialised",
+            1u << lane, barrier_offset);
         return;
       }
       targets.push_back({&cta, make_signal(cta, barrier_offset, it->second)});
@@ -176,14 +196,16 @@ void load_box(Warp& w, const TensorCopy& c, int lane) {
   }
 }
 
-void store_box(Warp& w, const TensorCopy& c, int lane) {
+// Returns whether there is a copy now.
+bool store_box(Warp& w, const TensorCopy& c, int lane) {
   TensorMapFields f;
-  if (!fetch_map(w, c, lane, &f)) return;
+  if (!fetch_map(w, c, lane, &f)) return false;
   std::int32_t at[kMaxTensorMapRank] = {};
-  for (U32 k = 0; k < c.rank; ++k) at[k] = static_cast<std::int32_t>(w.integer(c.coordinates[k], lane));
+  for (U32 k = 0; k < c.rank; ++k)
+    at[k] = static_cast<std::int32_t>(w.integer(c.coordinates[k], lane));
   Place place;
   const U64 shared = operand_address(w, c.shared, c.shared_offset, lane);
-  if (!resolve_shared(w, lane, shared, box_span_bytes(f), 128, false, &place)) return;
+  if (!resolve_shared(w, lane, shared, box_span_bytes(f), 128, false, &place)) return false;
   const auto offset = static_cast<U32>(place.host - place.cta->shared.data());
   CopyGroups& group = bulk_group(w, lane);
   const Actor reader = copy_actor(w, lane, group.read_agent, group.current);
@@ -222,9 +244,34 @@ void store_box(Warp& w, const TensorCopy& c, int lane) {
     }
   });
   if (range.begin != range.end) check(range);
-  if (good) {
-    start_grouped(w, lane, std::move(job), target, "a tensor store");
-  }
+  if (good) start_grouped(w, lane, std::move(job), target, "a tensor store");
+  return good;
+}
+
+bool same_operands(Warp& w, const TensorCopy& c, int a, int b) {
+  bool same =
+      operand_address(w, c.map, c.map_offset, a) == operand_address(w, c.map, c.map_offset, b) &&
+      operand_address(w, c.shared, c.shared_offset, a) ==
+          operand_address(w, c.shared, c.shared_offset, b);
+  for (U32 k = 0; k < c.rank; ++k)
+    same &= w.integer(c.coordinates[k], a) == w.integer(c.coordinates[k], b);
+  return same;
+}
+
+// Lanes that agree on every operand make one store together: the machine code that ptxas (13.0)
+// makes of it issues one UTMASTG for each distinct value. CUTLASS's epilogues rely on it.
+void store_boxes(Warp& w, const TensorCopy& c, U32 mask) {
+  U32 leaders = 0;
+  for_lanes(mask, [&](int lane) {
+    int leader = -1;
+    for_lanes(leaders, [&](int other) {
+      if (leader < 0 && same_operands(w, c, lane, other)) leader = other;
+    });
+    if (leader >= 0)
+      join_group(w, lane, leader);
+    else if (store_box(w, c, lane))
+      leaders |= 1u << lane;
+  });
 }
 
 Step copy(Warp& w, const Instruction& i, U32 mask) {
@@ -232,15 +279,23 @@ Step copy(Warp& w, const Instruction& i, U32 mask) {
   w.need(c.map, mask, "as a tensor map's address");
   w.need(c.shared, mask, "as an address");
   for (U32 k = 0; k < c.rank; ++k) w.need(c.coordinates[k], mask, "as a coordinate");
-  for_lanes(mask, [&](int lane) {
-    if (c.store) store_box(w, c, lane);
-    else load_box(w, c, lane);
-  });
+  if (c.store && c.reduction.op == ReduceOp::none) {
+    store_boxes(w, c, mask);
+  } else {
+    for_lanes(mask, [&](int lane) {
+      if (c.store)
+        store_box(w, c, lane);
+      else
+        load_box(w, c, lane);
+    });
+  }
   ++w.cluster().progress;
   return Step::next;
 }
 
-Step nothing(Warp&, const Instruction&, U32) { return Step::next; }
+Step nothing(Warp&, const Instruction&, U32) {
+  return Step::next;
+}
 
 U32 take_rank(Decoder& d) {
   for (U32 rank = 1; rank <= 5; ++rank) {

@@ -8,7 +8,9 @@
 
 namespace torchext::sim {
 
-bool may_time_out(Warp& w, const Group& g) { return is_try_wait(w.program().code[g.pc]); }
+bool may_time_out(Warp& w, const Group& g) {
+  return is_try_wait(w.program().code[g.pc]);
+}
 
 std::string wait_reason(Warp& w, const Group& g) {
   const Instruction& i = w.program().code[g.pc];
@@ -36,7 +38,7 @@ std::string wait_reason(Warp& w, const Group& g) {
                   static_cast<long long>(m.transactions));
     return text;
   }
-  if (starts("bar.warp") ) return "waits at bar.warp.sync for lanes that do not come";
+  if (starts("bar.warp")) return "waits at bar.warp.sync for lanes that do not come";
   if (starts("barrier.cluster")) {
     std::snprintf(text, sizeof text, "waits at barrier.cluster, where %u threads have arrived",
                   w.cluster().barrier.arrived);
@@ -46,8 +48,8 @@ std::string wait_reason(Warp& w, const Group& g) {
     const auto id = static_cast<std::uint32_t>(w.integer(i.s[0], lane));
     if (id < 16) {
       const NamedBarrier& b = w.cta().barriers[id];
-      std::snprintf(text, sizeof text, "waits at barrier %u, where %u of %u threads have arrived", id,
-                    b.arrived, b.expected != 0 ? b.expected : w.cta().live_threads);
+      std::snprintf(text, sizeof text, "waits at barrier %u, where %u of %u threads have arrived",
+                    id, b.arrived, b.expected != 0 ? b.expected : w.cta().live_threads);
       return text;
     }
   }

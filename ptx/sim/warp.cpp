@@ -16,57 +16,102 @@ std::uint64_t special_value(Special which, const Cta& cta, std::uint32_t thread,
   const Dim3 b = o.block, c = grid.cluster_dim;
   const std::uint32_t bit = 1u << lane;
   switch (which) {
-    case Special::tid_x: return thread % b.x;
-    case Special::tid_y: return thread / b.x % b.y;
-    case Special::tid_z: return thread / (b.x * b.y);
-    case Special::ntid_x: return b.x;
-    case Special::ntid_y: return b.y;
-    case Special::ntid_z: return b.z;
-    case Special::ctaid_x: return cta.index.x;
-    case Special::ctaid_y: return cta.index.y;
-    case Special::ctaid_z: return cta.index.z;
-    case Special::nctaid_x: return o.grid.x;
-    case Special::nctaid_y: return o.grid.y;
-    case Special::nctaid_z: return o.grid.z;
-    case Special::laneid: return lane;
-    case Special::warpid: return warp;
-    case Special::nwarpid: return 64;
+    case Special::tid_x:
+      return thread % b.x;
+    case Special::tid_y:
+      return thread / b.x % b.y;
+    case Special::tid_z:
+      return thread / (b.x * b.y);
+    case Special::ntid_x:
+      return b.x;
+    case Special::ntid_y:
+      return b.y;
+    case Special::ntid_z:
+      return b.z;
+    case Special::ctaid_x:
+      return cta.index.x;
+    case Special::ctaid_y:
+      return cta.index.y;
+    case Special::ctaid_z:
+      return cta.index.z;
+    case Special::nctaid_x:
+      return o.grid.x;
+    case Special::nctaid_y:
+      return o.grid.y;
+    case Special::nctaid_z:
+      return o.grid.z;
+    case Special::laneid:
+      return lane;
+    case Special::warpid:
+      return warp;
+    case Special::nwarpid:
+      return 64;
     case Special::smid:
       return (cta.cluster.number * grid.cluster_size + cta.rank) % o.num_sms;
-    case Special::nsmid: return o.num_sms;
-    case Special::gridid: return 1;
-    case Special::lanemask_eq: return bit;
-    case Special::lanemask_le: return bit | (bit - 1);
-    case Special::lanemask_lt: return bit - 1;
-    case Special::lanemask_ge: return ~(bit - 1);
-    case Special::lanemask_gt: return ~(bit | (bit - 1));
-    case Special::clusterid_x: return cta.index.x / c.x;
-    case Special::clusterid_y: return cta.index.y / c.y;
-    case Special::clusterid_z: return cta.index.z / c.z;
-    case Special::nclusterid_x: return o.grid.x / c.x;
-    case Special::nclusterid_y: return o.grid.y / c.y;
-    case Special::nclusterid_z: return o.grid.z / c.z;
-    case Special::cluster_ctaid_x: return cta.index.x % c.x;
-    case Special::cluster_ctaid_y: return cta.index.y % c.y;
-    case Special::cluster_ctaid_z: return cta.index.z % c.z;
-    case Special::cluster_nctaid_x: return c.x;
-    case Special::cluster_nctaid_y: return c.y;
-    case Special::cluster_nctaid_z: return c.z;
-    case Special::cluster_ctarank: return cta.rank;
-    case Special::cluster_nctarank: return grid.cluster_size;
-    case Special::is_explicit_cluster: return grid.cluster_size > 1;
-    case Special::dynamic_smem_size: return o.dynamic_smem;
-    case Special::total_smem_size: return grid.shared_bytes;
-    case Special::aggr_smem_size: return grid.shared_bytes;
-    default: return 0;  // clocks are read by mov, when they are read
+    case Special::nsmid:
+      return o.num_sms;
+    case Special::gridid:
+      return 1;
+    case Special::lanemask_eq:
+      return bit;
+    case Special::lanemask_le:
+      return bit | (bit - 1);
+    case Special::lanemask_lt:
+      return bit - 1;
+    case Special::lanemask_ge:
+      return ~(bit - 1);
+    case Special::lanemask_gt:
+      return ~(bit | (bit - 1));
+    case Special::clusterid_x:
+      return cta.index.x / c.x;
+    case Special::clusterid_y:
+      return cta.index.y / c.y;
+    case Special::clusterid_z:
+      return cta.index.z / c.z;
+    case Special::nclusterid_x:
+      return o.grid.x / c.x;
+    case Special::nclusterid_y:
+      return o.grid.y / c.y;
+    case Special::nclusterid_z:
+      return o.grid.z / c.z;
+    case Special::cluster_ctaid_x:
+      return cta.index.x % c.x;
+    case Special::cluster_ctaid_y:
+      return cta.index.y % c.y;
+    case Special::cluster_ctaid_z:
+      return cta.index.z % c.z;
+    case Special::cluster_nctaid_x:
+      return c.x;
+    case Special::cluster_nctaid_y:
+      return c.y;
+    case Special::cluster_nctaid_z:
+      return c.z;
+    case Special::cluster_ctarank:
+      return cta.rank;
+    case Special::cluster_nctarank:
+      return grid.cluster_size;
+    case Special::is_explicit_cluster:
+      return grid.cluster_size > 1;
+    case Special::dynamic_smem_size:
+      return o.dynamic_smem;
+    case Special::total_smem_size:
+      return grid.shared_bytes;
+    case Special::aggr_smem_size:
+      return grid.shared_bytes;
+    default:
+      return 0;  // clocks are read by mov, when they are read
   }
 }
 
 }  // namespace
 
 Warp::Warp(Cta& cta, std::uint32_t index)
-    : cta_(cta), cluster_(cta.cluster), grid_(cta.cluster.grid), program_(*cta.cluster.grid.program),
-      index_(index), register_file_(program_.register_bytes / 8 + 4),
+    : cta_(cta),
+      cluster_(cta.cluster),
+      grid_(cta.cluster.grid),
+      program_(*cta.cluster.grid.program),
+      index_(index),
+      register_file_(program_.register_bytes / 8 + 4),
       valid_(program_.register_count, 0) {
   banks_[0] = reinterpret_cast<std::uint8_t*>(register_file_.data());
   banks_[1] = reinterpret_cast<std::uint8_t*>(grid_.constants.data());

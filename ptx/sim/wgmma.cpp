@@ -60,7 +60,8 @@ struct Descriptor {
 
 // Calls visit(chunk's address, its index in a dense image of `rows` rows).
 template <class Visit>
-void for_each_chunk(U64 bits, bool transposed, U32 first_row, U32 rows, const WgmmaShape& shape, Visit&& visit) {
+void for_each_chunk(U64 bits, bool transposed, U32 first_row, U32 rows, const WgmmaShape& shape,
+                    Visit&& visit) {
   const Descriptor d(bits);
   if (!transposed) {
     const auto chunks = static_cast<U32>(shape.k_bytes() / 16);
@@ -75,20 +76,25 @@ void for_each_chunk(U64 bits, bool transposed, U32 first_row, U32 rows, const Wg
   }
 }
 
-bool in_shared(const Cta& cta, U32 address) { return address >= kSharedBase && address + 16 <= cta.shared.size(); }
+bool in_shared(const Cta& cta, U32 address) {
+  return address >= kSharedBase && address + 16 <= cta.shared.size();
+}
 
-void decode_shared(Warp& w, MmaOperand& out, U64 descriptor, bool transposed, U32 first_row, U32 rows,
-                   const WgmmaShape& shape, NumberFormat format, bool negate) {
+void decode_shared(Warp& w, MmaOperand& out, U64 descriptor, bool transposed, U32 first_row,
+                   U32 rows, const WgmmaShape& shape, NumberFormat format, bool negate) {
   thread_local std::vector<std::uint8_t> image;
   image.resize(static_cast<std::size_t>(rows) * static_cast<std::size_t>(shape.k_bytes()));
   const std::uint8_t* shared = w.cta().shared.data();
   for_each_chunk(descriptor, transposed, first_row, rows, shape, [&](U32 address, U32 index) {
-    if (in_shared(w.cta(), address)) std::memcpy(image.data() + std::size_t{index} * 16, shared + address, 16);
-    else std::memset(image.data() + std::size_t{index} * 16, 0, 16);
+    if (in_shared(w.cta(), address))
+      std::memcpy(image.data() + std::size_t{index} * 16, shared + address, 16);
+    else
+      std::memset(image.data() + std::size_t{index} * 16, 0, 16);
   });
   const int element = size_in_bytes(format);
   if (!transposed) {
-    decode_operand(out, format, image.data(), static_cast<int>(rows), shape.k, shape.k_bytes(), element, negate);
+    decode_operand(out, format, image.data(), static_cast<int>(rows), shape.k, shape.k_bytes(),
+                   element, negate);
   } else {
     decode_operand(out, format, image.data(), static_cast<int>(rows), shape.k, element,
                    static_cast<std::ptrdiff_t>(rows) * element, negate);
@@ -100,8 +106,10 @@ void decode_fragments(Warp& w, MmaOperand& out, const Instruction& i, const Wgmm
   const int element = size_in_bytes(shape.a_format), per_register = 4 / element;
   for (int lane = 0; lane < 32; ++lane) {
     for (int r = 0; r < 4; ++r) {
-      const int row = lane / 4 + (r & 1) * 8, k = (lane % 4) * per_register + (r >> 1) * 4 * per_register;
-      const auto value = static_cast<U32>(w.integer(i.list[shape.accumulators + static_cast<std::size_t>(r)], lane));
+      const int row = lane / 4 + (r & 1) * 8,
+                k = (lane % 4) * per_register + (r >> 1) * 4 * per_register;
+      const auto value = static_cast<U32>(
+          w.integer(i.list[shape.accumulators + static_cast<std::size_t>(r)], lane));
       std::memcpy(image + row * 32 + k * element, &value, 4);
     }
   }
@@ -147,7 +155,8 @@ void check_agreement(Warp& w, U32 mask, U64 a, U64 b, U32 accumulate, bool a_in_
   const U32 sequence = w.wgmma_issued++;
   auto [it, fresh] = log.try_emplace(sequence, Cta::WgmmaRecord{w.pc(), a, b, accumulate, 0});
   Cta::WgmmaRecord& r = it->second;
-  if (!fresh && (r.pc != w.pc() || r.b != b || r.scale_d != accumulate || (!a_in_registers && r.a != a))) {
+  if (!fresh &&
+      (r.pc != w.pc() || r.b != b || r.scale_d != accumulate || (!a_in_registers && r.a != a))) {
     const U32 line = w.program().code[r.pc].line;
     w.finding("wgmma disagreement",
               r.pc != w.pc() ? "the warps of the warpgroup execute different wgmmas"
@@ -173,7 +182,8 @@ Step issue(Warp& w, const Instruction& i, U32 mask) {
     uniform &= w.integer(shape.b_descriptor, l) == b &&
                (shape.a_in_registers || w.integer(shape.a_descriptor, l) == a);
   });
-  if (!uniform) w.finding("wgmma disagreement", "the lanes pass different descriptors or scale-d", mask);
+  if (!uniform)
+    w.finding("wgmma disagreement", "the lanes pass different descriptors or scale-d", mask);
   if (w.grid().options.lane_order == LaunchOptions::converged) w.order_lanes(mask);
   if (w.wgmma_agent == 0) {
     w.wgmma_agent = w.cluster().new_agent();
@@ -188,12 +198,14 @@ Step issue(Warp& w, const Instruction& i, U32 mask) {
       const Slot& s = i.list[r];
       if (r >= shape.accumulators || accumulate) w.need(s, mask, "by wgmma");
       unfenced |= w.register_fence[s.reg] == w.fence_count;
-      if (r >= shape.accumulators && s.bank == 1) w.finding("invalid operand", "a constant as fragment", mask);
+      if (r >= shape.accumulators && s.bank == 1)
+        w.finding("invalid operand", "a constant as fragment", mask);
     }
     if (unfenced) {
       w.finding("missing wgmma.fence",
-                w.fence_count == 1 ? "the warp issues its first wgmma without a wgmma.fence"
-                                   : "registers of this wgmma were touched after the last wgmma.fence",
+                w.fence_count == 1
+                    ? "the warp issues its first wgmma without a wgmma.fence"
+                    : "registers of this wgmma were touched after the last wgmma.fence",
                 mask);
     }
   }
@@ -209,7 +221,9 @@ Step issue(Warp& w, const Instruction& i, U32 mask) {
   bool outside = false;
   const auto check = [&](U32 address, U32) {
     if (!in_shared(w.cta(), address)) {
-      if (!outside) w.finding("out of bounds", "a wgmma descriptor reaches outside shared memory", mask, address);
+      if (!outside)
+        w.finding("out of bounds", "a wgmma descriptor reaches outside shared memory", mask,
+                  address);
       outside = true;
       return;
     }
@@ -217,7 +231,8 @@ Step issue(Warp& w, const Instruction& i, U32 mask) {
     place.offset = address;
     w.check_read(place, reader, 16, mask, address);
   };
-  if (!shape.a_in_registers) for_each_chunk(a, shape.transpose_a, w.index() % 4 * 16, 16, shape, check);
+  if (!shape.a_in_registers)
+    for_each_chunk(a, shape.transpose_a, w.index() % 4 * 16, 16, shape, check);
   for_each_chunk(b, shape.transpose_b, 0, static_cast<U32>(shape.n), shape, check);
 
   auto pending = std::make_unique<PendingWgmma>();
@@ -241,12 +256,18 @@ Step issue(Warp& w, const Instruction& i, U32 mask) {
 
 NumberFormat format_named(Decoder& d, Type t) {
   switch (t) {
-    case Type::e4m3: return NumberFormat::e4m3;
-    case Type::e5m2: return NumberFormat::e5m2;
-    case Type::f16: return NumberFormat::f16;
-    case Type::bf16: return NumberFormat::bf16;
-    case Type::tf32: return NumberFormat::tf32;
-    default: d.fail("unsupported operand type");
+    case Type::e4m3:
+      return NumberFormat::e4m3;
+    case Type::e5m2:
+      return NumberFormat::e5m2;
+    case Type::f16:
+      return NumberFormat::f16;
+    case Type::bf16:
+      return NumberFormat::bf16;
+    case Type::tf32:
+      return NumberFormat::tf32;
+    default:
+      d.fail("unsupported operand type");
   }
 }
 
@@ -261,12 +282,14 @@ void decode_mma_async(Decoder& d) {
   WgmmaShape s;
   std::string text;
   if (!d.take_prefix("m64n", &text)) d.fail("no shape");
-  if (std::sscanf(text.c_str(), "m64n%dk%d", &s.n, &s.k) != 2 || s.n < 8 || s.n > 256 || s.n % 8 != 0)
+  if (std::sscanf(text.c_str(), "m64n%dk%d", &s.n, &s.k) != 2 || s.n < 8 || s.n > 256 ||
+      s.n % 8 != 0)
     d.fail("bad shape");
   const Type accumulator = d.take_type();
   s.a_format = format_named(d, d.take_type());
   s.b_format = format_named(d, d.take_type());
-  if (s.k_bytes() != 32 || size_in_bytes(s.a_format) != size_in_bytes(s.b_format)) d.fail("bad shape");
+  if (s.k_bytes() != 32 || size_in_bytes(s.a_format) != size_in_bytes(s.b_format))
+    d.fail("bad shape");
   s.f16_accumulator = accumulator == Type::f16;
   if (!s.f16_accumulator && accumulator != Type::f32) d.fail("unsupported accumulator");
   try {
@@ -303,7 +326,8 @@ void decode_mma_async(Decoder& d) {
 
 void decode_wgmma(Decoder& d) {
   if (d.target() != 90) d.fail("needs .target sm_90a");
-  const bool is_fence = d.take("fence"), is_commit = d.take("commit_group"), is_wait = d.take("wait_group");
+  const bool is_fence = d.take("fence"), is_commit = d.take("commit_group"),
+             is_wait = d.take("wait_group");
   const bool is_mma = d.take("mma_async");
   if (!d.take("sync") || !d.take("aligned")) d.fail("expected .sync.aligned");
   d.out.aligned = true;
@@ -326,13 +350,18 @@ void compute(Warp& w, PendingWgmma& p) {
   const auto& s = *static_cast<const WgmmaShape*>(i.extra);
   thread_local MmaOperand a, b;
   thread_local std::vector<float> product;
-  if (s.a_in_registers) decode_fragments(w, a, i, s);
-  else decode_shared(w, a, p.a_descriptor, s.transpose_a, w.index() % 4 * 16, 16, s, s.a_format, s.negate_a);
-  decode_shared(w, b, p.b_descriptor, s.transpose_b, 0, static_cast<U32>(s.n), s, s.b_format, s.negate_b);
+  if (s.a_in_registers)
+    decode_fragments(w, a, i, s);
+  else
+    decode_shared(w, a, p.a_descriptor, s.transpose_a, w.index() % 4 * 16, 16, s, s.a_format,
+                  s.negate_a);
+  decode_shared(w, b, p.b_descriptor, s.transpose_b, 0, static_cast<U32>(s.n), s, s.b_format,
+                s.negate_b);
   const auto n = static_cast<std::size_t>(s.n);
   product.assign(16 * n, 0.0f);
   const auto place = [&](int lane, std::size_t j, std::size_t h) {
-    return (static_cast<std::size_t>(lane) / 4 + 8 * h) * n + 8 * j + 2 * (static_cast<std::size_t>(lane) % 4);
+    return (static_cast<std::size_t>(lane) / 4 + 8 * h) * n + 8 * j +
+           2 * (static_cast<std::size_t>(lane) % 4);
   };
   if (p.accumulate) {
     for (std::size_t j = 0; j < n / 8; ++j) {
@@ -357,7 +386,8 @@ void compute(Warp& w, PendingWgmma& p) {
       for (int lane = 0; lane < 32; ++lane) {
         const float* c = product.data() + place(lane, j, h);
         if (s.f16_accumulator) {
-          w.at<U32>(i.list[2 * j + h])[lane] = static_cast<U32>(encode_f16(c[1])) << 16 | encode_f16(c[0]);
+          w.at<U32>(i.list[2 * j + h])[lane] =
+              static_cast<U32>(encode_f16(c[1])) << 16 | encode_f16(c[0]);
         } else {
           w.at<float>(i.list[4 * j + 2 * h])[lane] = c[0];
           w.at<float>(i.list[4 * j + 2 * h + 1])[lane] = c[1];
@@ -368,6 +398,8 @@ void compute(Warp& w, PendingWgmma& p) {
   p.done = true;
 }
 
-void add_wgmma(DecodeTable& t) { t["wgmma"] = decode_wgmma; }
+void add_wgmma(DecodeTable& t) {
+  t["wgmma"] = decode_wgmma;
+}
 
 }  // namespace torchext::sim

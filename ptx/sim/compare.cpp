@@ -1,0 +1,351 @@
+// Comparisons and selections: setp, set, selp, slct.
+#include "decode.h"
+#include "lanes.h"
+#include "number_formats.h"
+
+namespace torchext::sim {
+
+namespace {
+
+using U16 = std::uint16_t;
+using U32 = std::uint32_t;
+using U64 = std::uint64_t;
+using S32 = std::int32_t;
+using S64 = std::int64_t;
+
+struct Eq {
+  template <class T>
+  bool operator()(T a, T b) const {
+    return a == b;
+  }
+};
+struct Ne {
+  template <class T>
+  bool operator()(T a, T b) const {
+    return a != b && !(a != a) && !(b != b);
+  }
+};
+struct Lt {
+  template <class T>
+  bool operator()(T a, T b) const {
+    return a < b;
+  }
+};
+struct Le {
+  template <class T>
+  bool operator()(T a, T b) const {
+    return a <= b;
+  }
+};
+struct Gt {
+  template <class T>
+  bool operator()(T a, T b) const {
+    return a > b;
+  }
+};
+struct Ge {
+  template <class T>
+  bool operator()(T a, T b) const {
+    return a >= b;
+  }
+};
+template <class F>
+struct Unordered {
+  template <class T>
+  bool operator()(T a, T b) const {
+    return a != a || b != b || F()(a, b);
+  }
+};
+struct Num {
+  template <class T>
+  bool operator()(T a, T b) const {
+    return a == a && b == b;
+  }
+};
+struct Nan {
+  template <class T>
+  bool operator()(T a, T b) const {
+    return a != a || b != b;
+  }
+};
+
+enum Combine : U16 { kNone, kAnd, kOr, kXor };
+enum : U16 { kFtz = 16 };
+
+struct AsF16 {
+  U16 bits;
+};
+struct AsBf16 {
+  U16 bits;
+};
+template <class T>
+T widen(T v) {
+  return v;
+}
+inline float widen(AsF16 v) {
+  return f16_to_float(v.bits);
+}
+inline float widen(AsBf16 v) {
+  return bf16_to_float(v.bits);
+}
+inline float flush(float v) {
+  return std::abs(v) < 1.17549435e-38f ? 0.0f * v : v;
+}
+template <class T>
+T flush(T v) {
+  return v;
+}
+
+template <class T, class F>
+U32 compare(Warp& w, const Instruction& i, U32 mask) {
+  const auto* a = w.at(i.s[0]);
+  const auto* b = w.at(i.s[1]);
+  U32 result = 0;
+  const bool ftz = i.small & kFtz;
+  each_lane(mask, [&](int l) {
+    auto x = widen(Element<T>::load(a, l));
+    auto y = widen(Element<T>::load(b, l));
+    if (ftz) x = flush(x), y = flush(y);
+    result |= static_cast<U32>(F()(x, y)) << l;
+  });
+  return result;
+}
+
+U32 combine(Warp& w, const Instruction& i, U32 result, U32* valid) {
+  const U32 mode = i.small & 15;
+  if (mode == kNone) return result;
+  const U32 c = w.predicate(i.s[2]);
+  *valid &= w.valid(i.s[2]);
+  return mode == kAnd ? result & c : mode == kOr ? result | c : result ^ c;
+}
+
+template <class T, class F>
+Step set_predicates(Warp& w, const Instruction& i, U32 mask) {
+  const U32 result = compare<T, F>(w, i, mask);
+  U32 valid = w.valid(i.s[0]) & w.valid(i.s[1]);
+  if (i.d2.sink) {
+    w.set_predicate(i.d, mask, combine(w, i, result, &valid));
+    w.set_valid(i.d, mask, valid);
+    return Step::next;
+  }
+  const U32 q = combine(w, i, ~result, &valid);
+  w.set_predicate(i.d, mask, combine(w, i, result, &valid));
+  w.set_valid(i.d, mask, valid);
+  w.set_predicate(i.d2, mask, q);
+  w.set_valid(i.d2, mask, valid);
+  return Step::next;
+}
+
+// set: all ones (or 1.0f) where true
+template <class T, class F>
+Step set_register(Warp& w, const Instruction& i, U32 mask) {
+  U32 valid = w.valid(i.s[0]) & w.valid(i.s[1]);
+  const U32 result = combine(w, i, compare<T, F>(w, i, mask), &valid);
+  const auto truth = static_cast<U64>(i.offset);
+  for_lanes(mask, [&](int l) { w.put(i.d, l, (result >> l) & 1 ? truth : 0); });
+  w.set_valid(i.d, mask, valid);
+  return Step::next;
+}
+
+template <class T, bool floating>
+Execute comparison(const std::string& op, bool to_register) {
+#define TORCHEXT_COMPARE(name, F) \
+  if (op == name) return to_register ? set_register<T, F> : set_predicates<T, F>;
+  TORCHEXT_COMPARE("eq", Eq)
+  TORCHEXT_COMPARE("ne", Ne)
+  TORCHEXT_COMPARE("lt", Lt)
+  TORCHEXT_COMPARE("le", Le)
+  TORCHEXT_COMPARE("gt", Gt)
+  TORCHEXT_COMPARE("ge", Ge)
+  if constexpr (!floating) {
+    TORCHEXT_COMPARE("lo", Lt)
+    TORCHEXT_COMPARE("ls", Le)
+    TORCHEXT_COMPARE("hi", Gt)
+    TORCHEXT_COMPARE("hs", Ge)
+  } else {
+    TORCHEXT_COMPARE("equ", Unordered<Eq>)
+    TORCHEXT_COMPARE("neu", Unordered<Ne>)
+    TORCHEXT_COMPARE("ltu", Unordered<Lt>)
+    TORCHEXT_COMPARE("leu", Unordered<Le>)
+    TORCHEXT_COMPARE("gtu", Unordered<Gt>)
+    TORCHEXT_COMPARE("geu", Unordered<Ge>)
+    TORCHEXT_COMPARE("num", Num)
+    TORCHEXT_COMPARE("nan", Nan)
+  }
+#undef TORCHEXT_COMPARE
+  return nullptr;
+}
+
+Execute comparison_of(Type type, const std::string& op, bool to_register) {
+  switch (type) {
+    case Type::b16:
+    case Type::u16:
+      return comparison<U16, false>(op, to_register);
+    case Type::s16:
+      return comparison<std::int16_t, false>(op, to_register);
+    case Type::b32:
+    case Type::u32:
+      return comparison<U32, false>(op, to_register);
+    case Type::s32:
+      return comparison<S32, false>(op, to_register);
+    case Type::b64:
+    case Type::u64:
+      return comparison<U64, false>(op, to_register);
+    case Type::s64:
+      return comparison<S64, false>(op, to_register);
+    case Type::f32:
+      return comparison<float, true>(op, to_register);
+    case Type::f64:
+      return comparison<double, true>(op, to_register);
+    case Type::f16:
+      return comparison<AsF16, true>(op, to_register);
+    case Type::bf16:
+      return comparison<AsBf16, true>(op, to_register);
+    default:
+      return nullptr;
+  }
+}
+
+std::string take_comparison(Decoder& d) {
+  const std::string op = d.take_one_of({"eq", "ne", "lt", "le", "gt", "ge", "lo", "ls", "hi", "hs",
+                                        "equ", "neu", "ltu", "leu", "gtu", "geu", "num", "nan"});
+  if (op.empty()) d.fail("no comparison");
+  return op;
+}
+U16 take_combine(Decoder& d) {
+  const std::string mode = d.take_one_of({"and", "or", "xor"});
+  return mode.empty() ? kNone : mode == "and" ? kAnd : mode == "or" ? kOr : kXor;
+}
+
+// f16x2, bf16x2: the low half sets p, the high half q.
+template <class T, class F>
+Step set_pair(Warp& w, const Instruction& i, U32 mask) {
+  U32 low = 0, high = 0;
+  for_lanes(mask, [&](int l) {
+    const U64 a = w.integer(i.s[0], l), b = w.integer(i.s[1], l);
+    const auto at = [](U64 v, int h) { return widen(T{static_cast<U16>(v >> (16 * h))}); };
+    low |= static_cast<U32>(F()(at(a, 0), at(b, 0))) << l;
+    high |= static_cast<U32>(F()(at(a, 1), at(b, 1))) << l;
+  });
+  U32 valid = w.valid(i.s[0]) & w.valid(i.s[1]);
+  low = combine(w, i, low, &valid);
+  high = combine(w, i, high, &valid);
+  w.set_predicate(i.d, mask, low);
+  w.set_predicate(i.d2, mask, high);
+  w.set_valid(i.d, mask, valid);
+  w.set_valid(i.d2, mask, valid);
+  return Step::next;
+}
+template <class T>
+Execute pair_comparison(const std::string& op) {
+#define TORCHEXT_COMPARE(name, F) \
+  if (op == name) return set_pair<T, F>;
+  TORCHEXT_COMPARE("eq", Eq)
+  TORCHEXT_COMPARE("ne", Ne)
+  TORCHEXT_COMPARE("lt", Lt) TORCHEXT_COMPARE("le", Le) TORCHEXT_COMPARE("gt", Gt)
+      TORCHEXT_COMPARE("ge", Ge) TORCHEXT_COMPARE("equ", Unordered<Eq>)
+          TORCHEXT_COMPARE("neu", Unordered<Ne>) TORCHEXT_COMPARE("ltu", Unordered<Lt>)
+              TORCHEXT_COMPARE("leu", Unordered<Le>) TORCHEXT_COMPARE("gtu", Unordered<Gt>)
+                  TORCHEXT_COMPARE("geu", Unordered<Ge>) TORCHEXT_COMPARE("num", Num)
+                      TORCHEXT_COMPARE("nan", Nan)
+#undef TORCHEXT_COMPARE
+                          return nullptr;
+}
+
+void decode_setp(Decoder& d) {
+  const std::string op = take_comparison(d);
+  d.out.small = take_combine(d);
+  const bool combined = d.out.small != kNone;
+  if (d.take("ftz")) d.out.small |= kFtz;
+  const Type type = d.take_type();
+  d.finish(combined ? 4 : 3);
+  const Arg& to = d.arg(0);
+  const bool pair = to.kind == Arg::pair;
+  d.out.d = d.predicate_destination(pair ? to.args[0] : to);
+  d.out.d2.sink = true;
+  d.out.d2.reg = 1;
+  if (pair) d.out.d2 = d.predicate_destination(to.args[1]);
+  d.out.s[0] = d.source(1, type);
+  d.out.s[1] = d.source(2, type);
+  if (combined) d.out.s[2] = d.predicate(3);
+  d.out.execute = type == Type::f16x2    ? pair_comparison<AsF16>(op)
+                  : type == Type::bf16x2 ? pair_comparison<AsBf16>(op)
+                                         : comparison_of(type, op, false);
+  if (d.out.execute == nullptr) d.fail("no such comparison for this type");
+}
+
+void decode_set(Decoder& d) {
+  const std::string op = take_comparison(d);
+  d.out.small = take_combine(d);
+  const bool combined = d.out.small != kNone;
+  if (d.take("ftz")) d.out.small |= kFtz;
+  const Type result = d.take_type(), type = d.take_type();
+  d.finish(combined ? 4 : 3);
+  d.out.d = d.destination(0, size_of(result));
+  d.out.s[0] = d.source(1, type);
+  d.out.s[1] = d.source(2, type);
+  if (combined) d.out.s[2] = d.predicate(3);
+  d.out.offset = result == Type::f32    ? 0x3f800000
+                 : result == Type::f16  ? 0x3c00
+                 : result == Type::bf16 ? 0x3f80
+                 : size_of(result) == 2 ? 0xffff
+                 : size_of(result) == 4 ? 0xffffffff
+                                        : -1;
+  d.out.execute = comparison_of(type, op, true);
+  if (d.out.execute == nullptr) d.fail("no such comparison for this type");
+}
+
+Step select(Warp& w, const Instruction& i, U32 mask) {
+  const U32 p = w.predicate(i.s[2]);
+  each_lane(mask, [&](int l) { w.put(i.d, l, w.integer((p >> l) & 1 ? i.s[0] : i.s[1], l)); });
+  w.set_valid(i.d, mask, w.valid(i.s[2]) & ((p & w.valid(i.s[0])) | (~p & w.valid(i.s[1]))));
+  return Step::next;
+}
+
+void decode_selp(Decoder& d) {
+  const Type type = d.take_type();
+  d.finish(4);
+  d.out.d = d.destination(0, size_of(type));
+  d.out.s[0] = d.source(1, type);
+  d.out.s[1] = d.source(2, type);
+  d.out.s[2] = d.predicate(3);
+  d.out.execute = select;
+}
+
+template <bool floating>
+Step select_by_sign(Warp& w, const Instruction& i, U32 mask) {
+  for_lanes(mask, [&](int l) {
+    const auto bits = static_cast<U32>(w.integer(i.s[2], l));
+    bool first = static_cast<S32>(bits) >= 0;
+    if (floating) {
+      float c = float_from_bits(bits);
+      if (i.small) c = flush(c);
+      first = c >= 0;
+    }
+    w.put(i.d, l, w.integer(first ? i.s[0] : i.s[1], l));
+  });
+  w.set_valid(i.d, mask, w.valid(i.s[0]) & w.valid(i.s[1]) & w.valid(i.s[2]));
+  return Step::next;
+}
+
+void decode_slct(Decoder& d) {
+  d.out.small = d.take("ftz");
+  const Type type = d.take_type(), by = d.take_type();
+  d.finish(4);
+  d.out.d = d.destination(0, size_of(type));
+  d.out.s[0] = d.source(1, type);
+  d.out.s[1] = d.source(2, type);
+  d.out.s[2] = d.source(3, by);
+  d.out.execute = by == Type::f32 ? select_by_sign<true> : select_by_sign<false>;
+}
+
+}  // namespace
+
+void add_compare(DecodeTable& t) {
+  t["setp"] = decode_setp;
+  t["set"] = decode_set;
+  t["selp"] = decode_selp;
+  t["slct"] = decode_slct;
+}
+
+}  // namespace torchext::sim
