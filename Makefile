@@ -23,8 +23,12 @@ $(BUILT): $(VENV)/.ready $(SOURCES)
 demo: $(BUILT)
 	$(BIN)/python -m torchext.demo
 
+# Everything on the CPU kernels, then the tests of ops and layers on the CUDA kernels' PTX.
 test: $(BUILT) lint
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@if ls torchext/_ptx/*.ptx >/dev/null 2>&1; \
+	then $(BIN)/python -m pytest --device sim tests/gemm tests/quantize tests/nn tests/test_ops.py; \
+	else echo 'no nvcc, so no CUDA kernels to simulate'; fi
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

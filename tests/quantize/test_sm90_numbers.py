@@ -16,5 +16,5 @@ def test_scales_and_quotients_are_those_of_a_true_division(tmp_path: Path) -> No
     exact = ["-ffp-contract=off", "-fno-builtin-fmaf"]
     flags = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", *exact]
     subprocess.run([compiler, *flags, str(SOURCE), "-o", str(program)], check=True)
-    result = subprocess.run([program], capture_output=True, text=True)
+    result = subprocess.run([program], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout
