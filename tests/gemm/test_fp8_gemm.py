@@ -177,12 +177,13 @@ def test_dtypes(granularity, out_dtype, dtypes, device, tensor_core):
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_error_of_normal_data_is_small(granularity, device, tensor_core):
-    """The bound is a worst case; this is what to expect. Unpromoted sums would lose 1e-3."""
+    """The bound is a worst case; this is what to expect. A tensor core loses 1.3e-4, or 5.5e-4 if
+    its sums are not promoted."""
     a, b = operands(granularity, 64, 72, 1024, device, scaled=False)
     exact = a.dequantized @ b.dequantized.t()
     result = ops.fp8_gemm_nt(a.data, a.scale, b.data, b.scale, out_dtype=torch.float32)
     error = (result.double().cpu() - exact).square().mean().sqrt() / exact.square().mean().sqrt()
-    assert error < (4e-4 if tensor_core else 1e-6)
+    assert error < (2e-4 if tensor_core else 1e-6)
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
