@@ -228,3 +228,39 @@ STORE = (
 }
 """
 )
+
+# Two CTAs of a cluster: each initialises an mbarrier, stores a number, and arrives at the other's
+# mbarrier; then waits for its own. FENCE and READ are replaced by the tests.
+PEERS = (
+    HEADER
+    + """
+.visible .entry peers(.param .u64 out)
+{
+    .reg .pred %p<2>;
+    .reg .b32 %r<12>;
+    .reg .b64 %rd<2>;
+    .shared .align 8 .b8 full[8];
+    .shared .align 4 .b8 number[4];
+    ld.param.u64 %rd1, [out];
+    mov.u32 %r1, full;
+    mov.u32 %r2, number;
+    mov.u32 %r3, %cluster_ctarank;
+    xor.b32 %r4, %r3, 1;
+    mbarrier.init.shared::cta.b64 [%r1], 1;
+    st.shared.u32 [%r2], %r3;
+    FENCE
+    barrier.cluster.arrive.relaxed;
+    barrier.cluster.wait;
+    mapa.shared::cluster.u32 %r5, %r1, %r4;
+    mapa.shared::cluster.u32 %r6, %r2, %r4;
+    READ
+    mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%r5];
+WAIT:
+    mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 %p1, [%r1], 0;
+    @!%p1 bra WAIT;
+    barrier.cluster.arrive;
+    barrier.cluster.wait;
+    ret;
+}
+"""
+)

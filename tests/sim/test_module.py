@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from kernels import HEADER, MAKE_MAP, RACE, SCALE, STORE, STRUCT, TMA
+from kernels import HEADER, MAKE_MAP, PEERS, RACE, SCALE, STORE, STRUCT, TMA
 
 from torchext import sim
 
@@ -193,6 +193,27 @@ def test_lanes_that_agree_make_one_tensor_store(completion):
             expected = np.repeat(np.arange(32), 4).reshape(8, 16)
             np.testing.assert_array_equal(out[:, :16], expected)
             assert not out[:, 16:].any()
+
+
+@pytest.mark.parametrize(
+    "fence, read, kinds",
+    [
+        ("fence.mbarrier_init.release.cluster;", "", set()),
+        ("fence.acq_rel.cluster;", "ld.shared::cluster.u32 %r7, [%r6];", set()),
+        ("", "", {"mbarrier misuse"}),
+        # That fence is for the initialisation alone: the number is not published by it.
+        (
+            "fence.mbarrier_init.release.cluster;",
+            "ld.shared::cluster.u32 %r7, [%r6];",
+            {"data race"},
+        ),
+    ],
+)
+def test_a_fence_and_a_relaxed_arrival_publish_mbarriers(fence, read, kinds):
+    ptx = PEERS.replace("FENCE", fence).replace("READ", read)
+    out = np.zeros(2, np.uint32)
+    report = sim.Module(ptx).launch("peers", grid=2, block=1, cluster=2, args=[out])
+    assert {f.kind for f in report.findings} == kinds, str(report)
 
 
 def test_the_alignment_after_ptr_is_of_the_pointee():
