@@ -1,12 +1,16 @@
-"""PTX that nvcc makes of other people's kernels: CUB and libcu++ (third_party.cu)."""
+"""PTX of other people's making: CUB and libcu++ (third_party.cu) through nvcc, and Triton's
+(triton_ptx/, with the script that makes it)."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from torchext import sim
 from torchext.sim.compiler import CompileError, find_nvcc
+
+COMPLETIONS = ["late", "eager", "random"]
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +22,7 @@ def module():
     return sim.compile_cuda(Path(__file__).with_name("third_party.cu"))
 
 
-@pytest.fixture(params=["late", "eager", "random"])
+@pytest.fixture(params=COMPLETIONS)
 def launch(request, module):
     def run(name, block, args, grid=1):
         return [
@@ -69,3 +73,43 @@ def test_memcpy_async(launch, fenced):
     np.testing.assert_array_equal(y, x[:, ::-1])
     kinds = {f.kind for report in reports for f in report.findings}
     assert kinds == (set() if fenced else {"missing mbarrier fence"})
+
+
+NO_SCRATCH = np.zeros(0, np.uint8)
+
+
+def triton_module(name):
+    return sim.Module(Path(__file__).parent / "triton_ptx" / f"{name}.ptx")
+
+
+@pytest.mark.parametrize("completion", COMPLETIONS)
+@pytest.mark.parametrize("name", ["softmax_sm80", "softmax_sm90"])
+def test_triton_softmax(name, completion):
+    x = torch.randn(3, 1000, generator=torch.Generator().manual_seed(0))
+    y = torch.zeros_like(x)
+    args = [sim.read_only(x), sim.output(y), np.int32(1000), NO_SCRATCH, NO_SCRATCH]
+    report = triton_module(name).launch(
+        "softmax", grid=3, block=128, smem=16, args=args, completion=completion
+    )
+    assert report.ok, str(report)
+    torch.testing.assert_close(y, x.softmax(1), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("completion", COMPLETIONS)
+def test_triton_fp8_matmul(completion, seed):
+    """Tensor maps made on the device, TMA, mbarriers, wgmma, TMA stores; ragged in every size."""
+    m, n, k = 100, 72, 208
+    generator = torch.Generator().manual_seed(1)
+    a, b = (torch.randn(rows, k, generator=generator).to(torch.float8_e4m3fn) for rows in (m, n))
+    c = torch.zeros(m, n, dtype=torch.float16)
+    scratch = np.zeros(4 * 3 * 128, np.uint8)  # three maps for each of the four CTAs
+    sizes = [np.int32(x) for x in (m, n, k)]
+    args = [sim.read_only(a), sim.read_only(b), sim.output(c), *sizes, scratch, NO_SCRATCH]
+    report = triton_module("matmul_fp8_sm90").launch(
+        "matmul", grid=(2, 2), block=128, smem=24600, args=args, seed=seed, completion=completion
+    )
+    assert report.ok, str(report)
+    assert report.instructions["wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3"] > 0
+    expected = torch.from_numpy(sim.tensor_core_matmul(a, b)).half()
+    assert torch.equal(c, expected), "the bits of Hopper's tensor core, to FP16"
