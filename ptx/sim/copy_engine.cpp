@@ -153,7 +153,11 @@ void start_signalled(Warp& w, CopyJob job, const Signal& signal, std::uint32_t b
     complete_transactions(*signal.cta, signal.offset, bytes);
   };
   const auto m = signal.cta->mbarriers.find(signal.offset);
-  if (m != signal.cta->mbarriers.end()) m->second.work.push_back(work);
+  if (m != signal.cta->mbarriers.end()) {
+    m->second.work.push_back(work);
+    m->second.signalled = m->second.phase + 1;
+    m->second.signalled_pc = w.pc();
+  }
   w.cluster().start(work);
 }
 

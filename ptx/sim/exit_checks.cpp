@@ -50,13 +50,10 @@ void after_exit(Warp& w) {
                      0);
       }
       for (const auto& [offset, m] : cta.mbarriers) {
-        for (const auto& weak : m.work) {
-          const auto work = weak.lock();
-          if (work == nullptr || work->done) continue;
-          w.finding_at(m.init_pc, "outstanding async copy",
-                       "the CTA exits while " + work->what + " into its shared memory is in flight",
-                       0, offset);
-        }
+        if (m.signalled <= m.waited) continue;
+        w.finding_at(m.signalled_pc, "outstanding async copy",
+                     "the CTA exits without having waited for this copy into its shared memory", 0,
+                     offset);
       }
     }
   }

@@ -85,10 +85,13 @@ struct MBarrier {
   std::uint64_t phase = 0;
   std::uint32_t agent = 0;  // stands for the copies of each phase: clock = phase + 1
   std::uint32_t init_agent = 0, init_clock = 0, init_pc = 0;
-  bool fenced = false;  // fence.mbarrier_init or fence.proxy.async since init
+  bool fenced = false;                // fence.mbarrier_init or fence.proxy.async since init
   std::uint32_t published_agent = 0;  // fence.mbarrier_init: whoever knows it knows the init
   Knowledge arriving, completed;
   std::vector<std::weak_ptr<AsyncWork>> work;  // copies that signal it
+  // Phases, counted from 1: the last that a copy signals, and the last that a thread waited for.
+  std::uint64_t signalled = 0, waited = 0;
+  std::uint32_t signalled_pc = 0;
 };
 
 struct NamedBarrier {

@@ -261,6 +261,7 @@ Step wait(Warp& w, const Instruction& i, U32 mask) {
     if (done) {
       complete |= 1u << lane;
       knowledge.join(m->completed);
+      m->waited = m->phase;
     } else {
       for (const auto& weak : m->work) {
         if (const auto work = weak.lock()) work->wanted = true;
