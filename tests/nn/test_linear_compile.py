@@ -1,0 +1,117 @@
+"""torchext.nn.Linear under torch.compile: one graph each way, and the same numbers."""
+
+from __future__ import annotations
+
+import collections
+
+import pytest
+import torch
+from linear_testing import (
+    assert_quantised_afresh,
+    halve,
+    main_recipes,
+    normal,
+    normal_linear,
+    saved_tensors,
+    train_step,
+)
+from torch._dynamo.testing import CompileCounter
+
+from torchext.nn import Linear
+
+
+@main_recipes
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("shape", [(8, 200), (2, 5, 200)], ids=str)
+def test_compile_gives_one_graph_each_way(device, recipe, backend, shape):
+    graphs = collections.Counter()
+
+    def counted(direction: str):
+        def compiler(module, inputs):
+            graphs[direction] += 1
+            if backend == "aot_eager":
+                return make_boxed_func(module.forward)
+            return compile_fx_inner(module, inputs)
+
+        return compiler
+
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._inductor.compile_fx import compile_fx_inner
+    from torch._inductor.decomposition import select_decomp_table
+
+    torch._dynamo.reset()
+    eager, linear = normal_linear(device, recipe=recipe), normal_linear(device, recipe=recipe)
+    x = normal(*shape, device=device, grad=True)
+    compiled = torch.compile(
+        linear,
+        fullgraph=True,
+        backend=aot_autograd(
+            fw_compiler=counted("forward"),
+            bw_compiler=counted("backward"),
+            decompositions=select_decomp_table(),
+        ),
+    )
+    with saved_tensors() as saved:
+        y = compiled(x)
+    y.square().mean().backward()
+    dx, x.grad = x.grad, None
+    assert torch.equal(y, train_step(eager, x))
+    assert torch.equal(dx, x.grad)
+    assert torch.equal(linear.weight.grad, eager.weight.grad)
+    torch.testing.assert_close(linear.bias.grad, eager.bias.grad)  # the sum's order may differ
+    assert all(t.itemsize == 1 for t in saved if t.numel() >= x.numel())
+
+    halve(linear)
+    linear.weight.grad = None
+    compiled(x).square().mean().backward()
+    fresh = Linear.from_linear(torch.nn.Linear(200, 136, device=device), recipe)
+    fresh.load_state_dict(linear.state_dict())
+    train_step(fresh, x)
+    assert torch.equal(linear.weight.grad, fresh.weight.grad)
+    assert graphs == {"forward": 1, "backward": 1}
+    assert linear._cached_weight is None
+
+
+def test_compile_default_backend_with_autocast_and_optimiser(device):
+    torch._dynamo.reset()
+    linear, eager = normal_linear(device), normal_linear(device)
+    compiled = torch.compile(linear, fullgraph=True)
+    x = normal(8, 200, device=device, grad=True)
+    optimisers = [torch.optim.SGD(layer.parameters(), lr=0.1) for layer in (linear, eager)]
+    for _ in range(3):
+        for layer, optimiser in zip((compiled, eager), optimisers, strict=True):
+            optimiser.zero_grad()
+            with torch.autocast(device.type, torch.bfloat16):
+                y = layer(x)
+            assert y.dtype == torch.bfloat16
+            y.float().square().mean().backward()
+            optimiser.step()
+    torch.testing.assert_close(linear.weight, eager.weight)
+    torch.testing.assert_close(linear.bias, eager.bias)
+
+
+def test_compile_frozen_weight(device):
+    torch._dynamo.reset()
+    linear = normal_linear(device).requires_grad_(False)
+    x = normal(8, 200, device=device, grad=True)
+    y = torch.compile(linear, fullgraph=True)(x)
+    y.sum().backward()
+    dx, x.grad = x.grad, None
+    linear(x).sum().backward()
+    assert torch.equal(dx, x.grad)
+
+
+def test_compiled_optimiser_does_not_recompile(device):
+    # The step counter of the weight cache must not become a guard of the optimiser's graph.
+    torch._dynamo.reset()
+    linear = normal_linear(device)
+    optimiser = torch.optim.SGD(linear.parameters(), lr=0.1)
+    x = normal(8, 200, device=device)
+    counter = CompileCounter()
+    step = torch.compile(optimiser.step, backend=counter)
+    for _ in range(4):
+        train_step(linear, x)
+        step()
+        assert_quantised_afresh(linear, x)
+    assert counter.frame_count <= 1
