@@ -1,4 +1,6 @@
-// wgmma: fence, mma_async, commit_group, wait_group. Each warp computes its own 16 rows.
+// wgmma: fence, mma_async, commit_group, wait_group. Each warp computes its own 16 rows; a group is
+// complete when all four warps' rows are, so whoever has waited may release the operands for all.
+#include <algorithm>
 #include <cstring>
 
 #include "decode.h"
@@ -126,24 +128,34 @@ Step fence(Warp& w, const Instruction&, U32 mask) {
 
 Step commit(Warp& w, const Instruction&, U32 mask) {
   ++w.wgmma_group;
+  ++w.cluster().progress;  // another warp of the warpgroup may wait for this one's part
   if (w.grid().options.lane_order == LaunchOptions::converged) w.order_lanes(mask);
   return Step::next;
 }
 
 Step wait(Warp& w, const Instruction& i, U32 mask) {
   const U32 committed = w.wgmma_group - 1, upto = committed > i.target ? committed - i.target : 0;
+  const std::size_t first = w.index() / 4 * 4;
+  const auto& warps = w.cta().warps;
+  const std::size_t last = std::min(first + 4, warps.size());
+  for (std::size_t k = first; k < last; ++k) {
+    if (warps[k]->wgmma_group <= upto) return Step::block;  // has yet to issue its part
+  }
+  for (std::size_t k = first; k < last; ++k) {
+    for (auto& p : warps[k]->wgmma_pending) {
+      if (p->group <= upto && !p->done) compute(*warps[k], *p);
+    }
+    if (upto != 0 && warps[k]->wgmma_agent != 0) w.learn(mask, warps[k]->wgmma_agent, upto);
+  }
   auto& pending = w.wgmma_pending;
   std::size_t done = 0;
   for (; done < pending.size() && pending[done]->group <= upto; ++done) {
-    PendingWgmma& p = *pending[done];
-    if (!p.done) compute(w, p);
-    for (const Slot& s : p.instruction->list) {
+    for (const Slot& s : pending[done]->instruction->list) {
       if (w.in_flight[s.reg] > 0) --w.in_flight[s.reg];
     }
   }
   pending.erase(pending.begin(), pending.begin() + static_cast<std::ptrdiff_t>(done));
   if (w.grid().options.lane_order == LaunchOptions::converged) w.order_lanes(mask);
-  if (upto != 0 && w.wgmma_agent != 0) w.learn(mask, w.wgmma_agent, upto);
   return Step::next;
 }
 
