@@ -248,7 +248,7 @@ def quantize_tensorwise(
 
 
 def dequantize(data: Tensor, scale: Tensor, *, out_dtype: torch.dtype) -> Tensor:
-    """`data * scale`, computed in FP32 and rounded once, to nearest even, to `out_dtype`.
+    """`data * scale`, rounded to FP32 and then, to nearest even, to `out_dtype`.
 
     The shape of `scale` tells which elements share a scale. It has a gradient with respect to
     `scale` (float32; the sum of grad * data over each group) and none with respect to `data`.

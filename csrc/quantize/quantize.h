@@ -77,8 +77,8 @@ void quantize_tensorwise_cpu(const MatrixView& x, const QuantizeOptions& options
 void quantize_tensorwise_sm90(Device& device, const MatrixView& x, const QuantizeOptions& options,
                               const QuantizedView& out, uint32_t* amax_bits, Buffers buffers);
 
-// y[row, col] = data[row, col] * scale[row / row_group, col / col_group], rounded once to y's
-// dtype.
+// y[row, col] = data[row, col] * scale[row / row_group, col / col_group], a product rounded to FP32
+// and then to y's dtype.
 struct DequantizeView {
   const void* data;
   int64_t data_row_stride, data_col_stride;

@@ -242,14 +242,14 @@ Execute pair_comparison(const std::string& op) {
   if (op == name) return set_pair<T, F>;
   TORCHEXT_COMPARE("eq", Eq)
   TORCHEXT_COMPARE("ne", Ne)
-  TORCHEXT_COMPARE("lt", Lt) TORCHEXT_COMPARE("le", Le) TORCHEXT_COMPARE("gt", Gt)
-      TORCHEXT_COMPARE("ge", Ge) TORCHEXT_COMPARE("equ", Unordered<Eq>)
-          TORCHEXT_COMPARE("neu", Unordered<Ne>) TORCHEXT_COMPARE("ltu", Unordered<Lt>)
-              TORCHEXT_COMPARE("leu", Unordered<Le>) TORCHEXT_COMPARE("gtu", Unordered<Gt>)
-                  TORCHEXT_COMPARE("geu", Unordered<Ge>) TORCHEXT_COMPARE("num", Num)
-                      TORCHEXT_COMPARE("nan", Nan)
+  TORCHEXT_COMPARE("lt", Lt)
+  TORCHEXT_COMPARE("le", Le) TORCHEXT_COMPARE("gt", Gt) TORCHEXT_COMPARE("ge", Ge)
+      TORCHEXT_COMPARE("equ", Unordered<Eq>) TORCHEXT_COMPARE("neu", Unordered<Ne>)
+          TORCHEXT_COMPARE("ltu", Unordered<Lt>) TORCHEXT_COMPARE("leu", Unordered<Le>)
+              TORCHEXT_COMPARE("gtu", Unordered<Gt>) TORCHEXT_COMPARE("geu", Unordered<Ge>)
+                  TORCHEXT_COMPARE("num", Num) TORCHEXT_COMPARE("nan", Nan)
 #undef TORCHEXT_COMPARE
-                          return nullptr;
+                      return nullptr;
 }
 
 void decode_setp(Decoder& d) {

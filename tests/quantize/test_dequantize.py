@@ -161,3 +161,19 @@ def test_errors(device):
     )
     if device.type == "cuda":
         refused("ValueError", r"scale must be on the device of data", scale=scale.cpu())
+
+
+@pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float16])
+def test_products_are_rounded_to_float32_on_the_way(out_dtype, device):
+    """Scales whose product with 13 lies so near a tie that one rounding and two differ."""
+    scale = torch.rand(1 << 20) + 0.5
+    product = scale.double() * 13
+    nearest = product.float()
+    # Rounded to odd, FP32 is only a stop on the way to the correctly rounded product.
+    toward_zero = nearest.view(torch.int32) - (nearest.double() > product).int()
+    odd = torch.where(nearest.double() == product, toward_zero, toward_zero | 1)
+    differ = nearest.to(out_dtype) != odd.view(torch.float32).to(out_dtype)
+    assert differ.sum() >= 2
+    scale = scale[differ][:, None].to(device)
+    data = torch.full((len(scale), 1), 13.0).to(E4M3).to(device)
+    check(data, scale, 1, 1, out_dtype)

@@ -26,17 +26,10 @@ struct Result {
   bool aligned;    // rows start at multiples of 16 bytes
 };
 
-// a * b rounded to odd, if inexact: rounding that to a format of two bits fewer or less rounds the
-// exact product once. Of the two neighbours of an inexact product one is odd.
-__device__ inline float multiply_to_odd(float a, float b) {
-  const float below = __fmul_rd(a, b);
-  return bits_of(below) & 1 ? below : __fmul_ru(a, b);
-}
-
 template <class Out>
 __device__ uint32_t scaled_word(const float* x, float scale) {
   if constexpr (Out::kPerWord == 2)
-    return Out::pack(multiply_to_odd(x[1], scale), multiply_to_odd(x[0], scale));
+    return Out::pack(__fmul_rn(x[1], scale), __fmul_rn(x[0], scale));
   else
     return bits_of(__fmul_rn(x[0], scale));
 }
