@@ -11,7 +11,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from torch.utils import cpp_extension
 
@@ -56,14 +56,15 @@ def op_library() -> cpp_extension.CppExtension:
     )
 
 
-def simulator() -> cpp_extension.CppExtension:
+def simulator() -> Extension:
     import pybind11
 
-    return cpp_extension.CppExtension(
+    return Extension(
         "torchext._sim",
         sources("ptx/sim/*.cpp"),
         include_dirs=[str(ROOT), pybind11.get_include()],
         extra_compile_args={"cxx": COMMON},
+        language="c++",
     )
 
 

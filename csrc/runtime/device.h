@@ -11,6 +11,7 @@
 #include <tuple>
 #include <utility>
 
+#include "ptx/sim/op_interface.h"
 #include "tensor.h"
 
 namespace torchext {
@@ -117,30 +118,7 @@ Device* cuda_device(int32_t index);
 
 }  // namespace torchext
 
-// C interface of the simulator, so that whatever executes PTX needs neither torch nor C++ headers
-// of this library. Functions return 0, or non-zero with a message in `error`.
-extern "C" {
-struct TorchextBuffer {
-  const void* data;
-  uint64_t bytes;
-  uint32_t access;  // torchext::Access
-  const char* name;
-};
-struct TorchextSimulator {
-  void* context;
-  int compute_capability;
-  int sm_count;
-  // The arguments of cuTensorMapEncodeTiled, element strides all 1, no interleave, no OOB NaN fill.
-  int (*encode_tensor_map)(void* context, void* map, const char* name, uint32_t element,
-                           uint32_t rank, const void* address, const uint64_t* dims,
-                           const uint64_t* strides_bytes, const uint32_t* box, uint32_t swizzle,
-                           char* error, size_t error_bytes);
-  int (*launch)(void* context, const char* kernel, const uint32_t grid[3], const uint32_t block[3],
-                const uint32_t cluster[3], uint32_t shared_bytes, void** arguments,
-                const TorchextBuffer* buffers, size_t num_buffers, char* error, size_t error_bytes);
-};
-// Installs (or, with nullptr, removes) the simulator for CPU tensors, process-wide. The struct must
-// outlive its installation.
-__attribute__((visibility("default"))) void torchext_set_simulator(
+// Installs (or, with nullptr, removes) what executes kernels on CPU tensors, process-wide. The
+// struct must outlive its installation.
+extern "C" __attribute__((visibility("default"))) void torchext_set_simulator(
     const TorchextSimulator* simulator);
-}

@@ -150,27 +150,27 @@ Step set_register(Warp& w, const Instruction& i, U32 mask) {
 template <class T, bool floating>
 Execute comparison(const std::string& op, bool to_register) {
 #define TORCHEXT_COMPARE(name, F) \
-  if (op == name) return to_register ? set_register<T, F> : set_predicates<T, F>;
-  TORCHEXT_COMPARE("eq", Eq)
-  TORCHEXT_COMPARE("ne", Ne)
-  TORCHEXT_COMPARE("lt", Lt)
-  TORCHEXT_COMPARE("le", Le)
-  TORCHEXT_COMPARE("gt", Gt)
-  TORCHEXT_COMPARE("ge", Ge)
+  if (op == name) return to_register ? set_register<T, F> : set_predicates<T, F>
+  TORCHEXT_COMPARE("eq", Eq);
+  TORCHEXT_COMPARE("ne", Ne);
+  TORCHEXT_COMPARE("lt", Lt);
+  TORCHEXT_COMPARE("le", Le);
+  TORCHEXT_COMPARE("gt", Gt);
+  TORCHEXT_COMPARE("ge", Ge);
   if constexpr (!floating) {
-    TORCHEXT_COMPARE("lo", Lt)
-    TORCHEXT_COMPARE("ls", Le)
-    TORCHEXT_COMPARE("hi", Gt)
-    TORCHEXT_COMPARE("hs", Ge)
+    TORCHEXT_COMPARE("lo", Lt);
+    TORCHEXT_COMPARE("ls", Le);
+    TORCHEXT_COMPARE("hi", Gt);
+    TORCHEXT_COMPARE("hs", Ge);
   } else {
-    TORCHEXT_COMPARE("equ", Unordered<Eq>)
-    TORCHEXT_COMPARE("neu", Unordered<Ne>)
-    TORCHEXT_COMPARE("ltu", Unordered<Lt>)
-    TORCHEXT_COMPARE("leu", Unordered<Le>)
-    TORCHEXT_COMPARE("gtu", Unordered<Gt>)
-    TORCHEXT_COMPARE("geu", Unordered<Ge>)
-    TORCHEXT_COMPARE("num", Num)
-    TORCHEXT_COMPARE("nan", Nan)
+    TORCHEXT_COMPARE("equ", Unordered<Eq>);
+    TORCHEXT_COMPARE("neu", Unordered<Ne>);
+    TORCHEXT_COMPARE("ltu", Unordered<Lt>);
+    TORCHEXT_COMPARE("leu", Unordered<Le>);
+    TORCHEXT_COMPARE("gtu", Unordered<Gt>);
+    TORCHEXT_COMPARE("geu", Unordered<Ge>);
+    TORCHEXT_COMPARE("num", Num);
+    TORCHEXT_COMPARE("nan", Nan);
   }
 #undef TORCHEXT_COMPARE
   return nullptr;
@@ -239,17 +239,23 @@ Step set_pair(Warp& w, const Instruction& i, U32 mask) {
 template <class T>
 Execute pair_comparison(const std::string& op) {
 #define TORCHEXT_COMPARE(name, F) \
-  if (op == name) return set_pair<T, F>;
-  TORCHEXT_COMPARE("eq", Eq)
-  TORCHEXT_COMPARE("ne", Ne)
-  TORCHEXT_COMPARE("lt", Lt)
-  TORCHEXT_COMPARE("le", Le) TORCHEXT_COMPARE("gt", Gt) TORCHEXT_COMPARE("ge", Ge)
-      TORCHEXT_COMPARE("equ", Unordered<Eq>) TORCHEXT_COMPARE("neu", Unordered<Ne>)
-          TORCHEXT_COMPARE("ltu", Unordered<Lt>) TORCHEXT_COMPARE("leu", Unordered<Le>)
-              TORCHEXT_COMPARE("gtu", Unordered<Gt>) TORCHEXT_COMPARE("geu", Unordered<Ge>)
-                  TORCHEXT_COMPARE("num", Num) TORCHEXT_COMPARE("nan", Nan)
+  if (op == name) return set_pair<T, F>
+  TORCHEXT_COMPARE("eq", Eq);
+  TORCHEXT_COMPARE("ne", Ne);
+  TORCHEXT_COMPARE("lt", Lt);
+  TORCHEXT_COMPARE("le", Le);
+  TORCHEXT_COMPARE("gt", Gt);
+  TORCHEXT_COMPARE("ge", Ge);
+  TORCHEXT_COMPARE("equ", Unordered<Eq>);
+  TORCHEXT_COMPARE("neu", Unordered<Ne>);
+  TORCHEXT_COMPARE("ltu", Unordered<Lt>);
+  TORCHEXT_COMPARE("leu", Unordered<Le>);
+  TORCHEXT_COMPARE("gtu", Unordered<Gt>);
+  TORCHEXT_COMPARE("geu", Unordered<Ge>);
+  TORCHEXT_COMPARE("num", Num);
+  TORCHEXT_COMPARE("nan", Nan);
 #undef TORCHEXT_COMPARE
-                      return nullptr;
+  return nullptr;
 }
 
 void decode_setp(Decoder& d) {

@@ -1,5 +1,5 @@
-// A wgmma that a warp has issued: its quarter of the warpgroup's product, computed when a warp of the
-// warpgroup waits for it (or earlier).
+// A wgmma that a warp has issued: its quarter of the warpgroup's product, computed when a warp of
+// the warpgroup waits for it (or earlier).
 #pragma once
 
 #include <cstdint>
