@@ -183,7 +183,7 @@ MUTANTS = [
 
 
 def _compile(problem: Problem, edit: tuple[str, str, str] | None, folder: Path) -> Path:
-    for part in ("csrc", "ptx/isa"):
+    for part in ("csrc", "ptx"):
         shutil.copytree(ROOT / part, folder / part)
     if edit is not None:
         file, old, new = edit

@@ -1,6 +1,7 @@
 """Damaged PTX gives an exception or a report, never a crash (fuzz_ptx.py does the work)."""
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ def test_damaged_ptx_never_crashes(seed):
     program = Path(__file__).with_name("fuzz_ptx.py")
     done = subprocess.run(
         [sys.executable, str(program), str(seed), "400"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-200:] + done.stderr[-3000:]
