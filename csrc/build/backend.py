@@ -10,11 +10,6 @@ from __future__ import annotations
 import sys
 
 from setuptools import build_meta as _setuptools
-from setuptools.build_meta import (
-    get_requires_for_build_sdist,
-    prepare_metadata_for_build_editable,
-    prepare_metadata_for_build_wheel,
-)
 from toolchain import installed_site_packages
 
 __all__ = [
@@ -29,32 +24,31 @@ __all__ = [
 ]
 
 
-def _has_torch() -> bool:
-    return any((site / "torch" / "version.py").exists() for site in installed_site_packages())
-
-
-def _use_installed_torch() -> None:
-    # Last, so that the build environment's own packages win.
-    sys.path += [str(site) for site in installed_site_packages() if str(site) not in sys.path]
-
-
 def get_requires_for_build_wheel(config_settings=None):
-    torch = [] if _has_torch() else ["torch>=2.10"]
-    return _setuptools.get_requires_for_build_wheel(config_settings) + torch
+    # setuptools would run setup.py to answer, which imports torch.
+    installed = any((site / "torch" / "version.py").exists() for site in installed_site_packages())
+    return [] if installed else ["torch>=2.10"]
 
 
-get_requires_for_build_editable = get_requires_for_build_wheel
+get_requires_for_build_editable = get_requires_for_build_sdist = get_requires_for_build_wheel
 
 
-def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):
-    _use_installed_torch()
-    return _setuptools.build_wheel(wheel_directory, config_settings, metadata_directory)
+def _with_installed_torch(hook):
+    def run(*arguments, **options):
+        # Last, so that the build environment's own packages win.
+        sites = map(str, installed_site_packages())
+        sys.path += [site for site in sites if site not in sys.path]
+        return hook(*arguments, **options)
+
+    return run
 
 
-def build_editable(wheel_directory, config_settings=None, metadata_directory=None):
-    _use_installed_torch()
-    return _setuptools.build_editable(wheel_directory, config_settings, metadata_directory)
-
-
-def build_sdist(sdist_directory, config_settings=None):
-    return _setuptools.build_sdist(sdist_directory, config_settings)
+build_editable = _with_installed_torch(_setuptools.build_editable)
+build_sdist = _with_installed_torch(_setuptools.build_sdist)
+build_wheel = _with_installed_torch(_setuptools.build_wheel)
+prepare_metadata_for_build_editable = _with_installed_torch(
+    _setuptools.prepare_metadata_for_build_editable
+)
+prepare_metadata_for_build_wheel = _with_installed_torch(
+    _setuptools.prepare_metadata_for_build_wheel
+)

@@ -84,6 +84,16 @@ def test_library_depends_on_no_python_and_no_cuda(wheel: Path, tmp_path: Path) -
     assert not [n for n in names if re.match(r"_?Py[A-Z_]|cu[A-Z]|cuda[A-Z]", n)]
 
 
+def test_an_isolated_build_uses_the_installed_torch(tmp_path: Path) -> None:
+    """`pip install .` as far as metadata: the build environment has no torch, and fetches none."""
+    command = [sys.executable, "-m", "pip", "install", "--dry-run", "--no-deps", "-vv"]
+    command += ["--ignore-installed", "--target", str(tmp_path), str(ROOT)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "Would install torchext-" in result.stdout
+    assert not re.search(r"(Collecting|Installing collected packages:.*) ?\btorch\b", result.stdout)
+
+
 @pytest.mark.slow
 def test_runs_on_another_torch(wheel: Path, tmp_path: Path) -> None:
     environment = tmp_path / "other"
