@@ -1,5 +1,6 @@
 // Floating-point arithmetic: f32, f64, f16, bf16 and their packed pairs, with PTX's rounding modes,
-// NaN rules, .ftz, .sat and .relu; and the approximate functions.
+// NaN rules, .ftz, .sat and .relu; and the approximate functions. Above 500 lines because the
+// formats share every rule.
 #include <cmath>
 #include <limits>
 

@@ -1,5 +1,5 @@
 // Integer arithmetic: add, sub, mul, mad, div, rem, min, max, abs, neg, sad, carries, dot products,
-// bit counts and fields.
+// bit counts and fields. Above 500 lines because PTX has so many of them, each a few lines.
 #include <algorithm>
 #include <limits>
 

@@ -46,10 +46,9 @@ def _gemm(m: int, n: int, k: int) -> Callable[[], tuple[torch.Tensor, ...]]:
     def run() -> tuple[torch.Tensor, ...]:
         generator = torch.Generator().manual_seed(m + n + k)
         rows = torch.randn(m, k, generator=generator) * torch.logspace(-2, 2, m)[:, None]
-        operands = (*_plain(ops.quantize_1x128, rows),)
         weight = torch.randn(n, k, generator=generator)
-        operands += (*_plain(ops.quantize_128x128, weight),)
-        return (ops.fp8_gemm_nt(*operands),)
+        a, b = _plain(ops.quantize_1x128, rows), _plain(ops.quantize_128x128, weight)
+        return (ops.fp8_gemm_nt(*a, *b),)
 
     return run
 
