@@ -23,25 +23,56 @@ enum class Granularity {
   kRowwise,  // a: one scale a row (or one in all), b likewise; applied once, after all of K
 };
 
+// Which rows of `a` meet which matrix of `b`. Groups may be of any length, empty ones included.
+enum class Grouping {
+  kNone,     // one product
+  kOffsets,  // group g is rows [group_index[g - 1], group_index[g]) of a; rows after the last: none
+  kRowIds,   // row r belongs to group group_index[r]; a negative one: to none
+  kCounts,   // group g is the first group_index[g] of rows [g, g + 1) * group_rows of a
+  kAlongK,   // out[g] sums columns [group_index[g - 1], group_index[g]) of a and b
+};
+
+// What becomes of the product in FP32 before it is quantised, 1x128, on the way out.
+enum class Activation {
+  kNone,      // nothing, and out is not quantised
+  kSwiGLU,    // silu(gate) * up; gate: columns [0, n / 2) of the product, up: the rest
+  kGELU,      // x / 2 * (1 + erf(x / sqrt(2)))
+  kGELUTanh,  // its tanh approximation
+  kReLU2,     // max(x, 0)^2
+};
+
 // A checked problem, leading dimensions of `a` folded into m. Strides in elements.
 struct GemmProblem {
-  int64_t m, n, k;
+  int64_t m, n, k;  // n: columns of the product, SwiGLU's gate and up both
   Granularity granularity;
   ScalarType a_dtype, b_dtype, out_dtype;
   const void* a;
   int64_t a_stride;  // between rows; columns are contiguous
-  const void* b;
+  const void* b;     // of M-grouped products [groups * n, k], group after group
   int64_t b_stride;
   const float* a_scale;  // scale of a[m, k]: a_scale[m * a_scale_row + (k / 128) * a_scale_group]
   int64_t a_scale_row, a_scale_group;
   const float* b_scale;  // of b[n, k]; 1D2D: row n / 128, else row n
   int64_t b_scale_row, b_scale_group;
-  const void* bias;  // [n] or nullptr
+  int64_t b_scale_batch;  // M-grouped: from one group's scales to the next's
+  const void* bias;       // [n] or, M-grouped, [groups, n], contiguous; or nullptr
   ScalarType bias_dtype;
   void* out;
   int64_t out_stride;
   bool accumulate;  // out += product (+ bias), the sum in FP32 and rounded once
   int num_sms;      // 0: all
+
+  Grouping grouping = Grouping::kNone;
+  int64_t groups = 1;
+  const int32_t* group_index = nullptr;  // on the device of a; see Grouping
+  int64_t group_rows = 0;                // kCounts: m / groups
+  int64_t expected_rows = 0;             // of a group, for the choice of a kernel; 0: unknown
+  int64_t out_group_stride = 0;          // kAlongK: from out[g] to out[g + 1]
+
+  Activation activation = Activation::kNone;  // else `out` is FP8 data, [m, width]
+  float* out_scale = nullptr;                 // of out[m, c]: [m + c / 128 * out_scale_group]
+  int64_t out_scale_group = 0;
+  bool pow2_scale = false;
 };
 
 // `like`: any CPU tensor; scratch memory is allocated as torch allocates it.
