@@ -37,6 +37,47 @@ STABLE_TORCH_LIBRARY(torchext, m) {
   m.def(
       "fp8_gemm_nt.out(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, *, Tensor(a!) out,"
       " bool accumulate=False, Tensor? bias=None, int num_sms=0) -> ()");
+
+  // Groups of rows of a, each with its own matrix of b [G, N, K]: runs of rows that end at offsets
+  // [G], or the rows that group_ids [M] gives a group. One of the two must be given.
+  m.def(
+      "m_grouped_fp8_gemm_nt_contiguous(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale,"
+      " Tensor? offsets=None, *, Tensor? group_ids=None, Tensor? bias=None,"
+      " ScalarType? out_dtype=None, int num_sms=0) -> Tensor");
+  m.def(
+      "m_grouped_fp8_gemm_nt_contiguous.out(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale,"
+      " Tensor? offsets=None, *, Tensor? group_ids=None, Tensor(a!) out, bool accumulate=False,"
+      " Tensor? bias=None, int num_sms=0) -> ()");
+  // a [G, M, K]: of group g, its first masked_m[g] rows.
+  m.def(
+      "m_grouped_fp8_gemm_nt_masked(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale,"
+      " Tensor masked_m, *, int expected_m=0, Tensor? bias=None, ScalarType? out_dtype=None,"
+      " int num_sms=0) -> Tensor");
+  m.def(
+      "m_grouped_fp8_gemm_nt_masked.out(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale,"
+      " Tensor masked_m, *, int expected_m=0, Tensor(a!) out, bool accumulate=False,"
+      " Tensor? bias=None, int num_sms=0) -> ()");
+  // Groups of columns of a and b that end at offsets [G] -> [G, M, N].
+  m.def(
+      "k_grouped_fp8_gemm_nt(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, Tensor offsets, *,"
+      " ScalarType? out_dtype=None, int num_sms=0) -> Tensor");
+  m.def(
+      "k_grouped_fp8_gemm_nt.out(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale,"
+      " Tensor offsets, *, Tensor(a!) out, bool accumulate=False, int num_sms=0) -> ()");
+
+  // quantize_1x128(activation(fp8_gemm_nt(...))), with FP32 in between.
+  m.def(
+      "fp8_gemm_nt_swiglu_quantize(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, *,"
+      " Tensor? bias=None, ScalarType? dtype=None, bool pow2_scale=False, int num_sms=0)"
+      " -> (Tensor data, Tensor scale)");
+  m.def(
+      "fp8_gemm_nt_gelu_quantize(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, *,"
+      " bool tanh_approximation=False, Tensor? bias=None, ScalarType? dtype=None,"
+      " bool pow2_scale=False, int num_sms=0) -> (Tensor data, Tensor scale)");
+  m.def(
+      "fp8_gemm_nt_relu2_quantize(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, *,"
+      " Tensor? bias=None, ScalarType? dtype=None, bool pow2_scale=False, int num_sms=0)"
+      " -> (Tensor data, Tensor scale)");
 }
 
 namespace {
@@ -52,6 +93,18 @@ void register_kernels(torch::stable::detail::StableLibrary& m) {
   m.impl("dequantize", TORCH_BOX(&torchext::dequantize));
   m.impl("fp8_gemm_nt", TORCH_BOX(&torchext::fp8_gemm_nt));
   m.impl("fp8_gemm_nt.out", TORCH_BOX(&torchext::fp8_gemm_nt_out));
+  m.impl("m_grouped_fp8_gemm_nt_contiguous",
+         TORCH_BOX(&torchext::m_grouped_fp8_gemm_nt_contiguous));
+  m.impl("m_grouped_fp8_gemm_nt_contiguous.out",
+         TORCH_BOX(&torchext::m_grouped_fp8_gemm_nt_contiguous_out));
+  m.impl("m_grouped_fp8_gemm_nt_masked", TORCH_BOX(&torchext::m_grouped_fp8_gemm_nt_masked));
+  m.impl("m_grouped_fp8_gemm_nt_masked.out",
+         TORCH_BOX(&torchext::m_grouped_fp8_gemm_nt_masked_out));
+  m.impl("k_grouped_fp8_gemm_nt", TORCH_BOX(&torchext::k_grouped_fp8_gemm_nt));
+  m.impl("k_grouped_fp8_gemm_nt.out", TORCH_BOX(&torchext::k_grouped_fp8_gemm_nt_out));
+  m.impl("fp8_gemm_nt_swiglu_quantize", TORCH_BOX(&torchext::fp8_gemm_nt_swiglu_quantize));
+  m.impl("fp8_gemm_nt_gelu_quantize", TORCH_BOX(&torchext::fp8_gemm_nt_gelu_quantize));
+  m.impl("fp8_gemm_nt_relu2_quantize", TORCH_BOX(&torchext::fp8_gemm_nt_relu2_quantize));
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-"""The ops as typed functions: quantisation to FP8, and FP8 matrix products.
+"""The ops as typed functions: quantisation to FP8; FP8 matrix products, dense, grouped and fused.
 
 Each is the function of the same name under `torch.ops.torchext`, with its errors as ValueError and
 TypeError (the op itself, and so a compiled graph, can only raise a RuntimeError, which names that
@@ -36,10 +36,26 @@ from torch import Tensor
 
 from . import _registrations  # noqa: F401  (loads the ops, their fake kernels and gradients)
 from ._errors import python_error
+from ._fused_gemm import (
+    fp8_gemm_nt_gelu_quantize,
+    fp8_gemm_nt_relu2_quantize,
+    fp8_gemm_nt_swiglu_quantize,
+)
+from ._grouped_gemm import (
+    k_grouped_fp8_gemm_nt,
+    m_grouped_fp8_gemm_nt_contiguous,
+    m_grouped_fp8_gemm_nt_masked,
+)
 
 __all__ = [
     "dequantize",
     "fp8_gemm_nt",
+    "fp8_gemm_nt_gelu_quantize",
+    "fp8_gemm_nt_relu2_quantize",
+    "fp8_gemm_nt_swiglu_quantize",
+    "k_grouped_fp8_gemm_nt",
+    "m_grouped_fp8_gemm_nt_contiguous",
+    "m_grouped_fp8_gemm_nt_masked",
     "quantize_1x128",
     "quantize_1x128_dual",
     "quantize_1x128_t",

@@ -130,6 +130,154 @@ def fp8_gemm_nt(
     return out.copy_(out.double() + product if accumulate else product)
 
 
+def m_grouped_fp8_gemm_nt_contiguous(
+    a: Tensor,
+    a_scale: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    offsets: Tensor | None = None,
+    *,
+    group_ids: Tensor | None = None,
+    out: Tensor | None = None,
+    accumulate: bool = False,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """`fp8_gemm_nt` of the rows of each group; see `torchext.ops`. Rows of no group are NaN in a
+    new output, and left alone in an `out`."""
+    if out is None:
+        out = a.new_full((a.shape[0], b.shape[1]), torch.nan, dtype=out_dtype or torch.float64)
+    rows = torch.arange(a.shape[0], device=a.device)
+    if group_ids is None:
+        assert offsets is not None
+        group_ids = torch.searchsorted(offsets, rows, right=True, out_int32=True)
+    for group in range(b.shape[0]):
+        rows_of_group = rows[group_ids == group]
+        out[rows_of_group] = fp8_gemm_nt(
+            a[rows_of_group],
+            a_scale[rows_of_group] if a_scale.shape[0] == a.shape[0] else a_scale,
+            b[group],
+            _of_group(b_scale, group),
+            out=out[rows_of_group],
+            accumulate=accumulate,
+            bias=None if bias is None else bias[group],
+        )
+    return out
+
+
+def m_grouped_fp8_gemm_nt_masked(
+    a: Tensor,
+    a_scale: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    masked_m: Tensor,
+    *,
+    expected_m: int = 0,
+    out: Tensor | None = None,
+    accumulate: bool = False,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """`fp8_gemm_nt` of the first rows of each group; see `torchext.ops`. Other rows are NaN in a
+    new output, and left alone in an `out`."""
+    groups, rows, _ = a.shape
+    if out is None:
+        out = a.new_full((groups, rows, b.shape[1]), torch.nan, dtype=out_dtype or torch.float64)
+    for group, count in enumerate(masked_m.tolist()):
+        fp8_gemm_nt(
+            a[group, :count],
+            a_scale[group, :count] if a_scale.numel() > 1 else a_scale,
+            b[group],
+            _of_group(b_scale, group),
+            out=out[group, :count],
+            accumulate=accumulate,
+            bias=None if bias is None else bias[group],
+        )
+    return out
+
+
+def k_grouped_fp8_gemm_nt(
+    a: Tensor,
+    a_scale: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    offsets: Tensor,
+    *,
+    out: Tensor | None = None,
+    accumulate: bool = False,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """The product over each group of columns; see `torchext.ops`."""
+    left, right = (
+        data.double() * _spread(scale, *data.shape) for data, scale in ((a, a_scale), (b, b_scale))
+    )
+    ends = offsets.tolist()
+    products = [
+        left[:, start:end] @ right[:, start:end].t()
+        for start, end in zip([0, *ends], ends, strict=False)
+    ]
+    if out is None:
+        out_dtype = out_dtype or torch.float64
+        out = a.new_empty((len(ends), a.shape[0], b.shape[0]), dtype=out_dtype)
+    for of_group, product in zip(out, products, strict=True):
+        of_group.copy_(of_group.double() + product if accumulate else product)
+    return out
+
+
+def fp8_gemm_nt_swiglu_quantize(
+    a: Tensor,
+    a_scale: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    *,
+    bias: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    pow2_scale: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`quantize_1x128` of silu(gate) * up, computed in float64; see `torchext.ops`."""
+    gate, up = fp8_gemm_nt(a, a_scale, b, b_scale, bias=bias).chunk(2, dim=-1)
+    activated = torch.nn.functional.silu(gate) * up
+    return quantize_1x128(activated, dtype=dtype, pow2_scale=pow2_scale)
+
+
+def fp8_gemm_nt_gelu_quantize(
+    a: Tensor,
+    a_scale: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    *,
+    tanh_approximation: bool = False,
+    bias: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    pow2_scale: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`quantize_1x128` of GELU, computed in float64; see `torchext.ops`."""
+    x = fp8_gemm_nt(a, a_scale, b, b_scale, bias=bias)
+    approximate = "tanh" if tanh_approximation else "none"
+    activated = torch.nn.functional.gelu(x, approximate=approximate)
+    return quantize_1x128(activated, dtype=dtype, pow2_scale=pow2_scale)
+
+
+def fp8_gemm_nt_relu2_quantize(
+    a: Tensor,
+    a_scale: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    *,
+    bias: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    pow2_scale: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`quantize_1x128` of squared ReLU, computed in float64; see `torchext.ops`."""
+    x = fp8_gemm_nt(a, a_scale, b, b_scale, bias=bias)
+    return quantize_1x128(x.relu().square(), dtype=dtype, pow2_scale=pow2_scale)
+
+
+def _of_group(scale: Tensor, group: int) -> Tensor:
+    """The scales of one matrix of b, or the one scale of all."""
+    return scale.reshape(1, 1) if scale.numel() == 1 else scale[group]
+
+
 def _matrix(x: Tensor) -> Tensor:
     """All leading dimensions folded into rows."""
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])

@@ -1,8 +1,10 @@
-// FP8 matrix products: host entry points of the ops (gemm.cpp: check, allocate, dispatch), and what
-// the CPU kernel (gemm_cpu.cpp) and CUDA launchers (sm90/) implement. Numbers: docs/numerics.md.
+// FP8 matrix products: host entry points of the ops (gemm.cpp, grouped.cpp, fused.cpp: check,
+// allocate, dispatch; operands.cpp is what they share), and what the CPU kernel (gemm_cpu.cpp) and
+// the CUDA launchers (cuda.cpp picks one) implement. Numbers: docs/numerics.md.
 #pragma once
 
 #include <optional>
+#include <tuple>
 
 #include "../runtime/device.h"
 
@@ -15,6 +17,47 @@ Tensor fp8_gemm_nt(const Tensor& a, const Tensor& a_scale, const Tensor& b, cons
 void fp8_gemm_nt_out(const Tensor& a, const Tensor& a_scale, const Tensor& b, const Tensor& b_scale,
                      Tensor out, bool accumulate, std::optional<Tensor> bias, int64_t num_sms);
 
+Tensor m_grouped_fp8_gemm_nt_contiguous(const Tensor& a, const Tensor& a_scale, const Tensor& b,
+                                        const Tensor& b_scale, std::optional<Tensor> offsets,
+                                        std::optional<Tensor> group_ids, std::optional<Tensor> bias,
+                                        std::optional<ScalarType> out_dtype, int64_t num_sms);
+void m_grouped_fp8_gemm_nt_contiguous_out(const Tensor& a, const Tensor& a_scale, const Tensor& b,
+                                          const Tensor& b_scale, std::optional<Tensor> offsets,
+                                          std::optional<Tensor> group_ids, Tensor out,
+                                          bool accumulate, std::optional<Tensor> bias,
+                                          int64_t num_sms);
+Tensor m_grouped_fp8_gemm_nt_masked(const Tensor& a, const Tensor& a_scale, const Tensor& b,
+                                    const Tensor& b_scale, const Tensor& masked_m,
+                                    int64_t expected_m, std::optional<Tensor> bias,
+                                    std::optional<ScalarType> out_dtype, int64_t num_sms);
+void m_grouped_fp8_gemm_nt_masked_out(const Tensor& a, const Tensor& a_scale, const Tensor& b,
+                                      const Tensor& b_scale, const Tensor& masked_m,
+                                      int64_t expected_m, Tensor out, bool accumulate,
+                                      std::optional<Tensor> bias, int64_t num_sms);
+Tensor k_grouped_fp8_gemm_nt(const Tensor& a, const Tensor& a_scale, const Tensor& b,
+                             const Tensor& b_scale, const Tensor& offsets,
+                             std::optional<ScalarType> out_dtype, int64_t num_sms);
+void k_grouped_fp8_gemm_nt_out(const Tensor& a, const Tensor& a_scale, const Tensor& b,
+                               const Tensor& b_scale, const Tensor& offsets, Tensor out,
+                               bool accumulate, int64_t num_sms);
+
+std::tuple<Tensor, Tensor> fp8_gemm_nt_swiglu_quantize(const Tensor& a, const Tensor& a_scale,
+                                                       const Tensor& b, const Tensor& b_scale,
+                                                       std::optional<Tensor> bias,
+                                                       std::optional<ScalarType> dtype,
+                                                       bool pow2_scale, int64_t num_sms);
+std::tuple<Tensor, Tensor> fp8_gemm_nt_gelu_quantize(const Tensor& a, const Tensor& a_scale,
+                                                     const Tensor& b, const Tensor& b_scale,
+                                                     bool tanh_approximation,
+                                                     std::optional<Tensor> bias,
+                                                     std::optional<ScalarType> dtype,
+                                                     bool pow2_scale, int64_t num_sms);
+std::tuple<Tensor, Tensor> fp8_gemm_nt_relu2_quantize(const Tensor& a, const Tensor& a_scale,
+                                                      const Tensor& b, const Tensor& b_scale,
+                                                      std::optional<Tensor> bias,
+                                                      std::optional<ScalarType> dtype,
+                                                      bool pow2_scale, int64_t num_sms);
+
 // ---- kernels ----
 // How scales meet the product. Row-wise covers tensor-wise: a stride of 0 repeats the one scale.
 enum class Granularity {
@@ -24,6 +67,8 @@ enum class Granularity {
 };
 
 // Which rows of `a` meet which matrix of `b`. Groups may be of any length, empty ones included.
+// Rows of `out` that belong to no group stay as they were. The CPU kernel refuses an index that is
+// out of range; on a GPU it cannot be checked, but must not lead outside a, b or out either.
 enum class Grouping {
   kNone,     // one product
   kOffsets,  // group g is rows [group_index[g - 1], group_index[g]) of a; rows after the last: none
@@ -43,6 +88,7 @@ enum class Activation {
 
 // A checked problem, leading dimensions of `a` folded into m. Strides in elements.
 struct GemmProblem {
+  const char* op;   // for errors
   int64_t m, n, k;  // n: columns of the product, SwiGLU's gate and up both
   Granularity granularity;
   ScalarType a_dtype, b_dtype, out_dtype;
@@ -76,7 +122,10 @@ struct GemmProblem {
 };
 
 // `like`: any CPU tensor; scratch memory is allocated as torch allocates it.
-void fp8_gemm_nt_cpu(const GemmProblem& problem, const Tensor& like);
+void fp8_gemm_cpu(const GemmProblem& problem, const Tensor& like);
+// The kernel for the device's compute capability; CUDA builds only.
+void fp8_gemm_cuda(Device& device, const GemmProblem& problem,
+                   std::initializer_list<Buffer> buffers);
 void fp8_gemm_nt_sm90(Device& device, const GemmProblem& problem,
                       std::initializer_list<Buffer> buffers);
 

@@ -1,12 +1,14 @@
 // CPU GEMM: blocks of the operands are dequantised to FP32 and multiplied by ATen's FP32 product;
-// bias and old output are added in FP32, and the sum is rounded once.
+// bias and old output are added in FP32, and the sum is rounded once, or goes through an activation
+// and is quantised (activation_cpu.cpp). A group is a product of some rows or columns of a.
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
 #include <algorithm>
 
+#include "../runtime/check.h"
 #include "../runtime/cpu.h"
 #include "../runtime/formats.h"
-#include "gemm.h"
+#include "activation_cpu.h"
 
 namespace torchext {
 namespace {
@@ -28,20 +30,52 @@ struct Operand {
   int64_t row_group;
 };
 
-// Rows [row, ...) and columns [col, col + cols) of an operand as FP32, rows `cols` apart.
+Operand operand_a(const GemmProblem& p) {
+  return {static_cast<const uint8_t*>(p.a),
+          p.a_stride,
+          p.a_dtype == kE5M2,
+          p.a_scale,
+          p.a_scale_row,
+          p.a_scale_group,
+          1};
+}
+
+// The matrix of b that a group meets.
+Operand operand_b(const GemmProblem& p, int64_t group) {
+  return {static_cast<const uint8_t*>(p.b) + group * p.n * p.b_stride,
+          p.b_stride,
+          p.b_dtype == kE5M2,
+          p.b_scale + group * p.b_scale_batch,
+          p.b_scale_row,
+          p.b_scale_group,
+          p.granularity == Granularity::k1D2D ? kGroup : 1};
+}
+
+// Rows of an operand or of the output: `count` from `first` on, or of those that `list` names.
+struct Rows {
+  int64_t first, count;
+  const int32_t* list = nullptr;
+  int64_t operator[](int64_t i) const { return list ? list[first + i] : first + i; }
+  Rows part(int64_t begin, int64_t most) const {
+    return {first + begin, std::min(most, count - begin), list};
+  }
+};
+
+// Columns [col, col + cols) of rows of an operand as FP32, rows `cols` apart.
 template <class In>
 struct Dequantize {
-  static void run(const Operand& x, int64_t row, int64_t col, int64_t cols, float* out,
+  static void run(const Operand& x, const Rows& rows, int64_t col, int64_t cols, float* out,
                   int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const uint8_t* data = x.data + (row + i) * x.stride + col;
-      const float* scales = x.scale + (row + i) / x.row_group * x.scale_row;
-      for (int64_t j = 0; j < cols; j += kGroup) {
+      const uint8_t* data = x.data + rows[i] * x.stride + col;
+      const float* scales = x.scale + rows[i] / x.row_group * x.scale_row;
+      for (int64_t j = 0; j < cols;) {
         const uint8_t* __restrict from = data + j;
         float* __restrict to = out + i * cols + j;
         const float scale = scales[(col + j) / kGroup * x.scale_group];
-        const int count = int(std::min(kGroup, cols - j));
+        const int count = int(std::min(kGroup - (col + j) % kGroup, cols - j));
         for (int l = 0; l < count; ++l) to[l] = In::to_float(from[l]) * scale;
+        j += count;
       }
     }
   }
@@ -56,22 +90,22 @@ float* floats(const Tensor& tensor) {
   return static_cast<float*>(tensor.data_ptr());
 }
 
-void dequantize(const Operand& x, int64_t row, int64_t rows, int64_t col, int64_t cols,
-                float* out) {
+void dequantize(const Operand& x, const Rows& rows, int64_t col, int64_t cols, float* out) {
   with_fp8_format(x.e5m2, [&](auto in) {
-    run_parallel<Dequantize<decltype(in)>>(rows, grain(cols), x, row, col, cols, out);
+    run_parallel<Dequantize<decltype(in)>>(rows.count, grain(cols), x, rows, col, cols, out);
   });
 }
 
-// Rows of the product, finished: `out` = product + bias (+ out).
+// Rows of the product, finished: `out` = product + bias (+ out). `first_out` is the output's first
+// row.
 template <class Out>
 struct Finish {
-  static void run(const GemmProblem& p, const float* product, const float* bias, int64_t row,
-                  int64_t col, int64_t cols, int64_t begin, int64_t end) {
+  static void run(const GemmProblem& p, const float* product, const float* bias, void* first_out,
+                  const Rows& rows, int64_t col, int64_t cols, int64_t begin, int64_t end) {
     using Bits = typename Out::Bits;
     for (int64_t i = begin; i < end; ++i) {
       const float* __restrict from = product + i * cols;
-      Bits* __restrict to = static_cast<Bits*>(p.out) + (row + i) * p.out_stride + col;
+      Bits* __restrict to = static_cast<Bits*>(first_out) + rows[i] * p.out_stride + col;
       if (p.accumulate) {
         for (int64_t j = 0; j < cols; ++j)
           to[j] = Out::from_float(from[j] + bias[j] + Out::to_float(to[j]));
@@ -114,58 +148,161 @@ void multiply_fp64(const Tensor& out, const Tensor& a, const Tensor& b, bool acc
   torch::stable::copy_(narrow, wide);
 }
 
-std::vector<float> bias_of(const GemmProblem& p) {
+std::vector<float> bias_of(const GemmProblem& p, int64_t group) {
   std::vector<float> bias(p.n, -0.0f);  // the zero that changes no sum
   if (p.bias == nullptr) return bias;
   with_wide_format(p.bias_dtype, [&](auto format) {
     using Format = decltype(format);
-    const auto* from = static_cast<const typename Format::Bits*>(p.bias);
+    const auto* from = static_cast<const typename Format::Bits*>(p.bias) + group * p.n;
     std::transform(from, from + p.n, bias.begin(), Format::to_float);
   });
   return bias;
 }
 
+// Some rows of a by one matrix of b, over columns [k, k + depth) of both.
+struct Part {
+  Rows rows;
+  int64_t group;  // of b and of bias
+  int64_t k, depth;
+  void* out;  // its first row, which need not be one of `rows`
+};
+
+class Multiplier {
+ public:
+  Multiplier(const GemmProblem& problem, const Tensor& like)
+      : p_(problem), like_(like), fp32_(products_are_fp32(like)) {}
+
+  void run(const Part& part) const {
+    const std::vector<float> bias = bias_of(p_, part.group);
+    const bool gated = p_.activation == Activation::kSwiGLU;  // then columns come in pairs
+    const int64_t width = gated ? p_.n / 2 : p_.n;
+    const int64_t most_cols =
+        (part.rows.count > kFewRows ? kMostRows : kMostRowsForFew) / (gated ? 2 : 1);
+    for (int64_t n = 0; n < width; n += most_cols) {
+      const int64_t cols = std::min(most_cols, width - n);
+      std::vector<Rows> b_rows{{n, cols}};
+      if (gated) b_rows.push_back({width + n, cols});
+      for (int64_t m = 0; m < part.rows.count; m += kMostRows) {
+        const Rows rows = part.rows.part(m, kMostRows);
+        const Tensor product = multiply(part, rows, b_rows);
+        if (p_.activation != Activation::kNone) {
+          activate_and_quantize_cpu(p_, floats(product), &bias[n], rows.first, rows.count, n, cols);
+        } else {
+          with_wide_format(p_.out_dtype, [&](auto out) {
+            run_parallel<Finish<decltype(out)>>(rows.count, grain(cols), p_, floats(product),
+                                                &bias[n], part.out, rows, n, cols);
+          });
+        }
+      }
+    }
+  }
+
+ private:
+  Tensor scratch(int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride) const {
+    return empty_strided({rows, cols}, {row_stride, col_stride}, ScalarType::Float, like_);
+  }
+
+  // In FP32, the columns of each of b_rows side by side.
+  Tensor multiply(const Part& part, const Rows& a_rows, const std::vector<Rows>& b_rows) const {
+    const Operand a = operand_a(p_), b = operand_b(p_, part.group);
+    const int64_t cols = b_rows[0].count * int64_t(b_rows.size());
+    const Tensor product = scratch(a_rows.count, cols, cols, 1);
+    if (part.depth == 0) std::fill_n(floats(product), a_rows.count * cols, 0.0f);
+    for (int64_t k = 0; k < part.depth; k += kMostK) {
+      const int64_t depth = std::min(kMostK, part.depth - k);
+      const Tensor wide_a = scratch(a_rows.count, depth, depth, 1);
+      const Tensor wide_b_t = scratch(depth, cols, 1, depth);
+      dequantize(a, a_rows, part.k + k, depth, floats(wide_a));
+      float* to = floats(wide_b_t);
+      for (const Rows& rows : b_rows) {
+        dequantize(b, rows, part.k + k, depth, to);
+        to += rows.count * depth;
+      }
+      (fp32_ ? torchext::multiply : multiply_fp64)(product, wide_a, wide_b_t, k > 0);
+    }
+    return product;
+  }
+
+  const GemmProblem& p_;
+  const Tensor& like_;
+  bool fp32_;
+};
+
+// ---- groups ----
+
+// Offsets, preceded by 0. They must ascend to at most `most`, called `name`.
+std::vector<int64_t> bounds(const GemmProblem& p, int64_t most, const char* name) {
+  std::vector<int64_t> bounds{0};
+  for (int64_t g = 0; g < p.groups; ++g) {
+    const int64_t end = p.group_index[g];
+    TORCHEXT_CHECK_VALUE(end >= bounds.back() && end <= most, p.op,
+                         ": offsets must ascend from 0 or more to at most ", name, " = ", most,
+                         " (got ", end, " for group ", g, ", after ", bounds.back(), ")");
+    bounds.push_back(end);
+  }
+  return bounds;
+}
+
+// Rows sorted by group: those of group g are list[begin[g]] to list[begin[g + 1] - 1].
+struct SortedRows {
+  std::vector<int64_t> begin;
+  std::vector<int32_t> list;
+
+  explicit SortedRows(const GemmProblem& p) : begin(p.groups + 1, 0), list(p.m) {
+    for (int64_t row = 0; row < p.m; ++row) {
+      const int64_t group = p.group_index[row];
+      TORCHEXT_CHECK_VALUE(group < p.groups, p.op, ": group_ids must be below G = ", p.groups,
+                           ", or negative for rows of no group (got ", group, " for row ", row,
+                           ")");
+      if (group >= 0) ++begin[group + 1];
+    }
+    for (int64_t g = 0; g < p.groups; ++g) begin[g + 1] += begin[g];
+    std::vector<int64_t> next(begin.begin(), begin.end() - 1);
+    for (int64_t row = 0; row < p.m; ++row)
+      if (p.group_index[row] >= 0) list[next[p.group_index[row]]++] = int32_t(row);
+  }
+};
+
+void check_counts(const GemmProblem& p) {
+  for (int64_t g = 0; g < p.groups; ++g)
+    TORCHEXT_CHECK_VALUE(p.group_index[g] >= 0 && p.group_index[g] <= p.group_rows, p.op,
+                         ": masked_m must be from 0 to M = ", p.group_rows, " (got ",
+                         p.group_index[g], " for group ", g, ")");
+}
+
 }  // namespace
 
-void fp8_gemm_nt_cpu(const GemmProblem& p, const Tensor& like) {
-  const Operand a{static_cast<const uint8_t*>(p.a),
-                  p.a_stride,
-                  p.a_dtype == kE5M2,
-                  p.a_scale,
-                  p.a_scale_row,
-                  p.a_scale_group,
-                  1};
-  const Operand b{static_cast<const uint8_t*>(p.b),
-                  p.b_stride,
-                  p.b_dtype == kE5M2,
-                  p.b_scale,
-                  p.b_scale_row,
-                  p.b_scale_group,
-                  p.granularity == Granularity::k1D2D ? kGroup : 1};
-  const std::vector<float> bias = bias_of(p);
-  const bool fp32 = products_are_fp32(like);
-  const auto scratch = [&](int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride) {
-    return empty_strided({rows, cols}, {row_stride, col_stride}, ScalarType::Float, like);
+void fp8_gemm_cpu(const GemmProblem& p, const Tensor& like) {
+  const Multiplier multiplier(p, like);
+  const auto run_rows = [&](const Rows& rows, int64_t group) {
+    if (rows.count > 0) multiplier.run({rows, group, 0, p.k, p.out});
   };
-  const int64_t most_cols = p.m > kFewRows ? kMostRows : kMostRowsForFew;
-  for (int64_t n = 0; n < p.n; n += most_cols) {
-    const int64_t cols = std::min(most_cols, p.n - n);
-    for (int64_t m = 0; m < p.m; m += kMostRows) {
-      const int64_t rows = std::min(kMostRows, p.m - m);
-      const Tensor product = scratch(rows, cols, cols, 1);
-      if (p.k == 0) std::fill_n(floats(product), rows * cols, 0.0f);
-      for (int64_t k = 0; k < p.k; k += kMostK) {
-        const int64_t depth = std::min(kMostK, p.k - k);
-        const Tensor wide_a = scratch(rows, depth, depth, 1);
-        const Tensor wide_b_t = scratch(depth, cols, 1, depth);
-        dequantize(a, m, rows, k, depth, floats(wide_a));
-        dequantize(b, n, cols, k, depth, floats(wide_b_t));
-        (fp32 ? multiply : multiply_fp64)(product, wide_a, wide_b_t, k > 0);
+  switch (p.grouping) {
+    case Grouping::kNone:
+      return run_rows({0, p.m}, 0);
+    case Grouping::kOffsets: {
+      const std::vector<int64_t> begin = bounds(p, p.m, "M");
+      for (int64_t g = 0; g < p.groups; ++g) run_rows({begin[g], begin[g + 1] - begin[g]}, g);
+      return;
+    }
+    case Grouping::kRowIds: {
+      const SortedRows rows(p);
+      for (int64_t g = 0; g < p.groups; ++g)
+        run_rows({rows.begin[g], rows.begin[g + 1] - rows.begin[g], rows.list.data()}, g);
+      return;
+    }
+    case Grouping::kCounts:
+      check_counts(p);
+      for (int64_t g = 0; g < p.groups; ++g) run_rows({g * p.group_rows, p.group_index[g]}, g);
+      return;
+    case Grouping::kAlongK: {
+      const std::vector<int64_t> begin = bounds(p, p.k, "K");
+      for (int64_t g = 0; g < p.groups; ++g) {
+        const int64_t depth = begin[g + 1] - begin[g];
+        if (depth == 0 && p.accumulate) continue;
+        void* out = static_cast<char*>(p.out) + g * p.out_group_stride * element_size(p.out_dtype);
+        multiplier.run({{0, p.m}, 0, begin[g], depth, out});
       }
-      with_wide_format(p.out_dtype, [&](auto out) {
-        run_parallel<Finish<decltype(out)>>(rows, grain(cols), p, floats(product), &bias[n], m, n,
-                                            cols);
-      });
     }
   }
 }

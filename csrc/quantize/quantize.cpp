@@ -3,6 +3,7 @@
 #include "quantize.h"
 
 #include "../runtime/check.h"
+#include "layout.h"
 
 namespace torchext {
 namespace {
@@ -12,11 +13,7 @@ QuantizeOptions check_options(const char* op, const Tensor& x, OptionalDtype dty
   TORCHEXT_CHECK_TYPE(is_wide(x.scalar_type()), op,
                       ": x must be torch.bfloat16, torch.float16 or torch.float32 (got ",
                       dtype_name(x.scalar_type()), "); convert it with .to() first");
-  const ScalarType fp8 = dtype.value_or(ScalarType::Float8_e4m3fn);
-  TORCHEXT_CHECK_TYPE(is_fp8(fp8), op,
-                      ": dtype must be torch.float8_e4m3fn (None) or torch.float8_e5m2 (got ",
-                      dtype_name(fp8), ")");
-  return {fp8 == ScalarType::Float8_e5m2, pow2_scale};
+  return {check_fp8_dtype(op, dtype) == ScalarType::Float8_e5m2, pow2_scale};
 }
 
 // x as a matrix, in place.
@@ -41,34 +38,11 @@ ScalarType fp8_dtype(const QuantizeOptions& options) {
   return options.e5m2 ? ScalarType::Float8_e5m2 : ScalarType::Float8_e4m3fn;
 }
 
-// Strides of x's leading dimensions folded into rows `row` apart, then `column`.
-std::vector<int64_t> folded_strides(const Tensor& x, int64_t row, int64_t column) {
-  std::vector<int64_t> strides(x.dim(), column);
-  for (int64_t i = x.dim() - 2; i >= 0; --i) {
-    strides[i] = row;
-    row *= x.size(i);
-  }
-  return strides;
-}
-
-// x's shape but for the last dimension.
-std::vector<int64_t> with_columns(const Tensor& x, int64_t columns) {
-  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
-  sizes.back() = columns;
-  return sizes;
-}
-
 // A quantised tensor, and a kernel's view of it.
 struct Output {
   Tensor data, scale;
   QuantizedView view;
 };
-
-Tensor empty_data(const Tensor& x, const QuantizeOptions& options) {
-  const int64_t columns = x.size(x.dim() - 1);
-  return empty_strided(with_columns(x, columns), folded_strides(x, round_up(columns, 16), 1),
-                       fp8_dtype(options), x);
-}
 
 Tensor empty_matrix(int64_t rows, int64_t columns, const QuantizeOptions& options,
                     const Tensor& like) {
@@ -83,11 +57,17 @@ Output output(const Tensor& data, const Tensor& scale, int64_t columns, int64_t 
            scale_row_stride, scale_col_stride}};
 }
 
+// data of x's shape
+Output output_like(const Tensor& x, const Tensor& scale, const QuantizeOptions& options,
+                   int64_t scale_row_stride, int64_t scale_col_stride) {
+  const int64_t columns = x.size(x.dim() - 1);
+  return output(empty_data(x, columns, fp8_dtype(options)), scale, columns, scale_row_stride,
+                scale_col_stride);
+}
+
 Output empty_groups(const Tensor& x, const MatrixView& view, const QuantizeOptions& options) {
-  const int64_t pitch = round_up(view.rows, 4);
-  Tensor scale = empty_strided(with_columns(x, ceil_div(view.cols, kGroup)),
-                               folded_strides(x, 1, pitch), ScalarType::Float, x);
-  return output(empty_data(x, options), scale, view.cols, 1, pitch);
+  return output_like(x, empty_group_scale(x, view.rows, view.cols), options, 1,
+                     round_up(view.rows, 4));
 }
 
 Output empty_groups_t(const Tensor& x, const MatrixView& view, const QuantizeOptions& options) {
@@ -101,7 +81,7 @@ Output empty_blocks(const Tensor& x, const MatrixView& view, const QuantizeOptio
   const int64_t groups = ceil_div(view.cols, kGroup);
   Tensor scale =
       empty_strided({ceil_div(view.rows, kGroup), groups}, {groups, 1}, ScalarType::Float, x);
-  return output(empty_data(x, options), scale, view.cols, groups, 1);
+  return output_like(x, scale, options, groups, 1);
 }
 
 // 1x128 groups of x, of its transpose, or both.
@@ -199,7 +179,7 @@ std::tuple<Tensor, Tensor> quantize_rowwise(const Tensor& x, OptionalDtype dtype
   const MatrixView view = check_input(kOp, x);
   const Tensor scale =
       empty_strided(with_columns(x, 1), folded_strides(x, 1, 1), ScalarType::Float, x);
-  const Output out = output(empty_data(x, options), scale, view.cols, 1, 1);
+  const Output out = output_like(x, scale, options, 1, 1);
   if (view.cols == 0) {
     fill_with_one(scale);
   } else if (view.rows > 0) {
@@ -220,7 +200,7 @@ std::tuple<Tensor, Tensor> quantize_tensorwise(const Tensor& x, OptionalDtype dt
   const QuantizeOptions options = check_options(kOp, x, dtype, pow2_scale);
   const MatrixView view = check_input(kOp, x);
   const Tensor scale = empty_strided({1, 1}, {1, 1}, ScalarType::Float, x);
-  const Output out = output(empty_data(x, options), scale, view.cols, 1, 1);
+  const Output out = output_like(x, scale, options, 1, 1);
   if (view.rows == 0 || view.cols == 0) {
     fill_with_one(scale);
   } else {

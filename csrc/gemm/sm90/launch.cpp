@@ -68,8 +68,11 @@ GemmKernel select(const GemmProblem& p) {
 }  // namespace
 
 void fp8_gemm_nt_sm90(Device& device, const GemmProblem& p, std::initializer_list<Buffer> buffers) {
+  TORCHEXT_CHECK(p.grouping == Grouping::kNone && p.activation == Activation::kNone, p.op,
+                 ": there is no sm_90 kernel for groups and activations yet; move the tensors to "
+                 "the CPU");
   const DeviceProperties properties = device.properties();
-  TORCHEXT_CHECK_VALUE(p.num_sms <= properties.sm_count, "fp8_gemm_nt: num_sms must be at most ",
+  TORCHEXT_CHECK_VALUE(p.num_sms <= properties.sm_count, p.op, ": num_sms must be at most ",
                        properties.sm_count, ", the SMs of this GPU (got ", p.num_sms, ")");
   const int64_t groups = ceil_div(p.k, kGroup);
   GemmParams params = {};
@@ -101,7 +104,7 @@ void fp8_gemm_nt_sm90(Device& device, const GemmProblem& p, std::initializer_lis
   params.k_blocks = uint32_t(groups);
 
   const int64_t tiles = ceil_div(p.m, kTileM) * ceil_div(p.n, kTileN);
-  TORCHEXT_CHECK_VALUE(tiles < (int64_t(1) << 31), "fp8_gemm_nt: the output has ", tiles,
+  TORCHEXT_CHECK_VALUE(tiles < (int64_t(1) << 31), p.op, ": the output has ", tiles,
                        " tiles of 128x128, more than 2^31; split the product");
   const int64_t sms = p.num_sms > 0 ? p.num_sms : properties.sm_count;
   const GemmKernel kernel = select(p);

@@ -1,0 +1,127 @@
+// Implements activation_cpu.h: activations in FP32, as vector code, and the quantiser of
+// quantize_1x128.
+#include "activation_cpu.h"
+
+#include <algorithm>
+
+#include "../quantize/quantize.h"
+#include "../runtime/cpu.h"
+#include "../runtime/formats.h"
+
+namespace torchext {
+namespace {
+
+// e^x to 2 units in the last place, NaN kept: 2^n e^r with |r| <= ln(2) / 2, by the minimax
+// polynomial for e^r of degree 6. Two powers of two, for n from -150 to 128.
+float exponential(float x) {
+  constexpr float kRound = 0x1.8p23f;  // + kRound - kRound rounds to an integer
+  constexpr float kLn2High = 0x1.63p-1f, kLn2Low = -0x1.bd0106p-13f;
+  x = std::min(std::max(x, -104.0f), 89.0f);
+  const float n = x * 0x1.715476p0f + kRound - kRound;
+  const float r = x - n * kLn2High - n * kLn2Low;
+  float y = 0x1.6d7526p-10f;
+  y = y * r + 0x1.120448p-7f;
+  y = y * r + 0x1.5554aap-5f;
+  y = y * r + 0x1.55548ep-3f;
+  y = y * r + 0x1.000000p-1f;
+  y = y * r * r + r + 1.0f;
+  const int whole = int(n), half = whole / 2;
+  return y * float_of(uint32_t(127 + half) << 23) * float_of(uint32_t(127 + whole - half) << 23);
+}
+
+float sigmoid(float x) {
+  return 1.0f / (1.0f + exponential(-x));
+}
+
+// 1 - erf(z) for z >= 0, to a relative error of about 2^-22 + z^2 2^-24: t e^(-z^2 + P(t)).
+float complementary_error(float z) {
+  const float t = 1.0f / (1.0f + 0.5f * z);
+  float p = 0.17087277f;
+  p = p * t - 0.82215223f;
+  p = p * t + 1.48851587f;
+  p = p * t - 1.13520398f;
+  p = p * t + 0.27886807f;
+  p = p * t - 0.18628806f;
+  p = p * t + 0.09678418f;
+  p = p * t + 0.37409196f;
+  p = p * t + 1.00002368f;
+  p = p * t - 1.26551223f;
+  return t * exponential(p - z * z);
+}
+
+struct GELU {
+  // x times the normal distribution's mass below it, which for x > 0 is one minus that above.
+  static float apply(float x) {
+    const float tail = 0.5f * complementary_error(std::abs(x) * 0x1.6a09e6p-1f);
+    const uint32_t mass = select(x < 0, bits_of(tail), bits_of(1.0f - tail));
+    return x * float_of(mass);
+  }
+};
+
+struct GELUTanh {
+  static float apply(float x) {  // (1 + tanh u) / 2 = sigmoid(2 u)
+    return x * sigmoid(0x1.988454p0f * (x + 0x1.6e4e26p-5f * x * x * x));
+  }
+};
+
+struct ReLU2 {
+  static float apply(float x) {
+    const float positive = std::max(x, 0.0f);  // keeps NaN
+    return positive * positive;
+  }
+};
+
+template <class Function>
+struct Activate {
+  static void run(float* product, const float* bias, int64_t cols, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      float* __restrict x = product + i * cols;
+      for (int64_t j = 0; j < cols; ++j) x[j] = Function::apply(x[j] + bias[j]);
+    }
+  }
+};
+
+struct ActivateSwiGLU {
+  static void run(float* product, const float* gate_bias, const float* up_bias, int64_t cols,
+                  int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      float* __restrict gate = product + i * 2 * cols;
+      const float* __restrict up = gate + cols;
+      for (int64_t j = 0; j < cols; ++j) {
+        const float x = gate[j] + gate_bias[j];
+        gate[j] = x * sigmoid(x) * (up[j] + up_bias[j]);
+      }
+    }
+  }
+};
+
+}  // namespace
+
+void activate_and_quantize_cpu(const GemmProblem& p, float* product, const float* bias, int64_t row,
+                               int64_t rows, int64_t col, int64_t cols) {
+  const int64_t grain = ceil_div(1 << 12, cols);
+  int64_t stride = cols;
+  switch (p.activation) {
+    case Activation::kNone:
+      break;
+    case Activation::kSwiGLU:
+      stride = 2 * cols;
+      run_parallel<ActivateSwiGLU>(rows, grain, product, bias, bias + p.n / 2, cols);
+      break;
+    case Activation::kGELU:
+      run_parallel<Activate<GELU>>(rows, grain, product, bias, cols);
+      break;
+    case Activation::kGELUTanh:
+      run_parallel<Activate<GELUTanh>>(rows, grain, product, bias, cols);
+      break;
+    case Activation::kReLU2:
+      run_parallel<Activate<ReLU2>>(rows, grain, product, bias, cols);
+  }
+  const QuantizedView out{static_cast<uint8_t*>(p.out) + row * p.out_stride + col, p.out_stride,
+                          p.out_scale + row + col / kGroup * p.out_scale_group, 1,
+                          p.out_scale_group};
+  quantize_groups_cpu({product, ScalarType::Float, rows, cols, stride, 1},
+                      {p.out_dtype == ScalarType::Float8_e5m2, p.pow2_scale}, &out, nullptr);
+}
+
+}  // namespace torchext

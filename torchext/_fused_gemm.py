@@ -1,0 +1,154 @@
+"""FP8 matrix products that apply an activation and quantise; part of `torchext.ops`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import _gemm_registrations  # noqa: F401  (loads the ops, their fake kernels and gradients)
+from ._errors import python_error
+
+# Overloads, resolved once: a call costs one Python frame above the dispatcher.
+_fp8_gemm_nt_swiglu_quantize = torch.ops.torchext.fp8_gemm_nt_swiglu_quantize.default
+_fp8_gemm_nt_gelu_quantize = torch.ops.torchext.fp8_gemm_nt_gelu_quantize.default
+_fp8_gemm_nt_relu2_quantize = torch.ops.torchext.fp8_gemm_nt_relu2_quantize.default
+
+
+def fp8_gemm_nt_swiglu_quantize(
+    a: Tensor,
+    a_scale: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    *,
+    bias: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    pow2_scale: bool = False,
+    num_sms: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """The gate-up product of an MLP, SwiGLU, and quantisation, in one kernel.
+
+    With gate, up = (dequantised a @ dequantised b.T (+ bias)).chunk(2, dim=-1), in FP32:
+    `quantize_1x128(silu(gate) * up)`. The product itself is never rounded and never in memory.
+    Error bounds: docs/numerics.md.
+
+    Outputs require no gradient, like those of a quantiser.
+
+    Args:
+        a, a_scale, b_scale: as for `fp8_gemm_nt`, of any granularity.
+        b: [2 * I, K], FP8: the I rows of the gate, then those of up (the order of vLLM's
+            `gate_up_proj` and of Hugging Face's, where it is one weight).
+        bias: [2 * I], bfloat16, float16 or float32, contiguous.
+        dtype: torch.float8_e4m3fn (None) or torch.float8_e5m2.
+        pow2_scale: round scales up to powers of two.
+        num_sms: as for `fp8_gemm_nt`.
+
+    Returns:
+        data: [..., I], FP8, and
+        scale: [..., ceil(I / 128)], float32: laid out as `quantize_1x128` returns them.
+
+    Raises:
+        ValueError: as `fp8_gemm_nt` does; a b of an odd number of rows.
+        TypeError: an operand, scale, bias or dtype of another dtype.
+        RuntimeError: a GPU that this build has no kernels for.
+    """
+    try:
+        return _fp8_gemm_nt_swiglu_quantize(
+            a, a_scale, b, b_scale, bias=bias, dtype=dtype, pow2_scale=pow2_scale, num_sms=num_sms
+        )
+    except RuntimeError as error:
+        raise python_error(error) from None
+
+
+def fp8_gemm_nt_gelu_quantize(
+    a: Tensor,
+    a_scale: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    *,
+    tanh_approximation: bool = False,
+    bias: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    pow2_scale: bool = False,
+    num_sms: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """A product, GELU, and quantisation, in one kernel.
+
+    With x = dequantised a @ dequantised b.T (+ bias), in FP32: `quantize_1x128(gelu(x))`. The
+    product itself is never rounded and never in memory. Error bounds: docs/numerics.md.
+
+    Outputs require no gradient, like those of a quantiser.
+
+    Args:
+        a, a_scale, b, b_scale: as for `fp8_gemm_nt`, of any granularity.
+        tanh_approximation: x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 * x**3))), PyTorch's
+            `approximate="tanh"`, instead of x / 2 * (1 + erf(x / sqrt(2))).
+        bias: [N], bfloat16, float16 or float32, contiguous.
+        dtype: torch.float8_e4m3fn (None) or torch.float8_e5m2.
+        pow2_scale: round scales up to powers of two.
+        num_sms: as for `fp8_gemm_nt`.
+
+    Returns:
+        data: [..., N], FP8, and
+        scale: [..., ceil(N / 128)], float32: laid out as `quantize_1x128` returns them.
+
+    Raises:
+        ValueError: as `fp8_gemm_nt` does.
+        TypeError: an operand, scale, bias or dtype of another dtype.
+        RuntimeError: a GPU that this build has no kernels for.
+    """
+    try:
+        return _fp8_gemm_nt_gelu_quantize(
+            a,
+            a_scale,
+            b,
+            b_scale,
+            tanh_approximation=tanh_approximation,
+            bias=bias,
+            dtype=dtype,
+            pow2_scale=pow2_scale,
+            num_sms=num_sms,
+        )
+    except RuntimeError as error:
+        raise python_error(error) from None
+
+
+def fp8_gemm_nt_relu2_quantize(
+    a: Tensor,
+    a_scale: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    *,
+    bias: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    pow2_scale: bool = False,
+    num_sms: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """A product, squared ReLU, and quantisation, in one kernel.
+
+    With x = dequantised a @ dequantised b.T (+ bias), in FP32: `quantize_1x128(relu(x)**2)`. The
+    product itself is never rounded and never in memory. Error bounds: docs/numerics.md.
+
+    Outputs require no gradient, like those of a quantiser.
+
+    Args:
+        a, a_scale, b, b_scale: as for `fp8_gemm_nt`, of any granularity.
+        bias: [N], bfloat16, float16 or float32, contiguous.
+        dtype: torch.float8_e4m3fn (None) or torch.float8_e5m2.
+        pow2_scale: round scales up to powers of two.
+        num_sms: as for `fp8_gemm_nt`.
+
+    Returns:
+        data: [..., N], FP8, and
+        scale: [..., ceil(N / 128)], float32: laid out as `quantize_1x128` returns them.
+
+    Raises:
+        ValueError: as `fp8_gemm_nt` does.
+        TypeError: an operand, scale, bias or dtype of another dtype.
+        RuntimeError: a GPU that this build has no kernels for.
+    """
+    try:
+        return _fp8_gemm_nt_relu2_quantize(
+            a, a_scale, b, b_scale, bias=bias, dtype=dtype, pow2_scale=pow2_scale, num_sms=num_sms
+        )
+    except RuntimeError as error:
+        raise python_error(error) from None
