@@ -70,7 +70,7 @@ def test_quantizers_refuse_rows_that_do_not_fold(name, device):
 
 
 @pytest.mark.parametrize("name", BLOCKS)
-@pytest.mark.parametrize("shape", [(4,), (2, 3, 4)])
+@pytest.mark.parametrize("shape", [(), (4,)])
 def test_blocks_need_a_matrix(name, shape, device):
     with expect(ValueError, name, "x must", str(list(shape))):
         getattr(ops, name)(torch.zeros(shape, device=device))

@@ -47,9 +47,12 @@ def empty_group_scale(x: Tensor, leading: Sequence[int], columns: int) -> Tensor
     return x.new_empty_strided(shape, strides, dtype=torch.float32)
 
 
-def empty_block_scale(x: Tensor, rows: int, columns: int) -> Tensor:
-    """Uninitialised scales [ceil(rows / 128), ceil(columns / 128)] of blocks, contiguous."""
-    return empty_contiguous(x, (ceil_div(rows, GROUP),), ceil_div(columns, GROUP), torch.float32)
+def empty_block_scale(x: Tensor) -> Tensor:
+    """Uninitialised scales [..., ceil(rows / 128), ceil(columns / 128)] of x's blocks,
+    contiguous."""
+    *leading, rows, columns = x.shape
+    blocks = (*leading, ceil_div(rows, GROUP))
+    return empty_contiguous(x, blocks, ceil_div(columns, GROUP), torch.float32)
 
 
 def empty_contiguous(x: Tensor, leading: Sequence[int], columns: int, dtype: torch.dtype) -> Tensor:

@@ -63,15 +63,14 @@ def _(
 
 @register_fake("torchext::quantize_128x128")
 def _(x: Tensor, *, dtype: Dtype = None, pow2_scale: bool = False) -> tuple[Tensor, Tensor]:
-    rows, columns = x.shape
-    data = empty_data(x, (rows,), columns, dtype or torch.float8_e4m3fn)
-    return data, empty_block_scale(x, rows, columns)
+    data = empty_data(x, x.shape[:-1], x.shape[-1], dtype or torch.float8_e4m3fn)
+    return data, empty_block_scale(x)
 
 
 @register_fake("torchext::quantize_128x128_dual")
 def _(x: Tensor, *, dtype: Dtype = None, pow2_scale: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    rows, columns = x.shape
-    data_t = empty_data(x, (columns,), rows, dtype or torch.float8_e4m3fn)
+    *leading, rows, columns = x.shape
+    data_t = empty_data(x, (*leading, columns), rows, dtype or torch.float8_e4m3fn)
     return *_ops.quantize_128x128(x, dtype=dtype), data_t
 
 

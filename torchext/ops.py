@@ -164,22 +164,23 @@ def quantize_1x128_dual(
 def quantize_128x128(
     x: Tensor, *, dtype: torch.dtype | None = None, pow2_scale: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Quantises a matrix to FP8 with one scale for every block of 128 rows and 128 columns.
+    """Quantises matrices to FP8 with one scale for every block of 128 rows and 128 columns.
 
-    The layout of weights, and of `weight` and `weight_scale_inv` in DeepSeek-V3 checkpoints.
+    The layout of weights, and of `weight` and `weight_scale_inv` in DeepSeek-V3 checkpoints. Of
+    several matrices, the weights of experts, say, each is quantised by itself.
 
     Args:
-        x: [N, K], bfloat16, float16 or float32, of any strides.
+        x: [..., N, K], bfloat16, float16 or float32, of any strides.
         dtype: torch.float8_e4m3fn (None) or torch.float8_e5m2.
         pow2_scale: round scales up to powers of two.
 
     Returns:
-        data: [N, K], FP8, strides (round_up(K, 16), 1).
-        scale: [ceil(N / 128), ceil(K / 128)], float32, contiguous. Blocks at the right and lower
-            edges may be smaller.
+        data: [..., N, K], FP8, strides (round_up(K, 16), 1), leading dimensions folded into rows.
+        scale: [..., ceil(N / 128), ceil(K / 128)], float32, contiguous. Blocks at the right and
+            lower edges of a matrix may be smaller.
 
     Raises:
-        ValueError: x is not 2-D.
+        ValueError: x has fewer than two dimensions.
         TypeError: x or dtype is of another dtype.
     """
     try:
@@ -191,22 +192,22 @@ def quantize_128x128(
 def quantize_128x128_dual(
     x: Tensor, *, dtype: torch.dtype | None = None, pow2_scale: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`quantize_128x128` of `x` and of its transpose, from one read of `x`.
+    """`quantize_128x128` of `x` and of its transpose, `x.mT`, from one read of `x`.
 
     Blocks are square, so both share their FP8 values and their scales: the transpose's scale is
-    `scale.t()`. A weight needs `data` in fprop and `data_t` in dgrad.
+    `scale.mT`. A weight needs `data` in fprop and `data_t` in dgrad.
 
     Args:
-        x: [N, K], bfloat16, float16 or float32, of any strides.
+        x: [..., N, K], bfloat16, float16 or float32, of any strides.
         dtype: torch.float8_e4m3fn (None) or torch.float8_e5m2.
         pow2_scale: round scales up to powers of two.
 
     Returns:
         data, scale: as `quantize_128x128` returns them.
-        data_t: [K, N], FP8, strides (round_up(N, 16), 1).
+        data_t: [..., K, N], FP8, strides (round_up(N, 16), 1), leading dimensions folded into rows.
 
     Raises:
-        ValueError: x is not 2-D.
+        ValueError: x has fewer than two dimensions.
         TypeError: x or dtype is of another dtype.
     """
     try:

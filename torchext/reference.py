@@ -8,6 +8,7 @@ float64 product, which kernels approximate within the bounds of docs/numerics.md
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -55,12 +56,14 @@ def quantize_1x128_dual(
 def quantize_128x128(
     x: Tensor, *, dtype: torch.dtype | None = None, pow2_scale: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """One scale for every block of 128x128; see `torchext.ops.quantize_128x128`."""
-    data, scale = _quantize(x, (GROUP, GROUP), dtype, pow2_scale)
-    return (
-        empty_data(x, x.shape[:1], x.shape[1], data.dtype).copy_(data),
-        empty_block_scale(x, *x.shape).copy_(scale),
-    )
+    """One scale for every block of 128x128 of each matrix; see `torchext.ops.quantize_128x128`."""
+    data = empty_data(x, x.shape[:-1], x.shape[-1], dtype or torch.float8_e4m3fn)
+    scale = empty_block_scale(x)
+    for index in itertools.product(*map(range, x.shape[:-2])):
+        of_matrix = _quantize(x[index], (GROUP, GROUP), dtype, pow2_scale)
+        data[index].copy_(of_matrix[0])
+        scale[index].copy_(of_matrix[1])
+    return data, scale
 
 
 def quantize_128x128_dual(
@@ -68,7 +71,7 @@ def quantize_128x128_dual(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """With the transposed data; see `torchext.ops.quantize_128x128_dual`."""
     data, scale = quantize_128x128(x, dtype=dtype, pow2_scale=pow2_scale)
-    data_t, _ = quantize_128x128(x.t(), dtype=dtype, pow2_scale=pow2_scale)
+    data_t, _ = quantize_128x128(x.mT, dtype=dtype, pow2_scale=pow2_scale)
     return data, scale, data_t
 
 

@@ -21,8 +21,10 @@ Quantized activated(const GemmCall& call, Activation activation, std::optional<S
   p.pow2_scale = pow2_scale;
   p.out_dtype = check_fp8_dtype(call.op, dtype);
   const int64_t width = gated ? p.n / 2 : p.n;
-  const Tensor data = empty_data(call.a, width, p.out_dtype);
-  const Tensor scale = empty_group_scale(call.a, p.m, width);
+  std::vector<int64_t> sizes = sizes_of(call.a);
+  sizes.back() = width;
+  const Tensor data = empty_data(sizes, p.out_dtype, call.a);
+  const Tensor scale = empty_group_scale(sizes, call.a);
   p.out = data.data_ptr();
   p.out_stride = round_up(width, 16);
   p.out_scale = static_cast<float*>(scale.data_ptr());

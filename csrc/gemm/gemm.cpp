@@ -1,6 +1,7 @@
 // Host entry of fp8_gemm_nt.
 #include "gemm.h"
 
+#include "../quantize/layout.h"
 #include "operands.h"
 
 namespace torchext {
@@ -9,7 +10,7 @@ namespace {
 constexpr const char* kOp = "fp8_gemm_nt";
 
 std::vector<int64_t> out_sizes(const Tensor& a, const GemmProblem& p) {
-  std::vector<int64_t> sizes(a.sizes().begin(), a.sizes().end());
+  std::vector<int64_t> sizes = sizes_of(a);
   sizes.back() = p.n;
   return sizes;
 }

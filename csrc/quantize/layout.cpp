@@ -1,6 +1,9 @@
 // Implements layout.h.
 #include "layout.h"
 
+#include <functional>
+#include <numeric>
+
 #include "../runtime/check.h"
 
 namespace torchext {
@@ -13,29 +16,29 @@ ScalarType check_fp8_dtype(const char* op, std::optional<ScalarType> dtype) {
   return fp8;
 }
 
-std::vector<int64_t> folded_strides(const Tensor& x, int64_t row, int64_t column) {
-  std::vector<int64_t> strides(x.dim(), column);
-  for (int64_t i = x.dim() - 2; i >= 0; --i) {
+std::vector<int64_t> sizes_of(const Tensor& x) {
+  return {x.sizes().begin(), x.sizes().end()};
+}
+
+std::vector<int64_t> folded_strides(const std::vector<int64_t>& sizes, int64_t row,
+                                    int64_t column) {
+  std::vector<int64_t> strides(sizes.size(), column);
+  for (int64_t i = int64_t(sizes.size()) - 2; i >= 0; --i) {
     strides[i] = row;
-    row *= x.size(i);
+    row *= sizes[i];
   }
   return strides;
 }
 
-std::vector<int64_t> with_columns(const Tensor& x, int64_t columns) {
-  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
-  sizes.back() = columns;
-  return sizes;
+Tensor empty_data(const std::vector<int64_t>& sizes, ScalarType dtype, const Tensor& like) {
+  return empty_strided(sizes, folded_strides(sizes, round_up(sizes.back(), 16), 1), dtype, like);
 }
 
-Tensor empty_data(const Tensor& x, int64_t columns, ScalarType dtype) {
-  return empty_strided(with_columns(x, columns), folded_strides(x, round_up(columns, 16), 1), dtype,
-                       x);
-}
-
-Tensor empty_group_scale(const Tensor& x, int64_t rows, int64_t columns) {
-  return empty_strided(with_columns(x, ceil_div(columns, kGroup)),
-                       folded_strides(x, 1, round_up(rows, 4)), ScalarType::Float, x);
+Tensor empty_group_scale(std::vector<int64_t> sizes, const Tensor& like) {
+  const int64_t rows =
+      std::accumulate(sizes.begin(), sizes.end() - 1, int64_t(1), std::multiplies<int64_t>());
+  sizes.back() = ceil_div(sizes.back(), kGroup);
+  return empty_strided(sizes, folded_strides(sizes, 1, round_up(rows, 4)), ScalarType::Float, like);
 }
 
 }  // namespace torchext

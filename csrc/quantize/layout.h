@@ -11,16 +11,15 @@ namespace torchext {
 // The FP8 dtype that an op's `dtype` argument stands for.
 ScalarType check_fp8_dtype(const char* op, std::optional<ScalarType> dtype);
 
-// Strides of x's leading dimensions folded into rows `row` apart, then `column`.
-std::vector<int64_t> folded_strides(const Tensor& x, int64_t row, int64_t column);
+std::vector<int64_t> sizes_of(const Tensor& x);
 
-// x's shape but for the last dimension.
-std::vector<int64_t> with_columns(const Tensor& x, int64_t columns);
+// Strides of [..., columns] whose rows, leading dimensions folded, are `row` elements apart.
+std::vector<int64_t> folded_strides(const std::vector<int64_t>& sizes, int64_t row, int64_t column);
 
-// FP8 data [..., columns] for the rows of x, round_up(columns, 16) bytes apart.
-Tensor empty_data(const Tensor& x, int64_t columns, ScalarType dtype);
+// FP8 data of these sizes, rows round_up(columns, 16) bytes apart.
+Tensor empty_data(const std::vector<int64_t>& sizes, ScalarType dtype, const Tensor& like);
 
-// Scales [..., ceil(columns / 128)] for the `rows` rows of x, M-major.
-Tensor empty_group_scale(const Tensor& x, int64_t rows, int64_t columns);
+// Scales [..., ceil(columns / 128)] of the 1x128 groups of data of these sizes, M-major.
+Tensor empty_group_scale(std::vector<int64_t> sizes, const Tensor& like);
 
 }  // namespace torchext

@@ -29,9 +29,9 @@ MatrixView check_input(const char* op, const Tensor& x) {
   return {x.data_ptr(), x.scalar_type(), rows->count, x.size(last), rows->stride, x.stride(last)};
 }
 
-void check_matrix(const char* op, const Tensor& x) {
-  TORCHEXT_CHECK_VALUE(x.dim() == 2, op, ": x must have shape [N, K] (got ", shape_string(x),
-                       "); fold other dimensions with x.flatten(0, -2)");
+void check_matrices(const char* op, const Tensor& x) {
+  TORCHEXT_CHECK_VALUE(x.dim() >= 2, op, ": x must have shape [..., N, K] (got ", shape_string(x),
+                       "); give it a dimension with x[None]");
 }
 
 ScalarType fp8_dtype(const QuantizeOptions& options) {
@@ -44,44 +44,33 @@ struct Output {
   QuantizedView view;
 };
 
-Tensor empty_matrix(int64_t rows, int64_t columns, const QuantizeOptions& options,
-                    const Tensor& like) {
-  return empty_strided({rows, columns}, {round_up(columns, 16), 1}, fp8_dtype(options), like);
-}
-
-Output output(const Tensor& data, const Tensor& scale, int64_t columns, int64_t scale_row_stride,
+Output output(const Tensor& data, const Tensor& scale, int64_t scale_row_stride,
               int64_t scale_col_stride) {
   return {data,
           scale,
-          {data.data_ptr(), round_up(columns, 16), static_cast<float*>(scale.data_ptr()),
-           scale_row_stride, scale_col_stride}};
+          {data.data_ptr(), round_up(data.size(data.dim() - 1), 16),
+           static_cast<float*>(scale.data_ptr()), scale_row_stride, scale_col_stride}};
 }
 
-// data of x's shape
-Output output_like(const Tensor& x, const Tensor& scale, const QuantizeOptions& options,
-                   int64_t scale_row_stride, int64_t scale_col_stride) {
-  const int64_t columns = x.size(x.dim() - 1);
-  return output(empty_data(x, columns, fp8_dtype(options)), scale, columns, scale_row_stride,
-                scale_col_stride);
+// 1x128 groups along the last of `sizes`, of `rows` rows.
+Output empty_groups(const std::vector<int64_t>& sizes, int64_t rows, const QuantizeOptions& options,
+                    const Tensor& like) {
+  return output(empty_data(sizes, fp8_dtype(options), like), empty_group_scale(sizes, like), 1,
+                round_up(rows, 4));
 }
 
-Output empty_groups(const Tensor& x, const MatrixView& view, const QuantizeOptions& options) {
-  return output_like(x, empty_group_scale(x, view.rows, view.cols), options, 1,
-                     round_up(view.rows, 4));
+// The transpose's.
+Output empty_groups_t(const MatrixView& view, const QuantizeOptions& options, const Tensor& like) {
+  return empty_groups({view.cols, view.rows}, view.cols, options, like);
 }
 
-Output empty_groups_t(const Tensor& x, const MatrixView& view, const QuantizeOptions& options) {
-  const int64_t pitch = round_up(view.cols, 4);
-  Tensor scale =
-      empty_strided({view.cols, ceil_div(view.rows, kGroup)}, {1, pitch}, ScalarType::Float, x);
-  return output(empty_matrix(view.cols, view.rows, options, x), scale, view.rows, 1, pitch);
-}
-
-Output empty_blocks(const Tensor& x, const MatrixView& view, const QuantizeOptions& options) {
-  const int64_t groups = ceil_div(view.cols, kGroup);
-  Tensor scale =
-      empty_strided({ceil_div(view.rows, kGroup), groups}, {groups, 1}, ScalarType::Float, x);
-  return output_like(x, scale, options, groups, 1);
+Output empty_blocks(const Tensor& x, const QuantizeOptions& options) {
+  std::vector<int64_t> sizes = sizes_of(x);
+  const Tensor data = empty_data(sizes, fp8_dtype(options), x);
+  for (size_t i = sizes.size() - 2; i < sizes.size(); ++i) sizes[i] = ceil_div(sizes[i], kGroup);
+  const int64_t groups = sizes.back();
+  return output(data, empty_strided(sizes, folded_strides(sizes, groups, 1), ScalarType::Float, x),
+                groups, 1);
 }
 
 // 1x128 groups of x, of its transpose, or both.
@@ -101,18 +90,68 @@ void quantize_groups(const char* op, const Tensor& x, const MatrixView& view,
   }
 }
 
-void quantize_blocks(const char* op, const Tensor& x, const MatrixView& view,
-                     const QuantizeOptions& options, const Output& out, const Tensor* data_t) {
-  if (view.rows == 0 || view.cols == 0) return;
-  void* transposed = data_t ? data_t->data_ptr() : nullptr;
-  const int64_t transposed_stride = data_t ? data_t->stride(0) : 0;
-  Device* device = device_for(x, op);
-  if (device == nullptr)
-    return quantize_blocks_cpu(view, options, out.view, transposed, transposed_stride);
+// Of an array of rows and columns, what lies between its first element and its last.
+Buffer range(const void* data, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride,
+             ScalarType dtype, Access access, const char* name) {
+  const int64_t last = (rows - 1) * row_stride + (cols - 1) * col_stride;
+  return {data, size_t((last + 1) * element_size(dtype)), access, name};
+}
+
+// Blocks of one matrix; `transposed` may be nullptr.
+void quantize_blocks(Device* device, const MatrixView& x, const QuantizeOptions& options,
+                     const QuantizedView& out, uint8_t* transposed, int64_t transposed_stride) {
+  if (device == nullptr) return quantize_blocks_cpu(x, options, out, transposed, transposed_stride);
   if constexpr (kBuiltWithCuda) {
-    quantize_blocks_sm90(*device, view, options, out.view, transposed, transposed_stride,
-                         {reads(x, "x"), writes(out.data, "data"), writes(out.scale, "scale"),
-                          writes(data_t ? *data_t : out.data, "data_t")});
+    constexpr ScalarType kByte = ScalarType::Float8_e4m3fn;
+    const Buffer data =
+        range(out.data, x.rows, x.cols, out.data_stride, 1, kByte, Access::write, "data");
+    quantize_blocks_sm90(
+        *device, x, options, out, transposed, transposed_stride,
+        {range(x.data, x.rows, x.cols, x.row_stride, x.col_stride, x.dtype, Access::read, "x"),
+         data,
+         range(out.scale, ceil_div(x.rows, kGroup), ceil_div(x.cols, kGroup), out.scale_row_stride,
+               out.scale_col_stride, ScalarType::Float, Access::write, "scale"),
+         transposed ? range(transposed, x.cols, x.rows, transposed_stride, 1, kByte, Access::write,
+                            "data_t")
+                    : data});
+  }
+}
+
+// Blocks of each matrix of x. Blocks do not straddle matrices, so matrices of whole blocks that lie
+// one after the other are one; the transposes are not.
+void quantize_blocks(const char* op, const Tensor& x, const QuantizeOptions& options,
+                     const Output& out, const Tensor* data_t) {
+  if (x.numel() == 0) return;
+  Device* device = device_for(x, op);
+  const int64_t last = x.dim() - 1, rows = x.size(last - 1), cols = x.size(last);
+  const int64_t transposed_stride = round_up(rows, 16);
+  auto* transposed = data_t ? static_cast<uint8_t*>(data_t->data_ptr()) : nullptr;
+  const auto folded = fold_rows(x);
+  if (folded && (folded->count == rows || (!data_t && rows % kGroup == 0))) {
+    const MatrixView all{x.data_ptr(), x.scalar_type(), folded->count,
+                         cols,         folded->stride,  x.stride(last)};
+    return quantize_blocks(device, all, options, out.view, transposed, transposed_stride);
+  }
+  const int64_t matrices = x.numel() / (rows * cols);
+  for (int64_t i = 0; i < matrices; ++i) {
+    int64_t rest = i, offset = 0;
+    for (int64_t dim = last - 2; dim >= 0; --dim) {
+      offset += rest % x.size(dim) * x.stride(dim);
+      rest /= x.size(dim);
+    }
+    const MatrixView matrix{
+        static_cast<const char*>(x.data_ptr()) + offset * element_size(x.scalar_type()),
+        x.scalar_type(),
+        rows,
+        cols,
+        x.stride(last - 1),
+        x.stride(last)};
+    QuantizedView view = out.view;
+    view.data = static_cast<uint8_t*>(view.data) + i * rows * view.data_stride;
+    view.scale += i * ceil_div(rows, kGroup) * view.scale_row_stride;
+    quantize_blocks(device, matrix, options, view,
+                    transposed ? transposed + i * cols * transposed_stride : nullptr,
+                    transposed_stride);
   }
 }
 
@@ -126,7 +165,7 @@ std::tuple<Tensor, Tensor> quantize_1x128(const Tensor& x, OptionalDtype dtype, 
   constexpr const char* kOp = "quantize_1x128";
   const QuantizeOptions options = check_options(kOp, x, dtype, pow2_scale);
   const MatrixView view = check_input(kOp, x);
-  const Output row = empty_groups(x, view, options);
+  const Output row = empty_groups(sizes_of(x), view.rows, options, x);
   quantize_groups(kOp, x, view, options, &row, nullptr);
   return {row.data, row.scale};
 }
@@ -135,7 +174,7 @@ std::tuple<Tensor, Tensor> quantize_1x128_t(const Tensor& x, OptionalDtype dtype
   constexpr const char* kOp = "quantize_1x128_t";
   const QuantizeOptions options = check_options(kOp, x, dtype, pow2_scale);
   const MatrixView view = check_input(kOp, x);
-  const Output transposed = empty_groups_t(x, view, options);
+  const Output transposed = empty_groups_t(view, options, x);
   quantize_groups(kOp, x, view, options, nullptr, &transposed);
   return {transposed.data, transposed.scale};
 }
@@ -145,8 +184,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> quantize_1x128_dual(const Tensor& x, 
   constexpr const char* kOp = "quantize_1x128_dual";
   const QuantizeOptions options = check_options(kOp, x, dtype, pow2_scale);
   const MatrixView view = check_input(kOp, x);
-  const Output row = empty_groups(x, view, options);
-  const Output transposed = empty_groups_t(x, view, options);
+  const Output row = empty_groups(sizes_of(x), view.rows, options, x);
+  const Output transposed = empty_groups_t(view, options, x);
   quantize_groups(kOp, x, view, options, &row, &transposed);
   return {row.data, row.scale, transposed.data, transposed.scale};
 }
@@ -154,10 +193,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> quantize_1x128_dual(const Tensor& x, 
 std::tuple<Tensor, Tensor> quantize_128x128(const Tensor& x, OptionalDtype dtype, bool pow2_scale) {
   constexpr const char* kOp = "quantize_128x128";
   const QuantizeOptions options = check_options(kOp, x, dtype, pow2_scale);
-  check_matrix(kOp, x);
-  const MatrixView view = check_input(kOp, x);
-  const Output out = empty_blocks(x, view, options);
-  quantize_blocks(kOp, x, view, options, out, nullptr);
+  check_matrices(kOp, x);
+  const Output out = empty_blocks(x, options);
+  quantize_blocks(kOp, x, options, out, nullptr);
   return {out.data, out.scale};
 }
 
@@ -165,11 +203,12 @@ std::tuple<Tensor, Tensor, Tensor> quantize_128x128_dual(const Tensor& x, Option
                                                          bool pow2_scale) {
   constexpr const char* kOp = "quantize_128x128_dual";
   const QuantizeOptions options = check_options(kOp, x, dtype, pow2_scale);
-  check_matrix(kOp, x);
-  const MatrixView view = check_input(kOp, x);
-  const Output out = empty_blocks(x, view, options);
-  const Tensor data_t = empty_matrix(view.cols, view.rows, options, x);
-  quantize_blocks(kOp, x, view, options, out, &data_t);
+  check_matrices(kOp, x);
+  const Output out = empty_blocks(x, options);
+  std::vector<int64_t> transposed = sizes_of(x);
+  std::swap(transposed[transposed.size() - 2], transposed.back());
+  const Tensor data_t = empty_data(transposed, fp8_dtype(options), x);
+  quantize_blocks(kOp, x, options, out, &data_t);
   return {out.data, out.scale, data_t};
 }
 
@@ -177,9 +216,11 @@ std::tuple<Tensor, Tensor> quantize_rowwise(const Tensor& x, OptionalDtype dtype
   constexpr const char* kOp = "quantize_rowwise";
   const QuantizeOptions options = check_options(kOp, x, dtype, pow2_scale);
   const MatrixView view = check_input(kOp, x);
-  const Tensor scale =
-      empty_strided(with_columns(x, 1), folded_strides(x, 1, 1), ScalarType::Float, x);
-  const Output out = output_like(x, scale, options, 1, 1);
+  std::vector<int64_t> sizes = sizes_of(x);
+  const Tensor data = empty_data(sizes, fp8_dtype(options), x);
+  sizes.back() = 1;
+  const Tensor scale = empty_strided(sizes, folded_strides(sizes, 1, 1), ScalarType::Float, x);
+  const Output out = output(data, scale, 1, 1);
   if (view.cols == 0) {
     fill_with_one(scale);
   } else if (view.rows > 0) {
@@ -200,7 +241,7 @@ std::tuple<Tensor, Tensor> quantize_tensorwise(const Tensor& x, OptionalDtype dt
   const QuantizeOptions options = check_options(kOp, x, dtype, pow2_scale);
   const MatrixView view = check_input(kOp, x);
   const Tensor scale = empty_strided({1, 1}, {1, 1}, ScalarType::Float, x);
-  const Output out = output_like(x, scale, options, 1, 1);
+  const Output out = output(empty_data(sizes_of(x), fp8_dtype(options), x), scale, 1, 1);
   if (view.rows == 0 || view.cols == 0) {
     fill_with_one(scale);
   } else {
@@ -253,8 +294,8 @@ Tensor dequantize(const Tensor& data, const Tensor& scale, ScalarType out_dtype)
                        ceil_div(columns, kGroup), "] (128x128), [", rows->count,
                        ", 1] (row-wise) or [1, 1] (tensor-wise) (got ", shape_string(scale), ")");
 
-  Tensor y =
-      empty_strided(with_columns(data, columns), folded_strides(data, columns, 1), out_dtype, data);
+  const std::vector<int64_t> sizes = sizes_of(data);
+  Tensor y = empty_strided(sizes, folded_strides(sizes, columns, 1), out_dtype, data);
   DequantizeView view;
   view.data = data.data_ptr();
   view.data_row_stride = rows->stride;

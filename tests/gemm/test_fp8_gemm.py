@@ -1,154 +1,21 @@
 """fp8_gemm_nt against the float64 product of the dequantised operands, within the bound that
-docs/numerics.md derives (`error_bound`): granularities, dtypes, ragged shapes, epilogues, NaN."""
+docs/numerics.md derives (gemm_testing.py): granularities, dtypes, ragged shapes, epilogues, NaN."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from op_samples import E4M3, E5M2, GRANULARITIES
+from gemm_testing import E4M3, E5M2, WIDE, Operand, check, operands
+from op_samples import GRANULARITIES
 
 import torchext  # noqa: F401  (loads the ops)
 
-WIDE = [torch.bfloat16, torch.float16, torch.float32]
-SMALLEST_NORMAL = {E4M3: 2.0**-6, E5M2: 2.0**-14}
-ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
-LEAST = {torch.bfloat16: 2.0**-133, torch.float16: 2.0**-24, torch.float32: 2.0**-149}
-
 ops = torch.ops.torchext
-
-
-@pytest.fixture
-def tensor_core(request):
-    """Whether FP8 products are summed by a tensor core, or one that is simulated."""
-    return request.config.getoption("--device") != "cpu"
-
-
-@dataclass(frozen=True)
-class Operand:
-    """A quantised matrix, and, in float64 on the CPU, its data and the scale of each element."""
-
-    data: torch.Tensor
-    scale: torch.Tensor
-    values: torch.Tensor
-    scales: torch.Tensor
-
-    @property
-    def dequantized(self):
-        return self.values * self.scales
-
-    @staticmethod
-    def of(data, scale, row_group):
-        values = data.double().cpu()
-        rows, columns = values.shape
-        scales = scale.double().cpu().repeat_interleave(row_group, 0)
-        if scale.shape[0] == 1:
-            scales = scales[:1].expand(rows, -1)
-        if scale.shape[1] != 1:
-            scales = scales.repeat_interleave(128, 1)
-        return Operand(data, scale, values, scales[:rows, :columns].expand(rows, columns))
-
-
-def operands(granularity, m, n, k, device, *, dtypes=(E4M3, E4M3), scaled=True):
-    """N(0, 1), the rows and the groups of K (of either operand, differently) scaled by powers of
-    two so that a scale applied in the wrong place cannot go unseen."""
-
-    def sizes(count):
-        return 2.0 ** torch.randint(-3, 2, (count,)) if scaled else torch.ones(count)
-
-    def matrix(rows):
-        x = torch.randn(rows, k)
-        if granularity != "tensorwise":
-            x *= sizes(rows)[:, None]
-        if granularity in ("1d2d", "1d1d"):
-            x *= sizes(-(-k // 128)).repeat_interleave(128)[:k]
-        return x.to(device)
-
-    quantize_a, quantize_b = {
-        "1d2d": (ops.quantize_1x128, ops.quantize_128x128),
-        "1d1d": (ops.quantize_1x128, ops.quantize_1x128),
-        "rowwise": (ops.quantize_rowwise, ops.quantize_rowwise),
-        "tensorwise": (ops.quantize_tensorwise, ops.quantize_tensorwise),
-    }[granularity]
-    a = Operand.of(*quantize_a(matrix(m), dtype=dtypes[0]), 1)
-    b = Operand.of(*quantize_b(matrix(n), dtype=dtypes[1]), 128 if granularity == "1d2d" else 1)
-    return a, b
-
-
-def tensor_core_error(a, b):
-    """The most that the tensor core loses of each output, summed over the blocks of 128 of K.
-
-    A step of 32 of K aligns its non-zero products and the sum so far to the largest exponent among
-    them, truncates each to 13 fraction bits, adds them exactly, and truncates the sum likewise:
-    at most 34 errors of 2**-13 times the largest magnitude involved. Exponents are not normalised,
-    so a subnormal operand counts as the smallest normal one. Four steps a block, and 2 % for what
-    the errors add to the sums: 0.017 times the largest product or partial sum of the block.
-    """
-    m, n, k = a.values.shape[0], b.values.shape[0], a.values.shape[1]
-    lost = torch.zeros(m, n, dtype=torch.float64)
-    for start in range(0, k, 128):
-        block = slice(start, min(start + 128, k))
-        qa, qb = a.values[:, block], b.values[:, block]
-        lifted = [
-            torch.where(q == 0, 0.0, q.abs().clamp(min=SMALLEST_NORMAL[x.data.dtype]))
-            for q, x in ((qa, a), (qb, b))
-        ]
-        largest = (lifted[0][:, None] * lifted[1]).amax(2)
-        for end in range(32, qa.shape[1] + 32, 32):
-            largest = largest.maximum((qa[:, :end] @ qb[:, :end].t()).abs())
-        lost += 0.017 * largest * a.scales[:, start, None] * b.scales[:, start]
-    return lost
-
-
-def error_bound(a, b, exact, out_dtype, *, tensor_core, addends=()):
-    """The largest |out - exact| that docs/numerics.md allows, with float64 operands.
-
-    sum |a b| * (K + 4) * 2**-24        FP32: scales and sums, in any order
-    + tensor_core_error                 not on the CPU
-    + (|a @ b| + |addends|) * 2**-23    bias and old output are added in FP32
-    + (|exact| + all that) * u          rounded once to out_dtype, u = 2**-8, 2**-11 or 2**-24,
-                                        and no less than half its least subnormal
-    """
-    da, db = a.dequantized, b.dequantized
-    error = (da.abs() @ db.abs().t()) * ((da.shape[1] + 4) * 2.0**-24)
-    if tensor_core:
-        error = error + tensor_core_error(a, b)
-    size = (da @ db.t()).abs()
-    for addend in addends:
-        size = size + addend.abs()
-    error = error + (size + error) * (2.0**-23 * len(addends))
-    rounding = ((exact.abs() + error) * ROUNDING[out_dtype]).clamp(min=LEAST[out_dtype] / 2)
-    return error + rounding
-
-
-def check(a, b, tensor_core, *, out_dtype=torch.bfloat16, bias=None, out=None, accumulate=False):
-    """Runs the op, compares with the exact result, and returns what the op made of it."""
-    exact = a.dequantized @ b.dequantized.t()
-    addends = []
-    if bias is not None:
-        addends.append(bias.double().cpu().expand_as(exact))
-    if accumulate:
-        addends.append(out.double().cpu())
-    for addend in addends:
-        exact = exact + addend
-    tensors = (a.data, a.scale, b.data, b.scale)
-    if out is None:
-        result = ops.fp8_gemm_nt(*tensors, bias=bias, out_dtype=out_dtype)
-        assert result.is_contiguous()
-    else:
-        ops.fp8_gemm_nt.out(*tensors, out=out, accumulate=accumulate, bias=bias)
-        result, out_dtype = out, out.dtype
-    assert result.dtype == out_dtype
-    assert result.shape == exact.shape
-    bound = error_bound(a, b, exact, out_dtype, tensor_core=tensor_core, addends=addends)
-    error = (result.double().cpu() - exact).abs()
-    assert (error <= bound).all(), f"{(error / bound).max():.3f} times the bound"
-    return result
 
 
 # ---- products ----

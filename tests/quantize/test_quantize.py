@@ -283,7 +283,7 @@ def test_other_arguments_are_refused(name, device):
     for bad in (torch.bfloat16, torch.float8_e4m3fnuz, torch.uint8):
         with pytest.raises(RuntimeError, match=rf"^{name}: dtype must be .*got .*\[TypeError\]"):
             quantize(name, x, bad)
-    shapes = [()] if name in FOLDING else [(), (4,), (2, 3, 4)]
+    shapes = [()] if name in FOLDING else [(), (4,)]
     for shape in shapes:
         with pytest.raises(RuntimeError, match=rf"^{name}: x must have shape .*\[ValueError\]"):
             quantize(name, torch.ones(shape, device=device))
