@@ -12,6 +12,7 @@ from types import ModuleType
 from . import nn, ops
 from ._library import get_include, is_available
 from .convert import convert_to_fp8_training
+from .gemm_selection import explain_gemm
 from .recipe import Recipe
 
 __version__ = "0.1.0"
@@ -20,6 +21,7 @@ __all__ = [
     "Recipe",
     "__version__",
     "convert_to_fp8_training",
+    "explain_gemm",
     "get_include",
     "is_available",
     "nn",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +31,11 @@ def load(path: Path = PACKAGE / "_C.so") -> None:
             "torch >= 2.10; upgrade torch, or rebuild torchext on this machine with "
             "`pip install .`."
         ) from error
+
+
+def op_library() -> ctypes.CDLL:
+    """The compiled ops as a C library, for what is no op: the simulator's seam, kernel selection."""
+    return ctypes.CDLL(str(PACKAGE / "_C.so"))
 
 
 def get_include() -> str:

@@ -101,16 +101,23 @@ class CudaDevice final : public Device {
                   void** arguments, const Buffer*, size_t) override {
     CurrentDevice current(index_);
     if (config.shared_bytes > kDefaultSharedBytes) allow_shared(function, config.shared_bytes);
-    cudaLaunchAttribute cluster;
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim = {config.cluster, 1, 1};
+    cudaLaunchAttribute attributes[2];
+    unsigned count = 0;
+    if (config.cluster > 1) {
+      attributes[count].id = cudaLaunchAttributeClusterDimension;
+      attributes[count++].val.clusterDim = {config.cluster, 1, 1};
+    }
+    if (config.overlaps) {
+      attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+      attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+    }
     cudaLaunchConfig_t launch = {};
     launch.gridDim = dim3(config.grid.x, config.grid.y, config.grid.z);
     launch.blockDim = dim3(config.block.x, config.block.y, config.block.z);
     launch.dynamicSmemBytes = config.shared_bytes;
     launch.stream = current_stream();
-    launch.attrs = &cluster;
-    launch.numAttrs = config.cluster > 1 ? 1 : 0;
+    launch.attrs = attributes;
+    launch.numAttrs = count;
     check_cuda(cudaLaunchKernelExC(&launch, function, arguments), name);
   }
 

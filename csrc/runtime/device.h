@@ -44,7 +44,8 @@ inline Buffer updates(const Tensor& t, const char* name) {
 struct LaunchConfig {
   Dim3 grid;
   Dim3 block;
-  uint32_t cluster = 1;  // CTAs along x
+  uint32_t cluster = 1;   // CTAs along x
+  bool overlaps = false;  // may start before its predecessor has ended, and waits for that itself
   uint32_t shared_bytes = 0;
 };
 

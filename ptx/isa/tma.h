@@ -26,6 +26,18 @@ TORCHEXT_PTX void cp_async_bulk_tensor_2d_load(void* shared, const void* map, mb
       : "memory");
 }
 
+// The same to the same place in every CTA of the cluster whose bit of `ctas` is set: each counts
+// the bytes on the mbarrier at `barrier`'s place in its own shared memory.
+TORCHEXT_PTX void cp_async_bulk_tensor_2d_load_multicast(void* shared, const void* map,
+                                                         mbarrier* barrier, int32_t x, int32_t y,
+                                                         uint16_t ctas) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(shared_address(shared)),
+      "l"(map), "r"(shared_address(barrier)), "r"(x), "r"(y), "h"(ctas)
+      : "memory");
+}
+
 // Shared to global, part of this thread's current bulk group. Writers of `shared` must have run
 // fence_proxy_async_shared() and met this thread at a barrier.
 TORCHEXT_PTX void cp_async_bulk_tensor_2d_store(const void* map, const void* shared, int32_t x,
@@ -33,6 +45,15 @@ TORCHEXT_PTX void cp_async_bulk_tensor_2d_store(const void* map, const void* sha
   asm volatile(
       "cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map),
       "r"(shared_address(shared)), "r"(x), "r"(y)
+      : "memory");
+}
+
+TORCHEXT_PTX void cp_async_bulk_tensor_3d_store(const void* map, const void* shared, int32_t x,
+                                                int32_t y, int32_t z) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(
+          map),
+      "r"(shared_address(shared)), "r"(x), "r"(y), "r"(z)
       : "memory");
 }
 

@@ -51,38 +51,85 @@ TORCHEXT_PTX uint64_t wgmma_descriptor_k_major_128b(const void* shared) {
 struct e4m3 {};
 struct e5m2 {};
 
+// wgmma_m64nNk32(A, B, d, a, b, scale_d) for N = 16, 32, 64, 128, 192, told by d's N / 2 registers.
 // scale_d = 0 overwrites D, 1 adds to it.
-#define TORCHEXT_WGMMA_M64N128K32(A, B)                                                           \
-  TORCHEXT_PTX void wgmma_m64n128k32(A, B, float (&d)[64], uint64_t a, uint64_t b, int scale_d) { \
-    asm volatile(                                                                                 \
-        "{\n"                                                                                     \
-        ".reg .pred accumulate;\n"                                                                \
-        "setp.ne.b32 accumulate, %66, 0;\n"                                                       \
-        "wgmma.mma_async.sync.aligned.m64n128k32.f32." #A "." #B                                  \
-        " {"                                                                                      \
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                  \
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "        \
-        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "        \
-        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "       \
-        "%64, %65, accumulate, 1, 1;\n"                                                           \
-        "}"                                                                                       \
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),     \
-          "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), \
-          "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]),           \
-          "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]),           \
-          "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]),           \
-          "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]),           \
-          "+f"(d[38]), "+f"(d[39]), "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]),           \
-          "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]), "+f"(d[48]), "+f"(d[49]),           \
-          "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]),           \
-          "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]),           \
-          "+f"(d[62]), "+f"(d[63])                                                                \
-        : "l"(a), "l"(b), "r"(scale_d));                                                          \
+// clang-format off
+#define TORCHEXT_NAMES_16 \
+  "%0, %1, %2, %3, %4, %5, %6, %7"
+#define TORCHEXT_NAMES_32 TORCHEXT_NAMES_16 \
+  ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define TORCHEXT_NAMES_64 TORCHEXT_NAMES_32 \
+  ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define TORCHEXT_NAMES_128 TORCHEXT_NAMES_64 \
+  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
+  ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define TORCHEXT_NAMES_192 TORCHEXT_NAMES_128 \
+  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79" \
+  ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define TORCHEXT_DESCRIPTORS_16 "%8, %9"
+#define TORCHEXT_SCALE_D_16 "%10"
+#define TORCHEXT_DESCRIPTORS_32 "%16, %17"
+#define TORCHEXT_SCALE_D_32 "%18"
+#define TORCHEXT_DESCRIPTORS_64 "%32, %33"
+#define TORCHEXT_SCALE_D_64 "%34"
+#define TORCHEXT_DESCRIPTORS_128 "%64, %65"
+#define TORCHEXT_SCALE_D_128 "%66"
+#define TORCHEXT_DESCRIPTORS_192 "%96, %97"
+#define TORCHEXT_SCALE_D_192 "%98"
+#define TORCHEXT_REGISTERS(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), \
+  "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+#define TORCHEXT_REGISTERS_16 TORCHEXT_REGISTERS(0)
+#define TORCHEXT_REGISTERS_32 TORCHEXT_REGISTERS_16, TORCHEXT_REGISTERS(8)
+#define TORCHEXT_REGISTERS_64 TORCHEXT_REGISTERS_32, TORCHEXT_REGISTERS(16), TORCHEXT_REGISTERS(24)
+#define TORCHEXT_REGISTERS_128 TORCHEXT_REGISTERS_64, TORCHEXT_REGISTERS(32), \
+  TORCHEXT_REGISTERS(40), TORCHEXT_REGISTERS(48), TORCHEXT_REGISTERS(56)
+#define TORCHEXT_REGISTERS_192 TORCHEXT_REGISTERS_128, TORCHEXT_REGISTERS(64), \
+  TORCHEXT_REGISTERS(72), TORCHEXT_REGISTERS(80), TORCHEXT_REGISTERS(88)
+#define TORCHEXT_WGMMA(N, A, B)                                                                    \
+  TORCHEXT_PTX void wgmma_m64nNk32(A, B, float (&d)[N / 2], uint64_t a, uint64_t b, int scale_d) { \
+    asm volatile(                                                                                  \
+        "{\n"                                                                                      \
+        ".reg .pred accumulate;\n"                                                                 \
+        "setp.ne.b32 accumulate, " TORCHEXT_SCALE_D_##N ", 0;\n"                                                 \
+        "wgmma.mma_async.sync.aligned.m64n" #N "k32.f32." #A "." #B " {" TORCHEXT_NAMES_##N "},"   \
+        " " TORCHEXT_DESCRIPTORS_##N ", accumulate, 1, 1;\n"                                                         \
+        "}"                                                                                        \
+        : TORCHEXT_REGISTERS_##N                                                                   \
+        : "l"(a), "l"(b), "r"(scale_d));                                         \
   }
-TORCHEXT_WGMMA_M64N128K32(e4m3, e4m3)
-TORCHEXT_WGMMA_M64N128K32(e4m3, e5m2)
-TORCHEXT_WGMMA_M64N128K32(e5m2, e4m3)
-TORCHEXT_WGMMA_M64N128K32(e5m2, e5m2)
-#undef TORCHEXT_WGMMA_M64N128K32
+#define TORCHEXT_WGMMA_FORMATS(N) \
+  TORCHEXT_WGMMA(N, e4m3, e4m3)   \
+  TORCHEXT_WGMMA(N, e4m3, e5m2)   \
+  TORCHEXT_WGMMA(N, e5m2, e4m3)   \
+  TORCHEXT_WGMMA(N, e5m2, e5m2)
+TORCHEXT_WGMMA_FORMATS(16)
+TORCHEXT_WGMMA_FORMATS(32)
+TORCHEXT_WGMMA_FORMATS(64)
+TORCHEXT_WGMMA_FORMATS(128)
+TORCHEXT_WGMMA_FORMATS(192)
+#undef TORCHEXT_WGMMA_FORMATS
+#undef TORCHEXT_WGMMA
+#undef TORCHEXT_REGISTERS
+#undef TORCHEXT_REGISTERS_16
+#undef TORCHEXT_REGISTERS_32
+#undef TORCHEXT_REGISTERS_64
+#undef TORCHEXT_REGISTERS_128
+#undef TORCHEXT_REGISTERS_192
+#undef TORCHEXT_NAMES_16
+#undef TORCHEXT_NAMES_32
+#undef TORCHEXT_NAMES_64
+#undef TORCHEXT_NAMES_128
+#undef TORCHEXT_NAMES_192
+#undef TORCHEXT_DESCRIPTORS_16
+#undef TORCHEXT_SCALE_D_16
+#undef TORCHEXT_DESCRIPTORS_32
+#undef TORCHEXT_SCALE_D_32
+#undef TORCHEXT_DESCRIPTORS_64
+#undef TORCHEXT_SCALE_D_64
+#undef TORCHEXT_DESCRIPTORS_128
+#undef TORCHEXT_SCALE_D_128
+#undef TORCHEXT_DESCRIPTORS_192
+#undef TORCHEXT_SCALE_D_192
+// clang-format on
 
 }  // namespace ptx

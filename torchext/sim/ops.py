@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from torchext import _sim
+from torchext._library import op_library
 
 from .options import launch_options
 from .report import Report, report_from
@@ -30,7 +31,7 @@ class Simulation:
 
 
 def _install(simulator: Any) -> None:
-    library = ctypes.CDLL(str(_PACKAGE / "_C.so"))
+    library = op_library()
     library.torchext_set_simulator.argtypes = [ctypes.c_void_p]
     library.torchext_set_simulator.restype = None
     library.torchext_set_simulator(None if simulator is None else simulator.interface)

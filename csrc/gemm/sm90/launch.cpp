@@ -1,8 +1,9 @@
-// Launches the Hopper GEMM: picks the kernel, describes operands to TMA, sizes the grid.
+// Launches the Hopper GEMM: has a kernel chosen (select.h), describes operands to TMA, sizes the
+// grid.
 #include <algorithm>
 
 #include "../../runtime/check.h"
-#include "params.h"
+#include "select.h"
 
 namespace torchext {
 namespace {
@@ -12,28 +13,28 @@ using Element = TensorMapSpec::Element;
 using Swizzle = TensorMapSpec::Swizzle;
 
 TensorMap operand_map(Device& device, const char* name, const void* data, int64_t rows, int64_t k,
-                      int64_t stride) {
+                      int64_t stride, uint32_t box_rows) {
   return device.encode({name,
                         Element::u8,
                         2,
                         data,
                         {uint64_t(k), uint64_t(rows)},
                         {uint64_t(stride)},
-                        {kTileK, kTileM},
+                        {kTileK, box_rows},
                         Swizzle::b128});
 }
 
 TensorMap scale_map(Device& device, const char* name, const float* data, int64_t rows,
-                    int64_t groups, int64_t group_stride) {
+                    int64_t k_groups, int64_t group_stride, uint32_t box_rows) {
   // With one group there is no stride, but a map wants one.
-  const int64_t stride = groups > 1 ? group_stride : round_up(rows, 4);
+  const int64_t stride = k_groups > 1 ? group_stride : round_up(rows, 4);
   return device.encode({name,
                         Element::f32,
                         2,
                         data,
-                        {uint64_t(rows), uint64_t(groups)},
+                        {uint64_t(rows), uint64_t(k_groups)},
                         {uint64_t(stride) * sizeof(float)},
-                        {kTileM, 1},
+                        {box_rows, 1},
                         Swizzle::none});
 }
 
@@ -41,77 +42,110 @@ TensorMap out_map(Device& device, const GemmProblem& p) {
   const Element element = p.out_dtype == ScalarType::Float      ? Element::f32
                           : p.out_dtype == ScalarType::BFloat16 ? Element::bf16
                                                                 : Element::f16;
-  const uint32_t bytes = uint32_t(element_size(p.out_dtype));
-  return device.encode({"out",
-                        element,
-                        2,
-                        p.out,
-                        {uint64_t(p.n), uint64_t(p.m)},
-                        {uint64_t(p.out_stride) * bytes},
-                        {kSwizzleBytes / bytes, kConsumerRows},
-                        Swizzle::b128});
+  const uint64_t bytes = element_size(p.out_dtype);
+  const bool groups = p.grouping == Grouping::kAlongK;
+  return device.encode(
+      {"out",
+       element,
+       3,
+       p.out,
+       {uint64_t(p.n), uint64_t(p.m), groups ? uint64_t(p.groups) : 1},
+       {p.out_stride * bytes, (groups ? p.out_group_stride : p.out_stride) * bytes},
+       {uint32_t(kSwizzleBytes / bytes), kStoreRows, 1},
+       Swizzle::b128});
 }
 
-GemmKernel select(const GemmProblem& p) {
-  const bool a_e5m2 = p.a_dtype == ScalarType::Float8_e5m2;
-  const bool b_e5m2 = p.b_dtype == ScalarType::Float8_e5m2;
-  switch (p.granularity) {
-    case Granularity::k1D2D:
-      return fp8_gemm_nt_1d2d(a_e5m2, b_e5m2);
-    case Granularity::k1D1D:
-      return fp8_gemm_nt_1d1d(a_e5m2, b_e5m2);
+// Tiles that there can be at most: all that the host knows where groups are counted on the device.
+int64_t most_tiles(const GemmProblem& p, const Choice& choice) {
+  const TileShape& tile = choice.kernel->tile;
+  const int64_t n_tiles = ceil_div(p.n, tile.n() * (choice.multicast ? 2 : 1));
+  switch (p.grouping) {
+    case Grouping::kAlongK:
+      return p.groups * ceil_div(p.m, tile.m()) * n_tiles;
+    case Grouping::kOffsets:
+      return (ceil_div(p.m, tile.m()) + p.groups) * n_tiles;
+    case Grouping::kCounts:
+      return p.groups * ceil_div(p.group_rows, tile.m()) * n_tiles;
     default:
-      return fp8_gemm_nt_rowwise(a_e5m2, b_e5m2);
+      return ceil_div(p.m, tile.m()) * n_tiles;
   }
+}
+
+void describe_operands(Device& device, const GemmProblem& p, const Choice& choice,
+                       GemmParams& params) {
+  const TileShape& tile = choice.kernel->tile;
+  const bool swapped = tile.swapped;
+  const int64_t k_groups = ceil_div(p.k, kGroup);
+  const int64_t b_rows = p.n * (p.grouping == Grouping::kAlongK ? 1 : p.groups);
+  const uint32_t row_box = choice.multicast ? tile.rows / 2 : tile.rows;
+  TensorMap& a = swapped ? params.columns : params.rows;
+  TensorMap& b = swapped ? params.rows : params.columns;
+  a = operand_map(device, "a", p.a, p.m, p.k, p.a_stride, swapped ? tile.columns : row_box);
+  b = operand_map(device, "b", p.b, b_rows, p.k, p.b_stride, swapped ? row_box : tile.columns);
+  if (p.granularity == Granularity::kRowwise) return;
+  TensorMap& a_scale = swapped ? params.column_scale : params.row_scale;
+  a_scale = scale_map(device, "a_scale", p.a_scale, p.m, k_groups, p.a_scale_group, tile.m());
+  if (p.granularity == Granularity::k1D2D) return;
+  TensorMap& b_scale = swapped ? params.row_scale : params.column_scale;
+  b_scale = scale_map(device, "b_scale", p.b_scale, b_rows, k_groups, p.b_scale_group, tile.n());
 }
 
 }  // namespace
 
 void fp8_gemm_nt_sm90(Device& device, const GemmProblem& p, std::initializer_list<Buffer> buffers) {
-  TORCHEXT_CHECK(p.grouping == Grouping::kNone && p.activation == Activation::kNone, p.op,
-                 ": there is no sm_90 kernel for groups and activations yet; move the tensors to "
-                 "the CPU");
+  TORCHEXT_CHECK(p.activation == Activation::kNone, p.op,
+                 ": there is no sm_90 kernel for activations yet; move the tensors to the CPU");
   const DeviceProperties properties = device.properties();
   TORCHEXT_CHECK_VALUE(p.num_sms <= properties.sm_count, p.op, ": num_sms must be at most ",
                        properties.sm_count, ", the SMs of this GPU (got ", p.num_sms, ")");
-  const int64_t groups = ceil_div(p.k, kGroup);
+  const bool lists_groups = p.grouping == Grouping::kOffsets || p.grouping == Grouping::kCounts;
+  TORCHEXT_CHECK_VALUE(!lists_groups || p.groups <= int64_t(kMaxGroups), p.op,
+                       ": there must be at most ", kMaxGroups, " groups (got ", p.groups,
+                       "); split the product, or give the group of each row");
+  const Choice choice = select(p, properties.sm_count);
+  const GemmKernel& kernel = *choice.kernel;
+
   GemmParams params = {};
-  if (p.k > 0) {  // otherwise there is nothing to load, and nothing that a map could describe
-    params.a = operand_map(device, "a", p.a, p.m, p.k, p.a_stride);
-    params.b = operand_map(device, "b", p.b, p.n, p.k, p.b_stride);
-    if (p.granularity != Granularity::kRowwise)
-      params.a_scale = scale_map(device, "a_scale", p.a_scale, p.m, groups, p.a_scale_group);
-    if (p.granularity == Granularity::k1D1D)
-      params.b_scale = scale_map(device, "b_scale", p.b_scale, p.n, groups, p.b_scale_group);
-  }
-  const int64_t row_bytes = p.out_stride * element_size(p.out_dtype);
-  params.store_by_tma =
-      !p.accumulate && row_bytes % 16 == 0 && reinterpret_cast<uintptr_t>(p.out) % 16 == 0;
-  if (params.store_by_tma) params.out_map = out_map(device, p);
-  params.a_scale_data = p.a_scale;
-  params.b_scale_data = p.b_scale;
+  // With K = 0 there is nothing to load, and nothing that a map could describe.
+  if (p.k > 0) describe_operands(device, p, choice, params);
+  const int64_t bytes = element_size(p.out_dtype);
+  params.out_aligned = p.out_stride * bytes % 16 == 0 && p.out_group_stride * bytes % 16 == 0 &&
+                       reinterpret_cast<uintptr_t>(p.out) % 16 == 0;
+  if (params.out_aligned && !kernel.tile.swapped) params.out_map = out_map(device, p);
+  params.a_scale = p.a_scale;
+  params.b_scale = p.b_scale;
   params.a_scale_row = p.a_scale_row;
   params.b_scale_row = p.b_scale_row;
   params.b_scale_group = p.b_scale_group;
+  params.b_scale_batch = p.b_scale_batch;
   params.bias = p.bias;
   params.bias_dtype = p.bias_dtype;
   params.out = p.out;
   params.out_dtype = p.out_dtype;
   params.out_stride = p.out_stride;
+  params.out_group_stride = p.out_group_stride;
   params.accumulate = p.accumulate;
+  params.grouping = p.grouping;
+  params.group_index = p.group_index;
+  params.groups = uint32_t(p.groups);
+  params.group_rows = uint32_t(p.group_rows);
   params.m = uint32_t(p.m);
   params.n = uint32_t(p.n);
-  params.k_blocks = uint32_t(groups);
+  params.k_blocks = uint32_t(ceil_div(p.k, kGroup));
+  params.multicast = choice.multicast;
 
-  const int64_t tiles = ceil_div(p.m, kTileM) * ceil_div(p.n, kTileN);
-  TORCHEXT_CHECK_VALUE(tiles < (int64_t(1) << 31), p.op, ": the output has ", tiles,
-                       " tiles of 128x128, more than 2^31; split the product");
+  const int64_t tiles = most_tiles(p, choice);
+  TORCHEXT_CHECK_VALUE(tiles < (int64_t(1) << 31), p.op, ": the output has ", tiles, " tiles of ",
+                       kernel.tile.m(), "x", kernel.tile.n(),
+                       ", more than 2^31; split the product");
   const int64_t sms = p.num_sms > 0 ? p.num_sms : properties.sm_count;
-  const GemmKernel kernel = select(p);
   LaunchConfig config;
-  config.grid = {uint32_t(std::min(tiles, sms))};
-  config.block = {kThreads};
-  config.shared_bytes = kernel.shared_bytes;
+  config.cluster = choice.cluster();
+  config.grid = {uint32_t(std::min(tiles, sms / config.cluster) * config.cluster)};
+  config.block = {kernel.threads};
+  config.shared_bytes =
+      kernel.shared_bytes + (lists_groups ? uint32_t(p.groups * sizeof(uint32_t)) : 0);
+  config.overlaps = true;
   device.launch(kernel.function, kernel.name, config, buffers, params);
 }
 

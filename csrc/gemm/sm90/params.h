@@ -1,47 +1,75 @@
-// What the launcher (launch.cpp) hands to a Hopper GEMM kernel (fp8_gemm_nt.cuh), and the tile that
-// the two agree on.
+// What the launcher (launch.cpp) hands to a Hopper GEMM kernel (fp8_gemm_nt.cuh), and what it knows
+// of each.
 #pragma once
 
 #include "../gemm.h"
+#include "tiles.h"
 
 namespace torchext::sm90 {
 
-constexpr int kTileM = 128, kTileN = 128, kTileK = 128;
+constexpr int kTileK = 128;
 static_assert(kTileK == kGroup, "a K block is what one scale covers and one promotion sums");
-static_assert(kTileN == kGroup, "1D2D: one scale of b serves a tile for a K block");
-
-constexpr int kConsumerWarpgroups = 2;
-constexpr int kConsumerRows = kTileM / kConsumerWarpgroups;  // 64: wgmma's M
-constexpr int kThreads = 128 * (1 + kConsumerWarpgroups);
 
 constexpr int kSwizzleBytes = 128;  // a row of a tile in shared memory, and of a store's box
+constexpr int kStoreRows = 64;      // of a store's box: what a warpgroup holds of one accumulator
+
+constexpr uint32_t kMaxGroups =
+    1024;  // of M-grouped products: the schedule lists them in shared memory
+constexpr uint32_t kMaxSplits = 8;  // of K: CTAs of a portable cluster
 
 struct GemmParams {
-  // Boxes: a {128 of K, 128 rows}, b likewise; scales {128 rows, 1 group}; out {128 bytes, 64
-  // rows}.
-  TensorMap a, b, a_scale, b_scale,
-      out_map;                // scales: only where the granularity loads them by TMA
-  const float* a_scale_data;  // row-wise
-  const float* b_scale_data;  // row-wise and 1D2D
-  int64_t a_scale_row, b_scale_row, b_scale_group;
+  // As wgmma sees them: `rows` fill its 64 rows, `columns` its N. Boxes: {128 of K, the tile's rows
+  // (half of them where two CTAs share them)}, {128 of K, its columns}; scales {rows or columns, 1
+  // group}, where the granularity has them per row of K; out {128 bytes, 64 rows, 1 group}.
+  TensorMap rows, columns, row_scale, column_scale, out_map;
+  const float* a_scale;  // row-wise
+  const float* b_scale;  // row-wise and 1D2D
+  int64_t a_scale_row, b_scale_row, b_scale_group, b_scale_batch;
   const void* bias;
   void* out;
-  int64_t out_stride;
-  uint32_t m, n, k_blocks;
+  int64_t out_stride, out_group_stride;
+  const int32_t* group_index;
+  float* out_scale;  // Activation: of the FP8 output
+  int64_t out_scale_group;
+  uint32_t m, n, k_blocks, groups, group_rows;
+  Grouping grouping;
+  Activation activation;
   ScalarType out_dtype, bias_dtype;
   bool accumulate;
-  bool store_by_tma;  // out's rows are 16-byte aligned and not read back
+  bool out_aligned;  // rows of out start at multiples of 16 bytes
+  bool multicast;    // the two CTAs of a cluster share `rows`; otherwise a cluster splits K
+  bool pow2_scale;
 };
 
 struct GemmKernel {
   void (*function)(GemmParams);
   const char* name;
-  uint32_t shared_bytes;
+  uint32_t threads, shared_bytes;
+  TileShape tile;
 };
 
-// The kernels of one granularity, by operand formats; each in the .cu file of that name.
-GemmKernel fp8_gemm_nt_1d2d(bool a_e5m2, bool b_e5m2);
-GemmKernel fp8_gemm_nt_1d1d(bool a_e5m2, bool b_e5m2);
-GemmKernel fp8_gemm_nt_rowwise(bool a_e5m2, bool b_e5m2);
+struct KernelTable {
+  const GemmKernel* kernels;
+  size_t count;
+  const GemmKernel* begin() const { return kernels; }
+  const GemmKernel* end() const { return kernels + count; }
+};
+
+// The kernels of each .cu file here.
+KernelTable table_1d2d_e4m3_e4m3();
+KernelTable table_1d2d_e4m3_e4m3_swapped();
+KernelTable table_1d2d_e4m3_e5m2();
+KernelTable table_1d2d_e5m2_e4m3();
+KernelTable table_1d2d_e5m2_e5m2();
+KernelTable table_1d1d_e4m3_e4m3();
+KernelTable table_1d1d_e4m3_e4m3_swapped();
+KernelTable table_1d1d_e4m3_e5m2();
+KernelTable table_1d1d_e5m2_e4m3();
+KernelTable table_1d1d_e5m2_e5m2();
+KernelTable table_rowwise_e4m3_e4m3();
+KernelTable table_rowwise_e4m3_e4m3_swapped();
+KernelTable table_rowwise_e4m3_e5m2();
+KernelTable table_rowwise_e5m2_e4m3();
+KernelTable table_rowwise_e5m2_e5m2();
 
 }  // namespace torchext::sm90

@@ -1,0 +1,350 @@
+// From accumulators to memory: row-wise scales, bias and the old output in FP32, then one rounding.
+// Two ways out: from registers, through boxes for TMA or directly (tiles that are not swapped); or
+// through a transposed copy of the product in shared memory, which a cluster that splits K adds up
+// (swapped tiles).
+#pragma once
+
+#include "layout.cuh"
+#include "ptx/isa/barrier.h"
+#include "ptx/isa/cluster.h"
+#include "ptx/isa/convert.h"
+#include "ptx/isa/fence.h"
+#include "ptx/isa/matrix.h"
+#include "ptx/isa/memory.h"
+#include "ptx/isa/tma.h"
+#include "schedule.cuh"
+
+namespace torchext::sm90 {
+
+// Calls body(load), where load(data, i) reads element i of an array of `dtype` as FP32: one branch
+// for all the loads in `body`.
+template <class Body>
+__device__ __forceinline__ void with_loader(ScalarType dtype, const Body& body) {
+  if (dtype == ScalarType::Float)
+    body([](const void* data, int64_t i) { return static_cast<const float*>(data)[i]; });
+  else if (dtype == ScalarType::BFloat16)
+    body([](const void* data, int64_t i) {
+      return ptx::cvt_f32_bf16(static_cast<const uint16_t*>(data)[i]);
+    });
+  else
+    body([](const void* data, int64_t i) {
+      return ptx::cvt_f32_f16(static_cast<const uint16_t*>(data)[i]);
+    });
+}
+
+__device__ __forceinline__ uint32_t pack(ScalarType dtype, float low, float high) {
+  return dtype == ScalarType::BFloat16 ? ptx::cvt_rn_bf16x2_f32(high, low)
+                                       : ptx::cvt_rn_f16x2_f32(high, low);
+}
+
+// Where row r of a lands in out.
+__device__ __forceinline__ int64_t out_offset(const GemmParams& p, const Work& work, uint32_t r) {
+  const int64_t group = p.grouping == Grouping::kAlongK ? work.group * p.out_group_stride : 0;
+  return group + r * p.out_stride;
+}
+
+// Index of feature n of a group in what all groups have one below the other: bias, b's row-wise
+// scale.
+__device__ __forceinline__ int64_t feature_index(const GemmParams& p, const Work& work,
+                                                 uint32_t n) {
+  return (p.grouping == Grouping::kAlongK ? 0 : int64_t(work.group) * p.n) + n;
+}
+
+// ---- tiles that are not swapped ----
+
+// What the epilogue needs of the tile's columns. The threads of a warpgroup fetch it before the
+// main loop, which hides the latency, and share it after.
+template <class L>
+struct ColumnTerms {
+  static constexpr int kPerThread = (L::kColumns + 127) / 128;
+  float factor[kPerThread], bias[kPerThread];
+
+  __device__ __forceinline__ ColumnTerms(const GemmParams& p, const Work& work,
+                                         const Fragment& at) {
+#pragma unroll
+    for (int i = 0; i < kPerThread; ++i) {
+      factor[i] = 1;
+      bias[i] = 0;
+      const uint32_t column = at.thread() + i * 128, n = work.n + column;
+      if (column >= L::kColumns || n >= p.n) continue;
+      const int64_t index = feature_index(p, work, n);
+      if constexpr (L::kRowwise)
+        factor[i] = ptx::ld_global_nc_f32(p.b_scale + index * p.b_scale_row);
+      if (p.bias != nullptr)
+        with_loader(p.bias_dtype, [&](auto load) { bias[i] = load(p.bias, index); });
+    }
+  }
+
+  __device__ __forceinline__ void share(Shared<L>& shared, const Fragment& at) const {
+    ptx::bar_sync(warpgroup_barrier(at), 128);  // the last tile's have been read
+#pragma unroll
+    for (int i = 0; i < kPerThread; ++i) {
+      const uint32_t column = at.thread() + i * 128;
+      if (column >= L::kColumns) continue;
+      shared.factor[at.warpgroup][column] = factor[i];
+      shared.bias[at.warpgroup][column] = bias[i];
+    }
+    ptx::bar_sync(warpgroup_barrier(at), 128);
+  }
+};
+
+// The rows and columns of block i of a warpgroup, in a and b.
+template <class L>
+__device__ __forceinline__ uint32_t first_row_of(const Work& work, const Fragment& at, int i) {
+  return work.m + (at.warpgroup * L::kSlices + i / L::kParts) * 64;
+}
+template <class L>
+__device__ __forceinline__ uint32_t first_column_of(const Work& work, int i) {
+  return work.n + i % L::kParts * L::kPartColumns;
+}
+
+template <class L>
+__device__ __forceinline__ void finish_tile(const GemmParams& p, Shared<L>& shared,
+                                            const Work& work, const Fragment& at,
+                                            const ColumnTerms<L>& terms,
+                                            float (&total)[L::kBlocks][L::kRegisters]) {
+  if (L::kRowwise || p.bias != nullptr) {
+    terms.share(shared, at);
+#pragma unroll
+    for (int b = 0; b < L::kBlocks; ++b) {
+      const uint32_t row = first_row_of<L>(work, at, b) + at.row();
+      float row_scale[2] = {1, 1};
+      if constexpr (L::kRowwise) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h)
+          if (row + 8 * h < work.m_end)
+            row_scale[h] = ptx::ld_global_nc_f32(p.a_scale + (row + 8 * h) * p.a_scale_row);
+      }
+#pragma unroll
+      for (int i = 0; i < L::kRegisters; ++i) {
+        const uint32_t column = b % L::kParts * L::kPartColumns + at.column() + i / 4 * 8 + i % 2;
+        if constexpr (L::kRowwise)
+          total[b][i] *= row_scale[i / 2 % 2] * shared.factor[at.warpgroup][column];
+        total[b][i] += shared.bias[at.warpgroup][column];
+      }
+    }
+  }
+}
+
+// From registers: any stride, alignment and number of rows; adds the old output if asked to, so
+// many elements at a time, since all of them at once would not fit beside the accumulators.
+template <class L>
+__device__ __forceinline__ void store_directly(const GemmParams& p, const Work& work,
+                                               const Fragment& at, int b,
+                                               float (&total)[L::kRegisters]) {
+  constexpr int kAtATime = 16;
+  static_assert(L::kRegisters % kAtATime == 0);
+  const uint32_t row = first_row_of<L>(work, at, b) + at.row();
+  const uint32_t column = first_column_of<L>(work, b) + at.column();
+  const auto row_of = [&](int i) { return row + i / 2 % 2 * 8; };
+  const auto column_of = [&](int i) { return column + i / 4 * 8 + i % 2; };
+#pragma unroll
+  for (int first = 0; first < L::kRegisters; first += kAtATime) {
+    if (p.accumulate) {
+      with_loader(p.out_dtype, [&](auto load) {
+#pragma unroll
+        for (int i = first; i < first + kAtATime; ++i)
+          if (row_of(i) < work.m_end && column_of(i) < p.n)
+            total[i] += load(p.out, out_offset(p, work, row_of(i)) + column_of(i));
+      });
+    }
+#pragma unroll
+    for (int i = first; i < first + kAtATime; i += 2) {
+      if (row_of(i) >= work.m_end) continue;
+      const uint32_t c = column_of(i);
+      const int64_t offset = out_offset(p, work, row_of(i)) + c;
+      if (p.out_dtype == ScalarType::Float) {
+        float* out = static_cast<float*>(p.out) + offset;
+        if (c < p.n) out[0] = total[i];
+        if (c + 1 < p.n) out[1] = total[i + 1];
+      } else {
+        uint16_t* out = static_cast<uint16_t*>(p.out) + offset;
+        const uint32_t pair = pack(p.out_dtype, total[i], total[i + 1]);
+        if (c < p.n) out[0] = uint16_t(pair);
+        if (c + 1 < p.n) out[1] = uint16_t(pair >> 16);
+      }
+    }
+  }
+}
+
+// Boxes of 64 rows and 128 bytes, each under 128-byte swizzle (the 16-byte chunk of a row is XORed
+// with the row's index modulo 8). TMA's read of a box is awaited when the box is wanted again.
+template <class L>
+struct TmaStore {
+  uint8_t* boxes;
+  int next = 0;  // a constant once loops are unrolled
+
+  template <class Fill>
+  __device__ __forceinline__ void send(const GemmParams& p, const Work& work, const Fragment& at,
+                                       uint32_t n, uint32_t m, const Fill& fill) {
+    uint8_t* box = boxes + next * kStoreBoxBytes;
+    next = (next + 1) % L::kStoreBoxes;
+    const bool leader = at.thread() == 0;
+    if (leader) ptx::cp_async_bulk_wait_group_read<L::kStoreBoxes - 1>();
+    ptx::bar_sync(warpgroup_barrier(at), 128);
+    fill(ptx::shared_address(box));
+    ptx::fence_proxy_async_shared();
+    ptx::bar_sync(warpgroup_barrier(at), 128);
+    if (!leader) return;
+    ptx::cp_async_bulk_tensor_3d_store(&p.out_map, box, n, m,
+                                       p.grouping == Grouping::kAlongK ? work.group : 0);
+    ptx::cp_async_bulk_commit_group();
+  }
+
+  __device__ __forceinline__ void block(const GemmParams& p, const Work& work, const Fragment& at,
+                                        int b, const float (&total)[L::kRegisters]) {
+    const uint32_t m = first_row_of<L>(work, at, b), n = first_column_of<L>(work, b);
+    if (p.out_dtype == ScalarType::Float) {
+      const uint32_t row = at.row();
+#pragma unroll
+      for (int first = 0; first < L::kPartColumns; first += 32) {
+        send(p, work, at, n + first, m, [&](uint32_t box) {
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {  // eight columns, 32 bytes
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {  // row and row + 8 swizzle alike
+              const uint32_t chunk = (j * 2 + at.column() / 4) ^ (row % 8);
+              const float* pair = &total[(first / 8 + j) * 4 + 2 * h];
+              ptx::st_shared_v2_f32(
+                  box + (row + 8 * h) * kSwizzleBytes + chunk * 16 + at.column() % 4 * 4, pair[0],
+                  pair[1]);
+            }
+          }
+        });
+      }
+      return;
+    }
+    const uint32_t row = at.warp * 16 + at.lane % 16;  // the row whose address this lane gives
+#pragma unroll
+    for (int first = 0; first < L::kPartColumns; first += 64) {
+      send(p, work, at, n + first, m, [&](uint32_t box) {
+#pragma unroll
+        for (int j = 0; j < 8; j += 2) {  // sixteen columns, 32 bytes
+          const uint32_t chunk = (j + at.lane / 16) ^ (row % 8);
+          const float* t = &total[(first / 8 + j) * 4];
+          ptx::stmatrix_x4(box + row * kSwizzleBytes + chunk * 16, pack(p.out_dtype, t[0], t[1]),
+                           pack(p.out_dtype, t[2], t[3]), pack(p.out_dtype, t[4], t[5]),
+                           pack(p.out_dtype, t[6], t[7]));
+        }
+      });
+    }
+  }
+};
+
+template <class L>
+__device__ __forceinline__ void store_tile(const GemmParams& p, Shared<L>& shared, const Work& work,
+                                           const Fragment& at,
+                                           float (&total)[L::kBlocks][L::kRegisters]) {
+  TmaStore<L> by_tma{shared.store[at.warpgroup]};
+  const bool whole = p.out_aligned && !p.accumulate;
+  // A group of rows ends where TMA would not stop.
+  const bool bounded = p.grouping == Grouping::kNone || p.grouping == Grouping::kAlongK;
+  unrolled<L::kBlocks>([&](auto b) {
+    if (whole && (bounded || first_row_of<L>(work, at, b) + 64 <= work.m_end))
+      by_tma.block(p, work, at, b, total[b]);
+    else
+      store_directly<L>(p, work, at, b, total[b]);
+  });
+}
+
+// ---- swapped tiles ----
+
+// Lays the product out in shared memory, transposed (a row a token); the CTAs of a cluster that
+// splits K then add up and store a share of the rows each, in the order of their ranks.
+template <class L>
+struct StagedEpilogue {
+  uint32_t phase = 0;
+
+  __device__ __forceinline__ void run(const GemmParams& p, Shared<L>& shared, const Work& work,
+                                      const Fragment& at, const float (&total)[L::kRegisters]) {
+    const Place place = Place::here();
+    const auto announce = [&](ptx::mbarrier* barrier) {
+      __syncwarp();
+      if (at.lane < place.cluster) ptx::mbarrier_arrive_cluster(barrier, at.lane);
+    };
+    ptx::mbarrier_wait_cluster(&shared.staged_empty, phase ^ 1);
+    const uint32_t row = at.warpgroup * 64 + at.row();
+#pragma unroll
+    for (int i = 0; i < L::kRegisters; ++i)
+      ptx::st_shared_f32(
+          ptx::shared_address(&shared.staged[at.column() + i / 4 * 8 + i % 2][row + i / 2 % 2 * 8]),
+          total[i]);
+    announce(&shared.staged_full);
+    ptx::mbarrier_wait_cluster(&shared.staged_full, phase);
+
+    constexpr uint32_t kQuads = L::kRows / 4;  // of features, in a token's row
+    const uint32_t share = ceil_div_u32(L::kColumns * kQuads, place.cluster);
+    const uint32_t end = min((place.rank + 1) * share, L::kColumns * kQuads);
+    for (uint32_t i = place.rank * share + at.warpgroup * 128 + at.thread(); i < end;
+         i += L::kConsumers) {
+      const uint32_t token = i / kQuads, feature = i % kQuads * 4;
+      const uint32_t m = work.m + token, n = work.n + feature;
+      if (m >= work.m_end || n >= p.n) continue;
+      const uint32_t address = ptx::shared_address(&shared.staged[token][feature]);
+      float sum[4] = {};
+#pragma unroll
+      for (uint32_t rank = 0; rank < kMaxSplits; ++rank) {
+        if (rank >= place.cluster) break;
+        const float4 part = ptx::ld_shared_cluster_v4_f32(ptx::mapa(address, rank));
+        sum[0] = rank == 0 ? part.x : sum[0] + part.x;
+        sum[1] = rank == 0 ? part.y : sum[1] + part.y;
+        sum[2] = rank == 0 ? part.z : sum[2] + part.z;
+        sum[3] = rank == 0 ? part.w : sum[3] + part.w;
+      }
+      store(p, work, m, n, sum);
+    }
+    announce(&shared.staged_empty);
+    phase ^= 1;
+  }
+
+ private:
+  // Four features of a token.
+  static __device__ __forceinline__ void store(const GemmParams& p, const Work& work, uint32_t m,
+                                               uint32_t n, float (&sum)[4]) {
+    const uint32_t count = min(p.n - n, 4u);
+    const int64_t index = feature_index(p, work, n), offset = out_offset(p, work, m) + n;
+    if constexpr (L::kRowwise) {
+      const float row_scale = ptx::ld_global_nc_f32(p.a_scale + m * p.a_scale_row);
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        if (i < count)
+          sum[i] *= row_scale * ptx::ld_global_nc_f32(p.b_scale + (index + i) * p.b_scale_row);
+    }
+    if (p.bias != nullptr) {
+      with_loader(p.bias_dtype, [&](auto load) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          if (i < count) sum[i] += load(p.bias, index + i);
+      });
+    }
+    if (p.accumulate) {
+      with_loader(p.out_dtype, [&](auto load) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          if (i < count) sum[i] += load(p.out, offset + i);
+      });
+    }
+    const bool together = p.out_aligned && count == 4;
+    if (p.out_dtype == ScalarType::Float) {
+      float* out = static_cast<float*>(p.out) + offset;
+      if (together)
+        *reinterpret_cast<float4*>(out) = {sum[0], sum[1], sum[2], sum[3]};
+      else
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          if (i < count) out[i] = sum[i];
+    } else {
+      uint16_t* out = static_cast<uint16_t*>(p.out) + offset;
+      const uint2 pairs = {pack(p.out_dtype, sum[0], sum[1]), pack(p.out_dtype, sum[2], sum[3])};
+      if (together) {
+        *reinterpret_cast<uint2*>(out) = pairs;
+      } else {
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          if (i < count) out[i] = uint16_t((i < 2 ? pairs.x : pairs.y) >> i % 2 * 16);
+      }
+    }
+  }
+};
+
+}  // namespace torchext::sm90

@@ -1,0 +1,70 @@
+// Clusters of CTAs and their distributed shared memory (PTX ISA "barrier.cluster", "mapa", "ld",
+// special registers %cluster_ctarank and %cluster_nctaid; PTX 7.8, sm_90).
+// A shared address of another CTA is a 32-bit address of the .shared::cluster state space.
+#pragma once
+
+#include "mbarrier.h"
+
+namespace ptx {
+
+TORCHEXT_PTX uint32_t cluster_ctarank() {
+  uint32_t rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+TORCHEXT_PTX uint32_t cluster_nctarank() {
+  uint32_t count;
+  asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(count));
+  return count;
+}
+
+// All threads of all CTAs of the cluster that have not exited arrive, then wait. Arrival releases
+// and waiting acquires at cluster scope: what any thread wrote before is visible to all after.
+TORCHEXT_PTX void barrier_cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+
+TORCHEXT_PTX void barrier_cluster_wait() {
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// Where `address` (of the same variable in this CTA) lies in the CTA of that rank.
+TORCHEXT_PTX uint32_t mapa(uint32_t address, uint32_t rank) {
+  uint32_t mapped;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(mapped) : "r"(address), "r"(rank));
+  return mapped;
+}
+
+TORCHEXT_PTX float4 ld_shared_cluster_v4_f32(uint32_t address) {
+  float4 value;
+  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
+               : "r"(address)
+               : "memory");
+  return value;
+}
+
+// Arrives at the mbarrier of the CTA of that rank; releases at cluster scope.
+TORCHEXT_PTX void mbarrier_arrive_cluster(mbarrier* barrier, uint32_t rank) {
+  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(
+                   mapa(shared_address(barrier), rank))
+               : "memory");
+}
+
+// mbarrier_wait() that acquires at cluster scope: for phases that other CTAs' threads complete.
+TORCHEXT_PTX void mbarrier_wait_cluster(mbarrier* barrier, uint32_t parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred complete;\n"
+      "WAIT:\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 complete, [%0], %1;\n"
+      "@complete bra DONE;\n"
+      "bra WAIT;\n"
+      "DONE:\n"
+      "}" ::"r"(shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+}
+
+}  // namespace ptx

@@ -1,0 +1,21 @@
+// Programmatic dependent launch (PTX ISA "griddepcontrol"; PTX 7.8, sm_90): a kernel may start
+// while its predecessor in the stream still runs, if it was launched so (LaunchConfig::overlaps).
+#pragma once
+
+#include "common.h"
+
+namespace ptx {
+
+// Waits until the kernels that this one depends on have ended and their memory is visible. Nothing
+// of theirs may be read, and nothing that they may still read may be written, before.
+TORCHEXT_PTX void griddepcontrol_wait() {
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+
+// Lets the next kernel start as soon as every CTA has come here or exited. It says nothing of
+// memory: the next kernel's griddepcontrol_wait() waits for this kernel's end.
+TORCHEXT_PTX void griddepcontrol_launch_dependents() {
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+
+}  // namespace ptx

@@ -1,0 +1,206 @@
+"""Which Hopper kernel an FP8 GEMM runs, and why.
+
+`explain_gemm` shows what the library would choose for a problem: from a table measured on a GPU where
+it has the problem, else by a cost model (csrc/gemm/sm90/select.cpp) whose terms it lists for every
+tile that is compiled. Nothing here needs a GPU. `forced` overrules the choice, for tests, benchmarks
+and the tuner.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+
+import torch
+
+from ._library import op_library
+
+_GRANULARITIES = ("1d2d", "1d1d", "rowwise")  # the order of csrc/gemm/gemm.h
+_GROUPINGS = ("none", "offsets", "group_ids", "masked", "along_k")
+_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A kernel that could run, and what the cost model makes of it. Cycles are those of an SM.
+
+    Attributes:
+        name: of the tile, tokens x features.
+        split_k: CTAs of a cluster that share K.
+        cluster: CTAs of a cluster; 2 with split_k=1 is a pair that shares rows of a by multicast.
+        tile_m, tile_n: tokens and features of a tile.
+        stages: K blocks in flight.
+        tiles: of the output (expected, where rows of groups are counted on the GPU).
+        waves: rounds in which the SMs get through them.
+        tensor_cycles: of a K block on the tensor cores.
+        issue_cycles: that its instructions take of each scheduler, promotion included.
+        shared_cycles: that it occupies shared memory.
+        load_cycles: to bring its operands through L2.
+        cycles: of the whole product; the model's verdict.
+    """
+
+    name: str
+    split_k: int
+    cluster: int
+    tile_m: int
+    tile_n: int
+    stages: int
+    tiles: int
+    waves: int
+    tensor_cycles: float
+    issue_cycles: float
+    shared_cycles: float
+    load_cycles: float
+    cycles: float
+
+
+@dataclass(frozen=True)
+class GemmExplanation:
+    """What `explain_gemm` returns; `print` it for a table.
+
+    Attributes:
+        candidates: all that may run, by estimated cycles, the fewest first.
+        chosen: the one that runs.
+        source: what decided: "cost model", "tuned table" or "forced".
+    """
+
+    candidates: tuple[Candidate, ...]
+    chosen: Candidate
+    source: str
+
+    def __str__(self) -> str:
+        columns = [field.name for field in fields(Candidate)]
+        rows = [columns]
+        for candidate in self.candidates:
+            values = [getattr(candidate, name) for name in columns]
+            rows.append([f"{v:.0f}" if isinstance(v, float) else str(v) for v in values])
+        widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
+        lines = [
+            "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+            for row in rows
+        ]
+        marks = [" ", *("*" if c == self.chosen else " " for c in self.candidates)]
+        table = "\n".join(f"{mark} {line}" for mark, line in zip(marks, lines, strict=True))
+        return f"{table}\n* chosen by: {self.source}"
+
+
+def explain_gemm(
+    m: int,
+    n: int,
+    k: int,
+    *,
+    granularity: str = "1d2d",
+    a_dtype: torch.dtype = torch.float8_e4m3fn,
+    b_dtype: torch.dtype = torch.float8_e4m3fn,
+    out_dtype: torch.dtype = torch.bfloat16,
+    accumulate: bool = False,
+    grouping: str = "none",
+    groups: int = 1,
+    expected_m: int = 0,
+    num_sms: int = 0,
+    sm_count: int = 132,
+) -> GemmExplanation:
+    """Which kernel `fp8_gemm_nt` or a grouped product runs on a Hopper GPU, and the alternatives.
+
+    Args:
+        m, n, k: of the product; for grouped ones m is all rows of a, and k all of K.
+        granularity: "1d2d", "1d1d" or "rowwise" (tensor-wise too).
+        a_dtype, b_dtype: torch.float8_e4m3fn or torch.float8_e5m2.
+        out_dtype, accumulate: as the op takes them.
+        grouping: "none", "offsets", "group_ids", "masked" or "along_k".
+        groups: how many, for those.
+        expected_m: rows expected in a group; 0: unknown.
+        num_sms: SMs that the product may use; 0: all.
+        sm_count: SMs of the GPU; an H100 or H200 (SXM) has 132.
+
+    Raises ValueError for anything else, and RuntimeError where this build has no CUDA kernels.
+    """
+    if granularity not in _GRANULARITIES or grouping not in _GROUPINGS:
+        raise ValueError(
+            f"explain_gemm: granularity must be one of {_GRANULARITIES} and grouping one of "
+            f"{_GROUPINGS} (got {granularity!r}, {grouping!r})"
+        )
+    if a_dtype not in _FP8 or b_dtype not in _FP8:
+        raise ValueError(
+            "explain_gemm: a_dtype and b_dtype must be torch.float8_e4m3fn or torch.float8_e5m2 "
+            f"(got {a_dtype}, {b_dtype})"
+        )
+    if min(m, n, groups, sm_count) < 1 or min(k, expected_m, num_sms) < 0 or num_sms > sm_count:
+        raise ValueError(
+            "explain_gemm: m, n, groups and sm_count must be positive, k and expected_m not "
+            f"negative, num_sms from 0 to sm_count (got m={m}, n={n}, k={k}, groups={groups}, "
+            f"expected_m={expected_m}, num_sms={num_sms}, sm_count={sm_count})"
+        )
+    explain = _function("torchext_explain_gemm")
+    arguments = (
+        *(ctypes.c_int64(size) for size in (m, n, k)),
+        ctypes.c_int(_GRANULARITIES.index(granularity)),
+        ctypes.c_bool(a_dtype == torch.float8_e5m2),
+        ctypes.c_bool(b_dtype == torch.float8_e5m2),
+        ctypes.c_int64(out_dtype.itemsize),
+        ctypes.c_bool(accumulate),
+        ctypes.c_int(_GROUPINGS.index(grouping)),
+        ctypes.c_int64(groups),
+        ctypes.c_int64(expected_m),
+        ctypes.c_int(num_sms),
+        ctypes.c_int(sm_count),
+    )
+    explain.restype = ctypes.c_int64
+    size = explain(*arguments, None, ctypes.c_int64(0))
+    text = ctypes.create_string_buffer(size)
+    explain(*arguments, text, ctypes.c_int64(size))
+    answer = json.loads(text.value)
+    candidates = tuple(Candidate(**candidate) for candidate in answer["candidates"])
+    chosen = tuple(answer[key] for key in ("name", "split_k", "cluster"))
+    return GemmExplanation(
+        candidates,
+        next(c for c in candidates if (c.name, c.split_k, c.cluster) == chosen),
+        answer["source"],
+    )
+
+
+def configurations(
+    granularity: str = "1d2d",
+    a_dtype: torch.dtype = torch.float8_e4m3fn,
+    b_dtype: torch.dtype = torch.float8_e4m3fn,
+) -> list[str]:
+    """Names of the tiles that are compiled for these operands, as `forced` takes them."""
+    large = explain_gemm(
+        4096, 4096, 4096, granularity=granularity, a_dtype=a_dtype, b_dtype=b_dtype
+    )
+    return sorted({candidate.name for candidate in large.candidates})
+
+
+@contextmanager
+def forced(name: str, *, split_k: int = 1, cluster: int = 1) -> Iterator[None]:
+    """Within it, Hopper GEMMs of this process use the tile `name`; not nestable.
+
+    Args:
+        name: one of `configurations`.
+        split_k: 1, 2, 4 or 8 CTAs that share K (tiles called swap_*).
+        cluster: 2 for pairs that share rows of a by multicast (the other tiles). With split_k it
+            is split_k, and may be left at 1.
+
+    A product that the tile cannot compute raises ValueError.
+    """
+    force = _function("torchext_force_gemm")
+    force.restype = None
+    force(ctypes.c_char_p(name.encode()), ctypes.c_int(split_k), ctypes.c_int(cluster))
+    try:
+        yield
+    finally:
+        force(None, ctypes.c_int(0), ctypes.c_int(0))
+
+
+def _function(name: str) -> ctypes._CFuncPtr:
+    library = op_library()
+    if not hasattr(library, name):
+        raise RuntimeError(
+            "torchext.gemm_selection: this build of torchext has no CUDA kernels to choose from (no "
+            "nvcc was found when it was built); reinstall torchext where nvcc is on PATH or "
+            "CUDA_HOME is set"
+        )
+    return getattr(library, name)
