@@ -11,20 +11,20 @@
 namespace torchext {
 namespace {
 
-// e^x to 2 units in the last place, NaN kept: 2^n e^r with |r| <= ln(2) / 2, by the minimax
-// polynomial for e^r of degree 6. Two powers of two, for n from -150 to 128.
+// e^x to about one unit in the last place, NaN kept: 2^n e^r with |r| <= ln(2) / 2. The polynomials
+// here are ours, fitted for the least largest error. 2^n as two powers of two, for n down to -150.
 float exponential(float x) {
   constexpr float kRound = 0x1.8p23f;  // + kRound - kRound rounds to an integer
   constexpr float kLn2High = 0x1.63p-1f, kLn2Low = -0x1.bd0106p-13f;
   x = std::min(std::max(x, -104.0f), 89.0f);
   const float n = x * 0x1.715476p0f + kRound - kRound;
   const float r = x - n * kLn2High - n * kLn2Low;
-  float y = 0x1.6d7526p-10f;
-  y = y * r + 0x1.120448p-7f;
-  y = y * r + 0x1.5554aap-5f;
-  y = y * r + 0x1.55548ep-3f;
-  y = y * r + 0x1.000000p-1f;
-  y = y * r * r + r + 1.0f;
+  float p = 0x1.6a24dcp-10f;
+  p = p * r + 0x1.123a5cp-7f;
+  p = p * r + 0x1.5558f2p-5f;
+  p = p * r + 0x1.55549p-3f;
+  p = p * r + 0x1.fffffcp-2f;
+  const float y = p * r * r + r + 1.0f;
   const int whole = int(n), half = whole / 2;
   return y * float_of(uint32_t(127 + half) << 23) * float_of(uint32_t(127 + whole - half) << 23);
 }
@@ -33,19 +33,19 @@ float sigmoid(float x) {
   return 1.0f / (1.0f + exponential(-x));
 }
 
-// 1 - erf(z) for z >= 0, to a relative error of about 2^-22 + z^2 2^-24: t e^(-z^2 + P(t)).
+// 1 - erf(z) for z >= 0, as t e^(P(t) - z^2) with t = 1 / (1 + 0.47 z).
 float complementary_error(float z) {
-  const float t = 1.0f / (1.0f + 0.5f * z);
-  float p = 0.17087277f;
-  p = p * t - 0.82215223f;
-  p = p * t + 1.48851587f;
-  p = p * t - 1.13520398f;
-  p = p * t + 0.27886807f;
-  p = p * t - 0.18628806f;
-  p = p * t + 0.09678418f;
-  p = p * t + 0.37409196f;
-  p = p * t + 1.00002368f;
-  p = p * t - 1.26551223f;
+  const float t = 1.0f / (1.0f + 0.47f * z);
+  float p = 0.178485796f;
+  p = p * t - 0.948476791f;
+  p = p * t + 1.97634411f;
+  p = p * t - 1.93929887f;
+  p = p * t + 0.892103374f;
+  p = p * t - 0.400704563f;
+  p = p * t + 0.188747481f;
+  p = p * t + 0.379490584f;
+  p = p * t + 1.00071704f;
+  p = p * t - 1.32740808f;
   return t * exponential(p - z * z);
 }
 
