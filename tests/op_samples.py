@@ -19,10 +19,11 @@ FOLDING = (
 )
 BLOCKS = ("quantize_128x128", "quantize_128x128_dual")
 QUANTIZERS = FOLDING + BLOCKS
+STACKS = [(3, 130, 300), (2, 1, 5, 48), (2, 128, 70), (0, 3, 4), (2, 0, 40), (2, 7, 0)]
 MATRICES = [(130, 300), (5, 48), (1, 129), (2, 1), (0, 40), (7, 0)]
 TENSORS = [(3, 7, 129), (2, 3, 1, 16), (64,), (2, 0, 24), (0,)]
 CASES = [(name, shape) for name in FOLDING for shape in MATRICES + TENSORS] + [
-    (name, shape) for name in BLOCKS for shape in MATRICES
+    (name, shape) for name in BLOCKS for shape in MATRICES + STACKS
 ]
 
 
@@ -39,10 +40,11 @@ def random(*shape, device, dtype=torch.bfloat16):
     return torch.randn(shape, device=device).to(dtype)
 
 
-def quantized(granularity, m, n, k, *, device, leading=None):
-    """a, a_scale, b, b_scale for fp8_gemm_nt; a's rows have the shape `leading` if it is given."""
+def quantized(granularity, m, n, k, *, device, leading=None, groups=None):
+    """a, a_scale, b, b_scale for fp8_gemm_nt; a's rows have the shape `leading` if it is given, and
+    b is as many matrices as `groups` says."""
     x = random(*((m,) if leading is None else leading), k, device=device)
-    w = random(n, k, device=device)
+    w = random(*(() if groups is None else (groups,)), n, k, device=device)
     quantize_a, quantize_b = {
         "1d2d": (ops.quantize_1x128, ops.quantize_128x128),
         "1d1d": (ops.quantize_1x128, ops.quantize_1x128),
@@ -53,6 +55,36 @@ def quantized(granularity, m, n, k, *, device, leading=None):
 
 
 GRANULARITIES = ["1d2d", "1d1d", "rowwise", "tensorwise"]
+
+
+def grouped(case, m, n, k, *, device, granularity="1d2d"):
+    """The name of a grouped op and the tensors that it takes, by position and by keyword: three
+    groups that hold all m rows (masked: of m each) or all k columns."""
+
+    def index(*values):
+        return torch.tensor(values, dtype=torch.int32, device=device)
+
+    if case == "along k":
+        operands = quantized("1d1d", m, n, k, device=device)
+        return "k_grouped_fp8_gemm_nt", (*operands, index(k // 3, k // 3, k)), {}
+    leading = (3, m) if case == "masked" else None
+    operands = quantized(granularity, m, n, k, device=device, leading=leading, groups=3)
+    if case == "masked":
+        return "m_grouped_fp8_gemm_nt_masked", (*operands, index(m, m, m)), {}
+    name = "m_grouped_fp8_gemm_nt_contiguous"
+    if case == "offsets":
+        return name, (*operands, index(m // 3, m // 3, m)), {}
+    return name, operands, {"group_ids": index(*((7 * row) % 3 for row in range(m)))}
+
+
+GROUPINGS = ["offsets", "group ids", "masked", "along k"]
+M_GROUPINGS = GROUPINGS[:3]
+FUSED = [
+    ("fp8_gemm_nt_swiglu_quantize", {}),
+    ("fp8_gemm_nt_gelu_quantize", {}),
+    ("fp8_gemm_nt_gelu_quantize", {"tanh_approximation": True}),
+    ("fp8_gemm_nt_relu2_quantize", {}),
+]
 
 
 def assert_same(first, second):

@@ -11,7 +11,11 @@ from op_samples import (
     BLOCKS,
     E4M3,
     FOLDING,
+    FUSED,
+    GROUPINGS,
+    M_GROUPINGS,
     QUANTIZERS,
+    grouped,
     quantized,
     random,
 )
@@ -216,6 +220,157 @@ class TestGemmErrors:
         with pytest.raises(ValueError, match=r"fp8_gemm_nt: out_dtype must be None.*bfloat16"):
             ops.fp8_gemm_nt(*operands, out=out, out_dtype=torch.bfloat16)
         ops.fp8_gemm_nt(*operands, out=out, out_dtype=torch.float32)
+
+
+class TestGroupedGemmErrors:
+    @pytest.fixture(params=GROUPINGS)
+    def call(self, request, device):
+        """The op's name, its function with all arguments but those given, and where its index is:
+        a position or a keyword."""
+        name, tensors, options = grouped(request.param, 20, 40, 300, device=device)
+
+        def call(changed=(), **changes):
+            arguments = dict(enumerate(tensors)) | dict(changed)
+            return getattr(ops, name)(*arguments.values(), **(options | changes))
+
+        return name, call, tensors
+
+    def test_operands(self, call, device):
+        name, run, (a, a_scale, b, b_scale, *_) = call
+        with expect(TypeError, name, "a must be", "torch.bfloat16", "quantise"):
+            run({0: a.bfloat16()})
+        with expect(TypeError, name, "b_scale must be", "torch.float16"):
+            run({3: b_scale.half()})
+        with expect(ValueError, name, "a must have shape", str([1, *a.shape])):
+            run({0: a[None]})
+        with expect(ValueError, name, "b must have shape", str([1, *b.shape])):
+            run({2: b[None]})
+        with expect(ValueError, name, "agree in K", "N, K]"):
+            run({2: b[..., :256]})
+        with expect(ValueError, name, "granularity", "N=40, K=300", "got"):
+            run({1: a_scale[..., :2]})
+        with expect(ValueError, name, "granularity", "N=40, K=300", "got"):
+            run({3: b_scale[..., :2]})
+        with expect(ValueError, name, "a_scale", "M-major"):
+            run({1: a_scale.contiguous()})
+        with expect(ValueError, name, "num_sms must be", "-1"):
+            run(num_sms=-1)
+        with expect(TypeError, name, "out_dtype must be", "torch.float64"):
+            run(out_dtype=torch.float64)
+
+    def test_out(self, call):
+        name, run, _ = call
+        out = run()
+        with expect(ValueError, name, "out must have shape", str(list(out.shape))):
+            run(out=out[..., :39])
+        with expect(ValueError, name, "out must have", "do not overlap"):
+            run(out=out[..., :1, :].expand(out.shape))
+        with expect(ValueError, name, "out must have", "contiguous rows"):
+            run(out=out.mT.contiguous().mT)
+        with expect(TypeError, name, "out must be", "torch.float64"):
+            run(out=out.double())
+        with pytest.raises(ValueError, match=f"{name}: out must be .*accumulate=True.*None"):
+            run(accumulate=True)
+        with pytest.raises(ValueError, match=f"{name}: out_dtype must be None.*float16"):
+            run(out=out, out_dtype=torch.float16)
+
+    @pytest.mark.parametrize("case", M_GROUPINGS)
+    def test_groups_of_b(self, case, device):
+        name, tensors, options = grouped(case, 20, 40, 300, device=device)
+        function = getattr(ops, name)
+        a, a_scale, b, b_scale, *index = tensors
+        with expect(ValueError, name, "leading dimensions of b", "fold"):
+            function(a, a_scale, b[:, :39], b_scale, *index, **options)
+        with expect(ValueError, name, "b_scale", "three dimensions of b", "[1, 3]"):
+            function(a, a_scale, b, b_scale[0], *index, **options)
+        with expect(ValueError, name, "bias must be contiguous", "[G, N] = [3, 40]", "[40]"):
+            function(*tensors, bias=torch.zeros(40, device=device), **options)
+        _, scale = ops.quantize_1x128(random(3, 40, 300, device=device))
+        with expect(ValueError, name, "b_scale", "M-major"):
+            function(a, a_scale, b, scale.contiguous(), *index, **options)
+
+    def test_indices(self, device):
+        for case in GROUPINGS:
+            name, tensors, options = grouped(case, 20, 40, 300, device=device)
+            argument = {"masked": "masked_m", "group ids": "group_ids"}.get(case, "offsets")
+            index = options.get(argument, tensors[-1])
+            fixed = tensors[:4]
+            function = getattr(ops, name)
+            with expect(TypeError, name, f"{argument} must be torch.int32", "torch.int64", "int()"):
+                function(*fixed, **{argument: index.long()})
+            with expect(ValueError, name, f"{argument} must", str([1, *index.shape])):
+                function(*fixed, **{argument: index[None]})
+            with expect(ValueError, name, f"{argument} must be contiguous", "(2)"):
+                function(*fixed, **{argument: index.repeat_interleave(2)[::2]})
+            if case != "along k":
+                with expect(ValueError, name, f"{argument} must be", str([len(index)]), "got"):
+                    function(*fixed, **{argument: index[1:]})
+
+    def test_either_offsets_or_ids(self, device):
+        name, tensors, _ = grouped("offsets", 20, 40, 300, device=device)
+        with expect(ValueError, name, "offsets", "group_ids", "neither"):
+            ops.m_grouped_fp8_gemm_nt_contiguous(*tensors[:4])
+        ids = torch.zeros(20, dtype=torch.int32, device=device)
+        with expect(ValueError, name, "offsets", "group_ids", "both"):
+            ops.m_grouped_fp8_gemm_nt_contiguous(*tensors, group_ids=ids)
+
+    def test_masked(self, device):
+        name, (a, a_scale, *rest), _ = grouped("masked", 20, 40, 300, device=device)
+        with expect(ValueError, name, "expected_m must be", "-1"):
+            ops.m_grouped_fp8_gemm_nt_masked(a, a_scale, *rest, expected_m=-1)
+        with expect(ValueError, name, "agree in G", "[2, 20, 300]", "[3, 40, 300]"):
+            ops.m_grouped_fp8_gemm_nt_masked(a[:2], a_scale[:2], *rest)
+        by_group = torch.ones(3, 3, 20, device=device).mT  # DeepGEMM's, which does not fold
+        with expect(ValueError, name, "leading dimensions of a_scale", "fold", "(60, 1, 20)"):
+            ops.m_grouped_fp8_gemm_nt_masked(a, by_group, *rest)
+
+    def test_along_k_takes_one_granularity(self, device):
+        name, (a, a_scale, b, b_scale, offsets), _ = grouped("along k", 20, 40, 300, device=device)
+        ones = torch.ones(40, 1, device=device)
+        for wrong in ((a_scale[:, :1], ones), (a_scale, b_scale[:1])):
+            with expect(ValueError, name, "granularity", "1x128 with 1x128", "got"):
+                ops.k_grouped_fp8_gemm_nt(a, wrong[0], b, wrong[1], offsets)
+
+    def test_indices_out_of_range_on_the_cpu(self):
+        """Where they can be seen. Nothing is written."""
+        for case, argument, values in (
+            ("offsets", "offsets", [5, 4, 20]),
+            ("offsets", "offsets", [5, 6, 21]),
+            ("offsets", "offsets", [-1, 6, 20]),
+            ("along k", "offsets", [5, 6, 301]),
+            ("masked", "masked_m", [5, 6, 21]),
+            ("masked", "masked_m", [5, -1, 20]),
+            ("group ids", "group_ids", [0] * 19 + [3]),
+        ):
+            name, tensors, _ = grouped(case, 20, 40, 300, device="cpu")
+            index = torch.tensor(values, dtype=torch.int32)
+            shape = (20, 40) if name.endswith("contiguous") else (3, 20, 40)
+            out = torch.full(shape, torch.nan)
+            with expect(ValueError, name, f"{argument} must", "got"):
+                getattr(ops, name)(*tensors[:4], **{argument: index}, out=out)
+            assert out.isnan().all()
+
+
+class TestFusedGemmErrors:
+    @pytest.mark.parametrize("name, options", FUSED)
+    def test_arguments(self, name, options, device):
+        a, a_scale, b, b_scale = quantized("1d2d", 20, 40, 300, device=device)
+        function = getattr(ops, name)
+        with expect(TypeError, name, "a must be", "torch.bfloat16", "quantise"):
+            function(a.bfloat16(), a_scale, b, b_scale, **options)
+        with expect(ValueError, name, "granularity", "M=20, N=40, K=300", "got"):
+            function(a, a_scale[:, :2], b, b_scale, **options)
+        with expect(ValueError, name, "bias must be", "[40]", "[41]"):
+            function(a, a_scale, b, b_scale, bias=torch.zeros(41, device=device), **options)
+        with expect(TypeError, name, "dtype must be", "float8_e4m3fn", "torch.bfloat16"):
+            function(a, a_scale, b, b_scale, dtype=torch.bfloat16, **options)
+        with expect(ValueError, name, "num_sms must be", "-1"):
+            function(a, a_scale, b, b_scale, num_sms=-1, **options)
+
+    def test_swiglu_needs_a_gate_and_an_up(self, device):
+        operands = quantized("1d2d", 20, 41, 300, device=device)
+        with expect(ValueError, "fp8_gemm_nt_swiglu_quantize", "b must have an even", "[41, 300]"):
+            ops.fp8_gemm_nt_swiglu_quantize(*operands)
 
 
 def test_the_op_itself_raises_a_runtime_error_that_names_the_class(device):

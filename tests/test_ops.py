@@ -9,9 +9,13 @@ import torch
 from op_samples import (
     E4M3,
     E5M2,
+    FUSED,
     GRANULARITIES,
+    GROUPINGS,
+    M_GROUPINGS,
     QUANTIZERS,
     assert_same,
+    grouped,
     overload,
     quantized,
     random,
@@ -82,6 +86,26 @@ def test_layout_of_blocks(device):
     assert data_t.shape == (300, 130) and data_t.stride() == (144, 1) and data_t.dtype == E5M2
 
 
+def test_layout_of_stacked_blocks(device):
+    data, scale, data_t = ops.quantize_128x128_dual(random(2, 3, 130, 300, device=device))
+    assert data.shape == (2, 3, 130, 300)
+    assert data.stride() == (3 * 130 * 304, 130 * 304, 304, 1)
+    assert scale.shape == (2, 3, 2, 3) and scale.is_contiguous()
+    assert data_t.shape == (2, 3, 300, 130)
+    assert data_t.stride() == (3 * 300 * 144, 300 * 144, 144, 1)
+
+
+@pytest.mark.parametrize("name, options", FUSED)
+def test_layout_of_fused_outputs(name, options, device):
+    operands = quantized("1d2d", 0, 300, 200, device=device, leading=(3, 7))
+    data, scale = getattr(ops, name)(*operands, **options)
+    n = 150 if "swiglu" in name else 300
+    pitch = -(-n // 16) * 16
+    assert data.shape == (3, 7, n) and data.stride() == (7 * pitch, pitch, 1)
+    assert scale.shape == (3, 7, -(-n // 128)) and scale.stride() == (7, 1, 24)
+    assert data.dtype == E4M3 and scale.dtype == torch.float32
+
+
 # ---- torch.compile ----
 
 
@@ -124,6 +148,40 @@ def test_compile_gemm_once_for_all_sizes(granularity, compiled, device):
         bias = random(n, device=device)
         assert_same(function(*operands, bias=bias), ops.fp8_gemm_nt(*operands, bias=bias))
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("case", GROUPINGS)
+def test_compile_grouped_gemms_once_for_all_sizes(case, compiled, device):
+    name, _, _ = grouped(case, 0, 0, 0, device=device)
+    function, counter = compiled(getattr(ops, name), dynamic=True)
+    for m, n, k in [(150, 201, 515), (133, 157, 299), (303, 257, 459)]:  # at first all differ
+        _, tensors, options = grouped(case, m, n, k, device=device)
+        assert_same(function(*tensors, **options), getattr(ops, name)(*tensors, **options))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("name, options", FUSED)
+def test_compile_fused_gemms_once_for_all_sizes(name, options, compiled, device):
+    function, counter = compiled(getattr(ops, name), dynamic=True)
+    for m, n, k in [(150, 402, 299), (133, 358, 515), (303, 514, 459)]:
+        operands = quantized("1d2d", m, n, k, device=device)
+        assert_same(function(*operands, **options), getattr(ops, name)(*operands, **options))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("case", M_GROUPINGS)
+def test_compile_grouped_gemms_with_the_gradient_of_bias(case, compiled, device):
+    name, tensors, options = grouped(case, 20, 40, 300, device=device)
+
+    def loss(tensors, options, bias):
+        y = getattr(ops, name)(*tensors, bias=bias, out_dtype=torch.float32, **options)
+        return y.square().sum()
+
+    bias = random(3, 40, device=device).requires_grad_()
+    function, _ = compiled(loss)
+    (gradient,) = torch.autograd.grad(function(tensors, options, bias), bias)
+    (expected,) = torch.autograd.grad(loss(tensors, options, bias), bias)
+    assert_same(gradient, expected)
 
 
 def test_compile_gemm_into_out(compiled, device):

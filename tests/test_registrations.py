@@ -9,11 +9,15 @@ from op_samples import (
     CASES,
     E5M2,
     FOLDING,
+    FUSED,
     GRANULARITIES,
+    GROUPINGS,
+    M_GROUPINGS,
     MATRICES,
     QUANTIZERS,
     TENSORS,
     assert_same,
+    grouped,
     metadata,
     opcheck,
     overload,
@@ -79,6 +83,35 @@ def test_fake_of_gemm_equals_the_kernel(granularity, leading, device):
         assert metadata(fake) == metadata(real)
         assert real.is_contiguous()
         assert real.shape == (*operands[0].shape[:-1], 40)
+
+
+@pytest.mark.parametrize("shape", [(12, 40, 200), (0, 40, 200), (12, 0, 200), (12, 40, 0)])
+@pytest.mark.parametrize("case", GROUPINGS)
+def test_fakes_of_grouped_gemms_equal_the_kernels(case, shape, device):
+    name, tensors, options = grouped(case, *shape, device=device)
+    for out_dtype in (None, torch.float32):
+        real = overload(name)(*tensors, out_dtype=out_dtype, **options)
+        with FakeTensorMode() as mode:
+            fakes = tree_map_only(torch.Tensor, mode.from_tensor, (tensors, options))
+            fake = overload(name)(*fakes[0], out_dtype=out_dtype, **fakes[1])
+        assert metadata(fake) == metadata(real)
+        assert real.is_contiguous()
+
+
+@pytest.mark.parametrize("leading", [None, (3, 4), (), (0,), (2, 0)])
+@pytest.mark.parametrize("name, options", FUSED)
+def test_fakes_of_fused_gemms_equal_the_kernels(name, options, leading, device):
+    for n in (300, 40, 0):
+        operands = quantized("1d2d", 12, n, 200, device=device, leading=leading)
+        for dtype in (None, E5M2):
+            real = overload(name)(*operands, dtype=dtype, **options)
+            with FakeTensorMode() as mode:
+                fakes = tree_map_only(torch.Tensor, mode.from_tensor, operands)
+                fake = overload(name)(*fakes, dtype=dtype, **options)
+            assert metadata(fake) == metadata(real)
+            assert metadata(getattr(reference, name)(*operands, dtype=dtype, **options)) == (
+                metadata(real)
+            )
 
 
 @pytest.mark.parametrize("shape", MATRICES + TENSORS)
@@ -154,6 +187,33 @@ def test_opcheck_gemm_out(accumulate, device):
     opcheck(overload("fp8_gemm_nt", "out"), operands, {"out": out, "accumulate": accumulate})
 
 
+@pytest.mark.parametrize("case", GROUPINGS)
+def test_opcheck_grouped_gemms(case, device):
+    for granularity in GRANULARITIES:
+        name, tensors, options = grouped(case, 20, 40, 208, device=device, granularity=granularity)
+        opcheck(overload(name), tensors, options)
+        if case in M_GROUPINGS:
+            options["bias"] = random(3, 40, device=device).requires_grad_()
+            opcheck(overload(name), tensors, {**options, "out_dtype": torch.float32})
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("case", GROUPINGS)
+def test_opcheck_grouped_gemms_out(case, accumulate, device):
+    name, tensors, options = grouped(case, 20, 40, 208, device=device)
+    out = torch.randn_like(overload(name)(*tensors, **options))
+    options.update(out=out, accumulate=accumulate)
+    opcheck(overload(name, "out"), tensors, options)
+
+
+@pytest.mark.parametrize("name, options", FUSED)
+def test_opcheck_fused_gemms(name, options, device):
+    operands = quantized("1d2d", 20, 32, 208, device=device)
+    bias = random(32, device=device)
+    opcheck(overload(name), operands, options)
+    opcheck(overload(name), operands, {**options, "bias": bias, "dtype": E5M2, "pow2_scale": True})
+
+
 # ---- gradients ----
 
 
@@ -215,6 +275,49 @@ def test_gradient_of_bias(leading, bias_dtype, device):
     )
 
 
+def in_groups(case, grad, tensors, options):
+    """The rows of a gradient that belong to each group."""
+    if case == "masked":
+        return [rows[:count] for rows, count in zip(grad, tensors[4].tolist(), strict=True)]
+    if case == "group ids":
+        return [grad[options["group_ids"] == group] for group in range(3)]
+    ends = tensors[4].tolist()
+    return [grad[begin:end] for begin, end in zip([0, *ends], ends, strict=False)]
+
+
+@pytest.mark.parametrize("bias_dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("case", M_GROUPINGS)
+def test_gradient_of_the_bias_of_groups(case, bias_dtype, device):
+    """Each group's: the sum over its rows. Rows of no group, which hold NaN here, are left out."""
+    name, tensors, options = grouped(case, 150, 40, 200, device=device)
+    none = {"offsets": slice(140, None), "group ids": slice(5, 9), "masked": (1, slice(30, None))}
+    if case == "offsets":
+        tensors[4][2] = 140
+    elif case == "group ids":
+        options["group_ids"][none[case]] = -1
+    else:
+        tensors[4][1] = 30
+    bias = random(3, 40, device=device, dtype=bias_dtype).requires_grad_()
+    y = getattr(ops, name)(*tensors, bias=bias, out_dtype=torch.float32, **options)
+    weight = torch.randn_like(y)
+    weight[none[case]] = torch.nan
+    (gradient,) = torch.autograd.grad(y, bias, weight)
+    groups = in_groups(case, weight.double(), tensors, options)
+    expected = torch.stack([rows.sum(0) for rows in groups])
+    assert gradient.dtype == bias_dtype
+    torch.testing.assert_close(
+        gradient.double(), expected, rtol=2**-8 if bias_dtype == torch.bfloat16 else 1e-5, atol=1e-4
+    )
+
+
+def test_gradients_stop_at_fused_gemms(device):
+    operands = quantized("1d2d", 20, 40, 300, device=device)
+    bias = random(40, device=device).requires_grad_()
+    for name, options in FUSED:
+        outputs = getattr(ops, name)(*operands, bias=bias, **options)
+        assert not any(t.requires_grad for t in outputs)
+
+
 def test_bias_changes_nothing_but_the_gradient(device):
     operands = quantized("1d2d", 20, 40, 300, device=device)
     bias = random(40, device=device)
@@ -265,3 +368,25 @@ def test_out_refuses_gradients(which, device):
         ops.fp8_gemm_nt(*operands, **tensors)
     with torch.no_grad():
         ops.fp8_gemm_nt(*operands, **tensors)
+
+
+@pytest.mark.parametrize("case", GROUPINGS)
+def test_out_of_grouped_gemms(case, device):
+    """Autograd sees the write, and gradients are refused."""
+    name, tensors, options = grouped(case, 20, 40, 300, device=device)
+    function = getattr(ops, name)
+    expected = function(*tensors, **options)
+    out = torch.full_like(expected, torch.nan)
+    version = out._version
+    assert function(*tensors, out=out, **options) is out
+    assert out._version == version + 1
+    assert_same(out, expected)
+    refused = [("out", torch.zeros_like(out).requires_grad_())]
+    if case in M_GROUPINGS:
+        refused.append(("bias", torch.zeros(3, 40, device=device).requires_grad_()))
+    for argument, tensor in refused:
+        arguments = {"out": out, **options, argument: tensor}
+        with pytest.raises(RuntimeError, match=f"{argument} must not require a gradient"):
+            function(*tensors, **arguments)
+        with torch.no_grad():
+            function(*tensors, **arguments)
