@@ -43,7 +43,7 @@ def activate(activation, x, error):
         silu = torch.nn.functional.silu(gate)
         passed_on = 1.1 * gate_error * (up.abs() + up_error) + silu.abs() * up_error
         y = silu * up
-        evaluation = (gate.abs() + gate_error + 16) * 2.0**-24
+        evaluation = (2 * gate.abs() + 2 * gate_error + 16) * 2.0**-24
         return y, passed_on + (y.abs() + passed_on) * evaluation
     if activation == "relu2":
         y = x.relu().square()
