@@ -51,6 +51,10 @@ TORCHEXT_PTX void st_shared_v4_u32(uint32_t address, uint4 value) {
                : "memory");
 }
 
+TORCHEXT_PTX void st_shared_u16(uint32_t address, uint16_t value) {
+  asm volatile("st.shared.u16 [%0], %1;" ::"r"(address), "h"(value) : "memory");
+}
+
 TORCHEXT_PTX void st_shared_f32(uint32_t address, float value) {
   asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
 }

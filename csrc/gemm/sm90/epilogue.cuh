@@ -65,9 +65,10 @@ struct ColumnTerms {
     for (int i = 0; i < kPerThread; ++i) {
       factor[i] = 1;
       bias[i] = 0;
-      const uint32_t column = at.thread() + i * 128, n = work.n + column;
+      const uint32_t column = at.thread() + i * 128;
+      const uint32_t n = work.n + (L::kGated ? column % L::kTileN : column);
       if (column >= L::kColumns || n >= p.n) continue;
-      const int64_t index = feature_index(p, work, n);
+      const int64_t index = feature_index(p, work, n) + (L::kGated && i == 1 ? p.n : 0);
       if constexpr (L::kRowwise)
         factor[i] = ptx::ld_global_nc_f32(p.b_scale + index * p.b_scale_row);
       if (p.bias != nullptr)

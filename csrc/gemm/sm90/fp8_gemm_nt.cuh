@@ -15,8 +15,9 @@
 //              a second block (small tiles), or the other warpgroup has (large ones).
 //              After the last K block (epilogue.cuh) the tile leaves by TMA, whose reading of it is
 //              awaited only when the next tile wants the space; from registers where TMA cannot
-//              store (unaligned rows, accumulation, the last rows of a group); or, swapped, by way
-//              of a transposed copy in shared memory.
+//              store (unaligned rows, accumulation, the last rows of a group); activated and
+//              quantised (activation.cuh); or, swapped, by way of a transposed copy in shared
+//              memory.
 //
 // A cluster is one of two things. A pair that shares its rows (multicast): each CTA loads half of
 // them into both, so empty[slot] counts the consumers of both. Or, for swapped tiles, up to eight
@@ -26,6 +27,7 @@
 // Ragged M, N, K: TMA fills what lies outside with zeros on loads and leaves it out on stores.
 #pragma once
 
+#include "activation.cuh"
 #include "epilogue.cuh"
 #include "mainloop.cuh"
 #include "ptx/isa/grid_dependency.h"
@@ -93,7 +95,10 @@ __device__ __forceinline__ void fp8_gemm_nt(const GemmParams& p) {
         const ColumnTerms<L> terms(p, work, at);
         accumulate_tile<L, A, B>(p, shared, work, at, ring, total);
         finish_tile<L>(p, shared, work, at, terms, total);
-        store_tile<L>(p, shared, work, at, total);
+        if constexpr (L::kOutput == Output::kStored)
+          store_tile<L>(p, shared, work, at, total);
+        else
+          activate_and_store<L>(p, shared, work, at, total);
       }
     }
     if (at.thread() == 0) ptx::cp_async_bulk_wait_group<0>();
@@ -105,32 +110,42 @@ __device__ __forceinline__ void fp8_gemm_nt(const GemmParams& p) {
   }
 }
 
+template <class L>
+GemmKernel gemm_kernel(void (*function)(GemmParams), const char* name, const char* tile) {
+  return {function,
+          name,
+          L::kThreads,
+          sizeof(Shared<L>),
+          {tile, L::kRows, L::kColumns, L::kStages, L::kSwapped, L::kGated}};
+}
+
 }  // namespace torchext::sm90
 
 // For each tile of a list: a kernel called <prefix>_<tile>, and its entry in table_<name>(). A list
-// is applied as TILES(APPLY, prefix, granularity, a, b).
-#define TORCHEXT_GEMM_LAYOUT(ROWS, COLUMNS, STAGES, SWAPPED, GRANULARITY) \
-  torchext::sm90::Layout<torchext::Granularity::GRANULARITY, ROWS, COLUMNS, STAGES, SWAPPED>
+// is applied as TILES(APPLY, prefix, granularity, a, b, output).
+#define TORCHEXT_GEMM_LAYOUT(ROWS, COLUMNS, STAGES, SWAPPED, GRANULARITY, OUTPUT)            \
+  torchext::sm90::Layout<torchext::Granularity::GRANULARITY, ROWS, COLUMNS, STAGES, SWAPPED, \
+                         torchext::sm90::Output::OUTPUT>
 
-#define TORCHEXT_GEMM_KERNEL(TILE, ROWS, COLUMNS, STAGES, SWAPPED, PREFIX, GRANULARITY, A, B) \
+#define TORCHEXT_GEMM_KERNEL(TILE, ROWS, COLUMNS, STAGES, SWAPPED, PREFIX, GRANULARITY, A, B, \
+                             OUTPUT)                                                          \
   extern "C" __global__ void __launch_bounds__(                                               \
-      TORCHEXT_GEMM_LAYOUT(ROWS, COLUMNS, STAGES, SWAPPED, GRANULARITY)::kThreads, 1)         \
+      TORCHEXT_GEMM_LAYOUT(ROWS, COLUMNS, STAGES, SWAPPED, GRANULARITY, OUTPUT)::kThreads, 1) \
       PREFIX##_##TILE(const __grid_constant__ torchext::sm90::GemmParams params) {            \
-    using L = TORCHEXT_GEMM_LAYOUT(ROWS, COLUMNS, STAGES, SWAPPED, GRANULARITY);              \
+    using L = TORCHEXT_GEMM_LAYOUT(ROWS, COLUMNS, STAGES, SWAPPED, GRANULARITY, OUTPUT);      \
     torchext::sm90::fp8_gemm_nt<L, ptx::A, ptx::B>(params);                                   \
   }
 
-#define TORCHEXT_GEMM_ENTRY(TILE, ROWS, COLUMNS, STAGES, SWAPPED, PREFIX, GRANULARITY, A, B) \
-  torchext::sm90::GemmKernel{                                                                \
-      TORCHEXT_KERNEL(PREFIX##_##TILE),                                                      \
-      TORCHEXT_GEMM_LAYOUT(ROWS, COLUMNS, STAGES, SWAPPED, GRANULARITY)::kThreads,           \
-      sizeof(torchext::sm90::Shared<TORCHEXT_GEMM_LAYOUT(ROWS, COLUMNS, STAGES, SWAPPED,     \
-                                                         GRANULARITY)>),                     \
-      {#TILE, ROWS, COLUMNS, STAGES, SWAPPED}},
+#define TORCHEXT_GEMM_ENTRY(TILE, ROWS, COLUMNS, STAGES, SWAPPED, PREFIX, GRANULARITY, A, B,    \
+                            OUTPUT)                                                             \
+  torchext::sm90::gemm_kernel<TORCHEXT_GEMM_LAYOUT(ROWS, COLUMNS, STAGES, SWAPPED, GRANULARITY, \
+                                                   OUTPUT)>(TORCHEXT_KERNEL(PREFIX##_##TILE),   \
+                                                            #TILE),
 
-#define TORCHEXT_GEMM_KERNELS(NAME, TILES, PREFIX, GRANULARITY, A, B)                            \
-  TILES(TORCHEXT_GEMM_KERNEL, PREFIX, GRANULARITY, A, B)                                         \
-  torchext::sm90::KernelTable torchext::sm90::table_##NAME() {                                   \
-    static const GemmKernel kernels[] = {TILES(TORCHEXT_GEMM_ENTRY, PREFIX, GRANULARITY, A, B)}; \
-    return {kernels, sizeof kernels / sizeof *kernels};                                          \
+#define TORCHEXT_GEMM_KERNELS(NAME, TILES, PREFIX, GRANULARITY, A, B, OUTPUT) \
+  TILES(TORCHEXT_GEMM_KERNEL, PREFIX, GRANULARITY, A, B, OUTPUT)              \
+  torchext::sm90::KernelTable torchext::sm90::table_##NAME() {                \
+    static const GemmKernel kernels[] = {                                     \
+        TILES(TORCHEXT_GEMM_ENTRY, PREFIX, GRANULARITY, A, B, OUTPUT)};       \
+    return {kernels, sizeof kernels / sizeof *kernels};                       \
   }

@@ -38,8 +38,14 @@ TensorMap scale_map(Device& device, const char* name, const float* data, int64_t
                         Swizzle::none});
 }
 
+// Of the output: SwiGLU's b has the gate's and up's.
+int64_t features(const GemmProblem& p) {
+  return p.activation == Activation::kSwiGLU ? p.n / 2 : p.n;
+}
+
 TensorMap out_map(Device& device, const GemmProblem& p) {
-  const Element element = p.out_dtype == ScalarType::Float      ? Element::f32
+  const Element element = p.activation != Activation::kNone     ? Element::u8
+                          : p.out_dtype == ScalarType::Float    ? Element::f32
                           : p.out_dtype == ScalarType::BFloat16 ? Element::bf16
                                                                 : Element::f16;
   const uint64_t bytes = element_size(p.out_dtype);
@@ -49,7 +55,7 @@ TensorMap out_map(Device& device, const GemmProblem& p) {
        element,
        3,
        p.out,
-       {uint64_t(p.n), uint64_t(p.m), groups ? uint64_t(p.groups) : 1},
+       {uint64_t(features(p)), uint64_t(p.m), groups ? uint64_t(p.groups) : 1},
        {p.out_stride * bytes, (groups ? p.out_group_stride : p.out_stride) * bytes},
        {uint32_t(kSwizzleBytes / bytes), kStoreRows, 1},
        Swizzle::b128});
@@ -58,7 +64,7 @@ TensorMap out_map(Device& device, const GemmProblem& p) {
 // Tiles that there can be at most: all that the host knows where groups are counted on the device.
 int64_t most_tiles(const GemmProblem& p, const Choice& choice) {
   const TileShape& tile = choice.kernel->tile;
-  const int64_t n_tiles = ceil_div(p.n, tile.n() * (choice.multicast ? 2 : 1));
+  const int64_t n_tiles = ceil_div(features(p), tile.n() * (choice.multicast ? 2 : 1));
   switch (p.grouping) {
     case Grouping::kAlongK:
       return p.groups * ceil_div(p.m, tile.m()) * n_tiles;
@@ -81,7 +87,7 @@ void describe_operands(Device& device, const GemmProblem& p, const Choice& choic
   TensorMap& a = swapped ? params.columns : params.rows;
   TensorMap& b = swapped ? params.rows : params.columns;
   a = operand_map(device, "a", p.a, p.m, p.k, p.a_stride, swapped ? tile.columns : row_box);
-  b = operand_map(device, "b", p.b, b_rows, p.k, p.b_stride, swapped ? row_box : tile.columns);
+  b = operand_map(device, "b", p.b, b_rows, p.k, p.b_stride, swapped ? row_box : tile.n());
   if (p.granularity == Granularity::kRowwise) return;
   TensorMap& a_scale = swapped ? params.column_scale : params.row_scale;
   a_scale = scale_map(device, "a_scale", p.a_scale, p.m, k_groups, p.a_scale_group, tile.m());
@@ -93,8 +99,6 @@ void describe_operands(Device& device, const GemmProblem& p, const Choice& choic
 }  // namespace
 
 void fp8_gemm_nt_sm90(Device& device, const GemmProblem& p, std::initializer_list<Buffer> buffers) {
-  TORCHEXT_CHECK(p.activation == Activation::kNone, p.op,
-                 ": there is no sm_90 kernel for activations yet; move the tensors to the CPU");
   const DeviceProperties properties = device.properties();
   TORCHEXT_CHECK_VALUE(p.num_sms <= properties.sm_count, p.op, ": num_sms must be at most ",
                        properties.sm_count, ", the SMs of this GPU (got ", p.num_sms, ")");
@@ -130,7 +134,11 @@ void fp8_gemm_nt_sm90(Device& device, const GemmProblem& p, std::initializer_lis
   params.groups = uint32_t(p.groups);
   params.group_rows = uint32_t(p.group_rows);
   params.m = uint32_t(p.m);
-  params.n = uint32_t(p.n);
+  params.n = uint32_t(features(p));
+  params.activation = p.activation;
+  params.out_scale = p.out_scale;
+  params.out_scale_group = p.out_scale_group;
+  params.pow2_scale = p.pow2_scale;
   params.k_blocks = uint32_t(ceil_div(p.k, kGroup));
   params.multicast = choice.multicast;
 

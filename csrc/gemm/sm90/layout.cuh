@@ -15,12 +15,23 @@ enum class Scales {
   kBlock,   // 128x128: one (a few, in wide tiles) for all of them
 };
 
-template <Granularity granularity, int rows, int columns, int stages, bool swapped>
+// What becomes of the product.
+enum class Output {
+  kStored,     // as it is
+  kActivated,  // an activation of it, quantised 1x128
+  kGated,      // the same of SwiGLU, whose gate and up are computed side by side
+};
+
+template <Granularity granularity, int rows, int columns, int stages, bool swapped,
+          Output output = Output::kStored>
 struct Layout {
   static constexpr Granularity kGranularity = granularity;
+  static constexpr Output kOutput = output;
+  static constexpr bool kGated = output == Output::kGated;
   static constexpr int kRows = rows, kColumns = columns, kStages = stages;
   static constexpr bool kSwapped = swapped;
-  static constexpr int kTileM = swapped ? columns : rows, kTileN = swapped ? rows : columns;
+  static constexpr int kTileM = swapped ? columns : rows;
+  static constexpr int kTileN = swapped ? rows : kGated ? columns / 2 : columns;
 
   static constexpr bool k1D2D = granularity == Granularity::k1D2D;
   static constexpr bool kRowwise = granularity == Granularity::kRowwise;
@@ -46,19 +57,27 @@ struct Layout {
   static constexpr int kBuffers =
       kBlocks == 1 && kPartColumns < (kColumnScales == Scales::kVector ? 128 : 192) ? 2 : 1;
 
-  // 128x128 scales that a tile meets in a K block: one for kBlockSpan of its features.
+  // 128x128 scales that a tile meets in a K block: one for kBlockSpan of its features. Gated, up's
+  // may begin anywhere in a block: it has a second.
   static constexpr int kBlockSpan = swapped || columns <= 128 ? 128 : columns % 128 == 0 ? 128 : 64;
-  static constexpr int kBlockScales = swapped || columns <= kBlockSpan ? 1 : columns / kBlockSpan;
+  static constexpr int kBlockScales = kGated                             ? 3
+                                      : swapped || columns <= kBlockSpan ? 1
+                                                                         : columns / kBlockSpan;
   static_assert(kTileN % 128 == 0 || 128 % kTileN == 0 || kTileN % 64 == 0);
 
   // Staging of the TMA store: boxes of 128 bytes by 64 rows for each warpgroup.
-  static constexpr int kStoreBoxes = columns >= 256 ? 4 : kBlocks == 2 ? 4 : columns / 64;
+  static constexpr int kStoreBoxes = output != Output::kStored ? 1
+                                     : columns >= 256          ? 4
+                                     : kBlocks == 2            ? 4
+                                                               : columns / 64;
 
   static_assert(rows == 64 || rows == 128 || rows == 256);
   static_assert(columns % 16 == 0 && columns <= 256);
   static_assert(!swapped || (kBlocks == 1 && rows <= 128),
                 "swapped: a tile's features share a block of scales");
   static_assert(swapped || columns % 64 == 0, "whole boxes of the TMA store");
+  static_assert(output == Output::kStored || (kPartColumns == kGroup && kSlices == 1 && !swapped),
+                "a warpgroup holds whole groups of the output");
 };
 
 constexpr int kStoreBoxBytes = kStoreRows * kSwizzleBytes;

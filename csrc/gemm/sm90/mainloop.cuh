@@ -47,12 +47,18 @@ __device__ void produce(const GemmParams& p, Shared<L>& shared) {
           ptx::cp_async_bulk_tensor_2d_load(shared.rows[at.slot], &p.rows, full, k, row);
         }
         ptx::cp_async_bulk_tensor_2d_load(shared.columns[at.slot], &p.columns, full, k, column);
+        if constexpr (L::kGated)
+          ptx::cp_async_bulk_tensor_2d_load(&shared.columns[at.slot][L::kTileN * kTileK],
+                                            &p.columns, full, k, column + p.n);
         if constexpr (S::kRowVector)
           ptx::cp_async_bulk_tensor_2d_load(shared.row_scale[at.slot], &p.row_scale, full, row,
                                             block);
         if constexpr (S::kColumnVector)
           ptx::cp_async_bulk_tensor_2d_load(shared.column_scale[at.slot], &p.column_scale, full,
                                             column, block);
+        if constexpr (S::kColumnVector && L::kGated)
+          ptx::cp_async_bulk_tensor_2d_load(&shared.column_scale[at.slot][L::kTileN],
+                                            &p.column_scale, full, column + p.n, block);
       }
     }
     __syncwarp();
@@ -70,7 +76,9 @@ struct BlockScales {
   __device__ BlockScales(const GemmParams& p, const Work& work) {
 #pragma unroll
     for (int i = 0; i < L::kBlockScales; ++i) {
-      const uint32_t n = min(work.n + i * L::kBlockSpan, p.n - 1);
+      uint32_t n = min(work.n + i * L::kBlockSpan, p.n - 1);
+      if constexpr (L::kGated)  // of the gate's block, up's first and up's second
+        n = i == 0 ? work.n : min(p.n + work.n + (i - 1) * L::kBlockSpan, 2 * p.n - 1);
       first[i] = uint32_t(work.group * p.b_scale_batch + n / kGroup * p.b_scale_row);
     }
   }
@@ -145,12 +153,19 @@ struct RowFactors {
   }
 };
 
-// total += scales * block. Scales of columns are read as they are needed: registers are few.
+// Gated: the first column of a tile that has the second of up's block scales.
 template <class L>
+__device__ __forceinline__ uint32_t next_block_of_up(const GemmParams& p, const Work& work) {
+  return kGroup - (p.n + work.n) % kGroup;
+}
+
+// total += scales * block. Scales of columns are read as they are needed: registers are few.
+// `straddles`: columns from next_block on have the second of up's block scales.
+template <class L, bool straddles = false>
 __device__ __forceinline__ void promote(const Shared<L>& shared, const Pending<L>& pending,
                                         const RowFactors<L>& rows, int part, const Fragment& at,
                                         const float (&block)[L::kRegisters],
-                                        float (&total)[L::kRegisters]) {
+                                        float (&total)[L::kRegisters], uint32_t next_block = 0) {
   const uint32_t column_scales =
       ptx::shared_address(&shared.column_scale[pending.slot][part * L::kPartColumns + at.column()]);
 #pragma unroll
@@ -161,7 +176,9 @@ __device__ __forceinline__ void promote(const Shared<L>& shared, const Pending<L
     const int span = (part * L::kPartColumns + i / 4 * 8) / L::kBlockSpan % L::kBlockScales;
 #pragma unroll
     for (int j = i; j < i + 4; ++j) {
-      const float row = rows.value[j / 2 % 2][span];
+      float row = rows.value[j / 2 % 2][span];
+      if constexpr (straddles)
+        if (i / 4 * 8 + at.column() + j % 2 >= next_block) row = rows.value[j / 2 % 2][2];
       if constexpr (L::kRowwise)
         total[j] += block[j];
       else if constexpr (Shared<L>::kColumnVector)
@@ -185,6 +202,7 @@ __device__ __forceinline__ void accumulate_tile(const GemmParams& p, Shared<L>& 
     for (float& value : block) value = 0;
 
   const uint32_t first_row = at.warpgroup * L::kSlices * 64;
+  const uint32_t next_block = L::kGated ? next_block_of_up<L>(p, work) : 0;
   BlockScales<L> scales(p, work);
   if (L::k1D2D && work.k_begin < work.k_end) scales.fetch(p, work.k_begin);
 
@@ -267,7 +285,10 @@ __device__ __forceinline__ void accumulate_tile(const GemmParams& p, Shared<L>& 
         for (float& value : block) ptx::wgmma_pin(value);
         const bool last = i + 1 == L::kBlocks;
         if (last && !Shared<L>::kColumnVector) release(pending);
-        promote<L>(shared, pending, rows, i % L::kParts, at, block, total[i]);
+        if (L::kGated && L::k1D2D && i == 1 && next_block < kGroup)
+          promote<L, true>(shared, pending, rows, 1, at, block, total[i], next_block);
+        else
+          promote<L>(shared, pending, rows, i % L::kParts, at, block, total[i]);
         if (last && Shared<L>::kColumnVector) release(pending);
       }
     }

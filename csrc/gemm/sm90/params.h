@@ -31,7 +31,8 @@ struct GemmParams {
   const int32_t* group_index;
   float* out_scale;  // Activation: of the FP8 output
   int64_t out_scale_group;
-  uint32_t m, n, k_blocks, groups, group_rows;
+  uint32_t m, n, k_blocks, groups,
+      group_rows;  // n: of the output; SwiGLU's b has twice as many rows
   Grouping grouping;
   Activation activation;
   ScalarType out_dtype, bias_dtype;
@@ -61,15 +62,39 @@ KernelTable table_1d2d_e4m3_e4m3_swapped();
 KernelTable table_1d2d_e4m3_e5m2();
 KernelTable table_1d2d_e5m2_e4m3();
 KernelTable table_1d2d_e5m2_e5m2();
+KernelTable table_1d2d_e4m3_e4m3_gated();
+KernelTable table_1d2d_e4m3_e4m3_activated();
+KernelTable table_1d2d_e4m3_e5m2_gated();
+KernelTable table_1d2d_e4m3_e5m2_activated();
+KernelTable table_1d2d_e5m2_e4m3_gated();
+KernelTable table_1d2d_e5m2_e4m3_activated();
+KernelTable table_1d2d_e5m2_e5m2_gated();
+KernelTable table_1d2d_e5m2_e5m2_activated();
 KernelTable table_1d1d_e4m3_e4m3();
 KernelTable table_1d1d_e4m3_e4m3_swapped();
 KernelTable table_1d1d_e4m3_e5m2();
 KernelTable table_1d1d_e5m2_e4m3();
 KernelTable table_1d1d_e5m2_e5m2();
+KernelTable table_1d1d_e4m3_e4m3_gated();
+KernelTable table_1d1d_e4m3_e4m3_activated();
+KernelTable table_1d1d_e4m3_e5m2_gated();
+KernelTable table_1d1d_e4m3_e5m2_activated();
+KernelTable table_1d1d_e5m2_e4m3_gated();
+KernelTable table_1d1d_e5m2_e4m3_activated();
+KernelTable table_1d1d_e5m2_e5m2_gated();
+KernelTable table_1d1d_e5m2_e5m2_activated();
 KernelTable table_rowwise_e4m3_e4m3();
 KernelTable table_rowwise_e4m3_e4m3_swapped();
 KernelTable table_rowwise_e4m3_e5m2();
 KernelTable table_rowwise_e5m2_e4m3();
 KernelTable table_rowwise_e5m2_e5m2();
+KernelTable table_rowwise_e4m3_e4m3_gated();
+KernelTable table_rowwise_e4m3_e4m3_activated();
+KernelTable table_rowwise_e4m3_e5m2_gated();
+KernelTable table_rowwise_e4m3_e5m2_activated();
+KernelTable table_rowwise_e5m2_e4m3_gated();
+KernelTable table_rowwise_e5m2_e4m3_activated();
+KernelTable table_rowwise_e5m2_e5m2_gated();
+KernelTable table_rowwise_e5m2_e5m2_activated();
 
 }  // namespace torchext::sm90

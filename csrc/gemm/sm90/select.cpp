@@ -27,42 +27,46 @@ constexpr double kExchange = 1500, kExchangeBytes = 16;
 // Instructions of a warp for a K block beside the promotion of its accumulators.
 constexpr double kIssueOverhead = 48;
 
-std::vector<const GemmKernel*> kernels_of(Granularity granularity, bool a_e5m2, bool b_e5m2) {
-  using Tables = std::vector<KernelTable>;
-  const auto pick = [&](Tables e4m3, KernelTable ab, KernelTable ba, KernelTable bb) -> Tables {
-    if (!a_e5m2 && !b_e5m2) return e4m3;
-    return {a_e5m2 ? (b_e5m2 ? bb : ba) : ab};
-  };
-  Tables tables;
-  switch (granularity) {
-    case Granularity::k1D2D:
-      tables = pick({table_1d2d_e4m3_e4m3(), table_1d2d_e4m3_e4m3_swapped()},
-                    table_1d2d_e4m3_e5m2(), table_1d2d_e5m2_e4m3(), table_1d2d_e5m2_e5m2());
-      break;
-    case Granularity::k1D1D:
-      tables = pick({table_1d1d_e4m3_e4m3(), table_1d1d_e4m3_e4m3_swapped()},
-                    table_1d1d_e4m3_e5m2(), table_1d1d_e5m2_e4m3(), table_1d1d_e5m2_e5m2());
-      break;
-    default:
-      tables =
-          pick({table_rowwise_e4m3_e4m3(), table_rowwise_e4m3_e4m3_swapped()},
-               table_rowwise_e4m3_e5m2(), table_rowwise_e5m2_e4m3(), table_rowwise_e5m2_e5m2());
-  }
-  std::vector<const GemmKernel*> kernels;
-  for (const KernelTable& table : tables)
-    for (const GemmKernel& kernel : table) kernels.push_back(&kernel);
-  return kernels;
+enum class Output { kStored, kActivated, kGated };
+
+Output output_of(const GemmProblem& p) {
+  return p.activation == Activation::kNone     ? Output::kStored
+         : p.activation == Activation::kSwiGLU ? Output::kGated
+                                               : Output::kActivated;
 }
 
-const std::vector<const GemmKernel*>& kernels_for(const GemmProblem& p) {
+// Tables of a granularity: [output][a is e5m2][b is e5m2].
+#define TORCHEXT_TABLES(G)                                                                   \
+  {                                                                                          \
+      {{{&table_##G##_e4m3_e4m3, &table_##G##_e4m3_e4m3_swapped}, {&table_##G##_e4m3_e5m2}}, \
+       {{&table_##G##_e5m2_e4m3}, {&table_##G##_e5m2_e5m2}}},                                \
+      {{{&table_##G##_e4m3_e4m3_activated}, {&table_##G##_e4m3_e5m2_activated}},             \
+       {{&table_##G##_e5m2_e4m3_activated}, {&table_##G##_e5m2_e5m2_activated}}},            \
+      {{{&table_##G##_e4m3_e4m3_gated}, {&table_##G##_e4m3_e5m2_gated}},                     \
+       {{&table_##G##_e5m2_e4m3_gated}, {&table_##G##_e5m2_e5m2_gated}}},                    \
+  }
+using Kernels = std::vector<const GemmKernel*>;
+using Table = KernelTable (*)();
+
+const Kernels& kernels_for(const GemmProblem& p) {
+  static const std::vector<Table> tables[3][3][2][2] = {
+      TORCHEXT_TABLES(1d2d), TORCHEXT_TABLES(1d1d), TORCHEXT_TABLES(rowwise)};
   static const auto all = [] {
-    std::array<std::vector<const GemmKernel*>, 12> all;
-    for (int i = 0; i < 12; ++i) all[i] = kernels_of(Granularity(i / 4), i / 2 % 2, i % 2);
+    std::array<Kernels, 36> all;
+    for (int i = 0; i < 36; ++i)
+      for (const Table table : tables[i / 12][i / 4 % 3][i / 2 % 2][i % 2])
+        for (const GemmKernel& kernel : table()) all[i].push_back(&kernel);
     return all;
   }();
   const bool a_e5m2 = p.a_dtype == ScalarType::Float8_e5m2;
   const bool b_e5m2 = p.b_dtype == ScalarType::Float8_e5m2;
-  return all[int(p.granularity) * 4 + a_e5m2 * 2 + b_e5m2];
+  return all[int(p.granularity) * 12 + int(output_of(p)) * 4 + a_e5m2 * 2 + b_e5m2];
+}
+#undef TORCHEXT_TABLES
+
+// Features of the output.
+int64_t features(const GemmProblem& p) {
+  return output_of(p) == Output::kGated ? p.n / 2 : p.n;
 }
 
 int64_t rows_of_group(const GemmProblem& p) {
@@ -112,14 +116,15 @@ Candidate estimate(const GemmProblem& p, const Choice& choice, int sms) {
 
   const int64_t width = tile.n() * (choice.multicast ? 2 : 1);
   const int64_t units = std::max<int64_t>(sms / choice.cluster(), 1);
-  const int64_t unit_tiles = row_tiles(p, tile.m()) * ceil_div(p.n, width);
+  const int64_t unit_tiles = row_tiles(p, tile.m()) * ceil_div(features(p), width);
   c.tiles = unit_tiles * (choice.multicast ? 2 : 1);
   c.waves = ceil_div(unit_tiles, units);
 
   const double k_blocks =
       double(ceil_div(p.grouping == Grouping::kAlongK ? ceil_div(p.k, p.groups) : p.k, kTileK));
   const double out_bytes = double(element_size(p.out_dtype)) * (p.accumulate ? 2 : 1);
-  const double epilogue = kTileOverhead + rows * columns * out_bytes / kStoreBytes / choice.split_k;
+  const double epilogue =
+      kTileOverhead + double(tile.m()) * tile.n() * out_bytes / kStoreBytes / choice.split_k;
   double exchange = 0;
   if (choice.split_k > 1)
     exchange = kExchange + rows * columns * 4 * (1 - 1.0 / choice.split_k) / kExchangeBytes;
@@ -129,7 +134,8 @@ Candidate estimate(const GemmProblem& p, const Choice& choice, int sms) {
   const double weights =
       p.grouping == Grouping::kNone || p.grouping == Grouping::kAlongK ? 1 : double(p.groups);
   const double outputs = p.grouping == Grouping::kAlongK ? double(p.groups) : 1;
-  const double bytes = double(p.m) * p.k + weights * p.n * p.k + outputs * p.m * p.n * out_bytes;
+  const double bytes =
+      double(p.m) * p.k + weights * p.n * p.k + outputs * p.m * features(p) * out_bytes;
   c.cycles = kStart + std::max(c.waves * tile_cycles, bytes / kMemoryBytes);
   return c;
 }
@@ -144,7 +150,7 @@ std::vector<Candidate> candidates(const GemmProblem& p, int sms, uint32_t split_
         const Choice choice{kernel, split, multicast};
         if (!can_run(p, choice, sms)) continue;
         if (split > 1 && ceil_div(p.k, kTileK) < split * kLeastBlocks) continue;
-        if (multicast && ceil_div(p.n, kernel->tile.n()) < 2) continue;
+        if (multicast && ceil_div(features(p), kernel->tile.n()) < 2) continue;
         if (split_k != 0 && split != split_k) continue;
         found.push_back(estimate(p, choice, sms));
       }
@@ -177,7 +183,7 @@ const GemmKernel* kernel_named(const GemmProblem& p, const char* tile) {
 }
 
 Choice measured(const GemmProblem& p, int sms) {
-  if (p.grouping != Grouping::kNone) return {};
+  if (p.grouping != Grouping::kNone || p.activation != Activation::kNone) return {};
   for (const Verdict& v : kVerdicts) {
     if (v.granularity != p.granularity || v.n != p.n || v.k != p.k || p.m < v.least_m ||
         p.m > v.greatest_m)
@@ -252,7 +258,8 @@ Choice select(const GemmProblem& p, int sm_count) {
   thread_local std::array<Entry, kEntries> remembered;
   const int kinds = int(p.granularity) | int(p.a_dtype == ScalarType::Float8_e5m2) << 2 |
                     int(p.b_dtype == ScalarType::Float8_e5m2) << 3 | int(p.grouping) << 4 |
-                    int(p.accumulate) << 8 | int(element_size(p.out_dtype)) << 9;
+                    int(p.accumulate) << 8 | int(output_of(p)) << 9 |
+                    int(element_size(p.out_dtype)) << 12;
   const Key key{
       p.m, p.n, p.k, p.groups, p.group_rows, p.expected_rows, kinds, p.num_sms << 16 | sm_count};
   const size_t hash = size_t(p.m * 31 + p.n * 17 + p.k * 7 + p.groups * 3 + kinds) % kEntries;

@@ -16,8 +16,9 @@ struct TileShape {
   const char* name;
   uint32_t rows, columns, stages;
   bool swapped;
+  bool gated = false;  // SwiGLU: half of the columns are the gate's, half are up's
   constexpr uint32_t m() const { return swapped ? columns : rows; }
-  constexpr uint32_t n() const { return swapped ? rows : columns; }
+  constexpr uint32_t n() const { return swapped ? rows : gated ? columns / 2 : columns; }
 };
 
 // APPLY(name, rows, columns, stages of the pipeline, swapped, ...)
@@ -42,6 +43,15 @@ struct TileShape {
 #define TORCHEXT_SM90_TILES(APPLY, ...)         \
   TORCHEXT_SM90_PLAIN_TILES(APPLY, __VA_ARGS__) \
   TORCHEXT_SM90_SWAPPED_TILES(APPLY, __VA_ARGS__)
+
+// With an activation and 1x128 quantisation: a tile's columns are one group of the output (two
+// operands of it, gated).
+#define TORCHEXT_SM90_GATED_TILES(APPLY, ...)   \
+  APPLY(64x128, 64, 256, 4, false, __VA_ARGS__) \
+  APPLY(128x128, 128, 256, 3, false, __VA_ARGS__)
+#define TORCHEXT_SM90_ACTIVATED_TILES(APPLY, ...) \
+  APPLY(64x128, 64, 128, 7, false, __VA_ARGS__)   \
+  APPLY(128x128, 128, 128, 5, false, __VA_ARGS__)
 
 // Fewer, for pairs of formats with e5m2: each tile is a kernel for each pair and granularity.
 #define TORCHEXT_SM90_E5M2_TILES(APPLY, ...)      \
