@@ -8,12 +8,18 @@ import math
 import pytest
 import torch
 from op_samples import (
+    BLOCKS,
     E4M3,
     E5M2,
     FOLDING,
+    FUSED,
     GRANULARITIES,
+    GROUPINGS,
     QUANTIZERS,
+    STACKS,
     assert_same,
+    grouped,
+    metadata,
     quantized,
     random,
 )
@@ -158,6 +164,21 @@ def test_quantizers_of_other_ranks_equal_their_references(name, shape, device):
     assert_same(getattr(ops, name)(x), getattr(reference, name)(x))
 
 
+@pytest.mark.parametrize("shape", STACKS)
+@pytest.mark.parametrize("name", BLOCKS)
+def test_blocks_of_stacks_equal_their_references(name, shape, device):
+    """Matrices in any strides, and each equal to the bit to what it is alone."""
+    x = random(*shape, device=device, dtype=torch.float32) * 3
+    wide = random(*shape[:-1], 2 * shape[-1] + 1, device=device)
+    for y in (x, x.mT, x.transpose(0, -1), wide[..., 1::2], x[:1].expand(shape)):
+        assert_same(getattr(ops, name)(y), getattr(reference, name)(y))
+    if x.numel() > 0:
+        alone = getattr(ops, name)(x.flatten(0, -3)[-1])
+        for output, matrix in zip(getattr(ops, name)(x), alone, strict=True):
+            last = output.flatten(0, -3)[-1]
+            torch.testing.assert_close(last.float(), matrix.float(), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(
     "stride",
     [
@@ -224,3 +245,71 @@ def test_gemm_is_near_its_reference(granularity, size, out_dtype, device):
     out = start.clone()
     ops.fp8_gemm_nt(a, a_scale, b, b_scale, bias=bias, out=out, accumulate=True)
     check(out, exact + start.double())
+
+
+# ---- grouped and fused products ----
+
+
+@pytest.mark.parametrize("case", GROUPINGS)
+def test_grouped_references_by_hand(case):
+    """Identity matrices times the number of their group: what each row meets, and where it goes."""
+    eye = torch.eye(4)
+    x, x_scale = reference.quantize_rowwise(torch.arange(1.0, 25).reshape(6, 4))
+    x_scale = x_scale.double()
+    values = x.double() * x_scale
+    experts = torch.stack([eye * (g + 1) for g in range(3)])
+    one = torch.ones(1, 1, 1)
+    b = (experts.to(E4M3), one)
+    if case == "along k":
+        a, scale = reference.quantize_1x128(torch.arange(1.0, 13).reshape(2, 6))
+        ends = torch.tensor([1, 1, 5])
+        result = reference.k_grouped_fp8_gemm_nt(a, scale, a, scale, ends)
+        values = a.double() * scale.double()
+        expected = [values[:, i:j] @ values[:, i:j].t() for i, j in ((0, 1), (1, 1), (1, 5))]
+        assert torch.equal(result, torch.stack(expected))
+    elif case == "masked":
+        a, scale = x.view(3, 2, 4), x_scale.view(3, 2, 1)
+        result = reference.m_grouped_fp8_gemm_nt_masked(a, scale, *b, torch.tensor([2, 0, 1]))
+        factors = torch.tensor([[1.0, 1], [torch.nan, torch.nan], [3, torch.nan]])
+        expected = values.view(3, 2, 4) * factors[:, :, None]
+        assert torch.equal(result.nan_to_num(-1), expected.nan_to_num(-1))
+    else:
+        index, factors = {
+            "offsets": ({"offsets": torch.tensor([2, 2, 5])}, [1, 1, 3, 3, 3, torch.nan]),
+            "group ids": (
+                {"group_ids": torch.tensor([2, -1, 0, 2, 1, -5])},
+                [3, torch.nan, 1, 3, 2, torch.nan],
+            ),
+        }[case]
+        result = reference.m_grouped_fp8_gemm_nt_contiguous(x, x_scale, *b, **index)
+        expected = values * torch.tensor(factors)[:, None]
+        assert torch.equal(result.nan_to_num(-1), expected.nan_to_num(-1))
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("case", GROUPINGS)
+def test_grouped_gemms_are_near_their_references(case, granularity, device):
+    name, tensors, options = grouped(case, 20, 40, 300, device=device, granularity=granularity)
+    exact = getattr(reference, name)(*tensors, **options)
+    result = getattr(ops, name)(*tensors, out_dtype=torch.float32, **options)
+    tolerance = 1e-3 * exact.abs().max().item()
+    torch.testing.assert_close(result.double(), exact, rtol=1e-3, atol=tolerance)
+    out = torch.randn_like(result)
+    expected = getattr(reference, name)(*tensors, out=out.clone(), accumulate=True, **options)
+    getattr(ops, name)(*tensors, out=out, accumulate=True, **options)
+    torch.testing.assert_close(out, expected, rtol=1e-3, atol=tolerance)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("name, options", FUSED)
+def test_fused_gemms_are_near_their_references(name, options, granularity, device):
+    operands = quantized(granularity, 20, 300, 200, device=device)
+    bias = random(300, device=device)
+    for more in ({}, {"bias": bias, "dtype": E5M2}, {"pow2_scale": True}):
+        data, scale = getattr(ops, name)(*operands, **options, **more)
+        expected = getattr(reference, name)(*operands, **options, **more)
+        assert metadata((data, scale)) == metadata(expected)
+        y = ops.dequantize(data, scale, out_dtype=torch.float32)
+        exact = reference.dequantize(*expected, out_dtype=torch.float32)
+        # A value may round to the next FP8 value, 1/4 away in E5M2.
+        torch.testing.assert_close(y, exact, rtol=0.26, atol=2e-3 * exact.abs().max().item())

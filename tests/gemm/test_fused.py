@@ -242,6 +242,6 @@ def test_activations_in_fp32_are_as_close_as_documented(activation, device):
     no_error = torch.zeros(1, len(bias), dtype=torch.float64)
     exact, error = (y[0, 5::128] for y in activate(activation, bias.double()[None], no_error))
     amax = scale[0].double().cpu() * 448
-    regular = exact.abs() > 2.0**-110
-    assert (amax - exact.abs()).abs()[regular].le((error + exact.abs() * 2.0**-23)[regular]).all()
-    assert ((amax <= 2.0**-109) | (scale[0].cpu() == 1))[~regular].all()
+    amax = torch.where(amax == 448, 0, amax)  # the scale of a group of zeros is 1
+    least = 448 * 2.0**-126  # what the smallest scale stands for
+    assert ((amax - exact.abs()).abs() <= error + exact.abs() * 2.0**-23 + least).all()
