@@ -5,6 +5,22 @@
 #include "gemm/gemm.h"
 #include "quantize/quantize.h"
 
+namespace {
+
+using torch::stable::detail::StableLibrary;
+
+// Defines an op that has a gradient, or writes into an argument, and its twin that torch's autograd
+// does not see (torchext/_twins.py). The twin's arguments may be positional, where the schema
+// language allows it: a keyword argument costs a quarter of a microsecond.
+void def_with_twin(StableLibrary& m, const std::string& schema) {
+  m.def(schema.c_str());
+  std::string twin = "_" + schema;
+  if (twin.find(".out(") == std::string::npos) twin.erase(twin.find(" *,"), 3);
+  m.def(twin.c_str());
+}
+
+}  // namespace
+
 STABLE_TORCH_LIBRARY(torchext, m) {
   // (data, scale): `scale` is the FP32 multiplier that dequantises. dtype=None is float8_e4m3fn.
   m.def(
@@ -28,32 +44,38 @@ STABLE_TORCH_LIBRARY(torchext, m) {
   m.def(
       "quantize_tensorwise(Tensor x, *, ScalarType? dtype=None, bool pow2_scale=False)"
       " -> (Tensor data, Tensor scale)");
-  m.def("dequantize(Tensor data, Tensor scale, *, ScalarType out_dtype) -> Tensor");
+  def_with_twin(m, "dequantize(Tensor data, Tensor scale, *, ScalarType out_dtype) -> Tensor");
 
   // D[M, N] = A[M, K] @ B[N, K].T; the granularity comes from the scales' shapes.
-  m.def(
+  def_with_twin(
+      m,
       "fp8_gemm_nt(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, *, Tensor? bias=None,"
       " ScalarType? out_dtype=None, int num_sms=0) -> Tensor");
-  m.def(
+  def_with_twin(
+      m,
       "fp8_gemm_nt.out(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, *, Tensor(a!) out,"
       " bool accumulate=False, Tensor? bias=None, int num_sms=0) -> ()");
 
   // Groups of rows of a, each with its own matrix of b [G, N, K]: runs of rows that end at offsets
   // [G], or the rows that group_ids [M] gives a group. One of the two must be given.
-  m.def(
+  def_with_twin(
+      m,
       "m_grouped_fp8_gemm_nt_contiguous(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale,"
       " Tensor? offsets=None, *, Tensor? group_ids=None, Tensor? bias=None,"
       " ScalarType? out_dtype=None, int num_sms=0) -> Tensor");
-  m.def(
+  def_with_twin(
+      m,
       "m_grouped_fp8_gemm_nt_contiguous.out(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale,"
       " Tensor? offsets=None, *, Tensor? group_ids=None, Tensor(a!) out, bool accumulate=False,"
       " Tensor? bias=None, int num_sms=0) -> ()");
   // a [G, M, K]: of group g, its first masked_m[g] rows.
-  m.def(
+  def_with_twin(
+      m,
       "m_grouped_fp8_gemm_nt_masked(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale,"
       " Tensor masked_m, *, int expected_m=0, Tensor? bias=None, ScalarType? out_dtype=None,"
       " int num_sms=0) -> Tensor");
-  m.def(
+  def_with_twin(
+      m,
       "m_grouped_fp8_gemm_nt_masked.out(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale,"
       " Tensor masked_m, *, int expected_m=0, Tensor(a!) out, bool accumulate=False,"
       " Tensor? bias=None, int num_sms=0) -> ()");
@@ -61,9 +83,9 @@ STABLE_TORCH_LIBRARY(torchext, m) {
   m.def(
       "k_grouped_fp8_gemm_nt(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, Tensor offsets, *,"
       " ScalarType? out_dtype=None, int num_sms=0) -> Tensor");
-  m.def(
-      "k_grouped_fp8_gemm_nt.out(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale,"
-      " Tensor offsets, *, Tensor(a!) out, bool accumulate=False, int num_sms=0) -> ()");
+  def_with_twin(m,
+                "k_grouped_fp8_gemm_nt.out(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale,"
+                " Tensor offsets, *, Tensor(a!) out, bool accumulate=False, int num_sms=0) -> ()");
 
   // quantize_1x128(activation(fp8_gemm_nt(...))), with FP32 in between.
   m.def(
@@ -82,7 +104,13 @@ STABLE_TORCH_LIBRARY(torchext, m) {
 
 namespace {
 
-void register_kernels(torch::stable::detail::StableLibrary& m) {
+void impl_with_twin(StableLibrary& m, const std::string& name,
+                    void (*kernel)(StableIValue*, uint64_t, uint64_t)) {
+  m.impl(name.c_str(), kernel);
+  m.impl(("_" + name).c_str(), kernel);
+}
+
+void register_kernels(StableLibrary& m) {
   m.impl("quantize_1x128", TORCH_BOX(&torchext::quantize_1x128));
   m.impl("quantize_1x128_t", TORCH_BOX(&torchext::quantize_1x128_t));
   m.impl("quantize_1x128_dual", TORCH_BOX(&torchext::quantize_1x128_dual));
@@ -90,18 +118,19 @@ void register_kernels(torch::stable::detail::StableLibrary& m) {
   m.impl("quantize_128x128_dual", TORCH_BOX(&torchext::quantize_128x128_dual));
   m.impl("quantize_rowwise", TORCH_BOX(&torchext::quantize_rowwise));
   m.impl("quantize_tensorwise", TORCH_BOX(&torchext::quantize_tensorwise));
-  m.impl("dequantize", TORCH_BOX(&torchext::dequantize));
-  m.impl("fp8_gemm_nt", TORCH_BOX(&torchext::fp8_gemm_nt));
-  m.impl("fp8_gemm_nt.out", TORCH_BOX(&torchext::fp8_gemm_nt_out));
-  m.impl("m_grouped_fp8_gemm_nt_contiguous",
-         TORCH_BOX(&torchext::m_grouped_fp8_gemm_nt_contiguous));
-  m.impl("m_grouped_fp8_gemm_nt_contiguous.out",
-         TORCH_BOX(&torchext::m_grouped_fp8_gemm_nt_contiguous_out));
-  m.impl("m_grouped_fp8_gemm_nt_masked", TORCH_BOX(&torchext::m_grouped_fp8_gemm_nt_masked));
-  m.impl("m_grouped_fp8_gemm_nt_masked.out",
-         TORCH_BOX(&torchext::m_grouped_fp8_gemm_nt_masked_out));
+  impl_with_twin(m, "dequantize", TORCH_BOX(&torchext::dequantize));
+  impl_with_twin(m, "fp8_gemm_nt", TORCH_BOX(&torchext::fp8_gemm_nt));
+  impl_with_twin(m, "fp8_gemm_nt.out", TORCH_BOX(&torchext::fp8_gemm_nt_out));
+  impl_with_twin(m, "m_grouped_fp8_gemm_nt_contiguous",
+                 TORCH_BOX(&torchext::m_grouped_fp8_gemm_nt_contiguous));
+  impl_with_twin(m, "m_grouped_fp8_gemm_nt_contiguous.out",
+                 TORCH_BOX(&torchext::m_grouped_fp8_gemm_nt_contiguous_out));
+  impl_with_twin(m, "m_grouped_fp8_gemm_nt_masked",
+                 TORCH_BOX(&torchext::m_grouped_fp8_gemm_nt_masked));
+  impl_with_twin(m, "m_grouped_fp8_gemm_nt_masked.out",
+                 TORCH_BOX(&torchext::m_grouped_fp8_gemm_nt_masked_out));
   m.impl("k_grouped_fp8_gemm_nt", TORCH_BOX(&torchext::k_grouped_fp8_gemm_nt));
-  m.impl("k_grouped_fp8_gemm_nt.out", TORCH_BOX(&torchext::k_grouped_fp8_gemm_nt_out));
+  impl_with_twin(m, "k_grouped_fp8_gemm_nt.out", TORCH_BOX(&torchext::k_grouped_fp8_gemm_nt_out));
   m.impl("fp8_gemm_nt_swiglu_quantize", TORCH_BOX(&torchext::fp8_gemm_nt_swiglu_quantize));
   m.impl("fp8_gemm_nt_gelu_quantize", TORCH_BOX(&torchext::fp8_gemm_nt_gelu_quantize));
   m.impl("fp8_gemm_nt_relu2_quantize", TORCH_BOX(&torchext::fp8_gemm_nt_relu2_quantize));

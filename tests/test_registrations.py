@@ -328,6 +328,36 @@ def test_bias_changes_nothing_but_the_gradient(device):
         assert not ops.fp8_gemm_nt(*operands, bias=bias.clone().requires_grad_()).requires_grad
 
 
+def test_ops_themselves_have_the_gradients_of_their_functions(device):
+    """And, where none is asked, end in the twins that the functions call."""
+    a, a_scale, b, b_scale = quantized("1d2d", 20, 40, 300, device=device)
+    bias = random(40, device=device).requires_grad_()
+    for name, arguments, options, tensor in (
+        ("fp8_gemm_nt", (a, a_scale, b, b_scale), {"bias": bias}, bias),
+        ("dequantize", (a,), {"scale": a_scale.requires_grad_(), "out_dtype": bias.dtype}, a_scale),
+    ):
+        y = overload(name)(*arguments, **options)
+        (gradient,) = torch.autograd.grad(y.square().sum(), tensor)
+        same = getattr(ops, name)(*arguments, **options)
+        (expected,) = torch.autograd.grad(same.square().sum(), tensor)
+        assert_same(gradient, expected)
+        with torch.no_grad():
+            assert_same(overload(name)(*arguments, **options), y.detach())
+            assert_same(getattr(ops, name)(*arguments, **options), y.detach())
+
+
+def test_fakes_under_inference_mode(device):
+    """Inference tensors have no autograd keys: their calls do not end in a twin."""
+    with torch.inference_mode():
+        operands = quantized("1d2d", 12, 40, 200, device=device)
+        with FakeTensorMode() as mode:
+            fakes = tree_map_only(torch.Tensor, mode.from_tensor, operands)
+            fake = overload("fp8_gemm_nt")(*fakes)
+            wide = overload("dequantize")(*fakes[:2], out_dtype=torch.float16)
+        assert metadata(fake) == metadata(overload("fp8_gemm_nt")(*operands))
+        assert metadata(wide) == metadata(ops.dequantize(*operands[:2], out_dtype=torch.float16))
+
+
 def test_scales_of_a_gemm_get_no_gradient(device):
     a, a_scale, b, b_scale = quantized("1d2d", 20, 40, 300, device=device)
     assert not ops.fp8_gemm_nt(a, a_scale.requires_grad_(), b, b_scale).requires_grad

@@ -11,16 +11,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _gemm_registrations  # noqa: F401  (loads the ops, their fake kernels and gradients)
 from ._errors import python_error
+from ._gemm_registrations import write_contiguous, write_k_grouped, write_masked  # loads the ops
+from ._twins import asks_gradient
 
 # Overloads, resolved once: a call costs one Python frame above the dispatcher.
 _m_contiguous = torch.ops.torchext.m_grouped_fp8_gemm_nt_contiguous.default
-_m_contiguous_out = torch.ops.torchext.m_grouped_fp8_gemm_nt_contiguous.out
+_m_contiguous_twin = torch.ops.torchext._m_grouped_fp8_gemm_nt_contiguous.default
 _m_masked = torch.ops.torchext.m_grouped_fp8_gemm_nt_masked.default
-_m_masked_out = torch.ops.torchext.m_grouped_fp8_gemm_nt_masked.out
+_m_masked_twin = torch.ops.torchext._m_grouped_fp8_gemm_nt_masked.default
 _k_grouped = torch.ops.torchext.k_grouped_fp8_gemm_nt.default
-_k_grouped_out = torch.ops.torchext.k_grouped_fp8_gemm_nt.out
 
 
 def m_grouped_fp8_gemm_nt_contiguous(
@@ -86,6 +86,10 @@ def m_grouped_fp8_gemm_nt_contiguous(
     try:
         if out is None:
             _check_accumulate("m_grouped_fp8_gemm_nt_contiguous", accumulate)
+            if not asks_gradient(bias):
+                return _m_contiguous_twin(
+                    *(a, a_scale, b, b_scale, offsets, group_ids, bias, out_dtype, num_sms)
+                )
             return _m_contiguous(
                 a,
                 a_scale,
@@ -98,7 +102,7 @@ def m_grouped_fp8_gemm_nt_contiguous(
                 num_sms=num_sms,
             )
         _check_out_dtype("m_grouped_fp8_gemm_nt_contiguous", out, out_dtype)
-        _m_contiguous_out(
+        write_contiguous(
             a,
             a_scale,
             b,
@@ -175,6 +179,10 @@ def m_grouped_fp8_gemm_nt_masked(
     try:
         if out is None:
             _check_accumulate("m_grouped_fp8_gemm_nt_masked", accumulate)
+            if not asks_gradient(bias):
+                return _m_masked_twin(
+                    *(a, a_scale, b, b_scale, masked_m, expected_m, bias, out_dtype, num_sms)
+                )
             return _m_masked(
                 a,
                 a_scale,
@@ -187,7 +195,7 @@ def m_grouped_fp8_gemm_nt_masked(
                 num_sms=num_sms,
             )
         _check_out_dtype("m_grouped_fp8_gemm_nt_masked", out, out_dtype)
-        _m_masked_out(
+        write_masked(
             a,
             a_scale,
             b,
@@ -256,7 +264,7 @@ def k_grouped_fp8_gemm_nt(
             _check_accumulate("k_grouped_fp8_gemm_nt", accumulate)
             return _k_grouped(a, a_scale, b, b_scale, offsets, out_dtype=out_dtype, num_sms=num_sms)
         _check_out_dtype("k_grouped_fp8_gemm_nt", out, out_dtype)
-        _k_grouped_out(
+        write_k_grouped(
             a, a_scale, b, b_scale, offsets, out=out, accumulate=accumulate, num_sms=num_sms
         )
         return out

@@ -8,11 +8,10 @@ quantisers have none (their outputs never require one, like those of a cast to i
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import register_autograd, register_fake
+from torch.library import register_fake
 
 from . import _library  # noqa: F401  (loads the ops that are registered on here)
 from ._layout import (
@@ -23,9 +22,9 @@ from ._layout import (
     empty_data,
     empty_group_scale,
 )
+from ._twins import register_fake_with_twin, register_gradient, register_out
 
 _ops = torch.ops.torchext
-_fp8_gemm_nt, _fp8_gemm_nt_out = _ops.fp8_gemm_nt.default, _ops.fp8_gemm_nt.out
 _IMPL = torch.library.Library("torchext", "IMPL")
 
 Dtype = torch.dtype | None
@@ -87,12 +86,12 @@ def _(x: Tensor, *, dtype: Dtype = None, pow2_scale: bool = False) -> tuple[Tens
     return data, x.new_empty((1, 1), dtype=torch.float32)
 
 
-@register_fake("torchext::dequantize")
+@register_fake_with_twin("dequantize")
 def _(data: Tensor, scale: Tensor, *, out_dtype: torch.dtype) -> Tensor:
     return empty_contiguous(data, _leading(data), data.shape[-1], out_dtype)
 
 
-@register_fake("torchext::fp8_gemm_nt")
+@register_fake_with_twin("fp8_gemm_nt")
 def _(
     a: Tensor,
     a_scale: Tensor,
@@ -106,7 +105,7 @@ def _(
     return a.new_empty((*_leading(a), b.shape[0]), dtype=out_dtype or torch.bfloat16)
 
 
-@register_fake("torchext::fp8_gemm_nt.out")
+@register_fake_with_twin("fp8_gemm_nt", "out")
 def _(
     a: Tensor,
     a_scale: Tensor,
@@ -132,30 +131,20 @@ for _name in (
     "quantize_128x128_dual",
     "quantize_rowwise",
     "quantize_tensorwise",
-    "fp8_gemm_nt.out",  # refuses gradients below, where it also bumps the version of `out`
 ):
     _IMPL.impl(_name, torch.library.fallthrough_kernel, "Autograd")
 
 
-def _save_for_dequantize(
-    ctx: Any, inputs: tuple[Tensor, Tensor], keyword_only_inputs: dict[str, Any], output: Tensor
-) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _dequantize_backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None]:
+def _gradient_of_scale(grad: Tensor, scale_shape: torch.Size, data: Tensor) -> Tensor:
     """y = data * scale, so a scale's gradient is the sum of grad * data over its group, in FP32."""
-    if not ctx.needs_input_grad[1]:
-        return None, None
-    data, scale = ctx.saved_tensors
-    columns, scale_columns = data.shape[-1], scale.shape[-1]
-    rows, scale_rows = math.prod(data.shape[:-1]), math.prod(scale.shape[:-1])
+    columns, scale_columns = data.shape[-1], scale_shape[-1]
+    rows, scale_rows = math.prod(data.shape[:-1]), math.prod(scale_shape[:-1])
     product = (grad.float() * data.float()).reshape(rows, columns)
     if scale_columns != columns:
         product = _sum_groups(product, scale_columns)
     if scale_rows != rows:
         product = _sum_groups(product.t(), scale_rows).t()
-    return None, product.reshape(scale.shape)
+    return product.reshape(scale_shape)
 
 
 def _sum_groups(matrix: Tensor, groups: int) -> Tensor:
@@ -167,58 +156,13 @@ def _sum_groups(matrix: Tensor, groups: int) -> Tensor:
     return torch.nn.functional.pad(matrix, (0, padding)).view(rows, groups, GROUP).sum(2)
 
 
-register_autograd(
-    "torchext::dequantize", _dequantize_backward, setup_context=_save_for_dequantize, lib=_IMPL
-)
+register_gradient("dequantize", "scale", _gradient_of_scale, saved=("data",))
 
 
-class _GemmWithBias(torch.autograd.Function):
-    """fp8_gemm_nt seen from its bias: register_autograd takes no keyword-only tensors."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, bias: Tensor, operands: tuple[Tensor, ...], options: dict[str, Any]
-    ) -> Tensor:
-        ctx.bias_dtype = bias.dtype
-        with torch._C._AutoDispatchBelowAutograd():
-            return _fp8_gemm_nt(*operands, bias=bias, **options)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (grad,) = grads
-        rows = grad.reshape(math.prod(grad.shape[:-1]), grad.shape[-1])
-        return rows.sum(0, dtype=torch.float32).to(ctx.bias_dtype), None, None
+def _gradient_of_bias(grad: Tensor, bias_shape: torch.Size) -> Tensor:
+    rows = grad.reshape(math.prod(grad.shape[:-1]), grad.shape[-1])
+    return rows.sum(0, dtype=torch.float32)
 
 
-def _fp8_gemm_nt_autograd(*operands: Tensor, bias: Tensor | None = None, **options: Any) -> Tensor:
-    if bias is not None and bias.requires_grad and torch.is_grad_enabled():
-        return _GemmWithBias.apply(bias, operands, options)
-    with torch._C._AutoDispatchBelowAutograd():
-        return _fp8_gemm_nt(*operands, bias=bias, **options)
-
-
-_IMPL.impl("fp8_gemm_nt", _fp8_gemm_nt_autograd, "Autograd")
-
-
-def _fp8_gemm_nt_out_inplace(
-    keyset: torch._C.DispatchKeySet,
-    *operands: Tensor,
-    out: Tensor,
-    bias: Tensor | None = None,
-    **options: Any,
-) -> None:
-    """Refuses gradients, as every out= function of torch does, and tells autograd of the write."""
-    if torch.is_grad_enabled():
-        for name, tensor in (("out", out), ("bias", bias)):
-            if tensor is not None and tensor.requires_grad:
-                raise RuntimeError(
-                    f"fp8_gemm_nt: {name} must not require a gradient when out= is given (got "
-                    "requires_grad=True); detach it, call under torch.no_grad(), or leave out= away"
-                )
-    torch.autograd.graph.increment_version(out)
-    _fp8_gemm_nt_out.redispatch(
-        keyset & torch._C._after_ADInplaceOrView_keyset, *operands, out=out, bias=bias, **options
-    )
-
-
-_IMPL.impl("fp8_gemm_nt.out", _fp8_gemm_nt_out_inplace, "ADInplaceOrView", with_keyset=True)
+register_gradient("fp8_gemm_nt", "bias", _gradient_of_bias)
+write_fp8_gemm_nt = register_out("fp8_gemm_nt")

@@ -31,10 +31,12 @@ integers. (`torchext.nn.Linear` carries gradients around them.)
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from . import _registrations  # noqa: F401  (loads the ops, their fake kernels and gradients)
 from ._errors import python_error
 from ._fused_gemm import (
     fp8_gemm_nt_gelu_quantize,
@@ -46,6 +48,8 @@ from ._grouped_gemm import (
     m_grouped_fp8_gemm_nt_contiguous,
     m_grouped_fp8_gemm_nt_masked,
 )
+from ._registrations import write_fp8_gemm_nt  # loads the ops, their fake kernels and gradients
+from ._twins import asks_gradient
 
 __all__ = [
     "dequantize",
@@ -74,8 +78,21 @@ _quantize_128x128_dual = torch.ops.torchext.quantize_128x128_dual.default
 _quantize_rowwise = torch.ops.torchext.quantize_rowwise.default
 _quantize_tensorwise = torch.ops.torchext.quantize_tensorwise.default
 _dequantize = torch.ops.torchext.dequantize.default
+_dequantize_twin = torch.ops.torchext._dequantize.default
 _fp8_gemm_nt = torch.ops.torchext.fp8_gemm_nt.default
-_fp8_gemm_nt_out = torch.ops.torchext.fp8_gemm_nt.out
+_fp8_gemm_nt_twin = torch.ops.torchext._fp8_gemm_nt.default
+
+
+def _quantize(
+    op: Callable[..., Any], x: Tensor, dtype: torch.dtype | None, pow2_scale: bool
+) -> Any:
+    # A keyword argument costs a quarter of a microsecond, or more; so defaults are not passed.
+    try:
+        if dtype is None and pow2_scale is False:
+            return op(x)
+        return op(x, dtype=dtype, pow2_scale=pow2_scale)
+    except RuntimeError as error:
+        raise python_error(error) from None
 
 
 def quantize_1x128(
@@ -100,10 +117,7 @@ def quantize_1x128(
         ValueError: x is a scalar, or its rows do not fold.
         TypeError: x or dtype is of another dtype.
     """
-    try:
-        return _quantize_1x128(x, dtype=dtype, pow2_scale=pow2_scale)
-    except RuntimeError as error:
-        raise python_error(error) from None
+    return _quantize(_quantize_1x128, x, dtype, pow2_scale)
 
 
 def quantize_1x128_t(
@@ -128,10 +142,7 @@ def quantize_1x128_t(
         ValueError: x is a scalar, or its rows do not fold.
         TypeError: x or dtype is of another dtype.
     """
-    try:
-        return _quantize_1x128_t(x, dtype=dtype, pow2_scale=pow2_scale)
-    except RuntimeError as error:
-        raise python_error(error) from None
+    return _quantize(_quantize_1x128_t, x, dtype, pow2_scale)
 
 
 def quantize_1x128_dual(
@@ -155,10 +166,7 @@ def quantize_1x128_dual(
         ValueError: x is a scalar, or its rows do not fold.
         TypeError: x or dtype is of another dtype.
     """
-    try:
-        return _quantize_1x128_dual(x, dtype=dtype, pow2_scale=pow2_scale)
-    except RuntimeError as error:
-        raise python_error(error) from None
+    return _quantize(_quantize_1x128_dual, x, dtype, pow2_scale)
 
 
 def quantize_128x128(
@@ -183,10 +191,7 @@ def quantize_128x128(
         ValueError: x has fewer than two dimensions.
         TypeError: x or dtype is of another dtype.
     """
-    try:
-        return _quantize_128x128(x, dtype=dtype, pow2_scale=pow2_scale)
-    except RuntimeError as error:
-        raise python_error(error) from None
+    return _quantize(_quantize_128x128, x, dtype, pow2_scale)
 
 
 def quantize_128x128_dual(
@@ -210,10 +215,7 @@ def quantize_128x128_dual(
         ValueError: x has fewer than two dimensions.
         TypeError: x or dtype is of another dtype.
     """
-    try:
-        return _quantize_128x128_dual(x, dtype=dtype, pow2_scale=pow2_scale)
-    except RuntimeError as error:
-        raise python_error(error) from None
+    return _quantize(_quantize_128x128_dual, x, dtype, pow2_scale)
 
 
 def quantize_rowwise(
@@ -234,10 +236,7 @@ def quantize_rowwise(
         ValueError: x is a scalar, or its rows do not fold.
         TypeError: x or dtype is of another dtype.
     """
-    try:
-        return _quantize_rowwise(x, dtype=dtype, pow2_scale=pow2_scale)
-    except RuntimeError as error:
-        raise python_error(error) from None
+    return _quantize(_quantize_rowwise, x, dtype, pow2_scale)
 
 
 def quantize_tensorwise(
@@ -258,10 +257,7 @@ def quantize_tensorwise(
         ValueError: x is a scalar, or its rows do not fold.
         TypeError: x or dtype is of another dtype.
     """
-    try:
-        return _quantize_tensorwise(x, dtype=dtype, pow2_scale=pow2_scale)
-    except RuntimeError as error:
-        raise python_error(error) from None
+    return _quantize(_quantize_tensorwise, x, dtype, pow2_scale)
 
 
 def dequantize(data: Tensor, scale: Tensor, *, out_dtype: torch.dtype) -> Tensor:
@@ -285,6 +281,8 @@ def dequantize(data: Tensor, scale: Tensor, *, out_dtype: torch.dtype) -> Tensor
         TypeError: data, scale or out_dtype is of another dtype.
     """
     try:
+        if not asks_gradient(scale):
+            return _dequantize_twin(data, scale, out_dtype)
         return _dequantize(data, scale, out_dtype=out_dtype)
     except RuntimeError as error:
         raise python_error(error) from None
@@ -350,6 +348,8 @@ def fp8_gemm_nt(
                     "fp8_gemm_nt: out must be the tensor to add to when accumulate=True (got "
                     "None); pass out=, or leave accumulate=False"
                 )
+            if not asks_gradient(bias):
+                return _fp8_gemm_nt_twin(a, a_scale, b, b_scale, bias, out_dtype, num_sms)
             return _fp8_gemm_nt(
                 a, a_scale, b, b_scale, bias=bias, out_dtype=out_dtype, num_sms=num_sms
             )
@@ -358,7 +358,7 @@ def fp8_gemm_nt(
                 f"fp8_gemm_nt: out_dtype must be None or out's own {out.dtype} when out is given "
                 f"(got {out_dtype}); leave it away, or pass an out of that dtype"
             )
-        _fp8_gemm_nt_out(
+        write_fp8_gemm_nt(
             a, a_scale, b, b_scale, out=out, accumulate=accumulate, bias=bias, num_sms=num_sms
         )
         return out

@@ -1,0 +1,128 @@
+"""Autograd for ops that need Python kernels for it, at little cost to calls that ask no gradient.
+
+A Python kernel on an autograd key costs every call microseconds, whether it needs a gradient or
+not, and the stable ABI has no way to write such a kernel in C++. So each of these ops has a twin
+(csrc/ops.cpp): the same kernels under the name with an underscore in front, its autograd keys
+falling through. The op's autograd kernel ends in the twin; `torchext.ops` and `torchext.nn` call
+the twin themselves where no gradient is asked, and graphs that were traced below autograd hold it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from . import _library  # noqa: F401  (loads the ops that are registered on here)
+
+_ops = torch.ops.torchext
+_IMPL = torch.library.Library("torchext", "IMPL")
+_FALL_THROUGH = torch.library.fallthrough_kernel
+
+Fake = TypeVar("Fake", bound=Callable[..., Any])
+
+
+def register_fake_with_twin(name: str, overload: str = "default") -> Callable[[Fake], Fake]:
+    """Registers the decorated function, whose arguments have the schema's names, for both."""
+    suffix = "" if overload == "default" else f".{overload}"
+    names = _argument_names(name, overload)
+
+    def register(fake: Fake) -> Fake:
+        def fake_of_twin(*arguments: Any, **options: Any) -> Any:
+            return fake(**dict(zip(names, arguments, strict=False)), **options)
+
+        torch.library.register_fake(f"torchext::{name}{suffix}", fake)
+        torch.library.register_fake(f"torchext::_{name}{suffix}", fake_of_twin)
+        return fake
+
+    return register
+
+
+def asks_gradient(tensor: Tensor | None) -> bool:
+    """Whether a call must record that it used `tensor`; True for what is no tensor at all, so that
+    the op refuses it."""
+    return (
+        tensor is not None
+        and torch.is_grad_enabled()
+        and getattr(tensor, "requires_grad", True)  # of no tensor
+    )
+
+
+def register_gradient(
+    name: str, argument: str, gradient: Callable[..., Tensor], saved: tuple[str, ...] = ()
+) -> None:
+    """Gives an op a gradient with respect to its tensor `argument`, and to no other.
+
+    gradient(grad, shape of the argument, *the arguments that `saved` names) returns it, in any
+    dtype. (torch.library.register_autograd takes no keyword-only tensors.)
+    """
+    twin = getattr(_ops, f"_{name}").default
+    names = _argument_names(name)
+    position = names.index(argument)
+
+    def autograd(*operands: Any, **options: Any) -> Tensor:
+        tensor = operands[position] if position < len(operands) else options.get(argument)
+        if not asks_gradient(tensor):
+            return twin(*operands, **options)
+        given = dict(zip(names, operands, strict=False)) | options
+        call = (twin, operands, options, gradient)
+        return _Differentiable.apply(tensor, call, *map(given.get, saved))
+
+    _IMPL.impl(name, autograd, "Autograd")
+    _IMPL.impl(f"_{name}", _FALL_THROUGH, "Autograd")
+
+
+class _Differentiable(torch.autograd.Function):
+    """An op seen from the one argument that it has a gradient for."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, call: tuple[Any, ...], *saved: Tensor | None) -> Tensor:
+        twin, operands, options, ctx.gradient = call
+        ctx.save_for_backward(*saved)
+        ctx.shape, ctx.dtype = tensor.shape, tensor.dtype
+        return twin(*operands, **options)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        gradient = ctx.gradient(grads[0], ctx.shape, *saved)
+        return gradient.to(ctx.dtype), None, *(None for _ in saved)
+
+
+def register_out(name: str) -> Callable[..., None]:
+    """Makes the overload `out` refuse gradients, as every out= function of torch does, and tell
+    autograd of the write. Returns what `torchext.ops` calls for it, which dispatches but once.
+    """
+    op, twin = getattr(_ops, name).out, getattr(_ops, f"_{name}").out
+
+    def write(*operands: Any, out: Tensor, **options: Any) -> None:
+        if torch.is_grad_enabled():
+            for argument, tensor in (("out", out), ("bias", options.get("bias"))):
+                if getattr(tensor, "requires_grad", False):
+                    raise RuntimeError(
+                        f"{name}: {argument} must not require a gradient when out= is given (got "
+                        "requires_grad=True); detach it, call under torch.no_grad(), or leave out= "
+                        "away"
+                    )
+        torch.autograd.graph.increment_version(out)
+        twin(*operands, out=out, **options)
+
+    _IMPL.impl(f"{name}.out", _FALL_THROUGH, "Autograd")
+    _IMPL.impl(f"{name}.out", write, "ADInplaceOrView")
+    for key in ("Autograd", "ADInplaceOrView"):
+        _IMPL.impl(f"_{name}.out", _FALL_THROUGH, key)
+
+    def call(*operands: Any, **options: Any) -> None:
+        if torch.compiler.is_compiling():  # Dynamo cannot trace increment_version
+            op(*operands, **options)
+        else:
+            write(*operands, **options)
+
+    return call
+
+
+def _argument_names(name: str, overload: str = "default") -> list[str]:
+    schema = getattr(getattr(_ops, name), overload)._schema
+    return [argument.name for argument in schema.arguments]
