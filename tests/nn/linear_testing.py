@@ -33,7 +33,10 @@ QUANTIZE_ACTIVATION = ("quantize_1x128", "quantize_1x128_t", "quantize_1x128_dua
 
 
 class OpCounter(TorchDispatchMode):
-    """Counts calls of torch.ops.torchext.*, and of ATen's matrix products, by name."""
+    """Counts calls of torch.ops.torchext.*, and of ATen's matrix products, by name.
+
+    Twins that fall through autograd, named with an underscore, count as their public ops.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,7 +45,7 @@ class OpCounter(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func._schema.name
         if name.startswith("torchext::") or name in ("aten::mm", "aten::addmm", "aten::bmm"):
-            self.calls[name.split("::")[1]] += 1
+            self.calls[name.split("::")[1].removeprefix("_")] += 1
         return func(*args, **(kwargs or {}))
 
     def of(self, *names: str) -> int:

@@ -17,6 +17,7 @@ from linear_testing import (
     sqnr,
     train_step,
 )
+from torch.autograd import forward_ad
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
@@ -251,6 +252,19 @@ def test_second_gradient_is_refused(device):
     assert torch.equal(dx, once)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # of make_dual
+@pytest.mark.parametrize("grad_mode", [True, False])
+def test_forward_derivatives_are_refused(device, grad_mode):
+    linear = normal_linear(device).requires_grad_(False)
+    x = normal(4, 200, device=device)
+    with (
+        torch.set_grad_enabled(grad_mode),
+        forward_ad.dual_level(),
+        pytest.raises(NotImplementedError, match="jvp"),
+    ):
+        linear(forward_ad.make_dual(x, x))
+
+
 # ---- as torch.nn.Linear ----
 
 
@@ -396,6 +410,18 @@ def test_parametrised_weight_is_quantised_each_time(device, parametrize):
     linear.eval()
     weight = linear.weight
     assert sqnr(torch.nn.functional.linear(x, weight, linear.bias), linear(x)) >= 25
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
+def test_weight_replaced_by_a_hook(device):
+    linear = normal_linear(device)
+    x = normal(8, 200, device=device)
+    expected = linear(x)
+    torch.nn.utils.weight_norm(linear)  # deletes the parameter, and sets an attribute
+    assert "weight" not in linear._parameters
+    assert sqnr(expected, linear(x)) >= 25
+    linear(x).sum().backward()
+    assert linear.weight_v.grad is not None
 
 
 def test_functional_call(device):

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..recipe import Recipe
-from .linear_function import LinearFunction, Operand, Options, quantize_weight
+from .linear_function import LinearFunction, Operand, linear, quantize_weight
 from .weight_cache import CachedWeight, is_cacheable
 
 _WIDE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -94,19 +95,27 @@ class Linear(torch.nn.Linear):
 
         Raises RuntimeError for a shape or device that does not fit, TypeError for another dtype.
         """
-        weight = self.weight
-        self._check(input, weight, self.bias)
-        training = torch.is_grad_enabled()
-        options = Options(
+        parameters: dict[str, Any] = self._parameters
+        try:  # Module.__getattr__, a Python function, takes longer than all checks below
+            weight, bias = parameters["weight"], parameters["bias"]
+        except KeyError:  # parametrised, or replaced by a hook
+            weight, bias = self.weight, self.bias
+        if not _fit(input, weight, bias):
+            raise _misfit(input, weight, bias)
+        compiling = torch.compiler.is_compiling()
+        quantized_weight = None if compiling else self._quantized_weight(weight, input)
+        out_dtype = _output_dtype(input)
+        if _needs_graph(input, weight, bias):
+            apply = LinearFunction.apply if compiling else _apply
+            return apply(input, weight, bias, self.recipe, out_dtype, quantized_weight)
+        return linear(
+            input,
+            weight,
+            bias,
             recipe=self.recipe,
-            out_dtype=_output_dtype(input),
-            needs_dx=training and input.requires_grad,
-            needs_dw=training and weight.requires_grad,
-            quantized_weight=(
-                None if torch.compiler.is_compiling() else self._quantized_weight(weight, input)
-            ),
-        )
-        return LinearFunction.apply(input, weight, self.bias, options)
+            out_dtype=out_dtype,
+            quantized_weight=quantized_weight,
+        )[0]
 
     def refresh_weight(self) -> None:
         """Drops the FP8 weight; the next forward quantises the parameter as it then is.
@@ -118,8 +127,6 @@ class Linear(torch.nn.Linear):
 
     def _quantized_weight(self, weight: Tensor, input: Tensor) -> Operand | None:
         """The cached FP8 weight, made anew if need be; None where caching is not possible."""
-        if not is_cacheable(weight):
-            return None
         # Re-entrant checkpointing runs forward without gradients first, and with them later.
         transposed = input.requires_grad if torch.is_grad_enabled() else self.training
         cached = self._cached_weight
@@ -129,30 +136,13 @@ class Linear(torch.nn.Linear):
             and (cached.quantized.data_t is not None or not transposed)
         ):
             return cached.quantized
+        if not is_cacheable(weight):
+            return None
         self._cached_weight = None  # before its successor is allocated
         with torch.inference_mode(False), torch.no_grad():  # so that backward may save it
             quantized = quantize_weight(weight, self.recipe, transposed=transposed)
         self._cached_weight = CachedWeight(weight, self.recipe, quantized)
         return quantized
-
-    def _check(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-        if input.dim() == 0 or input.shape[-1] != weight.shape[1]:
-            raise RuntimeError(
-                f"torchext.nn.Linear: input: expected shape [..., {weight.shape[1]}] for a weight "
-                f"of shape {list(weight.shape)}; got {list(input.shape)}; its last dimension must "
-                "be in_features"
-            )
-        if input.device != weight.device:
-            raise RuntimeError(
-                f"torchext.nn.Linear: input: expected device {weight.device}, where the weight is; "
-                f"got {input.device}; move one of them with .to()"
-            )
-        for name, tensor in (("input", input), ("weight", weight), ("bias", bias)):
-            if tensor is not None and tensor.dtype not in _WIDE_DTYPES:
-                raise TypeError(
-                    f"torchext.nn.Linear: {name}: expected torch.float32, torch.bfloat16 or "
-                    f"torch.float16; got {tensor.dtype}; convert it with .to()"
-                )
 
     def train(self, mode: bool = True) -> Linear:
         if mode != self.training:
@@ -184,8 +174,58 @@ def _checked_recipe(recipe: Recipe | None) -> Recipe:
     return recipe
 
 
+def _fit(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    return (
+        input.dim() > 0
+        and input.shape[-1] == weight.shape[1]
+        and input.device == weight.device
+        and input.dtype in _WIDE_DTYPES
+        and weight.dtype in _WIDE_DTYPES
+        and (bias is None or bias.dtype in _WIDE_DTYPES)
+    )
+
+
+def _misfit(input: Tensor, weight: Tensor, bias: Tensor | None) -> Exception:
+    if input.dim() == 0 or input.shape[-1] != weight.shape[1]:
+        return RuntimeError(
+            f"torchext.nn.Linear: input: expected shape [..., {weight.shape[1]}] for a weight of "
+            f"shape {list(weight.shape)}; got {list(input.shape)}; its last dimension must be "
+            "in_features"
+        )
+    if input.device != weight.device:
+        return RuntimeError(
+            f"torchext.nn.Linear: input: expected device {weight.device}, where the weight is; got "
+            f"{input.device}; move one of them with .to()"
+        )
+    tensors = {"input": input, "weight": weight, "bias": bias}
+    name, dtype = next(
+        (name, tensor.dtype)
+        for name, tensor in tensors.items()
+        if tensor is not None and tensor.dtype not in _WIDE_DTYPES
+    )
+    return TypeError(
+        f"torchext.nn.Linear: {name}: expected torch.float32, torch.bfloat16 or torch.float16; got "
+        f"{dtype}; convert it with .to()"
+    )
+
+
+def _needs_graph(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    if forward_ad._current_level >= 0:  # LinearFunction refuses forward derivatives
+        return True
+    return torch.is_grad_enabled() and (
+        weight.requires_grad or input.requires_grad or (bias is not None and bias.requires_grad)
+    )
+
+
+def _apply(*inputs: Any) -> Tensor:
+    # Function.apply, a Python function, spends two microseconds on what only transforms need.
+    if torch._C._are_functorch_transforms_active():
+        return LinearFunction.apply(*inputs)
+    return super(torch.autograd.Function, LinearFunction).apply(*inputs)
+
+
 def _output_dtype(input: Tensor) -> torch.dtype:
-    device = input.device.type
-    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
+    device = "cuda" if input.is_cuda else "cpu" if input.is_cpu else None
+    if device is not None and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return input.dtype

@@ -18,9 +18,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import _registrations  # noqa: F401  (loads the ops)
 from ..recipe import Recipe
 
 _ops = torch.ops.torchext
+# Overloads, resolved once. The product is the twin without autograd: this file is its autograd.
+_quantize_1x128 = _ops.quantize_1x128.default
+_quantize_1x128_t = _ops.quantize_1x128_t.default
+_quantize_1x128_dual = _ops.quantize_1x128_dual.default
+_quantize_128x128 = _ops.quantize_128x128.default
+_quantize_128x128_dual = _ops.quantize_128x128_dual.default
+_quantize_rowwise = _ops.quantize_rowwise.default
+_quantize_tensorwise = _ops.quantize_tensorwise.default
+_fp8_gemm_nt = _ops._fp8_gemm_nt.default
 
 
 class Operand(NamedTuple):
@@ -35,14 +45,17 @@ class Operand(NamedTuple):
 def quantize_activation(
     x: Tensor, dtype: torch.dtype, recipe: Recipe, *, plain: bool, transposed: bool
 ) -> Operand:
-    """x [M, K], an input or a gradient, as [M, K] if `plain` and as [K, M] if `transposed`."""
+    """x [..., K], an input or a gradient, as such if `plain` and as [K, M] if `transposed`.
+
+    Its rows must fold.
+    """
     if recipe.granularity != "blockwise":
         return _quantize_coarsely(x, dtype, recipe, plain=plain, transposed=transposed)
-    options = {"dtype": dtype, "pow2_scale": recipe.pow2_scale}
+    options = _quantizer_options(dtype, recipe)
     if plain and transposed:
-        return Operand(*_ops.quantize_1x128_dual(x, **options))
-    data, scale = _ops.quantize_1x128(x, **options) if plain else (None, None)
-    data_t, scale_t = _ops.quantize_1x128_t(x, **options) if transposed else (None, None)
+        return Operand(*_quantize_1x128_dual(x, **options))
+    data, scale = _quantize_1x128(x, **options) if plain else (None, None)
+    data_t, scale_t = _quantize_1x128_t(x, **options) if transposed else (None, None)
     return Operand(data, scale, data_t, scale_t)
 
 
@@ -51,11 +64,11 @@ def quantize_weight(weight: Tensor, recipe: Recipe, *, transposed: bool) -> Oper
     dtype = recipe.weight_dtype
     if recipe.granularity != "blockwise":
         return _quantize_coarsely(weight, dtype, recipe, plain=True, transposed=transposed)
-    options = {"dtype": dtype, "pow2_scale": recipe.pow2_scale}
+    options = _quantizer_options(dtype, recipe)
     if transposed:
-        data, scale, data_t = _ops.quantize_128x128_dual(weight, **options)
+        data, scale, data_t = _quantize_128x128_dual(weight, **options)
         return Operand(data, scale, data_t, scale.t())
-    data, scale = _ops.quantize_128x128(weight, **options)
+    data, scale = _quantize_128x128(weight, **options)
     return Operand(data, scale, None, None)
 
 
@@ -63,64 +76,97 @@ def _quantize_coarsely(
     x: Tensor, dtype: torch.dtype, recipe: Recipe, *, plain: bool, transposed: bool
 ) -> Operand:
     # Tensor-wise too, the transpose is quantised from x: the same values, laid out as GEMMs read.
-    op = _ops.quantize_rowwise if recipe.granularity == "rowwise" else _ops.quantize_tensorwise
-    options = {"dtype": dtype, "pow2_scale": recipe.pow2_scale}
+    op = _quantize_rowwise if recipe.granularity == "rowwise" else _quantize_tensorwise
+    options = _quantizer_options(dtype, recipe)
     data, scale = op(x, **options) if plain else (None, None)
-    data_t, scale_t = op(x.t(), **options) if transposed else (None, None)
+    data_t, scale_t = op(_as_matrix(x).t(), **options) if transposed else (None, None)
     return Operand(data, scale, data_t, scale_t)
 
 
-class Options(NamedTuple):
-    """What LinearFunction needs to know beside x, weight and bias.
+def _quantizer_options(dtype: torch.dtype, recipe: Recipe) -> dict[str, Any]:
+    # Without the defaults: the dispatcher takes up to a microsecond for a keyword argument.
+    options: dict[str, Any] = {}
+    if dtype is not torch.float8_e4m3fn:
+        options["dtype"] = dtype
+    if recipe.pow2_scale:
+        options["pow2_scale"] = True
+    return options
 
-    Attributes:
+
+def _product(*operands: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+    """The product of a, a_scale, b, b_scale and, unless it is left away or None, bias."""
+    if out_dtype is torch.bfloat16:  # the default, see _quantizer_options
+        return _fp8_gemm_nt(*operands)
+    return _fp8_gemm_nt(*operands, out_dtype=out_dtype)
+
+
+def _as_matrix(x: Tensor) -> Tensor:
+    """x [..., K] as [M, K]."""
+    return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def _foldable(x: Tensor) -> Tensor:
+    """x as it is where its rows surely fold, as the ops ask, else as a matrix."""
+    return x if x.dim() == 2 or x.is_contiguous() else _as_matrix(x)
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    recipe: Recipe,
+    out_dtype: torch.dtype,
+    quantized_weight: Operand | None,
+    needs_dx: bool = False,
+    needs_dw: bool = False,
+) -> tuple[Tensor, Operand, Operand]:
+    """y = x @ weight.T + bias, and the operands x and weight as backward needs them.
+
+    Args:
+        x: [..., K].
+        weight, bias: [N, K] and [N].
         recipe: how the operands are quantised.
         out_dtype: of y.
-        needs_dx: there may be a backward with respect to x: keep w_t for it.
-        needs_dw: there may be one with respect to the weight: keep x_t for it.
-        quantized_weight: quantize_weight's result, or None to quantise in forward.
+        quantized_weight: quantize_weight's result, or None to quantise here.
+        needs_dx: there may be a backward with respect to x: make w_t for it.
+        needs_dw: there may be one with respect to the weight: make x_t for it.
     """
-
-    recipe: Recipe
-    out_dtype: torch.dtype
-    needs_dx: bool
-    needs_dw: bool
-    quantized_weight: Operand | None
+    rows = _foldable(x)
+    q_x = quantize_activation(rows, recipe.input_dtype, recipe, plain=True, transposed=needs_dw)
+    q_w = quantized_weight or quantize_weight(weight, recipe, transposed=needs_dx)
+    y = _product(q_x.data, q_x.scale, q_w.data, q_w.scale, bias, out_dtype=out_dtype)
+    return y if rows is x else y.view(*x.shape[:-1], weight.shape[0]), q_x, q_w
 
 
 class LinearFunction(torch.autograd.Function):
-    """y = x @ weight.T + bias in FP8, with gradients for x, weight and bias.
+    """`linear` with gradients for x, weight and bias.
 
-    apply(x, weight, bias, options) takes x of any leading shape. dx has x's dtype, dw the weight's,
+    apply(x, weight, bias, recipe, out_dtype, quantized_weight). dx has x's dtype, dw the weight's,
     and the bias's gradient is summed in FP32.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, options: Options
-    ) -> Tensor:
-        recipe, out_dtype, needs_dx, needs_dw, q_w = options
-        leading = x.shape[:-1]
-        q_x = quantize_activation(
-            x.reshape(math.prod(leading), x.shape[-1]),
-            recipe.input_dtype,
-            recipe,
-            plain=True,
-            transposed=needs_dw,
-        )
-        if q_w is None:
-            q_w = quantize_weight(weight, recipe, transposed=needs_dx)
-        y = _ops.fp8_gemm_nt(
-            q_x.data, q_x.scale, q_w.data, q_w.scale, bias=bias, out_dtype=out_dtype
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        x, weight, bias, recipe, out_dtype, quantized_weight = inputs
+        needs_dx, needs_dw = ctx.needs_input_grad[:2]
+        y, q_x, q_w = linear(
+            x,
+            weight,
+            bias,
+            recipe=recipe,
+            out_dtype=out_dtype,
+            quantized_weight=quantized_weight,
+            needs_dx=needs_dx,
+            needs_dw=needs_dw,
         )
         ctx.save_for_backward(
             *((q_w.data_t, q_w.scale_t) if needs_dx else (None, None)),
             *((q_x.data_t, q_x.scale_t) if needs_dw else (None, None)),
         )
         ctx.recipe = recipe
-        ctx.x_shape = x.shape
         ctx.dtypes = (x.dtype, weight.dtype, None if bias is None else bias.dtype)
-        return y.view(*leading, weight.shape[0])
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -132,24 +178,25 @@ class LinearFunction(torch.autograd.Function):
 
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """(dx, dw, db), each None unless it is needed, and None for forward's options."""
+    """(dx, dw, db), each None unless it is needed, and None for forward's other arguments."""
     needs_dx, needs_dw, needs_db = ctx.needs_input_grad[:3]
     w_t, w_t_scale, x_t, x_t_scale = ctx.saved_tensors
     x_dtype, weight_dtype, bias_dtype = ctx.dtypes
-    dy = grad.reshape(math.prod(grad.shape[:-1]), grad.shape[-1])
+    dy = _foldable(grad)
     dx = dw = db = None
     if needs_dx or needs_dw:
         q_dy = quantize_activation(
             dy, ctx.recipe.grad_dtype, ctx.recipe, plain=needs_dx, transposed=needs_dw
         )
     if needs_dx:
-        dx = _ops.fp8_gemm_nt(q_dy.data, q_dy.scale, w_t, w_t_scale, out_dtype=x_dtype)
-        dx = dx.view(ctx.x_shape)
+        dx = _product(q_dy.data, q_dy.scale, w_t, w_t_scale, out_dtype=x_dtype)
+        if dy is not grad:
+            dx = dx.view(*grad.shape[:-1], dx.shape[-1])
     if needs_dw:
-        dw = _ops.fp8_gemm_nt(q_dy.data_t, q_dy.scale_t, x_t, x_t_scale, out_dtype=weight_dtype)
+        dw = _product(q_dy.data_t, q_dy.scale_t, x_t, x_t_scale, out_dtype=weight_dtype)
     if needs_db:
-        db = dy.sum(0, dtype=torch.float32).to(bias_dtype)
-    return dx, dw, db, None
+        db = _as_matrix(dy).sum(0, dtype=torch.float32).to(bias_dtype)
+    return dx, dw, db, None, None, None
 
 
 class _SecondGradient(torch.autograd.Function):

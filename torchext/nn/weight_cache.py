@@ -28,8 +28,12 @@ def is_cacheable(weight: Tensor) -> bool:
     return (
         type(weight) is torch.nn.Parameter
         and not weight.is_inference()
-        and not (weight.is_cuda and torch.cuda.is_current_stream_capturing())
+        and not _is_captured(weight)
     )
+
+
+def _is_captured(weight: Tensor) -> bool:
+    return weight.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 class CachedWeight:
@@ -53,6 +57,7 @@ class CachedWeight:
             self._weight() is weight
             and self._storage.cdata == weight.untyped_storage()._cdata
             and self._state == _state(weight, recipe)
+            and not _is_captured(weight)
         )
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
@@ -61,7 +66,7 @@ class CachedWeight:
 
 def _state(weight: Tensor, recipe: Recipe) -> tuple[Any, ...]:
     # The stream, because another one would not wait for the quantisation to finish.
-    stream = torch.cuda.current_stream(weight.device).cuda_stream if weight.is_cuda else None
+    stream = torch._C._cuda_getCurrentRawStream(weight.get_device()) if weight.is_cuda else None
     return (
         weight._version,
         weight.data_ptr(),
