@@ -111,10 +111,12 @@ std::optional<FoldedRows> fold_rows(const Tensor& tensor) {
 }
 
 int64_t extent_bytes(const Tensor& tensor) {
+  // For every argument of a launch; and each accessor is a call into another library.
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
   int64_t last = 0;
-  for (int64_t i = 0; i < tensor.dim(); ++i) {
-    if (tensor.size(i) == 0) return 0;
-    last += (tensor.size(i) - 1) * tensor.stride(i);
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    if (sizes[i] == 0) return 0;
+    last += (sizes[i] - 1) * strides[i];
   }
   return (last + 1) * element_size(tensor.scalar_type());
 }
