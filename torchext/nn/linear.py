@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .._twins import apply
 from ..recipe import Recipe
 from .linear_function import LinearFunction, Operand, linear, quantize_weight
 from .weight_cache import CachedWeight, is_cacheable
@@ -106,8 +107,8 @@ class Linear(torch.nn.Linear):
         quantized_weight = None if compiling else self._quantized_weight(weight, input)
         out_dtype = _output_dtype(input)
         if _needs_graph(input, weight, bias):
-            apply = LinearFunction.apply if compiling else _apply
-            return apply(input, weight, bias, self.recipe, out_dtype, quantized_weight)
+            inputs = (input, weight, bias, self.recipe, out_dtype, quantized_weight)
+            return LinearFunction.apply(*inputs) if compiling else apply(LinearFunction, *inputs)
         return linear(
             input,
             weight,
@@ -215,13 +216,6 @@ def _needs_graph(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return torch.is_grad_enabled() and (
         weight.requires_grad or input.requires_grad or (bias is not None and bias.requires_grad)
     )
-
-
-def _apply(*inputs: Any) -> Tensor:
-    # Function.apply, a Python function, spends two microseconds on what only transforms need.
-    if torch._C._are_functorch_transforms_active():
-        return LinearFunction.apply(*inputs)
-    return super(torch.autograd.Function, LinearFunction).apply(*inputs)
 
 
 def _output_dtype(input: Tensor) -> torch.dtype:
