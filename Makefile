@@ -23,11 +23,18 @@ $(BUILT): $(VENV)/.ready $(SOURCES)
 demo: $(BUILT)
 	$(BIN)/python -m torchext.demo
 
-# Everything on the CPU kernels, then the tests of ops and layers on the CUDA kernels' PTX.
+# Everything on the CPU kernels, then the tests of ops and layers on the CUDA kernels' PTX: all of
+# them on Hopper's, those of products and a few others on the PTX of other generations.
+OTHER_ARCHITECTURES := 89 80 75
+ARCHITECTURE_TESTS := tests/gemm/test_fp8_gemm.py tests/quantize/test_quantize.py::test_matrices \
+	tests/quantize/test_dequantize.py::test_granularities
 test: $(BUILT) lint
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
-	@if ls torchext/_ptx/*.ptx >/dev/null 2>&1; \
-	then $(BIN)/python -m pytest --device sim tests/gemm tests/quantize tests/nn tests/test_ops.py; \
+	@if ls torchext/_ptx/*/*.ptx >/dev/null 2>&1; then \
+	  $(BIN)/python -m pytest --device sim tests/gemm tests/quantize tests/nn tests/test_ops.py && \
+	  for arch in $(OTHER_ARCHITECTURES); do \
+	    $(BIN)/python -m pytest --device sim --sim-arch $$arch --sim-sms 3 $(ARCHITECTURE_TESTS) || exit; \
+	  done; \
 	else echo 'no nvcc, so no CUDA kernels to simulate'; fi
 
 lint: $(VENV)/.ready

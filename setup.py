@@ -3,7 +3,7 @@
 Two extension modules. `torchext._C` is the ops: LibTorch's stable ABI and no Python, so one binary
 for every torch >= 2.10 and every Python, with the CUDA kernels in it wherever nvcc is found.
 `torchext._sim` is the PTX simulator's Python objects: pybind11, for this Python only. Beside them
-go the PTX of every kernel (torchext/_ptx) and the ptx/isa headers (torchext/include).
+go the PTX of every kernel (torchext/_ptx/ARCHITECTURE) and the ptx/isa headers (torchext/include).
 """
 
 import os
@@ -18,12 +18,12 @@ from torch.utils import cpp_extension
 ROOT = Path(__file__).parent.resolve()
 sys.path.insert(0, str(ROOT / "csrc" / "build"))
 
+from nvcc import BY_FOLDER, is_outdated  # noqa: E402
 from toolchain import find_toolkit  # noqa: E402
 
 TOOLKIT = find_toolkit()
 # torch 2.10: the oldest release whose libtorch the binary may be loaded into.
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
-GENCODE = ["-gencode=arch=compute_90a,code=sm_90a"]
 COMMON = ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", "-Wall", "-Wno-unused-function"]
 
 
@@ -43,7 +43,15 @@ def op_library() -> cpp_extension.CppExtension:
     else:
         files += sources("csrc/*/*/*.cpp", "csrc/*/*/*.cu")
         cxx.append("-DTORCHEXT_CUDA")
-        nvcc = ["-O3", "-std=c++17", "-lineinfo", STABLE_ABI, "-DTORCHEXT_CUDA", *GENCODE]
+        nvcc = [
+            "-O3",
+            "-std=c++17",
+            "-lineinfo",
+            "--compress-mode=size",
+            STABLE_ABI,
+            "-DTORCHEXT_CUDA",
+            BY_FOLDER,
+        ]
         include_dirs.append(str(TOOLKIT.home / "include"))
         link += [f"-L{TOOLKIT.library_dir}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
     return cpp_extension.CppExtension(
@@ -79,22 +87,41 @@ class BuildExtension(cpp_extension.BuildExtension):
             os.environ["TORCHEXT_NVCC"] = str(TOOLKIT.nvcc)
             wrapper = ROOT / "csrc" / "build" / "nvcc.py"
             os.environ["PYTORCH_NVCC"] = f"{sys.executable} {wrapper}"
+        self._remove_outdated_kernels()
         super().build_extensions()
         package = Path(self.build_lib) / "torchext"
-        self._copy(Path(self.build_temp).glob("csrc/**/*.ptx"), package / "_ptx")
-        self._copy((ROOT / "ptx" / "isa").glob("*.h"), package / "include" / "ptx" / "isa")
+        headers = package / "include" / "ptx" / "isa"
+        shutil.rmtree(headers, ignore_errors=True)
+        shutil.copytree(ROOT / "ptx" / "isa", headers)
+        shutil.rmtree(package / "_ptx", ignore_errors=True)
+        for source in self._kernel_sources():
+            kernels = Path(self.build_temp) / source
+            for ptx in kernels.parent.glob(f"{kernels.stem}.*.ptx"):  # NAME.90a.ptx
+                _, architecture, _ = ptx.name.rsplit(".", 2)
+                folder = package / "_ptx" / architecture
+                folder.mkdir(parents=True, exist_ok=True)
+                target = folder / f"{kernels.parents[1].name}_{kernels.stem}.ptx"
+                assert not target.exists(), f"two sources would leave {target}"
+                shutil.copy2(ptx, target)
 
     def copy_extensions_to_source(self):  # build_ext --inplace
         super().copy_extensions_to_source()
         ptx = Path(self.build_lib) / "torchext" / "_ptx"
-        self._copy(ptx.glob("*.ptx"), ROOT / "torchext" / "_ptx")
+        shutil.rmtree(ROOT / "torchext" / "_ptx", ignore_errors=True)
+        if ptx.exists():
+            shutil.copytree(ptx, ROOT / "torchext" / "_ptx")
 
-    @staticmethod
-    def _copy(files, folder):
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        for file in files:
-            shutil.copy2(file, folder)
+    def _kernel_sources(self):
+        every = (source for extension in self.extensions for source in extension.sources)
+        return [source for source in every if source.endswith(".cu")]
+
+    def _remove_outdated_kernels(self):
+        """Objects of .cu files that are older than a header they include, or than our nvcc. With
+        CPU-only torch, ninja is told of no headers for them."""
+        for source in self._kernel_sources():
+            obj = (Path(self.build_temp) / source).with_suffix(".o")
+            if obj.exists() and is_outdated(obj):
+                obj.unlink()
 
     def get_ext_filename(self, name):
         # The op library has nothing of Python in it, so nothing of Python's ABI in its name. Asked

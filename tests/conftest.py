@@ -1,5 +1,6 @@
 """Where the tests run: `--device cpu` (the CPU kernels), `sim` (the CUDA kernels' PTX on the
-simulator) or `cuda` (the CUDA kernels on a GPU). Tests that call ops take the `device` fixture."""
+simulator, of the GPU that `--sim-arch` names) or `cuda` (the CUDA kernels on a GPU). Tests that
+call ops take the `device` fixture."""
 
 from __future__ import annotations
 
@@ -14,6 +15,14 @@ import torchext
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", choices=["cpu", "sim", "cuda"])
     parser.addoption("--sim-seed", type=int, default=0, help="schedule of the simulator")
+    parser.addoption(
+        "--sim-arch", type=int, default=90, choices=[75, 80, 86, 89, 90],
+        help="compute capability of the simulated GPU",
+    )  # fmt: skip
+    parser.addoption(
+        "--sim-sms", type=int, default=132,
+        help="SMs of the simulated GPU; launchers choose larger tiles where there are few",
+    )  # fmt: skip
     parser.addoption(
         "--sim-completion", default="random", choices=["eager", "late", "random"],
         help="when the simulator lets asynchronous work complete",
@@ -44,6 +53,8 @@ def device(request: pytest.FixtureRequest):
         context = torchext.sim.simulate(
             seed=request.config.getoption("--sim-seed"),
             completion=request.config.getoption("--sim-completion"),
+            compute_capability=request.config.getoption("--sim-arch"),
+            num_sms=request.config.getoption("--sim-sms"),
         )
     torch.manual_seed(0)
     with context:

@@ -53,8 +53,8 @@ def without_ptx(monkeypatch, tmp_path):
 
 
 def with_ptx(monkeypatch, tmp_path):
-    (tmp_path / "_ptx").mkdir()
-    (tmp_path / "_ptx" / "kernel.ptx").touch()
+    (tmp_path / "_ptx" / "90a").mkdir(parents=True)
+    (tmp_path / "_ptx" / "90a" / "kernel.ptx").touch()
     monkeypatch.setattr(_library, "PACKAGE", tmp_path)
 
 
@@ -91,6 +91,27 @@ def test_sm90_needs_compute_capability_9_0(monkeypatch, tmp_path):
     assert "Some GPU has compute capability 8.0" in reason
     with_gpu(monkeypatch, (9, 0))
     assert torchext.is_available("sm90") == (True, "Some GPU has compute capability 9.0")
+
+
+@pytest.mark.parametrize(
+    ("capability", "path"),
+    [((7, 5), "plain"), ((8, 0), "sm80"), ((8, 6), "sm80"), ((8, 9), "sm89"), ((9, 0), "sm90"),
+     ((10, 0), "sm89"), ((12, 0), "sm89")],
+)  # fmt: skip
+def test_cuda_names_the_kernels_that_a_gpu_takes(capability, path, monkeypatch, tmp_path):
+    with_ptx(monkeypatch, tmp_path)
+    with_gpu(monkeypatch, capability)
+    available, reason = torchext.is_available("cuda")
+    assert available
+    assert f"takes the {path} GEMM kernels" in reason
+
+
+def test_a_gpu_before_turing_is_refused(monkeypatch, tmp_path):
+    with_ptx(monkeypatch, tmp_path)
+    with_gpu(monkeypatch, (7, 0))
+    available, reason = torchext.is_available("cuda")
+    assert not available
+    assert "compute capability 7.0; the CUDA kernels need 7.5" in reason
 
 
 def test_sim_needs_its_extension(monkeypatch, tmp_path):

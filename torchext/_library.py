@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 PACKAGE = Path(__file__).resolve().parent
+# csrc/runtime/device.h's Path: the kernels that a GPU runs where there are several for one job.
+PATHS = {"sm90": 90, "sm89": 89, "sm80": 80, "plain": 75}
+_forced: list[str] = []
 
 
 def load(path: Path = PACKAGE / "_C.so") -> None:
@@ -38,6 +42,26 @@ def op_library() -> ctypes.CDLL:
     return ctypes.CDLL(str(PACKAGE / "_C.so"))
 
 
+@contextmanager
+def forced_path(path: str) -> Iterator[None]:
+    """Within it, every GPU, simulated or real, runs the kernels of one path: "sm90", "sm89", "sm80"
+    or "plain"; ops raise on a GPU that cannot. Process-wide; for tests and benchmarks."""
+    if path not in PATHS:
+        raise ValueError(
+            f"forced_path: path must be one of {', '.join(map(repr, PATHS))} (got {path!r})"
+        )
+    library = op_library()
+    library.torchext_force_path.argtypes = [ctypes.c_int32]
+    library.torchext_force_path.restype = None
+    _forced.append(path)
+    library.torchext_force_path(PATHS[path])
+    try:
+        yield
+    finally:
+        _forced.pop()
+        library.torchext_force_path(PATHS[_forced[-1]] if _forced else 0)
+
+
 def get_include() -> str:
     """The folder to pass to a compiler as -I, so that `#include <ptx/isa/wgmma.h>` is found.
 
@@ -57,8 +81,9 @@ def is_available(feature: str) -> tuple[bool, str]:
 
     Features:
       "cpu"   the CPU kernels: always;
-      "cuda"  the CUDA kernels were built and torch sees a GPU;
-      "sm90"  "cuda", and torch's current GPU is of compute capability 9.0, as they need;
+      "cuda"  the CUDA kernels were built and torch's current GPU can run them (compute capability
+              7.5 or later); the reason says which kernels it takes;
+      "sm90"  "cuda", and the GPU is of compute capability 9.0, as Hopper's kernels need;
       "sim"   the PTX simulator (`torchext.sim`) and the PTX that it executes were built.
 
     Raises ValueError for any other feature.
@@ -74,7 +99,7 @@ def is_available(feature: str) -> tuple[bool, str]:
 
 def _has_ptx() -> bool:
     # The build lays the PTX of every CUDA kernel here, and nothing when it found no nvcc.
-    return any((PACKAGE / "_ptx").glob("*.ptx"))
+    return any((PACKAGE / "_ptx").glob("*/*.ptx"))
 
 
 def _cpu() -> tuple[bool, str]:
@@ -93,7 +118,23 @@ def _cuda() -> tuple[bool, str]:
         )
     if not torch.cuda.is_available():
         return False, "torch sees no GPU; check `nvidia-smi` and CUDA_VISIBLE_DEVICES"
-    return True, f"CUDA kernels are built and torch sees {torch.cuda.get_device_name()}"
+    name = torch.cuda.get_device_name()
+    major, minor = torch.cuda.get_device_capability()
+    capability = 10 * major + minor
+    if capability < 75:
+        return False, (
+            f"{name} has compute capability {major}.{minor}; the CUDA kernels need 7.5 (Turing) or "
+            "later"
+        )
+    path = next(
+        path
+        for path, least in PATHS.items()
+        if (capability == least if path == "sm90" else capability >= least)
+    )
+    return True, (
+        f"CUDA kernels are built and torch sees {name}, of compute capability {major}.{minor}, "
+        f"which takes the {path} GEMM kernels"
+    )
 
 
 def _sm90() -> tuple[bool, str]:
@@ -103,7 +144,7 @@ def _sm90() -> tuple[bool, str]:
     major, minor = torch.cuda.get_device_capability()
     if (major, minor) != (9, 0):
         return False, (
-            f"{torch.cuda.get_device_name()} has compute capability {major}.{minor}; the CUDA "
+            f"{torch.cuda.get_device_name()} has compute capability {major}.{minor}; Hopper's "
             "kernels need 9.0 (H100, H200, H800, GH200)"
         )
     return True, f"{torch.cuda.get_device_name()} has compute capability 9.0"

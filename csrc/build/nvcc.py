@@ -1,9 +1,12 @@
-"""nvcc, with two duties more: it keeps the PTX, and it refuses what ptxas did to spoil a kernel.
+"""nvcc, with four duties more than compiling.
 
-setup.py has torch's build run this in place of nvcc (PYTORCH_NVCC). Beside every object file it
-leaves the PTX that the machine code in it was made from (X.o -> X.ptx), for the simulator, and
-ptxas' report (X.ptxas). The build fails where ptxas says that it ignored setmaxnreg (C7508) or
-serialised wgmma (C7510), spilled registers, or put anything in local memory.
+setup.py has torch's build run this in place of nvcc (PYTORCH_NVCC).
+- Which GPUs a file is compiled for follows from its folder: `architectures`.
+- Beside every object file it leaves the PTX that the machine code in it was made from, one file an
+  architecture (X.o -> X.90a.ptx), for the simulator, and ptxas' report (X.ptxas).
+- It leaves a list of the headers read (X.o.d): torch has nvcc do so only where it has CUDA itself.
+- The build fails where ptxas says that it ignored setmaxnreg (C7508) or serialised wgmma (C7510),
+  spilled registers, or put anything in local memory.
 """
 
 from __future__ import annotations
@@ -16,6 +19,48 @@ import tempfile
 from pathlib import Path
 
 FORBIDDEN_WARNINGS = ("C7508", "C7510")
+BY_FOLDER = "--arch-by-folder"  # what setup.py passes; torch then adds no architectures of its own
+
+# What a portable kernel is compiled for: for each generation whose instructions make it another
+# kernel, N of its compute_N, and of each sm_N that gets machine code of it. (To quantisers, sm_80 has
+# nothing new.) Machine code runs on later GPUs of the same major version: sm_86 takes sm_80's.
+PORTABLE = {"75": ("75", "80"), "89": ("89",), "90": ("90",)}
+WITH_OWN_FEATURES = ("90", "100")  # of which kernels of a folder smN use sm_Na's instructions
+
+
+def architectures(source: Path) -> dict[str, tuple[str, ...]]:
+    """What a source is compiled for, as PORTABLE says it."""
+    if match := re.fullmatch(r"sm(\d+)", source.parent.name):
+        number = match[1] + "a" if match[1] in WITH_OWN_FEATURES else match[1]
+        return {number: (number,)}
+    return PORTABLE
+
+
+def gencodes(source: Path) -> list[str]:
+    """nvcc's options. The PTX of the last architecture goes along, for the driver to compile on what
+    is newer than all; not that of sm_Na, which no other GPU can run."""
+    numbers = architectures(source)
+    *_, last = numbers
+    options = []
+    for virtual, real in numbers.items():
+        codes = [f"sm_{number}" for number in real]
+        if virtual == last and not last.endswith("a"):
+            codes.append(f"compute_{last}")
+        listed = codes[0] if len(codes) == 1 else f"[{','.join(codes)}]"
+        options.append(f"-gencode=arch=compute_{virtual},code={listed}")
+    return options
+
+
+def is_outdated(obj: Path) -> bool:
+    """Whether an object is older than a file that it was compiled from, or than this wrapper."""
+    listed = Path(f"{obj}.d")
+    if not listed.exists():
+        return True
+    read = listed.read_text().replace("\\\n", " ").split()[1:]
+    built = obj.stat().st_mtime
+    return any(
+        not os.path.exists(file) or os.path.getmtime(file) > built for file in [*read, __file__]
+    )
 
 
 def findings(report: str) -> list[str]:
@@ -37,7 +82,13 @@ def main(arguments: list[str]) -> int:
     nvcc = os.environ["TORCHEXT_NVCC"]
     if "-c" not in arguments:  # torch asks for the version, say
         return subprocess.call([nvcc, *arguments])
+    (source,) = (Path(argument) for argument in arguments if argument.endswith(".cu"))
     obj = Path(arguments[arguments.index("-o") + 1])
+    if BY_FOLDER in arguments:
+        at = arguments.index(BY_FOLDER)
+        arguments[at : at + 1] = gencodes(source)
+    if "-MF" not in arguments:
+        arguments = [*arguments, "-MD", "-MF", f"{obj}.d"]
     with tempfile.TemporaryDirectory() as kept:
         result = subprocess.run(
             [nvcc, *arguments, "-Xptxas", "-v", "--keep", "--keep-dir", kept],
@@ -50,8 +101,13 @@ def main(arguments: list[str]) -> int:
             print(result.stdout, *(f"error: {fault}" for fault in faults), sep="\n")
             obj.unlink(missing_ok=True)
             return result.returncode or 1
-        (ptx,) = Path(kept).glob("*.ptx")
-        obj.with_suffix(".ptx").write_text(ptx.read_text())
+        for stale in obj.parent.glob(f"{obj.stem}.*.ptx"):
+            stale.unlink()
+        for ptx in Path(kept).glob("*.ptx"):
+            text = ptx.read_text()
+            target = re.search(r"^\.target sm_(\w+)", text, re.MULTILINE)
+            assert target is not None, f"{ptx} names no target"
+            obj.with_suffix(f".{target[1]}.ptx").write_text(text)
     obj.with_suffix(".ptxas").write_text(result.stdout)
     warnings = [line for line in result.stdout.splitlines() if "warning" in line]
     if warnings:

@@ -128,5 +128,8 @@ void fp8_gemm_cuda(Device& device, const GemmProblem& problem,
                    std::initializer_list<Buffer> buffers);
 void fp8_gemm_nt_sm90(Device& device, const GemmProblem& problem,
                       std::initializer_list<Buffer> buffers);
+// Of any other path.
+void fp8_gemm_nt_mma(Device& device, Path path, const GemmProblem& problem,
+                     std::initializer_list<Buffer> buffers);
 
 }  // namespace torchext

@@ -84,7 +84,7 @@ void quantize_groups(const char* op, const Tensor& x, const MatrixView& view,
   if constexpr (kBuiltWithCuda) {
     const Output& first = row ? *row : *transposed;
     const Output& last = transposed ? *transposed : *row;
-    quantize_groups_sm90(*device, view, options, row_view, transposed_view,
+    quantize_groups_cuda(*device, view, options, row_view, transposed_view,
                          {reads(x, "x"), writes(first.data, "data"), writes(first.scale, "scale"),
                           writes(last.data, "data_t"), writes(last.scale, "scale_t")});
   }
@@ -105,7 +105,7 @@ void quantize_blocks(Device* device, const MatrixView& x, const QuantizeOptions&
     constexpr ScalarType kByte = ScalarType::Float8_e4m3fn;
     const Buffer data =
         range(out.data, x.rows, x.cols, out.data_stride, 1, kByte, Access::write, "data");
-    quantize_blocks_sm90(
+    quantize_blocks_cuda(
         *device, x, options, out, transposed, transposed_stride,
         {range(x.data, x.rows, x.cols, x.row_stride, x.col_stride, x.dtype, Access::read, "x"),
          data,
@@ -228,7 +228,7 @@ std::tuple<Tensor, Tensor> quantize_rowwise(const Tensor& x, OptionalDtype dtype
     if (device == nullptr) {
       quantize_rowwise_cpu(view, options, out.view);
     } else if constexpr (kBuiltWithCuda) {
-      quantize_rowwise_sm90(*device, view, options, out.view,
+      quantize_rowwise_cuda(*device, view, options, out.view,
                             {reads(x, "x"), writes(out.data, "data"), writes(scale, "scale")});
     }
   }
@@ -250,7 +250,7 @@ std::tuple<Tensor, Tensor> quantize_tensorwise(const Tensor& x, OptionalDtype dt
       quantize_tensorwise_cpu(view, options, out.view);
     } else if constexpr (kBuiltWithCuda) {
       const Tensor amax = empty_strided({1}, {1}, ScalarType::Int, x);
-      quantize_tensorwise_sm90(
+      quantize_tensorwise_cuda(
           *device, view, options, out.view, static_cast<uint32_t*>(amax.data_ptr()),
           {reads(x, "x"), writes(out.data, "data"), writes(scale, "scale"), updates(amax, "amax")});
     }
@@ -316,7 +316,7 @@ Tensor dequantize(const Tensor& data, const Tensor& scale, ScalarType out_dtype)
   if (device == nullptr) {
     dequantize_cpu(view);
   } else if constexpr (kBuiltWithCuda) {
-    dequantize_sm90(*device, view, {reads(data, "data"), reads(scale, "scale"), writes(y, "y")});
+    dequantize_cuda(*device, view, {reads(data, "data"), reads(scale, "scale"), writes(y, "y")});
   }
   return y;
 }

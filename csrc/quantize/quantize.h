@@ -1,5 +1,5 @@
 // Quantisation: host entry points of the ops (quantize.cpp: check, allocate, dispatch), and what
-// the CPU kernels (quantize_cpu.cpp) and CUDA launchers (sm90/) implement. Numbers:
+// the CPU kernels (quantize_cpu.cpp) and CUDA launchers (cuda/) implement. Numbers:
 // docs/numerics.md.
 #pragma once
 
@@ -53,7 +53,7 @@ using Buffers = std::initializer_list<Buffer>;
 // `transposed`; either may be nullptr, and both come from one read of x.
 void quantize_groups_cpu(const MatrixView& x, const QuantizeOptions& options,
                          const QuantizedView* row, const QuantizedView* transposed);
-void quantize_groups_sm90(Device& device, const MatrixView& x, const QuantizeOptions& options,
+void quantize_groups_cuda(Device& device, const MatrixView& x, const QuantizeOptions& options,
                           const QuantizedView* row, const QuantizedView* transposed,
                           Buffers buffers);
 
@@ -61,20 +61,20 @@ void quantize_groups_sm90(Device& device, const MatrixView& x, const QuantizeOpt
 void quantize_blocks_cpu(const MatrixView& x, const QuantizeOptions& options,
                          const QuantizedView& out, void* transposed_data,
                          int64_t transposed_stride);
-void quantize_blocks_sm90(Device& device, const MatrixView& x, const QuantizeOptions& options,
+void quantize_blocks_cuda(Device& device, const MatrixView& x, const QuantizeOptions& options,
                           const QuantizedView& out, void* transposed_data,
                           int64_t transposed_stride, Buffers buffers);
 
 // One scale a row.
 void quantize_rowwise_cpu(const MatrixView& x, const QuantizeOptions& options,
                           const QuantizedView& out);
-void quantize_rowwise_sm90(Device& device, const MatrixView& x, const QuantizeOptions& options,
+void quantize_rowwise_cuda(Device& device, const MatrixView& x, const QuantizeOptions& options,
                            const QuantizedView& out, Buffers buffers);
 
 // One scale in all. The CUDA kernel reduces amax into `amax_bits` (one uint32, zeroed by it).
 void quantize_tensorwise_cpu(const MatrixView& x, const QuantizeOptions& options,
                              const QuantizedView& out);
-void quantize_tensorwise_sm90(Device& device, const MatrixView& x, const QuantizeOptions& options,
+void quantize_tensorwise_cuda(Device& device, const MatrixView& x, const QuantizeOptions& options,
                               const QuantizedView& out, uint32_t* amax_bits, Buffers buffers);
 
 // y[row, col] = data[row, col] * scale[row / row_group, col / col_group], a product rounded to FP32
@@ -92,6 +92,6 @@ struct DequantizeView {
   int64_t rows, cols;
 };
 void dequantize_cpu(const DequantizeView& view);
-void dequantize_sm90(Device& device, const DequantizeView& view, Buffers buffers);
+void dequantize_cuda(Device& device, const DequantizeView& view, Buffers buffers);
 
 }  // namespace torchext

@@ -9,6 +9,13 @@ namespace torchext {
 namespace {
 
 std::atomic<const TorchextSimulator*> installed_simulator{nullptr};
+std::atomic<int32_t> forced_path{0};
+
+constexpr int kOldestCapability = 75;  // that CUDA 13, which compiles the kernels, knows
+
+bool runs(Path path, int capability) {
+  return path == Path::sm90 ? capability == 90 : capability >= int(path);
+}
 
 // Forwards a launch to the simulator and turns its findings into an exception.
 class SimulatedDevice final : public Device {
@@ -58,6 +65,18 @@ class SimulatedDevice final : public Device {
 
 }  // namespace
 
+Path path_of(const DeviceProperties& properties, const char* op) {
+  const int capability = properties.compute_capability;
+  if (const int32_t forced = forced_path.load(std::memory_order_relaxed)) {
+    TORCHEXT_CHECK(runs(Path(forced), capability), op, ": the kernels of path ", forced,
+                   ", which were asked for, do not run on sm_", capability);
+    return Path(forced);
+  }
+  for (const Path path : {Path::sm90, Path::sm89, Path::sm80})
+    if (runs(path, capability)) return path;
+  return Path::plain;
+}
+
 Device* device_for(const Tensor& tensor, const char* op) {
   if (tensor.is_cpu()) {
     static SimulatedDevice simulated;
@@ -70,9 +89,9 @@ Device* device_for(const Tensor& tensor, const char* op) {
   } else {
     Device* device = cuda_device(tensor.get_device_index());
     const int capability = device->properties().compute_capability;
-    TORCHEXT_CHECK(capability == 90, op, ": the GPU is sm_", capability,
-                   "; torchext's CUDA kernels run on sm_90 (H100, H200, H800, GH200); move the "
-                   "tensors to the CPU or keep this layer in plain torch");
+    TORCHEXT_CHECK(capability >= kOldestCapability, op, ": the GPU is sm_", capability,
+                   "; torchext's CUDA kernels run on sm_75 (Turing) and later; move the tensors to "
+                   "the CPU or keep this layer in plain torch");
     return device;
   }
 }
@@ -81,4 +100,8 @@ Device* device_for(const Tensor& tensor, const char* op) {
 
 void torchext_set_simulator(const TorchextSimulator* simulator) {
   torchext::installed_simulator.store(simulator, std::memory_order_release);
+}
+
+void torchext_force_path(int32_t path) {
+  torchext::forced_path.store(path, std::memory_order_relaxed);
 }

@@ -110,6 +110,17 @@ constexpr bool kBuiltWithCuda = true;
 constexpr bool kBuiltWithCuda = false;  // CUDA launchers are declared but not linked in
 #endif
 
+// The kernels that a GPU runs where there are several for one job: those written for its generation,
+// else those of the latest before it.
+enum class Path : int32_t {
+  sm90 = 90,   // Hopper alone
+  sm89 = 89,   // Ada, Blackwell and later: FP8 tensor cores through mma.sync
+  sm80 = 80,   // Ampere: 16-bit tensor cores
+  plain = 75,  // any: no tensor cores
+};
+// Of the GPU, or what torchext_force_path asks for; raises if the GPU cannot run that.
+Path path_of(const DeviceProperties& properties, const char* op);
+
 // nullptr: run the CPU kernel. Raises when `tensor` is on a GPU that this build cannot drive. Call
 // CUDA launchers under `if constexpr (kBuiltWithCuda)`.
 Device* device_for(const Tensor& tensor, const char* op);
@@ -123,3 +134,6 @@ Device* cuda_device(int32_t index);
 // struct must outlive its installation.
 extern "C" __attribute__((visibility("default"))) void torchext_set_simulator(
     const TorchextSimulator* simulator);
+
+// Has every GPU, or simulated GPU, take the kernels of one Path, for comparison; 0: as path_of says.
+extern "C" __attribute__((visibility("default"))) void torchext_force_path(int32_t path);

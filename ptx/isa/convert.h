@@ -1,6 +1,7 @@
 // FP32 to FP8 and back, two at a time (PTX ISA "cvt"; PTX 7.8, sm_89; on sm_80 there is no such
 // instruction). Rounding: to nearest even; .satfinite clamps to the largest finite value, keeps the
-// sign of zero, and turns NaN into 0x7f.
+// sign of zero, and turns NaN into 0x7f. Where a
+// target lacks an instruction, csrc/runtime/conversions.cuh has its result from integer arithmetic.
 #pragma once
 
 #include "common.h"
@@ -45,6 +46,13 @@ TORCHEXT_PTX uint32_t cvt_rn_f16x2_f32(float high, float low) {
   uint32_t packed;
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
   return packed;
+}
+
+// One FP32 value to f16, on every architecture. NaN becomes 0x7fff.
+TORCHEXT_PTX uint16_t cvt_rn_f16_f32(float value) {
+  uint16_t bits;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+  return bits;
 }
 
 TORCHEXT_PTX float cvt_f32_f16(uint16_t bits) {

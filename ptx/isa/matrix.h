@@ -1,11 +1,20 @@
-// 8x8 matrices of 16-bit elements between registers and shared memory (PTX ISA "stmatrix"; PTX 7.8,
-// sm_90). Lane i of the warp holds elements [i / 4][2 * (i % 4) + {0, 1}] of each matrix, which is
-// how wgmma and mma leave their accumulators. All 32 lanes take part.
+// 8x8 matrices of 16-bit elements between registers and shared memory (PTX ISA "ldmatrix"; PTX 6.5,
+// sm_75; "stmatrix"; PTX 7.8, sm_90). Lane i of the warp holds elements [i / 4][2 * (i % 4) + {0,
+// 1}] of each matrix, which is how wgmma and mma leave their accumulators. All 32 lanes take part.
 #pragma once
 
 #include "common.h"
 
 namespace ptx {
+
+// Lanes 8j to 8j + 7 give the addresses of the eight 16-byte rows of matrix j, which comes into
+// r[j]. Of bytes, a lane gets four neighbours of row lane / 4, from 4 * (lane % 4) on.
+TORCHEXT_PTX void ldmatrix_x4(uint32_t (&r)[4], uint32_t shared_row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_row)
+               : "memory");
+}
 
 // Lanes 8j to 8j + 7 give the addresses of the eight 16-byte rows of matrix j.
 TORCHEXT_PTX void stmatrix_x4(uint32_t shared_row, uint32_t r0, uint32_t r1, uint32_t r2,

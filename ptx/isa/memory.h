@@ -63,4 +63,11 @@ TORCHEXT_PTX void st_shared_v2_f32(uint32_t address, float x, float y) {
   asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(x), "f"(y) : "memory");
 }
 
+TORCHEXT_PTX void st_shared_v4_u32(uint32_t address, uint32_t x, uint32_t y, uint32_t z,
+                                   uint32_t w) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x), "r"(y), "r"(z),
+               "r"(w)
+               : "memory");
+}
+
 }  // namespace ptx

@@ -13,6 +13,7 @@
 #pragma once
 
 #include "common.h"
+#include "formats.h"
 
 namespace ptx {
 
@@ -46,10 +47,6 @@ TORCHEXT_PTX uint64_t wgmma_descriptor_k_major_128b(const void* shared) {
   return uint64_t((shared_address(shared) & 0x3ffff) >> 4) | kLeadingOffset << 16 |
          kStrideOffset << 32 | kSwizzle128B << 62;
 }
-
-// The FP8 formats as wgmma's operand types.
-struct e4m3 {};
-struct e5m2 {};
 
 // wgmma_m64nNk32(A, B, d, a, b, scale_d) for N = 16, 32, 64, 128, 192, told by d's N / 2 registers.
 // scale_d = 0 overwrites D, 1 adds to it.

@@ -93,14 +93,37 @@ def operands(granularity, m, n, k, device, *, dtypes=(E4M3, E4M3), scaled=True):
 # ---- bounds ----
 
 
-def tensor_core_error(a, b):
+@dataclass(frozen=True)
+class TensorCore:
+    """How one rounds: the products of a step, and the place, relative to the largest magnitude
+    involved, below which each product, the sum so far and the new sum are truncated."""
+
+    step: int
+    lost: float
+
+    @property
+    def lost_in_a_block(self):
+        """Of 128 of K, with 2 % for what the errors add to the sums."""
+        return 1.02 * (128 // self.step) * (self.step + 2) * self.lost
+
+
+# sm_80 multiplies f16, truncates terms 24 bits below the largest, and sums like FP32.
+TENSOR_CORES = {
+    "sm90": TensorCore(32, 2.0**-13),
+    "sm89": TensorCore(16, 2.0**-13),
+    "sm80": TensorCore(8, 2.0**-23),
+}
+
+
+def tensor_core_error(a, b, unit):
     """The most that the tensor core loses of each output, summed over the blocks of 128 of K.
 
-    A step of 32 of K aligns its non-zero products and the sum so far to the largest exponent among
-    them, truncates each to 13 fraction bits, adds them exactly, and truncates the sum likewise:
-    at most 34 errors of 2**-13 times the largest magnitude involved. Exponents are not normalised,
-    so a subnormal operand counts as the smallest normal one. Four steps a block, and 2 % for what
-    the errors add to the sums: 0.017 times the largest product or partial sum of the block.
+    Hopper's: a step of 32 of K aligns its non-zero products and the sum so far to the largest
+    exponent among them, truncates each to 13 fraction bits, adds them exactly, and truncates the
+    sum likewise: at most 34 errors of 2**-13 times the largest magnitude involved. Exponents are
+    not normalised, so a subnormal operand counts as the smallest normal one. Four steps a block,
+    and 2 % for what the errors add to the sums: 0.017 times the largest product or partial sum of
+    the block. The others': docs/numerics.md.
     """
     m, n, k = a.values.shape[0], b.values.shape[0], a.values.shape[1]
     lost = torch.zeros(m, n, dtype=torch.float64)
@@ -113,9 +136,9 @@ def tensor_core_error(a, b):
         ]
         few_rows = lifted[0].split(32)  # what memory allows
         largest = torch.cat([(rows[:, None] * lifted[1]).amax(2) for rows in few_rows])
-        for end in range(32, qa.shape[1] + 32, 32):
+        for end in range(unit.step, qa.shape[1] + unit.step, unit.step):
             largest = largest.maximum((qa[:, :end] @ qb[:, :end].t()).abs())
-        lost += 0.017 * largest * a.scales[:, start, None] * b.scales[:, start]
+        lost += unit.lost_in_a_block * largest * a.scales[:, start, None] * b.scales[:, start]
     return lost
 
 
@@ -123,14 +146,14 @@ def sum_error(a, b, *, tensor_core, addends=(), terms=None):
     """The largest error of a product before it is rounded, with float64 operands.
 
     sum |a b| * (terms + 4) * 2**-24    FP32: scales and sums, in any order; terms: K
-    + tensor_core_error                 not on the CPU
+    + tensor_core_error                 not where FP32 arithmetic sums
     + (|a @ b| + |addends|) * 2**-23    bias and old output are added in FP32
     """
     da, db = a.dequantized, b.dequantized
     terms = da.shape[1] if terms is None else terms
     error = (da.abs() @ db.abs().t()) * ((terms + 4) * 2.0**-24)
     if tensor_core:
-        error = error + tensor_core_error(a, b)
+        error = error + tensor_core_error(a, b, tensor_core)
     size = (da @ db.t()).abs()
     for addend in addends:
         size = size + addend.abs()

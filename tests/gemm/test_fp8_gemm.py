@@ -50,7 +50,8 @@ def test_error_of_normal_data_is_small(granularity, device, tensor_core):
     exact = a.dequantized @ b.dequantized.t()
     result = ops.fp8_gemm_nt(a.data, a.scale, b.data, b.scale, out_dtype=torch.float32)
     error = (result.double().cpu() - exact).square().mean().sqrt() / exact.square().mean().sqrt()
-    assert error < (2e-4 if tensor_core else 1e-6)
+    limit = 1e-6 if not tensor_core else 3e-6 if tensor_core.lost < 2.0**-20 else 2e-4
+    assert error < limit
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
@@ -103,7 +104,9 @@ def test_results_repeat_to_the_bit(device, tensor_core):
 
 
 @pytest.mark.parametrize("num_sms", [1, 3, 20])
-def test_num_sms_changes_no_bit(num_sms, device):
+def test_num_sms_changes_no_bit(num_sms, device, request):
+    if num_sms > request.config.getoption("--sim-sms"):
+        pytest.skip("the simulated GPU has fewer SMs")
     a, b = operands("1d2d", 300, 140, 200, device)
     tensors = (a.data, a.scale, b.data, b.scale)
     limited = ops.fp8_gemm_nt(*tensors, num_sms=num_sms)
@@ -244,13 +247,27 @@ def test_nan_goes_where_its_operand_goes_and_no_further(granularity, bad, device
     assert torch.equal(result.isnan().cpu(), expected)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "code"),
+    [(E4M3, 0x7F), (E4M3, 0xFF), (E5M2, 0x7D), (E5M2, 0xFE), (E5M2, 0x7C), (E5M2, 0xFC)],
+)  # fmt: skip
 @pytest.mark.parametrize("granularity", GRANULARITIES)
-def test_nan_in_the_data_alone(granularity, device):
-    a, b = operands(granularity, 20, 40, 300, device)
-    a.data.view(torch.uint8)[7, 131] = 0x7F
-    result = ops.fp8_gemm_nt(a.data, a.scale, b.data, b.scale)
-    assert torch.equal(result.isnan().any(1).nonzero().flatten().cpu(), torch.tensor([7]))
-    assert result[7].isnan().all()
+def test_nan_in_the_data_alone(granularity, dtype, code, device):
+    """Or Inf, which e5m2 has: times any finite number but 0 it is Inf."""
+    a, b = operands(granularity, 20, 40, 300, device, dtypes=(dtype, dtype))
+    codes = a.data.view(torch.uint8)
+    b.data.view(torch.uint8)[:, [130, 131, 132]] |= 1  # not zero
+    for column in (130, 131, 132):  # wherever it lies among neighbours
+        before = codes[7, column].clone()
+        codes[7, column] = code
+        result = ops.fp8_gemm_nt(a.data, a.scale, b.data, b.scale)
+        wrong = result.isinf() if dtype == E5M2 and code & 0x7F == 0x7C else result.isnan()
+        assert wrong[7].all()
+        assert torch.equal((~result.isfinite()).any(1).nonzero().flatten().cpu(), torch.tensor([7]))
+        if granularity != "1d2d":
+            swapped = ops.fp8_gemm_nt(b.data, b.scale, a.data, a.scale)
+            assert torch.equal(swapped.t().isnan(), result.isnan())
+        codes[7, column] = before
 
 
 # ---- settings of torch (CPU) ----

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -65,6 +67,48 @@ def test_a_spilling_kernel_does_not_build(tmp_path: Path, monkeypatch: pytest.Mo
     assert result.returncode == 1
     assert "error: spill: " in result.stdout
     assert not (tmp_path / "spill.o").exists()
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("csrc/gemm/sm90/x.cu", ["arch=compute_90a,code=sm_90a"]),
+        ("csrc/gemm/sm80/x.cu", ["arch=compute_80,code=[sm_80,compute_80]"]),
+        (
+            "csrc/quantize/cuda/x.cu",
+            [
+                "arch=compute_75,code=[sm_75,sm_80]",
+                "arch=compute_89,code=sm_89",
+                "arch=compute_90,code=[sm_90,compute_90]",
+            ],
+        ),
+    ],
+)
+def test_a_folder_says_what_its_kernels_are_compiled_for(source: str, expected: list[str]) -> None:
+    assert nvcc.gencodes(Path(source)) == [f"-gencode={option}" for option in expected]
+
+
+@pytest.mark.skipif(toolchain.find_toolkit() is None, reason="no nvcc")
+def test_keeps_the_ptx_of_each_architecture_and_the_headers_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "header.cuh").write_text("#define VALUE 1\n")
+    source = tmp_path / "portable.cu"
+    source.write_text(
+        '#include "header.cuh"\nextern "C" __global__ void set(int* x) { *x = VALUE; }\n'
+    )
+    toolkit = toolchain.find_toolkit()
+    assert toolkit is not None
+    monkeypatch.setenv("TORCHEXT_NVCC", str(toolkit.nvcc))
+    command = [sys.executable, str(BUILD / "nvcc.py"), "-c", str(source), nvcc.BY_FOLDER]
+    subprocess.run([*command, "-o", str(tmp_path / "portable.o")], check=True)
+    kept = {path.name for path in tmp_path.glob("*.ptx")}
+    assert kept == {f"portable.{n}.ptx" for n in nvcc.PORTABLE}
+    for n in nvcc.PORTABLE:
+        assert f".target sm_{n}\n" in (tmp_path / f"portable.{n}.ptx").read_text()
+    assert not nvcc.is_outdated(tmp_path / "portable.o")
+    os.utime(tmp_path / "header.cuh", times=(time.time() + 60,) * 2)
+    assert nvcc.is_outdated(tmp_path / "portable.o")
 
 
 def test_cuda_home_is_not_second_guessed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -57,15 +57,25 @@ def test_contents(wheel: Path) -> None:
 
 
 def test_carries_the_ptx_of_every_kernel(wheel: Path) -> None:
-    """Under nvcc: as many entry points in the PTX as kernels in the sources' macros."""
+    """Under nvcc: by architecture, each kernel once, and the GEMMs that are made for it."""
     archive = zipfile.ZipFile(wheel)
-    ptx = [archive.read(n).decode() for n in archive.namelist() if n.endswith(".ptx")]
-    entries = re.findall(r"\.visible \.entry (\w+)\(", "".join(ptx))
-    assert len(entries) == len(set(entries)) > 0
-    assert all(entry.startswith("sm90_") for entry in entries)
-    assert {f"sm90_fp8_gemm_nt_{g}_e4m3_e4m3_128x128x128" for g in ("1d2d", "1d1d", "rowwise")} <= {
-        *entries
-    }
+    entries: dict[str, list[str]] = {}
+    for name in archive.namelist():
+        if match := re.fullmatch(r"torchext/_ptx/(\w+)/\w+\.ptx", name):
+            text = archive.read(name).decode()
+            assert f".target sm_{match[1]}" in text
+            entries.setdefault(match[1], []).extend(re.findall(r"\.visible \.entry (\w+)\(", text))
+    gemms = {"75": "plain", "80": "mma80", "89": "mma89", "90": None, "90a": "sm90"}
+    assert entries.keys() == gemms.keys()
+    for architecture, kernels in entries.items():
+        assert len(kernels) == len(set(kernels))
+        families = {kernel.partition("_fp8_gemm_nt")[0] for kernel in kernels if "gemm" in kernel}
+        assert families == ({gemms[architecture]} if gemms[architecture] else set())
+        assert ("quantize_1x128_bf16_e4m3" in kernels) == (architecture in ("75", "89", "90"))
+
+
+def test_is_small_enough(wheel: Path) -> None:
+    assert wheel.stat().st_size < 40_000_000
 
 
 def test_library_depends_on_no_python_and_no_cuda(wheel: Path, tmp_path: Path) -> None:

@@ -24,12 +24,17 @@ ROOT = Path(__file__).parents[2]
 RUNS = [(seed, mode) for seed in (0, 1, 2) for mode in ("eager", "late", "random")]
 
 GEMM = "csrc/gemm/sm90/fp8_gemm_nt.cuh"
-GROUPS = "csrc/quantize/sm90/groups.cu"
-BLOCKS = "csrc/quantize/sm90/blocks.cu"
+MMA = "csrc/gemm/mma/fp8_gemm_nt.cuh"
+GROUPS = "csrc/quantize/cuda/groups.cu"
+BLOCKS = "csrc/quantize/cuda/blocks.cu"
 
 GEMM_SOURCE = """
 #include "fp8_gemm_nt.cuh"
 TORCHEXT_FP8_GEMM_NT(sm90_fp8_gemm_nt_1d2d_e4m3_e4m3_128x128x128, k1D2D, e4m3, e4m3)
+"""
+MMA_SOURCE = """
+#include "../mma/fp8_gemm_nt.cuh"
+TORCHEXT_MMA_KERNEL(mma89_fp8_gemm_nt_1d2d_e4m3_e4m3_128x128x128, Sm89, k1D2D, e4m3, e4m3, Large)
 """
 
 
@@ -40,6 +45,11 @@ class Problem:
     source: str  # text of a .cu file beside the kernel, or the path of the kernel's own
     run: Callable[[], tuple[torch.Tensor, ...]]
     num_sms: int = 2  # few, so that CTAs go round their rings and reuse their buffers
+    capability: int = 90  # of the simulated GPU
+
+    @property
+    def arch(self) -> str:
+        return "90a" if self.capability == 90 else str(self.capability)
 
 
 def _gemm(m: int, n: int, k: int) -> Callable[[], tuple[torch.Tensor, ...]]:
@@ -80,6 +90,7 @@ def _blocks() -> tuple[torch.Tensor, ...]:
 PROBLEMS = {
     "by TMA": Problem(GEMM_SOURCE, _gemm(256, 256, 1024)),  # four tiles, eight K blocks
     "by threads": Problem(GEMM_SOURCE, _gemm(70, 101, 300)),  # rows of out are not 16-byte aligned
+    "by cp.async": Problem(MMA_SOURCE, _gemm(256, 256, 1024), capability=89),
     "dual": Problem(GROUPS, _dual),
     "blocks": Problem(BLOCKS, _blocks),
 }
@@ -171,6 +182,23 @@ MUTANTS = [
     Mutant("column bound off by one", "by threads", GEMM,
            "if (c + 1 < p.n) out[1] = uint16_t(pair >> 16);",
            "if (c < p.n) out[1] = uint16_t(pair >> 16);"),
+    Mutant("cp.async.wait_group one group short", "by cp.async", MMA,
+           "cp_async_wait_group<C::kStages - 2>", "cp_async_wait_group<C::kStages - 1>"),
+    Mutant("no cp.async.wait_group", "by cp.async", MMA,
+           "    ptx::cp_async_wait_group<C::kStages - 2>();\n", ""),
+    Mutant("first copies never committed", "by cp.async", MMA,
+           "    ptx::cp_async_commit_group();\n", ""),
+    Mutant("no barrier after the copies of a block", "by cp.async", MMA,
+           "    __syncthreads();  // the block is there for all", "    // "),
+    Mutant("slot refilled while it is read", "by cp.async", MMA,
+           "slot == 0 ? C::kStages - 1 : slot - 1", "slot"),
+    Mutant("tile loaded before the last one is stored", "by cp.async", MMA,
+           "  __syncthreads();  // the last tile's slots have been read\n", ""),
+    Mutant("product laid over operands that are still read", "by cp.async", MMA,
+           "      __syncthreads();  // operands have been read: the product may take their place\n",
+           ""),
+    Mutant("swizzle of the copies and of ldmatrix differ", "by cp.async", MMA,
+           "(threadIdx.x % 8) ^ (row % 8)", "(threadIdx.x % 8) ^ (row % 4)"),
     Mutant("no barrier between a tile's two passes", "dual", GROUPS,
            "  __syncthreads();\n", ""),
     Mutant("rows' bound off by one", "dual", GROUPS,
@@ -197,7 +225,7 @@ def _compile(problem: Problem, edit: tuple[str, str, str] | None, folder: Path) 
         source.write_text(problem.source)
     options = [f"-I{folder}", *(f"-I{path}" for path in cpp_extension.include_paths())]
     options += ["-DTORCHEXT_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
-    sim.compile_cuda(source, options=options, keep=folder / "kernel.ptx")
+    sim.compile_cuda(source, arch=problem.arch, options=options, keep=folder / "kernel.ptx")
     return folder / "kernel.ptx"
 
 
@@ -216,6 +244,7 @@ def _bits(outputs: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
 def _run(problem: Problem, ptx: Path, seed: int, mode: str, checks: bool):
     """(outputs or None, kinds of findings)"""
     options = {"seed": seed, "completion": mode, "num_sms": problem.num_sms, "num_threads": 1}
+    options["compute_capability"] = problem.capability
     with sim.simulate(ptx=[ptx], checks=checks, **options) as simulation:
         try:
             outputs = problem.run()
@@ -257,7 +286,7 @@ def _same(outputs: tuple[torch.Tensor, ...], truth: list[torch.Tensor] | None) -
 
 def truth_of(problem: Problem) -> list[torch.Tensor]:
     """What the shipping kernel gives."""
-    with sim.simulate(num_sms=problem.num_sms):
+    with sim.simulate(num_sms=problem.num_sms, compute_capability=problem.capability):
         return _bits(problem.run())
 
 

@@ -1,11 +1,12 @@
-"""Every CUDA kernel that ships, under three schedules in each completion mode: no finding, and the
-same bits every time. Quantisers must equal the CPU kernels; GEMMs, whose tensor cores round
-otherwise, an exact product within the bound of docs/numerics.md."""
+"""Every CUDA kernel that ships, of every architecture, under three schedules in each completion
+mode: no finding, and the same bits every time. Quantisers must equal the CPU kernels; GEMMs, whose
+tensor cores round otherwise, an exact product within the bound of docs/numerics.md."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -31,22 +32,34 @@ QUANTISERS = [
 Outputs = tuple[torch.Tensor, ...]
 
 
-def cases() -> dict[str, Callable[[], Outputs]]:
+# Simulated GPUs, and the folders of _ptx whose kernels they launch first.
+FOLDERS = {90: ["90", "90a"], 89: ["89"], 80: ["80"], 75: ["75"]}
+
+
+@dataclass(frozen=True)
+class Case:
+    run: Callable[[], Outputs]
+    num_sms: int = 132  # few: large tiles
+
+
+def cases(capability: int) -> dict[str, Case]:
     """One call of an op for each kernel configuration, on ragged inputs of many magnitudes."""
-    found: dict[str, Callable[[], Outputs]] = {}
+    found: dict[str, Case] = {}
     generator = torch.Generator().manual_seed(0)
     wide = torch.randn(140, 200, generator=generator)
     wide *= torch.logspace(-4, 2, 140)[:, None]
-    for fp8 in FP8:
+    for fp8 in FP8 if capability != 80 else ():  # 8.0 takes the quantisers of 7.5
         for dtype in WIDE:
             x = wide.to(dtype)
             for op in QUANTISERS:
-                found[f"{op.__name__} {dtype} {fp8}"] = lambda op=op, x=x, fp8=fp8: op(x, dtype=fp8)
-    for fp8 in FP8:
+                found[f"{op.__name__} {dtype} {fp8}"] = Case(
+                    lambda op=op, x=x, fp8=fp8: op(x, dtype=fp8)
+                )
+    for fp8 in FP8 if capability != 80 else ():
         for dtype in WIDE:
             data, scale = ops.quantize_1x128(wide, dtype=fp8)
-            found[f"dequantize {fp8} {dtype}"] = lambda d=data, s=scale, t=dtype: (
-                ops.dequantize(d, s, out_dtype=t),
+            found[f"dequantize {fp8} {dtype}"] = Case(
+                lambda d=data, s=scale, t=dtype: (ops.dequantize(d, s, out_dtype=t),)
             )
     weight = torch.randn(136, 200, generator=generator)
     granularities = {
@@ -59,30 +72,38 @@ def cases() -> dict[str, Callable[[], Outputs]]:
             for b_dtype in FP8:
                 a, b = quantize_a(wide, dtype=a_dtype), quantize_b(weight, dtype=b_dtype)
                 for out_dtype in WIDE:
-                    found[f"fp8_gemm_nt {name} {a_dtype} {b_dtype} {out_dtype}"] = (
-                        lambda a=a, b=b, t=out_dtype: (ops.fp8_gemm_nt(*a, *b, out_dtype=t),)
-                    )
+                    for num_sms in (132,) if capability == 90 else (132, 2):
+                        label = f"fp8_gemm_nt {name} {a_dtype} {b_dtype} {out_dtype} {num_sms}"
+                        found[label] = Case(
+                            lambda a=a, b=b, t=out_dtype: (ops.fp8_gemm_nt(*a, *b, out_dtype=t),),
+                            num_sms,
+                        )
+                    if capability != 90:
+                        break  # one kernel for all: tests/gemm runs them
     return found
 
 
-CASES = cases()
-launched: set[str] = set()
+CASES = {
+    (capability, name): case for capability in FOLDERS for name, case in cases(capability).items()
+}
+launched: dict[int, set[str]] = {capability: set() for capability in FOLDERS}
 
 
 def bits(outputs: Outputs) -> list[torch.Tensor]:
     return [t.contiguous().view(torch.uint8) for t in outputs]
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_no_finding_and_the_same_bits(name: str) -> None:
-    run = CASES[name]
+@pytest.mark.parametrize(("capability", "name"), CASES)
+def test_no_finding_and_the_same_bits(capability: int, name: str) -> None:
+    run, num_sms = CASES[capability, name].run, CASES[capability, name].num_sms
     on_cpu = run()
     first: list[torch.Tensor] | None = None
     for seed, mode in RUNS:
-        with sim.simulate(seed=seed, completion=mode) as simulation:
+        options = {"seed": seed, "completion": mode, "num_sms": num_sms}
+        with sim.simulate(compute_capability=capability, **options) as simulation:
             outputs = run()
         assert all(report.ok for report in simulation.reports)
-        launched.update(report.kernel for report in simulation.reports)
+        launched[capability].update(report.kernel for report in simulation.reports)
         if first is None:
             first = bits(outputs)
         assert all(map(torch.equal, bits(outputs), first)), f"{seed=} {mode=}: other bits"
@@ -94,8 +115,16 @@ def test_no_finding_and_the_same_bits(name: str) -> None:
         assert first is not None and all(map(torch.equal, bits(on_cpu), first))
 
 
-def test_every_kernel_was_launched() -> None:
+@pytest.mark.parametrize("capability", FOLDERS)
+def test_every_kernel_was_launched(capability: int) -> None:
     """Runs after the above, and with all of them."""
     package = Path(torchext.__file__).parent
-    text = "".join(path.read_text() for path in (package / "_ptx").glob("*.ptx"))
-    assert launched == set(re.findall(r"\.visible \.entry (\w+)\(", text))
+    files = [file for name in FOLDERS[capability] for file in (package / "_ptx" / name).glob("*")]
+    text = "".join(file.read_text() for file in files)
+    assert launched[capability] >= set(re.findall(r"\.visible \.entry (\w+)\(", text)) != set()
+
+
+def test_every_folder_belongs_to_a_gpu() -> None:
+    package = Path(torchext.__file__).parent
+    folders = {path.name for path in (package / "_ptx").iterdir()}
+    assert folders == {name for names in FOLDERS.values() for name in names}

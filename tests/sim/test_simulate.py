@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import torchext
-from torchext import sim
+from torchext import _library, sim
 
 available, reason = torchext.is_available("sim")
 pytestmark = pytest.mark.skipif(not available, reason=reason)
@@ -23,7 +23,7 @@ def test_ops_run_their_kernels(completion):
     assert torch.equal(got[0].view(torch.uint8), expected[0].view(torch.uint8))
     assert torch.equal(got[1], expected[1])
     (report,) = simulation.reports
-    assert report.ok and report.kernel.startswith("sm90_quantize") and report.warp_instructions > 0
+    assert report.ok and report.kernel.startswith("quantize_1x128") and report.warp_instructions > 0
     quantize()
     assert len(simulation.reports) == 1, "outside the block, ops run on the CPU"
 
@@ -57,3 +57,43 @@ def test_a_kernel_that_does_not_end_raises_with_its_report():
         quantize()
     (report,) = simulation.reports
     assert {f.kind for f in report.findings} == {"instruction limit"}
+
+
+@pytest.mark.parametrize(
+    ("capability", "prefix"),
+    [(90, "sm90"), (89, "mma89"), (86, "mma80"), (80, "mma80"), (75, "plain")],
+)
+def test_launchers_choose_by_compute_capability(capability, prefix):
+    a, b = quantize(), torchext.ops.quantize_128x128(torch.randn(40, 300).bfloat16())
+    with sim.simulate(compute_capability=capability) as simulation:
+        torchext.ops.fp8_gemm_nt(*a, *b)
+    (report,) = simulation.reports
+    assert report.kernel.startswith(f"{prefix}_fp8_gemm_nt")
+
+
+@pytest.mark.parametrize("path", ["sm89", "sm80", "plain"])
+def test_a_later_gpu_can_be_made_to_run_earlier_kernels(path):
+    a, b = quantize(), torchext.ops.quantize_128x128(torch.randn(40, 300).bfloat16())
+    with sim.simulate() as simulation:
+        with _library.forced_path(path):
+            torchext.ops.fp8_gemm_nt(*a, *b)
+        torchext.ops.fp8_gemm_nt(*a, *b)
+    forced, own = (report.kernel for report in simulation.reports)
+    assert forced.startswith(("mma", "plain")) and own.startswith("sm90")
+
+
+def test_a_gpu_cannot_be_made_to_run_later_kernels():
+    a, b = quantize(), torchext.ops.quantize_128x128(torch.randn(40, 300).bfloat16())
+    with (
+        sim.simulate(compute_capability=80),
+        _library.forced_path("sm89"),
+        pytest.raises(RuntimeError, match="path 89, which were asked for, do not run on sm_80"),
+    ):
+        torchext.ops.fp8_gemm_nt(*a, *b)
+    with pytest.raises(ValueError, match=r"path must be one of 'sm90', .*\(got 'sm70'\)"):
+        _library.forced_path("sm70").__enter__()
+
+
+def test_an_unknown_gpu_is_refused():
+    with pytest.raises(ValueError, match=r"compute_capability must be one of 75, .*\(got 70\)"):
+        sim.simulate(compute_capability=70).__enter__()

@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m torchext.demo", description=__doc__)
-    on_gpu, reason = is_available("sm90")
+    on_gpu, reason = is_available("cuda")
     parser.add_argument("--steps", type=int, default=400, help="training steps of each run (400)")
     parser.add_argument(
         "--device",

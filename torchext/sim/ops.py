@@ -15,6 +15,7 @@ from .options import launch_options
 from .report import Report, report_from
 
 _PACKAGE = Path(__file__).resolve().parent.parent
+CAPABILITIES = (75, 80, 86, 87, 89, 90)
 _active: list[Any] = []  # of _sim.OpSimulator, innermost last
 
 
@@ -37,6 +38,20 @@ def _install(simulator: Any) -> None:
     library.torchext_set_simulator(None if simulator is None else simulator.interface)
 
 
+def _kernels(compute_capability: int) -> list[str]:
+    """The build's PTX that such a GPU can run, what suits it best first: that of its own
+    architecture, then of older ones; "90a" runs on 90 alone."""
+    folders = [path for path in (_PACKAGE / "_ptx").glob("*") if path.is_dir()]
+    usable = [
+        (int(path.name.rstrip("a")), path)
+        for path in folders
+        if path.name == f"{compute_capability}a"
+        or (path.name.isdecimal() and int(path.name) <= compute_capability)
+    ]
+    usable.sort(key=lambda pair: (-pair[0], pair[1].name))
+    return [str(file) for _, folder in usable for file in sorted(folder.glob("*.ptx"))]
+
+
 @contextmanager
 def simulate(
     *,
@@ -47,6 +62,7 @@ def simulate(
     num_threads: int = 0,
     num_sms: int = 132,
     max_instructions: int = 20_000_000_000,
+    compute_capability: int = 90,
     ptx: Sequence[str | Path] | None = None,
 ) -> Iterator[Simulation]:
     """Within it, torchext's ops on CPU tensors run their CUDA kernels on the simulator.
@@ -57,6 +73,8 @@ def simulate(
 
     Args:
         num_sms: of the simulated GPU, which persistent kernels fill.
+        compute_capability: of the simulated GPU: 75, 80, 86, 87, 89 or 90. Launchers choose their
+            kernels by it, as on a GPU.
         ptx: files to take the kernels from instead of the build's: changed kernels of the same
             names and parameters.
         others: as in `Module.launch`.
@@ -73,14 +91,18 @@ def simulate(
         num_sms=num_sms,
         max_instructions=max_instructions,
     )
-    files = sorted(str(path) for path in (_PACKAGE / "_ptx").glob("*.ptx") if ptx is None)
-    files += [str(path) for path in ptx or ()]
+    if compute_capability not in CAPABILITIES:
+        raise ValueError(
+            "torchext.sim.simulate: compute_capability must be one of "
+            f"{', '.join(map(str, CAPABILITIES))} (got {compute_capability!r})"
+        )
+    files = _kernels(compute_capability) if ptx is None else [str(path) for path in ptx]
     if not files:
         raise RuntimeError(
             "torchext.sim.simulate: this build of torchext has no PTX to simulate (no nvcc was "
             "found when it was built); reinstall torchext where nvcc is on PATH or CUDA_HOME is set"
         )
-    simulator = _sim.OpSimulator(files, options, 90)
+    simulator = _sim.OpSimulator(files, options, compute_capability)
     _active.append(simulator)
     _install(simulator)
     try:

@@ -3,10 +3,12 @@
 // and quantise it as quantize_1x128 does. FP8 leaves by TMA, scales from registers.
 #pragma once
 
-#include "../../quantize/sm90/numbers.cuh"
+#include "../../quantize/cuda/numbers.cuh"
 #include "epilogue.cuh"
 
 namespace torchext::sm90 {
+
+using quantizers::divide, quantizers::GroupScale, quantizers::kMantissa, quantizers::scale_of;
 
 // Within a few units in the last place (docs/numerics.md): exp by ex2.approx, a quotient by
 // div.approx.

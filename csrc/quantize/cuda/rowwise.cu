@@ -1,12 +1,14 @@
 // One scale a row. A block is eight warps, and one, two, four or eight of them share a row. Each
 // lane holds what of the row fits into four chunks of 16 elements in registers; rows longer than
-// 16,384 elements are read on for their largest magnitude, and once more, from L2, for the data.
+// 16,384 elements (before sm_89: 8,192) are read on for their largest magnitude, and once more,
+// from L2, for the data.
 #include "matrix.cuh"
 
-namespace torchext::sm90 {
+namespace torchext::quantizers {
 
 constexpr int kWarps = 8;
-constexpr int kHeld = 4;  // chunks of 16 elements a lane
+// Chunks of 16 elements a lane holds; fewer where converting to FP8 takes registers.
+constexpr int kHeld = kHasFp8Conversions ? 4 : 2;
 
 // `whole`: rows are aligned and end with a full chunk.
 template <class In, class Out, bool whole>
@@ -72,32 +74,32 @@ __device__ void quantize_rowwise(const Source& x, const Sink& out, uint32_t drop
     quantize_row<In, Out, false>(x, out, dropped_mantissa, warps_per_row);
 }
 
-#define KERNEL(In, Out)                                                                         \
-  extern "C" __global__ void __launch_bounds__(32 * kWarps) sm90_quantize_rowwise_##In##_##Out( \
-      Source x, Sink out, uint32_t dropped_mantissa, int warps_per_row) {                       \
-    quantize_rowwise<In, Out>(x, out, dropped_mantissa, warps_per_row);                         \
+#define KERNEL(In, Out)                                                                    \
+  extern "C" __global__ void __launch_bounds__(32 * kWarps) quantize_rowwise_##In##_##Out( \
+      Source x, Sink out, uint32_t dropped_mantissa, int warps_per_row) {                  \
+    quantize_rowwise<In, Out>(x, out, dropped_mantissa, warps_per_row);                    \
   }
-TORCHEXT_SM90_QUANTIZERS(KERNEL)
+TORCHEXT_QUANTIZERS(KERNEL)
 #undef KERNEL
 
-}  // namespace torchext::sm90
+}  // namespace torchext::quantizers
 
 namespace torchext {
 
-void quantize_rowwise_sm90(Device& device, const MatrixView& x, const QuantizeOptions& options,
+void quantize_rowwise_cuda(Device& device, const MatrixView& x, const QuantizeOptions& options,
                            const QuantizedView& out, Buffers buffers) {
-  using namespace sm90;
+  using namespace quantizers;
   if (x.rows == 0) return;
   const uint32_t dropped = options.pow2_scale ? kMantissa : 0;
   int warps_per_row = 1;
   while (warps_per_row < kWarps && x.cols > int64_t(warps_per_row) * 32 * 16 * kHeld)
     warps_per_row *= 2;
   const LaunchConfig config{grid_of(x.rows, kWarps / warps_per_row), {32 * kWarps}};
-#define LAUNCH(In, Out)                                                                        \
-  if (x.dtype == In::kDtype && options.e5m2 == Out::kE5m2)                                     \
-    return device.launch(TORCHEXT_KERNEL(sm90_quantize_rowwise_##In##_##Out), config, buffers, \
+#define LAUNCH(In, Out)                                                                   \
+  if (x.dtype == In::kDtype && options.e5m2 == Out::kE5m2)                                \
+    return device.launch(TORCHEXT_KERNEL(quantize_rowwise_##In##_##Out), config, buffers, \
                          source_of(x), sink_of(out), dropped, warps_per_row);
-  TORCHEXT_SM90_QUANTIZERS(LAUNCH)
+  TORCHEXT_QUANTIZERS(LAUNCH)
 #undef LAUNCH
 }
 

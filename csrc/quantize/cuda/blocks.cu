@@ -7,7 +7,7 @@
 // 16 rows of 4 columns out and turns them in registers.
 #include "matrix.cuh"
 
-namespace torchext::sm90 {
+namespace torchext::quantizers {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
@@ -117,25 +117,25 @@ __device__ void quantize_128x128(const Source& x, const Sink& out, const Transpo
 }
 
 #define KERNEL(In, Out)                                                                            \
-  extern "C" __global__ void __launch_bounds__(kThreads) sm90_quantize_128x128_##In##_##Out(       \
+  extern "C" __global__ void __launch_bounds__(kThreads) quantize_128x128_##In##_##Out(            \
       Source x, Sink out, uint32_t dropped_mantissa, uint32_t block_cols) {                        \
     quantize_128x128<In, Out, false>(x, out, {}, dropped_mantissa, block_cols);                    \
   }                                                                                                \
-  extern "C" __global__ void __launch_bounds__(kThreads) sm90_quantize_128x128_dual_##In##_##Out(  \
+  extern "C" __global__ void __launch_bounds__(kThreads) quantize_128x128_dual_##In##_##Out(       \
       Source x, Sink out, Transposed transposed, uint32_t dropped_mantissa, uint32_t block_cols) { \
     quantize_128x128<In, Out, true>(x, out, transposed, dropped_mantissa, block_cols);             \
   }
-TORCHEXT_SM90_QUANTIZERS(KERNEL)
+TORCHEXT_QUANTIZERS(KERNEL)
 #undef KERNEL
 
-}  // namespace torchext::sm90
+}  // namespace torchext::quantizers
 
 namespace torchext {
 
-void quantize_blocks_sm90(Device& device, const MatrixView& x, const QuantizeOptions& options,
+void quantize_blocks_cuda(Device& device, const MatrixView& x, const QuantizeOptions& options,
                           const QuantizedView& out, void* transposed_data,
                           int64_t transposed_stride, Buffers buffers) {
-  using namespace sm90;
+  using namespace quantizers;
   if (x.rows == 0 || x.cols == 0) return;
   const uint32_t dropped = options.pow2_scale ? kMantissa : 0;
   const int64_t block_cols = ceil_div(x.cols, kGroup);
@@ -143,15 +143,15 @@ void quantize_blocks_sm90(Device& device, const MatrixView& x, const QuantizeOpt
   const Transposed transposed{static_cast<uint8_t*>(transposed_data), transposed_stride};
   TORCHEXT_CHECK(is_aligned(transposed.data, transposed.stride),
                  "quantised rows must start at multiples of 16 bytes");
-#define LAUNCH(In, Out)                                                                          \
-  if (x.dtype == In::kDtype && options.e5m2 == Out::kE5m2) {                                     \
-    if (transposed_data == nullptr)                                                              \
-      return device.launch(TORCHEXT_KERNEL(sm90_quantize_128x128_##In##_##Out), config, buffers, \
-                           source_of(x), sink_of(out), dropped, block_cols);                     \
-    return device.launch(TORCHEXT_KERNEL(sm90_quantize_128x128_dual_##In##_##Out), config,       \
-                         buffers, source_of(x), sink_of(out), transposed, dropped, block_cols);  \
+#define LAUNCH(In, Out)                                                                        \
+  if (x.dtype == In::kDtype && options.e5m2 == Out::kE5m2) {                                   \
+    if (transposed_data == nullptr)                                                            \
+      return device.launch(TORCHEXT_KERNEL(quantize_128x128_##In##_##Out), config, buffers,    \
+                           source_of(x), sink_of(out), dropped, block_cols);                   \
+    return device.launch(TORCHEXT_KERNEL(quantize_128x128_dual_##In##_##Out), config, buffers, \
+                         source_of(x), sink_of(out), transposed, dropped, block_cols);         \
   }
-  TORCHEXT_SM90_QUANTIZERS(LAUNCH)
+  TORCHEXT_QUANTIZERS(LAUNCH)
 #undef LAUNCH
 }
 

@@ -11,7 +11,7 @@
 // conflict.
 #include "matrix.cuh"
 
-namespace torchext::sm90 {
+namespace torchext::quantizers {
 
 static_assert(kGroup == 8 * 16, "eight lanes of 16 elements share a group");
 
@@ -59,12 +59,12 @@ __device__ void quantize_1x128(const Source& x, const Sink& out, uint32_t droppe
     quantize_rows<In, Out, false>(x, out, dropped_mantissa, row, group);
 }
 
-#define KERNEL(In, Out)                                                                       \
-  extern "C" __global__ void __launch_bounds__(32 * kWarps) sm90_quantize_1x128_##In##_##Out( \
-      Source x, Sink out, uint32_t dropped_mantissa, uint32_t groups) {                       \
-    quantize_1x128<In, Out>(x, out, dropped_mantissa, groups);                                \
+#define KERNEL(In, Out)                                                                  \
+  extern "C" __global__ void __launch_bounds__(32 * kWarps) quantize_1x128_##In##_##Out( \
+      Source x, Sink out, uint32_t dropped_mantissa, uint32_t groups) {                  \
+    quantize_1x128<In, Out>(x, out, dropped_mantissa, groups);                           \
   }
-TORCHEXT_SM90_QUANTIZERS(KERNEL)
+TORCHEXT_QUANTIZERS(KERNEL)
 #undef KERNEL
 
 // ---- along columns, or both ways ----
@@ -183,28 +183,28 @@ __device__ void quantize_1x128_tile(const Source& x, const Sink& out, const Sink
                                                  group);
 }
 
-#define KERNEL(In, Out)                                                                        \
-  extern "C" __global__ void __launch_bounds__(kTileThreads, In::kPerWord == 2 ? 4 : 2)        \
-      sm90_quantize_1x128_t_##In##_##Out(Source x, Sink transposed, uint32_t dropped_mantissa, \
-                                         uint32_t groups) {                                    \
-    quantize_1x128_tile<In, Out, false>(x, {}, transposed, dropped_mantissa, groups);          \
-  }                                                                                            \
-  extern "C" __global__ void __launch_bounds__(kTileThreads, In::kPerWord == 2 ? 4 : 2)        \
-      sm90_quantize_1x128_dual_##In##_##Out(Source x, Sink out, Sink transposed,               \
-                                            uint32_t dropped_mantissa, uint32_t groups) {      \
-    quantize_1x128_tile<In, Out, true>(x, out, transposed, dropped_mantissa, groups);          \
+#define KERNEL(In, Out)                                                                   \
+  extern "C" __global__ void __launch_bounds__(kTileThreads, In::kPerWord == 2 ? 4 : 2)   \
+      quantize_1x128_t_##In##_##Out(Source x, Sink transposed, uint32_t dropped_mantissa, \
+                                    uint32_t groups) {                                    \
+    quantize_1x128_tile<In, Out, false>(x, {}, transposed, dropped_mantissa, groups);     \
+  }                                                                                       \
+  extern "C" __global__ void __launch_bounds__(kTileThreads, In::kPerWord == 2 ? 4 : 2)   \
+      quantize_1x128_dual_##In##_##Out(Source x, Sink out, Sink transposed,               \
+                                       uint32_t dropped_mantissa, uint32_t groups) {      \
+    quantize_1x128_tile<In, Out, true>(x, out, transposed, dropped_mantissa, groups);     \
   }
-TORCHEXT_SM90_QUANTIZERS(KERNEL)
+TORCHEXT_QUANTIZERS(KERNEL)
 #undef KERNEL
 
-}  // namespace torchext::sm90
+}  // namespace torchext::quantizers
 
 namespace torchext {
 
-void quantize_groups_sm90(Device& device, const MatrixView& x, const QuantizeOptions& options,
+void quantize_groups_cuda(Device& device, const MatrixView& x, const QuantizeOptions& options,
                           const QuantizedView* row, const QuantizedView* transposed,
                           Buffers buffers) {
-  using namespace sm90;
+  using namespace quantizers;
   if (x.rows == 0 || x.cols == 0) return;
   const Source source = source_of(x);
   const uint32_t dropped = options.pow2_scale ? kMantissa : 0;
@@ -212,24 +212,24 @@ void quantize_groups_sm90(Device& device, const MatrixView& x, const QuantizeOpt
   if (transposed == nullptr) {
     const int64_t tiles = ceil_div(x.rows, kRowsPerWarp) * groups;
     const LaunchConfig config{grid_of(tiles, kWarps), {32 * kWarps}};
-#define LAUNCH(In, Out)                                                                      \
-  if (x.dtype == In::kDtype && options.e5m2 == Out::kE5m2)                                   \
-    return device.launch(TORCHEXT_KERNEL(sm90_quantize_1x128_##In##_##Out), config, buffers, \
-                         source, sink_of(*row), dropped, groups);
-    TORCHEXT_SM90_QUANTIZERS(LAUNCH)
+#define LAUNCH(In, Out)                                                                         \
+  if (x.dtype == In::kDtype && options.e5m2 == Out::kE5m2)                                      \
+    return device.launch(TORCHEXT_KERNEL(quantize_1x128_##In##_##Out), config, buffers, source, \
+                         sink_of(*row), dropped, groups);
+    TORCHEXT_QUANTIZERS(LAUNCH)
 #undef LAUNCH
   }
   LaunchConfig config{grid_of(ceil_div(x.rows, kGroup) * groups, 1), {kTileThreads}};
   config.shared_bytes = uint32_t(kTile * kTile * element_size(x.dtype));
-#define LAUNCH(In, Out)                                                                           \
-  if (x.dtype == In::kDtype && options.e5m2 == Out::kE5m2) {                                      \
-    if (row == nullptr)                                                                           \
-      return device.launch(TORCHEXT_KERNEL(sm90_quantize_1x128_t_##In##_##Out), config, buffers,  \
-                           source, sink_of(*transposed), dropped, groups);                        \
-    return device.launch(TORCHEXT_KERNEL(sm90_quantize_1x128_dual_##In##_##Out), config, buffers, \
-                         source, sink_of(*row), sink_of(*transposed), dropped, groups);           \
+#define LAUNCH(In, Out)                                                                      \
+  if (x.dtype == In::kDtype && options.e5m2 == Out::kE5m2) {                                 \
+    if (row == nullptr)                                                                      \
+      return device.launch(TORCHEXT_KERNEL(quantize_1x128_t_##In##_##Out), config, buffers,  \
+                           source, sink_of(*transposed), dropped, groups);                   \
+    return device.launch(TORCHEXT_KERNEL(quantize_1x128_dual_##In##_##Out), config, buffers, \
+                         source, sink_of(*row), sink_of(*transposed), dropped, groups);      \
   }
-  TORCHEXT_SM90_QUANTIZERS(LAUNCH)
+  TORCHEXT_QUANTIZERS(LAUNCH)
 #undef LAUNCH
 }
 

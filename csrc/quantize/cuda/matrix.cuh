@@ -5,7 +5,7 @@
 #include "../../runtime/check.h"
 #include "formats.cuh"
 
-namespace torchext::sm90 {
+namespace torchext::quantizers {
 
 struct Source {
   const uint8_t* data;
@@ -123,4 +123,4 @@ inline Dim3 grid_of(int64_t tiles, int64_t tiles_per_block) {
   return {uint32_t(ceil_div(tiles, tiles_per_block))};
 }
 
-}  // namespace torchext::sm90
+}  // namespace torchext::quantizers

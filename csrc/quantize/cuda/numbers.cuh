@@ -1,5 +1,5 @@
 // The arithmetic of a quantiser, shared by every kernel here and, since it is plain C++, run by the
-// host in tests/quantize/sm90_numbers.cpp, which checks the claims below. Numbers:
+// host in tests/quantize/cuda_numbers.cpp, which checks the claims below. Numbers:
 // docs/numerics.md.
 #pragma once
 
@@ -13,7 +13,7 @@
 #define TORCHEXT_NUMBERS inline
 #endif
 
-namespace torchext::sm90 {
+namespace torchext::quantizers {
 
 TORCHEXT_NUMBERS float float_of(uint32_t bits) {
   float value;
@@ -72,4 +72,4 @@ TORCHEXT_NUMBERS float divide(float lifted_x, const GroupScale& s) {
   return fmaf(-negated_remainder, s.reciprocal, quotient);
 }
 
-}  // namespace torchext::sm90
+}  // namespace torchext::quantizers

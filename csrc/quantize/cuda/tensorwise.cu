@@ -3,7 +3,7 @@
 // quantiser walks the input backwards, since its end is what the reduction has left in L2.
 #include "matrix.cuh"
 
-namespace torchext::sm90 {
+namespace torchext::quantizers {
 
 constexpr int kWarps = 8;
 constexpr int kChunks = 4;  // of 16 elements a lane
@@ -38,7 +38,7 @@ __device__ Elements16<In> load(const Source& x, const Chunk& c) {
     return load16<In>(address, x.col_stride, x.aligned, c.valid);
 }
 
-extern "C" __global__ void sm90_zero_amax(uint32_t* amax) {
+extern "C" __global__ void zero_amax(uint32_t* amax) {
   *amax = 0;
 }
 
@@ -93,30 +93,30 @@ __device__ void quantize_tensorwise(const Source& x, const Sink& out, const uint
     quantize_tile<In, Out, false>(x, out, *amax, dropped_mantissa, tiles, tile);
 }
 
-#define KERNEL(In)                                            \
-  extern "C" __global__ void __launch_bounds__(32 * kWarps)   \
-      sm90_amax_##In(Source x, Tiles tiles, uint32_t* amax) { \
-    reduce_amax<In>(x, tiles, amax);                          \
+#define KERNEL(In)                                          \
+  extern "C" __global__ void __launch_bounds__(32 * kWarps) \
+      amax_##In(Source x, Tiles tiles, uint32_t* amax) {    \
+    reduce_amax<In>(x, tiles, amax);                        \
   }
-TORCHEXT_SM90_INPUTS(KERNEL)
+TORCHEXT_INPUTS(KERNEL)
 #undef KERNEL
 
-#define KERNEL(In, Out)                                                                            \
-  extern "C" __global__ void __launch_bounds__(32 * kWarps) sm90_quantize_tensorwise_##In##_##Out( \
-      Source x, Sink out, const uint32_t* amax, uint32_t dropped_mantissa, Tiles tiles) {          \
-    quantize_tensorwise<In, Out>(x, out, amax, dropped_mantissa, tiles);                           \
+#define KERNEL(In, Out)                                                                       \
+  extern "C" __global__ void __launch_bounds__(32 * kWarps) quantize_tensorwise_##In##_##Out( \
+      Source x, Sink out, const uint32_t* amax, uint32_t dropped_mantissa, Tiles tiles) {     \
+    quantize_tensorwise<In, Out>(x, out, amax, dropped_mantissa, tiles);                      \
   }
-TORCHEXT_SM90_QUANTIZERS(KERNEL)
+TORCHEXT_QUANTIZERS(KERNEL)
 #undef KERNEL
 
-}  // namespace torchext::sm90
+}  // namespace torchext::quantizers
 
 namespace torchext {
 
-void quantize_tensorwise_sm90(Device& device, const MatrixView& view,
+void quantize_tensorwise_cuda(Device& device, const MatrixView& view,
                               const QuantizeOptions& options, const QuantizedView& out,
                               uint32_t* amax_bits, Buffers buffers) {
-  using namespace sm90;
+  using namespace quantizers;
   if (view.rows == 0 || view.cols == 0) return;
   const uint32_t dropped = options.pow2_scale ? kMantissa : 0;
   MatrixView x = view;
@@ -130,18 +130,17 @@ void quantize_tensorwise_sm90(Device& device, const MatrixView& view,
   LaunchConfig reduction = config;
   reduction.grid.x = std::min(config.grid.x, 4 * uint32_t(device.properties().sm_count));
 
-  device.launch(TORCHEXT_KERNEL(sm90_zero_amax), {{1}, {1}}, buffers, amax_bits);
-#define LAUNCH(In)                                                                          \
-  if (x.dtype == In::kDtype)                                                                \
-    device.launch(TORCHEXT_KERNEL(sm90_amax_##In), reduction, buffers, source_of(x), tiles, \
-                  amax_bits);
-  TORCHEXT_SM90_INPUTS(LAUNCH)
+  device.launch(TORCHEXT_KERNEL(zero_amax), {{1}, {1}}, buffers, amax_bits);
+#define LAUNCH(In)           \
+  if (x.dtype == In::kDtype) \
+    device.launch(TORCHEXT_KERNEL(amax_##In), reduction, buffers, source_of(x), tiles, amax_bits);
+  TORCHEXT_INPUTS(LAUNCH)
 #undef LAUNCH
-#define LAUNCH(In, Out)                                                                           \
-  if (x.dtype == In::kDtype && options.e5m2 == Out::kE5m2)                                        \
-    return device.launch(TORCHEXT_KERNEL(sm90_quantize_tensorwise_##In##_##Out), config, buffers, \
+#define LAUNCH(In, Out)                                                                      \
+  if (x.dtype == In::kDtype && options.e5m2 == Out::kE5m2)                                   \
+    return device.launch(TORCHEXT_KERNEL(quantize_tensorwise_##In##_##Out), config, buffers, \
                          source_of(x), sink_of(out), amax_bits, dropped, tiles);
-  TORCHEXT_SM90_QUANTIZERS(LAUNCH)
+  TORCHEXT_QUANTIZERS(LAUNCH)
 #undef LAUNCH
 }
 

@@ -1,13 +1,13 @@
-// Checks on the host what csrc/quantize/sm90/numbers.cuh claims: scales against a true division,
+// Checks on the host what csrc/quantize/cuda/numbers.cuh claims: scales against a true division,
 // and quotients, rounded to FP8, against the FP8 of the correctly rounded FP32 quotient. Prints
 // every kind of mismatch once and returns how many kinds there were.
-#include "../../csrc/quantize/sm90/numbers.cuh"
+#include "../../csrc/quantize/cuda/numbers.cuh"
 
 #include <cstdio>
 #include <cstdlib>
 #include <random>
 
-using namespace torchext::sm90;
+using namespace torchext::quantizers;
 
 namespace {
 

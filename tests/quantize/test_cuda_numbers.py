@@ -1,4 +1,4 @@
-"""The arithmetic of the Hopper quantisers, which is plain C++, run on the host."""
+"""The arithmetic of the CUDA quantisers, which is plain C++, run on the host."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import os
 import subprocess
 from pathlib import Path
 
-SOURCE = Path(__file__).with_name("sm90_numbers.cpp")
+SOURCE = Path(__file__).with_name("cuda_numbers.cpp")
 
 
 def test_scales_and_quotients_are_those_of_a_true_division(tmp_path: Path) -> None:
-    program = tmp_path / "sm90_numbers"
+    program = tmp_path / "cuda_numbers"
     compiler = os.environ.get("CXX", "c++")
     # Where fmaf is an instruction, GCC folds a negation into it and loses the sign of a zero.
     exact = ["-ffp-contract=off", "-fno-builtin-fmaf"]

@@ -4,11 +4,11 @@
 // names.
 #pragma once
 
-#include "../../../ptx/isa/convert.h"
+#include "../../runtime/conversions.cuh"
 #include "../quantize.h"
 #include "numbers.cuh"
 
-namespace torchext::sm90 {
+namespace torchext::quantizers {
 
 struct bf16 {
   static constexpr ScalarType kDtype = ScalarType::BFloat16;
@@ -20,9 +20,7 @@ struct bf16 {
     return float_of(i == 0 ? word << 16 : word & 0xffff0000);
   }
   static __device__ uint32_t larger(uint32_t a, uint32_t b) { return __vmaxu2(a, b); }
-  static __device__ uint32_t pack(float high, float low) {
-    return ptx::cvt_rn_bf16x2_f32(high, low);
-  }
+  static __device__ uint32_t pack(float high, float low) { return pack_bf16(high, low); }
 };
 
 struct f16 {
@@ -35,9 +33,7 @@ struct f16 {
     return ptx::cvt_f32_f16(uint16_t(i == 0 ? word : word >> 16));
   }
   static __device__ uint32_t larger(uint32_t a, uint32_t b) { return __vmaxu2(a, b); }
-  static __device__ uint32_t pack(float high, float low) {
-    return ptx::cvt_rn_f16x2_f32(high, low);
-  }
+  static __device__ uint32_t pack(float high, float low) { return pack_f16(high, low); }
 };
 
 struct f32 {
@@ -59,20 +55,16 @@ struct e4m3 {
   static constexpr bool kE5m2 = false;
   static constexpr float kMax = 448.0f;
 
-  static __device__ uint16_t pack(float high, float low) {
-    return ptx::cvt_rn_satfinite_e4m3x2_f32(high, low);
-  }
-  static __device__ uint32_t unpack_f16x2(uint16_t pair) { return ptx::cvt_rn_f16x2_e4m3x2(pair); }
+  static __device__ uint16_t pack(float high, float low) { return pack_e4m3(high, low); }
+  static __device__ void unpack(uint16_t pair, float (&values)[2]) { unpack_e4m3(pair, values); }
 };
 
 struct e5m2 {
   static constexpr bool kE5m2 = true;
   static constexpr float kMax = 57344.0f;
 
-  static __device__ uint16_t pack(float high, float low) {
-    return ptx::cvt_rn_satfinite_e5m2x2_f32(high, low);
-  }
-  static __device__ uint32_t unpack_f16x2(uint16_t pair) { return ptx::cvt_rn_f16x2_e5m2x2(pair); }
+  static __device__ uint16_t pack(float high, float low) { return pack_e5m2(high, low); }
+  static __device__ void unpack(uint16_t pair, float (&values)[2]) { unpack_e5m2(pair, values); }
 };
 
 // 16 consecutive elements of a row: what a lane handles at a time.
@@ -145,12 +137,12 @@ __device__ uint4 quantize16(const Elements16<In>& e, const GroupScale& s) {
   return quantize16<In, Out>([&](int i) { return e.at(i); }, s);
 }
 
-}  // namespace torchext::sm90
+}  // namespace torchext::quantizers
 
 // Every input, and every (input, output) pair, for which a quantiser exists.
 // clang-format off
-#define TORCHEXT_SM90_INPUTS(APPLY) APPLY(bf16) APPLY(f16) APPLY(f32)
-#define TORCHEXT_SM90_QUANTIZERS(APPLY)               \
+#define TORCHEXT_INPUTS(APPLY) APPLY(bf16) APPLY(f16) APPLY(f32)
+#define TORCHEXT_QUANTIZERS(APPLY)               \
   APPLY(bf16, e4m3) APPLY(f16, e4m3) APPLY(f32, e4m3) \
   APPLY(bf16, e5m2) APPLY(f16, e5m2) APPLY(f32, e5m2)
 // clang-format on

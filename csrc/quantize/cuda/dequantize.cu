@@ -2,7 +2,7 @@
 // takes 16 rows, so that M-major scales arrive as whole sectors.
 #include "matrix.cuh"
 
-namespace torchext::sm90 {
+namespace torchext::quantizers {
 
 constexpr int kWarps = 4;
 constexpr int kRowsPerLane = 4;
@@ -73,8 +73,8 @@ __device__ void dequantize_rows(const Source& x, const Scales& scales, const Res
         Elements16<Out> result;
 #pragma unroll
         for (int j = 0; j < 16; j += 2) {
-          const uint32_t pair = In::unpack_f16x2(uint16_t(e.words[j / 4] >> j % 4 * 8));
-          const float values[2] = {f16::element(pair, 0), f16::element(pair, 1)};
+          float values[2];
+          In::unpack(uint16_t(e.words[j / 4] >> j % 4 * 8), values);
           result.words[j / Out::kPerWord] = scaled_word<Out>(values, scale);
           if constexpr (Out::kPerWord == 1)
             result.words[j + 1] = scaled_word<Out>(values + 1, scale);
@@ -98,15 +98,15 @@ __device__ void dequantize(const Source& x, const Scales& scales, const Result& 
     dequantize_rows<In, Out, false>(x, scales, y, row, col);
 }
 
-#define KERNEL(Out, In)                                                                     \
-  extern "C" __global__ void __launch_bounds__(32 * kWarps)                                 \
-      sm90_dequantize_##In##_##Out(Source x, Scales scales, Result y, uint32_t tile_cols) { \
-    dequantize<In, Out>(x, scales, y, tile_cols);                                           \
+#define KERNEL(Out, In)                                                                \
+  extern "C" __global__ void __launch_bounds__(32 * kWarps)                            \
+      dequantize_##In##_##Out(Source x, Scales scales, Result y, uint32_t tile_cols) { \
+    dequantize<In, Out>(x, scales, y, tile_cols);                                      \
   }
-TORCHEXT_SM90_QUANTIZERS(KERNEL)
+TORCHEXT_QUANTIZERS(KERNEL)
 #undef KERNEL
 
-}  // namespace torchext::sm90
+}  // namespace torchext::quantizers
 
 namespace torchext {
 namespace {
@@ -122,8 +122,8 @@ int shift_of(int64_t group, int64_t count) {
 
 }  // namespace
 
-void dequantize_sm90(Device& device, const DequantizeView& view, Buffers buffers) {
-  using namespace sm90;
+void dequantize_cuda(Device& device, const DequantizeView& view, Buffers buffers) {
+  using namespace quantizers;
   if (view.rows == 0 || view.cols == 0) return;
   TORCHEXT_CHECK(view.col_group >= std::min<int64_t>(view.cols, 16), "dequantize: groups of ",
                  view.col_group, " columns");
@@ -140,11 +140,11 @@ void dequantize_sm90(Device& device, const DequantizeView& view, Buffers buffers
   const int64_t tile_cols = ceil_div(view.cols, kTileCols);
   const int64_t tiles = ceil_div(view.rows, kRowsPerWarp) * tile_cols;
   const LaunchConfig config{grid_of(tiles, kWarps), {32 * kWarps}};
-#define LAUNCH(Out, In)                                                                          \
-  if (view.y_dtype == Out::kDtype && view.e5m2 == In::kE5m2)                                     \
-    return device.launch(TORCHEXT_KERNEL(sm90_dequantize_##In##_##Out), config, buffers, source, \
+#define LAUNCH(Out, In)                                                                     \
+  if (view.y_dtype == Out::kDtype && view.e5m2 == In::kE5m2)                                \
+    return device.launch(TORCHEXT_KERNEL(dequantize_##In##_##Out), config, buffers, source, \
                          scales, result, tile_cols);
-  TORCHEXT_SM90_QUANTIZERS(LAUNCH)
+  TORCHEXT_QUANTIZERS(LAUNCH)
 #undef LAUNCH
 }
 

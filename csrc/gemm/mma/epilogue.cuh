@@ -1,0 +1,196 @@
+// The epilogue of a tile, shared by all kernels here: its product lies in shared memory as FP32,
+// row after row. A warp takes a row at a time, a lane four columns: row-wise scales, bias, old
+// output, rounding and store; or an activation, the largest magnitude over the row's 128, and FP8.
+#pragma once
+
+#include "../../quantize/cuda/numbers.cuh"
+#include "../../runtime/conversions.cuh"
+#include "kernels.h"
+#include "ptx/isa/memory.h"
+#include "schedule.cuh"
+
+namespace torchext::mma {
+
+// Calls body(load), where load(data, i) reads element i of an array of `dtype` as FP32: one branch
+// for all the loads in `body`.
+template <class Body>
+__device__ __forceinline__ void with_loader(ScalarType dtype, const Body& body) {
+  if (dtype == ScalarType::Float)
+    body([](const void* data, int64_t i) { return static_cast<const float*>(data)[i]; });
+  else if (dtype == ScalarType::BFloat16)
+    body([](const void* data, int64_t i) {
+      return ptx::cvt_f32_bf16(static_cast<const uint16_t*>(data)[i]);
+    });
+  else
+    body([](const void* data, int64_t i) {
+      return ptx::cvt_f32_f16(static_cast<const uint16_t*>(data)[i]);
+    });
+}
+
+// Floats between rows, so that the fragments of mma meet no bank conflict.
+constexpr int kTilePitch = kTileN + 4;
+
+// Where b, its scales and bias begin for a tile: M-grouped operands hold one group after another.
+struct GroupOperand {
+  const uint8_t* b;
+  const float* scale;
+  int64_t bias;  // index of column 0
+
+  __device__ GroupOperand(const GemmProblem& p, uint32_t group) {
+    const bool one = p.grouping == Grouping::kNone || p.grouping == Grouping::kAlongK;
+    const int64_t g = one ? 0 : group;
+    b = static_cast<const uint8_t*>(p.b) + g * p.n * p.b_stride;
+    scale = p.b_scale + g * p.b_scale_batch;
+    bias = g * p.n;
+  }
+};
+
+// `gate` of SwiGLU; otherwise unused.
+__device__ __forceinline__ float activated(Activation activation, float gate, float x) {
+  switch (activation) {
+    case Activation::kSwiGLU:
+      return gate / (1.0f + expf(-gate)) * x;
+    case Activation::kGELU:
+      return 0.5f * x * erfcf(x * -0.70710678f);  // exact in the tail
+    case Activation::kGELUTanh:
+      // (1 + tanh u) / 2 = 1 / (1 + e^(-2u))
+      return x / (1.0f + expf(-1.5957691f * (x + 0.044715f * x * x * x)));
+    case Activation::kReLU2:
+      return x > 0 ? x * x : x == x ? 0.0f : x;
+    default:
+      return x;
+  }
+}
+
+// Row-wise scale and bias of a lane's four columns, from row b_row of b on.
+struct LaneColumns {
+  float scale[4], bias[4];
+
+  __device__ LaneColumns(const GemmProblem& p, const GroupOperand& group, uint32_t b_row,
+                         uint32_t count) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      scale[i] = 1;
+      bias[i] = 0;
+      if (i >= int(count)) continue;
+      if (p.granularity == Granularity::kRowwise)
+        scale[i] = ptx::ld_global_nc_f32(group.scale + (b_row + i) * p.b_scale_row);
+      if (p.bias != nullptr)
+        with_loader(p.bias_dtype,
+                    [&](auto load) { bias[i] = load(p.bias, group.bias + b_row + i); });
+    }
+  }
+
+  __device__ void finish(float row_scale, const float* product, float (&x)[4]) const {
+    const float4 values = *reinterpret_cast<const float4*>(product);
+    x[0] = values.x * (row_scale * scale[0]) + bias[0];
+    x[1] = values.y * (row_scale * scale[1]) + bias[1];
+    x[2] = values.z * (row_scale * scale[2]) + bias[2];
+    x[3] = values.w * (row_scale * scale[3]) + bias[3];
+  }
+};
+
+// The first `count` of four elements.
+__device__ __forceinline__ void store_four(const KernelParams& params, int64_t offset,
+                                           const float (&x)[4], uint32_t count) {
+  const GemmProblem& p = params.problem;
+  if (p.out_dtype == ScalarType::Float) {
+    float* out = static_cast<float*>(p.out) + offset;
+    if (params.aligned_rows && count == 4) {
+      *reinterpret_cast<float4*>(out) = {x[0], x[1], x[2], x[3]};
+      return;
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (i < int(count)) out[i] = x[i];
+    return;
+  }
+  uint16_t* out = static_cast<uint16_t*>(p.out) + offset;
+  const bool bf16 = p.out_dtype == ScalarType::BFloat16;
+  const uint32_t pairs[2] = {bf16 ? pack_bf16(x[1], x[0]) : pack_f16(x[1], x[0]),
+                             bf16 ? pack_bf16(x[3], x[2]) : pack_f16(x[3], x[2])};
+  if (params.aligned_rows && count == 4) {
+    *reinterpret_cast<uint2*>(out) = {pairs[0], pairs[1]};
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    if (i < int(count)) out[i] = uint16_t(pairs[i / 2] >> i % 2 * 16);
+}
+
+// The same of FP8, quantised with the whole warp's values, and their scale.
+__device__ __forceinline__ void quantize_four(const KernelParams& params, const Tile& tile,
+                                              uint32_t row, const float (&x)[4], uint32_t count) {
+  const GemmProblem& p = params.problem;
+  const bool e5m2 = p.out_dtype == ScalarType::Float8_e5m2;
+  uint32_t most = 0;
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    if (i < int(count)) most = max(most, __float_as_uint(x[i]) & 0x7fffffff);
+#pragma unroll
+  for (int distance = 1; distance < 32; distance *= 2)
+    most = max(most, __shfl_xor_sync(~0u, most, distance));
+  const auto s = quantizers::scale_of(most, e5m2 ? 57344.0f : 448.0f,
+                                      p.pow2_scale ? quantizers::kMantissa : 0);
+  if (threadIdx.x % 32 == 0) p.out_scale[row + tile.column / kGroup * p.out_scale_group] = s.scale;
+  float q[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) q[i] = quantizers::divide(x[i] * s.lift, s);
+  const uint32_t low = e5m2 ? pack_e5m2(q[1], q[0]) : pack_e4m3(q[1], q[0]);
+  const uint32_t codes = low | uint32_t(e5m2 ? pack_e5m2(q[3], q[2]) : pack_e4m3(q[3], q[2])) << 16;
+  uint8_t* out =
+      static_cast<uint8_t*>(p.out) + row * p.out_stride + tile.column + threadIdx.x % 32 * 4;
+  if (count == 4 && params.aligned_rows) {
+    *reinterpret_cast<uint32_t*>(out) = codes;
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    if (i < int(count)) out[i] = uint8_t(codes >> 8 * i);
+}
+
+// Of SwiGLU, `gate` holds the product with the first half of b's rows; else it is not read.
+template <int kTileM>
+__device__ __forceinline__ void finish_tile(const KernelParams& params, const Tile& tile,
+                                            const GroupOperand& group, const float* product,
+                                            const float* gate) {
+  const GemmProblem& p = params.problem;
+  if (p.accumulate && tile.k_begin == tile.k_end && p.grouping == Grouping::kAlongK) return;
+  const bool gated = p.activation == Activation::kSwiGLU;
+  const uint32_t lane_column = threadIdx.x % 32 * 4;
+  const uint32_t column = tile.column + lane_column;
+  const uint32_t count = column < params.width ? min(params.width - column, 4u) : 0;
+  const LaneColumns columns(p, group, column + (gated ? params.width : 0), count);
+  const int64_t first =
+      column + (p.grouping == Grouping::kAlongK ? tile.group * p.out_group_stride : 0);
+#pragma unroll 1
+  for (int i = threadIdx.x / 32; i < kTileM; i += blockDim.x / 32) {
+    const uint32_t row = tile.row + i;
+    if (!holds(p, tile, row)) continue;
+    const float row_scale = p.granularity == Granularity::kRowwise
+                                ? ptx::ld_global_nc_f32(p.a_scale + row * p.a_scale_row)
+                                : 1;
+    float x[4];
+    columns.finish(row_scale, product + i * kTilePitch + lane_column, x);
+    if (p.activation != Activation::kNone) {
+      float g[4] = {};
+      if (gated)
+        LaneColumns(p, group, column, count)
+            .finish(row_scale, gate + i * kTilePitch + lane_column, g);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) x[j] = activated(p.activation, g[j], x[j]);
+      quantize_four(params, tile, row, x, count);
+      continue;
+    }
+    const int64_t offset = first + row * p.out_stride;
+    if (p.accumulate)
+      with_loader(p.out_dtype, [&](auto load) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+          if (j < int(count)) x[j] += load(p.out, offset + j);
+      });
+    store_four(params, offset, x, count);
+  }
+}
+
+}  // namespace torchext::mma

@@ -1,0 +1,4 @@
+// The kernels of ../mma/fp8_gemm_nt.cuh for sm_80: scales applied once, after all of K.
+#include "../mma/fp8_gemm_nt.cuh"
+
+TORCHEXT_MMA_KERNELS(mma80_fp8_gemm_nt_rowwise, Sm80, kRowwise)
