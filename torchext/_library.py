@@ -38,7 +38,7 @@ def load(path: Path = PACKAGE / "_C.so") -> None:
 
 
 def op_library() -> ctypes.CDLL:
-    """The compiled ops as a C library, for what is no op: the simulator's seam, kernel selection."""
+    """The compiled ops as a C library, for what is no op: the simulator's seam, say."""
     return ctypes.CDLL(str(PACKAGE / "_C.so"))
 
 

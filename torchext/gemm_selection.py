@@ -1,9 +1,9 @@
 """Which Hopper kernel an FP8 GEMM runs, and why.
 
-`explain_gemm` shows what the library would choose for a problem: from a table measured on a GPU where
-it has the problem, else by a cost model (csrc/gemm/sm90/select.cpp) whose terms it lists for every
-tile that is compiled. Nothing here needs a GPU. `forced` overrules the choice, for tests, benchmarks
-and the tuner.
+`explain_gemm` shows what the library would choose for a problem: from a table measured on a GPU
+where it has the problem, else by a cost model (csrc/gemm/sm90/select.cpp) whose terms it lists for
+every tile that is compiled. Nothing here needs a GPU. `forced` overrules the choice, for tests,
+benchmarks and the tuner.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 
@@ -195,12 +196,12 @@ def forced(name: str, *, split_k: int = 1, cluster: int = 1) -> Iterator[None]:
         force(None, ctypes.c_int(0), ctypes.c_int(0))
 
 
-def _function(name: str) -> ctypes._CFuncPtr:
+def _function(name: str) -> Any:
     library = op_library()
     if not hasattr(library, name):
         raise RuntimeError(
-            "torchext.gemm_selection: this build of torchext has no CUDA kernels to choose from (no "
-            "nvcc was found when it was built); reinstall torchext where nvcc is on PATH or "
+            "torchext.gemm_selection: this build of torchext has no CUDA kernels to choose from "
+            "(no nvcc was found when it was built); reinstall torchext where nvcc is on PATH or "
             "CUDA_HOME is set"
         )
     return getattr(library, name)

@@ -5,8 +5,8 @@ setup.py has torch's build run this in place of nvcc (PYTORCH_NVCC).
 - Beside every object file it leaves the PTX that the machine code in it was made from, one file an
   architecture (X.o -> X.90a.ptx), for the simulator, and ptxas' report (X.ptxas).
 - It leaves a list of the headers read (X.o.d): torch has nvcc do so only where it has CUDA itself.
-- The build fails where ptxas says that it ignored setmaxnreg (C7508) or serialised wgmma (C7510),
-  spilled registers, or put anything in local memory.
+- The build fails where ptxas says that it ignored setmaxnreg (C7508) or serialised wgmma (C7510,
+  C7518), spilled registers, or put anything in local memory.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-FORBIDDEN_WARNINGS = ("C7508", "C7510")
+FORBIDDEN_WARNINGS = ("C7508", "C7510", "C7518")
 BY_FOLDER = "--arch-by-folder"  # what setup.py passes; torch then adds no architectures of its own
 
 # What a portable kernel is compiled for: for each generation whose instructions make it another

@@ -110,8 +110,8 @@ constexpr bool kBuiltWithCuda = true;
 constexpr bool kBuiltWithCuda = false;  // CUDA launchers are declared but not linked in
 #endif
 
-// The kernels that a GPU runs where there are several for one job: those written for its generation,
-// else those of the latest before it.
+// The kernels that a GPU runs where there are several for one job: those written for its
+// generation, else those of the latest before it.
 enum class Path : int32_t {
   sm90 = 90,   // Hopper alone
   sm89 = 89,   // Ada, Blackwell and later: FP8 tensor cores through mma.sync
@@ -135,5 +135,6 @@ Device* cuda_device(int32_t index);
 extern "C" __attribute__((visibility("default"))) void torchext_set_simulator(
     const TorchextSimulator* simulator);
 
-// Has every GPU, or simulated GPU, take the kernels of one Path, for comparison; 0: as path_of says.
+// Has every GPU, or simulated GPU, take the kernels of one Path, for comparison; 0: as path_of
+// says.
 extern "C" __attribute__((visibility("default"))) void torchext_force_path(int32_t path);

@@ -5,7 +5,8 @@ tensor cores round otherwise, an exact product within the bound of docs/numerics
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 import torchext
-from torchext import ops
+from torchext import gemm_selection, ops
 
 sim = pytest.importorskip("torchext.sim")
 
@@ -40,6 +41,17 @@ FOLDERS = {90: ["90", "90a"], 89: ["89"], 80: ["80"], 75: ["75"]}
 class Case:
     run: Callable[[], Outputs]
     num_sms: int = 132  # few: large tiles
+    tile: str | None = None  # of Hopper's GEMMs, instead of the one that would be chosen
+    split_k: int = 1
+    cluster: int = 1
+
+    @contextmanager
+    def forced(self) -> Iterator[None]:
+        if self.tile is None:
+            yield
+        else:
+            with gemm_selection.forced(self.tile, split_k=self.split_k, cluster=self.cluster):
+                yield
 
 
 def cases(capability: int) -> dict[str, Case]:
@@ -80,6 +92,29 @@ def cases(capability: int) -> dict[str, Case]:
                         )
                     if capability != 90:
                         break  # one kernel for all: tests/gemm runs them
+                if capability == 90:
+                    found |= hopper_family(name, a, b)
+    return found
+
+
+def hopper_family(granularity: str, a: Outputs, b: Outputs) -> dict[str, Case]:
+    """Every tile of Hopper's GEMM, alone and in clusters, on so few SMs that a CTA has several tiles
+    and goes round its ring; and every tile that activates and quantises."""
+    found: dict[str, Case] = {}
+    formats = (a[0].dtype, b[0].dtype)
+    label = f"{granularity} {formats[0]} {formats[1]}"
+    for tile in gemm_selection.configurations(granularity, *formats):
+        for cluster in (1, 4) if tile.startswith("swap") else (1, 2):
+            split_k = cluster if tile.startswith("swap") else 1
+            found[f"fp8_gemm_nt {label} {tile} {cluster}"] = Case(
+                lambda: (ops.fp8_gemm_nt(*a, *b),), max(2, cluster), tile, split_k, cluster
+            )
+    for tile in ("64x128", "128x128"):
+        for cluster in (1, 2):
+            for op in (ops.fp8_gemm_nt_swiglu_quantize, ops.fp8_gemm_nt_gelu_quantize):
+                found[f"{op.__name__} {label} {tile} {cluster}"] = Case(
+                    lambda op=op: op(*a, *b), 2, tile, 1, cluster
+                )
     return found
 
 
@@ -95,18 +130,23 @@ def bits(outputs: Outputs) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize(("capability", "name"), CASES)
 def test_no_finding_and_the_same_bits(capability: int, name: str) -> None:
-    run, num_sms = CASES[capability, name].run, CASES[capability, name].num_sms
+    case = CASES[capability, name]
+    run, num_sms = case.run, case.num_sms
     on_cpu = run()
     first: list[torch.Tensor] | None = None
     for seed, mode in RUNS:
         options = {"seed": seed, "completion": mode, "num_sms": num_sms}
-        with sim.simulate(compute_capability=capability, **options) as simulation:
+        with sim.simulate(compute_capability=capability, **options) as simulation, case.forced():
             outputs = run()
         assert all(report.ok for report in simulation.reports)
         launched[capability].update(report.kernel for report in simulation.reports)
         if first is None:
             first = bits(outputs)
         assert all(map(torch.equal, bits(outputs), first)), f"{seed=} {mode=}: other bits"
+    if "_quantize " in name and name.startswith("fp8_gemm_nt"):
+        outputs, on_cpu = (
+            (ops.dequantize(*o, out_dtype=torch.float32),) for o in (outputs, on_cpu)
+        )
     if name.startswith("fp8_gemm_nt"):
         error = (outputs[0].double() - on_cpu[0].double()).abs()
         row_size = on_cpu[0].double().abs().amax(1, keepdim=True)

@@ -1,4 +1,5 @@
-// The kernels of fp8_gemm_nt.cuh that activate and quantise, with 1x128 scales for a, 128x128 for b.
+// The kernels of fp8_gemm_nt.cuh that activate and quantise, with 1x128 scales for a, 128x128 for
+// b.
 #include "fp8_gemm_nt.cuh"
 
 // clang-format off: a table

@@ -1,4 +1,5 @@
-// The kernels of fp8_gemm_nt.cuh with one scale a row (or tensor) of a and of b, applied after all of K.
+// The kernels of fp8_gemm_nt.cuh with one scale a row (or tensor) of a and of b, applied after all
+// of K.
 #include "fp8_gemm_nt.cuh"
 
 // clang-format off: a table

@@ -262,8 +262,12 @@ Choice select(const GemmProblem& p, int sm_count) {
                     int(element_size(p.out_dtype)) << 12;
   const Key key{
       p.m, p.n, p.k, p.groups, p.group_rows, p.expected_rows, kinds, p.num_sms << 16 | sm_count};
-  const size_t hash = size_t(p.m * 31 + p.n * 17 + p.k * 7 + p.groups * 3 + kinds) % kEntries;
-  Entry& entry = remembered[hash];
+  // Sizes share their low bits: multiply, and take high ones.
+  uint64_t hash = uint64_t(kinds);
+  for (const int64_t size : {p.m, p.n, p.k, p.groups})
+    hash = (hash ^ uint64_t(size)) * 0x9e3779b97f4a7c15;
+  Entry& entry = remembered[hash >> 56];
+  static_assert(kEntries == 1 << 8);
   if (entry.key != key) entry = {key, explain(p, sm_count).choice};
   return entry.choice;
 }

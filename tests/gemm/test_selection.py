@@ -1,0 +1,126 @@
+"""The choice of a Hopper kernel: what explain_gemm shows, and that no choice changes results."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from gemm_testing import E4M3, E5M2, check, operands
+
+import torchext
+from torchext import gemm_selection as selection
+from torchext import ops
+
+sim = pytest.importorskip("torchext.sim")
+
+
+@pytest.mark.parametrize("m", [1, 16, 64, 128, 512, 4096])
+def test_the_chosen_is_the_cheapest(m):
+    explanation = torchext.explain_gemm(m, 7168, 2048)
+    cycles = [candidate.cycles for candidate in explanation.candidates]
+    assert cycles == sorted(cycles)
+    assert explanation.chosen == explanation.candidates[0]
+    assert explanation.source == "cost model"
+    assert f"chosen by: {explanation.source}" in str(explanation)
+    assert len(str(explanation).splitlines()) == len(cycles) + 2
+
+
+def test_few_tokens_swap_and_split_and_many_share_rows():
+    decode = torchext.explain_gemm(8, 2112, 7168).chosen
+    assert decode.name.startswith("swap_")
+    assert decode.tile_m == 16
+    prefill = torchext.explain_gemm(8192, 7168, 16384).chosen
+    assert prefill.tile_m * prefill.tile_n >= 128 * 128
+    assert prefill.cluster == 2
+
+
+@pytest.mark.parametrize("num_sms", [1, 2, 3, 77, 131])
+def test_no_more_sms_than_allowed(num_sms):
+    for m in (8, 700):
+        chosen = torchext.explain_gemm(m, 4096, 7168, num_sms=num_sms).chosen
+        assert chosen.cluster <= num_sms
+
+
+def test_the_parts_of_k_do_not_depend_on_num_sms():
+    """They decide the order of sums, and so the bits."""
+    whole = torchext.explain_gemm(8, 2112, 7168).chosen
+    for num_sms in range(8, 132, 20):
+        assert torchext.explain_gemm(8, 2112, 7168, num_sms=num_sms).chosen.split_k == whole.split_k
+
+
+def test_k_grouped_products_are_not_swapped():
+    explanation = torchext.explain_gemm(
+        64, 64, 4096, granularity="1d1d", grouping="along_k", groups=4
+    )
+    assert not any(c.name.startswith("swap_") for c in explanation.candidates)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"granularity": "2d2d"},
+        {"grouping": "columns"},
+        {"a_dtype": torch.bfloat16},
+        {"groups": 0},
+        {"num_sms": 133},
+        {"expected_m": -1},
+    ],
+)
+def test_explain_refuses(arguments):
+    with pytest.raises(ValueError, match="explain_gemm: "):
+        torchext.explain_gemm(16, 16, 16, **arguments)
+
+
+def test_forced_is_used_and_undone():
+    with selection.forced("64x256"):
+        assert torchext.explain_gemm(8, 2112, 7168).chosen.name == "64x256"
+        assert torchext.explain_gemm(8, 2112, 7168).source == "forced"
+    assert torchext.explain_gemm(8, 2112, 7168).source == "cost model"
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("128x100", {}), ("128x128", {"split_k": 2}), ("swap_16x64", {"cluster": 2})],
+)
+def test_forced_refuses_what_there_is_not(name, options):
+    a, b = operands("1d2d", 20, 30, 200, torch.device("cpu"))
+    with sim.simulate(), selection.forced(name, **options):
+        with pytest.raises(ValueError, match="no kernel"):
+            ops.fp8_gemm_nt(a.data, a.scale, b.data, b.scale)
+
+
+def variants(granularity, dtypes):
+    for name in selection.configurations(granularity, *dtypes):
+        swapped = name.startswith("swap_")
+        for cluster in (1, 2, 4, 8) if swapped else (1, 2):
+            yield name, {"split_k": cluster} if swapped else {"cluster": cluster}
+
+
+@pytest.mark.parametrize("granularity", ["1d2d", "1d1d", "rowwise"])
+@pytest.mark.parametrize("dtypes", [(E4M3, E4M3), (E5M2, E4M3)])
+def test_every_tile_gives_the_same_bits(granularity, dtypes):
+    """To split K changes them: each number of parts has its own. An odd number of SMs, of tiles and
+    of columns; bias; a ragged K."""
+    a, b = operands(granularity, 147, 330, 1100, torch.device("cpu"), dtypes=dtypes)
+    bias = torch.randn(330)
+    first: dict[int, torch.Tensor] = {}
+    for name, options in variants(granularity, dtypes):
+        with sim.simulate(num_sms=9, completion="random"), selection.forced(name, **options):
+            result = check(a, b, True, bias=bias)
+        expected = first.setdefault(options.get("split_k", 1), result)
+        assert torch.equal(result, expected), (name, options)
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float32])
+def test_every_tile_stores_any_rows(out_dtype, accumulate):
+    """Out is aligned for TMA and is not, and has neighbours that stay as they are."""
+    a, b = operands("1d2d", 70, 204, 300, torch.device("cpu"))
+    for name, options in variants("1d2d", (E4M3, E4M3)):
+        for before in (0, 3, 8):
+            wide = torch.randn(70, before + 204 + 12).to(out_dtype)
+            old = wide.clone()
+            out = wide[:, before : before + 204]
+            with sim.simulate(num_sms=9, seed=before), selection.forced(name, **options):
+                check(a, b, True, out=out, accumulate=accumulate)
+            assert torch.equal(wide[:, :before], old[:, :before])
+            assert torch.equal(wide[:, before + 204 :], old[:, before + 204 :])
