@@ -22,8 +22,8 @@ FORBIDDEN_WARNINGS = ("C7508", "C7510", "C7518")
 BY_FOLDER = "--arch-by-folder"  # what setup.py passes; torch then adds no architectures of its own
 
 # What a portable kernel is compiled for: for each generation whose instructions make it another
-# kernel, N of its compute_N, and of each sm_N that gets machine code of it. (To quantisers, sm_80 has
-# nothing new.) Machine code runs on later GPUs of the same major version: sm_86 takes sm_80's.
+# kernel, N of its compute_N, and of each sm_N that gets machine code of it. (To quantisers, sm_80
+# has nothing new.) Machine code runs on later GPUs of the same major version: sm_86 takes sm_80's.
 PORTABLE = {"75": ("75", "80"), "89": ("89",), "90": ("90",)}
 WITH_OWN_FEATURES = ("90", "100")  # of which kernels of a folder smN use sm_Na's instructions
 
@@ -37,8 +37,8 @@ def architectures(source: Path) -> dict[str, tuple[str, ...]]:
 
 
 def gencodes(source: Path) -> list[str]:
-    """nvcc's options. The PTX of the last architecture goes along, for the driver to compile on what
-    is newer than all; not that of sm_Na, which no other GPU can run."""
+    """nvcc's options. The PTX of the last architecture goes along, for the driver to compile on
+    what is newer than all; not that of sm_Na, which no other GPU can run."""
     numbers = architectures(source)
     *_, last = numbers
     options = []
@@ -56,11 +56,10 @@ def is_outdated(obj: Path) -> bool:
     listed = Path(f"{obj}.d")
     if not listed.exists():
         return True
-    read = listed.read_text().replace("\\\n", " ").split()[1:]
+    _, _, read = listed.read_text().replace("\\\n", " ").partition(":")
+    files = [*read.split(), __file__]
     built = obj.stat().st_mtime
-    return any(
-        not os.path.exists(file) or os.path.getmtime(file) > built for file in [*read, __file__]
-    )
+    return any(not os.path.exists(file) or os.path.getmtime(file) > built for file in files)
 
 
 def findings(report: str) -> list[str]:
