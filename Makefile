@@ -26,8 +26,11 @@ demo: $(BUILT)
 # Everything on the CPU kernels, then the tests of ops and layers on the CUDA kernels' PTX: all of
 # them on Hopper's, those of products and a few others on the PTX of other generations.
 OTHER_ARCHITECTURES := 89 80 75
-ARCHITECTURE_TESTS := tests/gemm/test_fp8_gemm.py tests/quantize/test_quantize.py::test_matrices \
-	tests/quantize/test_dequantize.py::test_granularities
+ARCHITECTURE_TESTS := $(addprefix tests/gemm/test_fp8_gemm.py::, test_shapes test_out \
+	test_every_code_is_decoded_exactly test_nan_in_the_data_alone) \
+	$(addprefix tests/gemm/test_grouped.py::, test_group_ids test_along_k) \
+	tests/gemm/test_fused.py::test_shapes \
+	tests/quantize/test_quantize.py::test_matrices tests/quantize/test_dequantize.py::test_granularities
 test: $(BUILT) lint
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 	@if ls torchext/_ptx/*/*.ptx >/dev/null 2>&1; then \
