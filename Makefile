@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 BUILT := build/.built
 SOURCES := setup.py pyproject.toml $(shell find csrc ptx -type f -not -name '*.pyc' -not -name '*.md')
 
-.PHONY: all demo test lint format bench wheel gpu-check clean
+.PHONY: all demo test lint format bench soak wheel gpu-check sass-report clean
 all: $(BUILT)
 
 $(VENV)/.ready: pyproject.toml Makefile csrc/build/setup_venv.sh csrc/build/toolchain.py
@@ -39,6 +39,7 @@ test: $(BUILT) lint
 	    $(BIN)/python -m pytest --device sim --sim-arch $$arch --sim-sms 3 $(ARCHITECTURE_TESTS) || exit; \
 	  done; \
 	else echo 'no nvcc, so no CUDA kernels to simulate'; fi
+	$(BIN)/python csrc/build/sass_report.py --check
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
@@ -54,6 +55,14 @@ format: $(VENV)/.ready
 # Arguments: make bench ARGS="--suite gemm --quick"
 bench: $(BUILT)
 	$(BIN)/python -m benchmarks $(ARGS)
+
+# Arguments: make soak ARGS="--minutes 30 --seed 7"
+soak: $(BUILT)
+	$(BIN)/python -m benchmarks.soak $(ARGS)
+
+# What the compiler made of every kernel: writes docs/sass_report.md. Needs no GPU.
+sass-report: $(BUILT)
+	$(BIN)/python csrc/build/sass_report.py
 
 wheel: $(VENV)/.ready
 	$(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w dist .

@@ -1,0 +1,352 @@
+"""What the compiler made of every kernel: docs/sass_report.md, and the check that none got worse.
+
+    python csrc/build/sass_report.py            writes the table
+    python csrc/build/sass_report.py --check    compares the build with it
+
+Needs no GPU: it takes the machine code out of the op library (cuobjdump, nvdisasm). How to read the
+table is said at its head (HEADER).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import sass
+from elf import Elf, KernelAttributes, dynamic_shared_bytes, kernel_attributes
+from toolchain import find_toolkit, installed_site_packages
+
+ROOT = Path(__file__).resolve().parents[2]
+TABLE = ROOT / "docs" / "sass_report.md"
+LIBRARY = ROOT / "torchext" / "_C.so"
+
+HEADER = """\
+# What the compiler made of every kernel
+
+Written by `make sass-report`, never by hand. `make test` compares the build with it: a kernel that
+needs more registers, spills, local memory or issue cycles, or of which fewer CTAs fit an SM, fails
+there until this table is written anew and committed with it.
+
+Compiler: ptxas {compiler}
+
+All figures are read from machine code and count instructions as they stand; nothing was run.
+
+- **regs** at launch, a thread. **spills**: accesses to local memory (LDL, STL). **local**: bytes of
+  it, a thread. **shared**: bytes, static (1,024 of them the system's) + dynamic, where the
+  launcher's table tells.
+- **CTAs**: how many fit an SM by registers, shared memory, threads and the limit of CTAs (CUDA C++
+  Programming Guide, compute capabilities). GEMM kernels that reallocate registers (setmaxnreg) want
+  one.
+- Products: figures are of one K block (128 of K) of the CTA's tile, and of one consumer warp. The
+  main loop is the innermost loop with tensor-core instructions; of several, the one that costs most
+  for its products. **instr**: all that a warp issues in it, of which **mma** are tensor-core
+  instructions, **fp32** FFMA, FMUL and FADD (promotion), **loads** LDS, LDSM and LDG, **barriers**
+  waits, arrivals and fences.
+- **issue**: cycles that a scheduler needs to issue it: instr x consumer warps of the CTA / 4
+  schedulers, one instruction a cycle. **tensor**: cycles that the tensor cores need for the same K
+  block at their peak. **issue/tensor** below 1: the promotion can hide behind the tensor cores, if
+  warps take turns; above 1 it cannot.
+- Peak, multiply-adds a cycle and SM, from NVIDIA's data sheets (dense rate / SMs / boost clock / 2):
+  sm_90 4,096 in FP8 (H100 SXM: 1,979 TFLOPS, 132 SMs, 1.83 GHz); sm_89 1,024 in FP8 (L40S: 733
+  TFLOPS, 142 SMs, 2.52 GHz); sm_80 1,024 in BF16 (A100: 312 TFLOPS, 108 SMs, 1.41 GHz).
+- Other kernels: **loads** and **stores** of global memory by width in bits, as instructions.
+"""
+
+# (architecture, tensor-core unit) -> multiply-adds a cycle and SM; see HEADER.
+PEAK = {("90", "QGMMA"): 4096, ("90", "HGMMA"): 2048, ("89", "QMMA"): 1024, ("80", "HMMA"): 1024}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of an SM: threads, CTAs, bytes of shared memory, of which the system takes `reserved` a CTA."""
+
+    threads: int
+    ctas: int
+    shared_bytes: int
+    reserved: int = 1024
+
+
+# CUDA C++ Programming Guide, technical specifications per compute capability. All: 64K registers.
+LIMITS = {
+    "75": Limits(1024, 16, 64 << 10, reserved=0),
+    "80": Limits(2048, 32, 164 << 10),
+    "86": Limits(1536, 16, 100 << 10),
+    "89": Limits(1536, 24, 100 << 10),
+    "90": Limits(2048, 32, 228 << 10),
+}
+REGISTERS, WARP_REGISTER_UNIT = 65536, 256
+
+PRODUCTS = ("kernel", "sm", "threads", "regs", "spills", "local", "shared", "CTAs", "mma shape",
+            "instr", "mma", "fp32", "loads", "barriers", "issue", "tensor", "issue/tensor")  # fmt: skip
+OTHERS = ("kernel", "sm", "threads", "regs", "spills", "local", "shared", "CTAs", "instr", "loads",
+          "stores", "LDS", "barriers", "TMA")  # fmt: skip
+# Columns that may not grow, and those that may not shrink.
+COSTS, GAINS = ("regs", "spills", "local", "issue"), ("CTAs",)
+
+Row = dict[str, str]  # column -> cell
+Key = tuple[str, str]  # kernel, architecture
+
+
+class ReportError(Exception):
+    """The report cannot be made; the message says why, and what helps."""
+
+
+def ctas_per_sm(architecture: str, threads: int, registers: int, shared_bytes: int) -> int | None:
+    """shared_bytes: the system's share included."""
+    limits = LIMITS.get(architecture)
+    if limits is None:
+        return None
+    warps = -(-threads // 32)
+    of_warp = -(-registers * 32 // WARP_REGISTER_UNIT) * WARP_REGISTER_UNIT
+    by = [limits.threads // (32 * warps), limits.ctas, REGISTERS // of_warp // warps]
+    if shared_bytes:
+        by.append(limits.shared_bytes // shared_bytes)
+    return min(by)
+
+
+def number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return str(int(value)) if value == int(value) else f"{value:.1f}"
+
+
+def describe(
+    name: str,
+    architecture: str,
+    code: list[sass.Instruction],
+    attributes: KernelAttributes,
+    dynamic: int | None,
+) -> Row:
+    """A kernel's row: of PRODUCTS if it has tensor-core instructions, else of OTHERS."""
+    number_only = architecture.rstrip("af")
+    whole = sass.count(code)
+    limits = LIMITS.get(number_only)
+    reserved = limits.reserved if limits else 0
+    shared = max(attributes.shared_bytes, reserved) + (dynamic or 0)
+    threads = attributes.max_threads
+    ctas = ctas_per_sm(number_only, threads, attributes.registers, shared) if threads else None
+    row = {
+        "kernel": name,
+        "sm": architecture,
+        "threads": number(threads),
+        "regs": str(attributes.registers),
+        "spills": str(whole["spills"]),
+        "local": str(attributes.frame_bytes),
+        "shared": str(attributes.shared_bytes) + (f"+{dynamic}" if dynamic is not None else ""),
+        "CTAs": number(ctas),
+    }
+    loop = sass.main_loop(name, code, threads or 1024)
+    if loop is None:
+
+        def widths(access: str) -> str:
+            kinds = sorted((k for k in whole if k.startswith(f"{access}.")), reverse=True)
+            return " ".join(f"{kind.partition('.')[2]}:{whole[kind]}" for kind in kinds) or "-"
+
+        return row | {
+            "instr": str(whole["all"]),
+            "loads": widths("LDG"),
+            "stores": widths("STG"),
+            "LDS": str(whole["LDS"]),
+            "barriers": str(whole["barriers"]),
+            "TMA": str(whole["tma"]),
+        }
+    peak = PEAK.get((number_only, loop.mma.unit))
+    tensor = loop.macs / peak if peak else None
+    row["mma shape"] = f"{loop.mma.unit} {'x'.join(map(str, loop.mma.shape))}"
+    row["instr"] = number(loop.counts["all"])
+    for column in ("mma", "fp32", "loads", "barriers"):
+        row[column] = number(loop.counts.get(column, 0))
+    return row | {
+        "issue": number(loop.issue_cycles),
+        "tensor": number(tensor),
+        "issue/tensor": f"{loop.issue_cycles / tensor:.2f}" if tensor else "-",
+    }
+
+
+def find_tool(name: str) -> Path:
+    """`name` of CUDA: on PATH, in a toolkit, or from PyPI."""
+    toolkit = find_toolkit()
+    folders = [toolkit.home / "bin"] if toolkit else []
+    folders += [
+        folder for site in installed_site_packages() for folder in site.glob("nvidia/cu*/bin")
+    ]
+    on_path = shutil.which(name)
+    found = [Path(on_path)] if on_path else [f / name for f in folders if (f / name).exists()]
+    if not found:
+        raise ReportError(
+            f"{name}: not on PATH, in the CUDA toolkit or among PyPI's packages; `make` installs it"
+            f" (pip install nvidia-cuda-{name})"
+        )
+    return found[0]
+
+
+def extract(library: Path, folder: Path) -> list[Path]:
+    """Its cubins. Objects of one name for several architectures have the architecture in theirs."""
+    done = subprocess.run(
+        [str(find_tool("cuobjdump")), "-xelf", "all", str(library.resolve())],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    cubins = sorted(folder.glob("*.cubin"))
+    if not cubins and "does not contain device code" not in done.stdout + done.stderr:
+        raise ReportError(f"cuobjdump {library.name}: {(done.stdout + done.stderr).strip()}")
+    return cubins
+
+
+def measure(library: Path) -> tuple[str, dict[Key, Row]]:
+    """The compiler's version, and a row for every kernel of `library`."""
+    if not library.is_file():
+        raise ReportError(f"expected the built library at {library}; build it with `make`")
+    nvdisasm = find_tool("nvdisasm")
+    with tempfile.TemporaryDirectory() as name:
+        cubins = extract(library, Path(name))
+        attributes = {cubin: kernel_attributes(Elf(cubin.read_bytes())) for cubin in cubins}
+        threads = {k: a.max_threads for found in attributes.values() for k, a in found.items()}
+        dynamic = dynamic_shared_bytes(
+            Elf(library.read_bytes()), {k: t for k, t in threads.items() if t}
+        )
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            listings = list(pool.map(lambda cubin: sass.disassemble(nvdisasm, cubin), cubins))
+    rows: dict[Key, Row] = {}
+    for cubin, (_, functions) in zip(cubins, listings, strict=True):
+        architecture = cubin.name.split(".")[-2].removeprefix("sm_")
+        for kernel, known in attributes[cubin].items():
+            rows[kernel, architecture] = describe(
+                kernel, architecture, functions[kernel], known, dynamic.get(kernel)
+            )
+    return " and ".join(sorted({version for version, _ in listings})), rows
+
+
+def render(compiler: str, rows: dict[Key, Row]) -> str:
+    parts = [HEADER.format(compiler=compiler)]
+    ordered = [rows[key] for key in sorted(rows)]
+    for title, columns in (("Products", PRODUCTS), ("Other kernels", OTHERS)):
+        mine = [row for row in ordered if ("mma shape" in row) == (columns is PRODUCTS)]
+        if mine:
+            rule = [":--" if c in ("kernel", "mma shape") else "--:" for c in columns]
+            lines = [columns, rule, *([row[c] for c in columns] for row in mine)]
+            parts.append(f"## {title}\n\n" + "\n".join(f"| {' | '.join(x)} |" for x in lines) + "\n")
+    return "\n".join(parts)
+
+
+def parse(text: str) -> tuple[str, dict[Key, Row]]:
+    """What `render` wrote."""
+    compiler, rows, columns = "", {}, []
+    for line in text.splitlines():
+        if line.startswith("Compiler: ptxas "):
+            compiler = line.removeprefix("Compiler: ptxas ").strip()
+        if not line.startswith("|"):
+            continue
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if cells[0] == "kernel":
+            columns = cells
+        elif not cells[0].startswith(":--"):
+            row = dict(zip(columns, cells, strict=True))
+            rows[row["kernel"], row["sm"]] = row
+    return compiler, rows
+
+
+def compare(table: dict[Key, Row], build: dict[Key, Row]) -> tuple[list[str], list[str]]:
+    """(what is worse or unaccounted for, what merely changed): a line each."""
+    faults = [f"{kernel} (sm_{sm}): is not in the table" for kernel, sm in sorted(build.keys() - table.keys())]
+    faults += [
+        f"{kernel} (sm_{sm}): is in the table, but not in the build"
+        for kernel, sm in sorted(table.keys() - build.keys())
+    ]
+    changes = []
+    for key in sorted(table.keys() & build.keys()):
+        old, new = table[key], build[key]
+        where = f"{key[0]} (sm_{key[1]})"
+        for column in dict.fromkeys([*old, *new]):
+            before, after = old.get(column, "-"), new.get(column, "-")
+            if before == after:
+                continue
+            line = f"{where}: {column} {before} -> {after}"
+            (faults if is_worse(column, before, after) else changes).append(line)
+    return faults, changes
+
+
+def is_worse(column: str, before: str, after: str) -> bool:
+    if column not in COSTS + GAINS:
+        return False
+    if "-" in (before, after):
+        return True  # a figure came or went: let a person look
+    growth = float(after) - float(before)
+    return growth > 0 if column in COSTS else growth < 0
+
+
+REMEDY = "make sass-report"
+
+
+def check(library: Path, table: Path) -> int:
+    """0: no kernel got worse, or there is nothing to compare. 1: some did."""
+    if not table.exists():
+        print(f"{table.name} is missing: run `{REMEDY}` and commit it", file=sys.stderr)
+        return 1
+    expected, old = parse(table.read_text())
+    compiler, new = measure(library)
+    if not new:
+        print("static report: skipped, the build has no CUDA kernels")
+        return 0
+    if compiler != expected:
+        print(
+            f"static report: skipped, this build was compiled by ptxas {compiler} and {table.name} is"
+            f" of {expected}"
+        )
+        return 0
+    faults, changes = compare(old, new)
+    _list("worse than docs/sass_report.md says", faults, sys.stderr)
+    _list("changed", changes, sys.stdout)
+    if faults:
+        print(
+            f"run `{REMEDY}` and commit the table with the change, if that is the price",
+            file=sys.stderr,
+        )
+        return 1
+    print(
+        f"static report: {len(new)} kernels, none worse"
+        + (f"; run `{REMEDY}`" if changes else " or changed")
+    )
+    return 0
+
+
+def _list(title: str, lines: Iterable[str], stream, most: int = 60) -> None:
+    lines = list(lines)
+    if lines:
+        print(f"{title}:", *lines[:most], sep="\n  ", file=stream)
+    if len(lines) > most:
+        print(f"  and {len(lines) - most} more", file=stream)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--check", action="store_true", help="compare, write nothing")
+    parser.add_argument("--library", type=Path, default=LIBRARY)
+    parser.add_argument("--table", type=Path, default=TABLE)
+    options = parser.parse_args(arguments)
+    try:
+        if options.check:
+            return check(options.library, options.table)
+        compiler, rows = measure(options.library)
+        if not rows:
+            raise ReportError("the build has no CUDA kernels: install nvcc and build again")
+    except ReportError as error:
+        print(error, file=sys.stderr)
+        return 1
+    options.table.write_text(render(compiler, rows))
+    print(f"{options.table}: {len(rows)} kernels, ptxas {compiler}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
