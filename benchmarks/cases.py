@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 
-SUITES = ("quantize", "gemm", "linear")
+SUITES = ("quantize", "gemm", "grouped", "linear")
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,12 @@ FPROP, FPROP_ROWWISE, FPROP_TENSORWISE = "fprop", "fprop_rowwise", "fprop_tensor
 WGRAD, WGRAD_ACCUMULATE = "wgrad", "wgrad_accumulate"
 GEMMS = (FPROP, FPROP_ROWWISE, FPROP_TENSORWISE, WGRAD, WGRAD_ACCUMULATE)
 
+# Products of experts, (groups, m, n, k). contiguous, masked: about m rows of input for each of
+# `groups` weights [n, k], one after the other (in multiples of 128, as DeepGEMM asks), or at the
+# head of a longer buffer each. k: wgrad of each expert, [m, n], from about k tokens, added to FP32.
+CONTIGUOUS, MASKED, ALONG_K = "contiguous", "masked", "along_k"
+GROUPED = (CONTIGUOUS, MASKED, ALONG_K)
+
 # forward: no gradient wanted, weight quantised beforehand. forward_backward: a training step's
 # share, with the weight quantised anew.
 FORWARD, FORWARD_BACKWARD = "forward", "forward_backward"
@@ -74,9 +80,25 @@ ROWS = {
 }
 
 
+# (m, layer) whose energy is read, a second for each contender: training, and two of decoding.
+ENERGY = {
+    *((4096, layer.name) for layer in LAYERS if layer.model == "deepseek-v3"),
+    (64, "gate_up_proj"),
+    (64, "down_proj"),
+}
+
+# The experts of DeepSeek-V3, hidden size 7168, 2048 each: gate-up and down projection.
+EXPERTS = (("experts_gate_up", 4096, 7168), ("experts_down", 7168, 2048))
+# (groups, rows of a group) -> priority. Prefill: many rows; decoding: few.
+CONTIGUOUS_GROUPS = {(8, 4096): 0, (4, 8192): 1, (32, 256): 1}
+MASKED_GROUPS = {(32, 16): 0, (8, 128): 1, (4, 256): 1, (2, 512): 2, (1, 1024): 2}
+ALONG_K_GROUPS = {(8, 4096): 0, (4, 8192): 1}
+
+
 @dataclass(frozen=True)
 class Case:
-    """One piece of work; `shape` is (rows, columns) for quantisers, else (m, n, k)."""
+    """One piece of work; `shape` is (rows, columns) for quantisers, (groups, m, n, k) for grouped
+    products, else (m, n, k)."""
 
     suite: str
     op: str
@@ -108,6 +130,8 @@ def cuda_cases() -> list[Case]:
     small = (128, 1024, 1024)
     cases += [
         Case("gemm", FPROP, "small", "host overhead", small, 0, host=True),
+        Case("grouped", CONTIGUOUS, "small", "host overhead", (2, 128, 1024, 1024), 0, host=True),
+        Case("grouped", MASKED, "small", "host overhead", (2, 64, 1024, 1024), 0, host=True),
         Case("linear", FORWARD, "small", "host overhead", small, 0, host=True),
     ]
     for rows, columns, priority in ((4096, 7168, 0), (8192, 2048, 1), (16384, 16384, 2)):
@@ -121,7 +145,7 @@ def cuda_cases() -> list[Case]:
             cases += [Case("gemm", FPROP, *where, shape[m], 2) for m in (64, 4096)]
             continue
         cases += [
-            Case("gemm", FPROP, *where, shape[m], priority, energy=m in (64, 4096))
+            Case("gemm", FPROP, *where, shape[m], priority, energy=(m, layer.name) in ENERGY)
             for m, priority in ROWS.items()
         ]
         cases += [Case("gemm", op, *where, shape[4096], 1) for op in (WGRAD, WGRAD_ACCUMULATE)]
@@ -136,6 +160,17 @@ def cuda_cases() -> list[Case]:
             Case("linear", FORWARD, *where, shape[64], 2),
             Case("linear", FORWARD, *where, shape[4096], 2),
         ]
+    for name, n, k in EXPERTS:
+        where = ("deepseek-v3", name)
+        for op, groups in ((CONTIGUOUS, CONTIGUOUS_GROUPS), (MASKED, MASKED_GROUPS)):
+            cases += [
+                Case("grouped", op, *where, (*of, n, k), priority)
+                for of, priority in groups.items()
+            ]
+        cases += [
+            Case("grouped", ALONG_K, *where, (groups, n, k, tokens), priority)
+            for (groups, tokens), priority in ALONG_K_GROUPS.items()
+        ]
     return cases
 
 
@@ -147,6 +182,7 @@ def cpu_cases() -> list[Case]:
             for op in QUANTIZERS
         ),
         *(Case("gemm", op, *cube, int(op != FPROP)) for op in GEMMS),
+        *(Case("grouped", op, "cube", "", (4, 256, 512, 1024)) for op in GROUPED),
         *(Case("linear", op, *cube, int(op != FORWARD_BACKWARD)) for op in LINEARS),
     ]
 
@@ -156,6 +192,7 @@ def explicit_cases(m: int, n: int, k: int) -> list[Case]:
     return [
         *(Case("quantize", op, "given", "", (m, k)) for op in QUANTIZERS),
         *(Case("gemm", op, "given", "", (m, n, k)) for op in GEMMS),
+        *(Case("grouped", op, "given", "", (2, m, n, k)) for op in GROUPED),
         *(Case("linear", op, "given", "", (m, n, k)) for op in LINEARS),
     ]
 

@@ -1,4 +1,5 @@
-"""Plots of results.json: gemm.png (TFLOPS by M, every peer), linear.png, quantize.png."""
+"""Plots of results.json: gemm.png (TFLOPS by M, every peer), grouped.png, linear.png,
+quantize.png."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ MARKERS = "os^Dv<>"
 def draw(data: dict, folder: Path) -> Iterator[Path]:
     """Writes the plots that `data` has figures for; yields their paths."""
     records = [r for r in data["measurements"] if r["status"] == "ok" and not r["host"]]
-    for name, plot in (("gemm", _gemm), ("linear", _linear), ("quantize", _quantize)):
+    plots = {"gemm": _gemm, "grouped": _grouped, "linear": _linear, "quantize": _quantize}
+    for name, plot in plots.items():
         figure = plot([r for r in records if r["suite"] == name], data["ceilings"])
         if figure is None:
             continue
@@ -78,6 +80,10 @@ def _gemm(records: list[dict], ceilings: dict) -> plt.Figure | None:
         axis.remove()
     axes.flat[0].legend(fontsize="small")
     return figure
+
+
+def _grouped(records: list[dict], ceilings: dict) -> plt.Figure | None:
+    return _bars(records, "flops_per_s", 1e12, "TFLOPS", ceilings.get("fp8_flops_per_s"))
 
 
 def _linear(records: list[dict], ceilings: dict) -> plt.Figure | None:

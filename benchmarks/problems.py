@@ -224,6 +224,123 @@ class GemmProblem(Problem):
         return require(difference(result, self.expected), *self.TOLERANCE)
 
 
+class GroupedProblem(Problem):
+    """Products of experts. Rows: a [rows, k] with b[g] [n, k], 1x128 by 128x128, in BF16. Along K:
+    a [m, tokens], b [n, tokens], both 1x128, added to FP32.
+
+    lengths: of the groups, random about the case's, some 30 % more or less; multiples of 128 where
+    groups lie one after the other. A masked group has room for half as many rows again.
+    """
+
+    def __init__(self, case: Case, device: str):
+        super().__init__(case, device)
+        self.groups, m, self.n, k = case.shape
+        self.along_k = case.op == cases.ALONG_K
+        self.expected = k if self.along_k else m  # length of a group
+        step = 1 if case.op == cases.MASKED else plain.GROUP
+        self.lengths = [
+            max(step, round(self.expected * (0.7 + 0.6 * x) / step) * step)
+            for x in torch.rand(self.groups).tolist()
+        ]
+        total = sum(self.lengths)
+        self.room = plain.round_up(self.expected * 3 // 2, plain.GROUP)  # masked
+        self.rows: int = m if self.along_k else total
+        self.k: int = total if self.along_k else k
+        if case.op == cases.MASKED:
+            self.rows = self.groups * self.room
+        out = self.groups * m * self.n * 8 if self.along_k else total * self.n * 2
+        weights = self.n if self.along_k else self.groups * self.n
+        used = m if self.along_k else total
+        self.flops = 2.0 * total * self.n * (m if self.along_k else k)
+        self.bytes = float(used * self.k + weights * self.k + out)
+        self.left = random_matrix(self.rows, self.k, device, self.dtype)
+        self.right = random_matrix(weights, self.k, device, self.dtype)
+
+    @property
+    def parts(self) -> list[slice]:
+        """Each group's columns, if along K, else its rows."""
+        if self.case.op == cases.MASKED:
+            return [slice(g * self.room, g * self.room + n) for g, n in enumerate(self.lengths)]
+        ends = [sum(self.lengths[: g + 1]) for g in range(self.groups)]
+        return [slice(end - n, end) for end, n in zip(ends, self.lengths, strict=True)]
+
+    def index(self, values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=self.device)
+
+    @property
+    def offsets(self) -> Tensor:
+        """Running ends."""
+        return self.index([part.stop for part in self.parts])
+
+    @property
+    def counts(self) -> Tensor:
+        return self.index(self.lengths)
+
+    @property
+    def row_groups(self) -> Tensor:
+        """The group of every row."""
+        return self.index([g for g, length in enumerate(self.lengths) for _ in range(length)])
+
+    @cached_property
+    def left_fp8(self) -> tuple[Tensor, Tensor]:
+        """Masked: data [groups, room, k], scales likewise."""
+        data, scale = plain.quantize_1x128(self.left)
+        if self.case.op != cases.MASKED:
+            return data, scale
+        size = (self.groups, self.room)
+        return data.unflatten(0, size), scale.unflatten(0, size)
+
+    @cached_property
+    def right_fp8(self) -> tuple[Tensor, Tensor]:
+        """Of rows: data [groups, n, k], scales [groups, n / 128, k / 128]."""
+        if self.along_k:
+            return plain.quantize_1x128(self.right)
+        pairs = [plain.quantize_128x128(part) for part in self.right.split(self.n)]
+        data, scale = (torch.stack(parts) for parts in zip(*pairs, strict=True))
+        return data, scale
+
+    def product(self, left: Tensor, right: Tensor) -> list[Tensor]:
+        """Each group's, of matrices."""
+        if self.along_k:
+            return [left[:, part] @ right[:, part].t() for part in self.parts]
+        of_group = right.split(self.n)
+        return [left[part] @ of_group[g].t() for g, part in enumerate(self.parts)]
+
+    def results(self, result: object) -> list[Tensor]:
+        """Each group's part of what a contender returns."""
+        assert isinstance(result, Tensor)
+        if self.along_k:
+            return list(result)
+        flat = result.reshape(-1, self.n)
+        return [flat[part] for part in self.parts]
+
+    def dequantized(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        left, scale = self.left_fp8
+        a = plain.dequantize(left.reshape(-1, self.k), scale.reshape(self.rows, -1), dtype)
+        right, scale = self.right_fp8
+        if self.along_k:
+            return a, plain.dequantize(right, scale, dtype)
+        b = [plain.dequantize(right[g], scale[g], dtype) for g in range(self.groups)]
+        return a, torch.cat(b)
+
+    @cached_property
+    def expected_fp8(self) -> list[Tensor]:
+        return self.product(*self.dequantized(torch.float64))
+
+    def check_fp8(self, result: object) -> dict:
+        return self._check(result, self.expected_fp8)
+
+    def check_unquantized(self, result: object) -> dict:
+        return self._check(result, self.product(self.left.double(), self.right.double()))
+
+    def _check(self, result: object, expected: list[Tensor]) -> dict:
+        errors = [
+            require(difference(got, want), *GemmProblem.TOLERANCE, what=f"group {g}")
+            for g, (got, want) in enumerate(zip(self.results(result), expected, strict=True))
+        ]
+        return max(errors, key=lambda error: error["relative"])
+
+
 class LinearProblem(Problem):
     """x [m, k], weight [n, k], gradient of the output [m, n]; BF16 on a GPU, FP32 on a CPU."""
 
@@ -288,5 +405,6 @@ class LinearProblem(Problem):
 PROBLEMS: dict[str, type[Problem]] = {
     "quantize": QuantizeProblem,
     "gemm": GemmProblem,
+    "grouped": GroupedProblem,
     "linear": LinearProblem,
 }

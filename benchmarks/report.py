@@ -20,7 +20,7 @@ def markdown(data: dict) -> str:
         _goals(data),
         _tests(data),
         _sanitizer(data),
-        *(_suite(data, suite) for suite in ("gemm", "linear", "quantize")),
+        *(_suite(data, suite) for suite in ("gemm", "grouped", "linear", "quantize")),
         _host(data),
         _energy(data),
         _failures(data),

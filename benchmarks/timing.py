@@ -6,10 +6,10 @@ drift for all alike and a ratio compares neighbours.
 
 from __future__ import annotations
 
+import ctypes
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
@@ -135,32 +135,72 @@ def host_microseconds(run: Run, batches: int = 9, calls: int = 100) -> float:
     return 1e6 * statistics.median(means[1:])
 
 
-class EnergyMeter:
-    """NVML's energy counter of the current GPU. It ticks every few tens of milliseconds: joules()
-    repeats a call for half a second."""
+class Nvml:
+    """The energy counter of the current GPU, from NVML, the driver's own library.
+
+    Raises OSError or RuntimeError where there is no such library, GPU or counter.
+    """
 
     def __init__(self) -> None:
-        import pynvml
-
-        pynvml.nvmlInit()
+        self._library = ctypes.CDLL("libnvidia-ml.so.1")
+        self._call("nvmlInit_v2")
         uuid = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid
-        self._nvml: Any = pynvml
-        self._handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
-        self._millijoules()  # raises where the counter is not supported
+        self._handle = ctypes.c_void_p()
+        name = f"GPU-{uuid}".encode()
+        self._call("nvmlDeviceGetHandleByUUID", name, ctypes.byref(self._handle))
+        self.millijoules()
 
-    def _millijoules(self) -> int:
-        return self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)
+    def _call(self, function: str, *arguments: object) -> None:
+        status = getattr(self._library, function)(*arguments)
+        if status != 0:
+            raise RuntimeError(f"{function}: NVML status {status}")
 
-    def joules(self, run: Run, seconds: float = 0.5) -> float:
-        """Joules a call, back to back, the GPU's idle power included."""
+    def millijoules(self) -> int:
+        """Since the driver was loaded. Ticks every 100 ms or so."""
+        value = ctypes.c_ulonglong()
+        self._call("nvmlDeviceGetTotalEnergyConsumption", self._handle, ctypes.byref(value))
+        return value.value
+
+
+class EnergyMeter:
+    """Joules of a call, back to back, the GPU's idle power included."""
+
+    SECONDS = 1.0
+    LIMIT_S = 10.0  # a counter that never ticks
+
+    def __init__(self, millijoules: Callable[[], int] | None = None):
+        self._millijoules = millijoules or Nvml().millijoules
+
+    def joules(self, run: Run) -> float:
+        """From one tick of the counter to another, SECONDS later at least, calls all the while."""
+        calls = self._calls_in(run, 0.005)
+        self._until_tick(run, calls, 0.0)
+        before = self._millijoules()
+        count = self._until_tick(run, calls, self.SECONDS)
+        return (self._millijoules() - before) / 1e3 / count
+
+    def _calls_in(self, run: Run, seconds: float) -> int:
         torch.cuda.synchronize()
-        before, start, calls = self._millijoules(), time.perf_counter(), 0
-        while time.perf_counter() - start < seconds:
-            for _ in range(10):
+        start = time.perf_counter()
+        for _ in range(3):
+            run.call()
+        torch.cuda.synchronize()
+        return max(1, min(1000, int(3 * seconds / (time.perf_counter() - start))))
+
+    def _until_tick(self, run: Run, calls: int, seconds: float) -> int:
+        """Calls, `calls` between two looks at the counter, until it ticks after `seconds`."""
+        start, count, last = time.perf_counter(), 0, self._millijoules()
+        while True:
+            for _ in range(calls):
                 run.call()
-            calls += 10
             torch.cuda.synchronize()
-        return (self._millijoules() - before) / 1e3 / calls
+            count += calls
+            now, elapsed = self._millijoules(), time.perf_counter() - start
+            if now != last and elapsed >= seconds:
+                return count
+            if elapsed > seconds + self.LIMIT_S:
+                raise RuntimeError(f"NVML's energy counter stood still for {self.LIMIT_S:.0f} s")
+            last = now
 
 
 def measure_ceilings(device: str) -> dict:

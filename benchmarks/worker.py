@@ -44,7 +44,7 @@ class Worker:
         if self.device == "cuda":
             try:
                 self._meter = timing.EnergyMeter()
-            except Exception as error:  # pynvml absent or its counter unsupported: said in records
+            except (OSError, RuntimeError) as error:  # no NVML, no counter: said in the records
                 self._meter_missing = _reason(error)
 
     def emit(self, event: str, **fields: object) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .. import cases
-from ..problems import GemmProblem, Run, UnsupportedError
+from ..problems import GemmProblem, GroupedProblem, Run, UnsupportedError
 from . import Contender
 
 
@@ -51,4 +51,56 @@ def gemm(problem: GemmProblem) -> Run:
     )
 
 
-CONTENDERS = [Contender("deepgemm", "gemm", ("cuda",), require, gemm, compiles=True)]
+def grouped(problem: GroupedProblem) -> Run:
+    import deep_gemm
+
+    left, right = problem.left_fp8, problem.right_fp8
+    if problem.along_k:
+        return _along_k(problem)
+    out = torch.empty(*left[0].shape[:-1], problem.n, device=problem.device, dtype=torch.bfloat16)
+    if problem.case.op == cases.CONTIGUOUS:
+        row_groups = problem.row_groups
+
+        def contiguous() -> torch.Tensor:
+            deep_gemm.m_grouped_fp8_gemm_nt_contiguous(
+                left, right, out, row_groups, disable_ue8m0_cast=True
+            )
+            return out
+
+        return Run(contiguous, problem.check_fp8)
+    counts, expected = problem.counts, problem.expected
+    data, scale = left
+    # M-major group by group, or each call would first transpose them.
+    left = data, scale.transpose(1, 2).contiguous().transpose(1, 2)
+
+    def masked() -> torch.Tensor:
+        deep_gemm.m_grouped_fp8_gemm_nt_masked(
+            left, right, out, counts, expected, disable_ue8m0_cast=True
+        )
+        return out
+
+    return Run(masked, problem.check_fp8)
+
+
+def _along_k(problem: GroupedProblem) -> Run:
+    """It takes each group's columns as a matrix of their own, one behind the other."""
+    import deep_gemm
+
+    left, right = (
+        (torch.cat([data[:, part].flatten() for part in problem.parts]), scale)
+        for data, scale in (problem.left_fp8, problem.right_fp8)
+    )
+    total = torch.empty(problem.groups, problem.rows, problem.n, device=problem.device)
+    lengths, counts = problem.lengths, problem.counts
+
+    def along_k() -> torch.Tensor:
+        deep_gemm.k_grouped_fp8_gemm_nt_contiguous(left, right, total, lengths, counts, c=total)
+        return total
+
+    return Run(along_k, problem.check_fp8, before=total.zero_)
+
+
+CONTENDERS = [
+    Contender("deepgemm", "gemm", ("cuda",), require, gemm, compiles=True),
+    Contender("deepgemm", "grouped", ("cuda",), require, grouped, compiles=True),
+]

@@ -9,7 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import cases, plain
-from ..problems import GemmProblem, LinearProblem, QuantizeProblem, Run, UnsupportedError
+from ..problems import (
+    GemmProblem,
+    GroupedProblem,
+    LinearProblem,
+    QuantizeProblem,
+    Run,
+    UnsupportedError,
+)
 from . import Contender
 
 
@@ -57,6 +64,30 @@ def unquantized_gemm(problem: GemmProblem) -> Run:
     )
 
 
+def fp8_grouped(problem: GroupedProblem) -> Run:
+    """Operands dequantised to FP32, then an FP32 product a group."""
+
+    def call() -> Tensor:
+        products = problem.product(*problem.dequantized(torch.float32))
+        if problem.along_k:
+            return torch.stack(products)
+        out = torch.empty(problem.rows, problem.n, dtype=torch.bfloat16, device=problem.device)
+        for part, product in zip(problem.parts, products, strict=True):
+            out[part] = product
+        return out
+
+    return Run(call, problem.check_fp8)
+
+
+def unquantized_grouped(problem: GroupedProblem) -> Run:
+    """torch's own grouped product, in BF16."""
+    if problem.case.op != cases.CONTIGUOUS or not hasattr(F, "grouped_mm"):
+        raise UnsupportedError("torch has a grouped BF16 product of contiguous groups only")
+    right = problem.right.unflatten(0, (problem.groups, problem.n)).transpose(1, 2)
+    offsets = problem.offsets
+    return Run(lambda: F.grouped_mm(problem.left, right, offs=offsets), problem.check_unquantized)
+
+
 class _Fp8Linear(torch.autograd.Function):
     """fprop, dgrad and wgrad on operands that went through FP8, as torchext.nn.Linear's do."""
 
@@ -101,8 +132,10 @@ def unquantized_linear(problem: LinearProblem) -> Run:
 CONTENDERS = [
     Contender("plain", "quantize", ("cpu", "cuda"), require, quantize),
     Contender("plain", "gemm", ("cpu",), require, fp8_gemm),
+    Contender("plain", "grouped", ("cpu",), require, fp8_grouped),
     Contender("plain", "linear", ("cpu",), require, fp8_linear),
     Contender("bf16", "gemm", ("cuda",), require, unquantized_gemm),
+    Contender("bf16", "grouped", ("cuda",), require, unquantized_grouped),
     Contender("bf16", "linear", ("cuda",), require, unquantized_linear),
     Contender("fp32", "gemm", ("cpu",), require, unquantized_gemm),
     Contender("fp32", "linear", ("cpu",), require, unquantized_linear),

@@ -1,11 +1,11 @@
-"""torchext itself: its quantisers, its GEMM, its Linear."""
+"""torchext itself: its quantisers, its GEMMs, its Linear."""
 
 from __future__ import annotations
 
 import torch
 
 from .. import cases
-from ..problems import GemmProblem, LinearProblem, QuantizeProblem, Run
+from ..problems import GemmProblem, GroupedProblem, LinearProblem, QuantizeProblem, Run
 from . import SUBJECT, Contender
 
 
@@ -42,6 +42,30 @@ def gemm(problem: GemmProblem) -> Run:
     )
 
 
+def grouped(problem: GroupedProblem) -> Run:
+    from torchext import ops
+
+    op, operands = problem.case.op, (*problem.left_fp8, *problem.right_fp8)
+    if op == cases.CONTIGUOUS:
+        offsets = problem.offsets
+        return Run(
+            lambda: ops.m_grouped_fp8_gemm_nt_contiguous(*operands, offsets), problem.check_fp8
+        )
+    if op == cases.MASKED:
+        counts, expected = problem.counts, problem.expected
+        return Run(
+            lambda: ops.m_grouped_fp8_gemm_nt_masked(*operands, counts, expected_m=expected),
+            problem.check_fp8,
+        )
+    offsets = problem.offsets
+    out = torch.empty(problem.groups, problem.rows, problem.n, device=problem.device)
+    return Run(
+        lambda: ops.k_grouped_fp8_gemm_nt(*operands, offsets, out=out, accumulate=True),
+        problem.check_fp8,
+        before=out.zero_,
+    )
+
+
 def linear(problem: LinearProblem) -> Run:
     import torchext
 
@@ -61,5 +85,6 @@ DEVICES = ("cpu", "cuda")
 CONTENDERS = [
     Contender(SUBJECT, "quantize", DEVICES, require, quantize),
     Contender(SUBJECT, "gemm", DEVICES, require, gemm),
+    Contender(SUBJECT, "grouped", DEVICES, require, grouped),
     Contender(SUBJECT, "linear", DEVICES, require, linear),
 ]

@@ -1,5 +1,5 @@
-"""What the soak's jobs are made of: where they run, sizes, operands, outputs between guards, and how
-results are compared."""
+"""What the soak's jobs are made of: where they run, sizes, operands, outputs between guards, and
+how results are compared."""
 
 from __future__ import annotations
 

@@ -31,7 +31,8 @@ def test_selection_by_suite_model_and_shape():
     assert {c.suite for c in select("cuda", ["gemm"])} == {"gemm"}
     assert {c.model for c in select("cuda", SUITES, ["qwen3-32b"])} == {"qwen3-32b"}
     given = select("cpu", SUITES, ["3x5x7", "3x5x7"], quick=True)
-    assert {c.shape for c in given if c.suite != "quantize"} == {(3, 5, 7)}
+    assert {c.shape for c in given if c.suite in ("gemm", "linear")} == {(3, 5, 7)}
+    assert {c.shape for c in given if c.suite == "grouped"} == {(2, 3, 5, 7)}
     assert {c.shape for c in given if c.suite == "quantize"} == {(3, 7)}
     assert len(given) == len(set(given))
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import plain
-from benchmarks.cases import GEMMS, LINEARS, QUANTIZERS, Case
+from benchmarks.cases import GEMMS, GROUPED, LINEARS, QUANTIZERS, Case
 from benchmarks.contenders import contenders_for
 from benchmarks.contenders.cublaslt import dense_columns, padded_blocks
 from benchmarks.problems import PROBLEMS, WrongResultError, difference, require
@@ -20,6 +20,7 @@ def case(suite: str, op: str, shape: tuple[int, ...]) -> Case:
 CASES = [
     *(case("quantize", op, (70, 200)) for op in QUANTIZERS),
     *(case("gemm", op, (48, 144, 272)) for op in GEMMS),
+    *(case("grouped", op, (3, 150, 144, 272)) for op in GROUPED),
     *(case("linear", op, (48, 144, 272)) for op in LINEARS),
 ]
 
@@ -88,6 +89,38 @@ def test_a_wrong_tile_and_a_wrong_shape_are_found():
     for result in (wrong, right * 1.01, right[:, :255], right * float("nan")):
         with pytest.raises(WrongResultError):
             problem.check_fp8(result)
+
+
+@pytest.mark.parametrize("op", GROUPED)
+def test_a_wrong_group_is_found_and_rows_of_no_group_are_not_looked_at(op):
+    problem = PROBLEMS["grouped"](case("grouped", op, (3, 150, 144, 272)), "cpu")
+    assert sum(problem.lengths) > 0 and len(problem.parts) == 3
+    right = [part.to(torch.bfloat16) for part in problem.expected_fp8]
+    if problem.along_k:
+        result = torch.stack(right)
+        last: tuple = (2,)
+    else:
+        result = torch.full((problem.rows, 144), torch.nan, dtype=torch.bfloat16)
+        for part, values in zip(problem.parts, right, strict=True):
+            result[part] = values
+        last = (problem.parts[2],)
+    assert problem.check_fp8(result)["relative"] < 5e-3
+    result[last] *= 1.02
+    with pytest.raises(WrongResultError, match="group 2: relative error"):
+        problem.check_fp8(result)
+
+
+def test_groups_are_described_to_every_contender_alike():
+    contiguous = PROBLEMS["grouped"](case("grouped", "contiguous", (4, 300, 16, 128)), "cpu")
+    assert all(length % 128 == 0 for length in contiguous.lengths)
+    assert contiguous.offsets.tolist()[-1] == contiguous.rows == len(contiguous.row_groups)
+    assert torch.bincount(contiguous.row_groups).tolist() == contiguous.lengths
+    masked = PROBLEMS["grouped"](case("grouped", "masked", (4, 300, 16, 128)), "cpu")
+    assert masked.counts.tolist() == masked.lengths and max(masked.lengths) <= masked.room
+    assert masked.left_fp8[0].shape == (4, masked.room, 128)
+    assert masked.left_fp8[1].stride() == (masked.room, 1, 4 * masked.room)
+    along_k = PROBLEMS["grouped"](case("grouped", "along_k", (4, 16, 24, 300)), "cpu")
+    assert along_k.flops == 2 * 16 * 24 * sum(along_k.lengths) == 2 * 16 * 24 * along_k.k
 
 
 def test_a_flipped_bit_of_a_quantiser_is_found():

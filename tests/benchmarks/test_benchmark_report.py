@@ -5,7 +5,7 @@ import json
 import pytest
 
 from benchmarks import goals, report
-from benchmarks.cases import Case, cuda_cases
+from benchmarks.cases import SUITES, Case, cuda_cases
 from benchmarks.results import Results, finite, scrub
 
 
@@ -61,12 +61,10 @@ def test_all_met_when_much_faster_and_none_when_slower():
     fast, slow = verdicts(everything(0.001, 0.002)), verdicts(everything(2.0, 1.0))
     assert fast.keys() == slow.keys() >= {"fprop_vs_deepgemm", "linear_vs_bf16"}
     for name, goal in fast.items():
-        expected = "not measured" if name == "grouped_vs_deepgemm" else "met"
-        assert goal["verdict"] == expected, name
-        if expected == "met":
-            assert goal["measured"] == goal["of"] > 0, name
+        assert goal["verdict"] == "met", name
+        assert goal["measured"] == goal["of"] > 0, name
     compared = {g.name for g in goals.GOALS if g.peer and g.device == "cuda"}
-    for name in compared - {"grouped_vs_deepgemm"}:
+    for name in compared:
         assert slow[name]["verdict"] == "not met", name
 
 
@@ -128,7 +126,7 @@ def test_markdown_shows_ratios_failures_and_reasons():
     assert "relative error \\| 0.5" in text
     assert "1 measurements were left out for want of time." in text
     assert "ImportError: x" in text and "3 passed, 1 hung" in text and "memcheck" in text
-    for suite in ("gemm", "linear", "quantize"):  # every kind of case finds its place
+    for suite in SUITES:  # every kind of case finds its place
         assert f"## {suite}\n" in report.markdown(everything(0.1, 0.2))
     columns = {line.count(" | ") for line in text.splitlines() if line.startswith("| fprop/")}
     assert len(columns) == 1
@@ -139,7 +137,12 @@ def test_plots_are_drawn(tmp_path):
     from benchmarks.plots import draw
 
     data = everything(0.1, 0.2)
-    assert [p.name for p in draw(data, tmp_path)] == ["gemm.png", "linear.png", "quantize.png"]
+    assert [p.name for p in draw(data, tmp_path)] == [
+        "gemm.png",
+        "grouped.png",
+        "linear.png",
+        "quantize.png",
+    ]
     for plot in tmp_path.glob("*.png"):
         assert plot.stat().st_size > 10_000
     assert list(draw(results([]), tmp_path)) == []

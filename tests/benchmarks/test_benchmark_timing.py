@@ -79,3 +79,33 @@ def test_on_a_gpu_caches_are_cleared_and_the_host_gets_ahead(monkeypatch):
     assert len(times["a"]) == 5 and 0.003 <= min(times["a"]) < 0.1
     assert spins[-1] >= 0.003 * timing.CudaStopwatch.CYCLES_PER_SECOND  # as long as a launch
     assert timing.host_microseconds(subject, batches=2, calls=3) >= 3000
+
+
+def test_joules_are_counted_from_tick_to_tick(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    calls: list[str] = []
+    start = time.perf_counter()
+
+    def millijoules() -> int:  # 100 W, told every 50 ms
+        return 5000 * int((time.perf_counter() - start) / 0.05)
+
+    meter = timing.EnergyMeter(millijoules)
+    meter.SECONDS = 0.2
+    joules = meter.joules(run(calls, "a", 0.002))
+    assert 0.2 <= joules <= 0.4  # 100 W for 2 ms and the overhead of sleeping
+    assert len(calls) > 60
+
+
+def test_a_counter_that_stands_still_is_an_error(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    meter = timing.EnergyMeter(lambda: 7)
+    meter.LIMIT_S = 0.05
+    with pytest.raises(RuntimeError, match="energy counter stood still"):
+        meter.joules(run([], "a", 0.001))
+
+
+def test_no_nvml_is_said_by_name():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises((OSError, RuntimeError), match=r"libnvidia-ml|NVML status|CUDA|NVIDIA"):
+        timing.EnergyMeter()
