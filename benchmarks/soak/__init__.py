@@ -4,5 +4,5 @@ result compared bit for bit: faults that strike once in thousands of launches.
     python -m benchmarks.soak --minutes 3
 
 jobs.py draws the work, made of operands.py, and says what must come out; runner.py launches it in
-every way there is; selection.py forces kernel configurations.
+every way there is.
 """

@@ -10,9 +10,9 @@ import sys
 import threading
 import time
 
+from ..selection import NoSelection, Selection
 from .operands import Lab
 from .runner import Soak
-from .selection import NoSelection, Selection
 
 PROGRESS_S = 10.0
 ROUND_LIMIT_S = {"cpu": 120.0, "sim": 600.0, "cuda": 120.0}

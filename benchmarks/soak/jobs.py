@@ -19,6 +19,7 @@ from torchext import ops, reference
 
 from .. import plain
 from ..problems import GemmProblem, difference, require
+from ..selection import Configuration, Product
 from .operands import (
     E4M3,
     E5M2,
@@ -38,7 +39,6 @@ from .operands import (
     size,
     sms,
 )
-from .selection import Configuration, Product
 
 Place = int | Tensor | tuple[int, Tensor]  # of a part in an output
 OUT_DTYPES = (torch.bfloat16, torch.bfloat16, torch.float16, torch.float32)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import plain
-from .selection import Selection
+from ..selection import Selection
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 GUARD = 0x5A  # every byte of what no kernel may write

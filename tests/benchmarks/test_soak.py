@@ -12,12 +12,12 @@ import pytest
 import torch
 
 import torchext
+from benchmarks.selection import Configuration, NoSelection, Product, Selection
 from benchmarks.soak import __main__ as command_line
 from benchmarks.soak import jobs, runner
 from benchmarks.soak.jobs import Job
 from benchmarks.soak.operands import Guarded, Lab, differing
 from benchmarks.soak.runner import Soak
-from benchmarks.soak.selection import Configuration, NoSelection, Product, Selection
 
 SIM_SECONDS = 20.0
 
@@ -156,7 +156,7 @@ def selection(monkeypatch) -> Selection:
         yield
 
     candidates = [
-        SimpleNamespace(name=name, split_k=split_k, cluster=cluster)
+        SimpleNamespace(name=name, split_k=split_k, cluster=cluster, cycles=1.0)
         for name, split_k, cluster in (
             ("swap_16x64", 4, 4), ("256x128", 1, 2), ("128x128", 1, 1), ("swap_32x64", 4, 4),
             ("only_e5m2", 1, 1),

@@ -1,4 +1,5 @@
-"""Which of the Hopper GEMM's configurations a product runs in, at random or the plainest."""
+"""Which of the Hopper GEMM's configurations a product runs in: all there are, what its cost model
+expects of each, one at random, or one that is forced."""
 
 from __future__ import annotations
 
@@ -44,17 +45,30 @@ class Selection:
         self._selection: Any = gemm_selection
         self._sm_count = sm_count
 
-    def candidates(self, product: Product) -> list[Configuration]:
-        """Those that can compute `product`, the plainest first."""
+    def expected_cycles(self, product: Product) -> dict[Configuration, float]:
+        """Of every configuration that can compute `product`, as the cost model sees it."""
         p = product
         names = self._selection.configurations(p.granularity, p.a_dtype, p.b_dtype)
         explained = self._torchext.explain_gemm(
-            p.m, p.n, p.k,
-            granularity=p.granularity, num_sms=p.num_sms, sm_count=self._sm_count,
-        )  # fmt: skip
-        found = {Configuration(c.name, c.split_k, c.cluster) for c in explained.candidates}
-        known = [c for c in found if c.name in names]
-        return sorted(known, key=lambda c: (c.split_k, c.cluster, "swap" in c.name, c.name))
+            p.m,
+            p.n,
+            p.k,
+            granularity=p.granularity,
+            num_sms=p.num_sms,
+            sm_count=self._sm_count,
+        )
+        return {
+            Configuration(c.name, c.split_k, c.cluster): c.cycles
+            for c in explained.candidates
+            if c.name in names
+        }
+
+    def candidates(self, product: Product) -> list[Configuration]:
+        """Those that can compute `product`, the plainest first."""
+        return sorted(
+            self.expected_cycles(product),
+            key=lambda c: (c.split_k, c.cluster, "swap" in c.name, c.name),
+        )
 
     def draw(
         self, product: Product, rng: random.Random
@@ -79,5 +93,5 @@ class NoSelection(Selection):
     def __init__(self) -> None:
         pass
 
-    def candidates(self, product: Product) -> list[Configuration]:
-        return []
+    def expected_cycles(self, product: Product) -> dict[Configuration, float]:
+        return {}
