@@ -1,4 +1,4 @@
-"""Plots of results.json: gemm.png (TFLOPS by M, every peer), grouped.png, linear.png,
+"""Plots of results.json: gemm.png (TFLOPS by M, every peer), layers.png (grouped products, Linear),
 quantize.png."""
 
 from __future__ import annotations
@@ -23,9 +23,8 @@ MARKERS = "os^Dv<>"
 def draw(data: dict, folder: Path) -> Iterator[Path]:
     """Writes the plots that `data` has figures for; yields their paths."""
     records = [r for r in data["measurements"] if r["status"] == "ok" and not r["host"]]
-    plots = {"gemm": _gemm, "grouped": _grouped, "linear": _linear, "quantize": _quantize}
-    for name, plot in plots.items():
-        figure = plot([r for r in records if r["suite"] == name], data["ceilings"])
+    for name, plot in (("gemm", _gemm), ("layers", _layers), ("quantize", _quantize)):
+        figure = plot(records, data["ceilings"])
         if figure is None:
             continue
         figure.suptitle(f"{name} on {_hardware(data)}")
@@ -33,6 +32,10 @@ def draw(data: dict, folder: Path) -> Iterator[Path]:
         figure.savefig(path, dpi=130)
         plt.close(figure)
         yield path
+
+
+def _of(suite: str, records: list[dict]) -> list[dict]:
+    return [record for record in records if record["suite"] == suite]
 
 
 def _hardware(data: dict) -> str:
@@ -46,13 +49,14 @@ def _names(records: list[dict]) -> list[str]:
 
 def _gemm(records: list[dict], ceilings: dict) -> plt.Figure | None:
     """One panel a layer with more than one M: fprop's TFLOPS by M."""
+    records = _of("gemm", records)
     fprops = [record for record in records if record["op"] == cases.FPROP]
     layers: dict[tuple[str, str], list[dict]] = {}
     for record in fprops:
         layers.setdefault((record["model"], record["layer"]), []).append(record)
     panels = {k: v for k, v in layers.items() if len({r["shape"][0] for r in v}) > 2}
     if not panels:
-        return _bars(records, "flops_per_s", 1e12, "TFLOPS", ceilings.get("fp8_flops_per_s"))
+        return _bars([records], "flops_per_s", 1e12, "TFLOPS", ceilings.get("fp8_flops_per_s"))
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
     figure, axes = plt.subplots(
@@ -82,41 +86,50 @@ def _gemm(records: list[dict], ceilings: dict) -> plt.Figure | None:
     return figure
 
 
-def _grouped(records: list[dict], ceilings: dict) -> plt.Figure | None:
-    return _bars(records, "flops_per_s", 1e12, "TFLOPS", ceilings.get("fp8_flops_per_s"))
-
-
-def _linear(records: list[dict], ceilings: dict) -> plt.Figure | None:
-    steps = [record for record in records if record["op"] == cases.FORWARD_BACKWARD]
-    return _bars(steps or records, "flops_per_s", 1e12, "TFLOPS", ceilings.get("fp8_flops_per_s"))
+def _layers(records: list[dict], ceilings: dict) -> plt.Figure | None:
+    linears = _of("linear", records)
+    steps = [record for record in linears if record["op"] == cases.FORWARD_BACKWARD]
+    suites = [_of("grouped", records), steps or linears]
+    return _bars(suites, "flops_per_s", 1e12, "TFLOPS", ceilings.get("fp8_flops_per_s"))
 
 
 def _quantize(records: list[dict], ceilings: dict) -> plt.Figure | None:
-    return _bars(records, "bytes_per_s", 1e9, "GB/s", ceilings.get("copy_bytes_per_s"))
+    suites = [_of("quantize", records)]
+    return _bars(suites, "bytes_per_s", 1e9, "GB/s", ceilings.get("copy_bytes_per_s"))
 
 
 def _bars(
-    records: list[dict], key: str, unit: float, label: str, ceiling: float | None
+    suites: list[list[dict]], key: str, unit: float, label: str, ceiling: float | None
 ) -> plt.Figure | None:
-    """One group of horizontal bars a case, one bar a contender."""
-    if not records:
+    """A panel a suite; in it one group of horizontal bars a case, one bar a contender."""
+    suites = [records for records in suites if records]
+    if not suites:
         return None
-    names, labels = _names(records), list(dict.fromkeys(r["case"] for r in records))
-    height = 0.8 / len(names)
-    figure, axis = plt.subplots(
-        figsize=(10, 1.5 + 0.16 * len(names) * len(labels)), layout="constrained"
+    heights = [
+        1.0 + 0.16 * len(_names(records)) * len({r["case"] for r in records}) for records in suites
+    ]
+    figure, axes = plt.subplots(
+        len(suites),
+        1,
+        figsize=(10, 0.5 + sum(heights)),
+        height_ratios=heights,
+        squeeze=False,
+        layout="constrained",
     )
-    for i, name in enumerate(names):
-        mine = [record for record in records if record["contender"] == name]
-        places = [labels.index(record["case"]) + i * height for record in mine]
-        axis.barh(places, [r[key] / unit for r in mine], height, color=COLORS[i], label=name)
-    ticks = [place + 0.4 - height / 2 for place in range(len(labels))]
-    axis.set_yticks(ticks, [text.partition("/")[2] for text in labels], fontsize="small")
-    axis.margins(y=0.01)
-    axis.invert_yaxis()
-    axis.set_xlabel(label)
-    if ceiling:
-        axis.axvline(ceiling / unit, color="grey", linestyle="--", label="measured ceiling")
-    axis.grid(axis="x", alpha=0.3)
-    axis.legend(fontsize="small")
+    for axis, records in zip(axes.flat, suites, strict=True):
+        names, labels = _names(records), list(dict.fromkeys(r["case"] for r in records))
+        height = 0.8 / len(names)
+        for i, name in enumerate(names):
+            mine = [record for record in records if record["contender"] == name]
+            places = [labels.index(record["case"]) + i * height for record in mine]
+            axis.barh(places, [r[key] / unit for r in mine], height, color=COLORS[i], label=name)
+        ticks = [place + 0.4 - height / 2 for place in range(len(labels))]
+        axis.set_yticks(ticks, [text.partition("/")[2] for text in labels], fontsize="small")
+        axis.margins(y=0.01)
+        axis.invert_yaxis()
+        axis.set(xlabel=label, title=records[0]["suite"])
+        if ceiling:
+            axis.axvline(ceiling / unit, color="grey", linestyle="--", label="measured ceiling")
+        axis.grid(axis="x", alpha=0.3)
+        axis.legend(fontsize="small")
     return figure

@@ -20,6 +20,7 @@ def markdown(data: dict) -> str:
         _goals(data),
         _tests(data),
         _sanitizer(data),
+        _soak(data),
         *(_suite(data, suite) for suite in ("gemm", "grouped", "linear", "quantize")),
         _host(data),
         _energy(data),
@@ -111,6 +112,11 @@ def _sanitizer(data: dict) -> str:
     ]
     header = ("tool", "status", "op calls done", "s", "last word")
     return "## compute-sanitizer\n\n" + table(header, rows, numeric_from=5)
+
+
+def _soak(data: dict) -> str:
+    soak = data.get("soak")
+    return f"## Soak\n\n{soak['summary']}" if soak else ""
 
 
 def _suite(data: dict, suite: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import random
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,64 +23,64 @@ class Configuration:
 
 @dataclass(frozen=True)
 class Product:
-    """What a choice of configuration depends on. granularity: "1d2d", "1d1d" or "rowwise"."""
+    """What a choice of configuration depends on; as torchext.explain_gemm takes it."""
 
     m: int
     n: int
     k: int
     granularity: str
-    a_dtype: torch.dtype
-    b_dtype: torch.dtype
-    num_sms: int
+    a_dtype: torch.dtype = torch.float8_e4m3fn
+    b_dtype: torch.dtype = torch.float8_e4m3fn
+    num_sms: int = 0
+    out_dtype: torch.dtype = torch.bfloat16
+    accumulate: bool = False
+    grouping: str = "none"
+    groups: int = 1
+    expected_m: int = 0
 
 
 class Selection:
-    """By torchext.gemm_selection. Everywhere but on Hopper's kernels there is nothing to choose."""
+    """By torchext.gemm_selection, for a GPU of `sm_count` SMs."""
 
     def __init__(self, sm_count: int):
-        import torchext
         from torchext import gemm_selection
 
-        self._torchext: Any = torchext
         self._selection: Any = gemm_selection
         self._sm_count = sm_count
 
+    def _explain(self, product: Product) -> Any:
+        options = {name: getattr(product, name) for name in product.__dataclass_fields__}
+        sizes = [options.pop(name) for name in ("m", "n", "k")]
+        return self._selection.explain_gemm(*sizes, **options, sm_count=self._sm_count)
+
     def expected_cycles(self, product: Product) -> dict[Configuration, float]:
-        """Of every configuration that can compute `product`, as the cost model sees it."""
-        p = product
-        names = self._selection.configurations(p.granularity, p.a_dtype, p.b_dtype)
-        explained = self._torchext.explain_gemm(
-            p.m,
-            p.n,
-            p.k,
-            granularity=p.granularity,
-            num_sms=p.num_sms,
-            sm_count=self._sm_count,
-        )
+        """Of every configuration that may compute `product`, as the cost model sees it."""
         return {
             Configuration(c.name, c.split_k, c.cluster): c.cycles
-            for c in explained.candidates
-            if c.name in names
+            for c in self._explain(product).candidates
         }
 
-    def candidates(self, product: Product) -> list[Configuration]:
-        """Those that can compute `product`, the plainest first."""
-        return sorted(
-            self.expected_cycles(product),
-            key=lambda c: (c.split_k, c.cluster, "swap" in c.name, c.name),
-        )
+    def splits(self, product: Product) -> int:
+        """In how many parts K is summed when nothing is forced."""
+        return self._explain(product).chosen.split_k
+
+    def plainest(self, product: Product, split_k: int = 1) -> Configuration | None:
+        """The simplest configuration that adds up K in as many parts: by no cluster but for them,
+        nor by swapped operands, in the smallest tile."""
+        alike = [c for c in self.expected_cycles(product) if c.split_k == split_k]
+        return min(alike, key=lambda c: (c.cluster, "swap" in c.name, c.name), default=None)
 
     def draw(
         self, product: Product, rng: random.Random
     ) -> tuple[Configuration | None, Configuration | None]:
-        """A configuration at random, and the one whose bits it must have: the plainest that adds up
-        K in the same order, that is, in as many splits."""
-        candidates = self.candidates(product)
-        if not candidates:
-            return None, None
-        chosen = rng.choice(candidates)
-        alike = [c for c in candidates if c.split_k == chosen.split_k]
-        return chosen, alike[0]
+        """A configuration at random, or None: the library's own choice; and the one that a product
+        of its rows alone must run in to come out with the same bits."""
+        chosen, split_k = None, self.splits(product)
+        if rng.random() < 0.75:
+            chosen = rng.choice(sorted(self.expected_cycles(product), key=str))
+            split_k = chosen.split_k
+        alone = replace(product, num_sms=0, grouping="none", groups=1, expected_m=0)
+        return chosen, self.plainest(alone, split_k)
 
     def forced(self, configuration: Configuration | None) -> AbstractContextManager:
         if configuration is None:
@@ -90,8 +90,15 @@ class Selection:
 
 
 class NoSelection(Selection):
+    """Where there is nothing to choose: everywhere but on Hopper's kernels."""
+
     def __init__(self) -> None:
         pass
 
     def expected_cycles(self, product: Product) -> dict[Configuration, float]:
         return {}
+
+    def draw(
+        self, product: Product, rng: random.Random
+    ) -> tuple[Configuration | None, Configuration | None]:
+        return None, None

@@ -28,6 +28,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 BUDGET_S = 520.0  # of the nine minutes a run may take
 REPORT_S = 25.0
 CORRECTNESS_SHARE = 0.5  # of the budget, for tests and sanitizer together
+SOAK_MINUTES = 0.75
 LOG_BYTES = 4_000_000
 
 
@@ -236,6 +237,23 @@ def correctness(check: Check) -> None:
             future.result()
 
 
+def soak(check: Check) -> None:
+    """Random work for a tenth of the budget. A round that hangs ends it by itself."""
+    minutes = min(SOAK_MINUTES, 0.1 * check.options.budget / 60)
+    command = (sys.executable, "-m", "benchmarks.soak", "--device", check.device)
+    log = check.target / "soak.log"
+    env = staging.environment(check.target)
+    limit_s = min(60 * minutes + 150, check.left())
+    outcome = processes.run((*command, "--minutes", f"{minutes}"), log, limit_s, check.target, env)
+    text = log.read_text(errors="replace")
+    with check.log("sanitizer").open("a") as output:  # few files may come back from where GPUs are
+        output.write(f"==== soak ====\n{text[-400_000:]}\n")
+    said = staging.last_line(log)
+    check.put(soak={"summary": said, "ok": outcome.ok})
+    if not outcome.ok:
+        raise StageError(f"{outcome.reason}: {said}")
+
+
 def selected(options: argparse.Namespace) -> list[str]:
     shapes = ["--shapes", *options.shapes] if options.shapes else []
     return shapes + (["--quick"] if options.quick else [])
@@ -276,6 +294,8 @@ def finish(check: Check) -> int:
         print(f"  {goal['verdict']:>12}: {goal['text']}{value}")
     if "tests" in data:
         print(f"  tests: {data['tests']['counts']}")
+    if "soak" in data:
+        print(f"  {data['soak']['summary']}")
     for stage in data["stages"]:
         print(f"  {stage['status']:>12}: {stage['name']} {stage['reason']}")
     print(f"  {check.out}")
@@ -295,6 +315,8 @@ def main(arguments: list[str] | None = None) -> int:
         ready = check.passed("environment")
         if ready:
             correctness(check)
+            with check.stage("soak"):
+                soak(check)
             with check.stage("benchmarks"):
                 benchmarks(check)
         with check.stage("report"):

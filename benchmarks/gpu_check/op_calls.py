@@ -8,6 +8,7 @@ NAME" and "ok NAME" or "WRONG NAME: why".
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Callable
 
@@ -17,7 +18,9 @@ from torch import Tensor
 import torchext
 from torchext import ops, reference
 
+from .. import plain
 from ..problems import WrongResultError, difference, require
+from ..selection import Configuration, Product, Selection
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 Call = Callable[[object, str], object]  # (module with the ops, device) -> outputs
@@ -63,6 +66,68 @@ def gemm(quantizers: str, m: int, n: int, k: int, **options: object) -> Call:
     return call
 
 
+def m_grouped(op: str, n: int, k: int, **options: object) -> Call:
+    """options: the op's; lists are what tells the groups."""
+    (index,) = (name for name, value in options.items() if isinstance(value, list))
+    values = torch.tensor(options.pop(index), dtype=torch.int32)
+    groups = 4 if index == "group_ids" else len(values)
+    size = {"offsets": (333,), "group_ids": values.shape, "masked_m": (groups, 150)}[index]
+    a, a_scale = reference.quantize_1x128(random(math.prod(size), k))
+    weights = random(groups * n, k).unflatten(0, (groups, n))
+    b, b_scale = (
+        torch.stack(x) for x in zip(*map(reference.quantize_128x128, weights), strict=True)
+    )
+    operands = (a.unflatten(0, size), a_scale.unflatten(0, size), b, b_scale)
+
+    def call(module: object, device: str) -> object:
+        dtype = torch.bfloat16 if module is ops else torch.float64
+        out = torch.zeros(*size, n, dtype=dtype, device=device)  # rows of no group stay
+        return getattr(module, op)(
+            *(x.to(device) for x in operands),
+            **{index: values.to(device)},
+            out=out,
+            **options,
+        )
+
+    return call
+
+
+def k_grouped(m: int, n: int, k: int, ends: list[int]) -> Call:
+    operands = (*reference.quantize_1x128(random(m, k)), *reference.quantize_1x128(random(n, k)))
+    offsets = torch.tensor(ends, dtype=torch.int32)
+
+    def call(module: object, device: str) -> object:
+        function = module.k_grouped_fp8_gemm_nt  # type: ignore[attr-defined]
+        return function(*(x.to(device) for x in operands), offsets.to(device))
+
+    return call
+
+
+def fused(op: str, m: int, n: int, k: int, **options: object) -> Call:
+    operands = (*reference.quantize_1x128(random(m, k)), *reference.quantize_128x128(random(n, k)))
+    return lambda module, device: getattr(module, op)(*(x.to(device) for x in operands), **options)
+
+
+def every_tile() -> dict[str, Call]:
+    """A ragged product in each configuration of the Hopper kernel."""
+    selection = Selection(132)
+    product = Product(200, 272, 1040, "1d2d")
+
+    def in_configuration(configuration: Configuration) -> Call:
+        call = gemm("1x128 128x128", product.m, product.n, product.k)
+
+        def forced(module: object, device: str) -> object:
+            with selection.forced(configuration):
+                return call(module, device)
+
+        return forced
+
+    return {
+        f"fp8_gemm_nt in {configuration}": in_configuration(configuration)
+        for configuration in sorted(selection.expected_cycles(product), key=str)
+    }
+
+
 QUANTIZERS = [name for name in ops.__all__ if name.startswith("quantize_")]
 CALLS: dict[str, Call] = {
     **{name: quantize(name, random(200, 400)) for name in QUANTIZERS},
@@ -82,13 +147,34 @@ CALLS: dict[str, Call] = {
     "fp8_gemm_nt 1d1d accumulate": gemm("1x128 1x128", 136, 264, 384, accumulate=True),
     "fp8_gemm_nt rowwise": gemm("rowwise rowwise", 200, 272, 400, bias=True),
     "fp8_gemm_nt tensorwise": gemm("tensorwise tensorwise", 200, 272, 400),
+    "m_grouped_fp8_gemm_nt_contiguous offsets": m_grouped(
+        "m_grouped_fp8_gemm_nt_contiguous", 272, 400, offsets=[70, 70, 201, 330]
+    ),
+    "m_grouped_fp8_gemm_nt_contiguous ids": m_grouped(
+        "m_grouped_fp8_gemm_nt_contiguous",
+        144,
+        272,
+        group_ids=[*[2] * 60, *[-1] * 5, *[0] * 90, *[3] * 33, *[2] * 3],
+    ),
+    "m_grouped_fp8_gemm_nt_masked": m_grouped(
+        "m_grouped_fp8_gemm_nt_masked", 272, 400, masked_m=[17, 0, 150], expected_m=60
+    ),
+    "k_grouped_fp8_gemm_nt": k_grouped(136, 144, 400, [130, 130, 390]),
+    "fp8_gemm_nt_swiglu_quantize": fused("fp8_gemm_nt_swiglu_quantize", 200, 544, 400),
+    "fp8_gemm_nt_gelu_quantize": fused("fp8_gemm_nt_gelu_quantize", 200, 272, 400),
+    "fp8_gemm_nt_relu2_quantize": fused("fp8_gemm_nt_relu2_quantize", 200, 272, 400),
 }
 
 
 def check(name: str, got: object, want: object) -> None:
     """Quantised bits must be equal, products within benchmarks.problems' bounds."""
+    if name.endswith("_quantize") and "gemm" in name:
+        (data, scale), (wanted, wanted_scale) = _tensors(got), _tensors(want)
+        back = plain.dequantize(data.cpu(), scale.cpu())
+        require(difference(back, plain.dequantize(wanted, wanted_scale)), 0.02)
+        return
     for result, expected in zip(_tensors(got), _tensors(want), strict=True):
-        if name.startswith("fp8_gemm_nt"):
+        if "gemm" in name:
             require(difference(result.cpu(), expected), 5e-3, 5e-2)
             continue
         if (result.dtype, result.shape) != (expected.dtype, expected.shape):
@@ -111,18 +197,20 @@ def main() -> int:
     if uncovered:
         print(f"WRONG coverage: no call of {', '.join(sorted(uncovered))}", flush=True)
         return 1
+    if options.device == "cuda" and torchext.is_available("sm90")[0]:
+        CALLS.update(every_tile())
     print(f"torchext {torchext.__version__} on {options.device}: {len(CALLS)} calls", flush=True)
     wrong = 0
     for name, call in CALLS.items():
         if name in options.skip:
             continue
         print(f"calling {name}", flush=True)
-        got = call(ops, options.device)
-        if options.device == "cuda":
-            torch.cuda.synchronize()
         try:
+            got = call(ops, options.device)
+            if options.device == "cuda":
+                torch.cuda.synchronize()
             check(name, got, call(reference, "cpu"))
-        except WrongResultError as error:
+        except (WrongResultError, RuntimeError, ValueError) as error:
             wrong += 1
             print(f"WRONG {name}: {error}", flush=True)
         else:

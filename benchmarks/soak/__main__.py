@@ -9,6 +9,8 @@ import random
 import sys
 import threading
 import time
+from contextlib import nullcontext
+from dataclasses import replace
 
 from ..selection import NoSelection, Selection
 from .operands import Lab
@@ -49,6 +51,28 @@ def laboratory(device: str | None) -> Lab:
     return Lab(device, Selection(count) if hopper else NoSelection(), count)
 
 
+def without(lab: Lab) -> Lab:
+    """`lab` less the jobs that the device has no kernels for, which it says."""
+    if lab.device == "cpu":
+        return lab
+    import torch
+
+    from torchext import ops, sim
+
+    x = torch.zeros(16, 16, device=lab.torch_device)
+    operands = (*ops.quantize_1x128(x), *ops.quantize_128x128(x))
+    context = sim.simulate() if lab.device == "sim" else nullcontext()
+    try:
+        with context:
+            ops.fp8_gemm_nt_relu2_quantize(*operands)
+    except RuntimeError as error:
+        if "no sm_" not in str(error):
+            raise
+        print(f"left out: {error}", flush=True)
+        return replace(lab, without=frozenset({"fused"}))
+    return lab
+
+
 class Watchdog:
     """Ends the process when a round does not end: a kernel that hangs lets nobody else speak."""
 
@@ -75,7 +99,7 @@ def main(arguments: list[str] | None = None) -> int:
     """0: no fault. 1: faults. 2: nothing to run on. 3: a round did not end."""
     options = parse(arguments)
     try:
-        lab = laboratory(options.device)
+        lab = without(laboratory(options.device))
     except RuntimeError as error:
         print(error, file=sys.stderr)
         return 2

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,6 @@ from torchext import ops, reference
 
 from .. import plain
 from ..problems import GemmProblem, difference, require
-from ..selection import Configuration, Product
 from .operands import (
     E4M3,
     E5M2,
@@ -58,8 +58,7 @@ class Job:
 def draw(lab: Lab, rng: random.Random) -> Job:
     """A job. All that is random about it comes from `rng`."""
     torch.manual_seed(rng.getrandbits(63))
-    makers = (dense, dense, dense, dense, contiguous, contiguous, masked, k_grouped, fused, fused,
-              quantizer, quantizer, dequantize)  # fmt: skip
+    makers = [maker for maker in MAKERS if maker.__name__ not in lab.without]
     return rng.choice(makers)(lab, rng)
 
 
@@ -78,7 +77,7 @@ def dense(lab: Lab, rng: random.Random) -> Job:
     num_sms, out_dtype = sms(lab, rng), rng.choice(OUT_DTYPES)
     bias = torch.randn(n, device=lab.torch_device) if rng.random() < 0.3 else None
     into, accumulate = rng.random() < 0.5, rng.random() < 0.5
-    product = Product(m, n, k, granularity, given.a.dtype, given.b.dtype, num_sms)
+    product = given.product_of(num_sms, out_dtype, into and accumulate)
     chosen, plainest = lab.selection.draw(product, rng)
     guarded = Guarded(lab, rng, (m, n), out_dtype)
     start = torch.randn(m, n, device=lab.torch_device).to(out_dtype)
@@ -86,18 +85,24 @@ def dense(lab: Lab, rng: random.Random) -> Job:
     def plain_call() -> Tensor:
         if into and accumulate:
             out = start.clone()
-            ops.fp8_gemm_nt(*given, out=out, accumulate=True, bias=bias)
+            ops.fp8_gemm_nt(*given.tensors, out=out, accumulate=True, bias=bias)
             return out
-        return ops.fp8_gemm_nt(*given, bias=bias, out_dtype=out_dtype)
+        return ops.fp8_gemm_nt(*given.tensors, bias=bias, out_dtype=out_dtype)
 
     def call() -> Outputs:
         with lab.selection.forced(chosen):
             if not into:
-                return (ops.fp8_gemm_nt(*given, bias=bias, out_dtype=out_dtype, num_sms=num_sms),)
+                return (
+                    ops.fp8_gemm_nt(
+                        *given.tensors, bias=bias, out_dtype=out_dtype, num_sms=num_sms
+                    ),
+                )
             out, memory = guarded.fresh()
             if accumulate:
                 out.copy_(start)
-            ops.fp8_gemm_nt(*given, out=out, accumulate=accumulate, bias=bias, num_sms=num_sms)
+            ops.fp8_gemm_nt(
+                *given.tensors, out=out, accumulate=accumulate, bias=bias, num_sms=num_sms
+            )
             return out, memory
 
     def expect() -> Outputs:
@@ -160,6 +165,8 @@ def m_grouped(
     rows_of: list[Tensor],
     size: tuple[int, ...],
     call_op: Callable[..., object],
+    grouping: str,
+    expected_m: int = 0,
     name: str,
 ) -> Job:
     """The common part of products in groups of rows. rows_of: the rows of each group, of all."""
@@ -168,12 +175,16 @@ def m_grouped(
     bias = torch.randn(len(rows_of), n, device=lab.torch_device) if rng.random() < 0.3 else None
     guarded = Guarded(lab, rng, size, out_dtype)
     start = torch.randn(size, device=lab.torch_device).to(out_dtype) if accumulate else None
+    product = given.product_of(num_sms, out_dtype, accumulate)
+    product = replace(product, grouping=grouping, groups=len(rows_of), expected_m=expected_m)
+    chosen, plainest = lab.selection.draw(product, rng)
 
     def call() -> Outputs:
         out, memory = guarded.fresh()
         if start is not None:
             out.copy_(start)
-        call_op(out=out, accumulate=accumulate, bias=bias, num_sms=num_sms)
+        with lab.selection.forced(chosen):
+            call_op(out=out, accumulate=accumulate, bias=bias, num_sms=num_sms)
         return out, memory
 
     def parts() -> list[tuple[Place, Tensor]]:
@@ -186,9 +197,9 @@ def m_grouped(
             where: Place = rows if len(size) == 2 else (group, rows - group * size[1])
             if start is not None:
                 out.copy_(start[where])
-            with lab.selection.forced(_plainest(lab, own)):
+            with lab.selection.forced(plainest):
                 ops.fp8_gemm_nt(
-                    *own, out=out, accumulate=accumulate,
+                    *own.tensors, out=out, accumulate=accumulate,
                     bias=None if bias is None else bias[group],
                 )  # fmt: skip
             found.append((where, out))
@@ -206,15 +217,9 @@ def m_grouped(
     lengths = [len(rows) for rows in rows_of]
     text = f"{name} groups of {lengths} rows, of {given.a.shape[0]}, N {n} K {given.a.shape[1]}"
     text += f" {kinds(given)} to {short(out_dtype)} accumulate={accumulate}"
-    text += f" bias={bias is not None} num_sms={num_sms}"
+    text += f" bias={bias is not None} num_sms={num_sms} [{chosen} against {plainest}]"
     expect = by_parts(lab, guarded, parts, start) if lab.exact else None
     return Job(text, call, expect, bound)
-
-
-def _plainest(lab: Lab, own: Operands) -> Configuration | None:
-    (m, k), n = own.a.shape, own.b.shape[0]
-    product = Product(m, n, k, own.granularity, own.a.dtype, own.b.dtype, 0)
-    return next((c for c in lab.selection.candidates(product) if c.split_k == 1), None)
 
 
 def contiguous(lab: Lab, rng: random.Random) -> Job:
@@ -223,27 +228,39 @@ def contiguous(lab: Lab, rng: random.Random) -> Job:
     n = max(1, n // rng.choice((1, groups)))
     granularity = draw_granularity(rng)
     given = operands(lab, rng, (m, n, k), granularity, groups)
+    offsets: Tensor | None
+    group_ids: Tensor | None
     if rng.random() < 0.5:
         ends = runs(rng, m, groups)
         rows_of = [
             torch.arange(first, last, device=lab.torch_device)
             for first, last in zip([0, *ends], ends, strict=False)
         ]
-        where: dict = {"offsets": index(lab, ends)}
+        grouping, offsets, group_ids = "offsets", index(lab, ends), None
     else:
         ids = [rng.randint(-1, groups - 1) for _ in range(rng.randint(1, 12))]
         per_row = [
             rng.choice(ids) if rng.random() < 0.1 else ids[r * len(ids) // m] for r in range(m)
         ]
-        given_ids = index(lab, per_row)
-        rows_of = [(given_ids == group).nonzero().flatten() for group in range(groups)]
-        where = {"group_ids": given_ids}
+        grouping, offsets, group_ids = "group_ids", None, index(lab, per_row)
+        rows_of = [(group_ids == group).nonzero().flatten() for group in range(groups)]
 
-    def call_op(**options: object) -> object:
-        return ops.m_grouped_fp8_gemm_nt_contiguous(*given, **where, **options)
+    def call_op(**options: Any) -> object:
+        return ops.m_grouped_fp8_gemm_nt_contiguous(
+            *given.tensors, offsets, group_ids=group_ids, **options
+        )
 
-    name = f"m_grouped_fp8_gemm_nt_contiguous by {next(iter(where))} {granularity}"
-    return m_grouped(lab, rng, given, rows_of=rows_of, size=(m, n), call_op=call_op, name=name)
+    name = f"m_grouped_fp8_gemm_nt_contiguous by {grouping} {granularity}"
+    return m_grouped(
+        lab,
+        rng,
+        given,
+        rows_of=rows_of,
+        size=(m, n),
+        call_op=call_op,
+        grouping=grouping,
+        name=name,
+    )
 
 
 def masked(lab: Lab, rng: random.Random) -> Job:
@@ -261,14 +278,23 @@ def masked(lab: Lab, rng: random.Random) -> Job:
     a_scale = given.a_scale.unflatten(0, (groups, rows))
     masked_m, expected_m = index(lab, counts), rng.choice((0, rows, rng.randint(0, rows)))
 
-    def call_op(**options: object) -> object:
+    def call_op(**options: Any) -> object:
         return ops.m_grouped_fp8_gemm_nt_masked(
             a, a_scale, given.b, given.b_scale, masked_m, expected_m=expected_m, **options
         )
 
     name = f"m_grouped_fp8_gemm_nt_masked expected_m={expected_m} {granularity}"
-    size = (groups, rows, n)
-    return m_grouped(lab, rng, given, rows_of=rows_of, size=size, call_op=call_op, name=name)
+    return m_grouped(
+        lab,
+        rng,
+        given,
+        rows_of=rows_of,
+        size=(groups, rows, n),
+        call_op=call_op,
+        grouping="masked",
+        expected_m=expected_m,
+        name=name,
+    )
 
 
 def k_grouped(lab: Lab, rng: random.Random) -> Job:
@@ -279,6 +305,8 @@ def k_grouped(lab: Lab, rng: random.Random) -> Job:
     offsets = index(lab, ends)
     num_sms, accumulate = sms(lab, rng), rng.random() < 0.5
     out_dtype = rng.choice(OUT_DTYPES)
+    product = given.product_of(num_sms, out_dtype, accumulate)
+    chosen, plainest = lab.selection.draw(replace(product, grouping="along_k", groups=groups), rng)
     guarded = Guarded(lab, rng, (groups, m, n), out_dtype)
     start = torch.randn(groups, m, n, device=lab.torch_device).to(out_dtype)
 
@@ -286,7 +314,10 @@ def k_grouped(lab: Lab, rng: random.Random) -> Job:
         out, memory = guarded.fresh()
         if accumulate:
             out.copy_(start)
-        ops.k_grouped_fp8_gemm_nt(*given, offsets, out=out, accumulate=accumulate, num_sms=num_sms)
+        with lab.selection.forced(chosen):
+            ops.k_grouped_fp8_gemm_nt(
+                *given.tensors, offsets, out=out, accumulate=accumulate, num_sms=num_sms
+            )
         return out, memory
 
     def own(first: int, last: int) -> Operands:
@@ -311,8 +342,8 @@ def k_grouped(lab: Lab, rng: random.Random) -> Job:
             out = start[group].clone() if accumulate else torch.zeros_like(start[group])
             if last > first:
                 product = own(first, last)
-                with lab.selection.forced(_plainest(lab, product)):
-                    ops.fp8_gemm_nt(*product, out=out, accumulate=accumulate)
+                with lab.selection.forced(plainest):
+                    ops.fp8_gemm_nt(*product.tensors, out=out, accumulate=accumulate)
             found.append((group, out))
         return found
 
@@ -323,6 +354,7 @@ def k_grouped(lab: Lab, rng: random.Random) -> Job:
 
     name = f"k_grouped_fp8_gemm_nt {m}x{n} K up to {ends} of {k} {kinds(given)}"
     name += f" to {short(out_dtype)} accumulate={accumulate} num_sms={num_sms}"
+    name += f" [{chosen} against {plainest}]"
     expect = by_parts(lab, guarded, parts, None) if lab.exact else None
     return Job(name, call, expect, bound)
 
@@ -336,15 +368,17 @@ def fused(lab: Lab, rng: random.Random) -> Job:
     bias = torch.randn(n, device=lab.torch_device) if rng.random() < 0.3 else None
     extra: dict = {"tanh_approximation": rng.random() < 0.5} if op == "gelu" else {}
     num_sms = sms(lab, rng)
+    product = given.product_of(num_sms, torch.float32, False)
+    split = any(c.split_k > 1 for c in lab.selection.expected_cycles(product))
 
     def call() -> Outputs:
         function = getattr(ops, f"fp8_gemm_nt_{op}_quantize")
-        return function(*given, bias=bias, num_sms=num_sms, **options, **extra)
+        return function(*given.tensors, bias=bias, num_sms=num_sms, **options, **extra)
 
     def unfused() -> Tensor:
         """The activation in FP32, in plain PyTorch, of the plainest product."""
-        with lab.selection.forced(_plainest(lab, given)):
-            x = ops.fp8_gemm_nt(*given, bias=bias, out_dtype=torch.float32)
+        with lab.selection.forced(lab.selection.plainest(product)):
+            x = ops.fp8_gemm_nt(*given.tensors, bias=bias, out_dtype=torch.float32)
         if op == "relu2":
             return x.relu().square()
         if op == "gelu":
@@ -365,8 +399,10 @@ def fused(lab: Lab, rng: random.Random) -> Job:
 
     name = f"fp8_gemm_nt_{op}_quantize {m}x{n}x{k} {kinds(given)} {granularity} {options} {extra}"
     name += f" bias={bias is not None} num_sms={num_sms}"
-    # Other activations depend on how exp, erf and tanh are rounded: equal to themselves only.
-    return Job(name, call, expect if op == "relu2" and lab.exact else None, bound)
+    # Other activations depend on how exp, erf and tanh are rounded, and what may be summed in parts
+    # on the order of sums: they have to equal themselves only.
+    exact = op == "relu2" and lab.exact and not split
+    return Job(name, call, expect if exact else None, bound)
 
 
 # ---- quantisers ----
@@ -413,3 +449,8 @@ def dequantize(lab: Lab, rng: random.Random) -> Job:
         return (reference.dequantize(data.cpu(), scale.cpu(), out_dtype=dtype).to(x.device),)
 
     return Job(f"dequantize of {op} {describe(x)} to {short(dtype)}", call, expect)
+
+
+# As often as they are listed.
+MAKERS = (dense, dense, dense, dense, contiguous, contiguous, masked, k_grouped, fused, fused,
+          quantizer, quantizer, dequantize)  # fmt: skip

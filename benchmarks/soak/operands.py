@@ -4,14 +4,13 @@ how results are compared."""
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .. import plain
-from ..selection import Selection
+from ..selection import Product, Selection
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 GUARD = 0x5A  # every byte of what no kernel may write
@@ -27,6 +26,7 @@ class Lab:
     device: str  # cpu, sim or cuda
     selection: Selection
     sm_count: int = 132
+    without: frozenset[str] = frozenset()  # makers of jobs that this device has no kernels for
 
     @property
     def torch_device(self) -> str:
@@ -39,7 +39,9 @@ class Lab:
     @property
     def largest(self) -> tuple[int, int, int]:
         """M, N and K at most."""
-        return {"sim": (200, 280, 400), "cpu": (300, 300, 600)}.get(self.device, (8192, 8192, 8192))
+        return {"sim": (200, 280, 1400), "cpu": (300, 300, 600)}.get(
+            self.device, (8192, 8192, 8192)
+        )
 
     @property
     def macs(self) -> int:
@@ -96,8 +98,9 @@ class Operands:
     b: Tensor
     b_scale: Tensor
 
-    def __iter__(self) -> Iterator[Tensor]:
-        return iter((self.a, self.a_scale, self.b, self.b_scale))
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.a, self.a_scale, self.b, self.b_scale
 
     def of_rows(self, rows: Tensor | slice, group: int) -> Operands:
         """A product of its own: some rows of a with one matrix of b, laid out afresh."""
@@ -107,6 +110,13 @@ class Operands:
         if self.granularity == "1d1d":
             b_scale = m_major(b_scale)
         return Operands(self.granularity, pitched(self.a[rows]), a_scale, self.b[group], b_scale)
+
+    def product_of(self, num_sms: int, out_dtype: torch.dtype, accumulate: bool) -> Product:
+        """What its kernel is chosen by."""
+        (m, k), n = self.a.shape, self.b.shape[-2]
+        return Product(
+            m, n, k, self.granularity, self.a.dtype, self.b.dtype, num_sms, out_dtype, accumulate
+        )
 
     def product(self) -> Tensor:
         """In float64."""

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.gpu_check import __main__ as gpu_check
 from benchmarks.gpu_check import op_calls, sanitizer, staging
 from benchmarks.gpu_check.__main__ import main
 from benchmarks.gpu_check.pytest_stage import TestRun as Run  # or pytest collects it
@@ -154,12 +155,14 @@ def test_a_whole_rehearsal_leaves_one_folder_with_all_findings(
     data = json.loads((out / "results.json").read_text())
     stages = {stage["name"]: stage for stage in data["stages"]}
     order = list(stages)
-    assert order[:2] == ["install", "environment"] and order[4:] == ["benchmarks", "report"]
+    assert order[:2] == ["install", "environment"] and order[4:] == ["soak", "benchmarks", "report"]
     assert set(order[2:4]) == {"tests", "sanitizer"}
     status = {name: stage["status"] for name, stage in stages.items()}
     assert status["install"] == status["environment"] == status["report"] == "passed"
     assert status["tests"] == status["benchmarks"] == "failed"
-    assert status["sanitizer"] == "failed"  # the fake package has no reference to call
+    # The fake package has no reference to call, and is none to be soaked.
+    assert status["sanitizer"] == status["soak"] == "failed"
+    assert "==== soak ====" in (out / "sanitizer.log").read_text()
     assert data["environment"]["torchext"] == "0.0.fake"
     assert data["environment"]["commit"] == "abc"
     assert data["tests"]["counts"] == {"passed": 1, "failed": 1}
@@ -198,6 +201,24 @@ def test_a_broken_wheel_is_the_only_stage_that_runs(repository, tmp_path, monkey
     assert main(["--wheel", "none.whl", "--repository", str(repository), "--device", "cpu"]) == 2
     data = json.loads((tmp_path / "from-the-environment" / "results.json").read_text())
     assert [s["name"] for s in data["stages"]] == ["install", "report"]
+
+
+def test_the_soak_stage_tells_faults_from_none(tmp_path):
+    """In the repository itself, on the CPU kernels."""
+    options = gpu_check.parse(["--wheel", "w", "--out", str(tmp_path / "out"), "--device", "cpu"])
+    options.budget = 20.0
+    check = gpu_check.Check(options, tmp_path)
+    for name in ("benchmarks", "torchext"):
+        (tmp_path / name).symlink_to(REPOSITORY / name)
+    check.deadline += 200
+    with check.stage("soak"):
+        gpu_check.soak(check)
+    assert check.passed("soak"), check.results.data["stages"]
+    assert check.results.data["soak"]["summary"].endswith(" 0 faults")
+    check.device = "sim9"  # none that it knows
+    with check.stage("soak"):
+        gpu_check.soak(check)
+    assert check.results.data["stages"][-1]["status"] == "failed"
 
 
 def test_op_calls_cover_every_op_and_notice_a_wrong_one(monkeypatch, capsys):

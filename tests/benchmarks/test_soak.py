@@ -33,7 +33,7 @@ def test_no_fault_under_the_simulator():
     available, reason = torchext.is_available("sim")
     if not available:
         pytest.skip(reason)
-    found = soak(command_line.laboratory("sim"), SIM_SECONDS)
+    found = soak(command_line.without(command_line.laboratory("sim")), SIM_SECONDS)
     assert found.faults == []
     assert found.launches > 8
 
@@ -146,12 +146,12 @@ def _with_draw(draw):
 
 
 @pytest.fixture
-def selection(monkeypatch) -> Selection:
-    """torchext.gemm_selection, faked: a few configurations, and a record of what was forced."""
+def selection(monkeypatch: pytest.MonkeyPatch) -> Selection:
+    """torchext.gemm_selection, with a few configurations and a record of what was forced."""
     log: list[tuple] = []
 
     @contextmanager
-    def forced(name, split_k=1, cluster=1):
+    def forced(name, *, split_k, cluster):
         log.append((name, split_k, cluster))
         yield
 
@@ -159,46 +159,50 @@ def selection(monkeypatch) -> Selection:
         SimpleNamespace(name=name, split_k=split_k, cluster=cluster, cycles=1.0)
         for name, split_k, cluster in (
             ("swap_16x64", 4, 4), ("256x128", 1, 2), ("128x128", 1, 1), ("swap_32x64", 4, 4),
-            ("only_e5m2", 1, 1),
+            ("swap_16x64", 1, 1),
         )
     ]  # fmt: skip
     module = SimpleNamespace(
-        configurations=lambda granularity, a, b: ["128x128", "256x128", "swap_16x64", "swap_32x64"],
+        explain_gemm=lambda m, n, k, **options: SimpleNamespace(
+            candidates=candidates, chosen=candidates[3]
+        ),
         forced=forced,
         log=log,
     )
-    monkeypatch.setattr(torchext, "gemm_selection", module, raising=False)
-    monkeypatch.setitem(__import__("sys").modules, "torchext.gemm_selection", module)
-    monkeypatch.setattr(
-        torchext,
-        "explain_gemm",
-        lambda m, n, k, **options: SimpleNamespace(candidates=candidates),
-        raising=False,
-    )
+    monkeypatch.setattr(torchext, "gemm_selection", module)
     return Selection(132)
 
 
 def test_a_configuration_is_compared_with_the_plainest_that_splits_k_alike(selection):
-    e4m3 = torch.float8_e4m3fn
-    product = Product(64, 128, 512, "1d2d", e4m3, e4m3, 0)
-    seen = {selection.draw(product, random.Random(i)) for i in range(50)}
+    product = Product(64, 128, 512, "1d2d")
+    seen = {selection.draw(product, random.Random(i)) for i in range(200)}
     plain, split = Configuration("128x128"), Configuration("swap_16x64", 4, 4)
     assert seen == {
+        (None, split),  # the library's own choice, which splits K in four
         (plain, plain),
         (Configuration("256x128", 1, 2), plain),
+        (Configuration("swap_16x64"), plain),
         (split, split),
         (Configuration("swap_32x64", 4, 4), split),
     }
 
 
-def test_configurations_are_forced_in_the_call_and_in_its_expectation(selection):
-    job = jobs.dense(Lab("cpu", selection), random.Random(1))
+@pytest.mark.parametrize("maker", [jobs.dense, jobs.contiguous, jobs.masked, jobs.k_grouped])
+def test_configurations_are_forced_in_the_call_and_in_its_expectation(selection, maker):
     log = torchext.gemm_selection.log
-    job.call()
-    (chosen,) = log
-    assert f"[{Configuration(*chosen)} against " in job.name
-    job.expect()
-    assert log[1][1] == chosen[1]
+    lab = Lab("cpu", selection)
+    lab = type("Exact", (Lab,), {"exact": True})(lab.device, selection)
+    for seed in range(9):
+        log.clear()
+        job = maker(lab, random.Random(seed))
+        job.call()
+        if not log:
+            assert "[None against swap_16x64 split_k=4 cluster=4]" in job.name
+        else:
+            assert f"[{Configuration(*log[0])} against " in job.name
+        called = len(log)
+        job.expect()
+        assert all(f" against {Configuration(*entry)}]" in job.name for entry in log[called:])
 
 
 class Graph:
