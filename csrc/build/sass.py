@@ -1,8 +1,8 @@
 """Machine code of kernels: disassembled, its loops found, its instructions counted.
 
-Counts are of instructions as they stand, conditional ones included, so they bound what a warp
-issues from above; only the tails of spin waits on an mbarrier, which issue while there is nothing
-else to do, are left out of a loop.
+A loop is counted along one way through it: the one with most tensor-core and then most FP32
+instructions, and among such the shortest. That is the way of a K block whose waits succeed at once
+and that needs no special treatment; what lies off it is counted apart.
 """
 
 from __future__ import annotations
@@ -212,33 +212,65 @@ class Flow:
     def _instructions(self, blocks: set[int]) -> list[Instruction]:
         return [i for block in sorted(blocks) for i in self.code[slice(*self.blocks[block])]]
 
-    def main_loops(self) -> list[list[Instruction]]:
-        """The instructions of every innermost loop that feeds the tensor cores."""
+    def main_loops(self) -> list[tuple[list[Instruction], int]]:
+        """Of every innermost loop that feeds the tensor cores: the instructions on the way through
+        it, and how many lie off that way."""
         loops = self.loops()
         feeding = {
             first: body
             for first, body in loops.items()
             if any(map(tensor_core, self._instructions(body)))
         }
-        inner = [
-            (first, body)
-            for first, body in feeding.items()
-            if not any(other != first and other in body for other in feeding)
-        ]
-        return [
-            self._instructions(body - self._spins(first, body, loops)) for first, body in inner
-        ]
-
-    def _spins(self, first: int, body: set[int], loops: dict[int, set[int]]) -> set[int]:
-        """Blocks of `body` that only try an mbarrier again and again."""
-        spins: set[int] = set()
-        for other, blocks in loops.items():
-            if other == first or not blocks < body:
+        found = []
+        for first, body in feeding.items():
+            if any(other != first and other in body for other in feeding):
                 continue
-            inside = self._instructions(blocks)
-            if len(inside) <= 8 and any("TRYWAIT" in i.opcode for i in inside):
-                spins |= blocks
-        return spins
+            way = self._way_through(first, body)
+            through = self._instructions(way)
+            found.append((through, len(self._instructions(body)) - len(through)))
+        return found
+
+    def _way_through(self, first: int, body: set[int]) -> set[int]:
+        """The blocks of a turn of the loop, see the head of this file."""
+
+        def weight(block: int) -> tuple[int, int, int]:
+            inside = count(self._instructions({block}))
+            return inside["mma"], inside["fp32"], -inside["all"]
+
+        # Without edges back, of this loop and of loops in it, blocks are in order.
+        order: list[int] = []
+        seen = {first}
+        stack = [(first, iter(self.successors[first]))]
+        while stack:
+            block, following = stack[-1]
+            for successor in following:
+                if successor in body and successor not in seen:
+                    seen.add(successor)
+                    stack.append((successor, iter(self.successors[successor])))
+                    break
+            else:
+                order.append(block)
+                stack.pop()
+        place = {block: i for i, block in enumerate(reversed(order))}
+        best: dict[int, tuple[tuple[int, int, int], int | None]] = {first: (weight(first), None)}
+        for block in reversed(order):
+            for successor in self.successors[block]:
+                if successor not in place or place[successor] <= place[block]:
+                    continue
+                here = best[block][0]
+                a, b, c = weight(successor)
+                total = here[0] + a, here[1] + b, here[2] + c
+                if successor not in best or total > best[successor][0]:
+                    best[successor] = total, block
+        last: int | None = max(
+            (block for block in place if first in self.successors[block]),
+            key=lambda block: best[block][0],
+        )
+        way = set()
+        while last is not None:
+            way.add(last)
+            last = best[last][1]
+        return way
 
 
 GROUPS = {
@@ -276,6 +308,7 @@ class MainLoop:
     """
 
     counts: dict[str, float]
+    aside: float  # instructions off the way that is counted
     mma: Mma
     blocks: float | None  # K blocks in one turn of the loop; None: the tile is not known
     warps: int
@@ -304,7 +337,7 @@ def main_loop(name: str, code: list[Instruction], threads: int) -> MainLoop | No
     if not any(map(tensor_core, code)):
         return None
     measured = []
-    for body in Flow(code).main_loops():
+    for body, aside in Flow(code).main_loops():
         units = [mma for mma in map(tensor_core, body) if mma]
         warpgroups = units[0].threads == WARPGROUP
         warps = (threads - WARPGROUP if warpgroups else threads) // WARP
@@ -314,7 +347,9 @@ def main_loop(name: str, code: list[Instruction], threads: int) -> MainLoop | No
         blocks = macs / wanted if wanted else None
         share = blocks or 1.0
         counts = {key: value / share for key, value in count(body).items()}
-        measured.append(MainLoop(counts, units[0], blocks, warps, macs / share))
+        measured.append(
+            MainLoop(counts, aside / share, units[0], blocks, warps, macs / share)
+        )
     if not measured:
         raise RuntimeError(f"{name}: tensor-core instructions, but no loop around any")
     return max(measured, key=lambda loop: loop.issue_cycles / loop.macs)

@@ -37,7 +37,7 @@ there until this table is written anew and committed with it.
 
 Compiler: ptxas {compiler}
 
-All figures are read from machine code and count instructions as they stand; nothing was run.
+All figures are read from machine code; nothing was run.
 
 - **regs** at launch, a thread. **spills**: accesses to local memory (LDL, STL). **local**: bytes of
   it, a thread. **shared**: bytes, static (1,024 of them the system's) + dynamic, where the
@@ -47,8 +47,9 @@ All figures are read from machine code and count instructions as they stand; not
   one.
 - Products: figures are of one K block (128 of K) of the CTA's tile, and of one consumer warp. The
   main loop is the innermost loop with tensor-core instructions; of several, the one that costs most
-  for its products. **instr**: all that a warp issues in it, of which **mma** are tensor-core
-  instructions, **fp32** FFMA, FMUL and FADD (promotion), **loads** LDS, LDSM and LDG, **barriers**
+  for its products. **instr**: what a warp issues on its way through it, where waits succeed at once
+  and nothing is special about the K block; **aside**: instructions off that way (waiting, edges of
+  groups along K). Of instr, **mma** are tensor-core instructions, **fp32** FFMA, FMUL and FADD (promotion), **loads** LDS, LDSM and LDG, **barriers**
   waits, arrivals and fences.
 - **issue**: cycles that a scheduler needs to issue it: instr x consumer warps of the CTA / 4
   schedulers, one instruction a cycle. **tensor**: cycles that the tensor cores need for the same K
@@ -85,7 +86,8 @@ LIMITS = {
 REGISTERS, WARP_REGISTER_UNIT = 65536, 256
 
 PRODUCTS = ("kernel", "sm", "threads", "regs", "spills", "local", "shared", "CTAs", "mma shape",
-            "instr", "mma", "fp32", "loads", "barriers", "issue", "tensor", "issue/tensor")  # fmt: skip
+            "instr", "aside", "mma", "fp32", "loads", "barriers", "issue", "tensor",
+            "issue/tensor")  # fmt: skip
 OTHERS = ("kernel", "sm", "threads", "regs", "spills", "local", "shared", "CTAs", "instr", "loads",
           "stores", "LDS", "barriers", "TMA")  # fmt: skip
 # Columns that may not grow, and those that may not shrink.
@@ -161,7 +163,7 @@ def describe(
     peak = PEAK.get((number_only, loop.mma.unit))
     tensor = loop.macs / peak if peak else None
     row["mma shape"] = f"{loop.mma.unit} {'x'.join(map(str, loop.mma.shape))}"
-    row["instr"] = number(loop.counts["all"])
+    row["instr"], row["aside"] = number(loop.counts["all"]), number(loop.aside)
     for column in ("mma", "fp32", "loads", "barriers"):
         row[column] = number(loop.counts.get(column, 0))
     return row | {
