@@ -104,7 +104,8 @@ class Operands:
 
     def of_rows(self, rows: Tensor | slice, group: int) -> Operands:
         """A product of its own: some rows of a with one matrix of b, laid out afresh."""
-        a_scale, b_scale = self.a_scale[rows], self.b_scale[group]
+        # Cloned: with K up to 128 one scale a row is one a group, too, and has to be aligned.
+        a_scale, b_scale = self.a_scale[rows].clone(), self.b_scale[group].clone()
         if self.granularity != "rowwise":
             a_scale = m_major(a_scale)
         if self.granularity == "1d1d":
