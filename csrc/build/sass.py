@@ -11,6 +11,7 @@ import json
 import re
 import subprocess
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -212,9 +213,10 @@ class Flow:
     def _instructions(self, blocks: set[int]) -> list[Instruction]:
         return [i for block in sorted(blocks) for i in self.code[slice(*self.blocks[block])]]
 
-    def main_loops(self) -> list[tuple[list[Instruction], int]]:
+    def main_loops(self) -> list[tuple[list[Instruction], list[Instruction], int]]:
         """Of every innermost loop that feeds the tensor cores: the instructions on the way through
-        it, and how many lie off that way."""
+        it; those on the way through the loop around it, without it; and how many lie off its own
+        way."""
         loops = self.loops()
         feeding = {
             first: body
@@ -227,7 +229,11 @@ class Flow:
                 continue
             way = self._way_through(first, body)
             through = self._instructions(way)
-            found.append((through, len(self._instructions(body)) - len(through)))
+            around = [(len(b), f) for f, b in loops.items() if f != first and body < b]
+            outer = min(around)[1] if around else first
+            rest = self._way_through(outer, loops[outer]) - body
+            aside = len(self._instructions(body)) - len(through)
+            found.append((through, self._instructions(rest), aside))
         return found
 
     def _way_through(self, first: int, body: set[int]) -> set[int]:
@@ -307,7 +313,7 @@ class MainLoop:
     warps: that issue it, of a CTA. Figures other than cycles are of one warp.
     """
 
-    counts: dict[str, float]
+    counts: Mapping[str, float]
     aside: float  # instructions off the way that is counted
     mma: Mma
     blocks: float | None  # K blocks in one turn of the loop; None: the tile is not known
@@ -337,7 +343,7 @@ def main_loop(name: str, code: list[Instruction], threads: int) -> MainLoop | No
     if not any(map(tensor_core, code)):
         return None
     measured = []
-    for body, aside in Flow(code).main_loops():
+    for body, around, aside in Flow(code).main_loops():
         units = [mma for mma in map(tensor_core, body) if mma]
         warpgroups = units[0].threads == WARPGROUP
         warps = (threads - WARPGROUP if warpgroups else threads) // WARP
@@ -346,7 +352,9 @@ def main_loop(name: str, code: list[Instruction], threads: int) -> MainLoop | No
         wanted = tile_macs(name)
         blocks = macs / wanted if wanted else None
         share = blocks or 1.0
-        counts = {key: value / share for key, value in count(body).items()}
+        counts = Counter({key: value / share for key, value in count(body).items()})
+        if share < 1:  # several turns make a K block, and a turn of the loop around them
+            counts.update(count(around))
         measured.append(
             MainLoop(counts, aside / share, units[0], blocks, warps, macs / share)
         )

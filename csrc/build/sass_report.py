@@ -45,9 +45,10 @@ All figures are read from machine code; nothing was run.
 - **CTAs**: how many fit an SM by registers, shared memory, threads and the limit of CTAs (CUDA C++
   Programming Guide, compute capabilities). GEMM kernels that reallocate registers (setmaxnreg) want
   one.
-- Products: figures are of one K block (128 of K) of the CTA's tile, and of one consumer warp. The
-  main loop is the innermost loop with tensor-core instructions; of several, the one that costs most
-  for its products. **instr**: what a warp issues on its way through it, where waits succeed at once
+- Products: figures are of one K block (128 of K) of the CTA's tile, which the kernel's name tells,
+  and of one consumer warp. The main loop is the innermost loop with tensor-core instructions; of several, the one that costs most
+  for its products. Where several turns of it make a K block, the loop around it counts once.
+  **instr**: what a warp issues on its way through it, where waits succeed at once
   and nothing is special about the K block; **aside**: instructions off that way (waiting, edges of
   groups along K). Of instr, **mma** are tensor-core instructions, **fp32** FFMA, FMUL and FADD (promotion), **loads** LDS, LDSM and LDG, **barriers**
   waits, arrivals and fences.

@@ -108,6 +108,21 @@ def test_mma_sync_is_counted_by_warps():
         sass.main_loop("x", code(text.replace("@P0 BRA 0x0\n", "")), threads=64)
 
 
+def test_steps_of_a_k_block_in_a_loop_of_their_own_count_as_often_as_they_run():
+    text = """\
+    LDSM.16.M88.4 R8,[R2]
+    HMMA.16816.F32.BF16 R4,R8,R12,R4
+@P0 BRA 0x10
+    FFMA R1,R4,R2,R1
+@P1 BRA 0x0
+    EXIT
+"""
+    loop = sass.main_loop("mma80_fp8_gemm_nt_16x8x128", code(text), threads=32)
+    assert loop is not None and loop.blocks == 1 / 8
+    assert loop.counts["mma"] == 8 and loop.counts["fp32"] == 1 and loop.counts["loads"] == 1
+    assert loop.counts["all"] == 8 * 2 + 3
+
+
 def test_an_indirect_branch_may_go_where_nothing_else_does():
     text = "BRX R2-0x10\nHMMA.16816.F32 R4,R8,R12,R4\n@P0 BRA 0x10\nEXIT\n"
     assert sass.main_loop("x", code(text), threads=32) is not None
