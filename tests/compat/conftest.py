@@ -1,0 +1,36 @@
+"""Puts the helpers of tests/gemm on the path, since what holds for an op holds for its drop-ins;
+and fixtures that the tests of torchext.compat.deep_gemm share."""
+
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+
+import torchext.compat.deep_gemm as deep_gemm
+from torchext.compat.deep_gemm import _operands
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "gemm"))
+
+
+@pytest.fixture
+def tensor_core(request):
+    """Whether FP8 products are summed by a tensor core, or one that is simulated."""
+    return request.config.getoption("--device") != "cpu"
+
+
+@pytest.fixture(autouse=True)
+def settings():
+    """Each test starts with the settings of a new process."""
+    yield
+    deep_gemm.set_num_sms(deep_gemm._runtime._count_sms())
+    deep_gemm.set_mk_alignment_for_contiguous_layout(128)
+
+
+@pytest.fixture
+def copies():
+    """The copies of operands warned of: pairs of function and argument."""
+    _operands._warned.clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield _operands._warned

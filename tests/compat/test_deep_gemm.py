@@ -1,0 +1,404 @@
+"""torchext.compat.deep_gemm: its signatures beside DeepGEMM's, and its dense products against
+float64. Grouped products, casts and layouts: the files beside this one."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+
+import pytest
+import torch
+from deep_gemm_testing import assert_product, by_block, by_token
+from gemm_testing import Operand
+
+import torchext
+import torchext.compat.deep_gemm as deep_gemm
+from torchext.compat.deep_gemm import _operands, gemm
+
+DENSE = ["nt", "nn", "tn", "tt"]
+# m, n, k: sizes at which DeepGEMM has crashed (n = 16, n = 768, 768 x 1536), and ragged ones.
+SHAPES = [(1, 16, 128), (40, 16, 256), (33, 768, 128), (37, 133, 200), (1, 1, 1), (130, 5, 384)]
+# Of its tests and benchmarks, m cut down.
+DEEP_GEMM_SHAPES = [
+    (768, 1536, 128), (1, 2112, 7168), (128, 576, 7168), (1, 24576, 1536), (1, 32768, 512),
+    (1, 7168, 16384), (3, 4096, 7168), (5, 7168, 2048),
+]  # fmt: skip
+
+
+def stored(operand, transposed):
+    """Data and scale as a caller of nn, tn or tt has them: contiguous, and transposed or not."""
+    if not transposed:
+        return operand.data, operand.scale
+    return operand.data.t().contiguous(), operand.scale.t().contiguous()
+
+
+def multiply(layout, a, b, d, **options):
+    function = getattr(deep_gemm, f"fp8_gemm_{layout}")
+    function(stored(a, layout[0] == "t"), stored(b, layout[1] == "n"), d, **options)
+
+
+# ---- signatures ----
+
+# DeepGEMM 2.8.0, csrc/apis/gemm.hpp and csrc/apis/layout.hpp at commit 0274ad7 (the py::arg lists),
+# deep_gemm/utils/math.py; names in utils also in sgl-deep-gemm 0.2.2. Of k-grouped products,
+# sgl-deep-gemm 0.2.2's deep_gemm/__init__.py, whose `ks` is 2.0's to 2.6's (2.8: ks_cpu).
+RECIPES = "recipe=None, recipe_a=None, recipe_b=None"
+SIGNATURES = {
+    "fp8_gemm_nt": f"a, b, d, c=None, {RECIPES}, compiled_dims='nk', disable_ue8m0_cast=False, "
+    "alpha=None",
+    "fp8_gemm_nn": f"a, b, d, c=None, {RECIPES}, compiled_dims='nk', disable_ue8m0_cast=False, "
+    "alpha=None",
+    "fp8_gemm_tn": f"a, b, d, c=None, {RECIPES}, compiled_dims='mn', disable_ue8m0_cast=False, "
+    "alpha=None",
+    "fp8_gemm_tt": f"a, b, d, c=None, {RECIPES}, compiled_dims='mn', disable_ue8m0_cast=False, "
+    "alpha=None",
+    "transform_sf_into_required_layout": "sf, mn, k, recipe, num_groups=None, is_sfa=None, "
+    "disable_ue8m0_cast=False, psum_layout=None",
+    "per_token_cast_to_fp8": "x, use_ue8m0, gran_k=128, use_packed_ue8m0=False",
+    "per_channel_cast_to_fp8": "x, use_ue8m0, gran_k=128",
+    "per_block_cast_to_fp8": "x, use_ue8m0, gran_k=128",
+    "per_custom_dims_cast_to_fp8": "x, dims, use_ue8m0",
+    "cast_back_from_fp8": "x_fp8, sf, gran_k=128, use_packed_ue8m0=False",
+    "ceil_to_ue8m0": "x",
+    "pack_ue8m0_to_int": "x",
+    "unpack_ue8m0_from_int": "packed_sf",
+    "ceil_div": "x, y",
+    "align": "x, y",
+    "get_tma_aligned_size": "mn, element_size",
+    "get_mn_major_tma_aligned_tensor": "sf",
+    "get_mk_alignment_for_contiguous_layout": "",
+    "get_m_alignment_for_contiguous_layout": "",
+    "get_k_alignment_for_contiguous_layout": "",
+    "set_mk_alignment_for_contiguous_layout": "new_value",
+    "get_theoretical_mk_alignment_for_contiguous_layout": "expected_m=None, num_groups=None",
+    "set_num_sms": "new_num_sms",
+    "get_num_sms": "",
+    "set_ignore_compile_dims": "new_value",
+    "use_deterministic_algorithms": "enabled",
+    "get_deterministic_algorithms": "",
+}
+
+
+def test_every_function_has_deep_gemms_signature():
+    public = {name for name in deep_gemm.__all__ if callable(getattr(deep_gemm, name))}
+    assert public == set(SIGNATURES)
+    for name, expected in SIGNATURES.items():
+        parameters = inspect.signature(getattr(deep_gemm, name)).parameters.values()
+        given = ", ".join(
+            p.name if p.default is inspect.Parameter.empty else f"{p.name}={p.default!r}"
+            for p in parameters
+        )
+        assert given == expected, name
+
+
+def test_modules_lie_where_deep_gemm_has_them():
+    for name in deep_gemm.utils.__all__:
+        assert getattr(deep_gemm, name) is getattr(deep_gemm.utils, name)
+    assert deep_gemm.utils.layout.get_tma_aligned_size is deep_gemm.get_tma_aligned_size
+    assert deep_gemm.utils.math.align is deep_gemm.align
+
+
+# ---- products ----
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("recipe", [None, (1, 128, 128), (1, 1, 128)], ids=str)
+@pytest.mark.parametrize("layout", DENSE)
+def test_products(layout, recipe, shape, device, tensor_core, copies):
+    m, n, k = shape
+    a = by_token(m, k, device)
+    b = (by_token if recipe == (1, 1, 128) else by_block)(n, k, device)
+    for dtype in (torch.bfloat16, torch.float32):
+        d = torch.full((m, n), torch.nan, dtype=dtype, device=device)
+        multiply(layout, a, b, d, recipe=recipe, compiled_dims="mnk", disable_ue8m0_cast=True)
+        assert_product(d, a, b, tensor_core)
+
+
+@pytest.mark.large
+@pytest.mark.parametrize("shape", DEEP_GEMM_SHAPES)
+def test_deep_gemms_shapes(shape, device, tensor_core):
+    m, n, k = shape
+    a, b = by_token(m, k, device), by_block(n, k, device)
+    d = torch.full((m, n), torch.nan, dtype=torch.bfloat16, device=device)
+    multiply("nt", a, b, d)
+    if m * n * k <= 2**28 or not tensor_core:
+        assert_product(d, a, b, tensor_core)
+    expected = torch.ops.torchext.fp8_gemm_nt(
+        a.data, deep_gemm.get_mn_major_tma_aligned_tensor(a.scale), b.data, b.scale
+    )
+    assert torch.equal(d, expected)
+
+
+def test_e5m2_mixes_with_e4m3(device, tensor_core, copies):
+    a = Operand.of(*torchext.ops.quantize_1x128(torch.randn(20, 300), dtype=torch.float8_e5m2), 1)
+    a = Operand(a.data.to(device), a.scale.to(device), a.values, a.scales)
+    b = by_block(40, 300, device)
+    d = torch.empty(20, 40, device=device)
+    deep_gemm.fp8_gemm_nt((a.data, a.scale), (b.data, b.scale), d)
+    assert_product(d, a, b, tensor_core)
+
+
+@pytest.mark.parametrize("recipe", [(1, 128, 128), (1, 1, 128)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_c_is_added(dtype, recipe, device, tensor_core, copies):
+    """To accumulate, d is its own c; another c is left as it was."""
+    a = by_token(20, 300, device)
+    b = (by_token if recipe == (1, 1, 128) else by_block)(40, 300, device)
+    c = (torch.randn(20, 40) * 32).to(dtype).to(device)
+    kept = c.clone()
+    for layout in DENSE:
+        d = c.clone()
+        multiply(layout, a, b, d, c=d, recipe=recipe)
+        assert_product(d, a, b, tensor_core, addend=kept)
+        other = torch.full_like(c, torch.nan)
+        multiply(layout, a, b, other, c=c, recipe=recipe)
+        assert torch.equal(other, d) and torch.equal(c, kept)
+
+
+def test_a_sum_over_nothing_is_c(device):
+    a, b = by_token(3, 0, device), by_block(5, 0, device)
+    c, d = torch.randn(3, 5, device=device), torch.empty(3, 5, device=device)
+    multiply("nt", a, b, d, c=c)
+    assert torch.equal(d, c)
+    multiply("nt", a, b, d)
+    assert (d == 0).all()
+
+
+@pytest.mark.parametrize("shape", [(0, 40, 300), (20, 0, 300), (0, 0, 0)])
+@pytest.mark.parametrize("layout", DENSE)
+def test_nothing_to_compute(layout, shape, device, copies):
+    m, n, k = shape
+    d = torch.empty(m, n, device=device)
+    multiply(layout, by_token(m, k, device), by_block(n, k, device), d)
+
+
+def test_d_may_be_columns_of_a_wider_tensor(device, tensor_core):
+    a, b = by_token(20, 256, device), by_block(40, 256, device)
+    wide = torch.zeros(20, 60, dtype=torch.bfloat16, device=device)
+    multiply("nt", a, b, wide[:, 7:47])
+    assert_product(wide[:, 7:47], a, b, tensor_core)
+    assert (wide[:, :7] == 0).all() and (wide[:, 47:] == 0).all()
+
+
+# ---- what callers write ----
+
+
+def test_recipes_may_be_given_for_each_operand(device, copies):
+    a, by_rows, by_blocks = (
+        by_token(20, 300, device), by_token(40, 300, device), by_block(40, 300, device)
+    )  # fmt: skip
+    for b, recipe_b in ((by_blocks, (128, 128)), (by_rows, (1, 128))):
+        d, expected = torch.empty(20, 40, device=device), torch.empty(20, 40, device=device)
+        multiply("nt", a, b, d, recipe_a=(1, 128), recipe_b=recipe_b)
+        multiply("nt", a, b, expected, recipe=(1, recipe_b[0], 128))
+        assert torch.equal(d, expected)
+
+
+def test_older_positions_of_compiled_dims(device, tensor_core, copies):
+    """Until 2.2, compiled_dims and disable_ue8m0_cast came where recipe_a and recipe_b are now."""
+    a, b = by_token(20, 300, device), by_token(40, 300, device)
+    d = torch.ones(20, 40, device=device)
+    pairs = [list(stored(x, False)) for x in (a, b)]  # lists serve as well as tuples
+    deep_gemm.fp8_gemm_nt(*pairs, d, d, [1, 1, 128], "nk", True)
+    assert_product(d, a, b, tensor_core, addend=torch.ones(20, 40))
+
+
+@pytest.mark.parametrize("layout", DENSE)
+def test_packed_exponents_are_decoded(layout, device, copies):
+    """Blackwell's scales, four UE8M0 exponents to an int32: the same product, to the bit."""
+    k = 700
+    a, b = (by_token(rows, k, device, use_ue8m0=True) for rows in (20, 40))
+    expected, d = torch.empty(20, 40, device=device), torch.empty(20, 40, device=device)
+    multiply(layout, a, b, expected, recipe=(1, 1, 128))
+
+    def packed(operand):
+        scale = torch.nn.functional.pad(operand.scale, (0, 2), value=1.0)
+        return Operand(operand.data, deep_gemm.pack_ue8m0_to_int(scale), None, None)
+
+    multiply(layout, packed(a), packed(b), d)  # whose default recipe is (1, 1, 128)
+    assert torch.equal(d, expected)
+
+
+def test_num_sms(device, monkeypatch):
+    a, b = by_token(300, 256, device), by_block(140, 256, device)
+    expected = torch.empty(300, 140, dtype=torch.bfloat16, device=device)
+    multiply("nt", a, b, expected)
+    passed = []
+    op = torchext.ops.fp8_gemm_nt
+    monkeypatch.setattr(
+        gemm.ops, "fp8_gemm_nt", lambda *args, **kw: passed.append(kw["num_sms"]) or op(*args, **kw)
+    )
+    for count in (1, 3, 20):
+        deep_gemm.set_num_sms(count)
+        assert deep_gemm.get_num_sms() == count
+        d = torch.empty_like(expected)
+        multiply("nt", a, b, d)
+        assert torch.equal(d, expected)
+    assert passed == [1, 3, 20]
+
+
+def test_num_sms_can_be_put_back():
+    """As SGLang's context manager does, without a GPU too, where their number is not known."""
+    before = deep_gemm.get_num_sms()
+    deep_gemm.set_num_sms(13)
+    deep_gemm.set_num_sms(before)
+    assert deep_gemm.get_num_sms() == before
+
+
+def test_num_sms_is_checked_against_the_gpu(monkeypatch):
+    monkeypatch.setattr(deep_gemm._runtime, "_count_sms", lambda: 132)
+    assert deep_gemm.get_num_sms() == 132
+    for wrong in (0, -1, 133):
+        with pytest.raises(ValueError, match=rf"set_num_sms: .* 132 SMs \(got {wrong}\)"):
+            deep_gemm.set_num_sms(wrong)
+
+
+# ---- layouts ----
+
+
+def test_scales_that_are_m_major_are_read_in_place(device, monkeypatch):
+    seen = []
+    monkeypatch.setattr(gemm.ops, "fp8_gemm_nt", lambda *args, **kw: seen.append(args))
+    a, b = by_token(37, 256, device), by_block(40, 256, device)
+    b_rows = by_token(40, 256, device)
+    d = torch.empty(37, 40, device=device)
+    a_scale = deep_gemm.get_mn_major_tma_aligned_tensor(a.scale)
+    b_scale = deep_gemm.get_mn_major_tma_aligned_tensor(b_rows.scale)
+    deep_gemm.fp8_gemm_nt((a.data, a_scale), (b.data, b.scale), d)
+    deep_gemm.fp8_gemm_nt((a.data, a_scale), (b_rows.data, b_scale), d, recipe=(1, 1, 128))
+    for args, expected in zip(seen, (b.scale, b_scale), strict=True):
+        assert args[1] is a_scale and args[3] is expected
+
+
+@pytest.mark.parametrize("m", [1, 4, 37])
+def test_scales_of_any_strides(m, device, copies):
+    k = 300
+    a, b = by_token(m, k, device), by_block(200, k, device)
+    expected = torch.empty(m, 200, device=device)
+    multiply("nt", a, b, expected)
+    wide = torch.full((m + 3, 9), torch.nan, device=device)
+    views = [wide[3:, 1:7:2], wide[3:, 2:5], wide.t().contiguous().t()[1 : m + 1, :3]]
+    for view in (*views, a.scale.t().contiguous().t()):
+        view.copy_(a.scale)
+        d = torch.empty_like(expected)
+        deep_gemm.fp8_gemm_nt((a.data, view), (b.data, b.scale.t().contiguous().t()), d)
+        assert torch.equal(d, expected)
+
+
+def test_operands_that_tma_can_read_are_not_copied(device, tensor_core, copies):
+    k, d = 200, torch.empty(20, 40, device=device)
+    x, w = torch.randn(20, k, device=device), torch.randn(40, k, device=device)
+    a = Operand.of(*torchext.ops.quantize_1x128(x), 1)
+    b = Operand.of(*torchext.ops.quantize_128x128(w), 128)
+    a_pair, b_pair = (a.data, a.scale), (b.data, b.scale)
+    a_turned, b_turned = ((data.t(), scale.t()) for data, scale in (a_pair, b_pair))
+    for layout, first, second in (
+        ("nt", a_pair, b_pair), ("nn", a_pair, b_turned), ("tn", a_turned, b_turned),
+        ("tt", a_turned, b_pair),
+    ):  # fmt: skip
+        getattr(deep_gemm, f"fp8_gemm_{layout}")(first, second, d)
+        assert_product(d, a, b, tensor_core)
+    assert not copies
+
+
+def test_copies_warn_once(device, monkeypatch):
+    monkeypatch.setattr(_operands, "_warned", set())
+    a, b = by_token(20, 200, device), by_block(40, 256, device)
+    d = torch.empty(20, 40, device=device)
+    cut = Operand.of(b.data[:, :200], b.scale, 128)  # rows 256 bytes apart
+    with pytest.warns(UserWarning, match="fp8_gemm_nt: a is copied .* multiples of 16 bytes") as w:
+        deep_gemm.fp8_gemm_nt((a.data, a.scale), (cut.data, cut.scale), d)
+    assert [str(warning.filename) for warning in w] == [__file__]
+    with pytest.warns(UserWarning, match="fp8_gemm_nn: b is copied .* not K-major"):
+        multiply("nn", by_token(20, 256, device), b, d)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        deep_gemm.fp8_gemm_nt((a.data, a.scale), (cut.data, cut.scale), d)
+        multiply("nn", by_token(20, 256, device), b, d)
+
+
+# ---- errors ----
+
+
+def pairs(m=20, n=40, k=256):
+    device = torch.device("cpu")
+    return stored(by_token(m, k, device), False), stored(by_block(n, k, device), False)
+
+
+BF16 = torch.zeros(20, 256, dtype=torch.bfloat16)
+A, B = pairs()
+D = torch.empty(20, 40)
+WRONG = [
+    (TypeError, r"a must be a pair \(data, scale\)", dict(a=A[0])),
+    (TypeError, r"the data of a must be torch.float8_e4m3fn .* FP4", dict(a=(BF16, A[1]))),
+    (TypeError, r"the scale of b must be torch.float32 \(got torch.int32\)",
+     dict(b=(B[0], torch.zeros(1, 1, dtype=torch.int32)), recipe=(1, 128, 128))),
+    (TypeError, r"the scale of a must be torch.float32, or torch.int32 .*float64",
+     dict(a=(A[0], A[1].double()))),
+    (ValueError, r"the data and the scale of a must have 2 dimensions",
+     dict(a=(A[0][None], A[1][None]))),
+    (ValueError, r"scale of a, of 1x128 elements each, must have shape \[20, 2\] \(got \[20, 1\]\)",
+     dict(a=(A[0], A[1][:, :1]))),
+    (ValueError, r"scale of b, of 128x128 .* shape \[1, 2\] .*pass recipe=\(1, 1, 128\)",
+     dict(b=(B[0], torch.ones(40, 2)))),
+    (ValueError, r"scale of b, of 1x128 elements each, must have shape \[40, 2\]",
+     dict(recipe=(1, 1, 128))),
+    (ValueError, r"recipe must be \(1, 128, 128\) or .*got \(1, 1, 32\)", dict(recipe=(1, 1, 32))),
+    (ValueError, r"recipe must be .*got \(1, 128, 128, 32\)",
+     dict(recipe_a=(1, 128), recipe_b=(128, 32))),
+    (ValueError, r"either recipe, or recipe_a and recipe_b", dict(recipe_a=(1, 128))),
+    (ValueError, r"either recipe, or recipe_a and recipe_b",
+     dict(recipe=(1, 128, 128), recipe_a=(1, 128), recipe_b=(128, 128))),
+    (ValueError, r"alpha must be None", dict(alpha=2.0)),
+    (ValueError, r"a and b must agree in K.*d \[20, 41\]", dict(d=torch.empty(20, 41))),
+    (ValueError, r"a and b must agree in K.*b \[N, K\] = \[40, 128\]", dict(b=pairs(k=128)[1])),
+    (ValueError, r"c must have d's shape and dtype.*torch.bfloat16", dict(c=D.bfloat16())),
+    (ValueError, r"c must have d's shape and dtype", dict(c=D[:1])),
+    (ValueError, r"contiguous rows", dict(d=torch.empty(40, 20).t())),
+    (TypeError, r"out must be bfloat16", dict(d=D.double())),
+    (RuntimeError, r"must not require a gradient", dict(d=D.clone().requires_grad_())),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("error, message, arguments", WRONG)
+def test_errors_say_what_was_expected(error, message, arguments):
+    with pytest.raises(error, match=rf"(?s)^fp8_gemm_nt: .*{message}"):
+        deep_gemm.fp8_gemm_nt(**{"a": A, "b": B, "d": D, **arguments})
+
+
+@pytest.mark.parametrize("layout", DENSE)
+def test_errors_name_the_function(layout):
+    with pytest.raises(ValueError, match=f"^fp8_gemm_{layout}: alpha"):
+        multiply(layout, by_token(3, 128, "cpu"), by_block(5, 128, "cpu"), D, alpha=0.5)
+
+
+# ---- torch.compile ----
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compile(backend, device, copies):
+    """Casts, scales that are transposed, operands that are copied, an SM budget: one graph."""
+
+    def step(x, w, d):
+        a = deep_gemm.per_token_cast_to_fp8(x, use_ue8m0=False)
+        b = deep_gemm.per_block_cast_to_fp8(w, use_ue8m0=True)
+        deep_gemm.fp8_gemm_nt(a, b, d)
+        a_t = deep_gemm.per_channel_cast_to_fp8(x.t(), use_ue8m0=True)
+        scale = deep_gemm.get_mn_major_tma_aligned_tensor(a[1])
+        deep_gemm.fp8_gemm_nn((a[0], scale), (b[0].t().contiguous(), b[1].t()), d, c=d)
+        deep_gemm.fp8_gemm_tt((a_t[0], a_t[1]), b, d, c=d, recipe=(1, 128, 128))
+        return d.sum(), deep_gemm.cast_back_from_fp8(*a)
+
+    x, w = torch.randn(40, 384, device=device), torch.randn(24, 384, device=device)
+    d = torch.empty(40, 24, device=device)
+    expected = d.clone()
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend=backend)
+    for count in (0, 3, 5):
+        if count:
+            deep_gemm.set_num_sms(count)
+        total, back = compiled(x, w, d)
+        eager_total, eager_back = step(x, w, expected)
+        assert torch.equal(d, expected) and torch.equal(back, eager_back)
+        torch.testing.assert_close(total, eager_total)
+    assert copies

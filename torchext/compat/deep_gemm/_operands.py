@@ -1,0 +1,162 @@
+"""Brings what DeepGEMM's callers pass into the layouts that torchext's ops read.
+
+Scales of 1x128 groups are transposed where they are not M-major, as DeepGEMM does. FP8 operands are
+copied, with a warning, where TMA could not read them: DeepGEMM refuses those.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..._layout import GROUP, ceil_div, empty_data, empty_group_scale
+from .utils.math import unpack_ue8m0_from_int
+
+Pair = Sequence[Tensor]  # of data and scale
+Recipe = Sequence[int]
+
+_warned: set[tuple[str, str]] = set()
+
+
+def pair(op: str, name: str, operand: Pair, dims: int) -> tuple[Tensor, Tensor]:
+    """`operand` as data and scale, each of `dims` dimensions (0: any number)."""
+    if not isinstance(operand, (tuple, list)) or len(operand) != 2:
+        raise TypeError(
+            f"{op}: {name} must be a pair (data, scale) of tensors (got {type(operand).__name__})"
+        )
+    data, scale = operand
+    if data.dtype not in (torch.float8_e4m3fn, torch.float8_e5m2):
+        raise TypeError(
+            f"{op}: the data of {name} must be torch.float8_e4m3fn or torch.float8_e5m2 (got "
+            f"{data.dtype}); cast it with per_token_cast_to_fp8 or per_block_cast_to_fp8. "
+            "DeepGEMM's packed FP4 is for Blackwell"
+        )
+    for tensor in (data, scale):
+        if dims and tensor.dim() != dims:
+            raise ValueError(
+                f"{op}: the data and the scale of {name} must have {dims} dimensions (got shapes "
+                f"{list(data.shape)} and {list(scale.shape)})"
+            )
+    return data, scale
+
+
+def k_major(op: str, name: str, data: Tensor) -> Tensor:
+    """`data` [..., K], or a copy of it, with rows that TMA can read: 16-byte pitch and alignment."""
+    if data.numel() == 0:
+        return empty_data(data, data.shape[:-1], data.shape[-1], data.dtype)
+    contiguous = data.shape[-1] == 1 or data.stride(-1) == 1
+    pitch = _row_stride(data)
+    if contiguous and pitch is not None and pitch % 16 == 0 and _starts_aligned(data):
+        return data
+    why = "its rows do not start at multiples of 16 bytes"
+    _warn_of_copy(op, name, why if contiguous else "it is not K-major (stride(-1) == 1)")
+    copy = empty_data(data, data.shape[:-1], data.shape[-1], data.dtype)
+    copy.view(torch.uint8).copy_(data.view(torch.uint8))
+    return copy
+
+
+def _starts_aligned(tensor: Tensor) -> bool:
+    """Whether it starts 16-byte aligned within its storage, which an allocator aligns.
+
+    torch.compile cannot trace the question: there the answer is left to the op, which refuses.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    return tensor.storage_offset() * tensor.element_size() % 16 == 0
+
+
+def _row_stride(tensor: Tensor) -> int | None:
+    """The stride between rows, leading dimensions folded; 0 for one row; None if they do not fold."""
+    stride = 0
+    rows = 1
+    for size, step in zip(reversed(tensor.shape[:-1]), reversed(tensor.stride()[:-1]), strict=True):
+        if size == 1:
+            continue
+        if rows == 1:
+            stride = step
+        elif step != stride * rows:
+            return None
+        rows *= size
+    return stride
+
+
+# Runs while torch.compile traces, which cannot trace a warning.
+@torch.compiler.assume_constant_result
+def _warn_of_copy(op: str, name: str, why: str) -> None:
+    if (op, name) in _warned:
+        return
+    _warned.add((op, name))
+    warnings.warn(
+        f"{op}: {name} is copied at each call, since {why}; to avoid that, keep it K-major, with "
+        "stride(-2) % 16 == 0 (said once)",
+        stacklevel=5,
+    )
+
+
+def checked_scale(
+    op: str, name: str, scale: Tensor, leading: tuple[int, ...], k: int, rows: int
+) -> Tensor:
+    """`scale`, of `rows` rows and 128 columns each, as float32 [*leading, ceil(k / 128)].
+
+    UE8M0 exponents, four to an int32, are decoded: DeepGEMM has them of single rows only.
+    """
+    groups = ceil_div(k, GROUP)
+    packed = scale.dtype == torch.int32
+    if scale.dtype != torch.float32 and not (packed and rows == 1):
+        expected = "torch.float32, or torch.int32 of four UE8M0 exponents each"
+        raise TypeError(
+            f"{op}: the scale of {name} must be {expected if rows == 1 else 'torch.float32'} (got "
+            f"{scale.dtype})"
+        )
+    shape = [*leading, ceil_div(groups, 4) if packed else groups]
+    if list(scale.shape) != shape:
+        hint = "; if it has a scale for each row, pass recipe=(1, 1, 128)" if rows != 1 else ""
+        raise ValueError(
+            f"{op}: the scale of {name}, of {rows}x128 elements each, must have shape {shape} (got "
+            f"{list(scale.shape)}){hint}"
+        )
+    return unpack_ue8m0_from_int(scale)[..., :groups] if packed else scale
+
+
+def row_scale(op: str, name: str, scale: Tensor, data: Tensor) -> Tensor:
+    """The scale of the 1x128 groups of `data`, M-major with the rows folded, or a copy that is."""
+    leading, k = tuple(data.shape[:-1]), data.shape[-1]
+    scale = checked_scale(op, name, scale, leading, k, 1)
+    row = _row_stride(scale)
+    one_column = scale.shape[-1] <= 1
+    aligned = one_column or scale.stride(-1) % 4 == 0
+    if row in (0, 1) and aligned and _starts_aligned(scale):
+        return scale
+    return empty_group_scale(scale, leading, k).copy_(scale)
+
+
+def rows_per_b_scale(
+    op: str, recipe: Recipe | None, recipe_a: Recipe | None, recipe_b: Recipe | None, scale: Tensor
+) -> int:
+    """1 or 128: the rows of b that share a scale, by DeepGEMM's ways of saying so."""
+    if isinstance(recipe_a, str):
+        # Before 2.3 there were no recipe_a and recipe_b: these are compiled_dims, and perhaps
+        # disable_ue8m0_cast, by position.
+        recipe_a = recipe_b = None
+    if (recipe_a is None) != (recipe_b is None) or None not in (recipe, recipe_a):
+        raise ValueError(
+            f"{op}: either recipe, or recipe_a and recipe_b, or none must be given (got "
+            f"recipe={recipe}, recipe_a={recipe_a}, recipe_b={recipe_b})"
+        )
+    if recipe_a is not None and recipe_b is not None:
+        if len(recipe_a) == 2 == len(recipe_b) and recipe_a[1] == recipe_b[1]:
+            recipe = (recipe_a[0], recipe_b[0], recipe_a[1])
+        else:
+            recipe = (*recipe_a, *recipe_b)
+    if recipe is None:
+        return 1 if scale.dtype == torch.int32 else 128
+    if tuple(recipe) not in ((1, 128, 128), (1, 1, 128)):
+        raise ValueError(
+            f"{op}: recipe must be (1, 128, 128) or (1, 1, 128), or recipe_a (1, 128) with "
+            f"recipe_b (128, 128) or (1, 128): rows of a, rows of b and columns to a scale (got "
+            f"{tuple(recipe)})"
+        )
+    return recipe[1]

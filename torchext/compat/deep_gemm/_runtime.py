@@ -1,0 +1,52 @@
+"""Settings of the process, as DeepGEMM has them: the SM budget, and switches that change nothing."""
+
+from __future__ import annotations
+
+import torch
+
+_num_sms = 0  # 0: all
+
+
+def set_num_sms(new_num_sms: int) -> None:
+    """Limits every later call, in this process, to so many SMs. Any number: odd ones too.
+
+    Raises ValueError unless it is positive and, where torch sees a GPU, no more than that has; 0 is
+    what `get_num_sms` returns where there is none, and lifts the limit.
+    """
+    global _num_sms
+    most = _count_sms()
+    if new_num_sms < 0 or (most and not 0 < new_num_sms <= most):
+        raise ValueError(
+            f"set_num_sms: new_num_sms must be between 1 and the GPU's {most or 'number of'} SMs "
+            f"(got {new_num_sms})"
+        )
+    _num_sms = new_num_sms
+
+
+def get_num_sms() -> int:
+    """The limit that `set_num_sms` set; else the SMs of torch's current GPU, or 0 without a GPU."""
+    return _num_sms or _count_sms()
+
+
+def budget() -> int:
+    """The limit as torchext's ops take it: 0 for all SMs."""
+    return _num_sms
+
+
+def _count_sms() -> int:
+    if not torch.cuda.is_available():
+        return 0
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
+
+
+def use_deterministic_algorithms(enabled: bool) -> None:
+    """Accepted, and of no effect: every kernel here is deterministic, whatever is asked."""
+
+
+def get_deterministic_algorithms() -> bool:
+    """True: every kernel here is deterministic."""
+    return True
+
+
+def set_ignore_compile_dims(new_value: bool) -> None:
+    """Accepted, and of no effect: no kernel is compiled at run time, for any dimensions."""
