@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-import torchext.compat.deep_gemm as deep_gemm
+from torchext.compat import deep_gemm
 from torchext.compat.deep_gemm import _operands
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "gemm"))

@@ -4,7 +4,11 @@ float64. Grouped products, casts and layouts: the files beside this one."""
 from __future__ import annotations
 
 import inspect
+import re
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +16,7 @@ from deep_gemm_testing import assert_product, by_block, by_token
 from gemm_testing import Operand
 
 import torchext
-import torchext.compat.deep_gemm as deep_gemm
+from torchext.compat import deep_gemm
 from torchext.compat.deep_gemm import _operands, gemm
 
 DENSE = ["nt", "nn", "tn", "tt"]
@@ -20,7 +24,7 @@ DENSE = ["nt", "nn", "tn", "tt"]
 SHAPES = [(1, 16, 128), (40, 16, 256), (33, 768, 128), (37, 133, 200), (1, 1, 1), (130, 5, 384)]
 # Of its tests and benchmarks, m cut down.
 DEEP_GEMM_SHAPES = [
-    (768, 1536, 128), (1, 2112, 7168), (128, 576, 7168), (1, 24576, 1536), (1, 32768, 512),
+    (1, 2112, 7168), (128, 576, 7168), (1, 24576, 1536), (1, 32768, 512),
     (1, 7168, 16384), (3, 4096, 7168), (5, 7168, 2048),
 ]  # fmt: skip
 
@@ -52,6 +56,19 @@ SIGNATURES = {
     "alpha=None",
     "fp8_gemm_tt": f"a, b, d, c=None, {RECIPES}, compiled_dims='mn', disable_ue8m0_cast=False, "
     "alpha=None",
+    "m_grouped_fp8_gemm_nt_contiguous": f"a, b, d, grouped_layout, {RECIPES}, compiled_dims='nk', "
+    "disable_ue8m0_cast=False, use_psum_layout=False, ensure_zero_padding=True, "
+    "expected_m_for_psum_layout=None",
+    "m_grouped_fp8_gemm_nn_contiguous": f"a, b, d, grouped_layout, {RECIPES}, compiled_dims='nk', "
+    "disable_ue8m0_cast=False, use_psum_layout=False, ensure_zero_padding=True",
+    "m_grouped_fp8_gemm_nt_masked": f"a, b, d, masked_m, expected_m, {RECIPES}, "
+    "compiled_dims='nk', disable_ue8m0_cast=False",
+    "fp8_m_grouped_gemm_nt_masked": f"a, b, d, masked_m, expected_m, {RECIPES}, "
+    "compiled_dims='nk', disable_ue8m0_cast=False",
+    "k_grouped_fp8_gemm_nt_contiguous": "a, b, d, ks, grouped_layout, c=None, recipe=(1, 1, 128), "
+    "compiled_dims='mn', use_psum_layout=False, use_padded_sf_layout=False",
+    "k_grouped_fp8_gemm_tn_contiguous": "a, b, d, ks, grouped_layout, c=None, recipe=(1, 1, 128), "
+    "compiled_dims='mn', use_psum_layout=False, use_padded_sf_layout=False",
     "transform_sf_into_required_layout": "sf, mn, k, recipe, num_groups=None, is_sfa=None, "
     "disable_ue8m0_cast=False, psum_layout=None",
     "per_token_cast_to_fp8": "x, use_ue8m0, gran_k=128, use_packed_ue8m0=False",
@@ -71,11 +88,19 @@ SIGNATURES = {
     "get_k_alignment_for_contiguous_layout": "",
     "set_mk_alignment_for_contiguous_layout": "new_value",
     "get_theoretical_mk_alignment_for_contiguous_layout": "expected_m=None, num_groups=None",
-    "set_num_sms": "new_num_sms",
+    "set_num_sms": "num_sms",
     "get_num_sms": "",
     "set_ignore_compile_dims": "new_value",
     "use_deterministic_algorithms": "enabled",
     "get_deterministic_algorithms": "",
+    # DeepGEMM 1.x, deep_gemm/jit_kernels: at commit 279eb03, wgrad_gemm.py; 0b5d353,
+    # m_grouped_gemm.py; 5e365d3, utils.py.
+    "gemm_fp8_fp8_bf16_nt": "lhs, rhs, out",
+    "m_grouped_gemm_fp8_fp8_bf16_nt_contiguous": "lhs, rhs, out, m_indices",
+    "m_grouped_gemm_fp8_fp8_bf16_nt_masked": "lhs, rhs, out, masked_m, expected_m",
+    "wgrad_gemm_fp8_fp8_fp32_nt": "lhs, rhs, out",
+    "k_grouped_wgrad_gemm_fp8_fp8_fp32_nt": "lhs, rhs, out, batch_sizes",
+    "get_col_major_tma_aligned_tensor": "x",
 }
 
 
@@ -98,6 +123,25 @@ def test_modules_lie_where_deep_gemm_has_them():
     assert deep_gemm.utils.math.align is deep_gemm.align
 
 
+def test_code_that_imports_deep_gemm_can_be_given_this():
+    """The block of docs/deep_gemm.md, and the imports that SGLang and vLLM make after it."""
+    root = Path(__file__).resolve().parents[2]
+    blocks = re.findall(r"```python\n(.*?)```", (root / "docs" / "deep_gemm.md").read_text(), re.S)
+    (block,) = (text for text in blocks if "sys.modules" in text)
+    imports = """
+import deep_gemm
+import deep_gemm.utils.layout
+from deep_gemm import fp8_gemm_nt
+from deep_gemm.utils.layout import get_mn_major_tma_aligned_tensor
+from deep_gemm.utils.math import align
+from deep_gemm.utils import per_token_cast_to_fp8
+assert deep_gemm.__name__ == "torchext.compat.deep_gemm"
+assert deep_gemm.utils.layout.get_mn_major_tma_aligned_tensor is get_mn_major_tma_aligned_tensor
+assert not hasattr(deep_gemm, "bf16_gemm_nt")
+"""
+    subprocess.run([sys.executable, "-c", block + imports], check=True, cwd=root)
+
+
 # ---- products ----
 
 
@@ -114,6 +158,14 @@ def test_products(layout, recipe, shape, device, tensor_core, copies):
         assert_product(d, a, b, tensor_core)
 
 
+def test_768_by_1536(device, tensor_core):
+    """Where a wgrad of DeepGEMM's has crashed, accumulating in FP32."""
+    a, b = by_token(768, 128, device), by_token(1536, 128, device)
+    d = torch.ones(768, 1536, device=device)
+    multiply("nt", a, b, d, c=d, recipe=(1, 1, 128))
+    assert_product(d, a, b, tensor_core, addend=torch.ones(768, 1536))
+
+
 @pytest.mark.large
 @pytest.mark.parametrize("shape", DEEP_GEMM_SHAPES)
 def test_deep_gemms_shapes(shape, device, tensor_core):
@@ -121,8 +173,7 @@ def test_deep_gemms_shapes(shape, device, tensor_core):
     a, b = by_token(m, k, device), by_block(n, k, device)
     d = torch.full((m, n), torch.nan, dtype=torch.bfloat16, device=device)
     multiply("nt", a, b, d)
-    if m * n * k <= 2**28 or not tensor_core:
-        assert_product(d, a, b, tensor_core)
+    assert_product(d, a, b, tensor_core)
     expected = torch.ops.torchext.fp8_gemm_nt(
         a.data, deep_gemm.get_mn_major_tma_aligned_tensor(a.scale), b.data, b.scale
     )
@@ -249,8 +300,23 @@ def test_num_sms_is_checked_against_the_gpu(monkeypatch):
     monkeypatch.setattr(deep_gemm._runtime, "_count_sms", lambda: 132)
     assert deep_gemm.get_num_sms() == 132
     for wrong in (0, -1, 133):
-        with pytest.raises(ValueError, match=rf"set_num_sms: .* 132 SMs \(got {wrong}\)"):
+        with pytest.raises(ValueError, match=rf"set_num_sms: num_sms .* 132 SMs \(got {wrong}\)"):
             deep_gemm.set_num_sms(wrong)
+
+
+def test_names_of_1_x(device, tensor_core):
+    a, b, b_rows = by_token(20, 384, device), by_block(40, 384, device), by_token(40, 384, device)
+    d = torch.empty(20, 40, dtype=torch.bfloat16, device=device)
+    scale = deep_gemm.get_col_major_tma_aligned_tensor(a.scale)
+    deep_gemm.gemm_fp8_fp8_bf16_nt((a.data, scale), (b.data, b.scale), d)
+    assert_product(d, a, b, tensor_core)
+    out = torch.ones(20, 40, device=device)
+    for a_scale in (a.scale, a.scale.t().contiguous()):
+        total = out.clone()
+        deep_gemm.wgrad_gemm_fp8_fp8_fp32_nt(
+            (a.data, a_scale), (b_rows.data, b_rows.scale.t()), total
+        )
+        assert_product(total, a, b_rows, tensor_core, addend=out)
 
 
 # ---- layouts ----

@@ -6,8 +6,8 @@ import pytest
 import torch
 from deep_gemm_testing import matrix
 
-import torchext.compat.deep_gemm as deep_gemm
 from torchext import ops
+from torchext.compat import deep_gemm
 
 E4M3 = torch.float8_e4m3fn
 SHAPES = [(1, 1), (3, 128), (37, 300), (130, 257), (256, 384)]

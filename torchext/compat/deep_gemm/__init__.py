@@ -17,20 +17,48 @@ from ._runtime import (
     use_deterministic_algorithms,
 )
 from .gemm import fp8_gemm_nn, fp8_gemm_nt, fp8_gemm_tn, fp8_gemm_tt
+from .grouped import (
+    fp8_m_grouped_gemm_nt_masked,
+    k_grouped_fp8_gemm_nt_contiguous,
+    k_grouped_fp8_gemm_tn_contiguous,
+    m_grouped_fp8_gemm_nn_contiguous,
+    m_grouped_fp8_gemm_nt_contiguous,
+    m_grouped_fp8_gemm_nt_masked,
+)
 from .utils import *  # noqa: F403
 from .utils.layout import transform_sf_into_required_layout
+from .v1 import (
+    gemm_fp8_fp8_bf16_nt,
+    get_col_major_tma_aligned_tensor,
+    k_grouped_wgrad_gemm_fp8_fp8_fp32_nt,
+    m_grouped_gemm_fp8_fp8_bf16_nt_contiguous,
+    m_grouped_gemm_fp8_fp8_bf16_nt_masked,
+    wgrad_gemm_fp8_fp8_fp32_nt,
+)
 
 __all__ = [
     "fp8_gemm_nn",
     "fp8_gemm_nt",
     "fp8_gemm_tn",
     "fp8_gemm_tt",
+    "fp8_m_grouped_gemm_nt_masked",
+    "gemm_fp8_fp8_bf16_nt",
+    "get_col_major_tma_aligned_tensor",
     "get_deterministic_algorithms",
     "get_num_sms",
+    "k_grouped_fp8_gemm_nt_contiguous",
+    "k_grouped_fp8_gemm_tn_contiguous",
+    "k_grouped_wgrad_gemm_fp8_fp8_fp32_nt",
+    "m_grouped_fp8_gemm_nn_contiguous",
+    "m_grouped_fp8_gemm_nt_contiguous",
+    "m_grouped_fp8_gemm_nt_masked",
+    "m_grouped_gemm_fp8_fp8_bf16_nt_contiguous",
+    "m_grouped_gemm_fp8_fp8_bf16_nt_masked",
     "set_ignore_compile_dims",
     "set_num_sms",
     "transform_sf_into_required_layout",
     "use_deterministic_algorithms",
     "utils",
-    *utils.__all__,
+    "wgrad_gemm_fp8_fp8_fp32_nt",
 ]
+__all__ += utils.__all__

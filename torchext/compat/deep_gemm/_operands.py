@@ -6,8 +6,12 @@ copied, with a warning, where TMA could not read them: DeepGEMM refuses those.
 
 from __future__ import annotations
 
+import functools
+import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +22,7 @@ from .utils.math import unpack_ue8m0_from_int
 Pair = Sequence[Tensor]  # of data and scale
 Recipe = Sequence[int]
 
+_HERE = str(Path(__file__).parent)
 _warned: set[tuple[str, str]] = set()
 
 
@@ -44,15 +49,19 @@ def pair(op: str, name: str, operand: Pair, dims: int) -> tuple[Tensor, Tensor]:
 
 
 def k_major(op: str, name: str, data: Tensor) -> Tensor:
-    """`data` [..., K], or a copy of it, with rows that TMA can read: 16-byte pitch and alignment."""
+    """`data` [..., K], or a copy of it, with rows that TMA can read: 16-byte pitch and address."""
     if data.numel() == 0:
         return empty_data(data, data.shape[:-1], data.shape[-1], data.dtype)
-    contiguous = data.shape[-1] == 1 or data.stride(-1) == 1
     pitch = _row_stride(data)
-    if contiguous and pitch is not None and pitch % 16 == 0 and _starts_aligned(data):
+    if data.shape[-1] != 1 and data.stride(-1) != 1:
+        why = "it is not K-major (stride(-1) == 1)"
+    elif pitch is None:
+        why = "the rows of its groups do not lie one stride apart"
+    elif pitch % 16 != 0 or not _starts_aligned(data):
+        why = "its rows do not start at multiples of 16 bytes"
+    else:
         return data
-    why = "its rows do not start at multiples of 16 bytes"
-    _warn_of_copy(op, name, why if contiguous else "it is not K-major (stride(-1) == 1)")
+    _warn_of_copy(op, name, why)
     copy = empty_data(data, data.shape[:-1], data.shape[-1], data.dtype)
     copy.view(torch.uint8).copy_(data.view(torch.uint8))
     return copy
@@ -69,7 +78,7 @@ def _starts_aligned(tensor: Tensor) -> bool:
 
 
 def _row_stride(tensor: Tensor) -> int | None:
-    """The stride between rows, leading dimensions folded; 0 for one row; None if they do not fold."""
+    """Stride between rows, leading dimensions folded; 0 for one row, None if they do not fold."""
     stride = 0
     rows = 1
     for size, step in zip(reversed(tensor.shape[:-1]), reversed(tensor.stride()[:-1]), strict=True):
@@ -89,10 +98,13 @@ def _warn_of_copy(op: str, name: str, why: str) -> None:
     if (op, name) in _warned:
         return
     _warned.add((op, name))
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_HERE):
+        level, frame = level + 1, frame.f_back
     warnings.warn(
-        f"{op}: {name} is copied at each call, since {why}; to avoid that, keep it K-major, with "
-        "stride(-2) % 16 == 0 (said once)",
-        stacklevel=5,
+        f"{op}: {name} is copied at each call, since {why}; to avoid that, keep it K-major, its "
+        "rows contiguous and one multiple of 16 bytes apart (said once)",
+        stacklevel=level,
     )
 
 
@@ -121,9 +133,8 @@ def checked_scale(
     return unpack_ue8m0_from_int(scale)[..., :groups] if packed else scale
 
 
-def row_scale(op: str, name: str, scale: Tensor, data: Tensor) -> Tensor:
-    """The scale of the 1x128 groups of `data`, M-major with the rows folded, or a copy that is."""
-    leading, k = tuple(data.shape[:-1]), data.shape[-1]
+def row_scale(op: str, name: str, scale: Tensor, leading: tuple[int, ...], k: int) -> Tensor:
+    """The scale of 1x128 groups of data [*leading, k], M-major with rows folded, or such a copy."""
     scale = checked_scale(op, name, scale, leading, k, 1)
     row = _row_stride(scale)
     one_column = scale.shape[-1] <= 1
@@ -160,3 +171,32 @@ def rows_per_b_scale(
             f"{tuple(recipe)})"
         )
     return recipe[1]
+
+
+def also_called(**old_names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Lets callers name arguments as other releases of DeepGEMM do: also_called(old="new")."""
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> None:
+            for old, new in old_names.items():
+                if old in kwargs:
+                    if new in kwargs:
+                        raise TypeError(
+                            f"{function.__name__}: {new} must be given once (got {old} too, its "
+                            "name in other releases)"
+                        )
+                    kwargs[new] = kwargs.pop(old)
+            function(*args, **kwargs)
+
+        return call
+
+    return decorate
+
+
+def check_c(op: str, c: Tensor | None, d: Tensor) -> None:
+    if c is not None and (c.shape != d.shape or c.dtype != d.dtype):
+        raise ValueError(
+            f"{op}: c must have d's shape and dtype, {list(d.shape)} and {d.dtype} (got "
+            f"{list(c.shape)} and {c.dtype})"
+        )

@@ -1,4 +1,4 @@
-"""Settings of the process, as DeepGEMM has them: the SM budget, and switches that change nothing."""
+"""Settings of the process, as in DeepGEMM: the SM budget, and switches that change nothing."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ import torch
 _num_sms = 0  # 0: all
 
 
-def set_num_sms(new_num_sms: int) -> None:
+def set_num_sms(num_sms: int) -> None:
     """Limits every later call, in this process, to so many SMs. Any number: odd ones too.
 
     Raises ValueError unless it is positive and, where torch sees a GPU, no more than that has; 0 is
     what `get_num_sms` returns where there is none, and lifts the limit.
     """
-    global _num_sms
+    global _num_sms  # noqa: PLW0603  (a setting of the process, as there)
     most = _count_sms()
-    if new_num_sms < 0 or (most and not 0 < new_num_sms <= most):
+    if num_sms < 0 or (most and not 0 < num_sms <= most):
         raise ValueError(
-            f"set_num_sms: new_num_sms must be between 1 and the GPU's {most or 'number of'} SMs "
-            f"(got {new_num_sms})"
+            f"set_num_sms: num_sms must be between 1 and the GPU's {most or 'number of'} SMs "
+            f"(got {num_sms})"
         )
-    _num_sms = new_num_sms
+    _num_sms = num_sms
 
 
 def get_num_sms() -> int:

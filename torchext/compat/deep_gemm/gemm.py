@@ -9,6 +9,7 @@ from ..._layout import GROUP, ceil_div
 from ._operands import (
     Pair,
     Recipe,
+    check_c,
     checked_scale,
     k_major,
     pair,
@@ -158,15 +159,11 @@ def _gemm(
             f"{op}: a and b must agree in K, and d must be [M, N] (got, as operands of "
             f"fp8_gemm_nt, a [M, K] = {[m, k]}, b [N, K] = {[n, b_k]}, and d {list(d.shape)})"
         )
-    if c is not None and (c.shape != d.shape or c.dtype != d.dtype):
-        raise ValueError(
-            f"{op}: c must have d's shape and dtype, {list(d.shape)} and {d.dtype} (got "
-            f"{list(c.shape)} and {c.dtype})"
-        )
+    check_c(op, c, d)
     rows = rows_per_b_scale(op, recipe, recipe_a, recipe_b, b_scale)
-    a_scale = row_scale(op, "a", a_scale, a_data)
+    a_scale = row_scale(op, "a", a_scale, (m,), k)
     if rows == 1:
-        b_scale = row_scale(op, "b", b_scale, b_data)
+        b_scale = row_scale(op, "b", b_scale, (n,), k)
     else:
         b_scale = checked_scale(op, "b", b_scale, (ceil_div(n, GROUP),), k, rows)
     if c is not None and c is not d:

@@ -113,7 +113,7 @@ def set_mk_alignment_for_contiguous_layout(new_value: int) -> None:
 
     Raises ValueError unless new_value is positive.
     """
-    global _alignment
+    global _alignment  # noqa: PLW0603  (a setting of the process, as in DeepGEMM)
     if new_value <= 0:
         raise ValueError(
             f"set_mk_alignment_for_contiguous_layout: new_value must be positive (got {new_value})"

@@ -132,10 +132,8 @@ def per_token_cast_to_fp8(
     return data, scale
 
 
-def per_channel_cast_to_fp8(
-    x: Tensor, use_ue8m0: bool, gran_k: int = 128
-) -> tuple[Tensor, Tensor]:
-    """Casts to FP8 with a scale for every `gran_k` elements of a column: what wgrad's operands need.
+def per_channel_cast_to_fp8(x: Tensor, use_ue8m0: bool, gran_k: int = 128) -> tuple[Tensor, Tensor]:
+    """Casts to FP8 with a scale for every `gran_k` elements of a column, as wgrad's operands.
 
     Args:
         x: [K, N], bfloat16, float16 or float32, K a multiple of gran_k.
@@ -160,9 +158,7 @@ def per_channel_cast_to_fp8(
     return data.view(rows, columns), scale.view(rows // gran_k, columns)
 
 
-def per_block_cast_to_fp8(
-    x: Tensor, use_ue8m0: bool, gran_k: int = 128
-) -> tuple[Tensor, Tensor]:
+def per_block_cast_to_fp8(x: Tensor, use_ue8m0: bool, gran_k: int = 128) -> tuple[Tensor, Tensor]:
     """Casts to FP8 with a scale for every block of `gran_k` rows and `gran_k` columns.
 
     Args:

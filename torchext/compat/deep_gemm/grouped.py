@@ -1,0 +1,421 @@
+"""DeepGEMM's grouped FP8 products, on torchext's grouped ops."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ... import ops
+from ..._layout import GROUP, ceil_div
+from ._operands import (
+    Pair,
+    Recipe,
+    also_called,
+    check_c,
+    checked_scale,
+    k_major,
+    pair,
+    row_scale,
+    rows_per_b_scale,
+)
+from ._runtime import budget
+from .utils.layout import get_mk_alignment_for_contiguous_layout
+
+
+@also_called(m_indices="grouped_layout")
+def m_grouped_fp8_gemm_nt_contiguous(
+    a: Pair,
+    b: Pair,
+    d: Tensor,
+    grouped_layout: Tensor,
+    recipe: Recipe | None = None,
+    recipe_a: Recipe | None = None,
+    recipe_b: Recipe | None = None,
+    compiled_dims: str = "nk",
+    disable_ue8m0_cast: bool = False,
+    use_psum_layout: bool = False,
+    ensure_zero_padding: bool = True,
+    expected_m_for_psum_layout: int | None = None,
+) -> None:
+    """d[r] = dequantised a[r] @ dequantised b[g].T for each row r of group g, in place.
+
+    Groups may have any length and begin at any row: neither they nor M need be multiples of
+    anything, and rows of a group need not be neighbours.
+
+    Args:
+        a: (data, scale), as `fp8_gemm_nt` takes it: [M, K], and [M, ceil(K / 128)].
+        b: (data, scale). Data [G, N, K]. Scale [G, ceil(N / 128), ceil(K / 128)], float32 of any
+            strides; or [G, N, ceil(K / 128)] with recipe=(1, 1, 128), like a's.
+        d: [M, N], written in place; bfloat16, float16 or float32, contiguous rows. Rows of no group
+            keep what they hold.
+        grouped_layout: int32, contiguous, on a's device; m_indices in older releases. [M], the
+            group of each row, or a negative number for none. Or, with use_psum_layout, [G], where
+            each group ends; it begins where the one before it ends, rounded up to a multiple of
+            get_mk_alignment_for_contiguous_layout().
+        recipe, recipe_a, recipe_b, compiled_dims, disable_ue8m0_cast: as `fp8_gemm_nt` takes them.
+        use_psum_layout: how to read grouped_layout.
+        ensure_zero_padding: of no effect, as on Hopper in DeepGEMM.
+        expected_m_for_psum_layout: of no effect.
+
+    Nothing waits for the device, so a CUDA graph can be replayed with other groups.
+
+    Raises:
+        ValueError: shapes or a recipe that do not fit together; strides of `d` or grouped_layout;
+            on the CPU, a group that b has not got.
+        TypeError: an argument of another type or dtype.
+        RuntimeError: `d` requires a gradient; a GPU that this build has no kernels for.
+    """
+    op = "m_grouped_fp8_gemm_nt_contiguous"
+    b = pair(op, "b", b, 3)
+    _contiguous(op, a, b, d, grouped_layout, recipe, recipe_a, recipe_b, use_psum_layout)
+
+
+@also_called(m_indices="grouped_layout")
+def m_grouped_fp8_gemm_nn_contiguous(
+    a: Pair,
+    b: Pair,
+    d: Tensor,
+    grouped_layout: Tensor,
+    recipe: Recipe | None = None,
+    recipe_a: Recipe | None = None,
+    recipe_b: Recipe | None = None,
+    compiled_dims: str = "nk",
+    disable_ue8m0_cast: bool = False,
+    use_psum_layout: bool = False,
+    ensure_zero_padding: bool = True,
+) -> None:
+    """d[r] = dequantised a[r] @ dequantised b[g] for each row r of group g, in place.
+
+    `m_grouped_fp8_gemm_nt_contiguous` of b transposed: data [G, K, N], scale
+    [G, ceil(K / 128), ceil(N / 128)]. A contiguous b is copied at each call, as in `fp8_gemm_nn`.
+    """
+    op = "m_grouped_fp8_gemm_nn_contiguous"
+    data, scale = pair(op, "b", b, 3)
+    b = data.mT, scale.mT
+    _contiguous(op, a, b, d, grouped_layout, recipe, recipe_a, recipe_b, use_psum_layout)
+
+
+def _contiguous(
+    op: str,
+    a: Pair,
+    b: tuple[Tensor, Tensor],
+    d: Tensor,
+    grouped_layout: Tensor,
+    recipe: Recipe | None,
+    recipe_a: Recipe | None,
+    recipe_b: Recipe | None,
+    use_psum_layout: bool,
+) -> None:
+    (a_data, a_scale), (b_data, b_scale) = pair(op, "a", a, 2), b
+    (m, k), (groups, n, b_k) = a_data.shape, b_data.shape
+    if k != b_k or d.shape != (m, n):
+        raise ValueError(
+            f"{op}: a and b must agree in K, and d must be [M, N] (got a [M, K] = {[m, k]}, b "
+            f"[G, N, K] = {[groups, n, b_k]} and d {list(d.shape)})"
+        )
+    _check_index(op, "grouped_layout", grouped_layout, groups if use_psum_layout else m)
+    group_ids = _group_ids(grouped_layout, m) if use_psum_layout else grouped_layout
+    b_scale = _grouped_b_scale(op, b_data, b_scale, recipe, recipe_a, recipe_b)
+    ops.m_grouped_fp8_gemm_nt_contiguous(
+        k_major(op, "a", a_data),
+        row_scale(op, "a", a_scale, (m,), k),
+        k_major(op, "b", b_data),
+        b_scale,
+        group_ids=group_ids,
+        out=d,
+        num_sms=budget(),
+    )
+
+
+def _group_ids(ends: Tensor, m: int) -> Tensor:
+    """The group of each of `m` rows, -1 in the gaps, of groups that end at `ends`."""
+    alignment = get_mk_alignment_for_contiguous_layout()
+    rows = torch.arange(m, dtype=torch.int32, device=ends.device)
+    ids = torch.searchsorted(ends, rows, right=True, out_int32=True)
+    aligned = (ends + (alignment - 1)) // alignment * alignment
+    starts = torch.cat((aligned.new_zeros(1), aligned))  # of the rows after the last group, too
+    return torch.where((rows >= starts[ids]) & (ids < len(ends)), ids, -1)
+
+
+def _grouped_b_scale(
+    op: str,
+    data: Tensor,
+    scale: Tensor,
+    recipe: Recipe | None,
+    recipe_a: Recipe | None,
+    recipe_b: Recipe | None,
+) -> Tensor:
+    groups, n, k = data.shape
+    rows = rows_per_b_scale(op, recipe, recipe_a, recipe_b, scale)
+    if rows == 1:
+        return row_scale(op, "b", scale, (groups, n), k)
+    return checked_scale(op, "b", scale, (groups, ceil_div(n, GROUP)), k, rows)
+
+
+def _check_index(op: str, name: str, index: Tensor, length: int) -> None:
+    if index.dtype != torch.int32:
+        raise TypeError(f"{op}: {name} must be torch.int32 (got {index.dtype}); use .int()")
+    if index.shape != (length,) or not index.is_contiguous():
+        raise ValueError(
+            f"{op}: {name} must be contiguous of shape {[length]} (got shape {list(index.shape)}, "
+            f"strides {index.stride()})"
+        )
+
+
+def m_grouped_fp8_gemm_nt_masked(
+    a: Pair,
+    b: Pair,
+    d: Tensor,
+    masked_m: Tensor,
+    expected_m: int,
+    recipe: Recipe | None = None,
+    recipe_a: Recipe | None = None,
+    recipe_b: Recipe | None = None,
+    compiled_dims: str = "nk",
+    disable_ue8m0_cast: bool = False,
+) -> None:
+    """d[g, r] = dequantised a[g, r] @ dequantised b[g].T for r < masked_m[g], in place.
+
+    Args:
+        a: (data, scale). Data [G, M, K]. Scale [G, M, ceil(K / 128)], float32 of any strides, or
+            int32 as `fp8_gemm_nt` takes it. Scales that are M-major over all groups at once, as
+            `torchext.ops.quantize_1x128` returns them, are read in place; others, those that are
+            M-major in each group included, are transposed first.
+        b: (data, scale), as `m_grouped_fp8_gemm_nt_contiguous` takes it.
+        d: [G, M, N], written in place; bfloat16, float16 or float32, contiguous. Other rows keep
+            what they hold.
+        masked_m: [G], int32, contiguous, on a's device: from 0 to M.
+        expected_m: rows that a group is likely to have, which may help to choose a kernel.
+        recipe, recipe_a, recipe_b, compiled_dims, disable_ue8m0_cast: as `fp8_gemm_nt` takes them.
+
+    Nothing waits for the device, so a CUDA graph can be replayed with other counts.
+
+    Raises:
+        ValueError: shapes or a recipe that do not fit together; strides of `d` or masked_m; a
+            negative expected_m; on the CPU, a count out of range.
+        TypeError: an argument of another type or dtype.
+        RuntimeError: `d` requires a gradient; a GPU that this build has no kernels for.
+    """
+    op = "m_grouped_fp8_gemm_nt_masked"
+    (a_data, a_scale), (b_data, b_scale) = pair(op, "a", a, 3), pair(op, "b", b, 3)
+    (groups, m, k), (b_groups, n, b_k) = a_data.shape, b_data.shape
+    if (groups, k) != (b_groups, b_k) or d.shape != (groups, m, n):
+        raise ValueError(
+            f"{op}: a and b must agree in G and K, and d must be [G, M, N] (got a [G, M, K] = "
+            f"{[groups, m, k]}, b [G, N, K] = {[b_groups, n, b_k]} and d {list(d.shape)})"
+        )
+    _check_index(op, "masked_m", masked_m, groups)
+    b_scale = _grouped_b_scale(op, b_data, b_scale, recipe, recipe_a, recipe_b)
+    ops.m_grouped_fp8_gemm_nt_masked(
+        k_major(op, "a", a_data),
+        row_scale(op, "a", a_scale, (groups, m), k),
+        k_major(op, "b", b_data),
+        b_scale,
+        masked_m,
+        expected_m=expected_m,
+        out=d,
+        num_sms=budget(),
+    )
+
+
+fp8_m_grouped_gemm_nt_masked = m_grouped_fp8_gemm_nt_masked
+
+
+@also_called(ks_cpu="ks", ks_tensor="grouped_layout")
+def k_grouped_fp8_gemm_nt_contiguous(
+    a: Pair,
+    b: Pair,
+    d: Tensor,
+    ks: Sequence[int],
+    grouped_layout: Tensor,
+    c: Tensor | None = None,
+    recipe: Recipe = (1, 1, 128),
+    compiled_dims: str = "mn",
+    use_psum_layout: bool = False,
+    use_padded_sf_layout: bool = False,
+) -> None:
+    """d[g] = dequantised a_g @ dequantised b_g.T (+ c[g]) for each group g, in place: wgrad.
+
+    A product a group, one after the other, read where it lies.
+
+    Args:
+        a: (data, scale). Data contiguous, of M * sum(ks) elements in any shape: the K-major
+            matrices a_g [M, ks[g]], one after the other. Scale [M, sum(ceil(ks[g] / 128))], float32
+            of any strides, the columns of one group after the other's.
+        b: (data, scale), likewise, of N rows.
+        d: [G, M, N], written in place; bfloat16, float16 or float32, contiguous rows.
+        ks: K of each group, on the host; ks_cpu in some releases. A matrix whose K is no multiple
+            of 16 is copied.
+        grouped_layout: [G], int32, contiguous; ks_tensor in older releases. The same numbers on the
+            device: checked for its shape, and not read.
+        c: [G, M, N], of d's dtype, as in `fp8_gemm_nt`: `d` itself, to accumulate. None to store.
+        recipe: (1, 1, 128).
+        compiled_dims: of no effect.
+        use_psum_layout, use_padded_sf_layout: False; DeepGEMM has them on Blackwell.
+
+    Raises:
+        ValueError: shapes that do not fit together; another recipe; an option of Blackwell's.
+        TypeError: an argument of another type or dtype.
+        RuntimeError: `d` requires a gradient; a GPU that this build has no kernels for.
+    """
+    op = "k_grouped_fp8_gemm_nt_contiguous"
+    a, b = pair(op, "a", a, 0), pair(op, "b", b, 0)
+    _check_options(op, ks, grouped_layout, recipe, use_psum_layout, use_padded_sf_layout)
+    k_grouped_nt(op, a, b, d, ks, c)
+
+
+def k_grouped_nt(
+    op: str,
+    a: tuple[Tensor, Tensor],
+    b: tuple[Tensor, Tensor],
+    d: Tensor,
+    ks: Sequence[int],
+    c: Tensor | None,
+) -> None:
+    """`k_grouped_fp8_gemm_nt_contiguous`, of checked options."""
+    _check_groups_of_k(op, d, ks, c)
+    matrices, scales = [], []
+    for name, (data, scale), rows in (("a", a, d.shape[1]), ("b", b, d.shape[2])):
+        if data.numel() != rows * sum(ks) or not data.is_contiguous():
+            raise ValueError(
+                f"{op}: the data of {name} must be contiguous, of {rows} * {sum(ks)} elements (got "
+                f"shape {list(data.shape)}, strides {data.stride()})"
+            )
+        lengths = [rows * k for k in ks]
+        groups = data.view(-1).split(lengths)
+        matrices.append([x.view(rows, k) for x, k in zip(groups, ks, strict=True)])
+        scales.append(_scales_of_groups(op, name, scale, rows, ks))
+    _one_by_one(op, matrices, scales, d, c)
+
+
+@also_called(ks_cpu="ks", ks_tensor="grouped_layout")
+def k_grouped_fp8_gemm_tn_contiguous(
+    a: Pair,
+    b: Pair,
+    d: Tensor,
+    ks: Sequence[int],
+    grouped_layout: Tensor,
+    c: Tensor | None = None,
+    recipe: Recipe = (1, 1, 128),
+    compiled_dims: str = "mn",
+    use_psum_layout: bool = False,
+    use_padded_sf_layout: bool = False,
+) -> None:
+    """d[g] = dequantised a_g.T @ dequantised b_g (+ c[g]) for each group g of rows, in place: wgrad
+    of activations and gradients as they lie.
+
+    DeepGEMM has it on Blackwell only. Data are copied at each call, as in `fp8_gemm_tn`, unless
+    they are transposes of K-major data. Where every K is a multiple of 128, as DeepGEMM asks, all
+    groups are one launch, which reads grouped_layout; otherwise as in
+    `k_grouped_fp8_gemm_nt_contiguous`.
+
+    Args:
+        a: (data, scale). Data [sum(ks), M], group after group. Scale [sum(ceil(ks[g] / 128)), M],
+            float32: what `per_channel_cast_to_fp8` returns.
+        b: (data, scale), likewise, of N columns.
+        d, ks, grouped_layout, c, recipe, compiled_dims, use_psum_layout, use_padded_sf_layout: as
+            `k_grouped_fp8_gemm_nt_contiguous` takes them.
+
+    Raises as that does.
+    """
+    op = "k_grouped_fp8_gemm_tn_contiguous"
+    a, b = pair(op, "a", a, 2), pair(op, "b", b, 2)
+    _check_options(op, ks, grouped_layout, recipe, use_psum_layout, use_padded_sf_layout)
+    _check_groups_of_k(op, d, ks, c)
+    for name, (data, _), columns in (("a", a, d.shape[1]), ("b", b, d.shape[2])):
+        if data.shape != (sum(ks), columns):
+            raise ValueError(
+                f"{op}: the data of {name} must have shape {[sum(ks), columns]} (got "
+                f"{list(data.shape)})"
+            )
+    if any(k % GROUP for k in ks):
+        matrices = [[x.t() for x in data.split(list(ks))] for data, _ in (a, b)]
+        scales = [
+            _scales_of_groups(op, name, scale.t(), data.shape[1], ks)
+            for name, (data, scale) in (("a", a), ("b", b))
+        ]
+        return _one_by_one(op, matrices, scales, d, c)
+    if c is not None and c is not d:
+        d.copy_(c)
+    ops.k_grouped_fp8_gemm_nt(
+        k_major(op, "a", a[0].t()),
+        row_scale(op, "a", a[1].t(), (d.shape[1],), sum(ks)),
+        k_major(op, "b", b[0].t()),
+        row_scale(op, "b", b[1].t(), (d.shape[2],), sum(ks)),
+        grouped_layout.cumsum(0, dtype=torch.int32),
+        out=d,
+        accumulate=c is not None,
+        num_sms=budget(),
+    )
+
+
+def _check_options(
+    op: str,
+    ks: Sequence[int],
+    grouped_layout: Tensor,
+    recipe: Recipe,
+    use_psum_layout: bool,
+    use_padded_sf_layout: bool,
+) -> None:
+    if use_psum_layout or use_padded_sf_layout:
+        raise ValueError(
+            f"{op}: use_psum_layout and use_padded_sf_layout must be False, as on Hopper in "
+            f"DeepGEMM (got {use_psum_layout} and {use_padded_sf_layout})"
+        )
+    if tuple(recipe) != (1, 1, 128):
+        raise ValueError(f"{op}: recipe must be (1, 1, 128) (got {tuple(recipe)})")
+    _check_ks(op, ks)
+    _check_index(op, "grouped_layout", grouped_layout, len(ks))
+
+
+def _check_ks(op: str, ks: Sequence[int]) -> None:
+    if not isinstance(ks, (list, tuple)):
+        raise TypeError(
+            f"{op}: ks must be a list of integers, K of each group (got {type(ks).__name__})"
+        )
+
+
+def _check_groups_of_k(op: str, d: Tensor, ks: Sequence[int], c: Tensor | None) -> None:
+    _check_ks(op, ks)
+    if d.dim() != 3 or d.shape[0] != len(ks):
+        raise ValueError(
+            f"{op}: d must be [G, M, N], with G = {len(ks)} as ks says (got {list(d.shape)})"
+        )
+    check_c(op, c, d)
+
+
+def _scales_of_groups(
+    op: str, name: str, scale: Tensor, rows: int, ks: Sequence[int]
+) -> tuple[Tensor, ...]:
+    """The scale [rows, ceil(k / 128)] of each group, M-major, from those of all groups together."""
+    if scale.dtype != torch.float32:
+        raise TypeError(
+            f"{op}: the scale of {name} must be torch.float32 (got {scale.dtype}); decode "
+            "exponents with unpack_ue8m0_from_int"
+        )
+    columns = [ceil_div(k, GROUP) for k in ks]
+    return row_scale(op, name, scale, (rows,), sum(columns) * GROUP).split(columns, 1)
+
+
+def _one_by_one(
+    op: str,
+    matrices: Sequence[Sequence[Tensor]],
+    scales: Sequence[Sequence[Tensor]],
+    d: Tensor,
+    c: Tensor | None,
+) -> None:
+    """A product for each group, of lists of matrices [rows, k] and of their scales, a's and b's."""
+    if c is not None and c is not d:
+        d.copy_(c)
+    for out, a, b, a_scale, b_scale in zip(d.unbind(), *matrices, *scales, strict=True):
+        ops.fp8_gemm_nt(
+            k_major(op, "a", a),
+            a_scale,
+            k_major(op, "b", b),
+            b_scale,
+            out=out,
+            accumulate=c is not None,
+            num_sms=budget(),
+        )
