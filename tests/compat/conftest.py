@@ -14,7 +14,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "gemm"))
 
 
 @pytest.fixture
-def tensor_core(request):
+def tensor_core(request: pytest.FixtureRequest) -> bool:
     """Whether FP8 products are summed by a tensor core, or one that is simulated."""
     return request.config.getoption("--device") != "cpu"
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from deep_gemm_testing import assert_product, by_block, by_token
-from gemm_testing import Operand
+from deep_gemm_testing import by_block, by_token
+from gemm_testing import Operand, assert_within_bound
 
 import torchext
 from torchext.compat import deep_gemm
@@ -32,7 +32,7 @@ DEEP_GEMM_SHAPES = [
 def stored(operand, transposed):
     """Data and scale as a caller of nn, tn or tt has them: contiguous, and transposed or not."""
     if not transposed:
-        return operand.data, operand.scale
+        return operand.quantized
     return operand.data.t().contiguous(), operand.scale.t().contiguous()
 
 
@@ -155,7 +155,7 @@ def test_products(layout, recipe, shape, device, tensor_core, copies):
     for dtype in (torch.bfloat16, torch.float32):
         d = torch.full((m, n), torch.nan, dtype=dtype, device=device)
         multiply(layout, a, b, d, recipe=recipe, compiled_dims="mnk", disable_ue8m0_cast=True)
-        assert_product(d, a, b, tensor_core)
+        assert_within_bound(d, a, b, tensor_core=tensor_core)
 
 
 def test_768_by_1536(device, tensor_core):
@@ -163,7 +163,7 @@ def test_768_by_1536(device, tensor_core):
     a, b = by_token(768, 128, device), by_token(1536, 128, device)
     d = torch.ones(768, 1536, device=device)
     multiply("nt", a, b, d, c=d, recipe=(1, 1, 128))
-    assert_product(d, a, b, tensor_core, addend=torch.ones(768, 1536))
+    assert_within_bound(d, a, b, tensor_core=tensor_core, old=torch.ones(768, 1536))
 
 
 @pytest.mark.large
@@ -173,7 +173,7 @@ def test_deep_gemms_shapes(shape, device, tensor_core):
     a, b = by_token(m, k, device), by_block(n, k, device)
     d = torch.full((m, n), torch.nan, dtype=torch.bfloat16, device=device)
     multiply("nt", a, b, d)
-    assert_product(d, a, b, tensor_core)
+    assert_within_bound(d, a, b, tensor_core=tensor_core)
     expected = torch.ops.torchext.fp8_gemm_nt(
         a.data, deep_gemm.get_mn_major_tma_aligned_tensor(a.scale), b.data, b.scale
     )
@@ -185,8 +185,8 @@ def test_e5m2_mixes_with_e4m3(device, tensor_core, copies):
     a = Operand(a.data.to(device), a.scale.to(device), a.values, a.scales)
     b = by_block(40, 300, device)
     d = torch.empty(20, 40, device=device)
-    deep_gemm.fp8_gemm_nt((a.data, a.scale), (b.data, b.scale), d)
-    assert_product(d, a, b, tensor_core)
+    deep_gemm.fp8_gemm_nt(a.quantized, b.quantized, d)
+    assert_within_bound(d, a, b, tensor_core=tensor_core)
 
 
 @pytest.mark.parametrize("recipe", [(1, 128, 128), (1, 1, 128)], ids=str)
@@ -200,7 +200,7 @@ def test_c_is_added(dtype, recipe, device, tensor_core, copies):
     for layout in DENSE:
         d = c.clone()
         multiply(layout, a, b, d, c=d, recipe=recipe)
-        assert_product(d, a, b, tensor_core, addend=kept)
+        assert_within_bound(d, a, b, tensor_core=tensor_core, old=kept)
         other = torch.full_like(c, torch.nan)
         multiply(layout, a, b, other, c=c, recipe=recipe)
         assert torch.equal(other, d) and torch.equal(c, kept)
@@ -227,7 +227,7 @@ def test_d_may_be_columns_of_a_wider_tensor(device, tensor_core):
     a, b = by_token(20, 256, device), by_block(40, 256, device)
     wide = torch.zeros(20, 60, dtype=torch.bfloat16, device=device)
     multiply("nt", a, b, wide[:, 7:47])
-    assert_product(wide[:, 7:47], a, b, tensor_core)
+    assert_within_bound(wide[:, 7:47], a, b, tensor_core=tensor_core)
     assert (wide[:, :7] == 0).all() and (wide[:, 47:] == 0).all()
 
 
@@ -251,7 +251,7 @@ def test_older_positions_of_compiled_dims(device, tensor_core, copies):
     d = torch.ones(20, 40, device=device)
     pairs = [list(stored(x, False)) for x in (a, b)]  # lists serve as well as tuples
     deep_gemm.fp8_gemm_nt(*pairs, d, d, [1, 1, 128], "nk", True)
-    assert_product(d, a, b, tensor_core, addend=torch.ones(20, 40))
+    assert_within_bound(d, a, b, tensor_core=tensor_core, old=torch.ones(20, 40))
 
 
 @pytest.mark.parametrize("layout", DENSE)
@@ -308,15 +308,15 @@ def test_names_of_1_x(device, tensor_core):
     a, b, b_rows = by_token(20, 384, device), by_block(40, 384, device), by_token(40, 384, device)
     d = torch.empty(20, 40, dtype=torch.bfloat16, device=device)
     scale = deep_gemm.get_col_major_tma_aligned_tensor(a.scale)
-    deep_gemm.gemm_fp8_fp8_bf16_nt((a.data, scale), (b.data, b.scale), d)
-    assert_product(d, a, b, tensor_core)
+    deep_gemm.gemm_fp8_fp8_bf16_nt((a.data, scale), b.quantized, d)
+    assert_within_bound(d, a, b, tensor_core=tensor_core)
     out = torch.ones(20, 40, device=device)
     for a_scale in (a.scale, a.scale.t().contiguous()):
         total = out.clone()
         deep_gemm.wgrad_gemm_fp8_fp8_fp32_nt(
             (a.data, a_scale), (b_rows.data, b_rows.scale.t()), total
         )
-        assert_product(total, a, b_rows, tensor_core, addend=out)
+        assert_within_bound(total, a, b_rows, tensor_core=tensor_core, old=out)
 
 
 # ---- layouts ----
@@ -330,7 +330,7 @@ def test_scales_that_are_m_major_are_read_in_place(device, monkeypatch):
     d = torch.empty(37, 40, device=device)
     a_scale = deep_gemm.get_mn_major_tma_aligned_tensor(a.scale)
     b_scale = deep_gemm.get_mn_major_tma_aligned_tensor(b_rows.scale)
-    deep_gemm.fp8_gemm_nt((a.data, a_scale), (b.data, b.scale), d)
+    deep_gemm.fp8_gemm_nt((a.data, a_scale), b.quantized, d)
     deep_gemm.fp8_gemm_nt((a.data, a_scale), (b_rows.data, b_scale), d, recipe=(1, 1, 128))
     for args, expected in zip(seen, (b.scale, b_scale), strict=True):
         assert args[1] is a_scale and args[3] is expected
@@ -356,14 +356,14 @@ def test_operands_that_tma_can_read_are_not_copied(device, tensor_core, copies):
     x, w = torch.randn(20, k, device=device), torch.randn(40, k, device=device)
     a = Operand.of(*torchext.ops.quantize_1x128(x), 1)
     b = Operand.of(*torchext.ops.quantize_128x128(w), 128)
-    a_pair, b_pair = (a.data, a.scale), (b.data, b.scale)
+    a_pair, b_pair = a.quantized, b.quantized
     a_turned, b_turned = ((data.t(), scale.t()) for data, scale in (a_pair, b_pair))
     for layout, first, second in (
         ("nt", a_pair, b_pair), ("nn", a_pair, b_turned), ("tn", a_turned, b_turned),
         ("tt", a_turned, b_pair),
     ):  # fmt: skip
         getattr(deep_gemm, f"fp8_gemm_{layout}")(first, second, d)
-        assert_product(d, a, b, tensor_core)
+        assert_within_bound(d, a, b, tensor_core=tensor_core)
     assert not copies
 
 
@@ -373,13 +373,13 @@ def test_copies_warn_once(device, monkeypatch):
     d = torch.empty(20, 40, device=device)
     cut = Operand.of(b.data[:, :200], b.scale, 128)  # rows 256 bytes apart
     with pytest.warns(UserWarning, match="fp8_gemm_nt: a is copied .* multiples of 16 bytes") as w:
-        deep_gemm.fp8_gemm_nt((a.data, a.scale), (cut.data, cut.scale), d)
+        deep_gemm.fp8_gemm_nt(a.quantized, cut.quantized, d)
     assert [str(warning.filename) for warning in w] == [__file__]
     with pytest.warns(UserWarning, match="fp8_gemm_nn: b is copied .* not K-major"):
         multiply("nn", by_token(20, 256, device), b, d)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        deep_gemm.fp8_gemm_nt((a.data, a.scale), (cut.data, cut.scale), d)
+        deep_gemm.fp8_gemm_nt(a.quantized, cut.quantized, d)
         multiply("nn", by_token(20, 256, device), b, d)
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from deep_gemm_testing import assert_product, by_block, by_token, matrix, rows_of, stacked
-from gemm_testing import Operand
+from deep_gemm_testing import by_block, by_token, matrix, stacked
+from gemm_testing import Operand, assert_within_bound
 
 from torchext import ops
 from torchext.compat import deep_gemm
@@ -32,7 +32,7 @@ def assert_groups(d, a, bs, ids, tensor_core):
     ids = ids.cpu()
     for group, b in enumerate(bs):
         rows = (ids == group).nonzero().flatten()
-        assert_product(d.cpu()[rows], rows_of(a, rows), b, tensor_core)
+        assert_within_bound(d.cpu()[rows], a.rows(rows), b, tensor_core=tensor_core)
     assert (d.cpu()[ids < 0] == KEPT).all()
 
 
@@ -63,7 +63,7 @@ def test_contiguous(layout, case, recipe, device, tensor_core, copies):
     b = stacked(bs)
     function = getattr(deep_gemm, f"m_grouped_fp8_gemm_{layout}_contiguous")
     d = torch.full((len(ids), n), KEPT, dtype=torch.bfloat16, device=device)
-    function((a.data, a.scale), b if layout == "nt" else turned(b), d, ids, recipe=recipe)
+    function(a.quantized, b if layout == "nt" else turned(b), d, ids, recipe=recipe)
     assert_groups(d, a, bs, ids, tensor_core)
 
 
@@ -73,7 +73,7 @@ def test_contiguous_in_any_order(n, device, tensor_core):
     a, bs = by_token(90, 128, device), weights(3, n, 128, device)
     ids = torch.randint(-1, 3, (90,), dtype=torch.int32, device=device)
     d = torch.full((90, n), KEPT, device=device)
-    deep_gemm.m_grouped_fp8_gemm_nt_contiguous((a.data, a.scale), stacked(bs), d, m_indices=ids)
+    deep_gemm.m_grouped_fp8_gemm_nt_contiguous(a.quantized, stacked(bs), d, m_indices=ids)
     assert_groups(d, a, bs, ids, tensor_core)
 
 
@@ -93,7 +93,7 @@ def test_contiguous_by_ends_of_groups(lengths, alignment, device, tensor_core, c
     a, bs = by_token(len(ids), 200, device), weights(len(lengths), 40, 200, device)
     d = torch.full((len(ids), 40), KEPT, device=device)
     deep_gemm.m_grouped_fp8_gemm_nt_contiguous(
-        (a.data, a.scale), stacked(bs), d, ends, use_psum_layout=True, expected_m_for_psum_layout=64
+        a.quantized, stacked(bs), d, ends, use_psum_layout=True, expected_m_for_psum_layout=64
     )
     assert_groups(d, a, bs, ids, tensor_core)
 
@@ -105,7 +105,7 @@ def test_deep_gemms_shapes(n, k, device, tensor_core):
     ids = ids_of([3, 2], 4, device)
     a, bs = by_token(len(ids), k, device), weights(2, n, k, device)
     d = torch.full((len(ids), n), KEPT, dtype=torch.bfloat16, device=device)
-    deep_gemm.m_grouped_fp8_gemm_nt_contiguous((a.data, a.scale), stacked(bs), d, ids)
+    deep_gemm.m_grouped_fp8_gemm_nt_contiguous(a.quantized, stacked(bs), d, ids)
     assert_groups(d, a, bs, ids, tensor_core)
 
 
@@ -183,8 +183,8 @@ def test_k_grouped(layout, ks, device, tensor_core, copies):
         function(a_pair, b_pair, stored, ks, grouped_layout=ks_tensor)
         assert torch.equal(added, accumulated)
         for group in range(len(ks)):
-            assert_product(accumulated[group], a[group], b[group], tensor_core, addend=c[group])
-            assert_product(stored[group], a[group], b[group], tensor_core)
+            assert_within_bound(accumulated[group], a[group], b[group], tensor_core=tensor_core, old=c[group])
+            assert_within_bound(stored[group], a[group], b[group], tensor_core=tensor_core)
     if layout == "nt" and all(k % 16 == 0 for k in ks):
         assert not copies
 
@@ -197,7 +197,7 @@ def test_k_grouped_rows_that_broke_deep_gemm(device, tensor_core):
     ks_tensor = torch.tensor(ks, dtype=torch.int32, device=device)
     deep_gemm.k_grouped_fp8_gemm_nt_contiguous(a_pair, b_pair, d, ks, ks_tensor, d)
     for group in range(2):
-        assert_product(d[group], a[group], b[group], tensor_core)
+        assert_within_bound(d[group], a[group], b[group], tensor_core=tensor_core)
 
 
 # ---- other names ----
@@ -207,7 +207,7 @@ def test_names_of_1_x(device, tensor_core):
     a, bs = by_token(30, 256, device), weights(3, 40, 256, device)
     ids = ids_of([20, 0, 10], 1, device)
     d = torch.full((30, 40), KEPT, dtype=torch.bfloat16, device=device)
-    deep_gemm.m_grouped_gemm_fp8_fp8_bf16_nt_contiguous((a.data, a.scale), stacked(bs), d, ids)
+    deep_gemm.m_grouped_gemm_fp8_fp8_bf16_nt_contiguous(a.quantized, stacked(bs), d, ids)
     assert_groups(d, a, bs, ids, tensor_core)
     counts = torch.tensor([10, 3, 0], dtype=torch.int32, device=device)
     d = torch.full((3, 10, 40), KEPT, dtype=torch.bfloat16, device=device)
@@ -223,7 +223,7 @@ def test_names_of_1_x(device, tensor_core):
         (a_data, a_scale.t()), (b_data, b_scale.t()), d, ks
     )
     for group in range(2):
-        assert_product(d[group], a[group], b[group], tensor_core, addend=torch.ones(40, 24))
+        assert_within_bound(d[group], a[group], b[group], tensor_core=tensor_core, old=torch.ones(40, 24))
 
 
 # ---- settings, torch.compile ----
@@ -236,16 +236,16 @@ def calls(device):
     ids = torch.cat((ids, ids.new_full((150 - len(ids),), -1)))
     yield (
         deep_gemm.m_grouped_fp8_gemm_nt_contiguous, (150, 40),
-        lambda f, d: f((a.data, a.scale), bs, d, ids),
+        lambda f, d: f(a.quantized, bs, d, ids),
     )  # fmt: skip
     yield (
         deep_gemm.m_grouped_fp8_gemm_nn_contiguous, (150, 40),
-        lambda f, d: f((a.data, a.scale), turned(bs), d, m_indices=ids),
+        lambda f, d: f(a.quantized, turned(bs), d, m_indices=ids),
     )  # fmt: skip
     ends = torch.tensor([60, 130, 140], dtype=torch.int32, device=device)
     yield (
         deep_gemm.m_grouped_fp8_gemm_nt_contiguous, (150, 40),
-        lambda f, d: f((a.data, a.scale), bs, d, ends, use_psum_layout=True),
+        lambda f, d: f(a.quantized, bs, d, ends, use_psum_layout=True),
     )  # fmt: skip
     counts = torch.tensor([50, 0, 20], dtype=torch.int32, device=device)
     yield (
