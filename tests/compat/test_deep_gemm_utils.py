@@ -157,6 +157,7 @@ def test_casts_compile(backend, device):
     def casts(x):
         return (
             *deep_gemm.per_token_cast_to_fp8(x, True),
+            *deep_gemm.per_token_cast_to_fp8(x, True, use_packed_ue8m0=True),
             *deep_gemm.per_block_cast_to_fp8(x, True),
             *deep_gemm.per_channel_cast_to_fp8(x, True),
             *deep_gemm.per_custom_dims_cast_to_fp8(x, (1,), True),

@@ -68,6 +68,10 @@ def pack_ue8m0_to_int(x: Tensor) -> Tensor:
             "pack_ue8m0_to_int: x must hold positive powers of two (got others); round it with "
             "ceil_to_ue8m0"
         )
+    return _exponents(bits)
+
+
+def _exponents(bits: Tensor) -> Tensor:
     return (bits >> 23).to(torch.uint8).view(torch.int32)
 
 
@@ -128,7 +132,7 @@ def per_token_cast_to_fp8(
     data = data.view(rows, groups * gran_k)[:, :columns].contiguous()
     scale = scale.view(rows, groups)
     if use_packed_ue8m0:
-        scale = pack_ue8m0_to_int(pad(scale, (0, -groups % 4), value=1.0))
+        scale = _exponents(pad(scale, (0, -groups % 4), value=1.0).view(torch.int32))
     return data, scale
 
 
