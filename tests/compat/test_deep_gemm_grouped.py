@@ -236,7 +236,7 @@ def test_names_of_1_x(device, tensor_core):
 
 
 def calls(device):
-    """For each function, a call of it with operands of its own: (what to call with d, d's shape)."""
+    """For each function, a call with operands of its own: (what to call with d, d's shape)."""
     a, bs = by_token(150, 256, device), stacked(weights(3, 40, 256, device))
     ids = torch.randint(-1, 3, (150,), dtype=torch.int32, device=device)
     ends, counts = (

@@ -4,8 +4,8 @@
 
 Names, the order and names of arguments, their defaults and the layouts of scales are those of
 DeepGEMM 2.0 to 2.8 and of sgl-deep-gemm; docs/deep_gemm.md lists what is here and what differs.
-Nothing is compiled at run time; products and casts work under `torch.compile(fullgraph=True)`, on CPU
-tensors and in the simulator.
+Nothing is compiled at run time. Products and casts work under `torch.compile(fullgraph=True)`, on
+CPU tensors and in the simulator.
 """
 
 from . import utils
