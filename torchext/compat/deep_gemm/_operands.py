@@ -50,6 +50,9 @@ def pair(op: str, name: str, operand: Pair, dims: int) -> tuple[Tensor, Tensor]:
 
 def k_major(op: str, name: str, data: Tensor) -> Tensor:
     """`data` [..., K], or a copy of it, with rows that TMA can read: 16-byte pitch and address."""
+    strides = data.stride()
+    if len(strides) == 2 and strides[1] == 1 and strides[0] % 16 == 0 and _starts_aligned(data):
+        return data  # what is usual, found out quickly
     if data.numel() == 0:
         return empty_data(data, data.shape[:-1], data.shape[-1], data.dtype)
     pitch = _row_stride(data)
@@ -117,6 +120,8 @@ def checked_scale(
     """
     groups = ceil_div(k, GROUP)
     packed = scale.dtype == torch.int32
+    if not packed and scale.dtype == torch.float32 and scale.shape == (*leading, groups):
+        return scale
     if scale.dtype != torch.float32 and not (packed and rows == 1):
         expected = "torch.float32, or torch.int32 of four UE8M0 exponents each"
         raise TypeError(
@@ -130,12 +135,15 @@ def checked_scale(
             f"{op}: the scale of {name}, of {rows}x128 elements each, must have shape {shape} (got "
             f"{list(scale.shape)}){hint}"
         )
-    return unpack_ue8m0_from_int(scale)[..., :groups] if packed else scale
+    return unpack_ue8m0_from_int(scale)[..., :groups]
 
 
 def row_scale(op: str, name: str, scale: Tensor, leading: tuple[int, ...], k: int) -> Tensor:
     """The scale of 1x128 groups of data [*leading, k], M-major with rows folded, or such a copy."""
     scale = checked_scale(op, name, scale, leading, k, 1)
+    strides = scale.stride()
+    if len(strides) == 2 and strides[0] == 1 and strides[1] % 4 == 0 and _starts_aligned(scale):
+        return scale  # likewise
     row = _row_stride(scale)
     one_column = scale.shape[-1] <= 1
     aligned = one_column or scale.stride(-1) % 4 == 0
