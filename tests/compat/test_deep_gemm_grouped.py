@@ -261,13 +261,25 @@ def calls(device):
 
 
 @pytest.mark.parametrize("num_sms", [1, 3])
-def test_num_sms(num_sms, device, copies):
+def test_num_sms(num_sms, device, copies, monkeypatch):
+    def spy(op, passed):
+        def call(*args, **kwargs):
+            passed.append(kwargs["num_sms"])
+            return op(*args, **kwargs)
+
+        return call
+
     for call, shape in calls(device):
-        expected, d = (torch.full(shape, KEPT, device=device) for _ in range(2))
-        deep_gemm.set_num_sms(deep_gemm._runtime._count_sms())
+        expected, d, passed = *(torch.full(shape, KEPT, device=device) for _ in range(2)), []
         call(expected)
-        deep_gemm.set_num_sms(num_sms)
-        call(d)
+        with monkeypatch.context() as patch:
+            for name in ops.__all__:
+                if "grouped" in name or name == "fp8_gemm_nt":
+                    patch.setattr(grouped.ops, name, spy(getattr(ops, name), passed))
+            deep_gemm.set_num_sms(num_sms)
+            call(d)
+        deep_gemm.set_num_sms(deep_gemm._runtime._count_sms())
+        assert set(passed) == {num_sms}
         assert torch.equal(d, expected)
 
 
