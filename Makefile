@@ -34,7 +34,8 @@ ARCHITECTURE_TESTS := $(addprefix tests/gemm/test_fp8_gemm.py::, test_shapes tes
 test: $(BUILT) lint
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 	@if ls torchext/_ptx/*/*.ptx >/dev/null 2>&1; then \
-	  $(BIN)/python -m pytest --device sim tests/gemm tests/quantize tests/nn tests/test_ops.py && \
+	  $(BIN)/python -m pytest --device sim tests/gemm tests/quantize tests/nn tests/compat \
+	    tests/test_ops.py && \
 	  for arch in $(OTHER_ARCHITECTURES); do \
 	    $(BIN)/python -m pytest --device sim --sim-arch $$arch --sim-sms 3 $(ARCHITECTURE_TESTS) || exit; \
 	  done; \
