@@ -367,6 +367,18 @@ def test_operands_that_tma_can_read_are_not_copied(device, tensor_core, copies):
     assert not copies
 
 
+def test_data_that_start_off_a_16_byte_boundary_are_copied(device, copies):
+    a, b = by_token(20, 256, device), by_block(40, 256, device)
+    expected, d = (torch.empty(20, 40, device=device) for _ in range(2))
+    multiply("nt", a, b, expected)
+    assert not copies
+    wide = torch.zeros(20, 272, dtype=torch.uint8, device=device)
+    wide[:, 8:264] = a.data.view(torch.uint8)
+    shifted = wide.view(torch.float8_e4m3fn)[:, 8:264]
+    deep_gemm.fp8_gemm_nt((shifted, a.scale), b.quantized, d)
+    assert torch.equal(d, expected) and copies == {("fp8_gemm_nt", "a")}
+
+
 def test_copies_warn_once(device, monkeypatch):
     monkeypatch.setattr(_operands, "_warned", set())
     a, b = by_token(20, 200, device), by_block(40, 256, device)
