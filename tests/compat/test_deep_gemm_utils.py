@@ -141,7 +141,8 @@ def test_exponents_pack_and_unpack(device):
     data, packed = deep_gemm.per_token_cast_to_fp8(x, True, use_packed_ue8m0=True)
     _, scale = deep_gemm.per_token_cast_to_fp8(x, True)
     assert packed.shape == (20, 2)
-    assert torch.equal(deep_gemm.unpack_ue8m0_from_int(packed)[:, :5], scale)
+    unpacked = deep_gemm.unpack_ue8m0_from_int(packed)
+    assert torch.equal(unpacked[:, :5], scale) and (unpacked[:, 5:] == 1).all()
     back = deep_gemm.cast_back_from_fp8(data, packed, use_packed_ue8m0=True)
     assert torch.equal(back, deep_gemm.cast_back_from_fp8(data, scale))
 
