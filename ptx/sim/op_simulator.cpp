@@ -3,9 +3,11 @@
 
 #include <algorithm>
 #include <cstring>
+#include <filesystem>
 #include <fstream>
 #include <sstream>
 #include <stdexcept>
+#include <tuple>
 #include <utility>
 
 #include "rendering.h"
@@ -75,16 +77,51 @@ int guarded(char* error, std::size_t error_bytes, F&& f) {
 
 }  // namespace
 
+// A file of PTX, parsed when it is first needed.
+struct OpSimulator::Source {
+  std::string path, text;
+  std::vector<std::string> kernels;
+  std::mutex mutex;
+  std::shared_ptr<Module> module;
+
+  Module& parsed() {
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (!module) module = Module::parse(text, path);
+    return *module;
+  }
+};
+
+// Files are kept, parsed, for the next simulation, unless they have changed since: to read and
+// parse a build's PTX takes longer than many a launch. (Device variables keep their values, as on a
+// GPU.)
+std::shared_ptr<OpSimulator::Source> OpSimulator::open(const std::string& path) {
+  using Key = std::tuple<std::string, std::filesystem::file_time_type, std::uintmax_t>;
+  static std::mutex mutex;
+  static std::map<Key, std::shared_ptr<Source>> kept;
+  std::error_code missing;  // read_file says so better
+  const Key key{path, std::filesystem::last_write_time(path, missing),
+                std::filesystem::file_size(path, missing)};
+  const std::lock_guard<std::mutex> lock(mutex);
+  std::shared_ptr<Source>& source = kept[key];
+  if (!source) {
+    auto read = std::make_shared<Source>();
+    read->path = path;
+    read->text = read_file(path);
+    read->kernels = entry_names(read->text);
+    source = std::move(read);
+  }
+  return source;
+}
+
 OpSimulator::OpSimulator(const std::vector<std::string>& ptx_files, LaunchOptions options,
                          int compute_capability)
     : options_(std::move(options)),
       interface_{this, compute_capability, static_cast<int>(options_.num_sms), &encode_tensor_map,
                  &launch_kernel} {
   for (const std::string& path : ptx_files) {
-    sources_.push_back(Source{path, read_file(path), nullptr});
-    for (const std::string& name : entry_names(sources_.back().text)) {
-      source_by_kernel_.emplace(name, sources_.size() - 1);
-    }
+    sources_.push_back(open(path));
+    for (const std::string& name : sources_.back()->kernels)
+      source_by_kernel_.emplace(name, sources_.back().get());
   }
 }
 
@@ -93,29 +130,26 @@ std::vector<OpSimulator::Launch> OpSimulator::launches() const {
   return launches_;
 }
 
-const OpSimulator::Source& OpSimulator::source_of(const std::string& kernel) {
+OpSimulator::Source& OpSimulator::source_of(const std::string& kernel) {
   const auto found = source_by_kernel_.find(kernel);
   if (found == source_by_kernel_.end()) {
     throw std::runtime_error("the simulator has no PTX of kernel '" + kernel + "' among the " +
                              std::to_string(sources_.size()) +
                              " files of this build; rebuild torchext where nvcc is found");
   }
-  const std::lock_guard<std::mutex> lock(mutex_);
-  Source& source = sources_[found->second];
-  if (!source.module) source.module = Module::parse(source.text, source.path);
-  return source;
+  return *found->second;
 }
 
 std::string OpSimulator::launch(const std::string& kernel, LaunchOptions options, void** arguments,
                                 const std::vector<Buffer>& buffers) {
-  const Source& source = source_of(kernel);
+  Source& source = source_of(kernel);
+  Module& module = source.parsed();
   std::vector<ParamBytes> params;
-  for (const Parameter& parameter : source.module->kernel(kernel).params) {
+  for (const Parameter& parameter : module.kernel(kernel).params) {
     const auto* bytes = static_cast<const std::uint8_t*>(arguments[params.size()]);
     params.emplace_back(bytes, bytes + parameter.size);
   }
-  Launch launch{kernel, sim::launch(*source.module, kernel, options, params, buffers), "",
-                &source.text};
+  Launch launch{kernel, sim::launch(module, kernel, options, params, buffers), "", &source.text};
   launch.text = render(launch.report, kernel, options, source.text, source.path);
   const std::string findings = launch.report.ok() ? "" : launch.text;
   const std::lock_guard<std::mutex> lock(mutex_);

@@ -32,10 +32,8 @@ class OpSimulator {
   std::vector<Launch> launches() const;
 
  private:
-  struct Source {
-    std::string path, text;
-    std::shared_ptr<Module> module;  // parsed when first needed
-  };
+  struct Source;
+  static std::shared_ptr<Source> open(const std::string& path);
 
   static int encode_tensor_map(void* context, void* map, const char* name, uint32_t element,
                                uint32_t rank, const void* address, const uint64_t* dims,
@@ -45,15 +43,15 @@ class OpSimulator {
                            const uint32_t block[3], const uint32_t cluster[3],
                            uint32_t shared_bytes, void** arguments, const TorchextBuffer* buffers,
                            size_t num_buffers, char* error, size_t error_bytes);
-  const Source& source_of(const std::string& kernel);
+  Source& source_of(const std::string& kernel);
   // The rendered report if there are findings, else "".
   std::string launch(const std::string& kernel, LaunchOptions options, void** arguments,
                      const std::vector<Buffer>& buffers);
 
   LaunchOptions options_;
   TorchextSimulator interface_;
-  std::vector<Source> sources_;
-  std::map<std::string, std::size_t> source_by_kernel_;
+  std::vector<std::shared_ptr<Source>> sources_;
+  std::map<std::string, Source*> source_by_kernel_;
   mutable std::mutex mutex_;
   std::vector<Launch> launches_;
 };

@@ -98,8 +98,8 @@ def cases(capability: int) -> dict[str, Case]:
 
 
 def hopper_family(granularity: str, a: Outputs, b: Outputs) -> dict[str, Case]:
-    """Every tile of Hopper's GEMM, alone and in clusters, on so few SMs that a CTA has several tiles
-    and goes round its ring; and every tile that activates and quantises."""
+    """Every tile of Hopper's GEMM, alone and in clusters, on so few SMs that a CTA has several
+    tiles and goes round its ring; and every tile that activates and quantises."""
     found: dict[str, Case] = {}
     formats = (a[0].dtype, b[0].dtype)
     label = f"{granularity} {formats[0]} {formats[1]}"
@@ -125,7 +125,7 @@ launched: dict[int, set[str]] = {capability: set() for capability in FOLDERS}
 
 
 def bits(outputs: Outputs) -> list[torch.Tensor]:
-    return [t.contiguous().view(torch.uint8) for t in outputs]
+    return [t.contiguous().reshape(-1).view(torch.uint8) for t in outputs]
 
 
 @pytest.mark.parametrize(("capability", "name"), CASES)

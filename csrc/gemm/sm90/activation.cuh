@@ -53,7 +53,8 @@ __device__ __forceinline__ void activate_and_store(const GemmParams& p, Shared<L
     largest[h] = max(largest[h], __shfl_xor_sync(~0u, largest[h], 1));
     largest[h] = max(largest[h], __shfl_xor_sync(~0u, largest[h], 2));
     scale[h] = scale_of(largest[h], e5m2 ? 57344.0f : 448.0f, p.pow2_scale ? kMantissa : 0);
-    if (at.lane % 4 == 0 && row + 8 * h < work.m_end)
+    // The other CTA of a pair may have a tile that lies behind the last column.
+    if (at.lane % 4 == 0 && row + 8 * h < work.m_end && work.n < p.n)
       p.out_scale[row + 8 * h + work.n / kGroup * p.out_scale_group] = scale[h].scale;
   }
   TmaStore<L> by_tma{shared.store[at.warpgroup]};
