@@ -150,7 +150,8 @@ def test_no_finding_and_the_same_bits(capability: int, name: str) -> None:
     if name.startswith("fp8_gemm_nt"):
         error = (outputs[0].double() - on_cpu[0].double()).abs()
         row_size = on_cpu[0].double().abs().amax(1, keepdim=True)
-        assert (error <= row_size / 64).all()  # coarse: tests/gemm has the bound
+        # Coarse: tests/gemm has the bound. What is quantised may differ by a step of e4m3.
+        assert (error <= row_size / (7 if "_quantize " in name else 64)).all()
     else:
         assert first is not None and all(map(torch.equal, bits(on_cpu), first))
 

@@ -43,11 +43,12 @@ __device__ __forceinline__ int64_t out_offset(const GemmParams& p, const Work& w
   return group + r * p.out_stride;
 }
 
-// Index of feature n of a group in what all groups have one below the other: bias, b's row-wise
-// scale.
-__device__ __forceinline__ int64_t feature_index(const GemmParams& p, const Work& work,
-                                                 uint32_t n) {
-  return (p.grouping == Grouping::kAlongK ? 0 : int64_t(work.group) * p.n) + n;
+// Of feature n of a group: b's row-wise scale, and where its bias is.
+__device__ __forceinline__ float row_scale_of_b(const GemmParams& p, const Work& work, uint32_t n) {
+  return ptx::ld_global_nc_f32(p.b_scale + work.group * p.b_scale_batch + n * p.b_scale_row);
+}
+__device__ __forceinline__ int64_t bias_index(const GemmParams& p, const Work& work, uint32_t n) {
+  return int64_t(work.group) * p.n + n;
 }
 
 // ---- tiles that are not swapped ----
@@ -68,11 +69,11 @@ struct ColumnTerms {
       const uint32_t column = at.thread() + i * 128;
       const uint32_t n = work.n + (L::kGated ? column % L::kTileN : column);
       if (column >= L::kColumns || n >= p.n) continue;
-      const int64_t index = feature_index(p, work, n) + (L::kGated && i == 1 ? p.n : 0);
-      if constexpr (L::kRowwise)
-        factor[i] = ptx::ld_global_nc_f32(p.b_scale + index * p.b_scale_row);
+      const uint32_t feature = n + (L::kGated && i == 1 ? p.n : 0);
+      if constexpr (L::kRowwise) factor[i] = row_scale_of_b(p, work, feature);
       if (p.bias != nullptr)
-        with_loader(p.bias_dtype, [&](auto load) { bias[i] = load(p.bias, index); });
+        with_loader(p.bias_dtype,
+                    [&](auto load) { bias[i] = load(p.bias, bias_index(p, work, feature)); });
     }
   }
 
@@ -238,6 +239,8 @@ __device__ __forceinline__ void store_tile(const GemmParams& p, Shared<L>& share
                                            float (&total)[L::kBlocks][L::kRegisters]) {
   TmaStore<L> by_tma{shared.store[at.warpgroup]};
   const bool whole = p.out_aligned && !p.accumulate;
+  // Nothing is added to what an empty group has, not even a zero, which would change -0.
+  if (p.grouping == Grouping::kAlongK && p.accumulate && work.k_begin == work.k_end) return;
   // A group of rows ends where TMA would not stop.
   const bool bounded = p.grouping == Grouping::kNone || p.grouping == Grouping::kAlongK;
   unrolled<L::kBlocks>([&](auto b) {
@@ -303,19 +306,18 @@ struct StagedEpilogue {
   static __device__ __forceinline__ void store(const GemmParams& p, const Work& work, uint32_t m,
                                                uint32_t n, float (&sum)[4]) {
     const uint32_t count = min(p.n - n, 4u);
-    const int64_t index = feature_index(p, work, n), offset = out_offset(p, work, m) + n;
+    const int64_t offset = out_offset(p, work, m) + n;
     if constexpr (L::kRowwise) {
       const float row_scale = ptx::ld_global_nc_f32(p.a_scale + m * p.a_scale_row);
 #pragma unroll
       for (int i = 0; i < 4; ++i)
-        if (i < count)
-          sum[i] *= row_scale * ptx::ld_global_nc_f32(p.b_scale + (index + i) * p.b_scale_row);
+        if (i < count) sum[i] *= row_scale * row_scale_of_b(p, work, n + i);
     }
     if (p.bias != nullptr) {
       with_loader(p.bias_dtype, [&](auto load) {
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-          if (i < count) sum[i] += load(p.bias, index + i);
+          if (i < count) sum[i] += load(p.bias, bias_index(p, work, n) + i);
       });
     }
     if (p.accumulate) {
