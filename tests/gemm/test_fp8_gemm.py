@@ -125,6 +125,19 @@ def test_large(shape, device):
     assert error < 1e-3
 
 
+@pytest.mark.parametrize("shape", [(8, 16, 256), (70, 768, 256), (768, 1536, 256), (128, 16, 300)])
+def test_shapes_that_broke_deepgemm(shape, device):
+    """Against a product in float64, without a bound for each element, which would take too long."""
+    a, b = operands("1d2d", *shape, device)
+    exact = a.dequantized @ b.dequantized.t()
+    for num_sms in (0, 3):
+        result = ops.fp8_gemm_nt(
+            *a.quantized, *b.quantized, out_dtype=torch.float32, num_sms=num_sms
+        )
+        error = (result.double().cpu() - exact).abs().max() / exact.abs().max()
+        assert error < 1e-3
+
+
 # ---- epilogue ----
 
 

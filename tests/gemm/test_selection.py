@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gemm_testing import E4M3, E5M2, check, operands
+from gemm_testing import E4M3, E5M2, TENSOR_CORES, check, operands
 
 import torchext
 from torchext import gemm_selection as selection
@@ -105,7 +105,7 @@ def test_every_tile_gives_the_same_bits(granularity, dtypes):
     first: dict[int, torch.Tensor] = {}
     for name, options in variants(granularity, dtypes):
         with sim.simulate(num_sms=9, completion="random"), selection.forced(name, **options):
-            result = check(a, b, True, bias=bias)
+            result = check(a, b, TENSOR_CORES["sm90"], bias=bias)
         expected = first.setdefault(options.get("split_k", 1), result)
         assert torch.equal(result, expected), (name, options)
 
@@ -121,6 +121,61 @@ def test_every_tile_stores_any_rows(out_dtype, accumulate):
             old = wide.clone()
             out = wide[:, before : before + 204]
             with sim.simulate(num_sms=9, seed=before), selection.forced(name, **options):
-                check(a, b, True, out=out, accumulate=accumulate)
+                check(a, b, TENSOR_CORES["sm90"], out=out, accumulate=accumulate)
             assert torch.equal(wide[:, :before], old[:, :before])
             assert torch.equal(wide[:, before + 204 :], old[:, before + 204 :])
+
+
+GROUPS = torch.tensor([70, 70, 333, 401], dtype=torch.int32)
+
+
+@pytest.mark.parametrize("kind", ["offsets", "group_ids", "masked"])
+def test_every_tile_computes_groups(kind):
+    """Of any length, one of them empty; rows of none stay as they were. The same bits from every
+    tile that sums K in the same number of parts, and from the CPU up to rounding."""
+    m, n, k = 420, 204, 300
+    x, w = torch.randn(m, k), torch.randn(4, n, k)
+    a, b = ops.quantize_1x128(x), ops.quantize_128x128(w)
+    if kind == "masked":
+        a = tuple(t.view(4, m // 4, -1) for t in a)
+        counts = torch.tensor([105, 0, 33, 70], dtype=torch.int32)
+        used = (torch.arange(m // 4) < counts[:, None]).flatten()
+    else:
+        ids = torch.bucketize(torch.arange(m), GROUPS, right=True).to(torch.int32)
+        ids[ids == 4] = -1
+        used = ids >= 0
+
+    def run():
+        out = torch.full((m, n), torch.nan, dtype=torch.bfloat16)
+        if kind == "masked":
+            ops.m_grouped_fp8_gemm_nt_masked(*a, *b, counts, out=out.view(4, m // 4, n))
+        else:
+            by = {"offsets": GROUPS} if kind == "offsets" else {"group_ids": ids}
+            ops.m_grouped_fp8_gemm_nt_contiguous(*a, *b, **by, out=out)
+        assert out[~used].isnan().all()
+        return out[used]
+
+    on_cpu = run().double()
+    first: dict[int, torch.Tensor] = {}
+    for name, options in variants("1d2d", (E4M3, E4M3)):
+        with sim.simulate(num_sms=9, completion="random"), selection.forced(name, **options):
+            result = run()
+        expected = first.setdefault(options.get("split_k", 1), result)
+        assert torch.equal(result, expected), (name, options)
+        error = (result.double() - on_cpu).abs()
+        assert (error <= on_cpu.abs().amax(1, keepdim=True) / 64).all()
+
+
+def test_every_tile_sums_groups_along_k():
+    a, b = (ops.quantize_1x128(torch.randn(rows, 700)) for rows in (140, 204))
+    ends = torch.tensor([130, 130, 500, 700], dtype=torch.int32)
+    on_cpu = ops.k_grouped_fp8_gemm_nt(*a, *b, ends, out_dtype=torch.float32)
+    first = None
+    for name, options in variants("1d1d", (E4M3, E4M3)):
+        if name.startswith("swap_"):
+            continue
+        with sim.simulate(num_sms=5, completion="random"), selection.forced(name, **options):
+            result = ops.k_grouped_fp8_gemm_nt(*a, *b, ends, out_dtype=torch.float32)
+        first = result if first is None else first
+        assert torch.equal(result, first), (name, options)
+        assert (result - on_cpu).abs().max() <= 1e-3 * on_cpu.abs().max()

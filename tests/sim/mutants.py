@@ -18,20 +18,38 @@ from pathlib import Path
 import torch
 from torch.utils import cpp_extension
 
-from torchext import ops, sim
+from torchext import gemm_selection, ops, sim
 
 ROOT = Path(__file__).parents[2]
 RUNS = [(seed, mode) for seed in (0, 1, 2) for mode in ("eager", "late", "random")]
 
-GEMM = "csrc/gemm/sm90/fp8_gemm_nt.cuh"
+KERNEL = "csrc/gemm/sm90/fp8_gemm_nt.cuh"
+LAYOUT = "csrc/gemm/sm90/layout.cuh"
+SCHEDULE = "csrc/gemm/sm90/schedule.cuh"
+MAINLOOP = "csrc/gemm/sm90/mainloop.cuh"
+EPILOGUE = "csrc/gemm/sm90/epilogue.cuh"
+ACTIVATION = "csrc/gemm/sm90/activation.cuh"
 MMA = "csrc/gemm/mma/fp8_gemm_nt.cuh"
 GROUPS = "csrc/quantize/cuda/groups.cu"
 BLOCKS = "csrc/quantize/cuda/blocks.cu"
 
-GEMM_SOURCE = """
+
+def _kernel(tile: str, granularity: str = "1d2d", op: str = "", output: str = "kStored") -> str:
+    """The text of a .cu file that has one of Hopper's GEMM kernels: `tile` is a line of tiles.h."""
+    table = {"kStored": "", "kGated": "_gated"}[output]
+    upper = granularity.replace("d", "D")
+    return f"""
 #include "fp8_gemm_nt.cuh"
-TORCHEXT_FP8_GEMM_NT(sm90_fp8_gemm_nt_1d2d_e4m3_e4m3_128x128x128, k1D2D, e4m3, e4m3)
+#define TILE(APPLY, ...) APPLY({tile}, __VA_ARGS__)
+TORCHEXT_GEMM_KERNELS({granularity}_e4m3_e4m3{table}, TILE,
+                      sm90_fp8_gemm_nt{op}_{granularity}_e4m3_e4m3, k{upper}, e4m3, e4m3, {output})
 """
+
+
+PLAIN = "128x128, 128, 128, 5, false"
+LARGE = "256x128, 256, 128, 3, false"
+SWAPPED = "swap_16x128, 128, 16, 10, true"
+GATED = "128x128, 128, 256, 3, false"
 MMA_SOURCE = """
 #include "../mma/fp8_gemm_nt.cuh"
 TORCHEXT_MMA_KERNEL(mma89_fp8_gemm_nt_1d2d_e4m3_e4m3_128x128x128, Sm89, k1D2D, e4m3, e4m3, Large)
@@ -46,19 +64,31 @@ class Problem:
     run: Callable[[], tuple[torch.Tensor, ...]]
     num_sms: int = 2  # few, so that CTAs go round their rings and reuse their buffers
     capability: int = 90  # of the simulated GPU
+    tile: str | None = None  # of Hopper's GEMM
+    split_k: int = 1
+    cluster: int = 1
+
+    def outputs(self) -> tuple[torch.Tensor, ...]:
+        if self.tile is None:
+            return self.run()
+        name = self.tile.split(",", maxsplit=1)[0]
+        with gemm_selection.forced(name, split_k=self.split_k, cluster=self.cluster):
+            return self.run()
 
     @property
     def arch(self) -> str:
         return "90a" if self.capability == 90 else str(self.capability)
 
 
-def _gemm(m: int, n: int, k: int) -> Callable[[], tuple[torch.Tensor, ...]]:
+def _gemm(
+    m: int, n: int, k: int, out_dtype: torch.dtype = torch.bfloat16
+) -> Callable[[], tuple[torch.Tensor, ...]]:
     def run() -> tuple[torch.Tensor, ...]:
         generator = torch.Generator().manual_seed(m + n + k)
         rows = torch.randn(m, k, generator=generator) * torch.logspace(-2, 2, m)[:, None]
         weight = torch.randn(n, k, generator=generator)
         a, b = _plain(ops.quantize_1x128, rows), _plain(ops.quantize_128x128, weight)
-        return (ops.fp8_gemm_nt(*a, *b),)
+        return (ops.fp8_gemm_nt(*a, *b, out_dtype=out_dtype),)
 
     return run
 
@@ -87,9 +117,47 @@ def _blocks() -> tuple[torch.Tensor, ...]:
     return ops.quantize_128x128_dual(torch.randn(200, 272, generator=generator).bfloat16())
 
 
+def _along_k() -> tuple[torch.Tensor, ...]:
+    """Groups that part in the middle of a block of 128: its columns are masked."""
+    generator = torch.Generator().manual_seed(9)
+    a, b = (
+        _plain(ops.quantize_1x128, torch.randn(rows, 400, generator=generator))
+        for rows in (140, 136)
+    )
+    offsets = torch.tensor([150, 290, 400], dtype=torch.int32)
+    return (ops.k_grouped_fp8_gemm_nt(*a, *b, offsets),)
+
+
+def _groups() -> tuple[torch.Tensor, ...]:
+    """Groups of rows that fill tiles of 256 rows in part."""
+    generator = torch.Generator().manual_seed(10)
+    a = _plain(ops.quantize_1x128, torch.randn(600, 200, generator=generator))
+    b = _plain(ops.quantize_128x128, torch.randn(3, 136, 200, generator=generator))
+    offsets = torch.tensor([200, 400, 600], dtype=torch.int32)
+    return (ops.m_grouped_fp8_gemm_nt_contiguous(*a, *b, offsets),)
+
+
+def _swiglu() -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(11)
+    a = _plain(ops.quantize_1x128, torch.randn(140, 300, generator=generator))
+    b = _plain(ops.quantize_128x128, torch.randn(400, 300, generator=generator))
+    return ops.fp8_gemm_nt_swiglu_quantize(*a, *b)
+
+
 PROBLEMS = {
-    "by TMA": Problem(GEMM_SOURCE, _gemm(256, 256, 1024)),  # four tiles, eight K blocks
-    "by threads": Problem(GEMM_SOURCE, _gemm(70, 101, 300)),  # rows of out are not 16-byte aligned
+    # Four tiles, eight K blocks.
+    "by TMA": Problem(_kernel(PLAIN), _gemm(256, 256, 1024), tile=PLAIN),
+    # Four boxes a tile, where there is space for two.
+    "in FP32": Problem(_kernel(PLAIN), _gemm(256, 256, 256, torch.float32), tile=PLAIN),
+    # Rows of out are not 16-byte aligned.
+    "by threads": Problem(_kernel(PLAIN), _gemm(70, 101, 300), tile=PLAIN),
+    "in pairs": Problem(_kernel(PLAIN), _gemm(200, 512, 900), tile=PLAIN, cluster=2),
+    "split": Problem(
+        _kernel(SWAPPED), _gemm(40, 200, 1100), num_sms=4, tile=SWAPPED, split_k=4, cluster=4
+    ),
+    "along K": Problem(_kernel(PLAIN, "1d1d"), _along_k, tile=PLAIN),
+    "groups": Problem(_kernel(LARGE), _groups, tile=LARGE),
+    "gated": Problem(_kernel(GATED, op="_swiglu_quantize", output="kGated"), _swiglu, tile=GATED),
     "by cp.async": Problem(MMA_SOURCE, _gemm(256, 256, 1024), capability=89),
     "dual": Problem(GROUPS, _dual),
     "blocks": Problem(BLOCKS, _blocks),
@@ -105,83 +173,122 @@ class Mutant:
     new: str
 
 
-WAIT_AND_RELEASE = """    ptx::wgmma_wait_group<0>();
+START_AND_FINISH = """      multiply<L, A, B>(shared, pending.slot, first_row, 0, block);
+      return pending;
+    };
+    const auto finish = [&](const Pending<L>& pending, float (&block)[L::kRegisters]) {
+      const RowFactors<L> rows(shared, pending, first_row, at);
 #pragma unroll
-    for (float& value : block) ptx::wgmma_pin(value);
-    __syncwarp();  // all lanes have read their scales
-    if (at.lane == 0) ptx::mbarrier_arrive(&shared.empty[ring.slot]);
-    promote<granularity>(total, block, scale, column_scale);"""
-WAIT, RELEASE, PROMOTE = (
-    WAIT_AND_RELEASE[: WAIT_AND_RELEASE.index("    __syncwarp")],
-    WAIT_AND_RELEASE[
-        WAIT_AND_RELEASE.index("    __syncwarp") : WAIT_AND_RELEASE.index("    promote")
-    ],
-    WAIT_AND_RELEASE[WAIT_AND_RELEASE.index("    promote") :] + "\n",
-)
+      for (float& value : block) ptx::wgmma_pin(value);
+      if constexpr (!Shared<L>::kColumnVector) release(pending);
+"""
+MULTIPLY, FINISH = "0, block);\n      return pending;", "if constexpr (!Shared<L>::kColumnVector) "
+WAIT_AND_FINISH = """      ptx::wgmma_wait_group<1>();
+      finish(first, even);
+      first = start"""
+KEEP = """  ptx::fence_proxy_async_shared();
+  ptx::bar_sync(kConsumersBarrier, L::kConsumers);
+"""
 
 MUTANTS = [
-    Mutant("slot released before wgmma has read it", "by TMA", GEMM,
-           WAIT_AND_RELEASE, RELEASE + WAIT + PROMOTE),
-    Mutant("no wgmma.fence", "by TMA", GEMM, "    ptx::wgmma_fence();\n", ""),
-    Mutant("no wgmma.commit_group", "by TMA", GEMM, "    ptx::wgmma_commit_group();\n", ""),
-    Mutant("no wgmma.wait_group", "by TMA", GEMM, "    ptx::wgmma_wait_group<0>();\n", ""),
-    Mutant("wgmma.wait_group one group short", "by TMA", GEMM,
-           "wgmma_wait_group<0>", "wgmma_wait_group<1>"),
-    Mutant("accumulators read in flight", "by TMA", GEMM,
-           WAIT_AND_RELEASE, PROMOTE + WAIT + RELEASE),
-    Mutant("mbarriers initialised without a fence", "by TMA", GEMM,
+    Mutant("slot released before wgmma has read it", "by TMA", MAINLOOP, START_AND_FINISH,
+           START_AND_FINISH.replace(MULTIPLY, "0, block);\n      release(pending);\n      "
+                                    "return pending;").replace(FINISH + "release(pending);", ""),),
+    Mutant("no wgmma.fence", "by TMA", MAINLOOP, "  ptx::wgmma_fence();\n", ""),
+    Mutant("no wgmma.commit_group", "by TMA", MAINLOOP, "  ptx::wgmma_commit_group();\n", ""),
+    Mutant("no wgmma.wait_group", "by TMA", MAINLOOP, "      ptx::wgmma_wait_group<1>();\n", ""),
+    Mutant("wgmma.wait_group one group short", "by TMA", MAINLOOP,
+           "wgmma_wait_group<1>", "wgmma_wait_group<2>"),
+    Mutant("accumulators read in flight", "by TMA", MAINLOOP, WAIT_AND_FINISH,
+           WAIT_AND_FINISH.replace("      ptx::wgmma_wait_group<1>();\n", "").replace(
+               "first = start", "ptx::wgmma_wait_group<1>();\n      first = start")),
+    Mutant("mbarriers initialised without a fence", "by TMA", KERNEL,
            "    ptx::fence_mbarrier_init();\n", ""),
-    Mutant("mbarriers used before the CTA has met", "by TMA", GEMM,
-           "  __syncthreads();\n\n  if (warpgroup == 0)", "\n  if (warpgroup == 0)"),
-    Mutant("no fence.proxy.async before the TMA store", "by TMA", GEMM,
+    Mutant("mbarriers used before the CTA has met", "by TMA", KERNEL,
+           "  __syncthreads();\n  if (place.cluster", "  if (place.cluster"),
+    Mutant("no fence.proxy.async before the TMA store", "by TMA", EPILOGUE,
            "    ptx::fence_proxy_async_shared();\n", ""),
-    Mutant("only the storing thread fences", "by TMA", GEMM,
+    Mutant("only the storing thread fences", "by TMA", EPILOGUE,
            "    ptx::fence_proxy_async_shared();\n",
            "    if (leader) ptx::fence_proxy_async_shared();\n"),
-    Mutant("no barrier before the TMA store", "by TMA", GEMM,
-           "    ptx::fence_proxy_async_shared();\n    ptx::bar_sync(barrier, 128);\n",
+    Mutant("no barrier before the TMA store", "by TMA", EPILOGUE,
+           "    ptx::fence_proxy_async_shared();\n    ptx::bar_sync(warpgroup_barrier(at), 128);\n",
            "    ptx::fence_proxy_async_shared();\n"),
-    Mutant("staging reused before the store has read it", "by TMA", GEMM,
-           "    if (leader) ptx::cp_async_bulk_wait_group_read<0>();\n", ""),
-    Mutant("exit without waiting for the last store", "by TMA", GEMM,
-           "    if (at.warp == 0 && at.lane == 0) ptx::cp_async_bulk_wait_group<0>();\n", ""),
-    Mutant("store never committed to a group", "by TMA", GEMM,
+    Mutant("box refilled before the store has read it", "in FP32", EPILOGUE,
+           "    if (leader) ptx::cp_async_bulk_wait_group_read<L::kStoreBoxes - 1>();\n", ""),
+    Mutant("exit without waiting for the last store", "by TMA", KERNEL,
+           "    if (at.thread() == 0) ptx::cp_async_bulk_wait_group<0>();\n", ""),
+    Mutant("store never committed to a group", "by TMA", EPILOGUE,
            "    ptx::cp_async_bulk_commit_group();\n", ""),
-    Mutant("producer waits for the wrong phase", "by TMA", GEMM, "at.phase ^ 1", "at.phase"),
-    Mutant("consumer waits for the wrong phase", "by TMA", GEMM,
+    Mutant("producer waits for the wrong phase", "by TMA", MAINLOOP,
+           "mbarrier_wait(&shared.empty[at.slot], at.phase ^ 1)",
+           "mbarrier_wait(&shared.empty[at.slot], at.phase)"),
+    Mutant("consumer waits for the wrong phase", "by TMA", MAINLOOP,
            "&shared.full[ring.slot], ring.phase", "&shared.full[ring.slot], ring.phase ^ 1"),
-    Mutant("phase not flipped when the ring wraps", "by TMA", GEMM, "      phase ^= 1;\n", ""),
-    Mutant("expect_tx 16 bytes short", "by TMA", GEMM,
+    Mutant("phase not flipped when the ring wraps", "by TMA", LAYOUT, "      phase ^= 1;\n", ""),
+    Mutant("expect_tx 16 bytes short", "by TMA", MAINLOOP,
            "(full, S::kBytesPerStage)", "(full, S::kBytesPerStage - 16)"),
-    Mutant("expect_tx 16 bytes long", "by TMA", GEMM,
+    Mutant("expect_tx 16 bytes long", "by TMA", MAINLOOP,
            "(full, S::kBytesPerStage)", "(full, S::kBytesPerStage + 16)"),
-    Mutant("one arrival too many expected", "by TMA", GEMM,
-           "kConsumerWarpgroups * 4);", "kConsumerWarpgroups * 4 + 1);"),
-    Mutant("one arrival too few expected", "by TMA", GEMM,
-           "kConsumerWarpgroups * 4);", "kConsumerWarpgroups * 4 - 1);"),
-    Mutant("one warpgroup forgets to release", "by TMA", GEMM,
-           "if (at.lane == 0) ptx::mbarrier_arrive",
-           "if (at.lane == 0 && at.warpgroup == 0) ptx::mbarrier_arrive"),
-    Mutant("scales of all slots loaded into one", "by TMA", GEMM,
-           "(shared.a_scale[at.slot], &p.a_scale", "(shared.a_scale[0], &p.a_scale"),
-    Mutant("named barrier expects a warp too few", "by TMA", GEMM,
-           "ptx::bar_sync(barrier, 128);\n    if (!leader)",
-           "ptx::bar_sync(barrier, 96);\n    if (!leader)"),
-    Mutant("wrong swizzle of the staged tile", "by TMA", GEMM,
-           "(j % 8 + at.lane / 16) ^ (row % 8)", "(j % 8 + at.lane / 16) ^ (row % 4)"),
+    Mutant("one arrival too many expected", "by TMA", KERNEL,
+           "2 * warps : warps);", "2 * warps : warps + 1);"),
+    Mutant("one arrival too few expected", "by TMA", KERNEL,
+           "2 * warps : warps);", "2 * warps : warps - 1);"),
+    Mutant("one warpgroup forgets to release", "by TMA", MAINLOOP,
+           "} else if (at.lane == 0) {", "} else if (at.lane == 0 && at.warpgroup == 0) {"),
+    Mutant("scales of all slots loaded into one", "by TMA", MAINLOOP,
+           "(shared.row_scale[at.slot], &p.row_scale", "(shared.row_scale[0], &p.row_scale"),
+    Mutant("named barrier expects a warp too few", "by TMA", EPILOGUE,
+           "ptx::bar_sync(warpgroup_barrier(at), 128);\n    if (!leader)",
+           "ptx::bar_sync(warpgroup_barrier(at), 96);\n    if (!leader)"),
+    Mutant("wrong swizzle of the staged tile", "by TMA", EPILOGUE,
+           "(j + at.lane / 16) ^ (row % 8)", "(j + at.lane / 16) ^ (row % 4)"),
     Mutant("wrong stride in the wgmma descriptor", "by TMA", "ptx/isa/wgmma.h",
            "kStrideOffset = 1024 >> 4", "kStrideOffset = 512 >> 4"),
-    Mutant("scale of the wrong row", "by TMA", GEMM,
-           "scales + 8 * sizeof(float)", "scales + 4 * sizeof(float)"),
-    Mutant("scale of the wrong K block of b", "by TMA", GEMM,
-           "(k_block + 1) * p.b_scale_group", "k_block * p.b_scale_group"),
-    Mutant("misaligned staging", "by TMA", GEMM,
-           "staging + part * kColumnBytes,", "staging + part * kColumnBytes + 64,"),
-    Mutant("row bound off by one", "by threads", GEMM, "if (r >= p.m) continue;",
-           "if (r > p.m) continue;"),
-    Mutant("column bound off by one", "by threads", GEMM,
+    Mutant("scale of the wrong row", "by TMA", MAINLOOP,
+           "h * 8 * sizeof(float)", "h * 4 * sizeof(float)"),
+    Mutant("scale of the wrong K block of b", "by TMA", MAINLOOP,
+           "scales.fetch(p, k_block + 1)", "scales.fetch(p, k_block)"),
+    Mutant("misaligned staging", "by TMA", EPILOGUE,
+           "cp_async_bulk_tensor_3d_store(&p.out_map, box,",
+           "cp_async_bulk_tensor_3d_store(&p.out_map, box + 64,"),
+    Mutant("row bound off by one", "by threads", EPILOGUE,
+           "if (row_of(i) >= work.m_end) continue;", "if (row_of(i) > work.m_end) continue;"),
+    Mutant("column bound off by one", "by threads", EPILOGUE,
            "if (c + 1 < p.n) out[1] = uint16_t(pair >> 16);",
            "if (c < p.n) out[1] = uint16_t(pair >> 16);"),
+    Mutant("exit while the other CTA may still multicast", "in pairs", KERNEL,
+           "  if (ptx::cluster_nctarank() > 1) {\n    __syncwarp();", "  if (false) {\n"),
+    Mutant("pair not met before it multicasts", "in pairs", KERNEL,
+           "  if (place.cluster > 1) {\n    ptx::barrier", "  if (false) {\n    ptx::barrier"),
+    Mutant("slot released to one CTA of the pair alone", "in pairs", MAINLOOP,
+           "if (at.lane < 2) ptx::mbarrier_arrive_cluster(&shared.empty[pending.slot], at.lane)",
+           "if (at.lane < 2) ptx::mbarrier_arrive_cluster(&shared.empty[pending.slot], 0)"),
+    Mutant("both halves of the rows from one place", "in pairs", MAINLOOP,
+           "full, k, row + half, 0b11", "full, k, row, 0b11"),
+    Mutant("sums read before all parts are there", "split", EPILOGUE,
+           "    ptx::mbarrier_wait_cluster(&shared.staged_full, phase);\n", ""),
+    Mutant("sums overwritten while a CTA reads them", "split", EPILOGUE,
+           "    ptx::mbarrier_wait_cluster(&shared.staged_empty, phase ^ 1);\n", ""),
+    Mutant("lanes announced before they have written", "split", EPILOGUE,
+           "      __syncwarp();\n      if (at.lane < place.cluster)",
+           "      if (at.lane < place.cluster)"),
+    Mutant("a part of K counted twice", "split", EPILOGUE,
+           "ptx::mapa(address, rank)", "ptx::mapa(address, rank & ~1u)"),
+    Mutant("masked columns not fenced", "along K", MAINLOOP,
+           KEEP, KEEP.replace("  ptx::fence_proxy_async_shared();\n", "")),
+    Mutant("masked columns multiplied before all are masked", "along K", MAINLOOP,
+           KEEP, "  ptx::fence_proxy_async_shared();\n"),
+    Mutant("columns of the next group kept", "along K", MAINLOOP,
+           "first > 0 || last < kTileK", "first > 0"),
+    Mutant("rows of the next group stored", "groups", EPILOGUE,
+           "first_row_of<L>(work, at, b) + 64 <= work.m_end", "work.m < work.m_end"),
+    Mutant("boxes of the last tile taken for free", "groups", EPILOGUE,
+           "  if (at.thread() == 0) ptx::cp_async_bulk_wait_group_read<0>();\n", ""),
+    Mutant("amax over half a row", "gated", ACTIVATION,
+           "    largest[h] = max(largest[h], __shfl_xor_sync(~0u, largest[h], 2));\n", ""),
+    Mutant("up's scale of the gate's block", "gated", MAINLOOP,
+           "i == 1 && next_block < kGroup", "false"),
     Mutant("cp.async.wait_group one group short", "by cp.async", MMA,
            "cp_async_wait_group<C::kStages - 2>", "cp_async_wait_group<C::kStages - 1>"),
     Mutant("no cp.async.wait_group", "by cp.async", MMA,
@@ -238,7 +345,7 @@ class Outcome:
 
 
 def _bits(outputs: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
-    return [t.contiguous().view(torch.uint8) for t in outputs]
+    return [t.contiguous().reshape(-1).view(torch.uint8) for t in outputs]
 
 
 def _run(problem: Problem, ptx: Path, seed: int, mode: str, checks: bool):
@@ -247,7 +354,7 @@ def _run(problem: Problem, ptx: Path, seed: int, mode: str, checks: bool):
     options["compute_capability"] = problem.capability
     with sim.simulate(ptx=[ptx], checks=checks, **options) as simulation:
         try:
-            outputs = problem.run()
+            outputs = problem.outputs()
         except RuntimeError:
             if not simulation.reports or simulation.reports[-1].ok:
                 raise  # the simulator broke: that is no way to catch a mutant
@@ -287,7 +394,7 @@ def _same(outputs: tuple[torch.Tensor, ...], truth: list[torch.Tensor] | None) -
 def truth_of(problem: Problem) -> list[torch.Tensor]:
     """What the shipping kernel gives."""
     with sim.simulate(num_sms=problem.num_sms, compute_capability=problem.capability):
-        return _bits(problem.run())
+        return _bits(problem.outputs())
 
 
 def row(mutant: Mutant, outcome: Outcome) -> str:

@@ -237,6 +237,8 @@ template <class L>
 __device__ __forceinline__ void store_tile(const GemmParams& p, Shared<L>& shared, const Work& work,
                                            const Fragment& at,
                                            float (&total)[L::kBlocks][L::kRegisters]) {
+  // A tile starts with the first box, wherever the last one stopped.
+  if (at.thread() == 0) ptx::cp_async_bulk_wait_group_read<0>();
   TmaStore<L> by_tma{shared.store[at.warpgroup]};
   const bool whole = p.out_aligned && !p.accumulate;
   // Nothing is added to what an empty group has, not even a zero, which would change -0.
