@@ -110,8 +110,9 @@ __device__ __forceinline__ void fp8_gemm_nt(const GemmParams& p) {
   }
 }
 
+// A constant, so that tables are data: `make sass-report` reads them in the library.
 template <class L>
-GemmKernel gemm_kernel(void (*function)(GemmParams), const char* name, const char* tile) {
+constexpr GemmKernel gemm_kernel(void (*function)(GemmParams), const char* name, const char* tile) {
   return {function,
           name,
           L::kThreads,

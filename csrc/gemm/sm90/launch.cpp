@@ -149,7 +149,8 @@ void fp8_gemm_nt_sm90(Device& device, const GemmProblem& p, std::initializer_lis
   const int64_t sms = p.num_sms > 0 ? p.num_sms : properties.sm_count;
   LaunchConfig config;
   config.cluster = choice.cluster();
-  config.grid = {uint32_t(std::min(tiles, sms / config.cluster) * config.cluster)};
+  config.grid = {
+      uint32_t(std::min(tiles, clusters_at_a_time(sms, config.cluster)) * config.cluster)};
   config.block = {kernel.threads};
   config.shared_bytes =
       kernel.shared_bytes + (lists_groups ? uint32_t(p.groups * sizeof(uint32_t)) : 0);

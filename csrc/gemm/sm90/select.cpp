@@ -116,7 +116,7 @@ Candidate estimate(const GemmProblem& p, const Choice& choice, int sms) {
       std::max(std::max(c.tensor_cycles, c.issue_cycles), std::max(c.shared_cycles, c.load_cycles));
 
   const int64_t width = tile.n() * (choice.multicast ? 2 : 1);
-  const int64_t units = std::max<int64_t>(sms / choice.cluster(), 1);
+  const int64_t units = std::max<int64_t>(clusters_at_a_time(sms, choice.cluster()), 1);
   const int64_t unit_tiles = row_tiles(p, tile.m()) * ceil_div(features(p), width);
   c.tiles = unit_tiles * (choice.multicast ? 2 : 1);
   c.waves = ceil_div(unit_tiles, units);

@@ -32,6 +32,12 @@ struct Selection {
   const char* source;  // "cost model", "tuned table" or "forced"
 };
 
+// Clusters that run at a time on so many SMs. One lies within a GPC, of which Hopper's have 16 or
+// 18 SMs: of 18, two are left over by clusters of four and eight.
+constexpr int64_t clusters_at_a_time(int64_t sms, int64_t cluster) {
+  return cluster > 2 && sms >= 16 ? sms / 16 * (16 / cluster) : sms / cluster;
+}
+
 Selection explain(const GemmProblem& problem, int sm_count);
 
 // The same choice, remembered for problems that come again.
