@@ -74,21 +74,30 @@ def without(lab: Lab) -> Lab:
 
 
 class Watchdog:
-    """Ends the process when a round does not end: a kernel that hangs lets nobody else speak."""
+    """Ends the process when a round does not end: a kernel that hangs lets nobody else speak. It
+    watches until its block is left."""
 
     def __init__(self, limit_s: float, reproduce: str):
         self.limit_s = limit_s
         self.reproduce = reproduce
         self.number = 0
         self._fed = time.monotonic()
+        self._done = threading.Event()
+
+    def __enter__(self) -> Watchdog:
         threading.Thread(target=self._watch, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
 
     def feed(self, number: int) -> None:
         self.number, self._fed = number, time.monotonic()
 
     def _watch(self) -> None:
         while time.monotonic() - self._fed < self.limit_s:
-            time.sleep(min(1.0, self.limit_s / 4))
+            if self._done.wait(min(1.0, self.limit_s / 4)):
+                return
         print(f"FAULT round {self.number}: no end after {self.limit_s:.0f} s", flush=True)
         print(f"repeat it with: {self.reproduce} --round {self.number}", flush=True)
         faulthandler.dump_traceback()
@@ -107,7 +116,6 @@ def main(arguments: list[str] | None = None) -> int:
     reproduce = f"python -m benchmarks.soak --device {lab.device} --seed {seed}"
     print(f"{reproduce}: {options.minutes:g} minutes", flush=True)
     soak = Soak(lab, seed)
-    watchdog = Watchdog(ROUND_LIMIT_S[lab.device], reproduce)
     start = said = time.monotonic()
     printed = 0
 
@@ -121,13 +129,14 @@ def main(arguments: list[str] | None = None) -> int:
             said = time.monotonic()
             print(f"{rounds} rounds, {soak.launches} launches, {printed} faults", flush=True)
 
-    if options.round is not None:
-        watchdog.feed(options.round)
-        soak.round(options.round)
-        rounds = 1
-        progress(soak, options.round)
-    else:
-        rounds = soak.run(start + 60 * options.minutes, progress)
+    with Watchdog(ROUND_LIMIT_S[lab.device], reproduce) as watchdog:
+        if options.round is not None:
+            watchdog.feed(options.round)
+            soak.round(options.round)
+            rounds = 1
+            progress(soak, options.round)
+        else:
+            rounds = soak.run(start + 60 * options.minutes, progress)
     minutes = (time.monotonic() - start) / 60
     print(
         f"soak on {lab.device}, seed {seed}: {rounds} rounds, {soak.launches} launches in"

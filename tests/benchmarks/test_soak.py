@@ -44,6 +44,18 @@ def test_no_fault_on_the_cpu_and_the_command_line_says_so(capsys):
     assert "soak on cpu, seed 3: " in text and " 0 faults" in text
 
 
+def test_the_watchdog_ends_what_hangs_and_nothing_after_it(monkeypatch):
+    ended: list[int] = []
+    monkeypatch.setattr(command_line.os, "_exit", ended.append)
+    with command_line.Watchdog(0.05, "repeat"):
+        pass
+    time.sleep(0.3)
+    assert ended == []
+    with command_line.Watchdog(0.05, "repeat"):
+        time.sleep(0.3)
+    assert ended == [command_line.HUNG]
+
+
 def test_every_kind_of_job_is_drawn_and_right():
     lab = Lab("cpu", NoSelection())
     kinds = {}

@@ -43,6 +43,12 @@ __device__ __forceinline__ int64_t out_offset(const GemmParams& p, const Work& w
   return group + r * p.out_stride;
 }
 
+// total * scale, rounded: where the compiler sees a bias added next, it would make one operation of
+// the two, and tiles would differ in bits.
+__device__ __forceinline__ float rescaled(float total, float scale) {
+  return __fmul_rn(total, scale);
+}
+
 // Of feature n of a group: b's row-wise scale, and where its bias is.
 __device__ __forceinline__ float row_scale_of_b(const GemmParams& p, const Work& work, uint32_t n) {
   return ptx::ld_global_nc_f32(p.b_scale + work.group * p.b_scale_batch + n * p.b_scale_row);
@@ -121,7 +127,8 @@ __device__ __forceinline__ void finish_tile(const GemmParams& p, Shared<L>& shar
       for (int i = 0; i < L::kRegisters; ++i) {
         const uint32_t column = b % L::kParts * L::kPartColumns + at.column() + i / 4 * 8 + i % 2;
         if constexpr (L::kRowwise)
-          total[b][i] *= row_scale[i / 2 % 2] * shared.factor[at.warpgroup][column];
+          total[b][i] =
+              rescaled(total[b][i], row_scale[i / 2 % 2] * shared.factor[at.warpgroup][column]);
         total[b][i] += shared.bias[at.warpgroup][column];
       }
     }
@@ -313,7 +320,7 @@ struct StagedEpilogue {
       const float row_scale = ptx::ld_global_nc_f32(p.a_scale + m * p.a_scale_row);
 #pragma unroll
       for (int i = 0; i < 4; ++i)
-        if (i < count) sum[i] *= row_scale * row_scale_of_b(p, work, n + i);
+        if (i < count) sum[i] = rescaled(sum[i], row_scale * row_scale_of_b(p, work, n + i));
     }
     if (p.bias != nullptr) {
       with_loader(p.bias_dtype, [&](auto load) {
