@@ -14,9 +14,10 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "gemm"))
 
 
 @pytest.fixture
-def tensor_core(request: pytest.FixtureRequest) -> bool:
-    """Whether FP8 products are summed by a tensor core, or one that is simulated."""
-    return request.config.getoption("--device") != "cpu"
+def tensor_core(request: pytest.FixtureRequest):
+    from gemm_testing import tensor_core_of  # on the path from here on
+
+    return tensor_core_of(request.config)
 
 
 @pytest.fixture(autouse=True)

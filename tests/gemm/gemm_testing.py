@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import pytest
 import torch
 from op_samples import E4M3, E5M2
 
@@ -56,6 +57,19 @@ class Operand:
         values = torch.zeros_like(self.values)
         values[:, begin:end] = self.values[:, begin:end]
         return replace(self, values=values)
+
+
+def tensor_core_of(config: pytest.Config) -> TensorCore | None:
+    """What sums FP8 products: a TensorCore, maybe simulated; None where FP32 arithmetic does."""
+    where = config.getoption("--device")
+    if where == "cpu":
+        return None
+    capability = config.getoption("--sim-arch")
+    if where == "cuda":
+        major, minor = torch.cuda.get_device_capability()
+        capability = 10 * major + minor
+    path = "sm90" if capability == 90 else "sm89" if capability >= 89 else "sm80"
+    return TENSOR_CORES[path] if capability >= 80 else None
 
 
 QUANTIZERS = {
