@@ -170,6 +170,7 @@ def test_exports():
         "Recipe",
         "__version__",
         "convert_to_fp8_training",
+        "explain_gemm",
         "get_include",
         "is_available",
         "nn",

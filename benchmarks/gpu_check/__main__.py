@@ -199,9 +199,13 @@ def sanitizer(check: Check, deadline: float) -> None:
     run = OpCalls(check.target, check.device, deadline, check.log("sanitizer"))
     answers: list[dict] = []
 
+    said = threading.Lock()  # or an older list might be put over a newer one
+
     def one(tool: str | None) -> None:
-        answers.append(run_tool(run, tool))
-        check.put(sanitizer=list(answers))
+        answer = run_tool(run, tool)
+        with said:
+            answers.append(answer)
+            check.put(sanitizer=list(answers))
 
     one(None)
     with ThreadPoolExecutor(len(TOOLS)) as pool:

@@ -43,9 +43,9 @@ extern "C" __global__ void __launch_bounds__(128)
     for (float& x : d) ptx::wgmma_pin(x);
     ptx::wgmma_fence();
     for (int k = 0; k < kK / 32; ++k) {
-      ptx::wgmma_m64n128k32(ptx::e4m3(), ptx::e4m3(), d,
-                            ptx::wgmma_descriptor_k_major_128b(tile->a) + 2 * k,
-                            ptx::wgmma_descriptor_k_major_128b(tile->b) + 2 * k, step + k > 0);
+      ptx::wgmma_m64nNk32(ptx::e4m3(), ptx::e4m3(), d,
+                          ptx::wgmma_descriptor_k_major_128b(tile->a) + 2 * k,
+                          ptx::wgmma_descriptor_k_major_128b(tile->b) + 2 * k, step + k > 0);
     }
     ptx::wgmma_commit_group();
     ptx::wgmma_wait_group<0>();
