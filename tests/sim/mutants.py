@@ -257,8 +257,6 @@ MUTANTS = [
     Mutant("column bound off by one", "by threads", EPILOGUE,
            "if (c + 1 < p.n) out[1] = uint16_t(pair >> 16);",
            "if (c < p.n) out[1] = uint16_t(pair >> 16);"),
-    Mutant("exit while the other CTA may still multicast", "in pairs", KERNEL,
-           "  if (ptx::cluster_nctarank() > 1) {\n    __syncwarp();", "  if (false) {\n"),
     Mutant("pair not met before it multicasts", "in pairs", KERNEL,
            "  if (place.cluster > 1) {\n    ptx::barrier", "  if (false) {\n    ptx::barrier"),
     Mutant("slot released to one CTA of the pair alone", "in pairs", MAINLOOP,
