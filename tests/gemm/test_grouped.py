@@ -1,5 +1,7 @@
 """Grouped products against the float64 product of each group, within the bound of
-docs/numerics.md: groups of any length, in any order, what belongs to no group, NaN, epilogues."""
+docs/numerics.md: groups of any length, in any order, what belongs to no group, NaN, epilogues.
+
+Long, since the three ways to group share their inputs and checks."""
 
 from __future__ import annotations
 

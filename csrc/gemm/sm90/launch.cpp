@@ -38,11 +38,6 @@ TensorMap scale_map(Device& device, const char* name, const float* data, int64_t
                         Swizzle::none});
 }
 
-// Of the output: SwiGLU's b has the gate's and up's.
-int64_t features(const GemmProblem& p) {
-  return p.activation == Activation::kSwiGLU ? p.n / 2 : p.n;
-}
-
 TensorMap out_map(Device& device, const GemmProblem& p) {
   const Element element = p.activation != Activation::kNone     ? Element::u8
                           : p.out_dtype == ScalarType::Float    ? Element::f32

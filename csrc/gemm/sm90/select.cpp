@@ -65,11 +65,6 @@ const Kernels& kernels_for(const GemmProblem& p) {
 }
 #undef TORCHEXT_TABLES
 
-// Features of the output.
-int64_t features(const GemmProblem& p) {
-  return output_of(p) == Output::kGated ? p.n / 2 : p.n;
-}
-
 int64_t rows_of_group(const GemmProblem& p) {
   if (p.expected_rows > 0) return p.expected_rows;
   return p.grouping == Grouping::kCounts ? p.group_rows : ceil_div(p.m, p.groups);

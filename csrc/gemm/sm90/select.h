@@ -32,6 +32,11 @@ struct Selection {
   const char* source;  // "cost model", "tuned table" or "forced"
 };
 
+// Features of the output: SwiGLU's b has the gate's and up's.
+inline int64_t features(const GemmProblem& p) {
+  return p.activation == Activation::kSwiGLU ? p.n / 2 : p.n;
+}
+
 // Clusters that run at a time on so many SMs. One lies within a GPC, of which Hopper's have 16 or
 // 18 SMs: of 18, two are left over by clusters of four and eight.
 constexpr int64_t clusters_at_a_time(int64_t sms, int64_t cluster) {
