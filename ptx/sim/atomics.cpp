@@ -50,7 +50,7 @@ Step atomic(Warp& w, const Instruction& i, U32 mask) {
     std::uint8_t old[16] = {}, value[16] = {};
     if (w.resolve(lane, a.space, address, total, true, &place)) {
       if (place.valid != nullptr) {
-        w.finding("invalid operand", "an atomic on local memory", 1u << lane, address);
+        w.finding(FindingKind::invalid_operand, "an atomic on local memory", 1u << lane, address);
         return;
       }
       for (U32 e = 0; e < a.elements; ++e) {

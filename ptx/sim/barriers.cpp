@@ -23,8 +23,8 @@ Step barrier(Warp& w, const Instruction& i, U32 mask) {
   const auto id = static_cast<U32>(w.integer(i.s[0], first));
   Cta& cta = w.cta();
   if (id >= 16) {
-    w.finding("barrier misuse", "barrier " + std::to_string(id) + " does not exist (0 to 15)",
-              mask);
+    w.finding(FindingKind::barrier_misuse,
+              "barrier " + std::to_string(id) + " does not exist (0 to 15)", mask);
     throw LaunchStopped{};
   }
   NamedBarrier& b = cta.barriers[id];
@@ -48,14 +48,14 @@ Step barrier(Warp& w, const Instruction& i, U32 mask) {
     expected = static_cast<U32>(w.integer(i.s[1], first));
     if (expected == 0 || expected % 32 != 0) {
       w.finding(
-          "barrier misuse",
+          FindingKind::barrier_misuse,
           "a thread count of " + std::to_string(expected) + " is not a positive multiple of 32",
           mask);
       throw LaunchStopped{};
     }
   }
   if (b.arrived != 0 && b.expected != expected && counted) {
-    w.finding("barrier misuse",
+    w.finding(FindingKind::barrier_misuse,
               "barrier " + std::to_string(id) + " expects " + std::to_string(b.expected) +
                   " threads from one participant and " + std::to_string(expected) + " from another",
               mask, 0, "line " + std::to_string(w.program().code[b.first_pc].line),
@@ -131,7 +131,8 @@ Step cluster_arrive(Warp& w, const Instruction& i, U32 mask) {
   Cluster& c = w.cluster();
   const U32 again = mask & w.cluster_arrived;
   if (again) {
-    w.finding("barrier misuse", "barrier.cluster.arrive twice without a wait in between", again);
+    w.finding(FindingKind::barrier_misuse, "barrier.cluster.arrive twice without a wait in between",
+              again);
     return Step::next;
   }
   for_lanes(mask, [&](int l) { w.cluster_arrivals[l] = c.barrier.generation; });
@@ -152,7 +153,8 @@ Step cluster_wait(Warp& w, const Instruction&, U32 mask) {
   Cluster& c = w.cluster();
   const U32 without = mask & ~w.cluster_arrived;
   if (without) {
-    w.finding("barrier misuse", "barrier.cluster.wait without barrier.cluster.arrive", without);
+    w.finding(FindingKind::barrier_misuse, "barrier.cluster.wait without barrier.cluster.arrive",
+              without);
     return Step::next;
   }
   const auto first = static_cast<int>(lane_of(mask));

@@ -43,6 +43,8 @@ LaunchOptions options_of(const py::dict& d) {
   options.checks = d["checks"].cast<bool>();
   options.num_threads = d["num_threads"].cast<unsigned>();
   options.num_sms = d["num_sms"].cast<std::uint32_t>();
+  options.non_portable_cluster =
+      d.contains("non_portable_cluster") && d["non_portable_cluster"].cast<bool>();
   options.max_instructions = d["max_instructions"].cast<std::uint64_t>();
   return options;
 }
@@ -61,7 +63,8 @@ py::dict to_python(const Finding& f, const SourceMap& map) {
     if (f.lanes >> lane & 1) lanes.append(lane);
   }
   py::dict d;
-  d["kind"] = f.kind;
+  d["kind"] = row_of(f.kind).name;
+  d["grade"] = name_of(f.grade());
   d["message"] = f.message;
   d["kernel"] = f.kernel;
   d["ptx_line"] = f.ptx_line;
@@ -81,7 +84,7 @@ py::dict to_python(const Finding& f, const SourceMap& map) {
 
 py::dict to_python(const std::string& kernel, const Report& report, const std::string& text,
                    const std::string& ptx) {
-  const SourceMap map(report.ok() ? std::string() : ptx);
+  const SourceMap map(report.findings.empty() ? std::string() : ptx);
   py::list findings, unwritten;
   for (const Finding& f : report.findings) findings.append(to_python(f, map));
   for (const auto& u : report.unwritten) {
@@ -156,6 +159,14 @@ py::dict launch_module(const PythonModule& self, const std::string& kernel,
 
 void bind_launch(py::module_& module) {
   py::register_exception<PtxError>(module, "PtxError", PyExc_ValueError);
+
+  module.def("finding_kinds", [] {
+    py::list rows;
+    for (const KindRow& row : finding_kinds()) {
+      rows.append(py::make_tuple(row.name, name_of(row.grade), row.remedy, row.example));
+    }
+    return rows;
+  });
 
   py::class_<PythonModule>(module, "Module")
       .def(py::init([](const std::string& text, const std::string& name) {

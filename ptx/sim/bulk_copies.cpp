@@ -33,15 +33,16 @@ void copy_one(Warp& w, const BulkCopy& c, int lane) {
   const U64 from = operand_address(w, c.from, c.from_offset, lane);
   const U32 bit = 1u << lane;
   if (bytes == 0 || bytes % 16 != 0) {
-    w.finding("misaligned access",
+    w.finding(FindingKind::misaligned_access,
               "a bulk copy's size must be a positive multiple of 16, not " + std::to_string(bytes),
               bit);
     return;
   }
   for (const bool destination : {true, false}) {
     if ((destination ? c.to_global : c.from_global) && (destination ? to : from) % 16) {
-      w.finding("misaligned access", "the global address of a bulk copy must be a multiple of 16",
-                bit, destination ? to : from);
+      w.finding(FindingKind::misaligned_access,
+                "the global address of a bulk copy must be a multiple of 16", bit,
+                destination ? to : from);
       return;
     }
   }
@@ -80,7 +81,7 @@ void copy_one(Warp& w, const BulkCopy& c, int lane) {
     for_lanes(static_cast<U32>(w.integer(c.mask, lane)) & 0xffff, [&](int rank) {
       if (static_cast<U32>(rank) >= w.grid().cluster_size ||
           w.cluster().ctas[static_cast<std::size_t>(rank)]->exited()) {
-        w.finding("exited CTA",
+        w.finding(FindingKind::exited_cta,
                   "multicast to CTA rank " + std::to_string(rank) +
                       ", which does not exist or has exited",
                   bit);
@@ -90,13 +91,13 @@ void copy_one(Warp& w, const BulkCopy& c, int lane) {
     });
     barrier_cta = nullptr;
   } else if (barrier_cta != target.cta) {
-    w.finding("invalid operand", "destination and mbarrier are in different CTAs", bit);
+    w.finding(FindingKind::invalid_operand, "destination and mbarrier are in different CTAs", bit);
     return;
   }
   for (Cta* cta : ctas) {
     const auto it = cta->mbarriers.find(barrier_offset);
     if (it == cta->mbarriers.end()) {
-      w.finding("mbarrier misuse",
+      w.finding(FindingKind::mbarrier_misuse,
                 "the mbarrier of CTA rank " + std::to_string(cta->rank) + " is not initialised",
                 bit, barrier_offset);
       continue;
@@ -202,7 +203,8 @@ Step async_store(Warp& w, const Instruction& i, U32 mask) {
                                           &owner, &offset);
     if (m == nullptr) return;
     if (owner != place.cta) {
-      w.finding("invalid operand", "destination and mbarrier are in different CTAs", 1u << lane);
+      w.finding(FindingKind::invalid_operand, "destination and mbarrier are in different CTAs",
+                1u << lane);
       return;
     }
     const Signal signal = make_signal(*owner, offset, *m);

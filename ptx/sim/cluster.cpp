@@ -86,7 +86,7 @@ Cluster::State Cluster::run(std::uint64_t budget) {
         grid.executed.load(std::memory_order_relaxed) > grid.options.max_instructions) {
       for (Warp* w : all_warps) {
         if (w->finished()) continue;
-        w->finding("instruction limit",
+        w->finding(FindingKind::instruction_limit,
                    "the launch has executed more than max_instructions warp-instructions",
                    w->live());
         throw LaunchStopped{};
@@ -203,7 +203,7 @@ void Cluster::report_deadlock() {
   if (first == nullptr) return;
   std::string message = "no warp can go on:";
   for (const auto& [why, who] : waits) message += "\n  " + who + ", " + why;
-  first->finding_at(first_group->pc, "deadlock", message, first_group->mask);
+  first->finding_at(first_group->pc, FindingKind::deadlock, message, first_group->mask);
 }
 
 }  // namespace torchext::sim

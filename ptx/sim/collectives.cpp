@@ -26,7 +26,7 @@ bool meet(Warp& w, const Slot& members_slot, U32 mask, U32* members) {
   w.need(members_slot, mask, "as a member mask");
   *members = static_cast<U32>(w.integer(members_slot, static_cast<int>(lane_of(mask))));
   if (mask & ~*members) {
-    w.finding("invalid operand",
+    w.finding(FindingKind::invalid_operand,
               "a lane executes a .sync instruction whose member mask leaves it out",
               mask & ~*members);
   }
@@ -76,7 +76,7 @@ Step shuffle(Warp& w, const Instruction& i, U32 mask) {
     else
       in_range |= 1u << lane;
     if (!((mask >> j) & 1)) {
-      w.finding("invalid operand",
+      w.finding(FindingKind::invalid_operand,
                 "shfl reads lane " + std::to_string(j) + ", which does not take part", 1u << lane);
       j = lane;
     }

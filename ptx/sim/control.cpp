@@ -34,7 +34,7 @@ Step brx(Warp& w, const Instruction& i, U32 mask) {
   for_lanes(mask, [&](int l) {
     const U64 index = w.integer(i.s[0], l);
     if (index >= targets.size()) {
-      w.finding("invalid operand",
+      w.finding(FindingKind::invalid_operand,
                 "branch index " + std::to_string(index) + " of a table of " +
                     std::to_string(targets.size()),
                 1u << l);
@@ -111,7 +111,7 @@ Step exit(Warp& w, const Instruction&, U32 mask) {
 }
 
 Step trap(Warp& w, const Instruction&, U32 mask) {
-  w.finding("trap", "the kernel executed trap", mask);
+  w.finding(FindingKind::trap, "the kernel executed trap", mask);
   throw LaunchStopped{};
 }
 
@@ -245,7 +245,7 @@ Step print(Warp& w, const Instruction& i, U32 mask) {
 Step assertion(Warp& w, const Instruction& i, U32 mask) {
   const auto& c = *static_cast<const RuntimeCall*>(i.extra);
   const auto l = static_cast<int>(lane_of(mask));
-  w.finding("assertion",
+  w.finding(FindingKind::assertion,
             read_string(w, l, argument(w, c, 1, l)) + ":" + std::to_string(argument(w, c, 2, l)) +
                 ": " + read_string(w, l, argument(w, c, 3, l)) + ": assertion '" +
                 read_string(w, l, argument(w, c, 0, l)) + "' failed",

@@ -53,14 +53,14 @@ Step copy(Warp& w, const Instruction& i, U32 mask) {
     U32 bytes = c.has_size ? static_cast<U32>(w.integer(c.size, lane)) : c.bytes;
     if (c.has_ignore && (w.predicate(c.ignore) >> lane) & 1) bytes = 0;
     if (bytes > c.bytes) {
-      w.finding("invalid operand", "src-size exceeds cp-size", 1u << lane);
+      w.finding(FindingKind::invalid_operand, "src-size exceeds cp-size", 1u << lane);
       return;
     }
     Place target, source;
     if (!w.resolve(lane, Space::shared, to, c.bytes, true, &target)) return;
     if (from % c.bytes) {
-      w.finding("misaligned access", "the source of cp.async is not a multiple of cp-size",
-                1u << lane, from);
+      w.finding(FindingKind::misaligned_access,
+                "the source of cp.async is not a multiple of cp-size", 1u << lane, from);
       return;
     }
     Actor actor = w.actor(lane);
@@ -69,7 +69,7 @@ Step copy(Warp& w, const Instruction& i, U32 mask) {
     if (bytes != 0) {
       if (!w.resolve(lane, Space::global, from, 1, false, &source)) return;
       if (from + bytes > source.buffer->end) {
-        w.finding("out of bounds",
+        w.finding(FindingKind::out_of_bounds,
                   "cp.async reads " + w.grid().memory.describe(from) + " and past its end",
                   1u << lane, from);
         return;

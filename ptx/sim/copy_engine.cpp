@@ -214,7 +214,7 @@ bool resolve_global(Warp& w, int lane, std::uint64_t address, std::uint64_t byte
   if (bytes == 0) return false;
   if (!w.resolve(lane, Space::global, address, 1, write, place)) return false;
   if (address + bytes > place->buffer->end) {
-    w.finding("out of bounds",
+    w.finding(FindingKind::out_of_bounds,
               "a bulk copy of " + std::to_string(bytes) + " bytes from " +
                   w.grid().memory.describe(address) + " runs past its end",
               1u << lane, address);
@@ -227,7 +227,7 @@ bool resolve_shared(Warp& w, int lane, std::uint64_t address, std::uint64_t byte
                     std::uint32_t align, bool cluster, Place* place) {
   if (address % align) {
     w.finding(
-        "misaligned access",
+        FindingKind::misaligned_access,
         "the shared-memory address of a bulk copy must be a multiple of " + std::to_string(align),
         1u << lane, address);
     return false;
@@ -235,13 +235,14 @@ bool resolve_shared(Warp& w, int lane, std::uint64_t address, std::uint64_t byte
   if (!w.resolve(lane, cluster ? Space::shared_cluster : Space::shared, address, 1, true, place))
     return false;
   if (place->cta == nullptr) {
-    w.finding("out of bounds", "the address is not in shared memory", 1u << lane, address);
+    w.finding(FindingKind::out_of_bounds, "the address is not in shared memory", 1u << lane,
+              address);
     return false;
   }
   const std::uint64_t offset = static_cast<std::uint64_t>(place->host - place->cta->shared.data());
   if (offset + bytes > place->cta->shared.size()) {
     w.finding(
-        "out of bounds",
+        FindingKind::out_of_bounds,
         "a bulk copy of " + std::to_string(bytes) + " bytes runs past the end of shared memory",
         1u << lane, address);
     return false;

@@ -7,6 +7,14 @@
 
 namespace torchext::sim {
 
+// PTX does not say what becomes of a copy whose CTA has gone. Its shared memory is free then, and
+// the next CTA that the SM takes gets it: a copy out of it may read that CTA's data, a copy into it
+// (and the mbarrier it signals) may overwrite them. Where no CTA of the launch can follow, the
+// bytes stay what they are until the grid ends, and a grid ends after its memory operations do:
+// that is a note. compute-sanitizer says nothing of either.
+static const char* const kReused =
+    "; the grid has more CTAs than the GPU holds at once, so that the next one gets this memory";
+
 void before_exit(Warp& w, std::uint32_t lanes) {
   if (w.grid().checks) {
     for_lanes(lanes, [&](int lane) {
@@ -15,15 +23,19 @@ void before_exit(Warp& w, std::uint32_t lanes) {
       const CopyGroups& g = it->second;
       const std::uint32_t last = g.open ? g.current : g.current - 1;
       if (g.read_waited < last) {
-        w.finding_at(g.last_pc, "outstanding bulk store",
-                     g.open ? "the thread exits with a bulk store that it has not committed"
-                            : "the thread exits while a bulk store may still read shared memory",
-                     1u << lane);
+        const std::string what =
+            g.open ? "the thread exits with a bulk store that it has not committed"
+                   : "the thread exits while a bulk store may still read shared memory";
+        if (w.grid().reuses_shared) {
+          w.finding_at(g.last_pc, FindingKind::shared_memory_reused, what + kReused, 1u << lane);
+        } else {
+          w.finding_at(g.last_pc, FindingKind::outstanding_bulk_store, what, 1u << lane);
+        }
       }
     });
     if (w.live() == lanes) {
       for (const auto& p : w.wgmma_pending) {
-        w.finding_at(p->pc, "wgmma not committed",
+        w.finding_at(p->pc, FindingKind::wgmma_not_committed,
                      "the warp exits before it has waited for this wgmma", lanes);
         break;
       }
@@ -44,16 +56,21 @@ void after_exit(Warp& w) {
     if (cta.exited() && w.grid().checks) {
       for (const auto& [warpgroup, log] : cta.wgmma_log) {
         if (log.empty()) continue;
-        w.finding_at(log.begin()->second.pc, "wgmma disagreement",
+        w.finding_at(log.begin()->second.pc, FindingKind::wgmma_disagreement,
                      "only " + std::to_string(log.begin()->second.seen) +
                          " of the four warps of a warpgroup executed this wgmma",
                      0);
       }
       for (const auto& [offset, m] : cta.mbarriers) {
         if (m.signalled <= m.waited) continue;
-        w.finding_at(m.signalled_pc, "outstanding async copy",
-                     "the CTA exits without having waited for this copy into its shared memory", 0,
-                     offset);
+        const std::string what =
+            "the CTA exits without having waited for this copy into its shared memory";
+        if (w.grid().reuses_shared) {
+          w.finding_at(m.signalled_pc, FindingKind::shared_memory_reused, what + kReused, 0,
+                       offset);
+        } else {
+          w.finding_at(m.signalled_pc, FindingKind::outstanding_async_copy, what, 0, offset);
+        }
       }
     }
   }

@@ -10,8 +10,29 @@
 
 namespace torchext::sim {
 
+enum class FindingKind : std::uint8_t {
+#define FINDING(identifier, ...) identifier,
+#include "finding_kinds.inc"
+#undef FINDING
+};
+
+enum class Grade : std::uint8_t { error, note };
+
+// A row of finding_kinds.inc.
+struct KindRow {
+  FindingKind kind;
+  Grade grade;
+  const char* name;    // in reports: "data race"
+  const char* remedy;  // one sentence
+  const char* example;
+};
+
+const std::vector<KindRow>& finding_kinds();  // in the order of FindingKind
+const KindRow& row_of(FindingKind kind);
+const char* name_of(Grade grade);
+
 struct Finding {
-  std::string kind;     // "data race", "out of bounds", ...
+  FindingKind kind = FindingKind::invalid_operand;
   std::string message;  // one sentence
   std::string kernel;
   std::uint32_t ptx_line = 0;
@@ -24,25 +45,26 @@ struct Finding {
   std::uint64_t address = 0;
   std::string other;  // the access or event it collides with; empty if none
   std::uint32_t other_ptx_line = 0;
-  std::string remedy;
+  std::string remedy;  // empty: the kind's
   std::uint64_t seed = 0;
-};
 
-// The usual remedy for a kind of finding, in one sentence.
-const char* remedy_for(const std::string& kind);
+  Grade grade() const { return row_of(kind).grade; }
+};
 
 class FindingSink {
  public:
+  // Keeps up to `cap` errors and as many notes, so that notes never crowd out an error.
   explicit FindingSink(std::size_t cap) : cap_(cap) {}
   void add(Finding finding);
-  std::vector<Finding> take();  // in a stable order
+  std::vector<Finding> take();  // errors first, in a stable order
   bool full() const { return full_; }
 
  private:
   std::mutex mutex_;
   std::size_t cap_;
   bool full_ = false;
-  std::set<std::tuple<std::string, std::uint32_t, std::uint32_t>> seen_;
+  std::set<std::tuple<FindingKind, std::uint32_t, std::uint32_t>> seen_;
+  std::size_t kept_[2] = {0, 0};  // by grade
   std::vector<Finding> findings_;
 };
 

@@ -1,5 +1,4 @@
-// A launch: checks what CUDA would check, lays out constants and memory, runs clusters on all
-// cores.
+// A launch: lays out constants and memory, runs clusters on all cores.
 #include <algorithm>
 #include <chrono>
 #include <cstring>
@@ -8,6 +7,7 @@
 #include <thread>
 
 #include "decode.h"
+#include "launch_checks.h"
 #include "machine.h"
 
 namespace torchext::sim {
@@ -29,42 +29,13 @@ Grid::Grid(const Module& module, std::shared_ptr<const Program> p, const LaunchO
       files_(module.files()) {
   const Function& f = program->attributes;
   const std::string& name = program->kernel;
-  if (o.grid.volume() == 0 || o.block.volume() == 0) refuse(name, "empty grid or block");
-  if (o.grid.y > 65535 || o.grid.z > 65535 || o.grid.x > 0x7fffffff) refuse(name, "grid too large");
-  if (o.block.volume() > 1024 || o.block.x > 1024 || o.block.y > 1024 || o.block.z > 64)
-    refuse(name, "block of " + std::to_string(o.block.volume()) + " threads; at most 1024");
+  const LaunchShape shape = check_launch(*program, o);
   threads = static_cast<std::uint32_t>(o.block.volume());
   warps_per_cta = (threads + 31) / 32;
-  if (f.max_threads[0] != 0) {
-    const std::uint64_t limit =
-        std::uint64_t{f.max_threads[0]} * f.max_threads[1] * f.max_threads[2];
-    if (threads > limit) {
-      refuse(name, "block of " + std::to_string(threads) + " threads; .maxntid allows " +
-                       std::to_string(limit));
-    }
-  }
-  if (f.required_threads[0] != 0 &&
-      (o.block.x != f.required_threads[0] || o.block.y != f.required_threads[1] ||
-       o.block.z != f.required_threads[2])) {
-    refuse(name, "the block is not .reqntid");
-  }
-  cluster_dim = o.cluster;
-  const bool own = f.cluster[0] != 0;
-  if (cluster_dim.volume() == 0) {
-    cluster_dim = own ? Dim3{f.cluster[0], f.cluster[1], f.cluster[2]} : Dim3{1, 1, 1};
-  } else if (own && (cluster_dim.x != f.cluster[0] || cluster_dim.y != f.cluster[1] ||
-                     cluster_dim.z != f.cluster[2])) {
-    refuse(name, "the cluster is not .reqnctapercluster");
-  }
-  if (cluster_dim.volume() > 16) refuse(name, "a cluster has at most 16 CTAs");
+  cluster_dim = shape.cluster;
   cluster_size = static_cast<std::uint32_t>(cluster_dim.volume());
-  if (o.grid.x % cluster_dim.x || o.grid.y % cluster_dim.y || o.grid.z % cluster_dim.z)
-    refuse(name, "the grid is not a multiple of the cluster");
-  shared_bytes = program->shared_dynamic_begin + o.dynamic_smem;
-  if (shared_bytes > kMaxSharedBytes + kSharedBase) {
-    refuse(name, std::to_string(shared_bytes - kSharedBase) + " bytes of shared memory; at most " +
-                     std::to_string(kMaxSharedBytes));
-  }
+  shared_bytes = shape.shared_bytes;
+  reuses_shared = shape.reuses_shared;
   registers_per_thread = o.registers_per_thread;
   if (registers_per_thread == 0) {
     const std::uint32_t ctas = std::max(1u, f.min_ctas);
@@ -140,6 +111,11 @@ bool Grid::observe(std::uint64_t address, std::uint32_t cluster, Knowledge* know
   clock.foreign = std::make_shared<ForeignClocks>(std::move(others));
   knowledge->known = ClockRef::make(std::move(clock));
   return true;
+}
+
+std::size_t Report::count(Grade grade) const {
+  return static_cast<std::size_t>(std::count_if(
+      findings.begin(), findings.end(), [grade](const Finding& f) { return f.grade() == grade; }));
 }
 
 Report Grid::run() {

@@ -73,7 +73,8 @@ struct Buffer {
 
 struct LaunchOptions {
   Dim3 grid, block;
-  Dim3 cluster{0, 0, 0};  // 0: the kernel's own, or 1
+  Dim3 cluster{0, 0, 0};              // 0: the kernel's own, or 1
+  bool non_portable_cluster = false;  // more CTAs than every GPU of the kind can run
   std::uint32_t dynamic_smem = 0;
   std::uint64_t seed = 0;
   // When asynchronous work completes: at once, not before something waits for it, or at random.
@@ -85,8 +86,9 @@ struct LaunchOptions {
   unsigned num_threads = 0;  // host threads; 0: all cores. 1 makes racing CTAs reproducible
   std::uint64_t max_instructions = 20'000'000'000;  // warp-instructions, all CTAs together
   std::uint32_t num_sms = 132;
+  int compute_capability = 0;  // of the simulated GPU, 90 for sm_90; 0: the module's target
   std::uint32_t registers_per_thread = 0;  // for setmaxnreg's pool; 0: from the launch bounds
-  std::uint32_t max_findings = 32;
+  std::uint32_t max_findings = 32;         // of each grade
 };
 
 // A parameter's bytes, as many as the kernel declares.
@@ -104,14 +106,13 @@ struct Report {
   };
   std::vector<Unwritten> unwritten;  // Write buffers with bytes that no one wrote
   bool findings_truncated = false;
-  bool ok() const { return findings.empty(); }
+  std::size_t count(Grade grade) const;
+  bool ok() const { return count(Grade::error) == 0; }
 };
 
 // Throws std::invalid_argument for a launch that CUDA would refuse, PtxError for PTX that the
 // simulator does not know.
 Report launch(const Module& module, const std::string& kernel, const LaunchOptions& options,
               const std::vector<ParamBytes>& params, const std::vector<Buffer>& buffers);
-
-std::string to_string(const Finding& finding);
 
 }  // namespace torchext::sim

@@ -234,7 +234,7 @@ Step map_address(Warp& w, const Instruction& i, std::uint32_t mask) {
     const std::uint64_t a = w.integer(i.s[0], lane);
     const auto rank = static_cast<std::uint32_t>(w.integer(i.s[1], lane));
     if (rank >= w.grid().cluster_size) {
-      w.finding("invalid operand",
+      w.finding(FindingKind::invalid_operand,
                 "CTA rank " + std::to_string(rank) + " of a cluster of " +
                     std::to_string(w.grid().cluster_size),
                 1u << lane);

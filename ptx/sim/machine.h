@@ -166,10 +166,10 @@ class Warp {
   std::vector<Group>& groups() { return groups_; }
   std::uint32_t pc() const { return groups_[current_].pc; }
 
-  void finding(const char* kind, const std::string& message, std::uint32_t lanes,
+  void finding(FindingKind kind, const std::string& message, std::uint32_t lanes,
                std::uint64_t address = 0, const std::string& other = "",
                std::uint32_t other_line = 0);
-  void finding_at(std::uint32_t pc, const char* kind, const std::string& message,
+  void finding_at(std::uint32_t pc, FindingKind kind, const std::string& message,
                   std::uint32_t lanes, std::uint64_t address = 0, const std::string& other = "",
                   std::uint32_t other_line = 0);
 
@@ -338,10 +338,10 @@ class Grid {
   std::uint32_t threads = 0, warps_per_cta = 0;
   std::uint32_t registers_per_thread = 0;
   std::uint32_t shared_bytes = 0;
+  bool reuses_shared = false;            // a CTA that exits may be followed by another on its SM
   std::vector<std::uint64_t> constants;  // bank 1
   std::vector<std::uint64_t> param_block;
   bool checks;
-  bool reproducible_order = true;
   std::atomic<bool> stop{false};
   std::atomic<std::uint64_t> executed{0};
   std::atomic<std::uint64_t> global_progress{0};

@@ -59,22 +59,23 @@ Step init(Warp& w, const Instruction& i, U32 mask) {
     Place place;
     if (!w.resolve(lane, space_of(i), address, 8, true, &place)) return;
     if (place.cta != &w.cta()) {
-      w.finding("mbarrier misuse", "mbarrier.init of memory that is not this CTA's", 1u << lane,
-                address);
+      w.finding(FindingKind::mbarrier_misuse, "mbarrier.init of memory that is not this CTA's",
+                1u << lane, address);
       return;
     }
     const auto offset = static_cast<U32>(place.offset);
     const auto count = static_cast<U32>(w.integer(i.s[1], lane));
     if (count == 0 || count > kMaxTransactions) {
-      w.finding("mbarrier misuse",
+      w.finding(FindingKind::mbarrier_misuse,
                 "an arrival count of " + std::to_string(count) + " (1 to 1048575 are valid)",
                 1u << lane, offset);
       return;
     }
     auto& all = w.cta().mbarriers;
     if (all.count(offset)) {
-      w.finding("mbarrier misuse", name_of(w.cta(), offset) + " is initialised again without inval",
-                1u << lane, offset);
+      w.finding(FindingKind::mbarrier_misuse,
+                name_of(w.cta(), offset) + " is initialised again without inval", 1u << lane,
+                offset);
     }
     w.check_write(place, w.actor(lane), 8, 1u << lane, address);
     MBarrier m;
@@ -109,7 +110,7 @@ Step inval(Warp& w, const Instruction& i, U32 mask) {
     MBarrier* m = find_mbarrier(w, lane, space_of(i), address, &owner, &offset);
     if (m == nullptr) return;
     if (m->transactions != 0) {
-      w.finding("mbarrier misuse",
+      w.finding(FindingKind::mbarrier_misuse,
                 name_of(*owner, offset) + " is invalidated with bytes outstanding", 1u << lane,
                 offset);
     }
@@ -155,22 +156,22 @@ Step arrive_at(Warp& w, const Instruction& i, U32 mask) {
     if (i.small & kExpect) {
       expect_transactions(*m, operand);
       if (m->transactions > kMaxTransactions) {
-        w.finding("mbarrier misuse",
+        w.finding(FindingKind::mbarrier_misuse,
                   name_of(*owner, offset) + ": the transaction count exceeds 2^20 - 1", 1u << lane,
                   offset);
       }
     }
     if (!i.d.sink) w.put(i.d, lane, m->phase << 32 | static_cast<U64>(m->pending));
     if (count == 0 || count > m->pending) {
-      w.finding("mbarrier misuse",
+      w.finding(FindingKind::mbarrier_misuse,
                 name_of(*owner, offset) + ": " + std::to_string(count) +
                     " arrivals, but the phase lacks " + std::to_string(m->pending),
                 1u << lane, offset);
       return;
     }
     if ((i.small & kNoComplete) && count == m->pending) {
-      w.finding("mbarrier misuse", name_of(*owner, offset) + ": .noComplete completes the phase",
-                1u << lane, offset);
+      w.finding(FindingKind::mbarrier_misuse,
+                name_of(*owner, offset) + ": .noComplete completes the phase", 1u << lane, offset);
     }
     if (i.small & kDrop) m->expected -= count;
     arrive(*owner, *m, count, knowledge);
@@ -331,15 +332,16 @@ MBarrier* find_mbarrier(Warp& w, int lane, Space space, U64 address, Cta** owner
   Place place;
   if (!w.resolve(lane, space, address, 8, false, &place)) return nullptr;
   if (place.cta == nullptr) {
-    w.finding("mbarrier misuse", "the address is not in shared memory", 1u << lane, address);
+    w.finding(FindingKind::mbarrier_misuse, "the address is not in shared memory", 1u << lane,
+              address);
     return nullptr;
   }
   *owner = place.cta;
   *offset = static_cast<U32>(place.offset);
   const auto it = place.cta->mbarriers.find(*offset);
   if (it == place.cta->mbarriers.end()) {
-    w.finding("mbarrier misuse", name_of(*place.cta, *offset) + " is not initialised", 1u << lane,
-              *offset);
+    w.finding(FindingKind::mbarrier_misuse, name_of(*place.cta, *offset) + " is not initialised",
+              1u << lane, *offset);
     return nullptr;
   }
   MBarrier& m = it->second;
@@ -347,7 +349,7 @@ MBarrier* find_mbarrier(Warp& w, int lane, Space space, U64 address, Cta** owner
       w.known(lane)->get(m.init_agent) < m.init_clock &&
       (m.published_agent == 0 || w.known(lane)->get(m.published_agent) == 0)) {
     const U32 line = w.program().code[m.init_pc].line;
-    w.finding("mbarrier misuse",
+    w.finding(FindingKind::mbarrier_misuse,
               name_of(*place.cta, *offset) +
                   " is used by a thread that nothing ordered after its "
                   "initialisation",
@@ -357,7 +359,7 @@ MBarrier* find_mbarrier(Warp& w, int lane, Space space, U64 address, Cta** owner
     return place.shadow->last_write_is(at, m.init_agent, m.init_clock, m.init_pc);
   };
   if (w.grid().checks && !(intact(*offset) && intact(*offset + 4))) {
-    w.finding("mbarrier misuse",
+    w.finding(FindingKind::mbarrier_misuse,
               name_of(*place.cta, *offset) + " has been overwritten since its initialisation",
               1u << lane, *offset);
   }
@@ -369,7 +371,7 @@ MBarrier* find_mbarrier_for_async(Warp& w, int lane, Space space, U64 address, C
   MBarrier* m = find_mbarrier(w, lane, space, address, owner, offset);
   if (m != nullptr && !m->fenced && w.grid().checks) {
     const U32 line = w.program().code[m->init_pc].line;
-    w.finding("missing mbarrier fence",
+    w.finding(FindingKind::missing_mbarrier_fence,
               name_of(**owner, *offset) +
                   " is signalled from the async proxy, but nothing fenced its "
                   "initialisation",

@@ -80,7 +80,7 @@ bool Warp::resolve(int lane, Space space, std::uint64_t address, std::uint32_t b
     }
   }
   if (address & (bytes - 1)) {
-    finding("misaligned access",
+    finding(FindingKind::misaligned_access,
             std::string(verb) + " of " + std::to_string(bytes) + " bytes at " + hex(address) +
                 ", which is not a multiple of " + std::to_string(bytes),
             lanes, address);
@@ -94,7 +94,7 @@ bool Warp::resolve(int lane, Space space, std::uint64_t address, std::uint32_t b
       Cta* owner = &cta_;
       if (rank != 0) {
         if (space == Space::shared || rank > grid_.cluster_size) {
-          finding("out of bounds",
+          finding(FindingKind::out_of_bounds,
                   std::string("shared::cta ") + verb + " at " + hex(at) +
                       ", which is not in this CTA's shared memory",
                   lanes, at);
@@ -102,7 +102,7 @@ bool Warp::resolve(int lane, Space space, std::uint64_t address, std::uint32_t b
         }
         owner = cluster_.ctas[rank - 1].get();
         if (owner->exited()) {
-          finding("exited CTA",
+          finding(FindingKind::exited_cta,
                   std::string(verb) + " of shared memory of CTA rank " + std::to_string(rank - 1) +
                       ", which has exited",
                   lanes, at);
@@ -110,7 +110,7 @@ bool Warp::resolve(int lane, Space space, std::uint64_t address, std::uint32_t b
         }
       }
       if (offset < kSharedBase || offset + bytes > owner->shared.size()) {
-        finding("out of bounds",
+        finding(FindingKind::out_of_bounds,
                 std::string("shared-memory ") + verb + " of " + std::to_string(bytes) +
                     " bytes at " + hex(offset) + "; the CTA has [" + hex(kSharedBase) + ", " +
                     hex(owner->shared.size()) + ")",
@@ -125,7 +125,7 @@ bool Warp::resolve(int lane, Space space, std::uint64_t address, std::uint32_t b
     }
     case Space::local: {
       if (address + bytes > program_.local_bytes) {
-        finding("out of bounds",
+        finding(FindingKind::out_of_bounds,
                 std::string("local-memory ") + verb + " at " + hex(address) + "; a thread has " +
                     std::to_string(program_.local_bytes) + " bytes",
                 lanes, address);
@@ -139,14 +139,14 @@ bool Warp::resolve(int lane, Space space, std::uint64_t address, std::uint32_t b
     default: {
       GlobalBuffer* b = grid_.memory.find(address);
       if (b == nullptr || address + bytes > b->end) {
-        finding("out of bounds",
+        finding(FindingKind::out_of_bounds,
                 std::string("global ") + verb + " of " + std::to_string(bytes) + " bytes, " +
                     grid_.memory.describe(address),
                 lanes, address);
         return false;
       }
       if (write && !b->writable) {
-        finding("read-only memory",
+        finding(FindingKind::read_only_memory,
                 "write to read-only '" + b->name + "', " + grid_.memory.describe(address), lanes,
                 address);
         return false;
@@ -164,8 +164,8 @@ void Warp::conflict(const Conflict& c, const Actor& actor, bool write, std::uint
                     std::uint64_t address) {
   const std::string what = write ? "write" : "read";
   if (c.kind == Conflict::uninitialized) {
-    finding_at(actor.pc, "uninitialized memory", "read of bytes that nothing has written", lanes,
-               address);
+    finding_at(actor.pc, FindingKind::uninitialized_memory,
+               "read of bytes that nothing has written", lanes, address);
     return;
   }
   const Instruction& other = program_.code[c.other_pc];
@@ -178,20 +178,21 @@ void Warp::conflict(const Conflict& c, const Actor& actor, bool write, std::uint
                               std::to_string(other.line) + ": " + program_.opcodes[other.opcode];
   const std::string op = program_.opcodes[other.opcode];
   if (c.kind == Conflict::proxy) {
-    finding_at(actor.pc, "missing proxy fence",
+    finding_at(actor.pc, FindingKind::missing_proxy_fence,
                "async-proxy " + what +
                    " of bytes that a generic-proxy write made, with no "
                    "fence.proxy.async in between",
                lanes, address, against, other.line);
   } else if (write && !c.other_is_write && op.compare(0, 5, "wgmma") == 0) {
-    finding_at(actor.pc, "wgmma operand in flight",
+    finding_at(actor.pc, FindingKind::wgmma_operand_in_flight,
                "write to shared memory that a wgmma may still read", lanes, address, against,
                other.line);
   } else if (write && !c.other_is_write && c.other_is_async && op.compare(0, 2, "cp") == 0) {
-    finding_at(actor.pc, "bulk store in flight", "write to memory that a bulk copy may still read",
-               lanes, address, against, other.line);
+    finding_at(actor.pc, FindingKind::bulk_store_in_flight,
+               "write to memory that a bulk copy may still read", lanes, address, against,
+               other.line);
   } else {
-    finding_at(actor.pc, "data race",
+    finding_at(actor.pc, FindingKind::data_race,
                std::string(actor.async ? "async-proxy " : "") + what +
                    " that nothing orders after an earlier access",
                lanes, address, against, other.line);

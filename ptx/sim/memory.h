@@ -25,7 +25,6 @@ constexpr std::uint32_t kSharedOffsetMask = 0x00ff'ffff;
 constexpr int kSharedRankShift = 24;
 // The first kilobyte belongs to the system on sm_90; no variable lies there.
 constexpr std::uint32_t kSharedBase = 1024;
-constexpr std::uint32_t kMaxSharedBytes = 227 * 1024;
 
 class SpinLock {
  public:

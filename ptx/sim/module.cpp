@@ -69,24 +69,4 @@ std::shared_ptr<const Program> Module::program(const std::string& name) const {
   return program;
 }
 
-std::string to_string(const Finding& f) {
-  std::string out = f.kind + ": " + f.message + "\n";
-  out += "  in " + f.kernel + ", PTX line " + std::to_string(f.ptx_line) + ": " + f.opcode + "\n";
-  if (!f.file.empty()) out += "  source " + f.file + ":" + std::to_string(f.source_line) + "\n";
-  char text[160];
-  std::snprintf(text, sizeof text, "  CTA (%u, %u, %u), warp %u, lanes 0x%08x", f.cta[0], f.cta[1],
-                f.cta[2], f.warp, f.lanes);
-  out += text;
-  if (f.address != 0) {
-    std::snprintf(text, sizeof text, ", address 0x%llx",
-                  static_cast<unsigned long long>(f.address));
-    out += text;
-  }
-  out += "\n";
-  if (!f.other.empty()) out += "  against " + f.other + "\n";
-  if (!f.remedy.empty()) out += "  remedy: " + f.remedy + "\n";
-  out += "  seed " + std::to_string(f.seed) + "\n";
-  return out;
-}
-
 }  // namespace torchext::sim

@@ -118,6 +118,7 @@ OpSimulator::OpSimulator(const std::vector<std::string>& ptx_files, LaunchOption
     : options_(std::move(options)),
       interface_{this, compute_capability, static_cast<int>(options_.num_sms), &encode_tensor_map,
                  &launch_kernel} {
+  options_.compute_capability = compute_capability;
   for (const std::string& path : ptx_files) {
     sources_.push_back(open(path));
     for (const std::string& name : sources_.back()->kernels)

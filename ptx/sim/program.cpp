@@ -4,6 +4,7 @@
 #include <functional>
 #include <set>
 
+#include "csrc/runtime/architecture.h"
 #include "decode.h"
 #include "memory.h"
 
@@ -187,9 +188,12 @@ void ProgramBuilder::lay_out() {
   for (const FunctionPlan& plan : plans_) {
     for (const Variable& v : plan.function->variables) place_shared(v);
   }
-  if (shared > kMaxSharedBytes + kSharedBase)
+  if (shared > kSharedPerBlockByDefault + kSharedBase) {
     throw PtxError(module_.name, plans_[0].function->line,
-                   "more static shared memory than an SM has");
+                   std::to_string(shared - kSharedBase) +
+                       " bytes of static shared memory; at most " +
+                       std::to_string(kSharedPerBlockByDefault) + " (more must be dynamic)");
+  }
   p.shared_static_end = static_cast<std::uint32_t>(shared);
   p.shared_dynamic_begin = static_cast<std::uint32_t>(align_up(shared, dynamic_align));
   for (const Variable* v : dynamic)

@@ -86,6 +86,19 @@ std::string place_of(const SourceMap& map, std::uint32_t ptx_line) {
   return place.empty() ? std::to_string(ptx_line) : place;
 }
 
+// "no findings", "2 findings", "3 findings, of which 1 is a note".
+std::string summary(const Report& report) {
+  if (report.findings.empty()) return "no findings";
+  const std::size_t notes = report.count(Grade::note);
+  std::string text = counted(report.findings.size(), "finding");
+  if (notes == report.findings.size()) {
+    text = counted(notes, "note");
+  } else if (notes != 0) {
+    text += ", of which " + std::to_string(notes) + (notes == 1 ? " is a note" : " are notes");
+  }
+  return text;
+}
+
 bool same_fault(const Finding& a, const Finding& b) {
   return a.kind == b.kind && a.message == b.message && a.ptx_line == b.ptx_line;
 }
@@ -107,14 +120,14 @@ const char* name_of(LaunchOptions::Completion completion) {
 std::string render(const Report& report, const std::string& kernel, const LaunchOptions& options,
                    const std::string& ptx, const std::string& module_name) {
   std::ostringstream out;
-  out << "kernel '" << kernel
-      << "': " << (report.ok() ? "no findings" : counted(report.findings.size(), "finding"))
+  out << "kernel '" << kernel << "': " << summary(report)
       << (report.findings_truncated ? " (more were dropped)" : "") << " (seed=" << options.seed
       << ", completion=\"" << name_of(options.completion) << "\", "
       << with_separators(report.warp_instructions) << " warp-instructions)\n";
   const SourceMap map(ptx);
   for (auto f = report.findings.begin(); f != report.findings.end();) {
-    out << "\nerror: " << f->kind << ": " << f->message << '\n';
+    out << '\n'
+        << name_of(f->grade()) << ": " << row_of(f->kind).name << ": " << f->message << '\n';
     quote_both(out, map, module_name, f->ptx_line);
     out << "      = where: CTA (" << f->cta[0] << ", " << f->cta[1] << ", " << f->cta[2] << ")";
     if (f->lanes != 0) out << ", warp " << f->warp << ", " << lanes_text(f->lanes);

@@ -109,14 +109,14 @@ Step set_registers(Warp& w, const Instruction& i, U32 mask) {
   const std::int64_t more = (std::int64_t{count} - w.registers) * 32;
   if (i.small) {  // inc
     if (count < w.registers) {
-      w.finding("register pool",
+      w.finding(FindingKind::register_pool,
                 "setmaxnreg.inc to " + std::to_string(count) + " of a warp with " +
                     std::to_string(w.registers),
                 mask);
     }
     if (more > cta.register_pool) return Step::block;
   } else if (count > w.registers) {
-    w.finding("register pool",
+    w.finding(FindingKind::register_pool,
               "setmaxnreg.dec to " + std::to_string(count) + " of a warp with " +
                   std::to_string(w.registers),
               mask);

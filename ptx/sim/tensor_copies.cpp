@@ -33,7 +33,8 @@ U64 operand_address(Warp& w, const Slot& s, std::int64_t offset, int lane) {
 bool fetch_map(Warp& w, const TensorCopy& c, int lane, TensorMapFields* fields) {
   const U64 address = operand_address(w, c.map, c.map_offset, lane);
   if (address % 64) {
-    w.finding("tensor map", "the tensor map is not aligned to 64 bytes", 1u << lane, address);
+    w.finding(FindingKind::tensor_map, "the tensor map is not aligned to 64 bytes", 1u << lane,
+              address);
     return false;
   }
   Place place;
@@ -41,11 +42,11 @@ bool fetch_map(Warp& w, const TensorCopy& c, int lane, TensorMapFields* fields) 
   try {
     *fields = decode_tensor_map(place.host);
   } catch (const TensorMapError& e) {
-    w.finding("tensor map", e.what(), 1u << lane, address);
+    w.finding(FindingKind::tensor_map, e.what(), 1u << lane, address);
     return false;
   }
   if (fields->rank != c.rank) {
-    w.finding("tensor map",
+    w.finding(FindingKind::tensor_map,
               "the instruction is " + std::to_string(c.rank) + "-D, the map is " +
                   std::to_string(fields->rank) + "-D",
               1u << lane, address);
@@ -122,7 +123,7 @@ void load_box(Warp& w, const TensorCopy& c, int lane) {
     const auto mask = static_cast<U32>(w.integer(c.mask, lane)) & 0xffff;
     for_lanes(mask, [&](int rank) {
       if (static_cast<U32>(rank) >= w.grid().cluster_size) {
-        w.finding("invalid operand",
+        w.finding(FindingKind::invalid_operand,
                   "the multicast mask names CTA rank " + std::to_string(rank) +
                       " of a cluster of " + std::to_string(w.grid().cluster_size),
                   1u << lane);
@@ -130,7 +131,7 @@ void load_box(Warp& w, const TensorCopy& c, int lane) {
       }
       Cta& cta = *w.cluster().ctas[static_cast<std::size_t>(rank)];
       if (cta.exited()) {
-        w.finding("exited CTA",
+        w.finding(FindingKind::exited_cta,
                   "multicast to CTA rank " + std::to_string(rank) + ", which has exited",
                   1u << lane);
         return;
@@ -138,7 +139,7 @@ void load_box(Warp& w, const TensorCopy& c, int lane) {
       const auto it = cta.mbarriers.find(barrier_offset);
       if (it == cta.mbarriers.end()) {
         w.finding(
-            "mbarrier misuse",
+            FindingKind::mbarrier_misuse,
             "multicast to CTA rank " + std::to_string(rank) + ", whose mbarrier is not initialised",
             1u << lane, barrier_offset);
         return;
@@ -147,7 +148,8 @@ void load_box(Warp& w, const TensorCopy& c, int lane) {
     });
   } else {
     if (barrier_cta != place.cta) {
-      w.finding("invalid operand", "destination and mbarrier are in different CTAs", 1u << lane);
+      w.finding(FindingKind::invalid_operand, "destination and mbarrier are in different CTAs",
+                1u << lane);
       return;
     }
     targets.push_back({place.cta, make_signal(*barrier_cta, barrier_offset, *m)});

@@ -39,7 +39,7 @@ Step replace(Warp& w, const Instruction& i, U32 mask) {
     try {
       replace_tensor_map_field(place.host, r.field, r.ordinal, w.integer(i.s[1], lane));
     } catch (const TensorMapError& e) {
-      w.finding("tensor map", e.what(), 1u << lane, address);
+      w.finding(FindingKind::tensor_map, e.what(), 1u << lane, address);
     }
   });
   ++w.cluster().progress;
@@ -99,8 +99,8 @@ Step copy_and_fence(Warp& w, const Instruction& i, U32 mask) {
         address_of(w, i.s[1], *static_cast<const std::int64_t*>(i.extra), other) == from) {
       return;
     }
-    w.finding("invalid operand", "the lanes of tensormap.cp_fenceproxy disagree on an address",
-              1u << other, to);
+    w.finding(FindingKind::invalid_operand,
+              "the lanes of tensormap.cp_fenceproxy disagree on an address", 1u << other, to);
   });
   Place target, source;
   if (!w.resolve(lane, Space::global, to, kMapBytes, true, &target) ||

@@ -191,7 +191,7 @@ std::uint32_t Warp::run(std::uint32_t quantum) {
       }
     }
     if (i.aligned && mask != live_ && grid_.checks && !g.blocked) {
-      finding("divergent collective",
+      finding(FindingKind::divergent_collective,
               "only some lanes of the warp execute an .aligned instruction (the others are at "
               "another instruction or predicated off)",
               mask);
@@ -233,19 +233,19 @@ void Warp::need(const Slot& slot, std::uint32_t mask, const char* use) {
   if (!grid_.checks) return;
   const std::uint32_t missing = mask & ~valid_[slot.reg];
   if (missing == 0) return;
-  finding("uninitialized register",
+  finding(FindingKind::uninitialized_register,
           "register " + program_.register_names[slot.reg] + " is used " + use +
               " but was never assigned",
           missing);
   valid_[slot.reg] |= missing;  // say it once
 }
 
-void Warp::finding(const char* kind, const std::string& message, std::uint32_t lanes,
+void Warp::finding(FindingKind kind, const std::string& message, std::uint32_t lanes,
                    std::uint64_t address, const std::string& other, std::uint32_t other_line) {
   finding_at(pc(), kind, message, lanes, address, other, other_line);
 }
 
-void Warp::finding_at(std::uint32_t at_pc, const char* kind, const std::string& message,
+void Warp::finding_at(std::uint32_t at_pc, FindingKind kind, const std::string& message,
                       std::uint32_t lanes, std::uint64_t address, const std::string& other,
                       std::uint32_t other_line) {
   const Instruction& i = program_.code[at_pc];
@@ -277,7 +277,7 @@ void Warp::finding_at(std::uint32_t at_pc, const char* kind, const std::string& 
 void Warp::check_tracked(const Instruction& i, std::uint32_t mask) {
   for (std::uint32_t reg : i.tracked) {
     if (in_flight[reg] != 0) {
-      finding("wgmma register in flight",
+      finding(FindingKind::wgmma_register_in_flight,
               "register " + program_.register_names[reg] +
                   " belongs to a wgmma that has not been waited for",
               mask);

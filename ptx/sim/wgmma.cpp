@@ -170,7 +170,7 @@ void check_agreement(Warp& w, U32 mask, U64 a, U64 b, U32 accumulate, bool a_in_
   if (!fresh &&
       (r.pc != w.pc() || r.b != b || r.scale_d != accumulate || (!a_in_registers && r.a != a))) {
     const U32 line = w.program().code[r.pc].line;
-    w.finding("wgmma disagreement",
+    w.finding(FindingKind::wgmma_disagreement,
               r.pc != w.pc() ? "the warps of the warpgroup execute different wgmmas"
                              : "the warps of the warpgroup pass different descriptors or scale-d",
               mask, 0, "wgmma, line " + std::to_string(line), line);
@@ -195,7 +195,8 @@ Step issue(Warp& w, const Instruction& i, U32 mask) {
                (shape.a_in_registers || w.integer(shape.a_descriptor, l) == a);
   });
   if (!uniform)
-    w.finding("wgmma disagreement", "the lanes pass different descriptors or scale-d", mask);
+    w.finding(FindingKind::wgmma_disagreement, "the lanes pass different descriptors or scale-d",
+              mask);
   if (w.grid().options.lane_order == LaunchOptions::converged) w.order_lanes(mask);
   if (w.wgmma_agent == 0) {
     w.wgmma_agent = w.cluster().new_agent();
@@ -211,10 +212,10 @@ Step issue(Warp& w, const Instruction& i, U32 mask) {
       if (r >= shape.accumulators || accumulate) w.need(s, mask, "by wgmma");
       unfenced |= w.register_fence[s.reg] == w.fence_count;
       if (r >= shape.accumulators && s.bank == 1)
-        w.finding("invalid operand", "a constant as fragment", mask);
+        w.finding(FindingKind::invalid_operand, "a constant as fragment", mask);
     }
     if (unfenced) {
-      w.finding("missing wgmma.fence",
+      w.finding(FindingKind::missing_wgmma_fence,
                 w.fence_count == 1
                     ? "the warp issues its first wgmma without a wgmma.fence"
                     : "registers of this wgmma were touched after the last wgmma.fence",
@@ -234,8 +235,8 @@ Step issue(Warp& w, const Instruction& i, U32 mask) {
   const auto check = [&](U32 address, U32) {
     if (!in_shared(w.cta(), address)) {
       if (!outside)
-        w.finding("out of bounds", "a wgmma descriptor reaches outside shared memory", mask,
-                  address);
+        w.finding(FindingKind::out_of_bounds, "a wgmma descriptor reaches outside shared memory",
+                  mask, address);
       outside = true;
       return;
     }

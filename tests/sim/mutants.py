@@ -336,7 +336,7 @@ def _compile(problem: Problem, edit: tuple[str, str, str] | None, folder: Path) 
 
 @dataclass(frozen=True)
 class Outcome:
-    kinds: tuple[str, ...]  # of findings, over all runs, the most frequent first
+    kinds: tuple[str, ...]  # of findings, notes too, over all runs, the most frequent first
     caught: int  # runs with a finding or with wrong numbers
     by_checker: int  # runs with a finding
     wrong: int | None  # runs with wrong numbers, of those that could be made without checks
@@ -356,8 +356,8 @@ def _run(problem: Problem, ptx: Path, seed: int, mode: str, checks: bool):
         except RuntimeError:
             if not simulation.reports or simulation.reports[-1].ok:
                 raise  # the simulator broke: that is no way to catch a mutant
-            return None, [finding.kind for finding in simulation.reports[-1].findings]
-    return outputs, []
+            outputs = None
+    return outputs, [finding.kind for report in simulation.reports for finding in report.findings]
 
 
 # Kinds after which a kernel may not be let run unchecked.
@@ -374,8 +374,8 @@ def examine(mutant: Mutant | None, problem: Problem, truth: list[torch.Tensor] |
             outputs, found = _run(problem, ptx, seed, mode, checks=True)
             for kind in found:
                 kinds[kind] = kinds.get(kind, 0) + 1
-            by_checker += outputs is None
-            caught += outputs is None or not _same(outputs, truth)
+            by_checker += bool(found)
+            caught += bool(found) or not _same(outputs, truth)
         safe = not any(kind in UNSAFE for kind in kinds)
         if safe:
             for seed, mode in RUNS:

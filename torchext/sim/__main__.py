@@ -1,7 +1,8 @@
 """`python -m torchext.sim`: compile a CUDA file, list its kernels, launch one under the checker.
 
-Exit status: 0 without findings, 1 with findings (or outputs that depend on the schedule), 2 when
-there was nothing to run: a compiler error, malformed PTX, a specification that does not fit.
+Exit status: 0 without errors (notes do not count), 1 with errors or outputs that depend on the
+schedule, 2 when there was nothing to run: a compiler error, malformed PTX, a specification that
+does not fit.
 """
 
 from __future__ import annotations
@@ -115,9 +116,11 @@ def _launch(module: Module, spec: LaunchSpec) -> int:
         if array.save is not None and first is not None:
             np.save(array.save, _storable(first[name]))
     faulty = sum(not run.ok for run in runs)
+    noted = sum(run.ok and bool(run.notes) for run in runs)
     instructions = sum(run.warp_instructions for run in runs)
     print(
-        f"{spec.kernel}: {len(runs)} runs, {faulty} with findings, {len(seen)} distinct; "
+        f"{spec.kernel}: {len(runs)} runs, {faulty} with findings, "
+        f"{f'{noted} with notes only, ' if noted else ''}{len(seen)} distinct; "
         f"{instructions:,} warp-instructions in {sum(run.seconds for run in runs):.2f} s"
     )
     return 1 if faulty or differs else 0

@@ -27,7 +27,7 @@ class Simulation:
 
     @property
     def reports(self) -> list[Report]:
-        """One Report for each kernel launched, in order; those with findings also raised."""
+        """One Report for each kernel launched, in order; those with errors also raised."""
         return [report_from(raw) for raw in self._simulator.launches()]
 
 
@@ -68,8 +68,9 @@ def simulate(
     """Within it, torchext's ops on CPU tensors run their CUDA kernels on the simulator.
 
     The launchers (heuristics, tensor maps, shared memory, grid, cluster) and the PTX are those of a
-    GPU. An op whose kernel has findings raises RuntimeError with the report. The switch is
-    process-wide: every thread's ops are simulated until the block ends. Blocks nest.
+    GPU. An op whose kernel has errors raises RuntimeError with the report; notes are in `reports`
+    alone. The switch is process-wide: every thread's ops are simulated until the block ends. Blocks
+    nest.
 
     Args:
         num_sms: of the simulated GPU, which persistent kernels fill.

@@ -7,15 +7,16 @@ from typing import Any
 
 
 class SimulationError(RuntimeError):
-    """A simulated kernel has findings; `str(error)` is the rendered report."""
+    """A simulated kernel has errors; `str(error)` is the rendered report."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One fault of a kernel.
+    """What the checker objects to in a kernel.
 
     Attributes:
-        kind: its class, such as "data race" or "out of bounds".
+        kind: its class, such as "data race" or "out of bounds"; docs/simulator.md lists them.
+        grade: "error", or "note": against the rules, but harmless on the GPUs that there are.
         message: one sentence.
         kernel: the kernel's name.
         ptx_line, opcode: the instruction, by its line in the PTX text.
@@ -30,6 +31,7 @@ class Finding:
     """
 
     kind: str
+    grade: str
     message: str
     kernel: str
     ptx_line: int
@@ -52,7 +54,7 @@ class Report:
 
     Attributes:
         kernel: the kernel's name.
-        findings: its faults, one for each kind and pair of PTX lines.
+        findings: errors, then notes; one for each kind and pair of PTX lines.
         findings_truncated: there were more than the simulator keeps.
         instructions: warp-instructions executed, by opcode.
         warp_instructions: their sum.
@@ -73,13 +75,23 @@ class Report:
     text: str = field(repr=False)
 
     @property
+    def errors(self) -> tuple[Finding, ...]:
+        """The findings that are faults."""
+        return tuple(finding for finding in self.findings if finding.grade == "error")
+
+    @property
+    def notes(self) -> tuple[Finding, ...]:
+        """The findings that are harmless on the GPUs that there are."""
+        return tuple(finding for finding in self.findings if finding.grade == "note")
+
+    @property
     def ok(self) -> bool:
-        """Whether there are no findings."""
-        return not self.findings
+        """Whether there are no errors; notes do not count."""
+        return not self.errors
 
     def raise_for_findings(self) -> None:
-        """Raises SimulationError, with the rendered report, if there are findings."""
-        if self.findings:
+        """Raises SimulationError, with the rendered report, if there are errors."""
+        if not self.ok:
             raise SimulationError(self.text)
 
     def __str__(self) -> str:

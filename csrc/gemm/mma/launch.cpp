@@ -1,6 +1,7 @@
 // Launches the GEMM kernels of GPUs other than Hopper: picks the kernel and sizes the grid.
 #include <algorithm>
 
+#include "../../runtime/architecture.h"
 #include "../../runtime/check.h"
 #include "kernels.h"
 
@@ -9,22 +10,10 @@ namespace {
 
 using namespace mma;
 
-// Of a block, beyond the 1 KiB that the driver takes.
 uint32_t shared_limit(int compute_capability) {
-  switch (compute_capability) {
-    case 75:
-      return 64 << 10;
-    case 80:
-    case 87:
-      return 163 << 10;
-    case 90:
-    case 100:
-    case 103:
-    case 110:
-      return 227 << 10;
-    default:
-      return 99 << 10;
-  }
+  const Architecture* architecture = architecture_of(compute_capability);
+  // A GPU that the table does not know yet: what every one since Ampere has.
+  return architecture != nullptr ? architecture->shared_per_block : 99 << 10;
 }
 
 // One scale of b serves a tile's 128 columns, unless they straddle blocks of b's rows.
