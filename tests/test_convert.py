@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import io
+import json
+import pickle
+import re
+import warnings
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrizations, prune
 
-from torchext import Recipe, convert_to_fp8_training
+import torchext
+from torchext import Recipe, convert_to_fp8_training, revert_to_linear
 from torchext.nn import Linear
 
 
@@ -71,22 +78,68 @@ def test_default_filter():
 
 
 def test_summary():
-    assert str(convert_to_fp8_training(Model())).splitlines() == [
+    model = Model()
+    parameters = sum(p.numel() for p in model.parameters())
+    in_fp8 = sum(dict(model.named_parameters())[f"{name}.weight"].numel() for name in CONVERTED)
+    result = convert_to_fp8_training(model)
+    assert (result.fp8_elements, result.elements) == (in_fp8, parameters)
+    assert str(result).splitlines() == [
         "8 of 15 linear layers train in FP8",
         "  blocks.*.query (2)",
         "  blocks.*.output (2)",
         "  blocks.*.gate (2)",
         "  blocks.*.down (2)",
-        "left alone: router: its error changes which expert a token meets",
+        "left alone: router: its error changes which expert a token meets (18.6% of the "
+        "parameters)",
         "  blocks.*.moe.gate (2)",
         "  blocks.*.router.* (2)",
-        "left alone: fewer than 128 in or out features: smaller than one group of scales",
+        "left alone: fewer than 128 in or out features: smaller than one group of scales (8.9% of "
+        "the parameters)",
         "  narrow",
         "  short",
-        "left alone: output head: its error goes straight into the loss",
+        "left alone: output head: its error goes straight into the loss (9.0% of the parameters)",
         "  lm_head",
+        "not a linear layer: embedding: its rows are looked up, not multiplied (9.0% of the "
+        "parameters)",
+        "  embedding.weight [256, 128]",
+        f"{in_fp8 / parameters:.1%} of the parameters train in FP8: {in_fp8:,} of {parameters:,}",
     ]
+    assert repr(result) == (
+        "<ConversionResult: 8 of 15 linear layers train in FP8, "
+        f"{in_fp8 / parameters:.1%} of the parameters; print() shows all>"
+    )
     assert "the model itself" in str(convert_to_fp8_training(nn.Linear(128, 128)))
+
+
+def linears(*names: str) -> nn.Module:
+    model = nn.Module()
+    for name in names:
+        path, _, last = name.rpartition(".")
+        parent = model
+        for part in filter(None, path.split(".")):
+            if not hasattr(parent, part):
+                parent.add_module(part, nn.Module())
+            parent = getattr(parent, part)
+        parent.add_module(last, nn.Linear(128, 128))
+    return model
+
+
+@pytest.mark.parametrize(
+    "names, lines",
+    [
+        (["0", "2"], ["0", "2"]),
+        (["0.0", "0.1"], ["0.0", "0.1"]),
+        (["layers.0.q", "layers.1.q"], ["layers.*.q (2)"]),
+        (["layers.7.q"], ["layers.7.q"]),  # alone: its own name
+        (["0.q", "1.q", "10.q"], ["*.q (3)"]),
+        (["h.0.mlp.1", "h.1.mlp.1"], ["h.*.mlp.* (2)"]),
+        (["w1.v2"], ["w1.v2"]),  # digits within a name
+    ],
+    ids=str,
+)
+def test_summary_groups_repeated_blocks(names, lines):
+    told = str(convert_to_fp8_training(linears(*names))).splitlines()
+    assert told[1:-1] == [f"  {line}" for line in lines]
 
 
 def test_result_is_frozen():
@@ -95,6 +148,250 @@ def test_result_is_frozen():
         result.converted = ()
     with pytest.raises(TypeError):
         result.skipped["lm_head"] = "no reason"
+
+
+# ---- what stays wide ----
+
+
+def _replaced_forward() -> nn.Module:
+    linear = nn.Linear(128, 128)
+    linear.forward = lambda input: input
+    return linear
+
+
+class Experts(nn.Module):
+    """As transformers and torchtitan hold them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.randn(4, 256, 128))
+        self.bias = nn.Parameter(torch.zeros(256))
+
+
+class Conv1D(nn.Module):
+    """As transformers' GPT-2 holds its weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(128, 384))
+
+
+class Bare(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.projection = nn.Parameter(torch.randn(128, 128))
+
+
+def _quantised() -> nn.Module:
+    module = nn.Module()
+    module.weight = nn.Parameter(torch.zeros(8, 8, dtype=torch.int8), requires_grad=False)
+    return module
+
+
+@pytest.mark.parametrize(
+    "make, names, reason",
+    [
+        (Experts, ["part.gate_up_proj"], "Experts holds matrices, such as experts, in one 3-D"),
+        (Conv1D, ["part.weight"], r"Conv1D holds a transposed weight \(replace it by"),
+        (lambda: nn.Conv2d(3, 8, 3), ["part.weight"], "convolution: "),
+        (lambda: nn.ConvTranspose1d(4, 8, 3), ["part.weight"], "convolution: "),
+        (lambda: nn.Embedding(10, 4), ["part.weight"], "embedding: "),
+        (lambda: nn.EmbeddingBag(10, 4), ["part.weight"], "embedding: "),
+        (lambda: nn.LSTM(4, 4), ["part.weight_hh_l0", "part.weight_ih_l0"], "LSTM: "),
+        (lambda: nn.GRUCell(4, 4), ["part.weight_hh", "part.weight_ih"], "GRUCell: "),
+        (lambda: nn.Bilinear(4, 4, 4), ["part.weight"], "Bilinear holds matrices"),
+        (lambda: nn.LayerNorm((4, 4)), ["part.bias", "part.weight"], "LayerNorm multiplies elem"),
+        (Bare, ["part.projection"], "parameter of Bare, not of a torch.nn.Linear"),
+        (
+            lambda: nn.ParameterList([torch.randn(4, 4), torch.randn(4)]),
+            ["part.0"],
+            "parameter of ParameterList",
+        ),
+        (_quantised, ["part.weight"], "its dtype is torch.int8"),
+        (
+            lambda: nn.MultiheadAttention(128, 2),
+            ["part.in_proj_weight", "part.out_proj.weight"],
+            "MultiheadAttention multiplies|NonDynamicallyQuantizableLinear is a subclass",
+        ),
+        (lambda: nn.LazyLinear(128), ["part.weight"], "LazyLinear is a subclass .*run a forward"),
+        (
+            lambda: parametrizations.weight_norm(nn.Linear(128, 128)),
+            ["part.parametrizations.weight.original0", "part.parametrizations.weight.original1"],
+            "its parameters are parametrised",
+        ),
+        (lambda: nn.Linear(128, 4), ["part.weight"], "fewer than 128"),
+    ],
+    ids=str,
+)
+def test_what_stays_wide_is_listed_with_its_reason(make, names, reason):
+    model = nn.Sequential()
+    model.layer, model.part = nn.Linear(128, 128), make()
+    result = convert_to_fp8_training(model)
+    assert result.converted == ("layer",)
+    assert sorted(parameter.name for parameter in result.wide) == names
+    parameters = dict(model.named_parameters())
+    for parameter in result.wide:
+        assert re.match(reason, parameter.reason)
+        assert parameter.reason in str(result)
+        if not is_lazy(parameters[parameter.name]):
+            assert parameter.shape == parameters[parameter.name].shape
+            assert parameter.numel == parameters[parameter.name].numel()
+
+
+def test_a_parameter_that_modules_share_counts_once():
+    model = nn.Module()
+    model.words, model.head = nn.Embedding(256, 128), nn.Linear(128, 256, bias=False)
+    model.head.weight = model.words.weight
+    model.first, model.second = nn.Linear(128, 128), nn.Linear(128, 128)
+    model.second.weight = model.first.weight
+    result = convert_to_fp8_training(model)
+    assert [parameter.name for parameter in result.wide] == ["words.weight"]
+    assert result.fp8_elements == 128 * 128
+    assert result.elements == 256 * 128 + 128 * 128 + 2 * 128
+    tied_head_too = convert_to_fp8_training(model, module_filter_fn=everything)
+    assert tied_head_too.wide == ()
+    assert tied_head_too.fp8_elements == 256 * 128 + 128 * 128
+
+
+def test_what_was_converted_before_counts():
+    model = Model()
+    first = convert_to_fp8_training(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        second = convert_to_fp8_training(model)
+    assert second.converted == ()
+    assert second.fp8_elements == first.fp8_elements and second.wide == first.wide
+
+
+@pytest.mark.parametrize(
+    "make, filter_fn, reason",
+    [
+        (Conv1D, None, "this Conv1D trains in FP8: Conv1D holds a transposed weight"),
+        (Experts, None, "Experts holds matrices"),
+        (nn.ReLU, None, "it has no torch.nn.Linear"),
+        (lambda: nn.Linear(4, 4), None, "fewer than 128 .* module_filter_fn can convert"),
+        (Model, lambda module, fqn: False, "module_filter_fn said no"),
+        (_replaced_forward, None, "convert before accelerate"),
+    ],
+    ids=["Conv1D", "experts", "no linear", "small", "filter", "hooks"],
+)
+def test_a_model_in_which_nothing_converts_is_warned_of(make, filter_fn, reason):
+    with pytest.warns(UserWarning, match=rf"(?s)^convert_to_fp8_training: .*{reason}") as caught:
+        convert_to_fp8_training(make(), module_filter_fn=filter_fn)
+    (warning,) = caught
+    assert warning.filename == __file__
+
+
+# ---- a result that is kept ----
+
+
+class KeepsItsResult(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.small, self.experts = nn.Linear(256, 256), nn.Linear(4, 4), Experts()
+        self.conversion = convert_to_fp8_training(self)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x)
+
+
+def _saved(value: object, **options: object) -> object:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, **options)
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [
+        copy.copy,
+        copy.deepcopy,
+        lambda x: pickle.loads(pickle.dumps(x)),
+        lambda x: pickle.loads(pickle.dumps(x, protocol=2)),
+        lambda x: _saved(x, weights_only=False),
+    ],
+    ids=["copy", "deepcopy", "pickle", "pickle 2", "torch.save"],
+)
+def test_a_result_and_a_model_that_keeps_it_are_copied(copied):
+    model = KeepsItsResult()
+    for kept in (model.conversion, copied(model).conversion, copied(model.conversion)):
+        assert isinstance(kept, torchext.ConversionResult)
+        assert kept.to_dict() == model.conversion.to_dict()
+        assert str(kept) == str(model.conversion)
+        with pytest.raises(TypeError, match="read-only"):
+            kept.skipped["linear"] = "no reason"
+    assert copy.deepcopy(model).conversion.model is not model
+
+
+def test_result_as_plain_data():
+    result = KeepsItsResult().conversion
+    plain = result.to_dict()
+    assert json.loads(json.dumps(plain)) == json.loads(result.to_json(indent=1)) == plain
+    assert json.loads(json.dumps(result.skipped)) == result.skipped
+    assert _saved(plain, weights_only=True) == plain
+    assert plain["converted"] == ["linear"]
+    assert plain["skipped"]["small"].startswith("fewer than 128")
+    assert plain["wide"][0]["name"] == "experts.gate_up_proj"
+    assert plain["wide"][0]["shape"] == [4, 256, 128] and plain["wide"][0]["numel"] == 131072
+    assert plain["fp8_elements"] == 65536
+    assert plain["fp8_share"] == pytest.approx(65536 / plain["elements"])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda d: d.pop("small"),
+        lambda d: d.clear(),
+        lambda d: d.update(small=""),
+        lambda d: d.setdefault("x", ""),
+        lambda d: d.__delitem__("small"),
+        lambda d: d.__ior__({}),
+    ],
+)
+def test_reasons_cannot_be_changed(change):
+    with pytest.raises(TypeError, match="read-only"):
+        change(KeepsItsResult().conversion.skipped)
+
+
+# ---- the way back ----
+
+
+def test_a_model_becomes_wide_again(device):
+    model = Model().to(device).eval()
+    tokens = torch.zeros(1, 4, dtype=torch.long, device=device)
+    plain = model(tokens)
+    kinds = [type(module) for module in model.modules()]
+    parameters, text = list(model.parameters()), repr(model)
+    convert_to_fp8_training(model, Recipe.rowwise())
+    assert not torch.equal(model(tokens), plain)  # and leaves FP8 weights behind, if they are kept
+    assert repr(model).count("fp8=rowwise") == 4  # of either block, printed once
+    assert revert_to_linear(model) == CONVERTED
+    assert [type(module) for module in model.modules()] == kinds
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    assert torch.equal(model(tokens), plain)
+    assert repr(model) == text
+    assert set(vars(model.blocks[0].query)) == set(vars(nn.Linear(1, 1)))
+    assert revert_to_linear(model) == ()
+    assert convert_to_fp8_training(model).converted == CONVERTED
+
+
+def test_what_cannot_become_wide_again_is_left_as_it_was():
+    class Own(Linear):
+        pass
+
+    for subclass in (Own(128, 128), parametrizations.weight_norm(Linear(128, 128))):
+        model = nn.Sequential(Linear(128, 128), subclass)
+        with pytest.raises(TypeError, match=r"revert_to_linear: 1: .* subclass"):
+            revert_to_linear(model)
+        assert type(model[0]) is Linear
+        with pytest.raises(TypeError, match=r"Linear.revert_: .* subclass"):
+            subclass.revert_()
+    with pytest.raises(TypeError, match=r"revert_to_linear: model: expected .* got 'model'"):
+        revert_to_linear("model")
+
+
+# ---- what is converted ----
 
 
 def test_own_filter_sees_every_linear_and_decides():
@@ -168,6 +465,7 @@ def test_converting_twice_changes_nothing():
     assert model.blocks[0].query.recipe == Recipe.rowwise()
 
 
+@pytest.mark.filterwarnings("ignore:convert_to_fp8_training")
 def test_a_head_tied_to_the_embedding_is_left_alone():
     class Tied(nn.Module):
         def __init__(self) -> None:
@@ -189,12 +487,7 @@ def _parametrised() -> nn.Module:
     return parametrizations.weight_norm(nn.Linear(128, 128))
 
 
-def _replaced_forward() -> nn.Module:
-    linear = nn.Linear(128, 128)
-    linear.forward = lambda input: input
-    return linear
-
-
+@pytest.mark.filterwarnings("ignore:convert_to_fp8_training")
 @pytest.mark.parametrize(
     "make, reason",
     [
@@ -202,7 +495,7 @@ def _replaced_forward() -> nn.Module:
         (lambda: nn.LazyLinear(128), "LazyLinear is a subclass"),
         (lambda: nn.MultiheadAttention(128, 1), "NonDynamicallyQuantizableLinear is a subclass"),
         (_parametrised, "its parameters are parametrised"),
-        (_replaced_forward, "its forward was replaced"),
+        (_replaced_forward, "its forward was replaced by another function (convert before "),
         (lambda: nn.Linear(128, 128, dtype=torch.float64), "its weight is torch.float64"),
     ],
     ids=["subclass", "lazy", "attention", "parametrised", "patched", "float64"],
@@ -239,6 +532,7 @@ def test_wrong_arguments_are_refused(arguments, message):
         convert_to_fp8_training(*arguments)
 
 
+@pytest.mark.filterwarnings("ignore:convert_to_fp8_training")
 def test_a_model_without_linears():
     result = convert_to_fp8_training(nn.Sequential(nn.ReLU()))
     assert result.converted == () and not result.skipped

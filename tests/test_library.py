@@ -43,6 +43,24 @@ def test_is_available_gives_a_reason_either_way(feature):
     assert reason
 
 
+def test_is_available_is_true_or_false_by_itself(monkeypatch, tmp_path):
+    assert torchext.is_available("cpu")
+    without_ptx(monkeypatch, tmp_path)
+    absent = torchext.is_available("cuda")
+    assert not absent
+    assert absent.ok is False and "nvcc" in absent.reason
+    assert str(absent) == f"no: {absent.reason}"
+
+
+def test_is_available_without_a_feature_tells_all():
+    table = torchext.is_available()
+    assert list(table) == ["cpu", "cuda", "sm90", "sim"]
+    for feature, answer in table.items():
+        assert answer == torchext.is_available(feature)
+        assert re.search(rf"^{feature} +{'yes' if answer else 'no'}: ", str(table), re.MULTILINE)
+    assert repr(table) == str(table)
+
+
 def test_is_available_refuses_an_unknown_feature():
     with pytest.raises(ValueError, match=r"feature must be one of 'cpu', 'cuda'.*\(got 'tpu'\)"):
         torchext.is_available("tpu")
@@ -122,6 +140,26 @@ def test_sim_needs_its_extension(monkeypatch, tmp_path):
     assert "torchext._sim" in reason
 
 
+@pytest.mark.parametrize("hidden", ["numpy", "torchext._sim"])
+def test_the_simulator_says_what_it_lacks(hidden):
+    script = f"""
+import sys
+sys.modules[{hidden!r}] = None
+import torchext
+print(torchext.is_available("sim"))
+try:
+    torchext.sim
+except ImportError as error:
+    print(error)
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    answer, error = run.stdout.splitlines()
+    remedy = "pip install numpy" if hidden == "numpy" else "reinstall torchext from source"
+    assert answer.startswith("no: ") and hidden in answer and remedy in answer
+    assert error.startswith("torchext.sim: ") and hidden in error
+    assert remedy in error.replace("`", "")
+
+
 def test_get_include_of_this_installation_has_the_headers():
     folder = Path(torchext.get_include())
     assert (folder / "ptx" / "isa" / "wgmma.h").is_file()
@@ -160,6 +198,16 @@ def test_references_load_as_an_attribute():
     assert run.stdout.strip() == "quantize_1x128"
 
 
+def test_completion_shows_what_is_public():
+    script = "import torchext; print(*dir(torchext))"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert set(run.stdout.split()) == {*torchext.__all__, "compat", "reference", "sim"}
+    for name in dir(torchext):
+        assert hasattr(torchext, name)
+    assert dir(torchext.compat) == ["deep_gemm"]
+    assert torchext.compat.deep_gemm.fp8_gemm_nt
+
+
 def test_an_unknown_attribute_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = torchext.nothing
@@ -167,6 +215,7 @@ def test_an_unknown_attribute_is_an_attribute_error():
 
 def test_exports():
     assert set(torchext.__all__) == {
+        "ConversionResult",
         "Recipe",
         "__version__",
         "convert_to_fp8_training",
@@ -175,6 +224,7 @@ def test_exports():
         "is_available",
         "nn",
         "ops",
+        "revert_to_linear",
     }
     for name in torchext.__all__:
         assert hasattr(torchext, name)

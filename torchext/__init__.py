@@ -1,23 +1,30 @@
 """torchext: FP8 mixed-precision training and inference kernels for PyTorch.
 
 `torchext.convert_to_fp8_training(model)` replaces a model's `nn.Linear`s; `torchext.nn` has the
-layers, `torchext.ops` the ops, `torchext.reference` what each op computes, in plain PyTorch, and
-`torchext.sim` runs the compiled CUDA kernels on a CPU.
+layers, `torchext.ops` the ops, `torchext.reference` what each op computes, in plain PyTorch,
+`torchext.sim` runs the compiled CUDA kernels on a CPU, and `torchext.compat.deep_gemm` stands in
+for DeepGEMM. `torchext.is_available()` tells what works on this machine.
 """
 
 from __future__ import annotations
 
-from types import ModuleType
+import importlib as _importlib
+from typing import Any as _Any
 
 from . import nn, ops
+from ._conversion_result import ConversionResult
 from ._library import get_include, is_available
-from .convert import convert_to_fp8_training
+from .convert import convert_to_fp8_training, revert_to_linear
 from .gemm_selection import explain_gemm
 from .recipe import Recipe
 
 __version__ = "0.1.0"
 
+# Loaded when asked for: the simulator needs numpy and an extension of its own.
+_LAZY = ("compat", "reference", "sim")
+
 __all__ = [
+    "ConversionResult",
     "Recipe",
     "__version__",
     "convert_to_fp8_training",
@@ -26,13 +33,15 @@ __all__ = [
     "is_available",
     "nn",
     "ops",
+    "revert_to_linear",
 ]
 
 
-def __getattr__(name: str) -> ModuleType:
-    # The simulator needs numpy and an extension of its own: it is loaded when asked for.
-    if name in ("reference", "sim"):
-        from importlib import import_module
-
-        return import_module(f".{name}", __name__)
+def __getattr__(name: str) -> _Any:
+    if name in _LAZY:
+        return _importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, *_LAZY})

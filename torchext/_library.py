@@ -7,6 +7,7 @@ import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple, overload
 
 import torch
 
@@ -38,7 +39,7 @@ def load(path: Path = PACKAGE / "_C.so") -> None:
 
 
 def op_library() -> ctypes.CDLL:
-    """The compiled ops as a C library, for what is no op: the simulator's seam, say."""
+    """The compiled ops as a C library: some of its functions are no ops (the simulator's seam)."""
     return ctypes.CDLL(str(PACKAGE / "_C.so"))
 
 
@@ -76,25 +77,62 @@ def get_include() -> str:
     )
 
 
-def is_available(feature: str) -> tuple[bool, str]:
-    """Whether this build, on this machine, has `feature`; and why, in one sentence.
+class Availability(NamedTuple):
+    """Whether a feature can be used, true or false as such; it unpacks into both fields.
+
+    Attributes:
+        ok: whether it can.
+        reason: why, in one sentence; with the remedy where it cannot.
+    """
+
+    ok: bool
+    reason: str
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+    def __str__(self) -> str:
+        return f"{'yes' if self.ok else 'no'}: {self.reason}"
+
+
+class Availabilities(dict[str, Availability]):
+    """{feature: Availability}, printed as a table."""
+
+    def __repr__(self) -> str:
+        width = max(map(len, self), default=0)
+        return "\n".join(f"{name:<{width}}  {answer}" for name, answer in self.items())
+
+
+@overload
+def is_available(feature: str) -> Availability: ...
+@overload
+def is_available(feature: None = None) -> Availabilities: ...
+def is_available(feature: str | None = None) -> Availability | Availabilities:
+    """Whether this build, on this machine, has `feature`; without one, the answer for each.
 
     Features:
       "cpu"   the CPU kernels: always;
       "cuda"  the CUDA kernels were built and torch's current GPU can run them (compute capability
               7.5 or later); the reason says which kernels it takes;
       "sm90"  "cuda", and the GPU is of compute capability 9.0, as Hopper's kernels need;
-      "sim"   the PTX simulator (`torchext.sim`) and the PTX that it executes were built.
+      "sim"   the PTX simulator (`torchext.sim`), the PTX that it executes and numpy are there.
+
+    Returns:
+        For a feature, an object that is true or false and has `.reason`; it also unpacks,
+        `ok, reason = is_available("cuda")`. Without one, a dict of such objects by feature, which
+        prints as a table.
 
     Raises ValueError for any other feature.
     """
+    if feature is None:
+        return Availabilities((name, Availability(*check())) for name, check in _FEATURES.items())
     check = _FEATURES.get(feature)
     if check is None:
         raise ValueError(
             f"torchext.is_available: feature must be one of {', '.join(map(repr, _FEATURES))} "
             f"(got {feature!r})"
         )
-    return check()
+    return Availability(*check())
 
 
 def _has_ptx() -> bool:
@@ -161,7 +199,11 @@ def _sim() -> tuple[bool, str]:
             "this build of torchext has no PTX to simulate (no nvcc was found when it was built); "
             "reinstall torchext where nvcc is on PATH or CUDA_HOME is set"
         )
-    return True, "the simulator and the PTX of the CUDA kernels are built"
+    try:
+        importlib.import_module("numpy")
+    except ImportError as error:
+        return False, f"the simulator needs numpy ({error}); pip install numpy"
+    return True, "the simulator and the PTX of the CUDA kernels are built, and numpy is there"
 
 
 _FEATURES: dict[str, Callable[[], tuple[bool, str]]] = {

@@ -1,15 +1,15 @@
-"""Turns the nn.Linears of a model into FP8 ones, and says which it left alone and why."""
+"""Turns the nn.Linears of a model into FP8 ones, and back, and says which it left alone and why."""
 
 from __future__ import annotations
 
-import dataclasses
-import re
-from collections.abc import Callable, Iterable, Mapping
-from types import MappingProxyType
+import warnings
+from collections.abc import Callable
 
 import torch
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
+from ._conversion_result import ConversionResult, ReadOnlyDict, survey
 from ._layout import GROUP
 from .nn import Linear
 from .recipe import Recipe
@@ -18,31 +18,6 @@ ModuleFilter = Callable[[torch.nn.Module, str], bool]
 
 _HEAD_NAMES = {"lm_head", "output", "head", "classifier", "score", "embed_out", "unembed", "logits"}
 _ROUTER_NAMES = {"router", "gate", "shared_expert_gate"}
-
-
-@dataclasses.dataclass(frozen=True)
-class ConversionResult:
-    """What convert_to_fp8_training did; `print` it for a summary.
-
-    Attributes:
-        model: the model that was passed, converted in place.
-        converted: fully qualified names of the layers that now train in FP8.
-        skipped: every other torch.nn.Linear's name, and the reason in a few words.
-    """
-
-    model: torch.nn.Module
-    converted: tuple[str, ...]
-    skipped: Mapping[str, str]
-
-    def __str__(self) -> str:
-        total = len(self.converted) + len(self.skipped)
-        lines = [f"{len(self.converted)} of {total} linear layers train in FP8"]
-        lines += [f"  {name}" for name in _summarise(self.converted)]
-        for reason in dict.fromkeys(self.skipped.values()):
-            names = [name for name, why in self.skipped.items() if why == reason]
-            lines.append(f"left alone: {reason}")
-            lines += [f"  {name}" for name in _summarise(names)]
-        return "\n".join(lines)
 
 
 def convert_to_fp8_training(
@@ -62,13 +37,15 @@ def convert_to_fp8_training(
         module_filter_fn: called as (module, fully qualified name) for each torch.nn.Linear that
             could be converted; true means convert it. If None, these are left alone: layers with
             fewer than 128 in or out features (smaller than one group of scales), output heads
-            (their error goes straight into the loss), and routers (where it changes which expert a
-            token meets). Heads and routers are known by their names, and a head also by sharing its
-            weight with an embedding.
+            (their error goes straight into the loss), and routers (whose error may send a token to
+            another expert). Heads and routers are known by their names, and a head also by sharing
+            its weight with an embedding.
 
     Whatever the filter says, these are left alone: subclasses of torch.nn.Linear, layers whose
     weight is parametrised or whose `forward` was replaced, and weights that are not plain FP32,
-    BF16 or FP16 tensors.
+    BF16 or FP16 tensors. Parameters of other modules stay as they are; `result.wide` lists those of
+    two or more dimensions, so that no expert or Conv1D is left wide unnoticed. A model in which
+    nothing trains in FP8 afterwards is warned of. `revert_to_linear` is the way back.
 
     Raises TypeError for a model, recipe or filter of another type.
     """
@@ -89,7 +66,49 @@ def convert_to_fp8_training(
             converted.append(fqn)
         else:
             skipped[fqn] = reason
-    return ConversionResult(model, tuple(converted), MappingProxyType(skipped))
+    result = ConversionResult(
+        model, tuple(converted), ReadOnlyDict(skipped), *survey(model, skipped)
+    )
+    if result.fp8_elements == 0:
+        warnings.warn(_nothing_converted(result), stacklevel=2)
+    return result
+
+
+def revert_to_linear(model: torch.nn.Module) -> tuple[str, ...]:
+    """Makes the FP8 layers of `model` torch.nn.Linears again, in place: the way back.
+
+    Each stays the same object with the same parameters, hooks and mode, as in
+    `convert_to_fp8_training`. Call it, for example, before another library quantises the model.
+
+    Returns the fully qualified names of the layers.
+
+    Raises TypeError, before it changes anything, if `model` is no torch.nn.Module or has a subclass
+    of torchext.nn.Linear, or such a layer that is parametrised.
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"revert_to_linear: model: expected a torch.nn.Module; got {model!r}")
+    layers = {fqn: m for fqn, m in model.named_modules() if isinstance(m, Linear)}
+    for fqn, layer in layers.items():
+        if type(layer) is not Linear:
+            raise TypeError(
+                f"revert_to_linear: {fqn}: expected a torchext.nn.Linear; got its subclass "
+                f"{type(layer).__name__}, whose own behaviour would be lost; remove its "
+                "parametrisations, or replace it, first"
+            )
+    for layer in layers.values():
+        layer.revert_()
+    return tuple(layers)
+
+
+def _nothing_converted(result: ConversionResult) -> str:
+    reasons = dict.fromkeys([p.reason for p in result.wide] + list(result.skipped.values()))
+    text = "; ".join(reasons) or "it has no torch.nn.Linear"
+    if result.skipped:
+        text += ". module_filter_fn can convert heads, routers and small layers"
+    return (
+        f"convert_to_fp8_training: no parameter of this {type(result.model).__name__} trains in "
+        f"FP8: {text}"
+    )
 
 
 def _check_arguments(
@@ -112,14 +131,19 @@ def _why_impossible(linear: torch.nn.Linear) -> str | None:
     if is_parametrized(linear):
         return "its parameters are parametrised (convert first, parametrise after)"
     if type(linear) is not torch.nn.Linear:
-        return f"{type(linear).__name__} is a subclass whose own behaviour would be lost"
+        kind = type(linear).__name__
+        remedy = "run a forward first" if is_lazy(linear.weight) else "replace it by a plain one"
+        return f"{kind} is a subclass whose own behaviour would be lost ({remedy})"
     if "forward" in vars(linear):
-        return "its forward was replaced by another function"
+        return (
+            "its forward was replaced by another function (convert before accelerate or others add "
+            "their hooks)"
+        )
     weight = linear.weight
     if type(weight) not in (torch.nn.Parameter, torch.Tensor):
         return f"its weight is a {type(weight).__name__} (convert before sharding or quantising)"
     if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"its weight is {weight.dtype}, not FP32, BF16 or FP16"
+        return f"its weight is {weight.dtype}, not FP32, BF16 or FP16 (change it with .to())"
     return None
 
 
@@ -136,14 +160,3 @@ def _why_not_worthwhile(linear: torch.nn.Linear, fqn: str, embeddings: set[int])
     if min(linear.in_features, linear.out_features) < GROUP:
         return f"fewer than {GROUP} in or out features: smaller than one group of scales"
     return None
-
-
-def _summarise(names: Iterable[str]) -> list[str]:
-    """Names of repeated blocks on one line: layers.*.attention.query (32)."""
-    counts: dict[str, int] = {}
-    for name in names:
-        pattern = re.sub(r"(?<![^.])\d+(?![^.])", "*", name) or "the model itself"
-        counts[pattern] = counts.get(pattern, 0) + 1
-    return [
-        f"{pattern} ({count})" if "*" in pattern else pattern for pattern, count in counts.items()
-    ]

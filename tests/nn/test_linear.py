@@ -275,7 +275,7 @@ def test_it_is_a_torch_linear(device):
     plain = torch.nn.Linear(200, 136, device=device)
     assert isinstance(linear, torch.nn.Linear)
     assert torch.equal(linear.weight, plain.weight) and torch.equal(linear.bias, plain.bias)
-    assert repr(linear) == repr(plain)[:-1] + ", recipe=blockwise)"
+    assert repr(linear) == repr(plain)[:-1] + ", fp8=blockwise)"
     assert [name for name, _ in linear.named_parameters()] == ["weight", "bias"]
 
 

@@ -88,6 +88,24 @@ class Linear(torch.nn.Linear):
         linear.recipe = recipe
         return linear
 
+    def revert_(self) -> torch.nn.Linear:
+        """Undoes `convert_`: turns this layer into a torch.nn.Linear in place, and returns it.
+
+        It stays the same object with the same parameters, hooks and mode.
+
+        Raises TypeError for a subclass of torchext.nn.Linear, a parametrised layer included.
+        """
+        if type(self) is not Linear:
+            raise TypeError(
+                f"Linear.revert_: expected a torchext.nn.Linear; got its subclass "
+                f"{type(self).__name__}, whose own behaviour would be lost; remove its "
+                "parametrisations, or replace it, first"
+            )
+        for name in Linear.__annotations__:  # what this class keeps beside torch.nn.Linear
+            self.__dict__.pop(name, None)
+        self.__class__ = torch.nn.Linear  # type: ignore[assignment]
+        return self
+
     def forward(self, input: Tensor) -> Tensor:
         """`input` [..., in_features], FP32, BF16 or FP16, to [..., out_features].
 
@@ -161,7 +179,7 @@ class Linear(torch.nn.Linear):
         super()._load_from_state_dict(*args, **kwargs)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, recipe={self.recipe}"
+        return f"{super().extra_repr()}, fp8={self.recipe}"
 
 
 def _checked_recipe(recipe: Recipe | None) -> Recipe:

@@ -26,6 +26,13 @@ except ImportError as error:
         f"another Python ({error}); reinstall torchext from source with this Python: "
         "`pip install .`"
     ) from error
+try:
+    import numpy as _numpy  # noqa: F401  (torch does without; every module below needs it)
+except ImportError as error:
+    raise ImportError(
+        f"torchext.sim: expected numpy; got: {error}; install it with `pip install numpy`, or "
+        "torchext with its extra, `pip install '.[sim]'`"
+    ) from error
 
 from .arguments import Argument, output, pointer, read_only, struct, tensor_map
 from .compiler import CompileError, compile_cuda
