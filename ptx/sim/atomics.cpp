@@ -40,7 +40,8 @@ Step atomic(Warp& w, const Instruction& i, U32 mask) {
   const auto& a = *static_cast<const Atomic*>(i.extra);
   w.need(i.s[0], mask, "as an address");
   const std::size_t values = a.returns ? a.elements : 0;  // list: results, then values
-  for (std::size_t e = values; e < i.list.size(); ++e) w.need(i.list[e], mask, "as a value");
+  for (std::size_t e = values; e < i.list.size(); ++e)
+    w.need(i.list[e], mask, "as a value", a.bytes == 8 ? ~U64{0} : (U64{1} << (8 * a.bytes)) - 1);
   const U32 total = a.bytes * a.elements;
   bool changed = false;
   for_lanes(mask, [&](int lane) {

@@ -16,6 +16,8 @@ enum : U16 { kSigned = 1, kWrap = 2 };
 
 enum PermuteMode : U16 { kIndex, kF4e, kB4e, kRc8, kEcl, kEcr, kRc16 };
 struct Permute {
+  static constexpr Spread spread = Spread::bits;
+  static constexpr std::size_t data = 2;
   U32 operator()(const Instruction& i, U32 a, U32 b, U32 c) const {
     const U64 bytes = U64{b} << 32 | a;
     U32 selector[4];
@@ -72,6 +74,8 @@ void decode_prmt(Decoder& d) {
 }
 
 struct Bfe {
+  static constexpr Spread spread = Spread::bits;
+  static constexpr std::size_t data = 1;
   template <class T>
   T operator()(T a, U32 at, U32 length) const {
     constexpr U32 bits = 8 * sizeof(T);
@@ -119,19 +123,31 @@ void decode_bfe(Decoder& d) {
 }
 
 template <class T>
-Step insert_field(Warp& w, const Instruction& i, U32 mask) {
-  constexpr U32 bits = 8 * sizeof(T);
-  for_lanes(mask, [&](int l) {
-    const auto a = static_cast<T>(w.integer(i.s[0], l));
-    auto r = static_cast<T>(w.integer(i.s[1], l));
-    const U32 at = w.integer(i.s[2], l) & 0xff, length = w.integer(i.s[3], l) & 0xff;
+struct InsertField {
+  static constexpr Spread spread = Spread::bits;
+  static constexpr std::size_t data = 2;
+  T operator()(T a, T r, U32 at, U32 length) const {
+    constexpr U32 bits = 8 * sizeof(T);
+    at &= 0xff;
+    length &= 0xff;
     for (U32 k = 0; k < length && at + k < bits; ++k) {
       const T bit = T{1} << (at + k);
       r = (a >> k) & 1 ? r | bit : r & ~bit;
     }
-    w.put(i.d, l, r);
+    return r;
+  }
+};
+
+template <class T>
+Step insert_field(Warp& w, const Instruction& i, U32 mask) {
+  with_validity<T, InsertField<T>, T, T, U32, U32>(w, i, mask, [&] {
+    for_lanes(mask, [&](int l) {
+      w.put(i.d, l,
+            InsertField<T>()(
+                static_cast<T>(w.integer(i.s[0], l)), static_cast<T>(w.integer(i.s[1], l)),
+                static_cast<U32>(w.integer(i.s[2], l)), static_cast<U32>(w.integer(i.s[3], l))));
+    });
   });
-  w.set_valid(i.d, mask, w.valid(i.s[0]) & w.valid(i.s[1]) & w.valid(i.s[2]) & w.valid(i.s[3]));
   return Step::next;
 }
 
@@ -167,6 +183,8 @@ void decode_bmsk(Decoder& d) {
 }
 
 struct Szext {
+  static constexpr Spread spread = Spread::bits;
+  static constexpr std::size_t data = 1;
   U32 operator()(const Instruction& i, U32 a, U32 n, U32) const {
     n = i.small & kWrap ? n & 31 : n > 32 ? 32 : n;
     if (n == 0) return 0;
@@ -211,6 +229,8 @@ struct BfindShift {
   }
 };
 struct Brev {
+  static constexpr Spread spread = Spread::bits;
+  static constexpr std::size_t data = 1;
   template <class T>
   T operator()(T a) const {
     T r = 0;

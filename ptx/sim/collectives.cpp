@@ -44,8 +44,9 @@ Step shuffle(Warp& w, const Instruction& i, U32 mask) {
   if (i.s[3].reg != 0 || i.s[3].bank == 1) {
     if (!meet(w, i.s[3], mask, &members)) return Step::block;
   }
-  U32 result[32] = {}, in_range = 0, valid = 0;
-  const U32 source_valid = w.valid(i.s[0]);
+  U32 result[32] = {}, in_range = 0;
+  LaneBits valid;
+  const bool whole = (mask & ~w.valid(i.s[0])) == 0;
   for_lanes(mask, [&](int lane) {
     const auto b = static_cast<int>(w.integer(i.s[1], lane) & 31);
     const auto c = static_cast<U32>(w.integer(i.s[2], lane));
@@ -81,10 +82,10 @@ Step shuffle(Warp& w, const Instruction& i, U32 mask) {
       j = lane;
     }
     result[lane] = static_cast<U32>(w.integer(i.s[0], j));
-    valid |= ((source_valid >> j) & 1) << lane;
+    if (!whole) valid.of[lane] = w.valid_bits(i.s[0], j);
   });
   for_lanes(mask, [&](int lane) { w.put(i.d, lane, result[lane]); });
-  w.set_valid(i.d, mask, valid);
+  w.set_validity(i.d, mask, whole, valid);
   if (!i.d2.sink) {
     w.set_predicate(i.d2, mask, in_range);
     w.set_valid(i.d2, mask, mask);

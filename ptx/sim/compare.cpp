@@ -227,13 +227,18 @@ Step set_pair(Warp& w, const Instruction& i, U32 mask) {
     low |= static_cast<U32>(F()(at(a, 0), at(b, 0))) << l;
     high |= static_cast<U32>(F()(at(a, 1), at(b, 1))) << l;
   });
-  U32 valid = w.valid(i.s[0]) & w.valid(i.s[1]);
-  low = combine(w, i, low, &valid);
-  high = combine(w, i, high, &valid);
+  U32 low_valid = w.valid(i.s[0]) & w.valid(i.s[1]), high_valid = low_valid;
+  for_lanes(mask & ~low_valid, [&](int l) {
+    const U64 bits = w.valid_bits(i.s[0], l) & w.valid_bits(i.s[1], l);
+    low_valid |= static_cast<U32>((bits & 0xffff) == 0xffff) << l;
+    high_valid |= static_cast<U32>((bits >> 16 & 0xffff) == 0xffff) << l;
+  });
+  low = combine(w, i, low, &low_valid);
+  high = combine(w, i, high, &high_valid);
   w.set_predicate(i.d, mask, low);
   w.set_predicate(i.d2, mask, high);
-  w.set_valid(i.d, mask, valid);
-  w.set_valid(i.d2, mask, valid);
+  w.set_valid(i.d, mask, low_valid);
+  w.set_valid(i.d2, mask, high_valid);
   return Step::next;
 }
 template <class T>
@@ -301,10 +306,20 @@ void decode_set(Decoder& d) {
   if (d.out.execute == nullptr) d.fail("no such comparison for this type");
 }
 
+// Each lane takes s[0] where `first` says so, else s[1], and its valid bits with it. `decided`:
+// lanes in which what decides is valid.
+void take_either(Warp& w, const Instruction& i, U32 mask, U32 first, U32 decided) {
+  const U32 valid = decided & ((first & w.valid(i.s[0])) | (~first & w.valid(i.s[1])));
+  LaneBits bits;
+  for_lanes((mask & ~valid) == 0 ? 0 : mask, [&](int l) {
+    bits.of[l] = (decided >> l) & 1 ? w.valid_bits((first >> l) & 1 ? i.s[0] : i.s[1], l) : 0;
+  });
+  each_lane(mask, [&](int l) { w.put(i.d, l, w.integer((first >> l) & 1 ? i.s[0] : i.s[1], l)); });
+  w.set_validity(i.d, mask, (mask & ~valid) == 0, bits);
+}
+
 Step select(Warp& w, const Instruction& i, U32 mask) {
-  const U32 p = w.predicate(i.s[2]);
-  each_lane(mask, [&](int l) { w.put(i.d, l, w.integer((p >> l) & 1 ? i.s[0] : i.s[1], l)); });
-  w.set_valid(i.d, mask, w.valid(i.s[2]) & ((p & w.valid(i.s[0])) | (~p & w.valid(i.s[1]))));
+  take_either(w, i, mask, w.predicate(i.s[2]), w.valid(i.s[2]));
   return Step::next;
 }
 
@@ -320,6 +335,7 @@ void decode_selp(Decoder& d) {
 
 template <bool floating>
 Step select_by_sign(Warp& w, const Instruction& i, U32 mask) {
+  U32 not_negative = 0;
   for_lanes(mask, [&](int l) {
     const auto bits = static_cast<U32>(w.integer(i.s[2], l));
     bool first = static_cast<S32>(bits) >= 0;
@@ -328,9 +344,9 @@ Step select_by_sign(Warp& w, const Instruction& i, U32 mask) {
       if (i.small) c = flush(c);
       first = c >= 0;
     }
-    w.put(i.d, l, w.integer(first ? i.s[0] : i.s[1], l));
+    not_negative |= static_cast<U32>(first) << l;
   });
-  w.set_valid(i.d, mask, w.valid(i.s[0]) & w.valid(i.s[1]) & w.valid(i.s[2]));
+  take_either(w, i, mask, not_negative, w.valid(i.s[2]));
   return Step::next;
 }
 

@@ -236,7 +236,7 @@ Step print(Warp& w, const Instruction& i, U32 mask) {
     const std::size_t at = static_cast<std::size_t>(l) * w.program().local_bytes + c.result;
     if (c.result != ~0u) {
       std::memset(w.local.data() + at, 0, 4);
-      std::memset(w.local_valid.data() + at, 1, 4);
+      std::memset(w.local_valid.data() + at, 0xff, 4);
     }
   });
   return Step::next;

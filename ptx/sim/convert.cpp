@@ -99,6 +99,10 @@ U64 to_integer(Type type, double v, Rounding rounding) {
   return static_cast<U64>(v);
 }
 
+U64 low_bits(int count) {
+  return count >= 64 ? ~U64{0} : (U64{1} << count) - 1;
+}
+
 U64 narrow(Type type, U64 value) {  // sign- or zero-extended to 64 bits
   const int unused = 64 - 8 * size_of(type);
   if (unused == 0) return value;
@@ -149,16 +153,30 @@ U64 convert_one(const Conversion& c, U64 bits) {
 
 Step convert(Warp& w, const Instruction& i, U32 mask) {
   const auto& c = *static_cast<const Conversion*>(i.extra);
+  const bool whole = (mask & ~w.valid(i.s[0])) == 0;
+  // Between integers without saturation a bit of the result is a bit of the source, or its sign.
+  const bool by_bit = !is_float(c.from) && !is_float(c.to) && !c.sat;
+  const U64 width = low_bits(8 * size_of(c.from));
+  LaneBits bits;
+  for_lanes(whole ? 0 : mask, [&](int l) {
+    const U64 value = w.integer(i.s[0], l), invalid = ~w.valid_bits(i.s[0], l) & width;
+    bits.of[l] = by_bit ? settled_bits(&value, &invalid, 1, 1,
+                                       [&](const U64* x) { return convert_one(c, *x); })
+                        : spread_invalid(Spread::all, &invalid, 1);
+    if (i.d.bytes == 4 && size_of(c.to) < 4 && !by_bit) bits.of[l] |= ~low_bits(8 * size_of(c.to));
+  });
   for_lanes(mask, [&](int l) {
     const U64 r = convert_one(c, w.integer(i.s[0], l));
     w.put(i.d, l, r);
   });
-  w.set_valid(i.d, mask, w.valid(i.s[0]));
+  w.set_validity(i.d, mask, whole, bits);
   return Step::next;
 }
 
 template <class To, class From>
 struct Resize {
+  static constexpr Spread spread = Spread::bits;
+  static constexpr std::size_t data = 1;
   To operator()(From v) const { return static_cast<To>(v); }
 };
 struct U32ToFloat {
@@ -202,17 +220,27 @@ int element_bits(Type packed) {
   return 4 * size_of(packed);
 }
 
+// The valid bits of two elements side by side, each valid or not as a whole; what lies above is 0.
+U64 pair_validity(bool low, bool high, int bits) {
+  return (low ? low_bits(bits) : 0) | (high ? low_bits(bits) << bits : 0) | ~low_bits(2 * bits);
+}
+
 // d = {high: a, low: b} from two f32
 Step pack_two(Warp& w, const Instruction& i, U32 mask) {
   const auto& c = *static_cast<const Conversion*>(i.extra);
   const int bits = element_bits(c.to);
+  const bool whole = (mask & ~(w.valid(i.s[0]) & w.valid(i.s[1]))) == 0;
+  LaneBits valid;
+  for_lanes(whole ? 0 : mask, [&](int l) {
+    valid.of[l] = pair_validity((w.valid(i.s[1]) >> l) & 1, (w.valid(i.s[0]) >> l) & 1, bits);
+  });
   for_lanes(mask, [&](int l) {
     const double high = decode_float(Type::f32, w.integer(i.s[0], l), c.ftz);
     const double low = decode_float(Type::f32, w.integer(i.s[1], l), c.ftz);
     w.put(i.d, l,
           encode_element(c.to, high, c.modifiers) << bits | encode_element(c.to, low, c.modifiers));
   });
-  w.set_valid(i.d, mask, w.valid(i.s[0]) & w.valid(i.s[1]));
+  w.set_validity(i.d, mask, whole, valid);
   return Step::next;
 }
 // pair to pair
@@ -220,13 +248,19 @@ Step convert_pair(Warp& w, const Instruction& i, U32 mask) {
   const auto& c = *static_cast<const Conversion*>(i.extra);
   const int in = element_bits(c.from), out = element_bits(c.to);
   const U32 field = in == 8 ? 0xff : 0xffff;
+  const bool whole = (mask & ~w.valid(i.s[0])) == 0;
+  LaneBits valid;
+  for_lanes(whole ? 0 : mask, [&](int l) {
+    const U64 source = w.valid_bits(i.s[0], l);
+    valid.of[l] = pair_validity((source & field) == field, (source >> in & field) == field, out);
+  });
   for_lanes(mask, [&](int l) {
     const auto a = static_cast<U32>(w.integer(i.s[0], l));
     const U32 low = encode_element(c.to, decode_element(c.from, a & field), c.modifiers);
     const U32 high = encode_element(c.to, decode_element(c.from, (a >> in) & field), c.modifiers);
     w.put(i.d, l, high << out | low);
   });
-  w.set_valid(i.d, mask, w.valid(i.s[0]));
+  w.set_validity(i.d, mask, whole, valid);
   return Step::next;
 }
 
@@ -237,13 +271,22 @@ Step pack_integers(Warp& w, const Instruction& i, U32 mask) {
   const auto& c = *static_cast<const PackIntegers*>(i.extra);
   const int bits = 8 * size_of(c.to);
   const U64 field = (U64{1} << bits) - 1;
+  const bool whole = (mask & ~(w.valid(i.s[0]) & w.valid(i.s[1]) & w.valid(i.s[2]))) == 0;
+  const U64 width = low_bits(8 * size_of(c.from));
+  LaneBits valid;
+  for_lanes(whole ? 0 : mask, [&](int l) {
+    const bool high = (w.valid_bits(i.s[0], l) & width) == width;
+    const bool low = (w.valid_bits(i.s[1], l) & width) == width;
+    valid.of[l] = (pair_validity(low, high, bits) & low_bits(2 * bits)) | w.valid_bits(i.s[2], l)
+                                                                              << (2 * bits);
+  });
   for_lanes(mask, [&](int l) {
     const U64 a = saturate_integer(c.to, c.from, narrow(c.from, w.integer(i.s[0], l))) & field;
     const U64 b = saturate_integer(c.to, c.from, narrow(c.from, w.integer(i.s[1], l))) & field;
     const U64 rest = w.integer(i.s[2], l) << (2 * bits);
     w.put(i.d, l, static_cast<U32>(rest | a << bits | b));
   });
-  w.set_valid(i.d, mask, w.valid(i.s[0]) & w.valid(i.s[1]) & w.valid(i.s[2]));
+  w.set_validity(i.d, mask, whole, valid);
   return Step::next;
 }
 

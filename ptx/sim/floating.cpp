@@ -334,6 +334,7 @@ struct Half {
 };
 template <class One>
 struct Pair {
+  static constexpr Spread spread = Spread::halves;
   U32 operator()(const Instruction& i, U32 a, U32 b, U32 c) const {
     const U32 low = One()(i, static_cast<U16>(a), static_cast<U16>(b), static_cast<U16>(c));
     const U32 high =

@@ -42,18 +42,21 @@ T multiply_high(T a, T b) {
 }
 
 struct Add {
+  static constexpr Spread spread = Spread::carry;
   template <class T>
   T operator()(T a, T b) const {
     return wrap_add(a, b);
   }
 };
 struct Sub {
+  static constexpr Spread spread = Spread::carry;
   template <class T>
   T operator()(T a, T b) const {
     return wrap_sub(a, b);
   }
 };
 struct MulLow {
+  static constexpr Spread spread = Spread::carry;
   template <class T>
   T operator()(T a, T b) const {
     return wrap_mul(a, b);
@@ -78,6 +81,7 @@ struct SubSat {
   }
 };
 struct MadLow {
+  static constexpr Spread spread = Spread::carry;
   template <class T>
   T operator()(T a, T b, T c) const {
     return wrap_add(wrap_mul(a, b), c);
@@ -151,6 +155,7 @@ struct Abs {
   }
 };
 struct Neg {
+  static constexpr Spread spread = Spread::carry;
   template <class T>
   T operator()(T a) const {
     return wrap_sub(T{0}, a);
@@ -177,6 +182,7 @@ struct Mad24 {
 };
 template <class F>
 struct Halves {  // u16x2, s16x2
+  static constexpr Spread spread = Spread::halves;
   template <class T>
   T operator()(T a, T b) const {
     using H = std::conditional_t<std::is_signed_v<T>, std::int16_t, std::uint16_t>;

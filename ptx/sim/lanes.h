@@ -5,7 +5,7 @@
 #include <cstring>
 #include <type_traits>
 
-#include "machine.h"
+#include "validity.h"
 
 namespace torchext::sim {
 
@@ -34,12 +34,30 @@ inline void each_lane(std::uint32_t mask, F&& f) {
   }
 }
 
+// Carries out `compute`, which may overwrite an operand, and says which bits of the result are
+// valid. F spreads invalid bits (validity.h) of s[0], s[1], ..., which have the types A.
+template <class R, class F, class... A, class Compute>
+inline void with_validity(Warp& w, const Instruction& i, std::uint32_t mask, Compute&& compute) {
+  std::uint32_t whole = mask;
+  for (std::size_t k = 0; k < sizeof...(A); ++k) whole &= w.valid(i.s[k]);
+  if (whole == mask) {
+    compute();
+    w.set_valid(i.d, mask, mask);
+    return;
+  }
+  LaneBits bits;
+  find_valid_bits<R, F, A...>(w, i, mask, &bits);
+  compute();
+  w.set_valid_bits(i.d, mask, bits);
+}
+
 template <class R, class A, class F>
 Step map1(Warp& w, const Instruction& i, std::uint32_t mask) {
   auto* d = w.at(i.d);
   const auto* a = w.at(i.s[0]);
-  each_lane(mask, [&](int l) { Element<R>::store(d, l, F()(Element<A>::load(a, l))); });
-  w.set_valid(i.d, mask, w.valid(i.s[0]));
+  with_validity<R, F, A>(w, i, mask, [&] {
+    each_lane(mask, [&](int l) { Element<R>::store(d, l, F()(Element<A>::load(a, l))); });
+  });
   return Step::next;
 }
 
@@ -48,10 +66,11 @@ Step map2(Warp& w, const Instruction& i, std::uint32_t mask) {
   auto* d = w.at(i.d);
   const auto* a = w.at(i.s[0]);
   const auto* b = w.at(i.s[1]);
-  each_lane(mask, [&](int l) {
-    Element<R>::store(d, l, F()(Element<A>::load(a, l), Element<B>::load(b, l)));
+  with_validity<R, F, A, B>(w, i, mask, [&] {
+    each_lane(mask, [&](int l) {
+      Element<R>::store(d, l, F()(Element<A>::load(a, l), Element<B>::load(b, l)));
+    });
   });
-  w.set_valid(i.d, mask, w.valid(i.s[0]) & w.valid(i.s[1]));
   return Step::next;
 }
 
@@ -61,11 +80,12 @@ Step map3(Warp& w, const Instruction& i, std::uint32_t mask) {
   const auto* a = w.at(i.s[0]);
   const auto* b = w.at(i.s[1]);
   const auto* c = w.at(i.s[2]);
-  each_lane(mask, [&](int l) {
-    Element<R>::store(d, l,
-                      F()(Element<A>::load(a, l), Element<B>::load(b, l), Element<C>::load(c, l)));
+  with_validity<R, F, A, B, C>(w, i, mask, [&] {
+    each_lane(mask, [&](int l) {
+      Element<R>::store(
+          d, l, F()(Element<A>::load(a, l), Element<B>::load(b, l), Element<C>::load(c, l)));
+    });
   });
-  w.set_valid(i.d, mask, w.valid(i.s[0]) & w.valid(i.s[1]) & w.valid(i.s[2]));
   return Step::next;
 }
 
@@ -76,11 +96,12 @@ Step map3i(Warp& w, const Instruction& i, std::uint32_t mask) {
   const auto* a = w.at(i.s[0]);
   const auto* b = w.at(i.s[1]);
   const auto* c = w.at(i.s[2]);
-  each_lane(mask, [&](int l) {
-    Element<R>::store(
-        d, l, F()(i, Element<A>::load(a, l), Element<B>::load(b, l), Element<C>::load(c, l)));
+  with_validity<R, F, A, B, C>(w, i, mask, [&] {
+    each_lane(mask, [&](int l) {
+      Element<R>::store(
+          d, l, F()(i, Element<A>::load(a, l), Element<B>::load(b, l), Element<C>::load(c, l)));
+    });
   });
-  w.set_valid(i.d, mask, w.valid(i.s[0]) & w.valid(i.s[1]) & w.valid(i.s[2]));
   return Step::next;
 }
 

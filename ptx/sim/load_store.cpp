@@ -4,6 +4,7 @@
 #include "decode.h"
 #include "machine.h"
 #include "strong.h"
+#include "validity.h"
 
 namespace torchext::sim {
 
@@ -29,6 +30,20 @@ std::uint64_t lane_address(Warp& w, const Instruction& i, int lane) {
   return i.s[0].bytes == 4 ? static_cast<std::uint32_t>(base) : base;
 }
 
+// An element as a register holds it: its bits above are its sign, or 0.
+std::uint64_t extended(const Transfer& t, const std::uint8_t* element) {
+  std::uint64_t value = 0;
+  std::memcpy(&value, element, t.bytes);
+  if (t.sign_extend && t.bytes < 8) {
+    const int unused = 64 - 8 * static_cast<int>(t.bytes);
+    value = static_cast<std::uint64_t>(static_cast<std::int64_t>(value << unused) >> unused);
+  }
+  return value;
+}
+std::uint64_t beyond(const Transfer& t) {
+  return t.bytes == 8 ? 0 : ~std::uint64_t{0} << (8 * t.bytes);
+}
+
 Step load(Warp& w, const Instruction& i, std::uint32_t mask) {
   const auto& t = *static_cast<const Transfer*>(i.extra);
   w.need(i.s[0], mask, "as an address");
@@ -36,6 +51,7 @@ Step load(Warp& w, const Instruction& i, std::uint32_t mask) {
   const std::uint32_t total = t.bytes * t.elements;
   std::uint32_t valid[8];
   for (std::uint32_t e = 0; e < t.elements; ++e) valid[e] = mask;
+  LaneBits local[8];  // of lanes that `valid` leaves out
   for_lanes(mask, [&](int lane) {
     const std::uint64_t address = lane_address(w, i, lane);
     Place place;
@@ -44,23 +60,22 @@ Step load(Warp& w, const Instruction& i, std::uint32_t mask) {
       w.check_read(place, w.actor(lane, t.strong), total, 1u << lane, address);
       std::memcpy(data, place.host, total);
       if (place.valid != nullptr) {
-        for (std::uint32_t b = 0; b < total; ++b) {
-          if (!place.valid[b]) valid[b / t.bytes] &= ~(1u << lane);
+        for (std::uint32_t e = 0; e < t.elements; ++e) {
+          const std::uint64_t bits = extended(t, place.valid + e * t.bytes);
+          local[e].of[lane] = t.sign_extend ? bits : bits | beyond(t);
+          if (~local[e].of[lane] != 0) valid[e] &= ~(1u << lane);
         }
       }
       if (t.strong) strong_read(w, lane, place, address, t.acquire);
     }
     for (std::uint32_t e = 0; e < t.elements; ++e) {
-      std::uint64_t value = 0;
-      std::memcpy(&value, data + e * t.bytes, t.bytes);
-      if (t.sign_extend && t.bytes < 8) {
-        const int unused = 64 - 8 * static_cast<int>(t.bytes);
-        value = static_cast<std::uint64_t>(static_cast<std::int64_t>(value << unused) >> unused);
-      }
-      w.put(i.list[e], lane, value);
+      w.put(i.list[e], lane, extended(t, data + e * t.bytes));
     }
   });
-  for (std::uint32_t e = 0; e < t.elements; ++e) w.set_valid(i.list[e], mask, valid[e]);
+  for (std::uint32_t e = 0; e < t.elements; ++e) {
+    w.set_valid(i.list[e], valid[e], valid[e]);
+    if (valid[e] != mask) w.set_valid_bits(i.list[e], mask & ~valid[e], local[e]);
+  }
   return Step::next;
 }
 
@@ -68,7 +83,7 @@ Step store(Warp& w, const Instruction& i, std::uint32_t mask) {
   const auto& t = *static_cast<const Transfer*>(i.extra);
   w.need(i.s[0], mask, "as an address");
   if (t.space != Space::local) {
-    for (const Slot& s : i.list) w.need(s, mask, "as a value to store");
+    for (const Slot& s : i.list) w.need(s, mask, "as a value to store", ~beyond(t));
   }
   const std::uint32_t total = t.bytes * t.elements;
   std::uint32_t done = 0;
@@ -83,7 +98,8 @@ Step store(Warp& w, const Instruction& i, std::uint32_t mask) {
     if (!w.resolve(lane, t.space, address, total, true, &place)) return;
     if (place.valid != nullptr) {
       for (std::uint32_t e = 0; e < t.elements; ++e) {
-        std::memset(place.valid + e * t.bytes, (w.valid(i.list[e]) >> lane) & 1, t.bytes);
+        const std::uint64_t bits = w.valid_bits(i.list[e], lane);
+        std::memcpy(place.valid + e * t.bytes, &bits, t.bytes);
       }
     } else {
       // A second lane of this instruction that stores the same value is no race.

@@ -13,24 +13,32 @@ using S32 = std::int32_t;
 using S64 = std::int64_t;
 
 struct And {
+  static constexpr Spread spread = Spread::bits;
+  static constexpr std::size_t data = 2;
   template <class T>
   T operator()(T a, T b) const {
     return a & b;
   }
 };
 struct Or {
+  static constexpr Spread spread = Spread::bits;
+  static constexpr std::size_t data = 2;
   template <class T>
   T operator()(T a, T b) const {
     return a | b;
   }
 };
 struct Xor {
+  static constexpr Spread spread = Spread::bits;
+  static constexpr std::size_t data = 2;
   template <class T>
   T operator()(T a, T b) const {
     return a ^ b;
   }
 };
 struct Not {
+  static constexpr Spread spread = Spread::bits;
+  static constexpr std::size_t data = 1;
   template <class T>
   T operator()(T a) const {
     return static_cast<T>(~a);
@@ -114,12 +122,16 @@ void decode_not(Decoder& d) {
 }
 
 struct Shl {
+  static constexpr Spread spread = Spread::bits;
+  static constexpr std::size_t data = 1;
   template <class T>
   T operator()(T a, U32 n) const {
     return n >= 8 * sizeof(T) ? T{0} : static_cast<T>(a << n);
   }
 };
 struct Shr {
+  static constexpr Spread spread = Spread::bits;
+  static constexpr std::size_t data = 1;
   template <class T>
   T operator()(T a, U32 n) const {
     constexpr U32 bits = 8 * sizeof(T);
@@ -163,6 +175,8 @@ void decode_shift(Decoder& d) {
 }
 
 struct Lop3 {
+  static constexpr Spread spread = Spread::bits;
+  static constexpr std::size_t data = 3;
   U32 operator()(const Instruction& i, U32 a, U32 b, U32 c) const {
     U32 r = 0;
     if (i.small & 0x01) r |= ~a & ~b & ~c;
@@ -188,6 +202,8 @@ void decode_lop3(Decoder& d) {
 
 enum : U16 { kRight = 1, kWrap = 2 };
 struct Funnel {
+  static constexpr Spread spread = Spread::bits;
+  static constexpr std::size_t data = 2;
   U32 operator()(const Instruction& i, U32 low, U32 high, U32 n) const {
     n = i.small & kWrap ? n & 31 : n > 32 ? 32 : n;
     const U64 both = U64{high} << 32 | low;

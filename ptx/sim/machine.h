@@ -115,6 +115,7 @@ struct CopyGroups {
 };
 
 struct PendingWgmma;
+struct LaneBits;  // validity.h
 
 class Warp {
  public:
@@ -139,13 +140,28 @@ class Warp {
     auto* p = at<std::uint32_t>(slot);
     *p = (*p & ~mask) | (value & mask);
   }
+  // Lanes whose register has been assigned whole; set_valid leaves the others without a valid bit.
   std::uint32_t valid(const Slot& slot) const { return valid_[slot.reg]; }
   void set_valid(const Slot& slot, std::uint32_t mask, std::uint32_t value) {
     std::uint32_t& v = valid_[slot.reg];
     v = (v & ~mask) | (value & mask);
+    if ((mask & ~value) != 0 && !partly_valid_.empty()) forget_valid_bits(slot, mask & ~value);
   }
-  // Reports lanes of `mask` whose register was never assigned.
-  void need(const Slot& slot, std::uint32_t mask, const char* use);
+  // By bit (validity.cpp); bits beyond the register's width do not count.
+  std::uint64_t valid_bits(const Slot& slot, int lane) const {
+    return (valid_[slot.reg] >> lane) & 1 ? ~std::uint64_t{0} : partly_valid_bits(slot, lane);
+  }
+  void set_valid_bits(const Slot& slot, std::uint32_t mask, const LaneBits& bits);
+  void set_validity(const Slot& slot, std::uint32_t mask, bool whole, const LaneBits& bits) {
+    if (whole)
+      set_valid(slot, mask, mask);
+    else
+      set_valid_bits(slot, mask, bits);
+  }
+  void copy_valid(const Slot& to, std::uint32_t mask, const Slot& from);
+  // Reports lanes of `mask` in which some of these bits of the register were never assigned.
+  void need(const Slot& slot, std::uint32_t mask, const char* use,
+            std::uint64_t bits = ~std::uint64_t{0});
   std::uint64_t integer(const Slot& slot, int lane) const {
     return slot.bytes == 8 ? at<std::uint64_t>(slot)[lane] : at<std::uint32_t>(slot)[lane];
   }
@@ -213,7 +229,7 @@ class Warp {
   void conflict(const Conflict& c, const Actor& actor, bool write, std::uint32_t lanes,
                 std::uint64_t address);
 
-  std::vector<std::uint8_t> local, local_valid;  // 32 lanes, one after another
+  std::vector<std::uint8_t> local, local_valid;  // 32 lanes, one after another; valid by bit
 
   // Async state.
   std::map<int, CopyGroups> bulk_groups;  // by lane
@@ -238,6 +254,8 @@ class Warp {
   void drop_from_tokens(Group& g, std::size_t keep);
   void check_tracked(const Instruction& i, std::uint32_t mask);
   void settle_tokens();
+  std::uint64_t partly_valid_bits(const Slot& slot, int lane) const;
+  void forget_valid_bits(const Slot& slot, std::uint32_t lanes);
 
   Cta& cta_;
   Cluster& cluster_;
@@ -248,7 +266,8 @@ class Warp {
   std::uint32_t first_agent_ = 0;
   std::uint8_t* banks_[2] = {nullptr, nullptr};
   std::vector<std::uint64_t> register_file_;
-  std::vector<std::uint32_t> valid_;
+  std::vector<std::uint32_t> valid_;  // by register: lanes that are valid whole
+  std::unordered_map<std::uint32_t, std::array<std::uint64_t, 32>> partly_valid_;  // of the others
   std::vector<Group> groups_;
   std::size_t current_ = 0;
   ClockRef known_[32], proxied_[32];

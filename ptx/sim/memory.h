@@ -53,7 +53,7 @@ struct Place {
   std::uint64_t offset = 0;  // in the shadow
   GlobalBuffer* buffer = nullptr;
   Cta* cta = nullptr;             // shared
-  std::uint8_t* valid = nullptr;  // local: a byte per byte
+  std::uint8_t* valid = nullptr;  // local: which bits of each byte are valid
 };
 
 class Memory {

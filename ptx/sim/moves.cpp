@@ -12,7 +12,7 @@ using U64 = std::uint64_t;
 
 Step move(Warp& w, const Instruction& i, U32 mask) {
   each_lane(mask, [&](int l) { w.put(i.d, l, w.integer(i.s[0], l)); });
-  w.set_valid(i.d, mask, w.valid(i.s[0]));
+  w.copy_valid(i.d, mask, i.s[0]);
   return Step::next;
 }
 Step move_predicate(Warp& w, const Instruction& i, U32 mask) {
@@ -25,23 +25,37 @@ Step pack(Warp& w, const Instruction& i, U32 mask) {
   U32 valid = mask;
   for (const Slot& s : i.list) valid &= w.valid(s);
   const U64 field = i.small >= 64 ? ~U64{0} : (U64{1} << i.small) - 1;
+  LaneBits bits;
+  for_lanes(valid == mask ? 0 : mask, [&](int l) {
+    bits.of[l] = i.small * i.list.size() >= 64 ? 0 : ~U64{0} << (i.small * i.list.size());
+    for (std::size_t e = 0; e < i.list.size(); ++e)
+      bits.of[l] |= (w.valid_bits(i.list[e], l) & field) << (i.small * e);
+  });
   for_lanes(mask, [&](int l) {
     U64 value = 0;
     for (std::size_t e = 0; e < i.list.size(); ++e)
       value |= (w.integer(i.list[e], l) & field) << (i.small * e);
     w.put(i.d, l, value);
   });
-  w.set_valid(i.d, mask, valid);
+  w.set_validity(i.d, mask, valid == mask, bits);
   return Step::next;
 }
 Step unpack(Warp& w, const Instruction& i, U32 mask) {
   const U64 field = (U64{1} << i.small) - 1;
+  const bool whole = (mask & ~w.valid(i.s[0])) == 0;
+  LaneBits source;
+  for_lanes(whole ? 0 : mask, [&](int l) { source.of[l] = w.valid_bits(i.s[0], l); });
   for_lanes(mask, [&](int l) {
     const U64 value = w.integer(i.s[0], l);
     for (std::size_t e = 0; e < i.list.size(); ++e)
       w.put(i.list[e], l, (value >> (i.small * e)) & field);
   });
-  for (const Slot& s : i.list) w.set_valid(s, mask, w.valid(i.s[0]));
+  for (std::size_t e = 0; e < i.list.size(); ++e) {
+    LaneBits part;
+    for_lanes(whole ? 0 : mask,
+              [&](int l) { part.of[l] = source.of[l] >> (i.small * e) | ~field; });
+    w.set_validity(i.list[e], mask, whole, part);
+  }
   return Step::next;
 }
 Step read_clock(Warp& w, const Instruction& i, U32 mask) {

@@ -229,17 +229,6 @@ std::uint32_t Warp::run(std::uint32_t quantum) {
   return executed;
 }
 
-void Warp::need(const Slot& slot, std::uint32_t mask, const char* use) {
-  if (!grid_.checks) return;
-  const std::uint32_t missing = mask & ~valid_[slot.reg];
-  if (missing == 0) return;
-  finding(FindingKind::uninitialized_register,
-          "register " + program_.register_names[slot.reg] + " is used " + use +
-              " but was never assigned",
-          missing);
-  valid_[slot.reg] |= missing;  // say it once
-}
-
 void Warp::finding(FindingKind kind, const std::string& message, std::uint32_t lanes,
                    std::uint64_t address, const std::string& other, std::uint32_t other_line) {
   finding_at(pc(), kind, message, lanes, address, other, other_line);
