@@ -262,7 +262,7 @@ void decode_call(Decoder& d) {
   const Arg& target = d.arg(k++);
   if (k < d.count() && d.arg(k).kind == Arg::list) arguments = d.arg(k++).args;
   if (target.kind != Arg::name) d.fail("indirect calls are not supported");
-  const Function* callee = d.builder().declared(target.text);
+  const Function* callee = d.builder().module().function(target.text);
   if (callee == nullptr) d.fail("unknown function '" + target.text + "'");
   const auto variable = [&](const Arg& a) {
     const Symbol* s = a.kind == Arg::name ? d.builder().symbol(d.function(), a.text) : nullptr;

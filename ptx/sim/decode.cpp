@@ -57,7 +57,33 @@ const std::pair<const char*, Special> kSpecials[] = {
     {"%globaltimer", Special::globaltimer},
     {"%globaltimer_lo", Special::globaltimer_lo},
     {"%globaltimer_hi", Special::globaltimer_hi},
+    {"%tid.w", Special::zero},
+    {"%ntid.w", Special::zero},
+    {"%ctaid.w", Special::zero},
+    {"%nctaid.w", Special::zero},
+    {"%clusterid.w", Special::zero},
+    {"%nclusterid.w", Special::zero},
+    {"%cluster_ctaid.w", Special::zero},
+    {"%cluster_nctaid.w", Special::zero},
+    {"%is_explicit_cluster", Special::is_explicit_cluster},
+    {"%envreg1", Special::workspace_high},
+    {"%envreg2", Special::workspace_low},
+    {"%reserved_smem_offset_begin", Special::zero},
+    {"%reserved_smem_offset_0", Special::zero},
+    {"%reserved_smem_offset_1", Special::reserved_shared_slot},
+    {"%reserved_smem_offset_end", Special::reserved_shared_end},
+    {"%reserved_smem_offset_cap", Special::reserved_shared_end},
+    {"%current_graph_exec", Special::zero},  // no launch belongs to a graph
 };
+
+// %envreg0 to %envreg31 are the driver's; but for the grid's workspace it leaves them 0.
+bool is_driver_register(const std::string& name) {
+  if (name.compare(0, 7, "%envreg") != 0) return false;
+  for (int i = 0; i < 32; ++i) {
+    if (name == "%envreg" + std::to_string(i)) return true;
+  }
+  return false;
+}
 
 int storage_bytes(Type type) {
   return size_of(type) == 8 ? 8 : 4;
@@ -66,24 +92,6 @@ int storage_bytes(Type type) {
 bool is_floating(Type t) {
   return t == Type::f16 || t == Type::bf16 || t == Type::f32 || t == Type::f64 || t == Type::tf32 ||
          t == Type::f16x2 || t == Type::bf16x2;
-}
-
-std::uint64_t real_bits(const Arg& arg, Type type) {
-  double value;
-  std::memcpy(&value, &arg.bits, 8);
-  switch (type) {
-    case Type::f64:
-    case Type::b64:
-      return arg.bits;
-    case Type::f16:
-      return encode_f16(value);
-    case Type::bf16:
-      return encode_bf16(value);
-    default: {
-      if (arg.text == "f") return static_cast<std::uint32_t>(arg.offset);
-      return bits_from_float(static_cast<float>(value));
-    }
-  }
 }
 
 }  // namespace
@@ -239,7 +247,22 @@ Slot Decoder::predicate_destination(const Arg& a) {
   return register_slot(a);
 }
 
+Special Decoder::special_named(const std::string& name) const {
+  for (const auto& [text, which] : kSpecials) {
+    if (name == text) return which;
+  }
+  if (is_driver_register(name)) return Special::zero;
+  if (name.compare(0, 3, "%pm") == 0 && name.size() > 3 && name[3] >= '0' && name[3] <= '7')
+    fail("performance monitors ('" + name + "') are not supported");
+  fail("unknown special register '" + name + "'");
+}
+
 Slot Decoder::predicate(const Arg& a) {
+  if (a.kind == Arg::special) {
+    if (special_named(a.text) != Special::is_explicit_cluster)
+      fail("'" + a.text + "' is not a predicate");
+    return builder_.special(Special::is_explicit_cluster, 4, true);
+  }
   if (a.kind == Arg::integer) {
     return constant(a.bits ? ~0ull : 0, 4);
   }
@@ -269,15 +292,17 @@ Slot Decoder::source_at_least(const Arg& a, Type type) {
     case Arg::real:
       return constant(real_bits(a, type), bytes);
     case Arg::special: {
-      for (const auto& [name, which] : kSpecials) {
-        if (a.text == name) return builder_.special(which, bytes);
-      }
-      fail("unknown special register '" + a.text + "'");
+      const Special which = special_named(a.text);
+      if (which == Special::is_explicit_cluster) fail("'" + a.text + "' is a predicate");
+      return builder_.special(which, bytes, false);
     }
     case Arg::name: {
-      if (a.text == "WARP_SZ") return constant(32, bytes);
       const Symbol* symbol = builder_.symbol(function_, a.text);
-      if (symbol == nullptr) fail("unknown name '" + a.text + "'");
+      if (symbol == nullptr) {
+        const Function* pointee = builder_.module().function(a.text);
+        if (pointee == nullptr) fail("unknown name '" + a.text + "'");
+        return constant(builder_.module().address_of(*pointee), bytes);
+      }
       if (symbol->kernel_param)
         return builder_.param_address(static_cast<std::int64_t>(symbol->address) + a.offset);
       return constant(symbol->address + static_cast<std::uint64_t>(a.offset), bytes);
@@ -324,22 +349,17 @@ Slot Decoder::address(const Arg& a, std::int64_t* offset, Space* space) {
 }
 
 std::uint32_t Decoder::label(const Arg& a) const {
-  if (a.kind != Arg::name) fail("expected a label");
-  const auto& plan = builder_.plan(function_);
-  for (int scope = static_cast<int>(raw.scope); scope >= 0;
-       scope = function_.scope_parent[static_cast<std::size_t>(scope)]) {
-    for (const Function::Label& l : function_.labels) {
-      if (static_cast<int>(l.scope) == scope && l.name == a.text) return plan.entry + l.at;
-    }
-  }
+  // A label may be called %L: only its use tells it from a special register.
+  if (a.kind != Arg::name && a.kind != Arg::special) fail("expected a label");
+  if (const auto* found = in_scope(function_.labels, a.text))
+    return builder_.plan(function_).entry + found->at;
   fail("unknown label '" + a.text + "'");
 }
 
-const Function::BranchTable& Decoder::branch_table(const Arg& a) const {
-  for (const Function::BranchTable& t : function_.tables) {
-    if (a.kind == Arg::name && t.name == a.text) return t;
-  }
-  fail("unknown branch table");
+const Function::Table& Decoder::branch_table(const Arg& a) const {
+  const auto* table = a.kind == Arg::name ? in_scope(function_.branch_tables, a.text) : nullptr;
+  if (table == nullptr) fail("unknown branch table");
+  return *table;
 }
 
 }  // namespace torchext::sim

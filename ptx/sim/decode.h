@@ -5,6 +5,7 @@
 #include <initializer_list>
 #include <map>
 #include <string>
+#include <tuple>
 #include <unordered_map>
 #include <utility>
 #include <vector>
@@ -59,7 +60,19 @@ class Decoder {
   bool is_register(const Arg& a) const { return a.kind == Arg::reg; }
   Type register_type(const Arg& a) const;
   std::uint32_t label(const Arg& arg) const;
-  const Function::BranchTable& branch_table(const Arg& arg) const;
+  const Function::Table& branch_table(const Arg& arg) const;
+  // The innermost declaration of that name that this instruction sees; null if there is none.
+  template <class T>
+  const T* in_scope(const std::vector<T>& all, const std::string& name) const {
+    for (int scope = static_cast<int>(raw.scope); scope >= 0;
+         scope = function_.scope_parent[static_cast<std::size_t>(scope)]) {
+      for (const T& one : all) {
+        if (static_cast<int>(one.scope) == scope && one.name == name) return &one;
+      }
+    }
+    return nullptr;
+  }
+  Special special_named(const std::string& name) const;
 
   // Space of .global, .shared, .shared::cta, .shared::cluster, .local, .param, .const, or none.
   Space take_space();
@@ -129,9 +142,8 @@ class ProgramBuilder {
   Program& program() { return *program_; }
   Slot constant(std::uint64_t value, int bytes);
   Slot param_address(std::int64_t addend);
-  Slot special(Special which, int bytes);
+  Slot special(Special which, int bytes, bool predicate);
   const Symbol* symbol(const Function& f, const std::string& name) const;
-  const Function* declared(const std::string& name) const;
 
  private:
   void collect(const Function& f, std::vector<std::string>& stack);
@@ -147,7 +159,7 @@ class ProgramBuilder {
   std::map<std::string, Symbol> globals_;
   std::map<std::pair<std::uint64_t, int>, Slot> constants_;
   std::map<std::int64_t, Slot> param_constants_;
-  std::map<std::pair<int, int>, Slot> specials_;
+  std::map<std::tuple<Special, int, bool>, Slot> specials_;
   std::map<std::string, std::uint32_t> opcode_index_;
 };
 
@@ -155,6 +167,7 @@ class ProgramBuilder {
 struct DeviceVariables {
   struct Entry {
     std::string name;
+    const Variable* variable = nullptr;
     std::vector<std::uint64_t> storage;
     std::uint8_t* data = nullptr;
     std::uint64_t bytes = 0;

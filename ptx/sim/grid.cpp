@@ -34,6 +34,7 @@ Grid::Grid(const Module& module, std::shared_ptr<const Program> p, const LaunchO
   warps_per_cta = (threads + 31) / 32;
   cluster_dim = shape.cluster;
   cluster_size = static_cast<std::uint32_t>(cluster_dim.volume());
+  explicit_cluster = f.cluster[0] != 0 || f.explicit_cluster || o.cluster.volume() != 0;
   shared_bytes = shape.shared_bytes;
   reuses_shared = shape.reuses_shared;
   registers_per_thread = o.registers_per_thread;
@@ -78,6 +79,13 @@ Grid::Grid(const Module& module, std::shared_ptr<const Program> p, const LaunchO
     memory.add({v->data, v->bytes, v->constant ? Buffer::Read : Buffer::ReadWrite, v->name}, checks,
                true);
   }
+  const auto reads = [&](Special which) {
+    return std::any_of(program->specials.begin(), program->specials.end(),
+                       [&](const auto& s) { return s.which == which; });
+  };
+  if (reads(Special::workspace_low))
+    memory.add({workspace_, sizeof workspace_, Buffer::ReadWrite, "grid workspace"}, checks, true);
+  if (reads(Special::reserved_shared_slot)) shared_begin = 0;
   memory.sort();
 }
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -66,9 +67,12 @@ struct Arg {
   std::uint32_t reg_index = 0;  // reg
   std::uint64_t bits = 0;       // integer; real: the bits of a double
   std::int64_t offset = 0;      // memory, name: + offset
-  std::string text;             // name, special
+  std::string text;             // name, special; the kind of number (constant_expression.cpp)
   std::vector<Arg> args;        // vector, list, pair; memory: base, then what follows commas
 };
+
+// The bits of a real literal as a value of `type`, as ptxas converts it.
+std::uint64_t real_bits(const Arg& arg, Type type);
 
 struct RawInstruction {
   std::vector<std::string> parts;  // opcode split at dots; "a::b" stays whole
@@ -84,19 +88,29 @@ struct RegisterDecl {
   Type type;
 };
 
+// Who else may define the name, and which definition counts (linker.cpp).
+enum class Linkage : std::uint8_t { internal, visible, weak, common, external };
+
 struct Variable {  // .shared, .global, .const, .local, .param
   std::string name;
   Space space = Space::global;
+  Type type = Type::none;                 // of an element
+  int lanes = 1;                          // 2: .v2, 4: .v4
+  std::vector<std::uint64_t> dimensions;  // of an array; the first is 0 where PTX has []
   std::uint32_t align = 1;
   std::uint64_t bytes = 0;
-  bool external = false;              // .extern .shared: dynamic shared memory
-  std::vector<std::uint8_t> initial;  // may be shorter than bytes
+  Linkage linkage = Linkage::internal;
+  bool is_external() const { return linkage == Linkage::external; }
+  std::uint32_t line = 0, source = 0;  // source: index into ParsedModule::sources
+  std::int32_t reg = -1;               // .reg parameter of a function: its register
+  std::vector<std::uint8_t> initial;   // may be shorter than bytes
   struct Reference {
     std::uint64_t at;
     std::string symbol;
     std::int64_t addend;
     int bytes;
     int shift;
+    std::uint32_t line;
   };
   std::vector<Reference> references;  // addresses within the initialiser
 };
@@ -105,7 +119,8 @@ struct Function {
   std::string name;
   bool is_kernel = false;
   bool has_body = false;
-  std::uint32_t line = 0;
+  Linkage linkage = Linkage::internal;
+  std::uint32_t line = 0, source = 0;
   std::vector<Variable> params, results;
   std::vector<RegisterDecl> registers;
   std::vector<Variable> variables;  // declared in the body, names made unique by scope
@@ -116,12 +131,18 @@ struct Function {
     std::uint32_t at;
   };
   std::vector<Label> labels;
-  struct BranchTable {
+  struct Table {  // .branchtargets, .calltargets
     std::string name;
     std::uint32_t scope;
     std::vector<std::string> targets;
   };
-  std::vector<BranchTable> tables;
+  std::vector<Table> branch_tables, call_tables;
+  struct Prototype {  // .callprototype
+    std::string name;
+    std::uint32_t scope;
+    std::vector<Variable> params, results;
+  };
+  std::vector<Prototype> prototypes;
   std::vector<int> scope_parent;
   std::uint32_t max_threads[3] = {0, 0, 0};       // .maxntid
   std::uint32_t required_threads[3] = {0, 0, 0};  // .reqntid
@@ -131,11 +152,20 @@ struct Function {
 };
 
 struct ParsedModule {
+  struct Source {  // a text: one, or several after linking
+    std::string name, target;
+    int target_number = 0;  // 90 for sm_90a
+  };
   std::string name, target;
-  int target_number = 0;  // 90 for sm_90a
+  int target_number = 0;
+  std::vector<Source> sources;
   std::vector<Function> functions;
   std::vector<Variable> variables;
-  std::vector<std::string> files;  // by .file number
+  std::map<std::string, std::string> aliases;  // .alias: name to the function it stands for
+  std::vector<std::string> files;              // by .file number
+
+  const Function* function(const std::string& name) const;  // its definition, if there is one
+  std::uint64_t address_of(const Function& f) const;        // what a pointer to it holds
 };
 
 // ---- As executed --------------------------------------------------------------------------------
@@ -229,6 +259,11 @@ enum class Special : std::uint8_t {
   globaltimer,
   globaltimer_lo,
   globaltimer_hi,
+  workspace_low,  // address of the grid's workspace, which grid.sync() uses
+  workspace_high,
+  reserved_shared_end,
+  reserved_shared_slot,
+  zero,
   count,
 };
 
@@ -248,6 +283,7 @@ struct Program {
   struct SpecialRegister {
     Special which;
     Slot slot;
+    bool predicate;  // one mask instead of a value per lane
   };
   std::vector<SpecialRegister> specials;
   std::uint32_t shared_static_end = 0, shared_dynamic_begin = 0;

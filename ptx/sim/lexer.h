@@ -1,4 +1,5 @@
-// Splits PTX into tokens. A dotted opcode, a %register and a "a::b" modifier are one word each.
+// Splits PTX into tokens. A dotted opcode, a %register and a "a::b" modifier are one word each; so
+// is a number, with its exponent's sign; so are the operators of two characters.
 #pragma once
 
 #include <cstdint>
@@ -8,12 +9,12 @@
 namespace torchext::sim {
 
 struct Token {
-  enum Kind : std::uint8_t { word, string, punctuation, end };
+  enum Kind : std::uint8_t { word, number, string, punctuation, end };
   Kind kind = end;
   std::string text;
   std::uint32_t line = 0;
-  bool is(char c) const { return kind == punctuation && text[0] == c; }
-  bool is(const char* s) const { return kind == word && text == s; }
+  bool is(char c) const { return kind == punctuation && text.size() == 1 && text[0] == c; }
+  bool is(const char* s) const { return (kind == word || kind == punctuation) && text == s; }
 };
 
 std::vector<Token> tokenize(const std::string& text, const std::string& module);

@@ -357,6 +357,8 @@ class Grid {
   std::uint32_t threads = 0, warps_per_cta = 0;
   std::uint32_t registers_per_thread = 0;
   std::uint32_t shared_bytes = 0;
+  std::uint32_t shared_begin = kSharedBase;  // 0 for kernels that use the reserved kilobyte
+  bool explicit_cluster = false;             // the launch or the kernel says what a cluster is
   bool reuses_shared = false;            // a CTA that exits may be followed by another on its SM
   std::vector<std::uint64_t> constants;  // bank 1
   std::vector<std::uint64_t> param_block;
@@ -369,6 +371,8 @@ class Grid {
   void publish(std::uint64_t address, std::uint32_t cluster, const Knowledge& knowledge);
   bool observe(std::uint64_t address, std::uint32_t cluster, Knowledge* knowledge);
 
+  // What cooperative groups keep of a grid: its size in bytes and its barrier.
+  std::uint64_t workspace_address() const { return reinterpret_cast<std::uint64_t>(workspace_); }
   void print(const std::string& text);
   const std::vector<std::string>& files() const { return files_; }
 
@@ -379,6 +383,7 @@ class Grid {
   std::mutex sync_mutex_;
   std::unordered_map<std::uint64_t, SyncCell> sync_;
   const std::vector<std::string>& files_;
+  alignas(8) std::uint32_t workspace_[2] = {8, 0};
   std::mutex output_mutex_;
   std::string output_;
 };

@@ -109,11 +109,11 @@ bool Warp::resolve(int lane, Space space, std::uint64_t address, std::uint32_t b
           return false;
         }
       }
-      if (offset < kSharedBase || offset + bytes > owner->shared.size()) {
+      if (offset < grid_.shared_begin || offset + bytes > owner->shared.size()) {
         finding(FindingKind::out_of_bounds,
                 std::string("shared-memory ") + verb + " of " + std::to_string(bytes) +
-                    " bytes at " + hex(offset) + "; the CTA has [" + hex(kSharedBase) + ", " +
-                    hex(owner->shared.size()) + ")",
+                    " bytes at " + hex(offset) + "; the CTA has [" + hex(grid_.shared_begin) +
+                    ", " + hex(owner->shared.size()) + ")",
                 lanes, offset);
         return false;
       }

@@ -17,6 +17,8 @@ class Cta;
 // Generic addresses: shared and local memory lie far above every host address.
 constexpr std::uint64_t kSharedWindow = 0x0100'0000'0000'0000;
 constexpr std::uint64_t kLocalWindow = 0x0200'0000'0000'0000;
+// Addresses of functions; nothing can be loaded from there.
+constexpr std::uint64_t kFunctionWindow = 0x0300'0000'0000'0000;
 constexpr std::uint64_t kWindowMask = 0xff00'0000'0000'0000;
 
 // A 32-bit shared address: bits 0-23 offset; bits 24-31 are 0 for the executing CTA, else the rank
@@ -25,6 +27,8 @@ constexpr std::uint32_t kSharedOffsetMask = 0x00ff'ffff;
 constexpr int kSharedRankShift = 24;
 // The first kilobyte belongs to the system on sm_90; no variable lies there.
 constexpr std::uint32_t kSharedBase = 1024;
+// Where the part of it lies that cooperative groups use for tiles of several warps.
+constexpr std::uint32_t kReservedSharedSlot = 512;
 
 class SpinLock {
  public:

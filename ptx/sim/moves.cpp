@@ -58,6 +58,19 @@ Step unpack(Warp& w, const Instruction& i, U32 mask) {
   }
   return Step::next;
 }
+// list: destinations, then as many sources
+Step move_elements(Warp& w, const Instruction& i, U32 mask) {
+  const std::size_t n = i.list.size() / 2;
+  for_lanes(mask, [&](int l) {
+    U64 values[4];
+    for (std::size_t e = 0; e < n; ++e) values[e] = w.integer(i.list[n + e], l);
+    for (std::size_t e = 0; e < n; ++e) w.put(i.list[e], l, values[e]);
+  });
+  U32 valid[4];
+  for (std::size_t e = 0; e < n; ++e) valid[e] = w.valid(i.list[n + e]);
+  for (std::size_t e = 0; e < n; ++e) w.set_valid(i.list[e], mask, valid[e]);
+  return Step::next;
+}
 Step read_clock(Warp& w, const Instruction& i, U32 mask) {
   ++w.cluster().spins;
   const U64 now = w.cluster().executed * 4 + w.cluster().spins * 16;
@@ -71,7 +84,22 @@ Type element_type(int bytes) {
   return bytes == 1 ? Type::b8 : bytes == 2 ? Type::b16 : bytes == 4 ? Type::b32 : Type::b64;
 }
 
+// mov.v4.u32 {a, b, c, d}, %tid
+void decode_vector_mov(Decoder& d, std::size_t elements) {
+  const Type type = d.take_type();
+  d.finish(2);
+  for (const Arg* vector : {&d.arg(0), &d.arg(1)}) {
+    if (vector->kind != Arg::vector || vector->args.size() != elements)
+      d.fail("expected a vector of " + std::to_string(elements) + " elements");
+  }
+  for (const Arg& a : d.arg(0).args) d.out.list.push_back(d.destination(a, size_of(type)));
+  for (const Arg& a : d.arg(1).args) d.out.list.push_back(d.source(a, type));
+  d.out.execute = move_elements;
+}
+
 void decode_mov(Decoder& d) {
+  if (d.take("v2")) return decode_vector_mov(d, 2);
+  if (d.take("v4")) return decode_vector_mov(d, 4);
   const Type type = d.take_type();
   d.finish(2);
   if (type == Type::pred) {
@@ -82,6 +110,11 @@ void decode_mov(Decoder& d) {
   }
   const int bytes = size_of(type);
   const Arg &to = d.arg(0), &from = d.arg(1);
+  if (from.kind == Arg::vector && !from.text.empty())
+    d.fail("'" + from.text + "' has four elements: write mov.v4, or " + from.text + ".x");
+  if ((from.kind == Arg::vector && from.args.empty()) ||
+      (to.kind == Arg::vector && to.args.empty()))
+    d.fail("bad vector");
   if (from.kind == Arg::vector) {
     const int each = bytes / static_cast<int>(from.args.size());
     d.out.d = d.destination(to, bytes);

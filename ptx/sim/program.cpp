@@ -49,14 +49,30 @@ void visit_names(const Arg& arg, const std::function<void(const std::string&)>& 
 
 }  // namespace
 
+const Function* ParsedModule::function(const std::string& name) const {
+  const auto alias = aliases.find(name);
+  const std::string& meant = alias == aliases.end() ? name : alias->second;
+  const Function* found = nullptr;
+  for (const Function& f : functions) {
+    if (f.name == meant && (found == nullptr || f.has_body)) found = &f;
+  }
+  return found;
+}
+
+std::uint64_t ParsedModule::address_of(const Function& f) const {
+  return kFunctionWindow | (static_cast<std::uint64_t>(&f - functions.data()) + 1) << 4;
+}
+
 DeviceVariables::DeviceVariables(const ParsedModule& module) {
   const auto add = [&](const Variable& v) {
-    if ((v.space != Space::global && v.space != Space::constant) || v.external) return;
-    if (v.bytes > (1ull << 32)) throw PtxError(module.name, 0, "'" + v.name + "' is too large");
+    if ((v.space != Space::global && v.space != Space::constant) || v.is_external()) return;
+    if (v.bytes > (1ull << 32))
+      throw PtxError(module.sources[v.source].name, v.line, "'" + v.name + "' is too large");
     auto e = std::make_unique<Entry>();
     e->name = v.name;
     e->bytes = v.bytes;
     e->constant = v.space == Space::constant;
+    e->variable = &v;
     e->storage.resize(v.bytes / 8 + 2 + v.align / 8);
     const auto base = reinterpret_cast<std::uint64_t>(e->storage.data());
     e->data = reinterpret_cast<std::uint8_t*>(align_up(base, std::max(8u, v.align)));
@@ -74,11 +90,17 @@ DeviceVariables::DeviceVariables(const ParsedModule& module) {
     const auto it = by_name.find(v->name);
     if (it == by_name.end()) continue;
     for (const Variable::Reference& r : v->references) {
-      const Entry* to = find(r.symbol);
-      if (to == nullptr) continue;  // a function's address, which nothing here can call
-      const std::uint64_t value =
-          (reinterpret_cast<std::uint64_t>(to->data) + static_cast<std::uint64_t>(r.addend)) >>
-          r.shift;
+      std::uint64_t address = 0;
+      if (const Entry* to = find(r.symbol); to != nullptr) {
+        address = reinterpret_cast<std::uint64_t>(to->data);
+      } else if (const Function* f = module.function(r.symbol); f != nullptr) {
+        address = module.address_of(*f);
+      } else {
+        throw PtxError(module.sources[v->source].name, r.line,
+                       "the initialiser of '" + v->name + "' refers to '" + r.symbol +
+                           "', which is no .global or .const variable and no function");
+      }
+      const std::uint64_t value = (address + static_cast<std::uint64_t>(r.addend)) >> r.shift;
       std::memcpy(it->second->data + r.at, &value, static_cast<std::size_t>(r.bytes));
     }
   }
@@ -92,14 +114,6 @@ const DeviceVariables::Entry* DeviceVariables::find(const std::string& name) con
 ProgramBuilder::ProgramBuilder(const ParsedModule& module, DeviceVariables& variables,
                                const std::string& kernel)
     : module_(module), variables_(variables), kernel_(kernel) {}
-
-const Function* ProgramBuilder::declared(const std::string& name) const {
-  const Function* found = nullptr;
-  for (const Function& f : module_.functions) {
-    if (f.name == name && (found == nullptr || f.has_body)) found = &f;
-  }
-  return found;
-}
 
 const ProgramBuilder::FunctionPlan* ProgramBuilder::plan(const std::string& name) const {
   for (const FunctionPlan& p : plans_) {
@@ -121,7 +135,7 @@ void ProgramBuilder::collect(const Function& f, std::vector<std::string>& stack)
     if (i.parts[0] != "call") continue;
     for (const Arg& a : i.args) {
       if (a.kind != Arg::name) continue;
-      const Function* callee = declared(a.text);
+      const Function* callee = module_.function(a.text);
       if (callee != nullptr && callee->has_body) collect(*callee, stack);
     }
   }
@@ -175,7 +189,7 @@ void ProgramBuilder::lay_out() {
   std::vector<const Variable*> dynamic;
   const auto place_shared = [&](const Variable& v) {
     if (v.space != Space::shared || used.count(v.name) == 0) return;
-    if (v.external || v.bytes == 0) {
+    if (v.is_external()) {
       dynamic.push_back(&v);
       dynamic_align = std::max(dynamic_align, v.align);
       return;
@@ -252,19 +266,19 @@ Slot ProgramBuilder::param_address(std::int64_t addend) {
   return it->second;
 }
 
-Slot ProgramBuilder::special(Special which, int bytes) {
-  auto [it, fresh] = specials_.try_emplace({static_cast<int>(which), bytes});
+Slot ProgramBuilder::special(Special which, int bytes, bool predicate) {
+  auto [it, fresh] = specials_.try_emplace({which, bytes, predicate});
   if (fresh) {
     it->second.offset = program_->register_bytes;
     it->second.bytes = static_cast<std::uint8_t>(bytes);
     program_->register_bytes += bytes == 8 ? 256 : 128;
-    program_->specials.push_back({which, it->second});
+    program_->specials.push_back({which, it->second, predicate});
   }
   return it->second;
 }
 
 std::shared_ptr<Program> ProgramBuilder::build() {
-  const Function* kernel = declared(kernel_);
+  const Function* kernel = module_.function(kernel_);
   program_ = std::make_shared<Program>();
   Program& p = *program_;
   p.kernel = kernel_;

@@ -1,4 +1,5 @@
-// Walks over tokens: looking ahead, taking what is expected, reading numbers.
+// Walks over tokens: looking ahead, taking what is expected, reading numbers and constant
+// expressions.
 #pragma once
 
 #include <string>
@@ -9,10 +10,6 @@
 #include "lexer.h"
 
 namespace torchext::sim {
-
-inline bool starts_with_digit(const std::string& s) {
-  return !s.empty() && s[0] >= '0' && s[0] <= '9';
-}
 
 class TokenReader {
  public:
@@ -50,10 +47,6 @@ class TokenReader {
     if (peek().kind != Token::word) fail("expected a name, got '" + peek().text + "'");
     return take().text;
   }
-  void skip_line() {
-    const std::uint32_t line = peek().line;
-    while (peek().kind != Token::end && peek().line == line) ++at_;
-  }
   void skip_to_semicolon() {
     while (!peek().is(';')) {
       if (peek().kind == Token::end) fail("expected ';'");
@@ -62,14 +55,40 @@ class TokenReader {
     ++at_;
   }
 
-  std::uint64_t parse_integer(const std::string& word) const;
-  std::uint32_t take_integer();
-  Arg number(const std::string& word, bool minus) const;  // a number token, sign already seen
+  std::uint32_t take_integer();  // a literal below 2^32
+
+  // What cannot begin a constant expression is no operand either.
+  bool at_constant() const;
+  // An integer or a real, folded by the rules of PTX ISA "Constant Expressions".
+  Arg constant_expression();
+  Arg constant_term();              // products and what binds tighter: what may follow "name +"
+  std::int64_t constant_integer();  // an expression that must be an integer
+
+  // Guards the recursive descent against input such as ten thousand brackets.
+  class Nested {
+   public:
+    explicit Nested(TokenReader& reader) : reader_(reader) {
+      if (++reader_.nesting_ > 64) reader_.fail("nested too deeply");
+    }
+    ~Nested() { --reader_.nesting_; }
+    Nested(const Nested&) = delete;
+    Nested& operator=(const Nested&) = delete;
+
+   private:
+    TokenReader& reader_;
+  };
 
  private:
+  Arg conditional_expression();
+  Arg binary_expression(int lowest);
+  Arg unary_expression();
+  Arg number_literal();
+  Arg combined(const std::string& op, const Arg& x, const Arg& y, std::uint32_t line) const;
+
   std::string name_;
   std::vector<Token> tokens_;
   std::size_t at_ = 0;
+  int nesting_ = 0;
 };
 
 }  // namespace torchext::sim

@@ -91,13 +91,21 @@ std::uint64_t special_value(Special which, const Cta& cta, std::uint32_t thread,
     case Special::cluster_nctarank:
       return grid.cluster_size;
     case Special::is_explicit_cluster:
-      return grid.cluster_size > 1;
+      return grid.explicit_cluster;
     case Special::dynamic_smem_size:
       return o.dynamic_smem;
     case Special::total_smem_size:
       return grid.shared_bytes;
     case Special::aggr_smem_size:
       return grid.shared_bytes;
+    case Special::workspace_low:
+      return static_cast<std::uint32_t>(grid.workspace_address());
+    case Special::workspace_high:
+      return grid.workspace_address() >> 32;
+    case Special::reserved_shared_slot:
+      return kReservedSharedSlot;
+    case Special::reserved_shared_end:
+      return kSharedBase;
     default:
       return 0;  // clocks are read by mov, when they are read
   }
@@ -123,8 +131,9 @@ Warp::Warp(Cta& cta, std::uint32_t index)
   live_ = count == 32 ? ~0u : (1u << count) - 1;
   first_agent_ = (cta.rank * grid_.warps_per_cta + index) * 32;
   std::fill(std::begin(clock_), std::end(clock_), 1);
-  for (const auto& [which, slot] : program_.specials) {
-    for (std::uint32_t lane = 0; lane < 32; ++lane)
+  for (const auto& [which, slot, predicate] : program_.specials) {
+    if (predicate) set_predicate(slot, ~0u, special_value(which, cta, first, 0, index) ? ~0u : 0);
+    for (std::uint32_t lane = 0; lane < 32 && !predicate; ++lane)
       put(slot, static_cast<int>(lane), special_value(which, cta, first + lane, lane, index));
   }
   if (program_.uses_wgmma) {
