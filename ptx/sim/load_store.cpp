@@ -20,11 +20,6 @@ struct Transfer {
   bool strong = false, acquire = false, release = false;
 };
 
-// Lanes of one instruction that write the same value to the same place agree, race or not.
-bool same_value(const Place& place, const std::uint8_t* value, std::uint32_t bytes) {
-  return std::memcmp(place.host, value, bytes) == 0;
-}
-
 std::uint64_t lane_address(Warp& w, const Instruction& i, int lane) {
   const std::uint64_t base = w.integer(i.s[0], lane) + static_cast<std::uint64_t>(i.offset);
   return i.s[0].bytes == 4 ? static_cast<std::uint32_t>(base) : base;
@@ -86,7 +81,6 @@ Step store(Warp& w, const Instruction& i, std::uint32_t mask) {
     for (const Slot& s : i.list) w.need(s, mask, "as a value to store", ~beyond(t));
   }
   const std::uint32_t total = t.bytes * t.elements;
-  std::uint32_t done = 0;
   for_lanes(mask, [&](int lane) {
     const std::uint64_t address = lane_address(w, i, lane);
     std::uint8_t data[32];
@@ -101,17 +95,11 @@ Step store(Warp& w, const Instruction& i, std::uint32_t mask) {
         const std::uint64_t bits = w.valid_bits(i.list[e], lane);
         std::memcpy(place.valid + e * t.bytes, &bits, t.bytes);
       }
+      std::memcpy(place.host, data, total);
     } else {
-      // A second lane of this instruction that stores the same value is no race.
-      bool repeated = false;
-      if (same_value(place, data, total)) {
-        for_lanes(done, [&](int other) { repeated |= lane_address(w, i, other) == address; });
-      }
       if (t.strong) strong_write(w, lane, place, address, t.release);
-      if (!repeated) w.check_write(place, w.actor(lane, t.strong), total, 1u << lane, address);
+      w.write(place, w.actor(lane, t.strong), data, total, 1u << lane, address);
     }
-    std::memcpy(place.host, data, total);
-    done |= 1u << lane;
   });
   ++w.cluster().progress;
   return Step::next;

@@ -226,6 +226,9 @@ class Warp {
                   std::uint64_t address);
   void check_write(const Place& place, const Actor& actor, std::uint32_t bytes, std::uint32_t lanes,
                    std::uint64_t address);
+  // Checks a store of `data`, and stores it, in one step.
+  void write(const Place& place, const Actor& actor, const std::uint8_t* data, std::uint32_t bytes,
+             std::uint32_t lanes, std::uint64_t address);
   void conflict(const Conflict& c, const Actor& actor, bool write, std::uint32_t lanes,
                 std::uint64_t address);
 

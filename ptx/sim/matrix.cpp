@@ -84,8 +84,7 @@ Step store_matrix(Warp& w, const Instruction& i, U32 mask) {
     Place place;
     const U64 address = row_address(w, i, lane);
     if (!w.resolve(lane, m.space, address, 16, true, &place)) return;
-    w.check_write(place, w.actor(lane), 16, 1u << lane, address);
-    std::memcpy(place.host, rows[lane], 16);
+    w.write(place, w.actor(lane), rows[lane], 16, 1u << lane, address);
   });
   order(w, mask);
   ++w.cluster().progress;

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <cstring>
 #include <stdexcept>
 
 #include "machine.h"
@@ -177,7 +178,15 @@ void Warp::conflict(const Conflict& c, const Actor& actor, bool write, std::uint
                               (c.other_is_write ? "write" : "read") + " by " + by + ", line " +
                               std::to_string(other.line) + ": " + program_.opcodes[other.opcode];
   const std::string op = program_.opcodes[other.opcode];
-  if (c.kind == Conflict::proxy) {
+  if (c.kind == Conflict::same_value) {
+    // Lanes that one instruction stores for: the manual lets any of them win.
+    const bool one_instruction = c.other_pc == actor.pc && c.other_cluster == actor.cluster &&
+                                 c.other_agent / 32 == actor.agent / 32;
+    if (one_instruction) return;
+    finding_at(actor.pc, FindingKind::same_value_store,
+               "write that nothing orders after an earlier write of the same value", lanes, address,
+               against, other.line);
+  } else if (c.kind == Conflict::proxy) {
     finding_at(actor.pc, FindingKind::missing_proxy_fence,
                "async-proxy " + what +
                    " of bytes that a generic-proxy write made, with no "
@@ -222,6 +231,26 @@ void Warp::check_write(const Place& place, const Actor& actor, std::uint32_t byt
     c = place.shadow->write(actor, place.offset, bytes);
   } else {
     c = place.shadow->write(actor, place.offset, bytes);
+  }
+  dirty_ |= lanes;
+  if (c.kind != Conflict::none) conflict(c, actor, true, lanes, address);
+}
+
+void Warp::write(const Place& place, const Actor& actor, const std::uint8_t* data,
+                 std::uint32_t bytes, std::uint32_t lanes, std::uint64_t address) {
+  if (place.shadow == nullptr) {
+    std::memcpy(place.host, data, bytes);
+    return;
+  }
+  const Stored stored{place.host, data};
+  Conflict c;
+  if (place.buffer != nullptr) {
+    const std::lock_guard<SpinLock> lock(place.buffer->lock);
+    c = place.shadow->write(actor, place.offset, bytes, &stored);
+    std::memcpy(place.host, data, bytes);
+  } else {
+    c = place.shadow->write(actor, place.offset, bytes, &stored);
+    std::memcpy(place.host, data, bytes);
   }
   dirty_ |= lanes;
   if (c.kind != Conflict::none) conflict(c, actor, true, lanes, address);

@@ -3,6 +3,7 @@
 #include "shadow.h"
 
 #include <algorithm>
+#include <cstring>
 
 namespace torchext::sim {
 
@@ -14,8 +15,13 @@ enum Flag : std::uint8_t {
   kReadAsync = 8,
   kReaderSet = 16,  // r_agent is an index into reader_sets_
   kSplit = 32,      // r_agent is an index into splits_
+  kStored = 64,     // the last write was in memory before the next access was checked
+  kAgreeing = 128,  // several writes that nothing orders stored the same value: agreeing_ has them
 };
 constexpr std::uint32_t kLanes = 32;
+constexpr std::uint8_t kAllBytes = 15;  // Cell::valid; of a split granule's parts, as of others
+// Enough for the warps of a full GPU; in a loop without end, the later stores go unrecorded.
+constexpr std::size_t kMostAgreeing = 16384;
 }  // namespace
 
 Shadow::Shadow(std::uint64_t bytes, bool valid)
@@ -26,7 +32,7 @@ Shadow::Page& Shadow::page(std::uint64_t index) {
   if (p == nullptr) {
     p = std::make_unique<Page>();
     Cell fresh{};
-    fresh.valid = valid_ ? 15 : 0;
+    fresh.valid = valid_ ? kAllBytes : 0;
     p->fill(fresh);
   }
   return *p;
@@ -49,7 +55,8 @@ bool Shadow::ordered(const Actor& a, std::uint32_t cluster, std::uint32_t agent,
          (*it->second)[agent] >= clock;
 }
 
-bool Shadow::ordered_readers(const Actor& a, const Reader& r) {
+template <class Accesses>
+bool Shadow::ordered_lanes(const Actor& a, const Accesses& r) {
   for (std::uint32_t m = r.mask; m != 0; m &= m - 1) {
     const auto lane = static_cast<std::uint32_t>(__builtin_ctz(m));
     if (!ordered(a, r.cluster, r.warp_agent + lane, r.clock)) return false;
@@ -57,7 +64,42 @@ bool Shadow::ordered_readers(const Actor& a, const Reader& r) {
   return true;
 }
 
-std::uint32_t Shadow::split(Cell& c) {
+// Whether one of the writes of the value that is there comes before.
+bool Shadow::ordered_after_any(const Actor& a, const Cell& c, std::uint64_t offset) const {
+  if (ordered(a, c.w_cluster, c.w_agent, c.w_clock)) return true;
+  if (!(c.flags & kAgreeing)) return false;
+  const auto& others = agreeing_.at(offset);  // latest first: a thread that reads what it stored
+  return std::any_of(others.rbegin(), others.rend(), [&](Writers w) {
+    for (std::uint32_t lanes = w.mask; lanes != 0; lanes &= lanes - 1) {
+      w.mask = lanes & -lanes;
+      if (ordered_lanes(a, w)) return true;
+    }
+    return false;
+  });
+}
+
+bool Shadow::ordered_after_all(const Actor& a, const Cell& c, std::uint64_t offset) const {
+  if (!ordered(a, c.w_cluster, c.w_agent, c.w_clock)) return false;
+  if (!(c.flags & kAgreeing)) return true;
+  const auto& others = agreeing_.at(offset);
+  return std::all_of(others.begin(), others.end(),
+                     [&](const Writers& w) { return ordered_lanes(a, w); });
+}
+
+void Shadow::record_agreeing(Cell& c, const Actor& actor, std::uint64_t offset) {
+  auto& others = agreeing_[offset];
+  if (!(c.flags & kAgreeing)) others.clear();
+  c.flags |= kAgreeing;
+  const std::uint32_t base = actor.agent / kLanes * kLanes, bit = 1u << (actor.agent % kLanes);
+  if (!others.empty() && others.back().cluster == actor.cluster &&
+      others.back().warp_agent == base && others.back().clock == actor.clock) {
+    others.back().mask |= bit;
+  } else if (others.size() < kMostAgreeing) {
+    others.push_back({actor.cluster, base, actor.clock, bit});
+  }
+}
+
+std::uint32_t Shadow::split(Cell& c, std::uint64_t granule) {
   if (c.flags & kSplit) return c.r_agent;
   std::uint32_t index;
   if (free_splits_.empty()) {
@@ -70,12 +112,16 @@ std::uint32_t Shadow::split(Cell& c) {
   for (int i = 0; i < 4; ++i) {
     Cell& part = splits_[index][static_cast<std::size_t>(i)];
     part = c;
-    part.valid = (c.valid >> i) & 1 ? 15 : 0;
+    part.valid = (c.valid >> i) & 1 ? kAllBytes : 0;
     if (c.flags & kReaderSet) {
       const auto copy = static_cast<std::uint32_t>(reader_sets_.size());
       reader_sets_.push_back(reader_sets_[c.r_agent]);
       part.r_agent = copy;
     }
+  }
+  if (c.flags & kAgreeing) {
+    const std::vector<Writers> writes = agreeing_.at(4 * granule);
+    for (std::uint64_t i = 1; i < 4; ++i) agreeing_[4 * granule + i] = writes;
   }
   if (c.flags & kReaderSet) free_sets_.push_back(c.r_agent);
   c.flags = kSplit;
@@ -92,16 +138,17 @@ void Shadow::for_each_cell(std::uint64_t offset, std::uint64_t bytes, bool merge
     Cell& c = cell(granule);
     const bool whole = granule_end - at == 4;
     if (whole && !(c.flags & kSplit)) {
-      visit(c, at, std::uint8_t{15});
+      visit(c, at, 4);
     } else {
-      const std::uint32_t index = split(c);
-      for (std::uint64_t b = at; b < granule_end; ++b)
-        visit(splits_[index][b % 4], b, std::uint8_t{15});
+      const std::uint32_t index = split(c, granule);
+      for (std::uint64_t b = at; b < granule_end; ++b) visit(splits_[index][b % 4], b, 1);
       c.valid = 0;
+      bool agreeing = false;
       for (std::size_t i = 0; i < 4; ++i) {
         if (splits_[index][i].valid) c.valid = static_cast<std::uint8_t>(c.valid | 1 << i);
+        agreeing |= (splits_[index][i].flags & kAgreeing) != 0;
       }
-      if (whole && merge) {  // four equal bytes again: they were all just written
+      if (whole && merge && !agreeing) {  // four equal bytes again: they were all just written
         free_splits_.push_back(index);
         c = splits_[index][0];
       }
@@ -130,7 +177,7 @@ void Shadow::record_reader(Cell& c, const Actor& actor) {
       c.r_mask |= bit;
       return;
     }
-    if (c.r_mask == 0 || (ordered_readers(actor, old) && old.strong == self.strong)) {
+    if (c.r_mask == 0 || (ordered_lanes(actor, old) && old.strong == self.strong)) {
       c.r_cluster = self.cluster;
       c.r_agent = base;
       c.r_clock = self.clock;
@@ -171,8 +218,7 @@ void Shadow::record_reader(Cell& c, const Actor& actor) {
   set.push_back(self);
 }
 
-void Shadow::read_cell(Cell& c, const Actor& actor, std::uint64_t offset, std::uint8_t bytes,
-                       Conflict& conflict) {
+void Shadow::read_cell(Cell& c, const Actor& actor, std::uint64_t offset, Conflict& conflict) {
   if (conflict.kind == Conflict::none) {
     if (c.w_clock != 0) {
       const bool both_strong = actor.strong && (c.flags & kWriteStrong);
@@ -180,30 +226,39 @@ void Shadow::read_cell(Cell& c, const Actor& actor, std::uint64_t offset, std::u
       const auto found = [&](Conflict::Kind kind) {
         conflict = {kind, offset, true, write_async, c.w_cluster, c.w_agent, c.w_pc};
       };
-      if (!both_strong && !ordered(actor, c.w_cluster, c.w_agent, c.w_clock)) {
+      // Of writes that agree, any one that comes before shows the value that all of them store.
+      if (!both_strong && !ordered_after_any(actor, c, offset)) {
         found(Conflict::race);
       } else if (actor.async && !write_async && c.w_cluster == actor.cluster &&
                  actor.proxied->get(c.w_agent) < c.w_clock) {
         found(Conflict::proxy);
       }
     }
-    if (conflict.kind == Conflict::none && (c.valid & bytes) != bytes)
+    if (conflict.kind == Conflict::none && c.valid != kAllBytes)
       conflict = {Conflict::uninitialized, offset, false, false, 0, 0, 0};
   }
   record_reader(c, actor);
 }
 
-void Shadow::write_cell(Cell& c, const Actor& actor, std::uint64_t offset, std::uint8_t,
-                        Conflict& conflict) {
-  if (conflict.kind == Conflict::none) {
+void Shadow::write_cell(Cell& c, const Actor& actor, std::uint64_t offset, const Stored* stored,
+                        std::size_t bytes, Conflict& conflict) {
+  bool agrees = false;
+  if (conflict.kind <= Conflict::same_value) {
     if (c.w_clock != 0 && !(actor.strong && (c.flags & kWriteStrong)) &&
-        !ordered(actor, c.w_cluster, c.w_agent, c.w_clock)) {
-      conflict = {Conflict::race, offset,    true,  (c.flags & kWriteAsync) != 0,
-                  c.w_cluster,    c.w_agent, c.w_pc};
+        !ordered_after_all(actor, c, offset)) {
+      agrees = stored != nullptr && (c.flags & kStored) &&
+               std::memcmp(stored->before, stored->after, bytes) == 0;
+      conflict = {agrees ? Conflict::same_value : Conflict::race,
+                  offset,
+                  true,
+                  (c.flags & kWriteAsync) != 0,
+                  c.w_cluster,
+                  c.w_agent,
+                  c.w_pc};
     } else if (c.r_mask != 0) {
       const auto check = [&](const Reader& r) {
-        if (conflict.kind != Conflict::none || (actor.strong && r.strong)) return;
-        if (!ordered_readers(actor, r))
+        if (conflict.kind > Conflict::same_value || (actor.strong && r.strong)) return;
+        if (!ordered_lanes(actor, r))
           conflict = {Conflict::race, offset, false, r.async, r.cluster, r.warp_agent, r.pc};
       };
       if (c.flags & kReaderSet) {
@@ -214,6 +269,10 @@ void Shadow::write_cell(Cell& c, const Actor& actor, std::uint64_t offset, std::
       }
     }
   }
+  if (agrees) {  // readers since have seen this value; the first writer goes on standing for all
+    record_agreeing(c, actor, offset);
+    return;
+  }
   if (c.flags & kReaderSet) free_sets_.push_back(c.r_agent);
   c.w_cluster = actor.cluster;
   c.w_agent = actor.agent;
@@ -221,29 +280,32 @@ void Shadow::write_cell(Cell& c, const Actor& actor, std::uint64_t offset, std::
   c.w_pc = actor.pc;
   c.r_mask = 0;
   c.flags = static_cast<std::uint8_t>((actor.strong ? kWriteStrong : 0) |
-                                      (actor.async ? kWriteAsync : 0));
-  c.valid = 15;
+                                      (actor.async ? kWriteAsync : 0) |
+                                      (stored != nullptr ? kStored : 0));
+  c.valid = kAllBytes;
 }
 
 Conflict Shadow::read(const Actor& actor, std::uint64_t offset, std::uint64_t bytes) {
   Conflict conflict;
-  for_each_cell(offset, bytes, false, [&](Cell& c, std::uint64_t at, std::uint8_t mask) {
-    read_cell(c, actor, at, mask, conflict);
-  });
+  for_each_cell(offset, bytes, false,
+                [&](Cell& c, std::uint64_t at, std::size_t) { read_cell(c, actor, at, conflict); });
   return conflict;
 }
 
-Conflict Shadow::write(const Actor& actor, std::uint64_t offset, std::uint64_t bytes) {
+Conflict Shadow::write(const Actor& actor, std::uint64_t offset, std::uint64_t bytes,
+                       const Stored* stored) {
   Conflict conflict;
-  for_each_cell(offset, bytes, true, [&](Cell& c, std::uint64_t at, std::uint8_t mask) {
-    write_cell(c, actor, at, mask, conflict);
+  for_each_cell(offset, bytes, true, [&](Cell& c, std::uint64_t at, std::size_t width) {
+    if (stored == nullptr) return write_cell(c, actor, at, nullptr, width, conflict);
+    const Stored here{stored->before + (at - offset), stored->after + (at - offset)};
+    write_cell(c, actor, at, &here, width, conflict);
   });
   return conflict;
 }
 
 void Shadow::set_valid(std::uint64_t offset, std::uint64_t bytes) {
   for_each_cell(offset, bytes, false,
-                [](Cell& c, std::uint64_t, std::uint8_t mask) { c.valid |= mask; });
+                [](Cell& c, std::uint64_t, std::size_t) { c.valid = kAllBytes; });
 }
 
 bool Shadow::is_valid(std::uint64_t offset, std::uint64_t bytes) const {

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 #include "clock.h"
@@ -27,12 +28,19 @@ struct Actor {
 };
 
 struct Conflict {
-  enum Kind : std::uint8_t { none, race, proxy, uninitialized };
+  // same_value: writes that nothing orders, and that store the same bytes.
+  enum Kind : std::uint8_t { none, same_value, race, proxy, uninitialized };
   Kind kind = none;
   std::uint64_t offset = 0;  // of the byte or granule
   bool other_is_write = false;
   bool other_is_async = false;
   std::uint32_t other_cluster = 0, other_agent = 0, other_pc = 0;
+};
+
+// What a store that takes effect at once replaces, and by what.
+struct Stored {
+  const std::uint8_t* before;
+  const std::uint8_t* after;
 };
 
 class Shadow {
@@ -42,7 +50,9 @@ class Shadow {
 
   // Checks and records an access to [offset, offset + bytes). The first conflict is returned.
   Conflict read(const Actor& actor, std::uint64_t offset, std::uint64_t bytes);
-  Conflict write(const Actor& actor, std::uint64_t offset, std::uint64_t bytes);
+  // `stored`: for a write whose bytes are known, and in place before the next access is checked.
+  Conflict write(const Actor& actor, std::uint64_t offset, std::uint64_t bytes,
+                 const Stored* stored = nullptr);
   void set_valid(std::uint64_t offset, std::uint64_t bytes);
   bool is_valid(std::uint64_t offset, std::uint64_t bytes) const;
   // Whether the last write to the granule at `offset` is this one.
@@ -55,6 +65,9 @@ class Shadow {
   struct Reader {
     std::uint32_t cluster, warp_agent, clock, mask, pc;
     bool strong, async;
+  };
+  struct Writers {  // lanes of a warp
+    std::uint32_t cluster, warp_agent, clock, mask;
   };
   struct Cell {
     std::uint32_t w_cluster, w_agent, w_clock, w_pc;          // w_clock 0: no write
@@ -70,13 +83,16 @@ class Shadow {
   Page& page(std::uint64_t index);
   static bool ordered(const Actor& a, std::uint32_t cluster, std::uint32_t agent,
                       std::uint32_t clock);
-  static bool ordered_readers(const Actor& a, const Reader& r);
-  void read_cell(Cell& c, const Actor& actor, std::uint64_t offset, std::uint8_t bytes,
-                 Conflict& conflict);
-  void write_cell(Cell& c, const Actor& actor, std::uint64_t offset, std::uint8_t bytes,
-                  Conflict& conflict);
+  template <class Accesses>  // Reader or Writers
+  static bool ordered_lanes(const Actor& a, const Accesses& r);
+  void read_cell(Cell& c, const Actor& actor, std::uint64_t offset, Conflict& conflict);
+  void write_cell(Cell& c, const Actor& actor, std::uint64_t offset, const Stored* stored,
+                  std::size_t bytes, Conflict& conflict);
+  void record_agreeing(Cell& c, const Actor& actor, std::uint64_t offset);
+  bool ordered_after_any(const Actor& a, const Cell& c, std::uint64_t offset) const;
+  bool ordered_after_all(const Actor& a, const Cell& c, std::uint64_t offset) const;
   void record_reader(Cell& c, const Actor& actor);
-  std::uint32_t split(Cell& c);
+  std::uint32_t split(Cell& c, std::uint64_t granule);
   template <class Visit>
   void for_each_cell(std::uint64_t offset, std::uint64_t bytes, bool merge, Visit&& visit);
 
@@ -87,6 +103,9 @@ class Shadow {
   std::vector<std::uint32_t> free_sets_;
   std::vector<std::array<Cell, 4>> splits_;
   std::vector<std::uint32_t> free_splits_;
+  // By offset, of cells with the flag kAgreeing: who else stored the value that is there, without
+  // an order. The cell keeps the first.
+  std::unordered_map<std::uint64_t, std::vector<Writers>> agreeing_;
 };
 
 }  // namespace torchext::sim

@@ -89,3 +89,130 @@ def test_the_manual_lists_every_kind():
     text = (ROOT / "docs" / "simulator.md").read_text()
     rows = re.findall(r"^\| (.+?) \| (error|note) \| (.+) \|$", text, re.MULTILINE)
     assert rows == [(name, grade, example) for name, (grade, _, example) in KINDS.items()]
+
+
+# ---- several stores of one value ----------------------------------------------------------------
+
+# A word that threads store to: global memory from %rd1 on, or shared memory from %r5 on.
+PREPARE = """
+    .shared .align 16 .b8 words[64];
+    ld.param.u64 %rd1, [out];
+    mov.u32 %r5, words;
+    mov.u32 %r1, %tid.x;
+    mov.u32 %r2, %ctaid.x;
+    shr.u32 %r3, %r1, 5;
+    mov.u32 %r4, 7;
+"""
+
+
+def stores(code, grid=1, block=64, **options):
+    out = np.zeros(16, np.uint32)
+    report = kernel(PREPARE + code).launch("kernel", grid=grid, block=block, args=[out], **options)
+    return report, out
+
+
+SAME = {
+    "global": "st.global.u32 [%rd1], %r4;",
+    "shared": "st.shared.u32 [%r5], %r4;",
+    "constant": "st.global.u32 [%rd1], 7;",
+    "bytes": "st.global.u8 [%rd1+1], %r4;",
+    "halves": "st.shared.u16 [%r5+2], %r4;",
+    "eight bytes": "mov.b64 %rd2, {%r4, %r4};\nst.global.u64 [%rd1], %rd2;",
+    "vector": "st.global.v4.u32 [%rd1], {%r4, %r4, %r4, %r4};",
+    "two widths": (
+        "setp.eq.u32 %p1, %r3, 0;\n@%p1 st.global.v2.u32 [%rd1], {%r4, %r4};\n"
+        "@!%p1 st.global.u32 [%rd1], %r4;"
+    ),
+    "twice each": "st.global.u32 [%rd1], %r4;\nst.global.u32 [%rd1], %r4;",
+    "if unset": (
+        "and.b32 %r6, %r1, 31;\nsetp.eq.u32 %p1, %r6, 5;\n@%p1 st.global.u32 [%rd1], %r4;"
+    ),
+    "its own afterwards": "st.global.u32 [%rd1], %r4;\nld.global.u32 %r6, [%rd1];",
+    "read by all after a barrier": (
+        "st.shared.u32 [%r5], %r4;\nbar.sync 0;\nld.shared.u32 %r6, [%r5];"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SAME)
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_warps_that_store_the_same_value(name, num_threads):
+    for seed in range(6):
+        report, _ = stores(SAME[name], seed=seed, num_threads=num_threads)
+        assert report.ok, str(report)
+        assert {note.kind for note in report.notes} == {"same-value store"}
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+@pytest.mark.parametrize("block", [1, 32, 96])
+def test_ctas_that_set_one_flag(block, num_threads):
+    for seed in range(6):
+        report, out = stores(SAME["global"], 16, block, seed=seed, num_threads=num_threads)
+        assert report.ok and out[0] == 7, str(report)
+        assert kinds(report) == {"same-value store"}
+
+
+def test_lanes_of_one_instruction_are_no_finding():
+    report, out = stores(SAME["global"], block=32)
+    assert not report.findings and out[0] == 7
+
+
+DIFFERENT = {
+    "values": "st.global.u32 [%rd1], %r3;",
+    "lanes": "st.global.u32 [%rd1], %r1;",
+    "half of the bytes": (
+        "and.b32 %r6, %r3, 1;\nmov.b64 %rd2, {%r4, %r6};\nst.global.u64 [%rd1], %rd2;"
+    ),
+    "then another": "st.global.u32 [%rd1], %r4;\nst.global.u32 [%rd1], 8;",
+    # A reader that may see the old value.
+    "reader": (
+        "setp.eq.u32 %p1, %r3, 0;\n@%p1 st.global.u32 [%rd1], %r4;\n"
+        "@!%p1 ld.global.u32 %r6, [%rd1];"
+    ),
+    # Both writers agree; the third warp may still see the old value.
+    "writers and a reader": (
+        "setp.lt.u32 %p1, %r3, 2;\n@%p1 st.shared.u32 [%r5], 3;\n"
+        "bar.sync 0;\n"
+        "@%p1 st.shared.u32 [%r5], %r4;\n@!%p1 ld.shared.u32 %r6, [%r5];"
+    ),
+    # One writer is ordered before the change, the other is not.
+    "changed after one of them": (
+        "setp.lt.u32 %p1, %r3, 2;\nsetp.ne.u32 %p2, %r3, 0;\n"
+        "@%p1 st.shared.u32 [%r5], %r4;\n"
+        "@%p2 bar.sync 1, 64;\n"
+        "setp.eq.u32 %p3, %r3, 2;\n@%p3 st.shared.u32 [%r5], 8;"
+    ),
+    # Equal by chance: what the memory held before the launch.
+    "a read of the value that is there": (
+        "setp.eq.u32 %p1, %r3, 0;\n@%p1 st.global.u32 [%rd1], 0;\n@!%p1 ld.global.u32 %r6, [%rd1];"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENT)
+def test_races_that_matter_stay_errors(name):
+    for seed in range(6):
+        report, _ = stores(DIFFERENT[name], block=96, seed=seed, num_threads=1)
+        assert "data race" in {error.kind for error in report.errors}, f"seed {seed}: {report}"
+
+
+def test_a_reader_after_one_of_the_writers_sees_the_value():
+    """Warps 0 and 1 agree, warp 2 meets only warp 1."""
+    code = """
+        setp.lt.u32 %p1, %r3, 2;
+        setp.ne.u32 %p2, %r3, 0;
+        @%p1 st.shared.u32 [%r5], %r4;
+        @%p2 bar.sync 1, 64;
+        setp.eq.u32 %p3, %r3, 2;
+        @%p3 ld.shared.u32 %r6, [%r5];
+    """
+    for seed in range(12):
+        report, _ = stores(code, block=96, seed=seed)
+        assert not {error.kind for error in report.errors} - {"data race"}
+        # Where warp 0 stores last of all, its store may come after the read: still the same value.
+        assert report.ok, f"seed {seed}: {report}"
+
+
+def test_many_stores_of_one_value_take_no_time():
+    report, _ = stores(SAME["global"], grid=2000, block=128)
+    assert kinds(report) == {"same-value store"}
