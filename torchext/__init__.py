@@ -16,6 +16,7 @@ from ._conversion_result import ConversionResult
 from ._library import get_include, is_available
 from .convert import convert_to_fp8_training, revert_to_linear
 from .gemm_selection import explain_gemm
+from .nn.weight_cache import fixed_weights
 from .recipe import Recipe
 
 __version__ = "0.1.0"
@@ -29,6 +30,7 @@ __all__ = [
     "__version__",
     "convert_to_fp8_training",
     "explain_gemm",
+    "fixed_weights",
     "get_include",
     "is_available",
     "nn",

@@ -11,8 +11,8 @@ from torch.autograd import forward_ad
 
 from .._twins import apply
 from ..recipe import Recipe
-from .linear_function import LinearFunction, Operand, linear, quantize_weight
-from .weight_cache import CachedWeight, is_cacheable
+from .linear_function import LinearFunction, Operand, linear
+from .weight_cache import WeightCache
 
 _WIDE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -25,12 +25,10 @@ class Linear(torch.nn.Linear):
     multiples of anything.
 
     For backward the input is kept in FP8 (one byte an element plus scales), the input itself is
-    not. The FP8 weight, two bytes an element for a layer that is trained, is kept between optimiser
-    steps and made anew when the parameter changes: by an optimiser, in place, by assignment,
-    `load_state_dict` or `to`. A switch between `train()` and `eval()` drops it. One change cannot
-    be seen: a write through `weight.data` or `weight.detach()` other than by a
-    torch.optim.Optimizer; call `refresh_weight()` after it. Under torch.compile the weight is
-    quantised in the graph, each time.
+    not. Every forward uses the weight as it then is, whoever wrote it. On a CPU the FP8 weight is
+    kept, one byte an element or two for a layer that is trained, and made anew unless a hash of the
+    parameter's bytes says that it is the same; on CUDA and under torch.compile it is made in every
+    forward. `torchext.fixed_weights` saves both while the weights rest.
 
     Args:
         in_features, out_features, bias, device, dtype: as in torch.nn.Linear. The parameters are
@@ -39,7 +37,7 @@ class Linear(torch.nn.Linear):
     """
 
     recipe: Recipe
-    _cached_weight: CachedWeight | None = None
+    _weight_cache: WeightCache
 
     def __init__(
         self,
@@ -53,6 +51,7 @@ class Linear(torch.nn.Linear):
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
         self.recipe = _checked_recipe(recipe)
+        self._weight_cache = WeightCache()
 
     @classmethod
     def from_linear(cls, linear: torch.nn.Linear, recipe: Recipe | None = None) -> Linear:
@@ -86,6 +85,7 @@ class Linear(torch.nn.Linear):
         linear.__class__ = cls
         assert isinstance(linear, cls)
         linear.recipe = recipe
+        linear._weight_cache = WeightCache()
         return linear
 
     def revert_(self) -> torch.nn.Linear:
@@ -137,46 +137,28 @@ class Linear(torch.nn.Linear):
         )[0]
 
     def refresh_weight(self) -> None:
-        """Drops the FP8 weight; the next forward quantises the parameter as it then is.
+        """Drops the FP8 weight, and so frees its memory; the next forward quantises the parameter.
 
-        Needed only after a write through `weight.data` or `weight.detach()`, and useful to free
-        the memory of a layer that rests.
+        Needed within `torchext.fixed_weights`, after a write that PyTorch does not record.
         """
-        self._cached_weight = None
+        self._weight_cache.clear()
 
     def _quantized_weight(self, weight: Tensor, input: Tensor) -> Operand | None:
-        """The cached FP8 weight, made anew if need be; None where caching is not possible."""
+        """The FP8 weight, kept or made anew; None where it may not be kept."""
         # Re-entrant checkpointing runs forward without gradients first, and with them later.
         transposed = input.requires_grad if torch.is_grad_enabled() else self.training
-        cached = self._cached_weight
-        if (
-            cached is not None
-            and cached.is_current(weight, self.recipe)
-            and (cached.quantized.data_t is not None or not transposed)
-        ):
-            return cached.quantized
-        if not is_cacheable(weight):
-            return None
-        self._cached_weight = None  # before its successor is allocated
-        with torch.inference_mode(False), torch.no_grad():  # so that backward may save it
-            quantized = quantize_weight(weight, self.recipe, transposed=transposed)
-        self._cached_weight = CachedWeight(weight, self.recipe, quantized)
-        return quantized
+        return self._weight_cache.operand(weight, self.recipe, transposed=transposed)
 
     def train(self, mode: bool = True) -> Linear:
-        if mode != self.training:
-            self.refresh_weight()
+        if mode != self.training and not self._weight_cache.fixed:
+            self.refresh_weight()  # evaluation needs half of what training keeps
         super().train(mode)
         return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> Linear:
-        self.refresh_weight()
+        self.refresh_weight()  # the parameter will be replaced
         super()._apply(fn, recurse)
         return self
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.refresh_weight()
-        super()._load_from_state_dict(*args, **kwargs)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, fp8={self.recipe}"

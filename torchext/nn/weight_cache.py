@@ -1,90 +1,246 @@
-"""Keeps a layer's FP8 weight until the weight changes, and notices every way in which it can.
+"""Keeps a layer's FP8 weight for as long as it provably is the parameter's.
 
-Between optimiser steps (gradient accumulation, evaluation) a weight is quantised once. PyTorch
-offers no single sign that a parameter has changed, so several are compared, each cheap.
+Nothing that PyTorch offers says that nobody wrote a parameter's bytes: collectives, `.data`, numpy
+and other processes leave no trace on it. So on a CPU the proof is the content: a hash of all bytes
+(csrc/runtime/content_hash.cpp) is compared in every forward. On CUDA reading a hash back would
+stall the stream, so that the weight is quantised in every forward. Within `fixed_weights` the user
+vouches for the parameters, and an FP8 weight is reused, on any device, without looking.
 """
 
 from __future__ import annotations
 
-import weakref
-from typing import Any
+import ctypes
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils._python_dispatch import (
+    _disable_current_modes,
+    _get_current_dispatch_mode_stack,
+)
 
+from .._library import op_library
 from ..recipe import Recipe
-from .linear_function import Operand
+from .linear_function import Operand, quantize_weight
+
+_content_hash = op_library().torchext_content_hash  # ctypes lets the interpreter lock go
+_content_hash.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+_content_hash.restype = ctypes.c_uint64
+
+_lock = threading.Lock()  # of _fixed, and of WeightCache.fixed
+_fixed: set[WeightCache] = set()  # that some `fixed_weights` context holds
 
 
-def is_cacheable(weight: Tensor) -> bool:
-    """Whether changes of `weight` can be noticed.
+class _Kept(NamedTuple):
+    operand: Operand
+    state: tuple[Any, ...]  # of the parameter when it was quantised
+    weight: Tensor | None  # so that nothing else gets the id() that `state` may hold
 
-    Not of a computed weight (parametrised, or swapped in by torch.func.functional_call), a subclass
-    that keeps its values elsewhere, or an inference tensor, which has no version. Nor may a cached
-    weight be baked into a CUDA graph that is being captured: replays must see the parameter.
+
+class WeightCache:
+    """The FP8 weight of one layer. Copies and pickles of it are empty.
+
+    Attributes:
+        fixed: how many `fixed_weights` contexts hold the layer.
     """
-    return (
-        type(weight) is torch.nn.Parameter
-        and not weight.is_inference()
-        and not _is_captured(weight)
+
+    def __init__(self) -> None:
+        self.fixed = 0
+        self._kept: dict[Any, _Kept] = {}
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __reduce__(self) -> tuple[type[WeightCache], tuple[()]]:
+        return WeightCache, ()
+
+    def clear(self) -> None:
+        self._kept.clear()
+
+    def operand(self, weight: Tensor, recipe: Recipe, *, transposed: bool) -> Operand | None:
+        """`weight` quantised by `recipe`, with the operand for dgrad if `transposed`.
+
+        None where it may not be kept: the caller quantises it, where the op is recorded for whoever
+        interprets ops now.
+        """
+        # A computed weight (parametrised, or given by torch.func.functional_call) is another one in
+        # each forward, and a subclass may keep its values elsewhere.
+        if type(weight) is not torch.nn.Parameter:
+            return None
+        if _is_traced():
+            return None
+        if self.fixed:
+            if _is_captured(weight):
+                return None
+            place: Any = (recipe, _stream(weight))
+            state, held = _recorded_state(weight), weight
+        else:
+            content = _content(weight)
+            if content is None:
+                self.clear()
+                return None
+            place = held = None
+            state = (recipe, *content)
+        kept = self._kept.get(place)
+        if kept is not None:
+            if kept.state == state and (kept.operand.data_t is not None or not transposed):
+                return kept.operand
+            kept = None
+            self._kept.pop(place, None)  # before its successor is allocated
+        # After `state` was taken: what is written meanwhile is noticed in the next forward.
+        with torch.inference_mode(False), torch.no_grad():  # so that backward may save it
+            operand = quantize_weight(weight, recipe, transposed=transposed)
+            if not _has_modes() or _is_unaltered(operand, weight, recipe):
+                self._kept[place] = _Kept(operand, state, held)
+        return operand
+
+
+def _has_modes() -> bool:
+    return bool(torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack())
+
+
+def _is_traced() -> bool:
+    """Whether a tracer or a transform sees ops now: it must see each one, on the parameter."""
+    if torch._C._get_tracing_state() is not None or torch._C._are_functorch_transforms_active():
+        return True
+    # Fake tensors, proxies and functionalisation have keys. make_fx may trace above autograd.
+    return _has_modes() and (
+        any(
+            getattr(mode, "_mode_key", None) is not None
+            for mode in _get_current_dispatch_mode_stack()
+        )
+        or torch._ops._len_torch_dispatch_stack_pre_dispatch() > 0
     )
 
 
-def _is_captured(weight: Tensor) -> bool:
-    return weight.is_cuda and torch.cuda.is_current_stream_capturing()
+def _is_unaltered(operand: Operand, weight: Tensor, recipe: Recipe) -> bool:
+    """Whether the user's modes that are active left `operand` as it is without them.
 
-
-class CachedWeight:
-    """A quantised weight, and the state of the parameter that it was made from.
-
-    Copies and pickles of it are None: a copied module quantises its own weight.
+    A mode that counts ops sees a weight quantised once; what one that changes results made must not
+    outlive it.
     """
-
-    optimizer_steps = 0  # of every optimiser in this process
-
-    def __init__(self, weight: Tensor, recipe: Recipe, quantized: Operand) -> None:
-        self.quantized = quantized
-        self._weight = weakref.ref(weight)
-        # The weak reference keeps the storage's identity, not its memory, from being used again.
-        self._storage = StorageWeakRef(weight.untyped_storage())
-        self._state = _state(weight, recipe)
-
-    def is_current(self, weight: Tensor, recipe: Recipe) -> bool:
-        """Whether `weight`, quantised by `recipe`, would give what is cached."""
-        return (
-            self._weight() is weight
-            and self._storage.cdata == weight.untyped_storage()._cdata
-            and self._state == _state(weight, recipe)
-            and not _is_captured(weight)
+    if not all(part is None or type(part) is Tensor for part in operand):
+        return False
+    with _disable_current_modes(), torch._C.DisableTorchFunction():
+        plain = quantize_weight(weight, recipe, transposed=operand.data_t is not None)
+        return all(
+            _same_bits(part, its_own)
+            for part, its_own in zip(operand, plain, strict=True)
+            if part is not None and its_own is not None
         )
 
-    def __reduce__(self) -> tuple[type[None], tuple[()]]:
-        return type(None), ()
+
+def _same_bits(x: Tensor, y: Tensor) -> bool:
+    bits = torch.uint8 if x.itemsize == 1 else torch.int32
+    return x.dtype == y.dtype and torch.equal(x.view(bits), y.view(bits))
 
 
-def _state(weight: Tensor, recipe: Recipe) -> tuple[Any, ...]:
-    # The stream, because another one would not wait for the quantisation to finish.
-    stream = torch._C._cuda_getCurrentRawStream(weight.get_device()) if weight.is_cuda else None
+def _content(weight: Tensor) -> tuple[Any, ...] | None:
+    """All that the values of `weight` depend on; None where looking does not pay, or cannot be."""
+    if not weight.is_cpu:
+        return None
+    shape, strides = weight.shape, weight.stride()
+    extent = weight.nbytes
+    if not weight.is_contiguous():
+        last = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+        extent = (last + 1) * weight.itemsize
+        if extent > 2 * weight.nbytes:  # few columns of a wide matrix
+            return None
+    address = weight.data_ptr()
+    if address == 0 or extent <= 0:
+        return None
+    return _content_hash(address, extent), weight.dtype, shape, strides, weight.is_neg()
+
+
+def _recorded_state(weight: Tensor) -> tuple[Any, ...]:
+    """What changes with each write, and each assignment, that PyTorch records."""
     return (
-        weight._version,
+        id(weight),
+        None if weight.is_inference() else weight._version,
         weight.data_ptr(),
         weight.dtype,
         weight.shape,
         weight.stride(),
-        recipe,
-        stream,
-        CachedWeight.optimizer_steps,
+        weight.is_neg(),
     )
 
 
-def _count_optimizer_step(*_: Any) -> None:
-    # A compiled step bumps versions, and would be compiled anew for every value of this counter.
+def _stream(weight: Tensor) -> int | None:
+    # Another stream would not wait until the weight is quantised.
+    return torch._C._cuda_getCurrentRawStream(weight.get_device()) if weight.is_cuda else None
+
+
+def _is_captured(weight: Tensor) -> bool:
+    # A replay of the graph must see the parameter as it then is.
+    return weight.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+@contextmanager
+def fixed_weights(model: torch.nn.Module) -> Iterator[None]:
+    """Within it, each FP8 layer of `model` quantises its weight once, and reuses it unseen.
+
+    For the micro-batches of gradient accumulation and for inference, where many forwards share the
+    same weights:
+
+        with torchext.fixed_weights(model):
+            for batch in micro_batches:
+                loss(model(batch)).backward()
+        optimizer.step()
+
+    On CUDA, where a layer otherwise quantises its weight in every forward, this saves the
+    quantisation; on a CPU, where it otherwise compares a hash, it saves reading the weight. Until
+    it ends it costs one byte a weight, or two where the input needs a gradient. Contexts nest, and
+    hold for all threads. A weight is kept for each recipe and CUDA stream that it is used with.
+
+    A change that PyTorch records is seen even so: by a torch.optim.Optimizer, another in-place
+    operation, assignment, `load_state_dict` or `to`. One that it does not record is not seen:
+    through `.data`, numpy, a collective or another process. Make such changes outside, or call the
+    layer's `refresh_weight()` after them. Under torch.compile, within CUDA graphs and for computed
+    weights (parametrisations) the weight is quantised in every forward, as ever.
+
+    Args:
+        model: any module; its torchext.nn.Linear layers are held as they are at the beginning.
+
+    Raises:
+        TypeError: model is no torch.nn.Module.
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(
+            f"torchext.fixed_weights: model: expected a torch.nn.Module; got {type(model).__name__}"
+            "; pass the model whose layers are to keep their FP8 weights"
+        )
+    caches = [
+        cache
+        for module in model.modules()
+        if isinstance(cache := module.__dict__.get("_weight_cache"), WeightCache)
+    ]
+    _hold(caches, 1)
+    try:
+        yield
+    finally:
+        _hold(caches, -1)
+
+
+def _hold(caches: list[WeightCache], change: int) -> None:
+    with _lock:
+        for cache in caches:
+            before, cache.fixed = cache.fixed, cache.fixed + change
+            if before == 0 or cache.fixed == 0:
+                cache.clear()
+            (_fixed.add if cache.fixed else _fixed.discard)(cache)
+
+
+def _after_optimizer_step(*_: Any) -> None:
+    # The steps that leave version counters alone: fused ones, ones that write through `.data`, and
+    # ones on FSDP2's shards. A compiled step raises them, and must not be guarded on what is held.
     if not torch.compiler.is_compiling():
-        CachedWeight.optimizer_steps += 1
+        with _lock:
+            for cache in _fixed:
+                cache.clear()
 
 
-# Two kinds of change leave no trace on the parameter itself: an optimiser that writes through
-# `p.data`, and FSDP2, which refills unsharded parameters and restores their version counters.
-register_optimizer_step_post_hook(_count_optimizer_step)
+register_optimizer_step_post_hook(_after_optimizer_step)
