@@ -42,25 +42,29 @@ def multiply(layout, a, b, d, **options):
 # DeepGEMM 2.8.0, csrc/apis/gemm.hpp and csrc/apis/layout.hpp at commit 0274ad7 (the py::arg lists),
 # deep_gemm/utils/math.py; names in utils also in sgl-deep-gemm 0.2.2. Of k-grouped products,
 # sgl-deep-gemm 0.2.2's deep_gemm/__init__.py, whose `ks` is 2.0's to 2.6's (2.8: ks_cpu).
+OUT_OF_SCOPE = [
+    "per_token_cast_to_fp4", "cast_back_from_fp4", "transpose_packed_fp4",
+    "transform_weights_for_mega_moe", "get_symm_buffer_for_mega_moe", "fp8_fp4_mega_moe",
+]  # fmt: skip
 RECIPES = "recipe=None, recipe_a=None, recipe_b=None"
 SIGNATURES = {
     "fp8_gemm_nt": f"a, b, d, c=None, {RECIPES}, compiled_dims='nk', disable_ue8m0_cast=False, "
-    "alpha=None",
+    "alpha=None, epilogue=None",
     "fp8_gemm_nn": f"a, b, d, c=None, {RECIPES}, compiled_dims='nk', disable_ue8m0_cast=False, "
-    "alpha=None",
+    "alpha=None, epilogue=None",
     "fp8_gemm_tn": f"a, b, d, c=None, {RECIPES}, compiled_dims='mn', disable_ue8m0_cast=False, "
-    "alpha=None",
+    "alpha=None, epilogue=None",
     "fp8_gemm_tt": f"a, b, d, c=None, {RECIPES}, compiled_dims='mn', disable_ue8m0_cast=False, "
-    "alpha=None",
+    "alpha=None, epilogue=None",
     "m_grouped_fp8_gemm_nt_contiguous": f"a, b, d, grouped_layout, {RECIPES}, compiled_dims='nk', "
     "disable_ue8m0_cast=False, use_psum_layout=False, ensure_zero_padding=True, "
-    "expected_m_for_psum_layout=None",
+    "expected_m_for_psum_layout=None, epilogue=None",
     "m_grouped_fp8_gemm_nn_contiguous": f"a, b, d, grouped_layout, {RECIPES}, compiled_dims='nk', "
-    "disable_ue8m0_cast=False, use_psum_layout=False, ensure_zero_padding=True",
+    "disable_ue8m0_cast=False, use_psum_layout=False, ensure_zero_padding=True, epilogue=None",
     "m_grouped_fp8_gemm_nt_masked": f"a, b, d, masked_m, expected_m, {RECIPES}, "
-    "compiled_dims='nk', disable_ue8m0_cast=False",
+    "compiled_dims='nk', disable_ue8m0_cast=False, epilogue=None",
     "fp8_m_grouped_gemm_nt_masked": f"a, b, d, masked_m, expected_m, {RECIPES}, "
-    "compiled_dims='nk', disable_ue8m0_cast=False",
+    "compiled_dims='nk', disable_ue8m0_cast=False, epilogue=None",
     "k_grouped_fp8_gemm_nt_contiguous": "a, b, d, ks, grouped_layout, c=None, recipe=(1, 1, 128), "
     "compiled_dims='mn', use_psum_layout=False, use_padded_sf_layout=False",
     "k_grouped_fp8_gemm_tn_contiguous": "a, b, d, ks, grouped_layout, c=None, recipe=(1, 1, 128), "
@@ -84,6 +88,16 @@ SIGNATURES = {
     "get_k_alignment_for_contiguous_layout": "",
     "set_mk_alignment_for_contiguous_layout": "new_value",
     "get_theoretical_mk_alignment_for_contiguous_layout": "expected_m=None, num_groups=None",
+    # 2.6.1, csrc/apis/layout.hpp and gemm.hpp at commit 54e2261.
+    "get_mn_major_tma_aligned_packed_ue8m0_tensor": "sf, psum_layout=None",
+    "get_k_grouped_mn_major_tma_aligned_packed_ue8m0_tensor": "sf, grouped_layout, ks_cpu, "
+    "gran_k=128, k_alignment=128, use_psum_layout=False",
+    "m_grouped_bf16_gemm_nt_contiguous": "a, b, d, grouped_layout, compiled_dims='nk', "
+    "use_psum_layout=False, ensure_zero_padding=True, expected_m_for_psum_layout=None",
+    "m_grouped_bf16_gemm_nn_contiguous": "a, b, d, grouped_layout, compiled_dims='nk', "
+    "use_psum_layout=False, ensure_zero_padding=True",
+    **{f"cublaslt_gemm_{layout}": "a, b, d, c=None" for layout in DENSE},
+    **dict.fromkeys(OUT_OF_SCOPE, "args, kwargs"),
     "set_num_sms": "num_sms",
     "get_num_sms": "",
     "set_ignore_compile_dims": "new_value",
@@ -100,9 +114,19 @@ SIGNATURES = {
 }
 
 
+# 2.4 to 2.6 have these for the functions that later releases call fp8 alone.
+FP4_TOO = {
+    name.replace("fp8_", "fp8_fp4_"): name
+    for name in SIGNATURES
+    if name.startswith(("fp8_gemm", "m_grouped_fp8_gemm"))
+}
+
+
 def test_every_function_has_deep_gemms_signature():
     public = {name for name in deep_gemm.__all__ if callable(getattr(deep_gemm, name))}
-    assert public == set(SIGNATURES)
+    assert public == set(SIGNATURES) | set(FP4_TOO)
+    for name, same in FP4_TOO.items():
+        assert getattr(deep_gemm, name) is getattr(deep_gemm, same)
     for name, expected in SIGNATURES.items():
         parameters = inspect.signature(getattr(deep_gemm, name)).parameters.values()
         given = ", ".join(
@@ -121,7 +145,7 @@ def test_modules_lie_where_deep_gemm_has_them():
 
 def test_code_that_imports_deep_gemm_can_be_given_this(monkeypatch):
     """The block of docs/deep_gemm.md, and the imports that SGLang and vLLM make after it."""
-    for name in ("", ".utils", ".utils.layout", ".utils.math"):
+    for name in ("", ".testing", ".utils", ".utils.layout", ".utils.math"):
         monkeypatch.setitem(sys.modules, f"deep_gemm{name}", None)  # put back after the test
     document = Path(__file__).resolve().parents[2] / "docs" / "deep_gemm.md"
     blocks = re.findall(r"```python\n(.*?)```", document.read_text(), re.DOTALL)
@@ -130,7 +154,8 @@ def test_code_that_imports_deep_gemm_can_be_given_this(monkeypatch):
 import deep_gemm
 import deep_gemm.utils.layout
 from deep_gemm import fp8_gemm_nt
-from deep_gemm.utils import per_token_cast_to_fp8
+from deep_gemm.testing import bench_kineto, calc_diff
+from deep_gemm.utils import per_token_cast_to_fp4, per_token_cast_to_fp8
 from deep_gemm.utils.layout import get_mn_major_tma_aligned_tensor
 from deep_gemm.utils.math import align
 """
@@ -139,7 +164,81 @@ from deep_gemm.utils.math import align
     assert names["deep_gemm"] is deep_gemm
     assert names["align"] is deep_gemm.align
     assert names["per_token_cast_to_fp8"] is deep_gemm.per_token_cast_to_fp8
+    assert names["calc_diff"] is deep_gemm.testing.calc_diff
     assert not hasattr(deep_gemm, "bf16_gemm_nt")
+
+
+def test_transformers_finds_what_it_asks_for():
+    """What transformers 5 takes from a DeepGEMM when it loads one: integrations/deepgemm.py."""
+    for name in (
+        "fp8_fp4_gemm_nt", "m_grouped_fp8_fp4_gemm_nt_contiguous",
+        "m_grouped_bf16_gemm_nt_contiguous", "m_grouped_bf16_gemm_nn_contiguous",
+        "get_mn_major_tma_aligned_packed_ue8m0_tensor", "transform_weights_for_mega_moe",
+        "get_symm_buffer_for_mega_moe", "fp8_fp4_mega_moe",
+    ):  # fmt: skip
+        assert callable(getattr(deep_gemm, name))
+    assert callable(deep_gemm.utils.per_token_cast_to_fp8)
+
+
+@pytest.mark.parametrize("name", OUT_OF_SCOPE)
+def test_fp4_is_refused_by_name(name):
+    with pytest.raises(NotImplementedError, match=f"^{name}: FP4 is out of scope"):
+        getattr(deep_gemm, name)(torch.zeros(4, 4), True)
+
+
+def test_fp4_operands_are_refused():
+    a = by_token(4, 128, "cpu").quantized
+    for packed in (torch.int8, torch.uint8):
+        b = torch.zeros(8, 64, dtype=packed), torch.ones(1, 1)
+        with pytest.raises(TypeError, match=r"data of b must be .*FP4 .* out of scope"):
+            deep_gemm.fp8_fp4_gemm_nt(a, b, torch.empty(4, 8))
+
+
+# ---- products without scales ----
+
+WIDE = [
+    (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32),
+    (torch.float32, torch.float32), (torch.float32, torch.bfloat16),
+    (torch.float8_e4m3fn, torch.bfloat16), (torch.float8_e4m3fn, torch.float32),
+    (torch.float8_e5m2, torch.float32),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype, out", WIDE, ids=str)
+@pytest.mark.parametrize("layout", DENSE)
+def test_cublaslt(layout, dtype, out, device):
+    function = getattr(deep_gemm, f"cublaslt_gemm_{layout}")
+    for m, n, k in [(20, 32, 48), (5, 7, 9), (3, 16, 0), (0, 4, 4)]:
+        a, b = (torch.randn(rows, k, device=device).to(dtype) for rows in (m, n))
+        expected = a.double() @ b.double().T
+        stored_a = a.t().contiguous() if layout[0] == "t" else a
+        stored_b = b.t().contiguous() if layout[1] == "n" else b
+        c = torch.randn(m, n, device=device).to(out)
+        kept = c.clone()
+        d = torch.full((m, n), torch.nan, dtype=out, device=device)
+        function(stored_a, stored_b, d)
+        torch.testing.assert_close(d, expected.to(out), rtol=1e-2, atol=1e-4)
+        function(stored_a, stored_b, d, c)
+        torch.testing.assert_close(d, (expected + c).to(out), rtol=1e-2, atol=1e-4)
+        assert torch.equal(c, kept)
+        function(stored_a, stored_b, c, c=c)
+        assert torch.equal(c, d)
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (dict(b=torch.zeros(5, 9)), "agree in K"),
+        (dict(b=torch.zeros(5, 8).double()), "in dtype"),
+        (dict(d=torch.zeros(5, 4)), r"d must be \[M, N\] = \[4, 5\]"),
+        (dict(d=torch.zeros(4, 5).to(torch.float8_e4m3fn)), "not FP8"),
+        (dict(c=torch.zeros(4, 5).bfloat16()), "c must have d's"),
+    ],
+)
+def test_cublaslt_errors(wrong, message):
+    right = dict(a=torch.zeros(4, 8), b=torch.zeros(5, 8), d=torch.zeros(4, 5))
+    with pytest.raises(ValueError, match=f"^cublaslt_gemm_nt: .*{message}"):
+        deep_gemm.cublaslt_gemm_nt(**{**right, **wrong})
 
 
 # ---- products ----

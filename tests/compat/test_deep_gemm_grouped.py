@@ -13,7 +13,7 @@ from torchext import ops
 from torchext.compat import deep_gemm
 from torchext.compat.deep_gemm import grouped
 
-KEPT = 7.0  # what d holds where nothing is to be written
+KEPT = 7.0  # what d holds before
 
 
 def weights(groups, n, k, device, recipe=None):
@@ -29,13 +29,13 @@ def ids_of(lengths, alignment, device):
     return torch.tensor(ids, dtype=torch.int32, device=device)
 
 
-def assert_groups(d, a, bs, ids, tensor_core):
-    """Each row of d is its row of `a` times its group's b, or, without a group, as it was."""
+def assert_groups(d, a, bs, ids, tensor_core, without_group=0.0):
+    """Each row of d is its row of `a` times its group's b; rows of no group are `without_group`."""
     ids = ids.cpu()
     for group, b in enumerate(bs):
         rows = (ids == group).nonzero().flatten()
         assert_within_bound(d.cpu()[rows], a.rows(rows), b, tensor_core=tensor_core)
-    assert (d.cpu()[ids < 0] == KEPT).all()
+    assert (d.cpu()[ids < 0] == without_group).all()
 
 
 def turned(pair):
@@ -82,22 +82,109 @@ def test_contiguous_in_any_order(n, device, tensor_core):
 @pytest.mark.parametrize("alignment", [1, 16, 128])
 @pytest.mark.parametrize("lengths", [[100, 128, 5], [0, 37, 0, 0, 20, 0], [0, 0]], ids=str)
 def test_contiguous_by_ends_of_groups(lengths, alignment, device, tensor_core, copies):
-    """use_psum_layout: groups begin at multiples of the alignment; rows after the last: none."""
+    """use_psum_layout: groups begin at multiples of the alignment; rows after the last: none, and
+    unlike those between groups they are left alone."""
     deep_gemm.set_mk_alignment_for_contiguous_layout(alignment)
     ids = ids_of([*lengths, 0], alignment, device)
-    ids = torch.cat((ids, ids.new_full((9,), -1)))
+    padded, ids = len(ids), torch.cat((ids, ids.new_full((9,), -1)))
     ends, end = [], 0
     for length in lengths:
         end = deep_gemm.align(end, alignment) + length
         ends.append(end)
     ends = torch.tensor(ends, dtype=torch.int32, device=device)
-    assert torch.equal(grouped._group_ids(ends, len(ids)), ids)
+    found, padding = deep_gemm.utils.layout.rows_of_groups(ends, len(ids))
+    assert torch.equal(found, ids)
+    assert torch.equal(padding[:padded], ids[:padded] < 0) and not padding[padded:].any()
     a, bs = by_token(len(ids), 200, device), weights(len(lengths), 40, 200, device)
     d = torch.full((len(ids), 40), KEPT, device=device)
     deep_gemm.m_grouped_fp8_gemm_nt_contiguous(
         a.quantized, stacked(bs), d, ends, use_psum_layout=True, expected_m_for_psum_layout=64
     )
+    assert (d[padded:] == KEPT).all()
+    d[padded:] = 0
     assert_groups(d, a, bs, ids, tensor_core)
+
+
+def poisoned(a, ids):
+    """`a` as a caller leaves it who pads with torch.empty: NaN in data and scales of no group."""
+    data, scale = (x.clone() for x in a.quantized)
+    data.view(torch.uint8)[ids < 0] = 0x7F
+    scale[ids < 0] = torch.nan
+    return data, scale
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("lengths", [[100, 0, 5], [0, 0, 0], [128, 1, 127]], ids=str)
+@pytest.mark.parametrize("layout", ["nt", "nn", "ends"])
+def test_padding_becomes_zero(layout, lengths, dtype, device, tensor_core, copies):
+    """DeepGEMM multiplies whole blocks of rows, so that padding of zeros comes out as zeros, and
+    stores zeros for blocks of padding alone."""
+    ids = ids_of(lengths, 128, device)
+    padded = len(ids)
+    if layout != "ends":
+        ids = torch.cat((ids, ids.new_full((200,), -1)))  # blocks that no group is in
+    a, bs = by_token(len(ids), 200, device), weights(3, 40, 200, device)
+    b = turned(stacked(bs)) if layout == "nn" else stacked(bs)
+    d = torch.full((len(ids), 44), torch.nan, dtype=dtype, device=device)[:, :40]
+    function = getattr(deep_gemm, f"m_grouped_fp8_gemm_{layout.replace('ends', 'nt')}_contiguous")
+    if layout == "ends":
+        ends, end = [], 0
+        for length in lengths:
+            end = deep_gemm.align(end, 128) + length
+            ends.append(end)
+        ends = torch.tensor(ends, dtype=torch.int32, device=device)
+        function(poisoned(a, ids), b, d, ends, use_psum_layout=True)
+    else:
+        function(poisoned(a, ids), b, d, ids)
+    assert padded == len(ids) or layout != "ends"
+    assert_groups(d, a, bs, ids, tensor_core)
+
+
+def test_wgrad_over_padding_is_finite(device, tensor_core, copies):
+    """As in a training step: experts' outputs in torch.empty, then wgrad over the padded rows."""
+    lengths, n, k = [100, 0, 28], 40, 256
+    ids = ids_of(lengths, 128, device)
+    a, bs = by_token(len(ids), k, device), weights(3, n, k, device)
+    y = torch.full((len(ids), n), torch.nan, dtype=torch.bfloat16, device=device)
+    deep_gemm.m_grouped_fp8_gemm_nt_contiguous(poisoned(a, ids), stacked(bs), y, ids)
+    ks = [128, 0, 128]
+    x = torch.randn(len(ids), 24, device=device)
+    d = torch.full((3, n, 24), torch.nan, device=device)
+    deep_gemm.k_grouped_fp8_gemm_tn_contiguous(
+        deep_gemm.per_channel_cast_to_fp8(y, False), deep_gemm.per_channel_cast_to_fp8(x, False),
+        d, ks, torch.tensor(ks, dtype=torch.int32, device=device),
+    )  # fmt: skip
+    for group, rows in enumerate((slice(0, 100), slice(0, 0), slice(128, 156))):
+        expected = y[rows].float().T @ x[rows]
+        assert (d[group] - expected).norm() <= 0.06 * expected.norm()
+
+
+@pytest.mark.parametrize("use_psum_layout", [False, True])
+@pytest.mark.parametrize("layout", ["nt", "nn"])
+def test_contiguous_in_bf16(layout, use_psum_layout, device):
+    lengths = [100, 0, 28]
+    ids = ids_of(lengths, 128, device)
+    a = torch.randn(len(ids), 64, device=device).bfloat16()
+    b = torch.randn(3, 40, 64, device=device).bfloat16()
+    expected = torch.zeros(len(ids), 40)
+    for group in range(3):
+        rows = (ids == group).cpu()
+        expected[rows] = a.cpu()[rows].float() @ b[group].cpu().float().T
+    a[ids < 0] = torch.nan
+    shuffled = ids if use_psum_layout else ids[torch.randperm(len(ids))]
+    order = torch.argsort(shuffled, stable=True)
+    back = torch.argsort(ids, stable=True)
+    source = torch.empty_like(a)
+    source[order], wanted = a[back], torch.empty_like(expected)
+    wanted[order.cpu()] = expected[back.cpu()]
+    d = torch.full((len(ids), 40), torch.nan, dtype=torch.bfloat16, device=device)
+    function = getattr(deep_gemm, f"m_grouped_bf16_gemm_{layout}_contiguous")
+    ends = torch.tensor([100, 128, 156], dtype=torch.int32, device=device)
+    function(
+        source, b if layout == "nt" else b.mT.contiguous(), d,
+        ends if use_psum_layout else shuffled, use_psum_layout=use_psum_layout,
+    )  # fmt: skip
+    torch.testing.assert_close(d.cpu(), wanted.bfloat16())
 
 
 @pytest.mark.large
@@ -135,7 +222,7 @@ def test_masked(recipe, counts, device, tensor_core, copies):
         results.append(d)
         for group in range(groups):
             group_ids = torch.where(ids[group], 0, -1)
-            assert_groups(d[group], a[group], [bs[group]], group_ids, tensor_core)
+            assert_groups(d[group], a[group], [bs[group]], group_ids, tensor_core, KEPT)
     assert all(torch.equal(results[0], other) for other in results)
 
 
@@ -194,6 +281,31 @@ def test_k_grouped(layout, ks, device, tensor_core, copies):
         assert not copies
 
 
+@pytest.mark.parametrize("ks", [[128, 512, 256], [512, 1024], [100, 700, 0, 16]], ids=str)
+def test_k_grouped_by_packed_exponents(ks, device, copies):
+    """Each group's exponents begin an int32 of their own, also where the shape would not tell."""
+    sizes = torch.tensor(ks, dtype=torch.int32, device=device)
+    wide, packed = [], []
+    for rows in (40, 24):
+        parts = []
+        for k in ks:
+            x = torch.randn(deep_gemm.align(k, 128), rows, device=device)
+            x[k:] = 0
+            data, scale = deep_gemm.per_channel_cast_to_fp8(x * 2.0 ** len(parts), use_ue8m0=True)
+            parts.append((data[:k], scale))
+        data, scale = (torch.cat(x) for x in zip(*parts, strict=True))
+        exponents = deep_gemm.get_k_grouped_mn_major_tma_aligned_packed_ue8m0_tensor(
+            scale, sizes, ks, 128, 128
+        )
+        assert exponents.shape == (sum(deep_gemm.ceil_div(k, 512) for k in ks), rows)
+        wide.append((data, scale))
+        packed.append((data, exponents))
+    expected, d = (torch.full((len(ks), 40, 24), torch.nan, device=device) for _ in range(2))
+    deep_gemm.k_grouped_fp8_gemm_tn_contiguous(*wide, expected, ks, sizes)
+    deep_gemm.k_grouped_fp8_gemm_tn_contiguous(*packed, d, ks, sizes)
+    assert torch.equal(d, expected) and d.isfinite().all()
+
+
 def test_k_grouped_rows_that_broke_deep_gemm(device, tensor_core):
     """m = 768 with small groups."""
     ks = [128, 128]
@@ -219,7 +331,7 @@ def test_names_of_1_x(device, tensor_core):
     three = a.data.view(3, 10, 256), a.scale.view(3, 10, 2)
     deep_gemm.m_grouped_gemm_fp8_fp8_bf16_nt_masked(three, stacked(bs), d, counts, 5)
     ids = torch.where(torch.arange(10) < counts.cpu()[:, None], torch.arange(3)[:, None], -1)
-    assert_groups(d.view(30, 40), a, bs, ids.flatten(), tensor_core)
+    assert_groups(d.view(30, 40), a, bs, ids.flatten(), tensor_core, KEPT)
     ks, d = [128, 256], torch.ones(2, 40, 24, device=device)
     (a, (a_data, a_scale)), (b, (b_data, b_scale)) = (
         k_grouped("nt", rows, ks, device) for rows in (40, 24)
@@ -314,6 +426,10 @@ _, _XT = k_grouped("tn", 20, [128, 128], "cpu")
 SIZES = torch.tensor([128, 128], dtype=torch.int32)
 K_NT = dict(a=_X, b=_X, d=torch.empty(2, 20, 20), ks=[128, 128], grouped_layout=SIZES)
 K_TN = dict(K_NT, a=_XT, b=_XT)
+BF16 = dict(
+    a=torch.zeros(20, 64).bfloat16(), b=torch.zeros(3, 40, 64).bfloat16(),
+    d=torch.zeros(20, 40).bfloat16(), grouped_layout=IDS,
+)  # fmt: skip
 WRONG = [
     ("m_grouped_fp8_gemm_nt_contiguous", CONTIGUOUS, [
         (TypeError, "grouped_layout must be torch.int32 .*int64", dict(grouped_layout=IDS.long())),
@@ -327,6 +443,9 @@ WRONG = [
         (ValueError, r"scale of b, of 128x128 .* shape \[3, 1, 2\]",
          dict(b=(_BS[0], torch.ones(3, 40, 2)))),
         (ValueError, "recipe must be", dict(recipe=(1, 1, 32))),
+        (ValueError, "epilogue must be None .*'silu'", dict(epilogue="silu")),
+        (TypeError, "data of b must be .*FP4 .* out of scope",
+         dict(b=(_BS[0].view(torch.int8), _BS[1]))),
         (TypeError, "grouped_layout must be given once .*m_indices", dict(m_indices=IDS)),
     ]),
     ("m_grouped_fp8_gemm_nn_contiguous", CONTIGUOUS, [
@@ -339,6 +458,7 @@ WRONG = [
         (ValueError, r"scale of a, of 1x128 .* shape \[3, 20, 2\]",
          dict(a=(MASKED["a"][0], torch.ones(3, 20, 1)))),
         (ValueError, "expected_m", dict(expected_m=-1)),
+        (ValueError, "epilogue must be None", dict(epilogue="silu")),
     ]),
     ("k_grouped_fp8_gemm_nt_contiguous", K_NT, [
         (ValueError, "use_psum_layout and use_padded_sf_layout must be False",
@@ -361,6 +481,14 @@ WRONG = [
     ("k_grouped_fp8_gemm_tn_contiguous", K_TN, [
         (ValueError, r"data of a must have shape \[384, 20\]", dict(ks=[128, 256])),
         (ValueError, "use_psum_layout", dict(use_psum_layout=True)),
+        (ValueError, r"scale of a, of four UE8M0 exponents each, must have shape \[20, 2\]",
+         dict(a=(_XT[0], torch.zeros(1, 20, dtype=torch.int32)))),
+    ]),
+    ("m_grouped_bf16_gemm_nt_contiguous", BF16, [
+        (TypeError, "a must be torch.bfloat16 .*float32", dict(a=BF16["a"].float())),
+        (ValueError, "b must have 3 dimensions", dict(b=BF16["b"][0])),
+        (ValueError, "a and b must agree in K", dict(b=BF16["b"][:, :, 1:])),
+        (TypeError, "grouped_layout must be torch.int32", dict(grouped_layout=IDS.long())),
     ]),
 ]  # fmt: skip
 CASES = [(name, rest, *case) for name, rest, cases in WRONG for case in cases]

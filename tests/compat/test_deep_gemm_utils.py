@@ -283,3 +283,75 @@ WRONG = [
 def test_errors_say_what_was_expected(error, message, call):
     with pytest.raises(error, match=message):
         call()
+
+
+# ---- exponents, four to an int32 ----
+
+
+def powers_of_two(*shape, device):
+    return torch.randint(-20, 20, shape, device=device).float().exp2()
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (5, 4), (37, 9), (3, 10, 5), (2, 1, 4), (4, 0), (0, 3)])
+@pytest.mark.parametrize("turned", [False, True])
+def test_packed_exponents(turned, shape, device):
+    sf = powers_of_two(*shape, device=device)
+    if turned:
+        sf = sf.mT.contiguous().mT
+    packed = deep_gemm.get_mn_major_tma_aligned_packed_ue8m0_tensor(sf)
+    rows, columns = shape[-2], -(-shape[-1] // 4)
+    pitch = -(-rows // 4) * 4
+    assert packed.dtype == torch.int32 and packed.shape == (*shape[:-1], columns)
+    assert packed.stride() == (columns * pitch, 1, pitch)[3 - len(shape) :]
+    assert torch.equal(deep_gemm.unpack_ue8m0_from_int(packed)[..., : shape[-1]], sf)
+    used = 32 if shape[-1] % 4 == 0 else shape[-1] % 4 * 8  # bits of the last int32
+    if packed.numel():
+        assert not (packed[..., -1].long() & 0xFFFFFFFF >> used << used).any()
+
+
+@pytest.mark.parametrize("k", [128, 300, 512, 700])
+def test_packed_exponents_are_scales(k, device, copies):
+    a, b = (deep_gemm.per_token_cast_to_fp8(matrix(r, k, device), True) for r in (20, 24))
+    expected, d = (torch.empty(20, 24, device=device) for _ in range(2))
+    deep_gemm.fp8_gemm_nt(a, b, expected, recipe=(1, 1, 128))
+    pack = deep_gemm.get_mn_major_tma_aligned_packed_ue8m0_tensor
+    deep_gemm.fp8_gemm_nt((a[0], pack(a[1])), (b[0], pack(b[1])), d)
+    assert torch.equal(d, expected)
+
+
+def test_packed_exponents_between_groups_may_be_anything(device):
+    sf = powers_of_two(300, 3, device=device)
+    sf[100:128], sf[133:] = torch.nan, -3.0
+    ends = torch.tensor([100, 133], dtype=torch.int32, device=device)
+    packed = deep_gemm.get_mn_major_tma_aligned_packed_ue8m0_tensor(sf, psum_layout=ends)
+    unpacked = deep_gemm.unpack_ue8m0_from_int(packed)[:, :3]
+    assert torch.equal(unpacked[:100], sf[:100]) and torch.equal(unpacked[128:133], sf[128:133])
+    assert (unpacked[100:128] == 1).all()
+
+
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (lambda f, g: f(torch.ones(4, 4).double()), TypeError, "sf must be torch.float32"),
+        (lambda f, g: f(torch.ones(4)), ValueError, r"sf must be \[MN, K / 128\]"),
+        (lambda f, g: f(torch.full((4, 4), 3.0)), ValueError, "positive powers of two"),
+        (
+            lambda f, g: g(torch.ones(2, 4), torch.zeros(1), [512]),
+            ValueError,
+            r"sf must be \[4, MN",
+        ),
+        (lambda f, g: g(torch.ones(4, 4), torch.zeros(2), [512]), ValueError, "grouped_layout as"),
+        (
+            lambda f, g: g(torch.ones(4, 4), torch.zeros(1), [512], use_psum_layout=True),
+            ValueError,
+            "use_psum_layout must be False",
+        ),
+        (lambda f, g: g(torch.ones(1, 4).half(), torch.zeros(1), [1]), TypeError, "torch.float32"),
+    ],
+)
+def test_packing_says_what_it_takes(call, error, message):
+    with pytest.raises(error, match=rf"^get_\w+_packed_ue8m0_tensor: .*{message}"):
+        call(
+            deep_gemm.get_mn_major_tma_aligned_packed_ue8m0_tensor,
+            deep_gemm.get_k_grouped_mn_major_tma_aligned_packed_ue8m0_tensor,
+        )

@@ -37,7 +37,7 @@ def pair(op: str, name: str, operand: Pair, dims: int) -> tuple[Tensor, Tensor]:
         raise TypeError(
             f"{op}: the data of {name} must be torch.float8_e4m3fn or torch.float8_e5m2 (got "
             f"{data.dtype}); cast it with per_token_cast_to_fp8 or per_block_cast_to_fp8. "
-            "DeepGEMM's packed FP4 is for Blackwell"
+            "DeepGEMM's packed FP4 is for Blackwell, and out of scope here"
         )
     for tensor in (data, scale):
         if dims and tensor.dim() != dims:
@@ -207,4 +207,22 @@ def check_c(op: str, c: Tensor | None, d: Tensor) -> None:
         raise ValueError(
             f"{op}: c must have d's shape and dtype, {list(d.shape)} and {d.dtype} (got "
             f"{list(c.shape)} and {c.dtype})"
+        )
+
+
+def check_index(op: str, name: str, index: Tensor, length: int) -> None:
+    if index.dtype != torch.int32:
+        raise TypeError(f"{op}: {name} must be torch.int32 (got {index.dtype}); use .int()")
+    if index.shape != (length,) or not index.is_contiguous():
+        raise ValueError(
+            f"{op}: {name} must be contiguous of shape {[length]} (got shape {list(index.shape)}, "
+            f"strides {index.stride()})"
+        )
+
+
+def check_epilogue(op: str, epilogue: object) -> None:
+    if epilogue is not None:
+        raise ValueError(
+            f"{op}: epilogue must be None (got {epilogue!r}); apply it to d, or see "
+            "torchext.ops.fp8_gemm_nt_swiglu_quantize and its like for fused activations"
         )

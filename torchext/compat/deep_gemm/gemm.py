@@ -10,6 +10,7 @@ from ._operands import (
     Pair,
     Recipe,
     check_c,
+    check_epilogue,
     checked_scale,
     k_major,
     pair,
@@ -30,6 +31,8 @@ def fp8_gemm_nt(
     compiled_dims: str = "nk",
     disable_ue8m0_cast: bool = False,
     alpha: float | None = None,
+    *,
+    epilogue: None = None,
 ) -> None:
     """d = dequantised a @ dequantised b.T (+ c), in place.
 
@@ -50,6 +53,7 @@ def fp8_gemm_nt(
         compiled_dims: of no effect: no kernel is compiled at run time.
         disable_ue8m0_cast: of no effect: no kernel casts scales.
         alpha: None; DeepGEMM has it on Blackwell.
+        epilogue: None; no other is known here.
 
     Data must be K-major, with rows that start at multiples of 16 bytes. Others are copied into such
     rows at each call, with a warning the first time.
@@ -60,6 +64,7 @@ def fp8_gemm_nt(
         RuntimeError: `d` requires a gradient; a GPU that this build has no kernels for.
     """
     op = "fp8_gemm_nt"
+    check_epilogue(op, epilogue)
     _gemm(op, pair(op, "a", a, 2), pair(op, "b", b, 2), d, c, recipe, recipe_a, recipe_b, alpha)
 
 
@@ -74,6 +79,8 @@ def fp8_gemm_nn(
     compiled_dims: str = "nk",
     disable_ue8m0_cast: bool = False,
     alpha: float | None = None,
+    *,
+    epilogue: None = None,
 ) -> None:
     """d = dequantised a @ dequantised b (+ c), in place.
 
@@ -82,6 +89,7 @@ def fp8_gemm_nn(
     FP8 along K only. A transpose b.t() of a K-major b is read in place.
     """
     op = "fp8_gemm_nn"
+    check_epilogue(op, epilogue)
     a, b = pair(op, "a", a, 2), _transposed(op, "b", b)
     _gemm(op, a, b, d, c, recipe, recipe_a, recipe_b, alpha)
 
@@ -97,6 +105,8 @@ def fp8_gemm_tn(
     compiled_dims: str = "mn",
     disable_ue8m0_cast: bool = False,
     alpha: float | None = None,
+    *,
+    epilogue: None = None,
 ) -> None:
     """d = dequantised a.T @ dequantised b (+ c), in place: wgrad of operands as they lie.
 
@@ -104,6 +114,7 @@ def fp8_gemm_tn(
     `fp8_gemm_nn`. Contiguous data are copied at each call, as there.
     """
     op = "fp8_gemm_tn"
+    check_epilogue(op, epilogue)
     a, b = _transposed(op, "a", a), _transposed(op, "b", b)
     _gemm(op, a, b, d, c, recipe, recipe_a, recipe_b, alpha)
 
@@ -119,6 +130,8 @@ def fp8_gemm_tt(
     compiled_dims: str = "mn",
     disable_ue8m0_cast: bool = False,
     alpha: float | None = None,
+    *,
+    epilogue: None = None,
 ) -> None:
     """d = dequantised a.T @ dequantised b.T (+ c), in place.
 
@@ -126,8 +139,16 @@ def fp8_gemm_tt(
     at each call, as in `fp8_gemm_nn`.
     """
     op = "fp8_gemm_tt"
+    check_epilogue(op, epilogue)
     a, b = _transposed(op, "a", a), pair(op, "b", b, 2)
     _gemm(op, a, b, d, c, recipe, recipe_a, recipe_b, alpha)
+
+
+# DeepGEMM 2.4 to 2.6 name them for FP4 operands too, and have these names for the same functions.
+fp8_fp4_gemm_nt = fp8_gemm_nt
+fp8_fp4_gemm_nn = fp8_gemm_nn
+fp8_fp4_gemm_tn = fp8_gemm_tn
+fp8_fp4_gemm_tt = fp8_gemm_tt
 
 
 def _transposed(op: str, name: str, operand: Pair) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,8 @@ from ._operands import (
     Recipe,
     also_called,
     check_c,
+    check_epilogue,
+    check_index,
     checked_scale,
     k_major,
     pair,
@@ -21,7 +23,7 @@ from ._operands import (
     rows_per_b_scale,
 )
 from ._runtime import budget
-from .utils.layout import get_mk_alignment_for_contiguous_layout
+from .utils.layout import rows_of_groups
 
 
 @also_called(m_indices="grouped_layout")
@@ -38,6 +40,8 @@ def m_grouped_fp8_gemm_nt_contiguous(
     use_psum_layout: bool = False,
     ensure_zero_padding: bool = True,
     expected_m_for_psum_layout: int | None = None,
+    *,
+    epilogue: None = None,
 ) -> None:
     """d[r] = dequantised a[r] @ dequantised b[g].T for each row r of group g, in place.
 
@@ -48,7 +52,9 @@ def m_grouped_fp8_gemm_nt_contiguous(
         a: (data, scale), as `fp8_gemm_nt` takes it: [M, K], and [M, ceil(K / 128)].
         b: (data, scale). Data [G, N, K]. Scale [G, ceil(N / 128), ceil(K / 128)], float32 of any
             strides; or [G, N, ceil(K / 128)] with recipe=(1, 1, 128), like a's.
-        d: [M, N], written in place; bfloat16, float16 or float32, contiguous rows. Rows of no group
+        d: [M, N], written in place; bfloat16, float16 or float32, contiguous rows. Padding becomes
+            zero, whatever a holds there: rows of a negative group or, with use_psum_layout, rows
+            between a group's end and the next one's begin; rows after the last group's padding then
             keep what they hold.
         grouped_layout: int32, contiguous, on a's device; m_indices in older releases. [M], the
             group of each row, or a negative number for none. Or, with use_psum_layout, [G], where
@@ -56,8 +62,9 @@ def m_grouped_fp8_gemm_nt_contiguous(
             get_mk_alignment_for_contiguous_layout().
         recipe, recipe_a, recipe_b, compiled_dims, disable_ue8m0_cast: as `fp8_gemm_nt` takes them.
         use_psum_layout: how to read grouped_layout.
-        ensure_zero_padding: of no effect, as on Hopper in DeepGEMM.
+        ensure_zero_padding: of no effect, as on Hopper in DeepGEMM: padding becomes zero.
         expected_m_for_psum_layout: of no effect.
+        epilogue: None; no other is known here.
 
     Nothing waits for the device, so a CUDA graph can be replayed with other groups.
 
@@ -68,6 +75,7 @@ def m_grouped_fp8_gemm_nt_contiguous(
         RuntimeError: `d` requires a gradient; a GPU that this build has no kernels for.
     """
     op = "m_grouped_fp8_gemm_nt_contiguous"
+    check_epilogue(op, epilogue)
     b = pair(op, "b", b, 3)
     _contiguous(op, a, b, d, grouped_layout, recipe, recipe_a, recipe_b, use_psum_layout)
 
@@ -85,6 +93,8 @@ def m_grouped_fp8_gemm_nn_contiguous(
     disable_ue8m0_cast: bool = False,
     use_psum_layout: bool = False,
     ensure_zero_padding: bool = True,
+    *,
+    epilogue: None = None,
 ) -> None:
     """d[r] = dequantised a[r] @ dequantised b[g] for each row r of group g, in place.
 
@@ -92,6 +102,7 @@ def m_grouped_fp8_gemm_nn_contiguous(
     [G, ceil(K / 128), ceil(N / 128)]. A contiguous b is copied at each call, as in `fp8_gemm_nn`.
     """
     op = "m_grouped_fp8_gemm_nn_contiguous"
+    check_epilogue(op, epilogue)
     data, scale = pair(op, "b", b, 3)
     b = data.mT, scale.mT
     _contiguous(op, a, b, d, grouped_layout, recipe, recipe_a, recipe_b, use_psum_layout)
@@ -115,28 +126,27 @@ def _contiguous(
             f"{op}: a and b must agree in K, and d must be [M, N] (got a [M, K] = {[m, k]}, b "
             f"[G, N, K] = {[groups, n, b_k]} and d {list(d.shape)})"
         )
-    _check_index(op, "grouped_layout", grouped_layout, groups if use_psum_layout else m)
-    group_ids = _group_ids(grouped_layout, m) if use_psum_layout else grouped_layout
+    check_index(op, "grouped_layout", grouped_layout, groups if use_psum_layout else m)
     b_scale = _grouped_b_scale(op, b_data, b_scale, recipe, recipe_a, recipe_b)
-    ops.m_grouped_fp8_gemm_nt_contiguous(
+    operands = (
         k_major(op, "a", a_data),
         row_scale(op, "a", a_scale, (m,), k),
         k_major(op, "b", b_data),
         b_scale,
+    )
+    # The product leaves padding alone, where callers of DeepGEMM rely on zeros: wgrad sums over it.
+    if use_psum_layout:
+        group_ids, padding = rows_of_groups(grouped_layout, m)
+        d.masked_fill_(padding[:, None], 0)
+    else:
+        group_ids = grouped_layout
+        d.zero_()  # which rows are padding only the device knows; to write all of d is cheapest
+    ops.m_grouped_fp8_gemm_nt_contiguous(
+        *operands,
         group_ids=group_ids,
         out=d,
         num_sms=budget(),
     )
-
-
-def _group_ids(ends: Tensor, m: int) -> Tensor:
-    """The group of each of `m` rows, -1 in the gaps, of groups that end at `ends`."""
-    alignment = get_mk_alignment_for_contiguous_layout()
-    rows = torch.arange(m, dtype=torch.int32, device=ends.device)
-    ids = torch.searchsorted(ends, rows, right=True, out_int32=True)
-    aligned = (ends + (alignment - 1)) // alignment * alignment
-    starts = torch.cat((aligned.new_zeros(1), aligned))  # of the rows after the last group, too
-    return torch.where((rows >= starts[ids]) & (ids < len(ends)), ids, -1)
 
 
 def _grouped_b_scale(
@@ -154,16 +164,6 @@ def _grouped_b_scale(
     return checked_scale(op, "b", scale, (groups, ceil_div(n, GROUP)), k, rows)
 
 
-def _check_index(op: str, name: str, index: Tensor, length: int) -> None:
-    if index.dtype != torch.int32:
-        raise TypeError(f"{op}: {name} must be torch.int32 (got {index.dtype}); use .int()")
-    if index.shape != (length,) or not index.is_contiguous():
-        raise ValueError(
-            f"{op}: {name} must be contiguous of shape {[length]} (got shape {list(index.shape)}, "
-            f"strides {index.stride()})"
-        )
-
-
 def m_grouped_fp8_gemm_nt_masked(
     a: Pair,
     b: Pair,
@@ -175,6 +175,8 @@ def m_grouped_fp8_gemm_nt_masked(
     recipe_b: Recipe | None = None,
     compiled_dims: str = "nk",
     disable_ue8m0_cast: bool = False,
+    *,
+    epilogue: None = None,
 ) -> None:
     """d[g, r] = dequantised a[g, r] @ dequantised b[g].T for r < masked_m[g], in place.
 
@@ -188,7 +190,8 @@ def m_grouped_fp8_gemm_nt_masked(
             what they hold.
         masked_m: [G], int32, contiguous, on a's device: from 0 to M.
         expected_m: rows that a group is likely to have, which may help to choose a kernel.
-        recipe, recipe_a, recipe_b, compiled_dims, disable_ue8m0_cast: as `fp8_gemm_nt` takes them.
+        recipe, recipe_a, recipe_b, compiled_dims, disable_ue8m0_cast, epilogue: as `fp8_gemm_nt`
+            takes them.
 
     Nothing waits for the device, so a CUDA graph can be replayed with other counts.
 
@@ -199,6 +202,7 @@ def m_grouped_fp8_gemm_nt_masked(
         RuntimeError: `d` requires a gradient; a GPU that this build has no kernels for.
     """
     op = "m_grouped_fp8_gemm_nt_masked"
+    check_epilogue(op, epilogue)
     (a_data, a_scale), (b_data, b_scale) = pair(op, "a", a, 3), pair(op, "b", b, 3)
     (groups, m, k), (b_groups, n, b_k) = a_data.shape, b_data.shape
     if (groups, k) != (b_groups, b_k) or d.shape != (groups, m, n):
@@ -206,7 +210,7 @@ def m_grouped_fp8_gemm_nt_masked(
             f"{op}: a and b must agree in G and K, and d must be [G, M, N] (got a [G, M, K] = "
             f"{[groups, m, k]}, b [G, N, K] = {[b_groups, n, b_k]} and d {list(d.shape)})"
         )
-    _check_index(op, "masked_m", masked_m, groups)
+    check_index(op, "masked_m", masked_m, groups)
     b_scale = _grouped_b_scale(op, b_data, b_scale, recipe, recipe_a, recipe_b)
     ops.m_grouped_fp8_gemm_nt_masked(
         k_major(op, "a", a_data),
@@ -220,6 +224,10 @@ def m_grouped_fp8_gemm_nt_masked(
     )
 
 
+# DeepGEMM 2.4 to 2.6 name them for FP4 operands too, and have these names for the same functions.
+m_grouped_fp8_fp4_gemm_nt_contiguous = m_grouped_fp8_gemm_nt_contiguous
+m_grouped_fp8_fp4_gemm_nn_contiguous = m_grouped_fp8_gemm_nn_contiguous
+m_grouped_fp8_fp4_gemm_nt_masked = m_grouped_fp8_gemm_nt_masked
 fp8_m_grouped_gemm_nt_masked = m_grouped_fp8_gemm_nt_masked
 
 
@@ -313,7 +321,9 @@ def k_grouped_fp8_gemm_tn_contiguous(
 
     Args:
         a: (data, scale). Data [sum(ks), M], group after group. Scale [sum(ceil(ks[g] / 128)), M],
-            float32: what `per_channel_cast_to_fp8` returns.
+            float32, what `per_channel_cast_to_fp8` returns; or int32, what
+            `get_k_grouped_mn_major_tma_aligned_packed_ue8m0_tensor` makes of it, decoded at each
+            call.
         b: (data, scale), likewise, of N columns.
         d, ks, grouped_layout, c, recipe, compiled_dims, use_psum_layout, use_padded_sf_layout: as
             `k_grouped_fp8_gemm_nt_contiguous` takes them.
@@ -330,20 +340,24 @@ def k_grouped_fp8_gemm_tn_contiguous(
                 f"{op}: the data of {name} must have shape {[sum(ks), columns]} (got "
                 f"{list(data.shape)})"
             )
+    a_scale, b_scale = (
+        _decoded(op, name, scale.t(), data.shape[1], ks)
+        for name, (data, scale) in (("a", a), ("b", b))
+    )
     if any(k % GROUP for k in ks):
         matrices = [[x.t() for x in data.split(list(ks))] for data, _ in (a, b)]
         scales = [
-            _scales_of_groups(op, name, scale.t(), data.shape[1], ks)
-            for name, (data, scale) in (("a", a), ("b", b))
+            _scales_of_groups(op, "a", a_scale, d.shape[1], ks),
+            _scales_of_groups(op, "b", b_scale, d.shape[2], ks),
         ]
         return _one_by_one(op, matrices, scales, d, c)
     if c is not None and c is not d:
         d.copy_(c)
     ops.k_grouped_fp8_gemm_nt(
         k_major(op, "a", a[0].t()),
-        row_scale(op, "a", a[1].t(), (d.shape[1],), sum(ks)),
+        row_scale(op, "a", a_scale, (d.shape[1],), sum(ks)),
         k_major(op, "b", b[0].t()),
-        row_scale(op, "b", b[1].t(), (d.shape[2],), sum(ks)),
+        row_scale(op, "b", b_scale, (d.shape[2],), sum(ks)),
         grouped_layout.cumsum(0, dtype=torch.int32),
         out=d,
         accumulate=c is not None,
@@ -367,7 +381,7 @@ def _check_options(
     if tuple(recipe) != (1, 1, 128):
         raise ValueError(f"{op}: recipe must be (1, 1, 128) (got {tuple(recipe)})")
     _check_ks(op, ks)
-    _check_index(op, "grouped_layout", grouped_layout, len(ks))
+    check_index(op, "grouped_layout", grouped_layout, len(ks))
 
 
 def _check_ks(op: str, ks: Sequence[int]) -> None:
@@ -397,6 +411,24 @@ def _scales_of_groups(
         )
     columns = [ceil_div(k, GROUP) for k in ks]
     return row_scale(op, name, scale, (rows,), sum(columns) * GROUP).split(columns, 1)
+
+
+def _decoded(op: str, name: str, scale: Tensor, rows: int, ks: Sequence[int]) -> Tensor:
+    """Scales as float32. Of exponents, four to an int32, each group begins an int32 of its own."""
+    if scale.dtype != torch.int32:
+        return scale
+    columns = [ceil_div(k, 4 * GROUP) for k in ks]
+    if scale.shape != (rows, sum(columns)):
+        raise ValueError(
+            f"{op}: the scale of {name}, of four UE8M0 exponents each, must have shape "
+            f"{[rows, sum(columns)]}, each group's beginning with an int32 of its own (got "
+            f"{list(scale.shape)})"
+        )
+    groups = [
+        checked_scale(op, name, part, (rows,), k, 1)
+        for part, k in zip(scale.split(columns, 1), ks, strict=True)
+    ]
+    return torch.cat(groups, 1) if groups else scale.float()
 
 
 def _one_by_one(

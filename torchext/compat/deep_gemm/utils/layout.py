@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from ...._layout import ceil_div, round_up
 from .._operands import checked_scale
+from .math import exponents_in_ints
 
 _DEFAULT_ALIGNMENT = 128
 _alignment = _DEFAULT_ALIGNMENT
@@ -50,6 +53,102 @@ def get_mn_major_tma_aligned_tensor(sf: Tensor) -> Tensor:
     if sf.stride() == strides:
         return sf
     return sf.new_empty_strided(sf.shape, strides).copy_(sf)
+
+
+def get_mn_major_tma_aligned_packed_ue8m0_tensor(
+    sf: Tensor, psum_layout: Tensor | None = None
+) -> Tensor:
+    """Powers of two as exponents, four of a row to an int32, with M (or N) adjacent.
+
+    Scales of Blackwell's kernels; the products here take them too, and decode them at each call.
+
+    Args:
+        sf: [MN, K / 128] or [G, MN, K / 128], float32, positive powers of two, of any strides.
+        psum_layout: [G], int32, where groups of rows end, as `m_grouped_fp8_gemm_nt_contiguous`
+            takes it with use_psum_layout: rows between groups may hold anything, and count as 1.
+
+    Returns:
+        int32 [MN, ceil(K / 512)] or [G, MN, ceil(K / 512)], with strides (1, P) or
+        (ceil(K / 512) * P, 1, P), P = round_up(MN, 4). What pads the last int32 is 0.
+
+    Raises:
+        TypeError: sf is not float32.
+        ValueError: sf has not 2 or 3 dimensions, or 3 with psum_layout; a value is no power of two.
+    """
+    op = "get_mn_major_tma_aligned_packed_ue8m0_tensor"
+    if sf.dtype != torch.float32:
+        raise TypeError(f"{op}: sf must be torch.float32 (got {sf.dtype})")
+    if sf.dim() not in (2, 3) or (psum_layout is not None and sf.dim() != 2):
+        raise ValueError(
+            f"{op}: sf must be [MN, K / 128] or, without psum_layout, [G, MN, K / 128] (got shape "
+            f"{list(sf.shape)})"
+        )
+    if psum_layout is not None:
+        ids, _ = rows_of_groups(psum_layout, sf.shape[0])
+        sf = torch.where((ids < 0)[:, None], 1.0, sf)
+    packed = exponents_in_ints(op, "sf", sf)
+    pitch = get_tma_aligned_size(packed.shape[-2], 4)
+    strides = (packed.shape[-1] * pitch, 1, pitch)[3 - sf.dim() :]
+    return packed.new_empty_strided(packed.shape, strides).copy_(packed)
+
+
+def get_k_grouped_mn_major_tma_aligned_packed_ue8m0_tensor(
+    sf: Tensor,
+    grouped_layout: Tensor,
+    ks_cpu: Sequence[int],
+    gran_k: int = 128,
+    k_alignment: int = 128,
+    use_psum_layout: bool = False,
+) -> Tensor:
+    """Scales of K-grouped operands as exponents, four of a column to an int32, group by group.
+
+    Args:
+        sf: [sum(ceil(k / gran_k)), MN], float32, positive powers of two: one group after the other.
+        grouped_layout: [G], int32: the same numbers as ks_cpu, on the device. Not read.
+        ks_cpu: K of each group, on the host.
+        gran_k: elements to a scale; the products here take 128.
+        k_alignment: of no effect: groups may have any K.
+        use_psum_layout: False; DeepGEMM has it on Blackwell.
+
+    Returns:
+        int32 [sum(ceil(k / (4 * gran_k))), MN], contiguous. What pads the last int32 of a group
+        is 0.
+
+    Raises:
+        TypeError: sf is not float32.
+        ValueError: shapes that do not fit together; a value is no power of two; use_psum_layout.
+    """
+    op = "get_k_grouped_mn_major_tma_aligned_packed_ue8m0_tensor"
+    if sf.dtype != torch.float32:
+        raise TypeError(f"{op}: sf must be torch.float32 (got {sf.dtype})")
+    if use_psum_layout:
+        raise ValueError(
+            f"{op}: use_psum_layout must be False, as on Hopper in DeepGEMM (got {use_psum_layout})"
+        )
+    rows = [ceil_div(k, gran_k) for k in ks_cpu]
+    if sf.dim() != 2 or sf.shape[0] != sum(rows) or len(rows) != grouped_layout.numel():
+        raise ValueError(
+            f"{op}: sf must be [{sum(rows)}, MN] for ks_cpu = {list(ks_cpu)} and gran_k = "
+            f"{gran_k}, and grouped_layout as long as ks_cpu (got shapes {list(sf.shape)} and "
+            f"{list(grouped_layout.shape)})"
+        )
+    packed = [exponents_in_ints(op, "sf", group.t()).t() for group in sf.split(rows)]
+    return torch.cat([sf.new_empty(0, sf.shape[1], dtype=torch.int32), *packed])
+
+
+def rows_of_groups(ends: Tensor, m: int) -> tuple[Tensor, Tensor]:
+    """Of `m` rows in groups that end at `ends`: the group of each, -1 for none; which are padding.
+
+    A group begins where the one before it ends, rounded up to the alignment of contiguous layouts.
+    Padding is what lies between a group and the next one's begin; rows after the last group's
+    padding belong to nobody, and are no padding.
+    """
+    rows = torch.arange(m, dtype=torch.int32, device=ends.device)
+    ids = torch.searchsorted(ends, rows, right=True, out_int32=True)
+    aligned = (ends + (_alignment - 1)) // _alignment * _alignment
+    starts = torch.cat((aligned.new_zeros(1), aligned))  # of the rows after the last group, too
+    ids = torch.where((rows >= starts[ids]) & (ids < len(ends)), ids, -1)
+    return ids, (ids < 0) & (rows < starts[-1])
 
 
 def transform_sf_into_required_layout(

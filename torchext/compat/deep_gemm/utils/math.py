@@ -62,17 +62,23 @@ def pack_ue8m0_to_int(x: Tensor) -> Tensor:
             "pack_ue8m0_to_int: x's last dimension must be a multiple of 4 (got shape "
             f"{list(x.shape)}); pad it with 1.0"
         )
-    bits = x.contiguous().view(torch.int32)
+    return exponents_in_ints("pack_ue8m0_to_int", "x", x)
+
+
+def exponents_in_ints(op: str, name: str, scales: Tensor) -> Tensor:
+    """Exponents of powers of two [..., n], four to an int32: [..., ceil(n / 4)], padded with 0."""
+    bits = scales.contiguous().view(torch.int32)
     if ((bits < 0) | ((bits & 0x7FFFFF) != 0)).any():
         raise ValueError(
-            "pack_ue8m0_to_int: x must hold positive powers of two (got others); round it with "
-            "ceil_to_ue8m0"
+            f"{op}: {name} must hold positive powers of two (got others); cast with use_ue8m0=True"
+            ", or round it with ceil_to_ue8m0 before the data are divided by it"
         )
-    return _exponents(bits)
+    return _exponents(pad(bits, (0, -bits.shape[-1] % 4)))
 
 
 def _exponents(bits: Tensor) -> Tensor:
-    return (bits >> 23).to(torch.uint8).view(torch.int32)
+    exponents = (bits >> 23).to(torch.uint8).reshape(-1)  # flat: of no column, strides mean nothing
+    return exponents.view(torch.int32).view(*bits.shape[:-1], bits.shape[-1] // 4)
 
 
 def unpack_ue8m0_from_int(packed_sf: Tensor) -> Tensor:
@@ -84,7 +90,10 @@ def unpack_ue8m0_from_int(packed_sf: Tensor) -> Tensor:
         raise TypeError(
             f"unpack_ue8m0_from_int: packed_sf must be torch.int32 (got {packed_sf.dtype})"
         )
-    return packed_sf.contiguous().view(torch.uint8).view(torch.float8_e8m0fnu).float()
+    # A copy: strides of dimensions of size 1 may be anything, also in what is called contiguous.
+    flat = packed_sf.clone(memory_format=torch.contiguous_format).view(-1)
+    scales = flat.view(torch.uint8).view(torch.float8_e8m0fnu).float()
+    return scales.view(*packed_sf.shape[:-1], 4 * packed_sf.shape[-1])
 
 
 def _cast(groups: Tensor, dims: tuple[int, ...], use_ue8m0: bool) -> tuple[Tensor, Tensor]:
