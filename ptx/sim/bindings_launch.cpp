@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "bindings.h"
+#include "decode.h"
 #include "ir.h"
 #include "launch.h"
 #include "op_simulator.h"
@@ -123,6 +124,27 @@ py::list kernels(const PythonModule& self) {
   return list;
 }
 
+py::list variables(const PythonModule& self) {
+  py::list list;
+  for (const auto& entry : self.module->variables().entries) {
+    const Variable& v = *entry->variable;
+    if (v.name[0] == '{') continue;  // declared in a function's body: no name outside it
+    py::list shape;
+    for (const std::uint64_t n : v.dimensions) shape.append(n);
+    if (v.lanes > 1) shape.append(v.lanes);
+    py::dict d;
+    d["name"] = v.name;
+    d["space"] = entry->constant ? "const" : "global";
+    d["type"] = name_of(v.type);
+    d["shape"] = py::tuple(shape);
+    d["size"] = v.bytes;
+    d["alignment"] = v.align;
+    d["address"] = reinterpret_cast<std::uintptr_t>(entry->data);
+    list.append(d);
+  }
+  return list;
+}
+
 using PythonBuffer = std::tuple<std::uint64_t, std::uint64_t, std::string, std::string>;
 
 py::dict launch_module(const PythonModule& self, const std::string& kernel,
@@ -177,6 +199,8 @@ void bind_launch(py::module_& module) {
       .def_property_readonly("target",
                              [](const PythonModule& self) { return self.module->target(); })
       .def("kernels", &kernels)
+      .def("variables", &variables)
+      .def("reset_variables", [](const PythonModule& self) { self.module->variables().reset(); })
       .def("decode", [](const PythonModule& self,
                         const std::string& kernel) { self.module->program(kernel); })
       .def("launch", &launch_module);

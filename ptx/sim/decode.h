@@ -163,7 +163,7 @@ class ProgramBuilder {
   std::map<std::string, std::uint32_t> opcode_index_;
 };
 
-// Storage for .global and .const variables.
+// Storage for .global and .const variables. They keep their values between launches.
 struct DeviceVariables {
   struct Entry {
     std::string name;
@@ -175,8 +175,12 @@ struct DeviceVariables {
   };
   explicit DeviceVariables(const ParsedModule& module);
   const Entry* find(const std::string& name) const;
+  void reset();  // to their initial values
   std::vector<std::unique_ptr<Entry>> entries;
   std::map<std::string, Entry*> by_name;
+
+ private:
+  const ParsedModule& module_;
 };
 
 }  // namespace torchext::sim

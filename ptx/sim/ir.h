@@ -50,6 +50,7 @@ enum class Type : std::uint8_t {
 };
 
 Type type_named(const std::string& name);  // Type::none if it is not a type
+const char* name_of(Type type);            // "f32"
 int size_of(Type type);                    // bytes; pred: 0
 
 inline bool is_signed(Type t) {

@@ -63,7 +63,7 @@ std::uint64_t ParsedModule::address_of(const Function& f) const {
   return kFunctionWindow | (static_cast<std::uint64_t>(&f - functions.data()) + 1) << 4;
 }
 
-DeviceVariables::DeviceVariables(const ParsedModule& module) {
+DeviceVariables::DeviceVariables(const ParsedModule& module) : module_(module) {
   const auto add = [&](const Variable& v) {
     if ((v.space != Space::global && v.space != Space::constant) || v.is_external()) return;
     if (v.bytes > (1ull << 32))
@@ -76,32 +76,34 @@ DeviceVariables::DeviceVariables(const ParsedModule& module) {
     e->storage.resize(v.bytes / 8 + 2 + v.align / 8);
     const auto base = reinterpret_cast<std::uint64_t>(e->storage.data());
     e->data = reinterpret_cast<std::uint8_t*>(align_up(base, std::max(8u, v.align)));
-    std::copy(v.initial.begin(), v.initial.end(), e->data);
     by_name[v.name] = e.get();
     entries.push_back(std::move(e));
   };
-  std::vector<const Variable*> all;
-  for (const Variable& v : module.variables) all.push_back(&v);
+  for (const Variable& v : module.variables) add(v);
   for (const Function& f : module.functions) {
-    for (const Variable& v : f.variables) all.push_back(&v);
+    for (const Variable& v : f.variables) add(v);
   }
-  for (const Variable* v : all) add(*v);
-  for (const Variable* v : all) {
-    const auto it = by_name.find(v->name);
-    if (it == by_name.end()) continue;
-    for (const Variable::Reference& r : v->references) {
+  reset();
+}
+
+void DeviceVariables::reset() {
+  for (const auto& e : entries) {
+    const Variable& v = *e->variable;
+    std::memset(e->data, 0, e->bytes);
+    std::copy(v.initial.begin(), v.initial.end(), e->data);
+    for (const Variable::Reference& r : v.references) {
       std::uint64_t address = 0;
       if (const Entry* to = find(r.symbol); to != nullptr) {
         address = reinterpret_cast<std::uint64_t>(to->data);
-      } else if (const Function* f = module.function(r.symbol); f != nullptr) {
-        address = module.address_of(*f);
+      } else if (const Function* f = module_.function(r.symbol); f != nullptr) {
+        address = module_.address_of(*f);
       } else {
-        throw PtxError(module.sources[v->source].name, r.line,
-                       "the initialiser of '" + v->name + "' refers to '" + r.symbol +
+        throw PtxError(module_.sources[v.source].name, r.line,
+                       "the initialiser of '" + v.name + "' refers to '" + r.symbol +
                            "', which is no .global or .const variable and no function");
       }
       const std::uint64_t value = (address + static_cast<std::uint64_t>(r.addend)) >> r.shift;
-      std::memcpy(it->second->data + r.at, &value, static_cast<std::size_t>(r.bytes));
+      std::memcpy(e->data + r.at, &value, static_cast<std::size_t>(r.bytes));
     }
   }
 }

@@ -29,6 +29,13 @@ Type type_named(const std::string& name) {
   return Type::none;
 }
 
+const char* name_of(Type type) {
+  for (const auto& [text, named] : kTypeNames) {
+    if (named == type) return text;
+  }
+  return "";
+}
+
 int size_of(Type type) {
   switch (type) {
     case Type::none:

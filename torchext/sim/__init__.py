@@ -40,6 +40,7 @@ from .module import Kernel, Module, Parameter
 from .numerics import tensor_core_matmul
 from .ops import Simulation, simulate
 from .report import Finding, Report, SimulationError
+from .variables import Variable
 
 PtxError = _sim.PtxError
 TensorMapError = _sim.TensorMapError
@@ -56,6 +57,7 @@ __all__ = [
     "Simulation",
     "SimulationError",
     "TensorMapError",
+    "Variable",
     "compile_cuda",
     "output",
     "pointer",

@@ -1,4 +1,4 @@
-"""PTX modules: parse, list, launch."""
+"""PTX modules: parse, list, launch, read and write variables."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from .arguments import argument_of
 from .memory import Arena
 from .options import launch_options
 from .report import Report, report_from
+from .variables import Variable
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,8 @@ def _dim3(name: str, value: int | Sequence[int]) -> tuple[int, int, int]:
 class Module:
     """PTX text, or the path of a .ptx file, ready to be launched.
 
+    Variables keep their values between launches, as a loaded module's do on a GPU.
+
     Args:
         ptx_text_or_path: a string with a line break is text.
         name: what findings call the module; by default its path.
@@ -99,6 +102,30 @@ class Module:
             f"torchext.sim.Module: there is no kernel {name!r}; the module has "
             f"{', '.join(k.name for k in kernels) or 'none'}"
         )
+
+    def variables(self) -> list[Variable]:
+        """The `.global` and `.const` variables of the module, in the order of the text."""
+        return [Variable(**v, _module=self._module) for v in self._module.variables()]
+
+    def variable(self, name: str) -> Variable:
+        """The variable of that name, to be read and written; see `Variable`.
+
+            module.variable("weights").set(np.arange(9, dtype=np.float32))
+
+        Raises ValueError, listing them, if there is none.
+        """
+        variables = self.variables()
+        for variable in variables:
+            if variable.name == name:
+                return variable
+        raise ValueError(
+            f"torchext.sim.Module: there is no variable {name!r}; the module has "
+            f"{', '.join(v.name for v in variables) or 'none'}"
+        )
+
+    def reset_variables(self) -> None:
+        """Gives every variable its initial value again, as loading the module anew would."""
+        self._module.reset_variables()
 
     def check(self, name: str) -> None:
         """Decodes a kernel and all it calls; raises PtxError for an unknown opcode or modifier."""
