@@ -81,10 +81,10 @@ U64 encode_float(const Conversion& c, double v) {
   }
 }
 
-// Out of range clamps; NaN gives 0, but the largest value for 64-bit results.
-U64 to_integer(Type type, double v, Rounding rounding) {
+// Out of range clamps. NaN gives the highest bit alone where f64 or 64 bits are involved, else 0.
+U64 to_integer(Type type, Type from, double v, Rounding rounding) {
   const int bits = 8 * size_of(type);
-  if (v != v) return bits == 64 ? U64{1} << 63 : is_signed(type) && bits == 32 ? 0 : 0;
+  if (v != v) return bits == 64 || from == Type::f64 ? U64{1} << (bits - 1) : 0;
   v = round_integral(v, rounding);
   if (is_signed(type)) {
     const double limit = std::ldexp(1.0, bits - 1);
@@ -125,10 +125,26 @@ U64 saturate_integer(Type to, Type from, U64 value) {
   return value > high ? high : value;
 }
 
+// A 64-bit integer does not fit a double. Rounded to odd, it can be rounded once more, rightly.
+double round_to_odd(U64 magnitude) {
+  if (magnitude >> 53 == 0) return static_cast<double>(magnitude);
+  const bool lost = (magnitude & 0x7ff) != 0;
+  return static_cast<double>((magnitude & ~U64{0x7ff}) | (lost ? 0x800 : 0));
+}
+
+double round_to_f64(U64 magnitude, bool negative, Rounding rounding) {
+  const auto near = static_cast<double>(magnitude);
+  const auto nearest = static_cast<unsigned __int128>(near);
+  if (rounding == Rounding::nearest_even || nearest == magnitude) return near;
+  const bool away = rounding == (negative ? Rounding::downward : Rounding::upward);
+  if (nearest > magnitude) return away ? near : std::nextafter(near, 0.0);
+  return away ? std::nextafter(near, HUGE_VAL) : near;
+}
+
 U64 convert_one(const Conversion& c, U64 bits) {
   if (is_float(c.from)) {
     double v = decode_float(c.from, bits, c.ftz);
-    if (!is_float(c.to)) return to_integer(c.to, v, c.modifiers.rounding);
+    if (!is_float(c.to)) return to_integer(c.to, c.from, v, c.modifiers.rounding);
     if (c.integral) {
       v = round_integral(v, c.modifiers.rounding);
       Conversion exact = c;
@@ -139,16 +155,11 @@ U64 convert_one(const Conversion& c, U64 bits) {
   }
   const U64 value = narrow(c.from, bits);
   if (!is_float(c.to)) return c.sat ? saturate_integer(c.to, c.from, value) : narrow(c.to, value);
-  // A 64-bit integer does not fit a double: round to odd first, so that the second rounding is
-  // right.
   const bool negative = is_signed(c.from) && static_cast<std::int64_t>(value) < 0;
-  U64 magnitude = negative ? 0 - value : value;
-  if (c.to != Type::f64 && magnitude >> 53) {
-    const U64 lost = magnitude & 0x7ff;
-    magnitude = (magnitude & ~U64{0x7ff}) | (lost ? 0x800 : 0);
-  }
-  return encode_float(c,
-                      negative ? -static_cast<double>(magnitude) : static_cast<double>(magnitude));
+  const U64 magnitude = negative ? 0 - value : value;
+  const double v = c.to == Type::f64 ? round_to_f64(magnitude, negative, c.modifiers.rounding)
+                                     : round_to_odd(magnitude);
+  return encode_float(c, negative ? -v : v);
 }
 
 Step convert(Warp& w, const Instruction& i, U32 mask) {

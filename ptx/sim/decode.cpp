@@ -133,6 +133,17 @@ std::string Decoder::take_one_of(std::initializer_list<const char*> modifiers) {
   return "";
 }
 
+std::string Decoder::take_first_of(std::initializer_list<const char*> modifiers) {
+  for (auto it = modifiers_.begin(); it != modifiers_.end(); ++it) {
+    for (const char* m : modifiers) {
+      if (*it != m) continue;
+      modifiers_.erase(it);
+      return m;
+    }
+  }
+  return "";
+}
+
 bool Decoder::take_prefix(const char* prefix, std::string* rest) {
   const std::size_t length = std::strlen(prefix);
   for (auto it = modifiers_.begin(); it != modifiers_.end(); ++it) {
@@ -158,7 +169,9 @@ Type Decoder::take_type_if_any() {
 
 Type Decoder::take_type() {
   const Type type = take_type_if_any();
-  if (type == Type::none) fail("no type");
+  if (type == Type::none)
+    fail(modifiers_.empty() ? "no type"
+                            : "no type that is known among '." + modifiers_.front() + "'");
   return type;
 }
 
@@ -204,6 +217,8 @@ Type Decoder::register_type(const Arg& a) const {
 }
 
 Slot Decoder::register_slot(const Arg& a) const {
+  if (!a.text.empty()) fail("a part of a register ('." + a.text + "') cannot be chosen here");
+  if (a.minus) fail("a register cannot be negated here");
   const auto& plan = builder_.plan(function_);
   Slot slot;
   slot.reg = plan.first_register + a.reg_index;

@@ -31,8 +31,10 @@ class Decoder {
   // Modifiers. take: true if it was there; a type is taken in order of appearance.
   bool take(const char* modifier);
   std::string take_one_of(std::initializer_list<const char*> modifiers);  // "" if none
-  bool take_prefix(const char* prefix, std::string* rest);                // "m64n" -> "m64n128k32"
-  Type take_type();                                                       // fails if there is none
+  // The one that comes first in the opcode; "" if none is there.
+  std::string take_first_of(std::initializer_list<const char*> modifiers);
+  bool take_prefix(const char* prefix, std::string* rest);  // "m64n" -> "m64n128k32"
+  Type take_type();                                         // fails if there is none
   Type take_type_if_any();
   // Modifiers that change speed, not meaning.
   void take_cache_hints();
@@ -105,6 +107,7 @@ void add_logic(DecodeTable&);
 void add_bits(DecodeTable&);
 void add_compare(DecodeTable&);
 void add_floating(DecodeTable&);
+void add_video(DecodeTable&);
 void add_convert(DecodeTable&);
 void add_load_store(DecodeTable&);
 void add_atomics(DecodeTable&);
@@ -113,6 +116,8 @@ void add_barriers(DecodeTable&);
 void add_mbarrier(DecodeTable&);
 void add_copies(DecodeTable&);
 void add_matrix(DecodeTable&);
+void add_mma(DecodeTable&);
+void add_wmma(DecodeTable&);
 void add_wgmma(DecodeTable&);
 void add_tensormap(DecodeTable&);
 void add_system(DecodeTable&);

@@ -1,10 +1,10 @@
-// Floating-point arithmetic: f32, f64, f16, bf16 and their packed pairs, with PTX's rounding modes,
-// NaN rules, .ftz, .sat and .relu; and the approximate functions. Above 500 lines because the
-// formats share every rule.
+// Floating-point arithmetic: f32, f16, bf16 and their packed pairs, with PTX's rounding modes, NaN
+// rules, .ftz, .sat and .relu; and the approximate functions. floating64.cpp has f64.
 #include <cmath>
 #include <limits>
 
 #include "decode.h"
+#include "floating.h"
 #include "lanes.h"
 #include "number_formats.h"
 
@@ -33,9 +33,6 @@ Rounding rounding(U16 mode) {
 
 float canonical(float v) {
   return v != v ? float_from_bits(kCanonicalNanF32) : v;
-}
-double canonical(double v) {
-  return v != v ? std::numeric_limits<double>::quiet_NaN() : v;
 }
 float flush(float v) {
   return std::fabs(v) < std::numeric_limits<float>::min() ? std::copysign(0.0f, v) : v;
@@ -140,6 +137,16 @@ struct Div32 {
     return finish32(div_to_odd(in32(a, i.small), in32(b, i.small)), i.small);
   }
 };
+struct ApproximateDiv32 {  // gives up on quotients by more than 2^126
+  float operator()(const Instruction& i, float a, float b, float) const {
+    a = in32(a, i.small);
+    if (std::isfinite(b) && std::fabs(b) > 0x1p126f)
+      return std::isfinite(a)
+                 ? std::copysign(0.0f, std::signbit(a) != std::signbit(b) ? -1.0f : 1.0f)
+                 : canonical(NAN);
+    return Div32()(i, a, b, 0);
+  }
+};
 struct Rcp32 {
   float operator()(const Instruction& i, float a, float, float) const {
     return finish32(div_to_odd(1.0, in32(a, i.small)), i.small);
@@ -232,48 +239,6 @@ struct CopySign32 {
   }
 };
 
-// ---- f64: round to nearest only -----------------------------------------------------------------
-
-struct Add64 {
-  double operator()(double a, double b) const { return canonical(a + b); }
-};
-struct Sub64 {
-  double operator()(double a, double b) const { return canonical(a - b); }
-};
-struct Mul64 {
-  double operator()(double a, double b) const { return canonical(a * b); }
-};
-struct Div64 {
-  double operator()(double a, double b) const { return canonical(a / b); }
-};
-struct Fma64 {
-  double operator()(double a, double b, double c) const { return canonical(std::fma(a, b, c)); }
-};
-struct Min64 {
-  double operator()(double a, double b) const { return std::fmin(a, b); }
-};
-struct Max64 {
-  double operator()(double a, double b) const { return std::fmax(a, b); }
-};
-struct Neg64 {
-  double operator()(double a) const { return -a; }
-};
-struct Abs64 {
-  double operator()(double a) const { return std::fabs(a); }
-};
-struct Sqrt64 {
-  double operator()(double a) const { return canonical(std::sqrt(a)); }
-};
-struct Rcp64 {
-  double operator()(double a) const { return canonical(1.0 / a); }
-};
-struct Rsqrt64 {
-  double operator()(double a) const { return canonical(1.0 / std::sqrt(a)); }
-};
-struct CopySign64 {
-  double operator()(double a, double b) const { return std::copysign(b, a); }
-};
-
 // ---- f16, bf16 and pairs ------------------------------------------------------------------------
 
 struct F16 {
@@ -343,8 +308,9 @@ struct Pair {
   }
 };
 template <U16 and_mask, U16 xor_mask>
-struct HSign {
-  U16 operator()(const Instruction&, U16 a, U16, U16) const {
+struct HSign {  // .ftz: f16 alone
+  U16 operator()(const Instruction& i, U16 a, U16, U16) const {
+    if (i.small & kFtz) a = F16::input(a, kFtz);
     return static_cast<U16>((a & and_mask) ^ xor_mask);
   }
 };
@@ -407,6 +373,7 @@ void operands(Decoder& d, Type type, std::size_t sources, Execute execute) {
 }  // namespace
 
 void decode_float_arithmetic(Decoder& d, Type type) {
+  if (type == Type::f64) return decode_f64_arithmetic(d);
   const std::string& op = d.opcode();
   const bool rounded = take_rounding(d);
   take_modes(d);
@@ -434,7 +401,11 @@ void decode_float_arithmetic(Decoder& d, Type type) {
       return operands(d, type, 3,
                       plain ? map3<float, float, float, float, PlainFma> : f32_form<Fma32>());
     }
-    if (op == "div") return operands(d, type, 2, f32_form<Div32>());
+    if (op == "div") {
+      if (rounded + full + approximate != 1)
+        d.fail("expected .approx, .full or a rounding (.rn, .rz, .rm, .rp)");
+      return operands(d, type, 2, approximate ? f32_form<ApproximateDiv32>() : f32_form<Div32>());
+    }
     if (op == "min")
       return d.count() == 4 ? operands(d, type, 3, f32_form<MinMax3<false>>())
                             : operands(d, type, 2, f32_form<MinMax32<false>>());
@@ -444,19 +415,6 @@ void decode_float_arithmetic(Decoder& d, Type type) {
     if (op == "neg") return operands(d, type, 1, f32_form<Neg32>());
     if (op == "abs") return operands(d, type, 1, f32_form<Abs32>());
     if (op == "copysign") return operands(d, type, 2, f32_form<CopySign32>());
-  } else if (type == Type::f64) {
-    if (d.out.small != 0) d.fail("only round to nearest is supported for .f64");
-    using D = double;
-    if (op == "add") return operands(d, type, 2, map2<D, D, D, Add64>);
-    if (op == "sub") return operands(d, type, 2, map2<D, D, D, Sub64>);
-    if (op == "mul") return operands(d, type, 2, map2<D, D, D, Mul64>);
-    if (op == "fma" || op == "mad") return operands(d, type, 3, map3<D, D, D, D, Fma64>);
-    if (op == "div") return operands(d, type, 2, map2<D, D, D, Div64>);
-    if (op == "min") return operands(d, type, 2, map2<D, D, D, Min64>);
-    if (op == "max") return operands(d, type, 2, map2<D, D, D, Max64>);
-    if (op == "neg") return operands(d, type, 1, map1<D, D, Neg64>);
-    if (op == "abs") return operands(d, type, 1, map1<D, D, Abs64>);
-    if (op == "copysign") return operands(d, type, 2, map2<D, D, D, CopySign64>);
   } else {
     if (rounded && (d.out.small & kRoundMask)) d.fail("only .rn");
     if (op == "add") return operands(d, type, 2, half_form<HAdd>(type));
@@ -477,19 +435,17 @@ void decode_with_type(Decoder& d) {
   decode_float_arithmetic(d, d.take_type());
 }
 
-template <class F32, class F64>
+template <class F>
 void decode_root(Decoder& d) {  // rcp, sqrt, rsqrt
-  const bool approximate = d.take("approx");
-  take_rounding(d);
-  take_modes(d);
   const Type type = d.take_type();
-  if (type == Type::f64) {
-    if (d.out.small & ~kFtz) d.fail("only round to nearest is supported for .f64");
-    return operands(d, type, 1, map1<double, double, F64>);
-  }
-  (void)approximate;  // correctly rounded is within any documented error
+  if (type == Type::f64) return decode_f64_root(d);
+  const bool approximate = d.take("approx");
+  if (approximate == take_rounding(d))
+    d.fail("expected .approx or a rounding (.rn, .rz, .rm, .rp)");
+  if (!approximate && d.opcode() == "rsqrt") d.fail("expected .approx");
+  take_modes(d);
   if (type != Type::f32) d.fail("not for this type");
-  operands(d, type, 1, f32_form<F32>());
+  operands(d, type, 1, f32_form<F>());  // correctly rounded is within any documented error
 }
 
 template <class F, class H>
@@ -544,9 +500,9 @@ void decode_testp(Decoder& d) {
 void add_floating(DecodeTable& t) {
   t["fma"] = decode_with_type;
   t["copysign"] = decode_with_type;
-  t["rcp"] = decode_root<Rcp32, Rcp64>;
-  t["sqrt"] = decode_root<Sqrt32, Sqrt64>;
-  t["rsqrt"] = decode_root<Rsqrt32, Rsqrt64>;
+  t["rcp"] = decode_root<Rcp32>;
+  t["sqrt"] = decode_root<Sqrt32>;
+  t["rsqrt"] = decode_root<Rsqrt32>;
   t["ex2"] = decode_approximate<Ex2, HEx2>;
   t["lg2"] = decode_approximate<Lg2, void>;
   t["sin"] = decode_approximate<Sin, void>;

@@ -4,11 +4,10 @@
 #include <limits>
 
 #include "decode.h"
+#include "floating.h"
 #include "lanes.h"
 
 namespace torchext::sim {
-
-void decode_float_arithmetic(Decoder& d, Type type);  // floating.cpp: the same opcodes on floats
 
 namespace {
 

@@ -65,11 +65,14 @@ struct Arg {
   enum Kind : std::uint8_t { reg, integer, real, name, special, vector, memory, list, sink, pair };
   Kind kind = sink;
   bool negate = false;          // !p
+  bool minus = false;           // reg: -r, for vmad
   std::uint32_t reg_index = 0;  // reg
   std::uint64_t bits = 0;       // integer; real: the bits of a double
   std::int64_t offset = 0;      // memory, name: + offset
-  std::string text;             // name, special; the kind of number (constant_expression.cpp)
-  std::vector<Arg> args;        // vector, list, pair; memory: base, then what follows commas
+  // name, special; the kind of number (constant_expression.cpp); reg: the part that a video
+  // instruction selects.
+  std::string text;
+  std::vector<Arg> args;  // vector, list, pair; memory: base, then what follows commas
 };
 
 // The bits of a real literal as a value of `type`, as ptxas converts it.

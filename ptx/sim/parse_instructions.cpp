@@ -202,15 +202,25 @@ Arg Parser::simple_operand() {
     take();
     return name_operand(take_word(), true);
   }
-  if (peek().is('-') && peek(1).kind == Token::word && !peek(1).is("WARP_SZ"))
-    fail("'" + peek(1).text + "' cannot be negated");
+  if (peek().is('-') && peek(1).kind == Token::word && !peek(1).is("WARP_SZ")) {
+    take();
+    Arg arg = name_operand(take_word(), false);
+    if (arg.kind != Arg::reg) fail("only a register can be negated");
+    arg.minus = true;
+    return arg;
+  }
   if (at_constant()) return constant_expression();
   return name_operand(take_word(), false);
 }
 
 Arg Parser::name_operand(const std::string& word, bool negate) {
   Arg arg;
-  if (const std::uint32_t* reg = find(registers_, word)) {
+  const std::uint32_t* reg = find(registers_, word);
+  if (const std::size_t dot = word.rfind('.'); reg == nullptr && dot != std::string::npos) {
+    reg = find(registers_, word.substr(0, dot));
+    if (reg != nullptr) arg.text = word.substr(dot + 1);
+  }
+  if (reg != nullptr) {
     arg.kind = Arg::reg;
     arg.reg_index = *reg;
     arg.negate = negate;

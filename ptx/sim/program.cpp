@@ -22,6 +22,7 @@ const DecodeTable& decode_table() {
     add_bits(t);
     add_compare(t);
     add_floating(t);
+    add_video(t);
     add_convert(t);
     add_load_store(t);
     add_atomics(t);
@@ -30,6 +31,8 @@ const DecodeTable& decode_table() {
     add_mbarrier(t);
     add_copies(t);
     add_matrix(t);
+    add_mma(t);
+    add_wmma(t);
     add_wgmma(t);
     add_tensormap(t);
     add_system(t);

@@ -240,10 +240,12 @@ MmaModel wgmma_model(NumberFormat inputs, NumberFormat accumulator) {
 
 MmaModel mma_sync_model(int target, NumberFormat inputs, NumberFormat accumulator) {
   require_accumulator("mma.sync", inputs, accumulator);
-  const bool ampere = target == 80 || target == 86 || target == 87;
+  // Turing multiplies f16 alone, and as Ampere does.
+  const bool turing = target == 75 && inputs == NumberFormat::f16;
+  const bool ampere = target == 80 || target == 86 || target == 87 || turing;
   if (!ampere && target != 89 && target != 90) {
     throw std::invalid_argument(
-        "the rounding of mma.sync is modelled for sm_80, sm_86, sm_87, "
+        "the rounding of mma.sync is modelled for sm_75 (f16), sm_80, sm_86, sm_87, "
         "sm_89 and sm_90, not for sm_" +
         std::to_string(target));
   }

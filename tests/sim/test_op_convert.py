@@ -1,5 +1,7 @@
 """cvt: integers, floats, rounding to integer, saturation, packed FP8, f16x2 and bf16x2."""
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
@@ -157,3 +159,32 @@ def test_cvt_pack():
     clip = lambda v: np.clip(v, 0, 65535).astype(np.uint32)  # noqa: E731
     got = lanes("cvt.pack.sat.u16.s32 %z, %a, %b;", np.uint32, a, b)
     np.testing.assert_array_equal(got, clip(a) << np.uint32(16) | clip(b))
+
+
+@pytest.mark.parametrize("mode", ["rn", "rz", "rm", "rp"])
+@pytest.mark.parametrize("source", ["s64", "u64"])
+@pytest.mark.parametrize("destination", ["f64", "f32"])
+def test_64_bit_integers_round_as_told(destination, source, mode):
+    a = np.concatenate([random_bits(INTS[source]), random_bits(INTS[source], seed=1) >> 7])
+    a[:4] = np.array([2**53 + 1, 2**54 + 3, 2**62 + 1, 2**63 - 1]).astype(INTS[source])
+    dtype = {"f64": np.float64, "f32": np.float32}[destination]
+    got = lanes(f"cvt.{mode}.{destination}.{source} %z, %a;", dtype, a)
+    below, above = np.nextafter(got, dtype(-np.inf)), np.nextafter(got, dtype(np.inf))
+    for value, *neighbours in zip(a.tolist(), got, below, above, strict=True):
+        r, low, high = (Fraction(float(v)) for v in neighbours)
+        assert {
+            "rn": abs(value - r) <= min(value - low, high - value),
+            "rz": low < value <= r if value < 0 else r <= value < high,
+            "rm": r <= value < high,
+            "rp": low < value <= r,
+        }[mode]
+
+
+@pytest.mark.parametrize("destination", INTS)
+@pytest.mark.parametrize("source", ["f32", "f64"])
+def test_nan_to_integer(source, destination):
+    nan = np.full(32, np.nan, {"f32": np.float32, "f64": np.float64}[source])
+    got = lanes(f"cvt.rzi.{destination}.{source} %z, %a;", INTS[destination], nan)
+    bits = 8 * got.itemsize
+    want = 1 << (bits - 1) if source == "f64" or bits == 64 else 0
+    assert (got.view(f"u{got.itemsize}") == want).all()

@@ -5,7 +5,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from opcodes import lanes, lanes_report
+from opcodes import lanes
 
 RNG = np.random.default_rng(0)
 SPECIAL = np.array(
@@ -260,6 +260,27 @@ def test_testp(test, f):
     np.testing.assert_array_equal(got, f(A).astype(np.uint32))
 
 
-def test_f64_refuses_other_rounding_than_nearest():
-    with pytest.raises(Exception, match="only round to nearest"):
-        lanes_report("add.rz.f64 %z, %a, %a;", np.float64, np.zeros(32))
+def test_division_in_f32():
+    a, b = np.abs(A) + 1, np.minimum(np.abs(B) + 1, np.float32(2.0**100))
+    with np.errstate(all="ignore"):
+        for form in ("approx", "full", "approx.ftz", "full.ftz"):
+            got = lanes(f"div.{form}.f32 %z, %a, %b;", np.float32, a, b)
+            np.testing.assert_allclose(got, a / b, rtol=2.0**-21, atol=1e-37, err_msg=form)
+    # .approx gives up where the reciprocal of the divisor would be subnormal.
+    large = np.array([2.0**127, -(2.0**127), 2.0**127, 2.0**126] * 8, np.float32)
+    x = np.array([2.0**127, 2.0**127, np.inf, 2.0**126] * 8, np.float32)
+    got = lanes("div.approx.f32 %z, %a, %b;", np.float32, x, large)[:4]
+    np.testing.assert_array_equal(got, np.float32([0, -0.0, np.nan, 1]))
+    with pytest.raises(ValueError, match="or a rounding"):
+        lanes("div.f32 %z, %a, %a;", np.float32, A)
+
+
+def test_halves_flush_subnormals():
+    x = np.array([1, 0x8001, 0x03FF, 0x0400, 0x8400, 0x3C00, 0xBC00, 0] * 4, np.uint16)
+    flushed = np.where(x & 0x7C00 == 0, x & 0x8000, x).astype(np.uint16)
+    np.testing.assert_array_equal(lanes("neg.ftz.f16 %z, %a;", np.uint16, x), flushed ^ 0x8000)
+    np.testing.assert_array_equal(lanes("abs.ftz.f16 %z, %a;", np.uint16, x), flushed & 0x7FFF)
+    np.testing.assert_array_equal(
+        lanes("neg.ftz.f16x2 %z, %a;", np.uint32, x.view(np.uint32)),
+        (flushed ^ 0x8000).view(np.uint32),
+    )

@@ -23,7 +23,7 @@ DTYPE = {
     "tf32": torch.float32,
 }
 SIZE = {"e4m3": 1, "e5m2": 1, "f16": 2, "bf16": 2, "tf32": 4}
-ARCH = {80: "Ampere", 89: "Ada Lovelace", 90: "Hopper"}
+ARCH = {75: "Turing", 80: "Ampere", 89: "Ada Lovelace", 90: "Hopper"}
 
 
 def random_codes(rng, shape, name, kind):
@@ -126,6 +126,7 @@ def test_wgmma_agrees_with_mmasim(a_name, b_name, acc, kind):
 
 
 MMA_CASES = [
+    (75, "f16", "f32", 8), (75, "f16", "f16", 8),
     (80, "f16", "f32", 16), (80, "f16", "f16", 16), (80, "f16", "f32", 8), (80, "bf16", "f32", 16),
     (80, "bf16", "f32", 8), (80, "tf32", "f32", 8), (89, "f16", "f32", 16), (89, "e4m3", "f32", 32),
     (89, "e5m2", "f16", 32), (89, "bf16", "f32", 16), (90, "f16", "f32", 16), (90, "f16", "f16", 8),
@@ -267,7 +268,7 @@ def test_accumulator_overflow():
         (("wgmma", 90, "f32", "f32"), "wgmma.mma_async does not multiply f32 into f32"),
         (("wgmma", 90, "bf16", "f16"), "wgmma.mma_async does not multiply bf16 into f16"),
         (("mma.sync", 80, "e4m3", "f32"), "FP8 from sm_89 on, not on sm_80"),
-        (("mma.sync", 75, "f16", "f32"), "not for sm_75"),
+        (("mma.sync", 75, "bf16", "f32"), "not for sm_75"),
     ],
 )
 def test_unsupported_combinations_are_refused(arguments, message):
