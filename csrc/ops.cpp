@@ -3,6 +3,7 @@
 // its CUDA kernel on the PTX simulator. Fake kernels and gradients: torchext/_registrations.py.
 
 #include "gemm/gemm.h"
+#include "linear/linear.h"
 #include "quantize/quantize.h"
 
 namespace {
@@ -100,6 +101,18 @@ STABLE_TORCH_LIBRARY(torchext, m) {
       "fp8_gemm_nt_relu2_quantize(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, *,"
       " Tensor? bias=None, ScalarType? dtype=None, bool pow2_scale=False, int num_sms=0)"
       " -> (Tensor data, Tensor scale)");
+
+  // The products of torchext.nn.Linear, from what is not quantised yet.
+  m.def(
+      "_linear(Tensor input, Tensor weight, Tensor? bias, int granularity, ScalarType input_dtype,"
+      " ScalarType weight_dtype, ScalarType grad_dtype, bool pow2_scale,"
+      " ScalarType? out_dtype=None) -> Tensor");
+  m.def(
+      "_linear_dgrad(Tensor dy, Tensor weight, int granularity, ScalarType weight_dtype,"
+      " ScalarType grad_dtype, bool pow2_scale, ScalarType out_dtype) -> Tensor");
+  m.def(
+      "_linear_wgrad(Tensor dy, Tensor input, int granularity, ScalarType input_dtype,"
+      " ScalarType grad_dtype, bool pow2_scale, ScalarType out_dtype) -> Tensor");
 }
 
 namespace {
@@ -134,6 +147,9 @@ void register_kernels(StableLibrary& m) {
   m.impl("fp8_gemm_nt_swiglu_quantize", TORCH_BOX(&torchext::fp8_gemm_nt_swiglu_quantize));
   m.impl("fp8_gemm_nt_gelu_quantize", TORCH_BOX(&torchext::fp8_gemm_nt_gelu_quantize));
   m.impl("fp8_gemm_nt_relu2_quantize", TORCH_BOX(&torchext::fp8_gemm_nt_relu2_quantize));
+  m.impl("_linear", TORCH_BOX(&torchext::linear));
+  m.impl("_linear_dgrad", TORCH_BOX(&torchext::linear_dgrad));
+  m.impl("_linear_wgrad", TORCH_BOX(&torchext::linear_wgrad));
 }
 
 }  // namespace

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.library import register_fake
 
-from . import _library  # noqa: F401  (loads the ops that are registered on here)
+from . import _batching, _flops, _library  # noqa: F401  (loads the ops that are registered on here)
 from ._layout import (
     GROUP,
     ceil_div,

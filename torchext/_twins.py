@@ -9,11 +9,14 @@ the twin themselves where no gradient is asked, and graphs that were traced belo
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
 
 from . import _library  # noqa: F401  (loads the ops that are registered on here)
 
@@ -42,20 +45,38 @@ def register_fake_with_twin(name: str, overload: str = "default") -> Callable[[F
 
 def asks_gradient(tensor: Tensor | None) -> bool:
     """Whether a call must record that it used `tensor`; True for what is no tensor at all, so that
-    the op refuses it."""
-    return (
-        tensor is not None
-        and torch.is_grad_enabled()
-        and getattr(tensor, "requires_grad", True)  # of no tensor
-    )
+    the op refuses it, and wherever `tensor` alone does not tell: it may have a tangent, and under
+    torch.func's transforms another level may record it."""
+    if tensor is None:
+        return False
+    if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+        return True
+    return torch.is_grad_enabled() and getattr(tensor, "requires_grad", True)  # of no tensor
 
 
 def apply(function: type[torch.autograd.Function], *inputs: Any) -> Tensor:
     """`function.apply`, a Python function, less the two microseconds that it spends on what only
-    functorch's transforms need. Not for Dynamo, which knows the original."""
+    functorch's transforms need. Not for Dynamo, which knows the original.
+
+    Under a transform it is for kernels of autograd keys, which see one level of tensors as if there
+    were no others.
+    """
+    direct = super(torch.autograd.Function, function).apply  # type: ignore[misc]
     if torch._C._are_functorch_transforms_active():
-        return function.apply(*inputs)
-    return super(torch.autograd.Function, function).apply(*inputs)  # type: ignore[misc]
+        with enable_single_level_autograd_function():
+            return direct(*inputs)
+    return direct(*inputs)
+
+
+def recorded_outside(op: Any, *operands: Any, **options: Any) -> Any:
+    """op(...) in the `forward` of a function that records it at this level of torch.func's
+    transforms; outer levels, if any, record it themselves."""
+    with (
+        torch.enable_grad(),  # which autograd.Function has switched off, for outer levels too
+        forward_ad._set_fwd_grad_enabled(True),
+        torch._C._AutoDispatchBelowAutograd(),
+    ):
+        return op(*operands, **options)
 
 
 def register_gradient(
@@ -66,7 +87,7 @@ def register_gradient(
     gradient(grad, shape of the argument, *the arguments that `saved` names) returns it, in any
     dtype. (torch.library.register_autograd takes no keyword-only tensors.)
     """
-    twin = getattr(_ops, f"_{name}").default
+    op, twin = getattr(_ops, name).default, getattr(_ops, f"_{name}").default
     names = _argument_names(name)
     position = names.index(argument)
 
@@ -75,7 +96,9 @@ def register_gradient(
         if not asks_gradient(tensor):
             return twin(*operands, **options)
         given = dict(zip(names, operands, strict=False)) | options
-        call = (twin, operands, options, gradient)
+        transformed = torch._C._are_functorch_transforms_active()
+        run = functools.partial(recorded_outside, op) if transformed else twin
+        call = (run, operands, options, gradient)
         return apply(_Differentiable, tensor, call, *map(given.get, saved))
 
     _IMPL.impl(name, autograd, "Autograd")
@@ -87,10 +110,10 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, call: tuple[Any, ...], *saved: Tensor | None) -> Tensor:
-        twin, operands, options, ctx.gradient = call
+        run, operands, options, ctx.gradient = call
         ctx.save_for_backward(*saved)
         ctx.shape, ctx.dtype = tensor.shape, tensor.dtype
-        return twin(*operands, **options)
+        return run(*operands, **options)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -123,7 +146,8 @@ def register_out(name: str) -> Callable[..., None]:
         _IMPL.impl(f"_{name}.out", _FALL_THROUGH, key)
 
     def call(*operands: Any, **options: Any) -> None:
-        if torch.compiler.is_compiling():  # Dynamo cannot trace increment_version
+        # Dynamo cannot trace increment_version; torch.func's transforms hand it on by level.
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             op(*operands, **options)
         else:
             write(*operands, **options)

@@ -14,6 +14,8 @@ import torch
 
 Granularity = Literal["blockwise", "rowwise", "tensorwise"]
 
+# An op takes the index here: csrc/linear/linear.h.
+GRANULARITIES: tuple[Granularity, ...] = get_args(Granularity)
 _FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
@@ -44,9 +46,9 @@ class Recipe:
     pow2_scale: bool = False
 
     def __post_init__(self) -> None:
-        if self.granularity not in get_args(Granularity):
+        if self.granularity not in GRANULARITIES:
             raise ValueError(
-                f"Recipe: granularity: expected one of {', '.join(get_args(Granularity))}; got "
+                f"Recipe: granularity: expected one of {', '.join(GRANULARITIES)}; got "
                 f"{self.granularity!r}; Recipe.deepseek_v3() is a good first choice"
             )
         for name in ("input_dtype", "weight_dtype", "grad_dtype"):

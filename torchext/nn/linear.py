@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 
 from .._twins import apply
 from ..recipe import Recipe
+from .composition import composed, rows_of_nested
 from .linear_function import LinearFunction, Operand, linear
 from .weight_cache import WeightCache
 
@@ -119,22 +120,45 @@ class Linear(torch.nn.Linear):
             weight, bias = parameters["weight"], parameters["bias"]
         except KeyError:  # parametrised, or replaced by a hook
             weight, bias = self.weight, self.bias
+        compiling = torch.compiler.is_compiling()
+        rewrap = None
+        if (
+            type(input) is not Tensor
+            or input.is_nested
+            or type(weight) is not torch.nn.Parameter
+            or (torch.compiler.is_exporting() if compiling else _is_composed())
+        ):
+            nested = rows_of_nested(input)
+            if nested is not None:
+                input, rewrap = nested
+            y = composed(self, input, weight, bias)
+            if y is not None:
+                return y if rewrap is None else rewrap(y)
         if not _fit(input, weight, bias):
             raise _misfit(input, weight, bias)
-        compiling = torch.compiler.is_compiling()
         quantized_weight = None if compiling else self._quantized_weight(weight, input)
         out_dtype = _output_dtype(input)
         if _needs_graph(input, weight, bias):
             inputs = (input, weight, bias, self.recipe, out_dtype, quantized_weight)
-            return LinearFunction.apply(*inputs) if compiling else apply(LinearFunction, *inputs)
-        return linear(
-            input,
-            weight,
-            bias,
-            recipe=self.recipe,
-            out_dtype=out_dtype,
-            quantized_weight=quantized_weight,
-        )[0]
+            y = LinearFunction.apply(*inputs) if compiling else apply(LinearFunction, *inputs)
+        else:
+            y = linear(
+                input,
+                weight,
+                bias,
+                recipe=self.recipe,
+                out_dtype=out_dtype,
+                quantized_weight=quantized_weight,
+            )[0]
+        return y if rewrap is None else rewrap(y)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """torch.jit.script asks for a module that it can compile, and puts it into the model."""
+        raise NotImplementedError(
+            "torchext.nn.Linear: torch.jit.script: expected a module written in TorchScript; an "
+            "FP8 layer is not; use torch.jit.trace, whose traces can be trained and saved, or "
+            "torch.export"
+        )
 
     def refresh_weight(self) -> None:
         """Drops the FP8 weight, and so frees its memory; the next forward quantises the parameter.
@@ -210,9 +234,16 @@ def _misfit(input: Tensor, weight: Tensor, bias: Tensor | None) -> Exception:
     )
 
 
+def _is_composed() -> bool:
+    """Whether anything but the tensors' own types asks for the op."""
+    return (
+        torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
+    )
+
+
 def _needs_graph(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    if forward_ad._current_level >= 0:  # LinearFunction refuses forward derivatives
-        return True
     return torch.is_grad_enabled() and (
         weight.requires_grad or input.requires_grad or (bias is not None and bias.requires_grad)
     )

@@ -13,7 +13,7 @@ What stays for backward is x_t and w_t, one byte an element; x itself is let go.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -173,7 +173,7 @@ class LinearFunction(torch.autograd.Function):
         (grad,) = grads
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
             with torch.no_grad():
-                return _refuse_second_gradient(_gradients(ctx, grad))
+                return _differentiable_once(grad, _gradients(ctx, grad))
         return _gradients(ctx, grad)
 
 
@@ -195,30 +195,45 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if needs_dw:
         dw = _product(q_dy.data_t, q_dy.scale_t, x_t, x_t_scale, out_dtype=weight_dtype)
     if needs_db:
-        db = _as_matrix(dy).sum(0, dtype=torch.float32).to(bias_dtype)
+        db = gradient_of_bias(dy, bias_dtype)
     return dx, dw, db, None, None, None
+
+
+def gradient_of_bias(dy: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sum over all rows of dy [..., N], taken in FP32."""
+    return _as_matrix(dy).sum(0, dtype=torch.float32).to(dtype)
+
+
+def refuse_second_gradient() -> NoReturn:
+    raise RuntimeError(
+        "torchext.nn.Linear: backward: expected to be differentiated once; its gradient was "
+        "differentiated again (create_graph=True), and FP8 GEMMs have no second gradient; use "
+        "torch.nn.Linear for layers under a gradient penalty or a Hessian"
+    )
 
 
 class _SecondGradient(torch.autograd.Function):
     """Passes gradients on, and refuses to be differentiated."""
 
+    generate_vmap_rule = True  # for batched gradients
+
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, *grads: Tensor) -> tuple[Tensor, ...]:
+    def forward(anchor: Tensor, dy: Tensor, *grads: Tensor) -> tuple[Tensor, ...]:
         return tuple(grad.view_as(grad) for grad in grads)
 
     @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        raise RuntimeError(
-            "torchext.nn.Linear: backward: expected to be differentiated once; its gradient was "
-            "differentiated again (create_graph=True), and FP8 GEMMs have no second gradient; use "
-            "torch.nn.Linear for layers under a gradient penalty or a Hessian"
-        )
+        refuse_second_gradient()
 
 
-def _refuse_second_gradient(grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+def _differentiable_once(dy: Tensor, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
     # Without a graph of their own the gradients would count as constants, and a penalty on them
     # would train nothing, silently. The anchor gives them one even where dy is constant.
     with torch.enable_grad():
         anchor = torch.empty(0, requires_grad=True)
-        passed = iter(_SecondGradient.apply(anchor, *(g for g in grads if g is not None)))
+        passed = iter(_SecondGradient.apply(anchor, dy, *(g for g in grads if g is not None)))
     return tuple(None if grad is None else next(passed) for grad in grads)

@@ -1,0 +1,296 @@
+"""What torch.vmap makes of the ops: batching rules.
+
+Where every row of the result depends on its own row of one batched tensor, the batch is one more
+leading dimension. Everywhere else (operands that are batched both, scales of whole tensors, sums
+over rows) the op runs for each element of the batch. Scales and FP8 values are the same either way,
+and elements keep the layout that products read.
+
+PyTorch has two kinds of batched tensors: torch.func's, and those of batched gradients
+(`is_grads_batched=True`, torch.autograd.functional's `vectorize=True`). The rules serve both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._functorch.autograd_function import custom_function_call_vmap_helper
+from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
+from torch.utils._pytree import tree_map
+
+from . import _library  # noqa: F401  (loads the ops)
+from ._layout import GROUP, ceil_div, empty_data, empty_group_scale, round_up
+from .recipe import GRANULARITIES
+
+_ops = torch.ops.torchext
+_IMPL = torch.library.Library("torchext", "IMPL")
+
+# Arguments that must be contiguous, which an element of a batch may not be.
+_DENSE = ("bias", "offsets", "group_ids", "masked_m")
+
+# Calls the op with all of its arguments by position.
+Call = Callable[..., Any]
+# The dimension along which each argument is batched, or None.
+BatchDims = tuple[int | None, ...]
+# (call, size of the batch, batched dimensions, *arguments) -> (result, its batched dimensions)
+Rule = Callable[..., tuple[Any, Any]]
+
+
+def _register(name: str, rule: Rule, overload: str = "default") -> None:
+    op = getattr(getattr(_ops, name), overload)
+    arguments = op._schema.arguments
+    names = [argument.name for argument in arguments]
+    positional = sum(not argument.kwarg_only for argument in arguments)
+
+    def call(*operands: Any) -> Any:
+        dense = (
+            operand.contiguous() if name in _DENSE and operand is not None else operand
+            for name, operand in zip(names, operands, strict=True)
+        )
+        operands = tuple(dense)
+        options = dict(zip(names[positional:], operands[positional:], strict=True))
+        return op(*operands[:positional], **options)
+
+    def apply_rule(info: Any, dims: BatchDims, *operands: Any) -> tuple[Any, Any]:
+        return rule(call, info.batch_size, dims, *operands)
+
+    def bind(operands: tuple[Any, ...], options: dict[str, Any]) -> list[Any]:
+        given = dict(zip(names, operands, strict=False)) | options
+        return [given.get(argument.name, argument.default_value) for argument in arguments]
+
+    def batched(*operands: Any, **options: Any) -> Any:
+        # torch.library.register_vmap would do, if it took tensors by keyword.
+        interpreter: Any = retrieve_current_functorch_interpreter()
+        bound = bind(operands, options)
+        result = custom_function_call_vmap_helper(interpreter, apply_rule, call, *bound)
+        return result if op._schema.returns else None
+
+    def batched_gradient(*operands: Any, **options: Any) -> Any:
+        return _apply_to_gradients(rule, call, bind(operands, options))
+
+    suffix = "" if overload == "default" else f".{overload}"
+    _IMPL.impl(f"{name}{suffix}", batched, "FuncTorchBatched")
+    _IMPL.impl(f"{name}{suffix}", batched_gradient, "Batched")
+
+
+def _apply_to_gradients(rule: Rule, call: Call, operands: list[Any]) -> Any:
+    """Applies a rule to the batched tensors that autograd makes for batched gradients."""
+    level = torch._C._vmapmode_increment_nesting() - 1  # the innermost batch
+    torch._C._vmapmode_decrement_nesting()
+    physical = [
+        torch._remove_batch_dim(t, level, 1, 0) if _is_batched_gradient(t) else t for t in operands
+    ]
+    batched = [p is not t for p, t in zip(physical, operands, strict=True)]
+    size = max(t.shape[0] for t, is_batched in zip(physical, batched, strict=True) if is_batched)
+    dims = tuple(0 if is_batched else None for is_batched in batched)
+    # A tensor of an outer batch alone has come back with a dimension of 1 for this one.
+    spread = [
+        t.expand(size, *t.shape[1:]) if is_batched else t
+        for t, is_batched in zip(physical, batched, strict=True)
+    ]
+    torch._C._vmapmode_decrement_nesting()
+    try:
+        results, _ = rule(call, size, dims, *spread)
+    finally:
+        torch._C._vmapmode_increment_nesting()
+    if results == ():
+        return None
+    return tree_map(lambda t: torch._add_batch_dim(t, 0, level), results)
+
+
+def _is_batched_gradient(t: Any) -> bool:
+    return isinstance(t, Tensor) and torch._C._functorch.is_legacy_batchedtensor(t)
+
+
+# ---- one element after the other ----
+
+
+def _each(
+    call: Call, size: int, dims: BatchDims, *operands: Any, stack: Callable[..., Any]
+) -> tuple[Any, Any]:
+    if size == 0:
+        return _of_none(call, dims, *operands)
+    results = []
+    for index in range(size):
+        element = (
+            operand if dim is None else operand.select(dim, index)
+            for operand, dim in zip(operands, dims, strict=True)
+        )
+        results.append(call(*element))
+    if isinstance(results[0], Tensor):
+        return stack(results), 0
+    if results[0] is None:  # of an op that writes into its argument
+        return (), ()
+    stacked = tuple(stack(column) for column in zip(*results, strict=True))
+    return stacked, tuple(0 for _ in stacked)
+
+
+def _of_none(call: Call, dims: BatchDims, *operands: Any) -> tuple[Any, Any]:
+    """The result for an empty batch: shaped as by an element of zeros."""
+    element = (
+        operand
+        if dim is None
+        else operand.new_zeros([n for d, n in enumerate(operand.shape) if d != dim])
+        for operand, dim in zip(operands, dims, strict=True)
+    )
+    result = call(*element)
+    if result is None:
+        return (), ()
+    empty = tree_map(lambda t: t.new_empty((0, *t.shape)), result)
+    return empty, tree_map(lambda t: 0, empty)
+
+
+def _stack_as_laid_out(elements: list[Tensor]) -> Tensor:
+    """[batch, ...] in which each element has the strides and the alignment that it had."""
+    first = elements[0]
+    extent = 1 + sum((n - 1) * s for n, s in zip(first.shape, first.stride(), strict=True))
+    span = round_up(extent if first.numel() else 0, 16 // first.itemsize)
+    result = first.new_empty_strided((len(elements), *first.shape), (span, *first.stride()))
+    for index, element in enumerate(elements):
+        result[index].copy_(element)
+    return result
+
+
+def each(call: Call, size: int, dims: BatchDims, *operands: Any) -> tuple[Any, Any]:
+    return _each(call, size, dims, *operands, stack=torch.stack)
+
+
+def each_quantized(call: Call, size: int, dims: BatchDims, *operands: Any) -> tuple[Any, Any]:
+    return _each(call, size, dims, *operands, stack=_stack_as_laid_out)
+
+
+# ---- all at once ----
+
+
+def _quantize_rows(dims_of_element: int) -> Rule:
+    """Each row, or each matrix, is quantised by itself."""
+
+    def rule(call: Call, size: int, dims: BatchDims, x: Tensor, *options: Any) -> tuple[Any, Any]:
+        if x.dim() - 1 < dims_of_element:  # the op refuses the element
+            return each_quantized(call, size, dims, x, *options)
+        assert dims[0] is not None
+        x = x.movedim(dims[0], 0)
+        if dims_of_element == 1:
+            x = x.contiguous()  # as foldable rows
+        results = call(x, *options)
+        return results, tuple(0 for _ in results)
+
+    return rule
+
+
+def _multiply_rows(
+    call: Call, size: int, dims: BatchDims, a: Tensor, a_scale: Tensor, *rest: Any
+) -> tuple[Any, Any]:
+    a_dim, scale_dim, *others = dims
+    if (
+        a_dim is None
+        or scale_dim is None
+        or any(dim is not None for dim in others)
+        or a.dim() < 2
+        or _element_shape(a, a_dim)[:-1] != _element_shape(a_scale, scale_dim)[:-1]
+    ):
+        return _each_product(call, size, dims, a, a_scale, *rest)
+    pair = _as_products_read(a.movedim(a_dim, 0), a_scale.movedim(scale_dim, 0))
+    return call(*pair, *rest), 0
+
+
+def _element_shape(x: Tensor, dim: int) -> list[int]:
+    return [size for d, size in enumerate(x.shape) if d != dim]
+
+
+def _layer(granularity: int) -> Rule:
+    """x @ w.T or dy @ w: the weight, the same for all, leaves the rows independent.
+
+    `granularity` is that argument's position.
+    """
+
+    def rule(call: Call, size: int, dims: BatchDims, *operands: Any) -> tuple[Any, Any]:
+        rows = operands[0]
+        alone = dims[0] is not None and all(dim is None for dim in dims[1:])
+        if not alone or rows.dim() < 2 or GRANULARITIES[operands[granularity]] == "tensorwise":
+            return each(call, size, dims, *operands)
+        return call(rows.movedim(dims[0], 0), *operands[1:]), 0
+
+    return rule
+
+
+# ---- layouts ----
+
+
+def _as_products_read(data: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """A quantised pair as the quantisers lay it out: a copy where a batch has taken that away."""
+    if data.dim() == 0 or scale.dim() == 0:
+        return data, scale  # the op refuses them
+    *leading, columns = data.shape
+    by_group = scale.dim() == data.dim() and scale.shape == (*leading, ceil_div(columns, GROUP))
+    scale_layout = empty_group_scale(scale, leading, columns) if by_group else scale
+    return (
+        _like(data, empty_data(data, leading, columns, data.dtype)),
+        _like(scale, scale_layout),
+    )
+
+
+def _like(x: Tensor, laid_out: Tensor) -> Tensor:
+    aligned = x.storage_offset() * x.element_size() % 16 == 0
+    if laid_out is x or (aligned and x.stride() == laid_out.stride()):
+        return x
+    return laid_out.copy_(x)
+
+
+def _product_of(loop: Rule) -> Rule:
+    """`loop` over products, whose operands are elements of what may have been stacked anyhow."""
+
+    def rule(call: Call, size: int, dims: BatchDims, *operands: Any) -> tuple[Any, Any]:
+        def product(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, *rest: Any) -> Any:
+            pairs = *_as_products_read(a, a_scale), *_as_products_read(b, b_scale)
+            return call(*pairs, *rest)
+
+        return loop(product, size, dims, *operands)
+
+    return rule
+
+
+_each_product = _product_of(each)
+_each_quantized_product = _product_of(each_quantized)
+
+
+# ---- the rules ----
+
+_RULES: dict[str, Rule] = {
+    "quantize_1x128": _quantize_rows(1),
+    "quantize_1x128_t": each_quantized,
+    "quantize_1x128_dual": each_quantized,
+    "quantize_128x128": _quantize_rows(2),
+    "quantize_128x128_dual": _quantize_rows(2),
+    "quantize_rowwise": _quantize_rows(1),
+    "quantize_tensorwise": each_quantized,
+    "dequantize": each,
+    "_dequantize": each,
+    "fp8_gemm_nt": _multiply_rows,
+    "_fp8_gemm_nt": _multiply_rows,
+    "_linear": _layer(granularity=3),
+    "_linear_dgrad": _layer(granularity=2),
+    "_linear_wgrad": each,
+}
+for _activation in ("swiglu", "gelu", "relu2"):
+    _RULES[f"fp8_gemm_nt_{_activation}_quantize"] = _each_quantized_product
+for _name in (
+    "m_grouped_fp8_gemm_nt_contiguous",
+    "m_grouped_fp8_gemm_nt_masked",
+    "k_grouped_fp8_gemm_nt",
+):
+    _RULES[_name] = _each_product
+for _name in ("m_grouped_fp8_gemm_nt_contiguous", "m_grouped_fp8_gemm_nt_masked"):
+    _RULES[f"_{_name}"] = _each_product
+for _name, _rule in _RULES.items():
+    _register(_name, _rule)
+for _name in (
+    "fp8_gemm_nt",
+    "m_grouped_fp8_gemm_nt_contiguous",
+    "m_grouped_fp8_gemm_nt_masked",
+    "k_grouped_fp8_gemm_nt",
+):
+    _register(_name, _each_product, "out")
+    _register(f"_{_name}", _each_product, "out")

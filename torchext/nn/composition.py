@@ -1,0 +1,137 @@
+"""Where a layer goes through its op (linear_op.py) instead of its own path: under what composes
+modules, and cannot look into an autograd function or be shown a cached weight.
+
+docs/composition.md lists what works, and what refuses.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.fx import Proxy
+from torch.nested._internal.nested_tensor import NestedTensor
+
+from .linear_op import linear_op
+
+if TYPE_CHECKING:
+    from .linear import Linear
+
+
+def composed(layer: Linear, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    """The layer's output where something composes it; None where it takes its own path."""
+    if isinstance(input, Proxy):
+        return _traced_symbolically(layer, input, weight, bias)
+    if torch.compiler.is_compiling():
+        # Exported graphs hold the op, which has a gradient; torch.compile inlines the layer.
+        through_op = torch.compiler.is_exporting()
+    else:
+        through_op = (
+            torch._C._are_functorch_transforms_active()
+            or torch._C._get_tracing_state() is not None
+            or forward_ad._current_level >= 0
+            or _overrides_functions(input)
+            or _overrides_functions(weight)
+        )
+    if through_op or _is_distributed(input) or _is_distributed(weight):
+        return linear_op(input, weight, bias, layer.recipe)
+    return None
+
+
+def _overrides_functions(tensor: Tensor) -> bool:
+    """Whether its class sees calls of functions, as torch.nn.functional.linear would show them."""
+    override = getattr(type(tensor), "__torch_function__", None)
+    own = override not in (None, torch._C._disabled_torch_function_impl)
+    return own and type(tensor) not in (Tensor, torch.nn.Parameter)
+
+
+def _is_distributed(tensor: Tensor) -> bool:
+    # Importing DTensor takes most of a second: whoever has one has imported it.
+    module = sys.modules.get("torch.distributed.tensor")
+    if module is None or not isinstance(tensor, module.DTensor):
+        return False
+    from .. import _sharding  # noqa: F401  (registers the strategies, once)
+
+    return True
+
+
+# ---- torch.fx ----
+
+
+def _traced_symbolically(layer: Linear, input: Any, weight: Tensor, bias: Tensor | None) -> Any:
+    """One call in torch.fx's graph: of the layer, as of a torch.nn.Linear, or else of its op.
+
+    Hooks of forward have run by now, on proxies, and a call of the layer would run them again.
+    """
+    tracer = input.tracer
+    hooked = (
+        layer._forward_hooks
+        or layer._forward_pre_hooks
+        or torch.nn.modules.module._global_forward_hooks
+        or torch.nn.modules.module._global_forward_pre_hooks
+    )
+    if layer is not getattr(tracer, "root", layer) and not hooked:
+        try:
+            path = tracer.path_of_module(layer)
+        except NameError:  # no submodule of what is traced
+            path = None
+        if path is not None:
+            return tracer.create_proxy("call_module", path, (input,), {})
+    return linear_op(input, weight, bias, layer.recipe)
+
+
+# ---- nested tensors ----
+
+Rewrap = Callable[[Tensor], Tensor]
+
+
+def rows_of_nested(input: Tensor) -> tuple[Tensor, Rewrap] | None:
+    """A jagged tensor's rows, concatenated, and what makes a jagged tensor of their outputs; None
+    for any other tensor.
+
+    Rows that belong to no element, where `lengths` leaves gaps, are left out: they may hold
+    anything, and would take part in scales and in the weight's gradient. Their outputs are zero.
+    """
+    if isinstance(input, Proxy) or not input.is_nested:
+        return None
+    if not isinstance(input, NestedTensor):
+        raise TypeError(
+            "torchext.nn.Linear: input: expected a nested tensor of layout torch.jagged; got "
+            f"{input.layout}; make it with torch.nested.nested_tensor(..., layout=torch.jagged)"
+        )
+    ragged = input._ragged_idx
+    if ragged == input.dim() - 1:
+        raise RuntimeError(
+            "torchext.nn.Linear: input: expected a last dimension of in_features; got a ragged "
+            "one; transpose the nested tensor"
+        )
+    values, offsets, lengths = input.values(), input.offsets(), input.lengths()
+    rows, index, dim = values, None, ragged - 1
+    if lengths is not None:
+        index = _rows_of_elements(offsets, lengths)
+        rows = values.index_select(dim, index)
+
+    def rewrap(y: Tensor) -> Tensor:
+        if index is not None:
+            shape = (*values.shape[:-1], y.shape[-1])
+            y = y.new_zeros(shape).index_copy(dim, index, y)
+        return torch.nested.nested_tensor_from_jagged(
+            y,
+            offsets,
+            lengths,
+            jagged_dim=ragged,
+            min_seqlen=input._maybe_min_seqlen,
+            max_seqlen=input._maybe_max_seqlen,
+        )
+
+    return rows, rewrap
+
+
+def _rows_of_elements(offsets: Tensor, lengths: Tensor) -> Tensor:
+    before = lengths.cumsum(0) - lengths  # rows of the elements before each
+    shift = torch.repeat_interleave(offsets[: len(lengths)] - before, lengths)
+    return torch.arange(len(shift), device=shift.device) + shift
