@@ -55,16 +55,24 @@ struct Quantizer {
   }
 };
 
+void check_wide(const char* name, const Tensor& x) {
+  TORCHEXT_CHECK_TYPE(is_wide(x.scalar_type()), kLayer, ": ", name,
+                      ": expected torch.float32, torch.bfloat16 or torch.float16; got ",
+                      dtype_name(x.scalar_type()), "; convert it with .to()");
+}
+
 void check(const char* name, const Tensor& x, int64_t columns, const Tensor& other) {
   TORCHEXT_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == columns, kLayer, ": ", name,
                  ": expected shape [..., ", columns, "], for the other operand of shape ",
                  shape_string(other), "; got ", shape_string(x));
+  check_wide(name, x);
 }
 
 void check_weight(const Tensor& weight) {
   TORCHEXT_CHECK(weight.dim() == 2, kLayer,
                  ": weight: expected shape [out_features, in_features]; got ",
                  shape_string(weight));
+  check_wide("weight", weight);
 }
 
 }  // namespace

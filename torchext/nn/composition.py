@@ -26,20 +26,28 @@ def composed(layer: Linear, input: Tensor, weight: Tensor, bias: Tensor | None) 
     """The layer's output where something composes it; None where it takes its own path."""
     if isinstance(input, Proxy):
         return _traced_symbolically(layer, input, weight, bias)
-    if torch.compiler.is_compiling():
-        # Exported graphs hold the op, which has a gradient; torch.compile inlines the layer.
-        through_op = torch.compiler.is_exporting()
-    else:
-        through_op = (
-            torch._C._are_functorch_transforms_active()
-            or torch._C._get_tracing_state() is not None
-            or forward_ad._current_level >= 0
-            or _overrides_functions(input)
-            or _overrides_functions(weight)
-        )
+    compiling = torch.compiler.is_compiling()
+    # Exported graphs hold the op, which has a gradient; torch.compile inlines the layer.
+    through_op = torch.compiler.is_exporting() if compiling else is_composed()
+    if not compiling:
+        through_op = through_op or _overrides_functions(input) or _overrides_functions(weight)
     if through_op or _is_distributed(input) or _is_distributed(weight):
         return linear_op(input, weight, bias, layer.recipe)
     return None
+
+
+def is_composed() -> bool:
+    """Whether anything but the classes of the tensors asks for the op."""
+    return (
+        torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
+        # make_fx and torch.export may trace above autograd, with a mode that sees functions.
+        or (
+            torch._C._len_torch_function_stack() > 0
+            and torch._ops._len_torch_dispatch_stack_pre_dispatch() > 0
+        )
+    )
 
 
 def _overrides_functions(tensor: Tensor) -> bool:

@@ -7,15 +7,13 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from .._twins import apply
 from ..recipe import Recipe
-from .composition import composed, rows_of_nested
+from .composition import composed, is_composed, rows_of_nested
 from .linear_function import LinearFunction, Operand, linear
+from .operands import fit, misfit
 from .weight_cache import WeightCache
-
-_WIDE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Linear(torch.nn.Linear):
@@ -126,7 +124,7 @@ class Linear(torch.nn.Linear):
             type(input) is not Tensor
             or input.is_nested
             or type(weight) is not torch.nn.Parameter
-            or (torch.compiler.is_exporting() if compiling else _is_composed())
+            or (torch.compiler.is_exporting() if compiling else is_composed())
         ):
             nested = rows_of_nested(input)
             if nested is not None:
@@ -134,8 +132,8 @@ class Linear(torch.nn.Linear):
             y = composed(self, input, weight, bias)
             if y is not None:
                 return y if rewrap is None else rewrap(y)
-        if not _fit(input, weight, bias):
-            raise _misfit(input, weight, bias)
+        if not fit(input, weight, bias):
+            raise misfit(input, weight, bias)
         quantized_weight = None if compiling else self._quantized_weight(weight, input)
         out_dtype = _output_dtype(input)
         if _needs_graph(input, weight, bias):
@@ -197,50 +195,6 @@ def _checked_recipe(recipe: Recipe | None) -> Recipe:
             "Recipe.deepseek_v3()"
         )
     return recipe
-
-
-def _fit(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    return (
-        input.dim() > 0
-        and input.shape[-1] == weight.shape[1]
-        and input.device == weight.device
-        and input.dtype in _WIDE_DTYPES
-        and weight.dtype in _WIDE_DTYPES
-        and (bias is None or bias.dtype in _WIDE_DTYPES)
-    )
-
-
-def _misfit(input: Tensor, weight: Tensor, bias: Tensor | None) -> Exception:
-    if input.dim() == 0 or input.shape[-1] != weight.shape[1]:
-        return RuntimeError(
-            f"torchext.nn.Linear: input: expected shape [..., {weight.shape[1]}] for a weight of "
-            f"shape {list(weight.shape)}; got {list(input.shape)}; its last dimension must be "
-            "in_features"
-        )
-    if input.device != weight.device:
-        return RuntimeError(
-            f"torchext.nn.Linear: input: expected device {weight.device}, where the weight is; got "
-            f"{input.device}; move one of them with .to()"
-        )
-    tensors = {"input": input, "weight": weight, "bias": bias}
-    name, dtype = next(
-        (name, tensor.dtype)
-        for name, tensor in tensors.items()
-        if tensor is not None and tensor.dtype not in _WIDE_DTYPES
-    )
-    return TypeError(
-        f"torchext.nn.Linear: {name}: expected torch.float32, torch.bfloat16 or torch.float16; got "
-        f"{dtype}; convert it with .to()"
-    )
-
-
-def _is_composed() -> bool:
-    """Whether anything but the tensors' own types asks for the op."""
-    return (
-        torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state() is not None
-        or forward_ad._current_level >= 0
-    )
 
 
 def _needs_graph(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:

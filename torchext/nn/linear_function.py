@@ -213,27 +213,21 @@ def refuse_second_gradient() -> NoReturn:
 
 
 class _SecondGradient(torch.autograd.Function):
-    """Passes gradients on, and refuses to be differentiated."""
-
-    generate_vmap_rule = True  # for batched gradients
+    """A one that refuses to be differentiated, by dy or at all."""
 
     @staticmethod
-    def forward(anchor: Tensor, dy: Tensor, *grads: Tensor) -> tuple[Tensor, ...]:
-        return tuple(grad.view_as(grad) for grad in grads)
+    def forward(ctx: Any, anchor: Tensor, dy: Tensor) -> Tensor:
+        return torch.ones((), device=dy.device)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
         refuse_second_gradient()
 
 
 def _differentiable_once(dy: Tensor, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
     # Without a graph of their own the gradients would count as constants, and a penalty on them
-    # would train nothing, silently. The anchor gives them one even where dy is constant.
+    # would train nothing, silently. The anchor gives them one even where dy is constant; a product,
+    # unlike a function of them all, does so for each of a batch of gradients, too.
     with torch.enable_grad():
-        anchor = torch.empty(0, requires_grad=True)
-        passed = iter(_SecondGradient.apply(anchor, dy, *(g for g in grads if g is not None)))
-    return tuple(None if grad is None else next(passed) for grad in grads)
+        one = _SecondGradient.apply(torch.empty(0, requires_grad=True), dy)
+        return tuple(None if grad is None else grad * one for grad in grads)

@@ -19,9 +19,11 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 
 from .. import _registrations  # noqa: F401  (loads the ops)
+from .._errors import python_error
 from .._twins import apply, recorded_outside
 from ..recipe import GRANULARITIES, Recipe
 from .linear_function import LinearFunction, gradient_of_bias, refuse_second_gradient
+from .operands import fit, misfit
 
 _IMPL = torch.library.Library("torchext", "IMPL")
 _linear = torch.ops.torchext._linear.default
@@ -34,7 +36,10 @@ _TRANSPARENT = (Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor)
 
 def linear_op(input: Tensor, weight: Tensor, bias: Tensor | None, recipe: Recipe) -> Tensor:
     """y = x @ weight.T + bias by the op, of x's dtype or autocast's."""
-    return _linear(input, weight, bias, *op_options(recipe))
+    try:
+        return _linear(input, weight, bias, *op_options(recipe))
+    except RuntimeError as error:
+        raise python_error(error) from None
 
 
 def op_options(recipe: Recipe) -> tuple[Any, ...]:
@@ -59,6 +64,8 @@ def _recipe(granularity: int, *dtypes_and_scale: Any) -> Recipe:
 
 @torch.library.register_fake("torchext::_linear")
 def _(input: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
+    if not fit(input, weight, bias):  # a graph would find out only when it runs
+        raise misfit(input, weight, bias)
     *_, out_dtype = _with_out_dtype(options)
     shape = (*input.shape[:-1], weight.shape[0])
     return input.new_empty(shape, dtype=out_dtype or input.dtype)
@@ -97,6 +104,8 @@ def _autograd(
     if not _asks_derivative(input, weight, bias):
         with torch._C._AutoDispatchBelowAutograd():
             return _linear(input, weight, bias, *options)
+    if not fit(input, weight, bias):
+        raise misfit(input, weight, bias)
     *recipe, out_dtype = _with_out_dtype(options)
     whole = all(t is None or type(t) in _TRANSPARENT for t in (input, weight, bias))
     plain = torch._C._functorch.peek_interpreter_stack() is None and forward_ad._current_level < 0
