@@ -220,6 +220,7 @@ def test_exports():
         "__version__",
         "convert_to_fp8_training",
         "explain_gemm",
+        "fixed_weights",
         "get_include",
         "is_available",
         "nn",

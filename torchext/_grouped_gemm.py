@@ -1,9 +1,9 @@
 """FP8 matrix products in groups, part of `torchext.ops`: the layers of a mixture of experts.
 
-Where groups begin and end is int32 on the device of the operands, and read there alone: no call
-waits for the device, so all of them can be captured into a CUDA graph and replayed with other
-groups. On the CPU an index that is out of range raises a ValueError. On a GPU nothing can, and what
-such groups give is unspecified; memory outside the tensors is never touched.
+Group boundaries are an int32 tensor on the operands' device. Only the kernel reads them, so calls
+never synchronise, and can be captured into a CUDA graph and replayed with other groups. On the CPU
+an index out of range raises a ValueError. A GPU cannot raise: the result for such a group is
+unspecified, though memory outside the tensors is never touched.
 """
 
 from __future__ import annotations
@@ -286,5 +286,5 @@ def _check_out_dtype(op: str, out: Tensor, out_dtype: torch.dtype | None) -> Non
     if out_dtype is not None and out_dtype != out.dtype:
         raise ValueError(
             f"{op}: out_dtype must be None or out's own {out.dtype} when out is given (got "
-            f"{out_dtype}); leave it away, or pass an out of that dtype"
+            f"{out_dtype}); omit it, or pass an out of that dtype"
         )

@@ -26,7 +26,9 @@ _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 @dataclass(frozen=True)
 class Candidate:
-    """A kernel that could run, and what the cost model makes of it. Cycles are those of an SM.
+    """A kernel that could run, and what the cost model makes of it.
+
+    Cycles are those of an SM, estimated: fewer is better.
 
     Attributes:
         name: of the tile, tokens x features.
@@ -36,11 +38,13 @@ class Candidate:
         stages: K blocks in flight.
         tiles: of the output (expected, where rows of groups are counted on the GPU).
         waves: rounds in which the SMs get through them.
-        tensor_cycles: of a K block on the tensor cores.
-        issue_cycles: that its instructions take of each scheduler, promotion included.
-        shared_cycles: that it occupies shared memory.
-        load_cycles: to bring its operands through L2.
-        cycles: of the whole product; the model's verdict.
+        tensor_cycles: cycles the tensor cores spend on one K block.
+        issue_cycles: cycles each warp scheduler spends issuing one K block, promotion included.
+        shared_cycles: cycles shared memory is busy with one K block.
+        load_cycles: cycles to bring the operands of one K block through L2.
+        memory_cycles: cycles to move the whole product's bytes from and to memory, its launch
+            included: a floor, whatever the tile.
+        cycles: cycles of the whole product; the model's verdict.
     """
 
     name: str
@@ -55,22 +59,66 @@ class Candidate:
     issue_cycles: float
     shared_cycles: float
     load_cycles: float
+    memory_cycles: float
     cycles: float
+
+    @property
+    def bound(self) -> str:
+        """What takes longest, in words."""
+        if self.cycles <= self.memory_cycles:
+            return f"the bytes that memory must move ({self.memory_cycles:.0f} cycles)"
+        terms = {
+            "tensor cores": self.tensor_cycles,
+            "instruction issue": self.issue_cycles,
+            "shared memory": self.shared_cycles,
+            "loads through L2": self.load_cycles,
+        }
+        slowest = max(terms, key=lambda name: terms[name])
+        return f"{slowest} ({terms[slowest]:.0f} cycles a K block)"
+
+    def __str__(self) -> str:
+        if self.split_k > 1:
+            return f"{self.name} with split_k={self.split_k}"
+        return f"{self.name} in pairs" if self.cluster > 1 else self.name
 
 
 @dataclass(frozen=True)
 class GemmExplanation:
-    """What `explain_gemm` returns; `print` it for a table.
+    """What `explain_gemm` returns; `print` it for a table, whose last line says why.
 
     Attributes:
         candidates: all that may run, by estimated cycles, the fewest first.
         chosen: the one that runs.
         source: what decided: "cost model", "tuned table" or "forced".
+        num_sms: SMs that the product may use.
     """
 
     candidates: tuple[Candidate, ...]
     chosen: Candidate
     source: str
+    num_sms: int
+
+    @property
+    def why(self) -> str:
+        """Why `chosen` runs, in a sentence."""
+        chosen, others = self.chosen, [c for c in self.candidates if c != self.chosen]
+        if self.source == "tuned table":
+            return f"{chosen} was the fastest when measured; the model says {self.candidates[0]}"
+        if self.source == "forced":
+            return f"{chosen} was asked for; the model says {self.candidates[0]}"
+        waves = "1 wave" if chosen.waves == 1 else f"{chosen.waves} waves"
+        sentence = (
+            f"{chosen} has {chosen.tiles} tiles, {waves} of {self.num_sms} SMs, bound by "
+            f"{chosen.bound}"
+        )
+        if others:
+            more = others[0].cycles / chosen.cycles - 1
+            if more >= 0:
+                told = f"{more:.1%} more cycles" if more else "as many cycles"
+                sentence += f"; {others[0]}, the next, takes {told}"
+            else:  # as many parts of K as without num_sms, so that the bits are the same
+                sentence += f"; {others[0]} is cheaper, but sums K in other parts"
+        return sentence
 
     def __str__(self) -> str:
         columns = [field.name for field in fields(Candidate)]
@@ -85,7 +133,7 @@ class GemmExplanation:
         ]
         marks = [" ", *("*" if c == self.chosen else " " for c in self.candidates)]
         table = "\n".join(f"{mark} {line}" for mark, line in zip(marks, lines, strict=True))
-        return f"{table}\n* chosen by: {self.source}"
+        return f"{table}\n* chosen by: {self.source}: {self.why}"
 
 
 def explain_gemm(
@@ -160,6 +208,7 @@ def explain_gemm(
         candidates,
         next(c for c in candidates if (c.name, c.split_k, c.cluster) == chosen),
         answer["source"],
+        num_sms or sm_count,
     )
 
 

@@ -22,8 +22,8 @@ Layout. "Rows" below are all leading dimensions, folded: M = x.shape[:-1].numel(
 P = round_up(K, 16) bytes apart, which is what TMA asks for; so 2-D data have strides (P, 1), and
 data are contiguous only where K is a multiple of 16. Scales of 1x128 groups are M-major: 2-D
 strides (1, round_up(M, 4)). A 1-D x is one row. Empty inputs give empty outputs. Inputs are read in
-place, whatever their strides, if the rows fold, that is, if they lie one stride apart
-(`x.view(-1, K)` would work, or x is 2-D); others are refused, since they would have to be copied.
+place, whatever their strides, if their rows fold: all rows lie one stride apart, as in a 2-D x, or
+wherever `x.view(-1, K)` works. Others are refused, since they would have to be copied.
 
 Gradients. Outputs of the quantisers require none: the gradient stops there, as at a cast to
 integers. (`torchext.nn.Linear` carries gradients around them.)
@@ -356,7 +356,7 @@ def fp8_gemm_nt(
         if out_dtype is not None and out_dtype != out.dtype:
             raise ValueError(
                 f"fp8_gemm_nt: out_dtype must be None or out's own {out.dtype} when out is given "
-                f"(got {out_dtype}); leave it away, or pass an out of that dtype"
+                f"(got {out_dtype}); omit it, or pass an out of that dtype"
             )
         write_fp8_gemm_nt(
             a, a_scale, b, b_scale, out=out, accumulate=accumulate, bias=bias, num_sms=num_sms

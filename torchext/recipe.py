@@ -56,7 +56,8 @@ class Recipe:
             if dtype not in _FP8_DTYPES:
                 raise TypeError(
                     f"Recipe: {name}: expected torch.float8_e4m3fn or torch.float8_e5m2; got "
-                    f"{dtype!r}; the dtype of a layer's output is its input's, or autocast's"
+                    f"{dtype!r}; it is the format that operands are quantised to (a layer's output "
+                    "has its input's dtype, or autocast's)"
                 )
         if not isinstance(self.pow2_scale, bool):
             raise TypeError(f"Recipe: pow2_scale: expected True or False; got {self.pow2_scale!r}")

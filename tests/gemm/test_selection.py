@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from gemm_testing import E4M3, E5M2, TENSOR_CORES, check, operands
@@ -22,6 +24,24 @@ def test_the_chosen_is_the_cheapest(m):
     assert explanation.source == "cost model"
     assert f"chosen by: {explanation.source}" in str(explanation)
     assert len(str(explanation).splitlines()) == len(cycles) + 2
+
+
+@pytest.mark.parametrize(
+    "sizes, options, why",
+    [
+        ((512, 768, 1024), {}, r"swap_64x64 has 96 tiles, 1 wave of 132 SMs, bound by loads "
+         r"through L2 \(455 cycles a K block\); 128x64 in pairs, the next, takes 3.7% more cycles"),
+        ((4096, 4096, 7168), {}, r"128x256 in pairs has 512 tiles, 4 waves of 132 SMs, bound by "
+         r"shared memory \(1152 .*; 256x128 in pairs, the next, takes as many cycles"),
+        ((16, 4096, 7168), {}, r"swap_16x64 with split_k=2 .*bound by the bytes that memory must"),
+        ((8, 2112, 7168), {"num_sms": 20}, "of 20 SMs"),
+    ],
+)  # fmt: skip
+def test_the_last_line_says_why(sizes, options, why):
+    explanation = torchext.explain_gemm(*sizes, **options)
+    last = str(explanation).splitlines()[-1]
+    assert last == f"* chosen by: cost model: {explanation.why}"
+    assert re.search(why, explanation.why), explanation.why
 
 
 def test_few_tokens_swap_and_split_and_many_share_rows():
@@ -74,6 +94,7 @@ def test_forced_is_used_and_undone():
     with selection.forced("64x256"):
         assert torchext.explain_gemm(8, 2112, 7168).chosen.name == "64x256"
         assert torchext.explain_gemm(8, 2112, 7168).source == "forced"
+        assert torchext.explain_gemm(8, 2112, 7168).why.startswith("64x256 was asked for; the mod")
     assert torchext.explain_gemm(8, 2112, 7168).source == "cost model"
 
 

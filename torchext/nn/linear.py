@@ -17,14 +17,16 @@ from .weight_cache import WeightCache
 
 
 class Linear(torch.nn.Linear):
-    """y = x @ weight.T + bias with FP8 fprop, dgrad and wgrad: a torch.nn.Linear otherwise.
+    """y = x @ weight.T + bias, whose forward and backward GEMMs run in FP8.
+
+    In every other way it behaves as torch.nn.Linear.
 
     Parameters (`weight` [out_features, in_features], `bias` [out_features]), their initialisation
     and `state_dict` keys are torch.nn.Linear's, so checkpoints go both ways. Features need not be
     multiples of anything.
 
-    For backward the input is kept in FP8 (one byte an element plus scales), the input itself is
-    not. Every forward uses the weight as it then is, whoever wrote it. On a CPU the FP8 weight is
+    Backward uses an FP8 copy of the input (one byte an element, plus scales); the original is not
+    kept. Every forward uses the weight as it then is, whoever wrote it. On a CPU the FP8 weight is
     kept, one byte an element or two for a layer that is trained, and made anew unless a hash of the
     parameter's bytes says that it is the same; on CUDA and under torch.compile it is made in every
     forward. `torchext.fixed_weights` saves both while the weights rest.

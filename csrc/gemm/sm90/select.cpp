@@ -132,7 +132,8 @@ Candidate estimate(const GemmProblem& p, const Choice& choice, int sms) {
   const double outputs = p.grouping == Grouping::kAlongK ? double(p.groups) : 1;
   const double bytes =
       double(p.m) * p.k + weights * p.n * p.k + outputs * p.m * features(p) * out_bytes;
-  c.cycles = kStart + std::max(c.waves * tile_cycles, bytes / kMemoryBytes);
+  c.memory_cycles = kStart + bytes / kMemoryBytes;
+  c.cycles = std::max(kStart + c.waves * tile_cycles, c.memory_cycles);
   return c;
 }
 
@@ -279,7 +280,7 @@ void append(std::string& text, const Candidate& c) {
       << ", \"tiles\": " << c.tiles << ", \"waves\": " << c.waves
       << ", \"tensor_cycles\": " << c.tensor_cycles << ", \"issue_cycles\": " << c.issue_cycles
       << ", \"shared_cycles\": " << c.shared_cycles << ", \"load_cycles\": " << c.load_cycles
-      << ", \"cycles\": " << c.cycles << "}";
+      << ", \"memory_cycles\": " << c.memory_cycles << ", \"cycles\": " << c.cycles << "}";
   text += out.str();
 }
 

@@ -23,7 +23,8 @@ struct Candidate {
   int64_t waves;  // rounds of the CTAs to compute them
   double k_block_cycles;  // the slowest of what a K block asks of an SM:
   double tensor_cycles, issue_cycles, shared_cycles, load_cycles;
-  double cycles;  // of the whole product
+  double memory_cycles;  // of the whole product: to move its bytes, and not less can it take
+  double cycles;         // of the whole product
 };
 
 struct Selection {
