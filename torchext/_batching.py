@@ -71,8 +71,8 @@ def _register(name: str, rule: Rule, overload: str = "default") -> None:
         return _apply_to_gradients(rule, call, bind(operands, options))
 
     suffix = "" if overload == "default" else f".{overload}"
-    _IMPL.impl(f"{name}{suffix}", batched, "FuncTorchBatched")
-    _IMPL.impl(f"{name}{suffix}", batched_gradient, "Batched")
+    for kernel, key in ((batched, "FuncTorchBatched"), (batched_gradient, "Batched")):
+        _IMPL.impl(f"{name}{suffix}", torch._disable_dynamo(kernel), key)
 
 
 def _apply_to_gradients(rule: Rule, call: Call, operands: list[Any]) -> Any:
@@ -225,18 +225,17 @@ def _as_products_read(data: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         return data, scale  # the op refuses them
     *leading, columns = data.shape
     by_group = scale.dim() == data.dim() and scale.shape == (*leading, ceil_div(columns, GROUP))
-    scale_layout = empty_group_scale(scale, leading, columns) if by_group else scale
     return (
         _like(data, empty_data(data, leading, columns, data.dtype)),
-        _like(scale, scale_layout),
+        _like(scale, empty_group_scale(scale, leading, columns))
+        if by_group
+        else scale.contiguous(),
     )
 
 
 def _like(x: Tensor, laid_out: Tensor) -> Tensor:
     aligned = x.storage_offset() * x.element_size() % 16 == 0
-    if laid_out is x or (aligned and x.stride() == laid_out.stride()):
-        return x
-    return laid_out.copy_(x)
+    return x if aligned and x.stride() == laid_out.stride() else laid_out.copy_(x)
 
 
 def _product_of(loop: Rule) -> Rule:

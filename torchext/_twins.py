@@ -98,7 +98,7 @@ def register_gradient(
         given = dict(zip(names, operands, strict=False)) | options
         transformed = torch._C._are_functorch_transforms_active()
         run = functools.partial(recorded_outside, op) if transformed else twin
-        call = (run, operands, options, gradient)
+        call = (run, operands, options, gradient, f"{name}: {argument}")
         return apply(_Differentiable, tensor, call, *map(given.get, saved))
 
     _IMPL.impl(name, autograd, "Autograd")
@@ -110,7 +110,7 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, call: tuple[Any, ...], *saved: Tensor | None) -> Tensor:
-        run, operands, options, ctx.gradient = call
+        run, operands, options, ctx.gradient, ctx.argument = call
         ctx.save_for_backward(*saved)
         ctx.shape, ctx.dtype = tensor.shape, tensor.dtype
         return run(*operands, **options)
@@ -120,6 +120,13 @@ class _Differentiable(torch.autograd.Function):
         saved = ctx.saved_tensors
         gradient = ctx.gradient(grads[0], ctx.shape, *saved)
         return gradient.to(ctx.dtype), None, *(None for _ in saved)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        raise NotImplementedError(
+            f"{ctx.argument} must have no tangent (got one, of torch.func.jvp, jacfwd or "
+            "torch.autograd.forward_ad): the op has no forward-mode derivative; use reverse mode"
+        )
 
 
 def register_out(name: str) -> Callable[..., None]:

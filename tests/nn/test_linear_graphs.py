@@ -29,9 +29,12 @@ import torchext
 from torchext.nn import Linear
 from torchext.nn.linear_op import linear_op
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.torch.jit", "ignore:.isinstance.treespec, LeafSpec", "ignore:.*is deprecated"
-)
+pytestmark = [
+    pytest.mark.large,  # graphs say nothing of the kernels
+    pytest.mark.filterwarnings(
+        "ignore:.torch.jit", "ignore:.isinstance.treespec, LeafSpec", "ignore:.*is deprecated"
+    ),
+]
 
 
 class Model(torch.nn.Module):

@@ -7,6 +7,8 @@ import torch
 from linear_testing import main_recipes, normal, normal_linear
 from torch import Tensor
 
+pytestmark = pytest.mark.large  # nested tensors say nothing of the kernels
+
 
 def jagged(parts: list[Tensor], **options) -> Tensor:
     return torch.nested.nested_tensor(parts, layout=torch.jagged, **options)

@@ -22,6 +22,8 @@ from torch.func import (
 from torchext import Recipe
 from torchext.nn import Linear
 
+pytestmark = pytest.mark.large  # transforms say nothing of the kernels
+
 
 def parameters_of(linear: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: parameter.detach() for name, parameter in linear.named_parameters()}

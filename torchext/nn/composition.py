@@ -27,8 +27,7 @@ def composed(layer: Linear, input: Tensor, weight: Tensor, bias: Tensor | None) 
     if isinstance(input, Proxy):
         return _traced_symbolically(layer, input, weight, bias)
     compiling = torch.compiler.is_compiling()
-    # Exported graphs hold the op, which has a gradient; torch.compile inlines the layer.
-    through_op = torch.compiler.is_exporting() if compiling else is_composed()
+    through_op = is_composed_in_graph() if compiling else is_composed()
     if not compiling:
         through_op = through_op or _overrides_functions(input) or _overrides_functions(weight)
     if through_op or _is_distributed(input) or _is_distributed(weight):
@@ -48,6 +47,15 @@ def is_composed() -> bool:
             and torch._ops._len_torch_dispatch_stack_pre_dispatch() > 0
         )
     )
+
+
+@torch.compiler.assume_constant_result
+def is_composed_in_graph() -> bool:
+    """The same question while Dynamo traces.
+
+    Exported graphs hold the op, which has a gradient; torch.compile otherwise inlines the layer.
+    """
+    return torch.compiler.is_exporting() or torch._C._are_functorch_transforms_active()
 
 
 def _overrides_functions(tensor: Tensor) -> bool:

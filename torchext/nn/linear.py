@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._twins import apply
 from ..recipe import Recipe
-from .composition import composed, is_composed, rows_of_nested
+from .composition import composed, is_composed, is_composed_in_graph, rows_of_nested
 from .linear_function import LinearFunction, Operand, linear
 from .operands import fit, misfit
 from .weight_cache import WeightCache
@@ -126,7 +126,7 @@ class Linear(torch.nn.Linear):
             type(input) is not Tensor
             or input.is_nested
             or type(weight) is not torch.nn.Parameter
-            or (torch.compiler.is_exporting() if compiling else is_composed())
+            or (is_composed_in_graph() if compiling else is_composed())
         ):
             nested = rows_of_nested(input)
             if nested is not None:

@@ -186,9 +186,14 @@ def _autograd_of_gradient(op: Any) -> Any:
     return autograd
 
 
-_IMPL.impl("_linear", _autograd, "Autograd")
-_IMPL.impl("_linear_dgrad", _autograd_of_gradient(_dgrad), "Autograd")
-_IMPL.impl("_linear_wgrad", _autograd_of_gradient(_wgrad), "Autograd")
+def _impl(name: str, kernel: Any, key: str) -> None:
+    # Dynamo sees Python kernels where an op is called in code that it does not compile.
+    _IMPL.impl(name, torch._disable_dynamo(kernel), key)
+
+
+_impl("_linear", _autograd, "Autograd")
+_impl("_linear_dgrad", _autograd_of_gradient(_dgrad), "Autograd")
+_impl("_linear_wgrad", _autograd_of_gradient(_wgrad), "Autograd")
 
 
 # ---- autocast ----
@@ -207,4 +212,4 @@ def _autocast(device: str, key: torch._C.DispatchKey) -> Any:
 
 for _device, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
     _kernel = _autocast(_device, getattr(torch._C.DispatchKey, _key))
-    _IMPL.impl("_linear", _kernel, _key)
+    _impl("_linear", _kernel, _key)
