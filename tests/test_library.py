@@ -192,6 +192,16 @@ def test_import_loads_neither_the_simulator_nor_the_references():
     assert loaded.stdout.strip() == "[]"
 
 
+def test_import_loads_no_slow_part_of_torch():
+    """Dynamo takes seconds, DTensor most of one; whoever uses them has imported them."""
+    parts = ("torch._dynamo", "torch._inductor", "torch.distributed.tensor")
+    script = f"import sys, torchext; print(*(set({parts}) & set(sys.modules)))"
+    result = subprocess.run(
+        [sys.executable, "-c", script], check=True, capture_output=True, text=True
+    )
+    assert not result.stdout.split()
+
+
 def test_references_load_as_an_attribute():
     script = "import torchext; print(torchext.reference.quantize_1x128.__name__)"
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

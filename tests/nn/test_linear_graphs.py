@@ -23,6 +23,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import Dim, export
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.utils import parametrizations
 from torch.utils.flop_counter import FlopCounterMode
 
 import torchext
@@ -106,6 +107,37 @@ def test_symbolic_trace_runs_hooks_once(device):
     model = torch.nn.Sequential(linear)
     traced = torch.fx.symbolic_trace(model)
     assert torch.equal(traced(x), model(x))
+
+
+class Doubles(Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * 2
+
+
+def test_symbolic_trace_runs_what_surrounds_the_forward_once(device):
+    x = normal(8, 200, device=device)
+    replaced = normal_linear(device)
+    forward = replaced.forward
+    replaced.forward = lambda x: forward(x) + 1
+    for layer in (Doubles(200, 136, device=device), replaced):
+        model = torch.nn.Sequential(layer)
+        assert torch.equal(torch.fx.symbolic_trace(model)(x), model(x))
+
+
+@pytest.mark.parametrize(
+    "parametrize", [parametrizations.weight_norm, torch.nn.utils.weight_norm], ids=["new", "old"]
+)
+def test_computed_weights_are_computed_in_graphs(device, parametrize):
+    model, x = (
+        torch.nn.Sequential(parametrize(normal_linear(device))),
+        normal(8, 200, device=device),
+    )
+    for graph in (torch.fx.symbolic_trace(model), torch.jit.trace(model, x)):
+        assert torch.equal(graph(x), model(x))
+        y = graph(x)
+        with torch.no_grad():
+            next(p for name, p in model.named_parameters() if "bias" not in name).mul_(2)
+        assert torch.equal(graph(x), model(x)) and not torch.equal(graph(x), y)
 
 
 # ---- TorchScript ----

@@ -49,13 +49,16 @@ def is_composed() -> bool:
     )
 
 
-@torch.compiler.assume_constant_result
 def is_composed_in_graph() -> bool:
     """The same question while Dynamo traces.
 
     Exported graphs hold the op, which has a gradient; torch.compile otherwise inlines the layer.
     """
     return torch.compiler.is_exporting() or torch._C._are_functorch_transforms_active()
+
+
+# Asked while Dynamo traces: torch.compiler.assume_constant_result, which would import Dynamo.
+is_composed_in_graph._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _overrides_functions(tensor: Tensor) -> bool:
@@ -81,8 +84,11 @@ def _is_distributed(tensor: Tensor) -> bool:
 def _traced_symbolically(layer: Linear, input: Any, weight: Tensor, bias: Tensor | None) -> Any:
     """One call in torch.fx's graph: of the layer, as of a torch.nn.Linear, or else of its op.
 
-    Hooks of forward have run by now, on proxies, and a call of the layer would run them again.
+    What surrounds the layer's own forward (hooks, a subclass's or another forward) is in the graph
+    by now, and a call of the layer would do it again.
     """
+    from .linear import Linear
+
     tracer = input.tracer
     hooked = (
         layer._forward_hooks
@@ -90,13 +96,20 @@ def _traced_symbolically(layer: Linear, input: Any, weight: Tensor, bias: Tensor
         or torch.nn.modules.module._global_forward_hooks
         or torch.nn.modules.module._global_forward_pre_hooks
     )
-    if layer is not getattr(tracer, "root", layer) and not hooked:
+    own = type(layer).forward is Linear.forward and "forward" not in vars(layer)
+    if own and not hooked and layer is not getattr(tracer, "root", layer):
         try:
             path = tracer.path_of_module(layer)
         except NameError:  # no submodule of what is traced
             path = None
         if path is not None:
             return tracer.create_proxy("call_module", path, (input,), {})
+    if type(weight) is Tensor:
+        raise RuntimeError(
+            "torchext.nn.Linear: torch.fx: expected parameters; got a computed weight "
+            "(a parametrisation, or torch.nn.utils.weight_norm), which the graph would hold as it "
+            "is now; trace with a torch.fx.Tracer whose is_leaf_module is true of this layer"
+        )
     return linear_op(input, weight, bias, layer.recipe)
 
 
