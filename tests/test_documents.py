@@ -1,0 +1,93 @@
+"""The snippets of README.md and docs/conversion.md, as a reader runs them: in order, in one fresh
+interpreter, each printing what the document shows."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import torchext
+
+ROOT = Path(__file__).resolve().parents[1]
+NUMBER = r"\d+\.\d+"
+MARK = "==== end of snippet ===="
+
+
+def snippets(document: str) -> list[tuple[str, str]]:
+    """(code, what it prints) of each Python block; the output is the text block after it."""
+    blocks = re.findall(r"```python\n(.*?)```\n(?:\n```text\n(.*?)```)?", document, re.DOTALL)
+    return [(code, output) for code, output in blocks]
+
+
+def assert_prints(printed: str, shown: str) -> None:
+    """Equal, but for what `...` leaves out (at the end of a line the rest, on a line of its own any
+    lines) and for the digits of decimal fractions, which may differ by 5 %."""
+    pattern, expected = "", []
+    for line in shown.splitlines():
+        if line == "...":
+            pattern += r"(?:.*\n)*?"
+            continue
+        for piece in re.split(rf"({NUMBER})", line.removesuffix("...")):
+            if re.fullmatch(NUMBER, piece):
+                pattern += f"({NUMBER})"
+                expected.append(float(piece))
+            else:
+                pattern += re.escape(piece)
+        pattern += r".*\n" if line.endswith("...") else r"\n"
+    match = re.fullmatch(pattern, printed)
+    assert match, f"shown:\n{shown}\nprinted:\n{printed}"
+    assert [float(number) for number in match.groups()] == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/conversion.md"])
+def test_snippets_print_what_is_shown(document, tmp_path):
+    if document == "README.md" and not torchext.is_available("sim"):
+        pytest.skip(torchext.is_available("sim").reason)
+    found = snippets((ROOT / document).read_text())
+    assert len(found) >= 3
+    (tmp_path / "document.py").write_text(f"print({MARK!r})\n".join(code for code, _ in found))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    run = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning:__main__", "document.py"],
+        capture_output=True, text=True, cwd=tmp_path, env=environment, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    outputs = run.stdout.split(MARK + "\n")
+    for (_, shown), printed in zip(found, outputs, strict=True):
+        assert_prints(printed, shown)
+
+
+@pytest.mark.parametrize(
+    "printed, shown, equal",
+    [
+        ("a 1.00\nb\n", "a 1.02\nb\n", True),
+        ("a 1.00\nb\n", "a 1.20\nb\n", False),
+        ("a 1\n", "a 2\n", False),
+        ("a\nb\nc\n", "a\n...\nc\n", True),
+        ("a\nc\n", "a\n...\nc\n", True),
+        ("a\nb\n", "a\n...\nc\n", False),
+        ("a b c\n", "a ...\n", True),
+        ("b\n", "a ...\n", False),
+        ("", "", True),
+        ("more\n", "", False),
+    ],
+)
+def test_comparison_can_fail(printed, shown, equal):
+    if equal:
+        assert_prints(printed, shown)
+    else:
+        with pytest.raises(AssertionError):
+            assert_prints(printed, shown)
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/conversion.md", "docs/deep_gemm.md"])
+def test_links_lead_somewhere(document):
+    path = ROOT / document
+    for target in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
+        if "://" not in target:
+            assert (path.parent / target).exists(), target
