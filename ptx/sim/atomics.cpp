@@ -21,6 +21,7 @@ struct Atomic {
   U32 bytes = 0, elements = 1;
   bool compare_and_swap = false, exchange = false, returns = false;
   bool acquire = false, release = false;
+  Scope scope = Scope::gpu;
   Reduction reduction;
 };
 
@@ -58,11 +59,11 @@ Step atomic(Warp& w, const Instruction& i, U32 mask) {
         const U64 v = w.integer(i.list[values + e], lane);
         std::memcpy(value + e * a.bytes, &v, a.bytes);
       }
-      Actor actor = w.actor(lane, true);
+      Actor actor = w.actor(lane, a.scope);
       w.check_read(place, actor, total, 1u << lane, address);
-      if (a.returns || a.acquire) strong_read(w, lane, place, address, a.acquire);
-      strong_write(w, lane, place, address, a.release);
-      actor = w.actor(lane, true);
+      if (a.returns || a.acquire) strong_read(w, lane, place, address, a.scope, a.acquire);
+      strong_write(w, lane, place, address, a.scope, a.release);
+      actor = w.actor(lane, a.scope);
       w.check_write(place, actor, total, 1u << lane, address);
       const auto modify = [&] {
         std::memcpy(old, place.host, total);
@@ -110,7 +111,7 @@ void decode_atomic(Decoder& d) {
   if (d.take("release")) a.release = true;
   if (d.take("acq_rel")) a.acquire = a.release = true;
   d.take("relaxed");
-  d.take_one_of({"cta", "cluster", "gpu", "sys"});
+  if (const Scope scope = d.take_scope(); scope != Scope::none) a.scope = scope;
   a.space = d.take_space();
   a.compare_and_swap = d.take("cas");
   a.exchange = !a.compare_and_swap && d.take("exch");

@@ -140,7 +140,13 @@ Step cluster_arrive(Warp& w, const Instruction& i, U32 mask) {
   c.barrier.arrived += static_cast<U32>(__builtin_popcount(mask));
   if (i.small) {  // .relaxed: releases only what a fence before it did
     w.order_lanes(mask);
-    for_lanes(mask & w.fenced_lanes, [&](int l) { c.barrier.arriving.join(w.fence_released[l]); });
+    for_lanes(mask & w.fenced_lanes, [&](int l) {
+      const Scoped& k = w.fence_released[l];
+      c.barrier.arriving.join(k[1]);
+      if (k[0].known == k[1].known) return;
+      w.cta().cluster_arriving.join(k[0]);
+      c.barrier.arriving.join(refused(k[0], Scope::cta, Scope::cluster));
+    });
   } else {
     c.barrier.arriving.join(w.release(mask));
   }
@@ -161,6 +167,7 @@ Step cluster_wait(Warp& w, const Instruction&, U32 mask) {
   if (c.barrier.generation == w.cluster_arrivals[first]) return Step::block;
   w.cluster_arrived &= ~mask;
   w.acquire(mask, c.barrier.completed);
+  if (w.cta().cluster_completed.known) w.acquire(mask, w.cta().cluster_completed);
   return Step::next;
 }
 
@@ -198,6 +205,10 @@ void complete_cluster_barrier_if_full(Cluster& c) {
   ++c.barrier.generation;
   c.barrier.completed = std::move(c.barrier.arriving);
   c.barrier.arriving = {};
+  for (auto& cta : c.ctas) {
+    cta->cluster_completed = std::move(cta->cluster_arriving);
+    cta->cluster_arriving = {};
+  }
   ++c.progress;
 }
 

@@ -2,6 +2,7 @@
 #include "bulk_copies.h"
 
 #include <cstring>
+#include <iterator>
 
 #include "copy_engine.h"
 #include "decode.h"
@@ -53,8 +54,9 @@ void copy_one(Warp& w, const BulkCopy& c, int lane) {
     CopyGroups& group = bulk_group(w, lane);
     w.check_read(source, copy_actor(w, lane, group.read_agent, group.current), bytes, bit, from);
     Actor writer = copy_actor(w, lane, group.write_agent, group.current);
-    writer.strong = c.reduction.op != ReduceOp::none;
-    if (writer.strong) w.check_read(target, writer, bytes, bit, to);
+    const bool reduces = c.reduction.op != ReduceOp::none;
+    if (reduces) writer.scope = Scope::gpu;
+    if (reduces) w.check_read(target, writer, bytes, bit, to);
     w.check_write(target, writer, bytes, bit, to);
     CopyJob job;
     job.reduction = c.reduction;
@@ -104,12 +106,13 @@ void copy_one(Warp& w, const BulkCopy& c, int lane) {
     }
     const Signal signal = make_signal(*cta, barrier_offset, it->second);
     Actor actor = copy_actor(w, lane, signal.agent, signal.clock);
-    actor.strong = c.reduction.op != ReduceOp::none;
+    const bool reduces = c.reduction.op != ReduceOp::none;
+    if (reduces) actor.scope = Scope::cluster;
     w.check_read(source, actor, bytes, bit, from);
     Place there = target;
     there.shadow = w.grid().checks ? &cta->shadow : nullptr;
     there.offset = offset;
-    if (actor.strong) w.check_read(there, actor, bytes, bit, offset);
+    if (reduces) w.check_read(there, actor, bytes, bit, offset);
     w.check_write(there, actor, bytes, bit, offset);
     CopyJob job;
     job.reduction = c.reduction;
@@ -137,6 +140,7 @@ Step nothing(Warp&, const Instruction&, U32) {
 Step commit(Warp& w, const Instruction&, U32 mask) {
   for_lanes(mask, [&](int lane) {
     CopyGroups& g = bulk_group(w, lane);
+    if (g.map_clock != 0) g.map_clocks[g.current] = g.map_clock;
     ++g.current;  // an empty group counts too
     g.open = false;
   });
@@ -170,6 +174,10 @@ Step wait_groups(Warp& w, const Instruction& i, U32 mask) {
     if (upto == 0) return;
     g.read_waited = std::max(g.read_waited, upto);
     w.learn(1u << lane, g.read_agent, upto);
+    if (const auto after = g.map_clocks.upper_bound(upto); after != g.map_clocks.begin()) {
+      w.learn(1u << lane, g.map_agent, std::prev(after)->second);
+      g.map_clocks.erase(g.map_clocks.begin(), after);
+    }
     if (read_only) return;
     g.waited = std::max(g.waited, upto);
     w.learn(1u << lane, g.write_agent, upto);
@@ -209,8 +217,9 @@ Step async_store(Warp& w, const Instruction& i, U32 mask) {
     }
     const Signal signal = make_signal(*owner, offset, *m);
     Actor actor = copy_actor(w, lane, signal.agent, signal.clock);
-    actor.strong = t.reduction.op != ReduceOp::none;
-    if (actor.strong) w.check_read(place, actor, total, 1u << lane, address);
+    const bool reduces = t.reduction.op != ReduceOp::none;
+    if (reduces) actor.scope = Scope::cluster;
+    if (reduces) w.check_read(place, actor, total, 1u << lane, address);
     w.check_write(place, actor, total, 1u << lane, address);
     CopyJob job;
     job.reduction = t.reduction;

@@ -5,6 +5,7 @@
 // on as a map.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <map>
 #include <memory>
@@ -40,8 +41,20 @@ struct VectorClock {
   void join_foreign(const ForeignClocks& other) {
     auto merged =
         foreign ? std::make_shared<ForeignClocks>(*foreign) : std::make_shared<ForeignClocks>();
+    merge(*merged, other);
+    foreign = std::move(merged);
+  }
+  // Whether it knows of this access of any cluster's; `own` is the cluster of `agents`.
+  bool knows(std::uint32_t own, std::uint32_t cluster, std::uint32_t agent,
+             std::uint32_t clock) const {
+    if (cluster == own) return get(agent) >= clock;
+    if (foreign == nullptr) return false;
+    const auto it = foreign->find(cluster);
+    return it != foreign->end() && agent < it->second->size() && (*it->second)[agent] >= clock;
+  }
+  static void merge(ForeignClocks& into, const ForeignClocks& other) {
     for (const auto& [cluster, clocks] : other) {
-      auto& mine = (*merged)[cluster];
+      auto& mine = into[cluster];
       if (mine == nullptr || mine == clocks) {
         mine = clocks;
         continue;
@@ -53,64 +66,118 @@ struct VectorClock {
       }
       mine = std::move(both);
     }
-    foreign = std::move(merged);
   }
 };
 
-// A counted pointer to a clock, without the atomics of shared_ptr: a cluster runs on one thread.
-class ClockRef {
+// A counted pointer to a value that is never changed once shared, without the atomics of
+// shared_ptr: a cluster runs on one thread. T has includes, join and an empty value.
+template <class T>
+class Ref {
  public:
-  ClockRef() = default;
-  ClockRef(const ClockRef& o) : node_(o.node_) {
+  Ref() = default;
+  Ref(const Ref& o) : node_(o.node_) {
     if (node_) ++node_->count;
   }
-  ClockRef(ClockRef&& o) noexcept : node_(o.node_) { o.node_ = nullptr; }
-  ClockRef& operator=(ClockRef o) noexcept {
+  Ref(Ref&& o) noexcept : node_(o.node_) { o.node_ = nullptr; }
+  Ref& operator=(Ref o) noexcept {
     std::swap(node_, o.node_);
     return *this;
   }
-  ~ClockRef() {
+  ~Ref() {
     if (node_ && --node_->count == 0) delete node_;
   }
-  static ClockRef make(VectorClock clock) {
-    ClockRef r;
-    r.node_ = new Node{1, std::move(clock)};
+  static Ref make(T value) {
+    Ref r;
+    r.node_ = new Node{1, std::move(value)};
     return r;
   }
-  const VectorClock& operator*() const { return node_ ? node_->clock : empty(); }
-  const VectorClock* operator->() const { return &**this; }
-  bool operator==(const ClockRef& o) const { return node_ == o.node_; }
-  bool operator!=(const ClockRef& o) const { return node_ != o.node_; }
+  const T& operator*() const { return node_ ? node_->value : empty(); }
+  const T* operator->() const { return &**this; }
+  explicit operator bool() const { return node_ != nullptr; }
+  bool operator==(const Ref& o) const { return node_ == o.node_; }
+  bool operator!=(const Ref& o) const { return node_ != o.node_; }
+  bool covers(const Ref& o) const {
+    return node_ == o.node_ || o.node_ == nullptr || (**this).includes(*o);
+  }
 
   // The join of both, sharing whichever already includes the other.
-  static ClockRef join(const ClockRef& a, const ClockRef& b) {
-    if (a == b || b.node_ == nullptr || a->includes(*b)) return a;
-    if (a.node_ == nullptr || b->includes(*a)) return b;
-    VectorClock both = *a;
+  static Ref join(const Ref& a, const Ref& b) {
+    if (a.covers(b)) return a;
+    if (b.covers(a)) return b;
+    T both = *a;
     both.join(*b);
     return make(std::move(both));
   }
 
  private:
-  static const VectorClock& empty() {
-    static const VectorClock clock;
-    return clock;
+  static const T& empty() {
+    static const T value;
+    return value;
   }
   struct Node {
     std::uint32_t count;
-    VectorClock clock;
+    T value;
   };
   Node* node_ = nullptr;
 };
+using ClockRef = Ref<VectorClock>;
 
-// What a synchronisation passes on: accesses known to be done, and those among them that a proxy
-// fence has made visible to the async proxy.
-struct Knowledge {
-  ClockRef known, proxied;
-  void join(const Knowledge& other) {
-    known = ClockRef::join(known, other.known);
-    proxied = ClockRef::join(proxied, other.proxied);
+// How far a strong operation reaches. `none`: the operation is weak. One GPU: sys reaches as far as
+// gpu.
+enum class Scope : std::uint8_t { none, cta, cluster, gpu, sys };
+constexpr std::size_t kScopeLevels = 3;  // cta, cluster, gpu
+inline std::size_t level_of(Scope scope) {
+  return scope == Scope::cta ? 0 : scope == Scope::cluster ? 1 : 2;
+}
+const char* name_of(Scope scope);  // ".cta"
+
+// The parts of memory that fence.proxy.async tells apart, as the fencing thread sees them.
+enum AsyncSpace : std::uint8_t { kOwnShared, kClusterShared, kGlobal, kAsyncSpaces };
+
+// What a thread knows beyond happens-before; most threads, none of it.
+struct Views {
+  // Accesses that fence.proxy.async made visible to the async proxy, and fence.proxy.alias to
+  // aliases.
+  ClockRef async[kAsyncSpaces], alias;
+  // Accesses that a release fence offered to the tensormap proxy, by the fence's scope.
+  ClockRef map_released[kScopeLevels];
+  // Accesses that a synchronisation would have ordered, had both scopes been wide enough. It serves
+  // reports only.
+  ClockRef refused;
+  Scope released_at = Scope::none, acquired_at = Scope::none;
+
+  bool includes(const Views& other) const {
+    bool all = alias.covers(other.alias) && refused.covers(other.refused);
+    for (std::size_t k = 0; k < kAsyncSpaces; ++k) all = all && async[k].covers(other.async[k]);
+    for (std::size_t k = 0; k < kScopeLevels; ++k)
+      all = all && map_released[k].covers(other.map_released[k]);
+    return all;
+  }
+  void join(const Views& other) {
+    for (std::size_t k = 0; k < kAsyncSpaces; ++k)
+      async[k] = ClockRef::join(async[k], other.async[k]);
+    for (std::size_t k = 0; k < kScopeLevels; ++k)
+      map_released[k] = ClockRef::join(map_released[k], other.map_released[k]);
+    alias = ClockRef::join(alias, other.alias);
+    if (!refused) {
+      released_at = other.released_at;
+      acquired_at = other.acquired_at;
+    }
+    refused = ClockRef::join(refused, other.refused);
   }
 };
+using ViewsRef = Ref<Views>;
+
+// What a synchronisation passes on.
+struct Knowledge {
+  ClockRef known;  // accesses that are done
+  ViewsRef views;
+  void join(const Knowledge& other) {
+    known = ClockRef::join(known, other.known);
+    views = ViewsRef::join(views, other.views);
+  }
+};
+// By the scope that it reaches: [0] within the CTA, [1] within the cluster, [2] anyone.
+using Scoped = std::array<Knowledge, kScopeLevels>;
 
 }  // namespace torchext::sim

@@ -13,7 +13,9 @@ Cta::Cta(Cluster& c, Dim3 i, std::uint32_t r)
       index(i),
       rank(r),
       shared(c.grid.shared_bytes, 0xcd),
-      shadow(c.grid.shared_bytes, false) {}
+      shadow(c.grid.shared_bytes, false,
+             {r * c.grid.warps_per_cta * 32, c.grid.warps_per_cta * 32,
+              c.grid.cluster_size * c.grid.warps_per_cta * 32}) {}
 
 Cluster::Cluster(Grid& g, std::uint32_t n)
     : grid(g),

@@ -123,7 +123,7 @@ Actor copy_actor(Warp& w, int lane, std::uint32_t agent, std::uint32_t clock) {
   Actor a = w.actor(lane);
   a.agent = agent;
   a.clock = clock;
-  a.async = true;
+  a.proxy = Proxy::async;
   return a;
 }
 

@@ -184,6 +184,15 @@ void Decoder::take_cache_hints() {
   has_cache_policy = take("L2::cache_hint");
 }
 
+Scope Decoder::take_scope() {
+  const std::string scope = take_one_of({"cta", "cluster", "gpu", "sys"});
+  return scope.empty()        ? Scope::none
+         : scope == "cta"     ? Scope::cta
+         : scope == "cluster" ? Scope::cluster
+         : scope == "gpu"     ? Scope::gpu
+                              : Scope::sys;
+}
+
 Space Decoder::take_space() {
   if (take("global")) return Space::global;
   if (take("shared") || take("shared::cta")) return Space::shared;

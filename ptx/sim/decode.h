@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "clock.h"
 #include "ir.h"
 
 namespace torchext::sim {
@@ -38,6 +39,7 @@ class Decoder {
   Type take_type_if_any();
   // Modifiers that change speed, not meaning.
   void take_cache_hints();
+  Scope take_scope();                  // Scope::none if there is none
   bool has_cache_policy = false;       // .L2::cache_hint: one more operand
   void finish(std::size_t arguments);  // no modifier left, this many operands
   void finish(std::size_t least, std::size_t most);

@@ -94,33 +94,6 @@ void Grid::print(const std::string& text) {
   output_ += text;
 }
 
-void Grid::publish(std::uint64_t address, std::uint32_t cluster, const Knowledge& knowledge) {
-  const std::lock_guard<std::mutex> lock(sync_mutex_);
-  auto& cell = sync_[address].known;
-  VectorClock joined;
-  joined.foreign = std::make_shared<ForeignClocks>(cell);
-  ForeignClocks mine;
-  if (knowledge.known->foreign != nullptr) mine = *knowledge.known->foreign;
-  mine[cluster] = std::make_shared<AgentClocks>(knowledge.known->agents);
-  joined.join_foreign(mine);
-  cell = *joined.foreign;
-}
-
-bool Grid::observe(std::uint64_t address, std::uint32_t cluster, Knowledge* knowledge) {
-  const std::lock_guard<std::mutex> lock(sync_mutex_);
-  const auto it = sync_.find(address);
-  if (it == sync_.end()) return false;
-  VectorClock clock;
-  ForeignClocks others = it->second.known;
-  if (const auto own = others.find(cluster); own != others.end()) {
-    clock.agents = *own->second;
-    others.erase(own);
-  }
-  clock.foreign = std::make_shared<ForeignClocks>(std::move(others));
-  knowledge->known = ClockRef::make(std::move(clock));
-  return true;
-}
-
 std::size_t Report::count(Grade grade) const {
   return static_cast<std::size_t>(std::count_if(
       findings.begin(), findings.end(), [grade](const Finding& f) { return f.grade() == grade; }));

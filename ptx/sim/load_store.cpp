@@ -1,8 +1,10 @@
 // ld, ldu, st: vectors, state spaces, orderings; cvta, isspacep, mapa, prefetch and policies.
+#include <algorithm>
 #include <cstring>
 
 #include "decode.h"
 #include "machine.h"
+#include "map_fences.h"
 #include "strong.h"
 #include "validity.h"
 
@@ -17,7 +19,8 @@ struct Transfer {
   std::uint32_t bytes;  // of one element
   std::uint32_t elements;
   bool sign_extend = false;
-  bool strong = false, acquire = false, release = false;
+  Scope scope = Scope::none;  // of a strong access
+  bool acquire = false, release = false, noncoherent = false;
 };
 
 std::uint64_t lane_address(Warp& w, const Instruction& i, int lane) {
@@ -28,7 +31,7 @@ std::uint64_t lane_address(Warp& w, const Instruction& i, int lane) {
 // An element as a register holds it: its bits above are its sign, or 0.
 std::uint64_t extended(const Transfer& t, const std::uint8_t* element) {
   std::uint64_t value = 0;
-  std::memcpy(&value, element, t.bytes);
+  std::memcpy(&value, element, std::min<std::size_t>(t.bytes, 8));
   if (t.sign_extend && t.bytes < 8) {
     const int unused = 64 - 8 * static_cast<int>(t.bytes);
     value = static_cast<std::uint64_t>(static_cast<std::int64_t>(value << unused) >> unused);
@@ -42,7 +45,7 @@ std::uint64_t beyond(const Transfer& t) {
 Step load(Warp& w, const Instruction& i, std::uint32_t mask) {
   const auto& t = *static_cast<const Transfer*>(i.extra);
   w.need(i.s[0], mask, "as an address");
-  if (t.strong) ++w.cluster().spins;
+  if (t.scope != Scope::none) ++w.cluster().spins;
   const std::uint32_t total = t.bytes * t.elements;
   std::uint32_t valid[8];
   for (std::uint32_t e = 0; e < t.elements; ++e) valid[e] = mask;
@@ -52,7 +55,9 @@ Step load(Warp& w, const Instruction& i, std::uint32_t mask) {
     Place place;
     std::uint8_t data[32] = {};
     if (w.resolve(lane, t.space, address, total, false, &place)) {
-      w.check_read(place, w.actor(lane, t.strong), total, 1u << lane, address);
+      Actor actor = w.actor(lane, t.scope);
+      if (t.noncoherent) actor.proxy = Proxy::noncoherent;
+      w.check_read(place, actor, total, 1u << lane, address);
       std::memcpy(data, place.host, total);
       if (place.valid != nullptr) {
         for (std::uint32_t e = 0; e < t.elements; ++e) {
@@ -61,7 +66,7 @@ Step load(Warp& w, const Instruction& i, std::uint32_t mask) {
           if (~local[e].of[lane] != 0) valid[e] &= ~(1u << lane);
         }
       }
-      if (t.strong) strong_read(w, lane, place, address, t.acquire);
+      if (t.scope != Scope::none) strong_read(w, lane, place, address, t.scope, t.acquire);
     }
     for (std::uint32_t e = 0; e < t.elements; ++e) {
       w.put(i.list[e], lane, extended(t, data + e * t.bytes));
@@ -97,8 +102,8 @@ Step store(Warp& w, const Instruction& i, std::uint32_t mask) {
       }
       std::memcpy(place.host, data, total);
     } else {
-      if (t.strong) strong_write(w, lane, place, address, t.release);
-      w.write(place, w.actor(lane, t.strong), data, total, 1u << lane, address);
+      if (t.scope != Scope::none) strong_write(w, lane, place, address, t.scope, t.release);
+      w.write(place, w.actor(lane, t.scope), data, total, 1u << lane, address);
     }
   });
   ++w.cluster().progress;
@@ -107,16 +112,21 @@ Step store(Warp& w, const Instruction& i, std::uint32_t mask) {
 
 Transfer take_transfer(Decoder& d, bool is_store) {
   Transfer t{};
+  bool strong = false;
   if (d.take("volatile") || d.take("relaxed") || d.take("mmio")) {
-    t.strong = true;
+    strong = true;
     d.take("mmio");
   }
-  if (!is_store && d.take("acquire")) t.strong = t.acquire = true;
-  if (is_store && d.take("release")) t.strong = t.release = true;
-  if (d.take("weak") && t.strong) d.fail("weak and strong at once");
-  if (t.strong) d.take_one_of({"cta", "cluster", "gpu", "sys"});
+  if (!is_store && d.take("acquire")) strong = t.acquire = true;
+  if (is_store && d.take("release")) strong = t.release = true;
+  if (d.take("weak") && strong) d.fail("weak and strong at once");
+  if (strong) {
+    t.scope = d.take_scope();
+    if (t.scope == Scope::none) t.scope = Scope::sys;  // .volatile
+  }
   t.space = d.take_space();
-  if (!is_store && d.take("nc") && t.space != Space::global) d.fail(".nc needs .global");
+  t.noncoherent = !is_store && (d.take("nc") || d.opcode() == "ldu");
+  if (t.noncoherent && t.space != Space::global && d.opcode() != "ldu") d.fail(".nc needs .global");
   d.take("unified");
   d.take_cache_hints();
   t.elements = d.take("v2") ? 2 : d.take("v4") ? 4 : d.take("v8") ? 8 : 1;
@@ -287,10 +297,20 @@ Step nothing(Warp&, const Instruction&, std::uint32_t) {
   return Step::next;
 }
 
+Step prefetch_map(Warp& w, const Instruction& i, std::uint32_t mask) {
+  w.need(i.s[0], mask, "as a tensor map's address");
+  for_lanes(mask, [&](int lane) {
+    Place place;
+    resolve_tensor_map(w, lane, lane_address(w, i, lane), &place);
+  });
+  return Step::next;
+}
+
 void decode_prefetch(Decoder& d) {
+  const bool of_map = d.opcode() == "prefetch" && d.take("tensormap");
   if (d.opcode() == "prefetchu") {
     d.take("L1");
-  } else if (!d.take("tensormap")) {
+  } else if (!of_map) {
     d.take_space();
     if (d.take_one_of({"L1", "L2"}).empty()) d.fail("no cache level");
     d.take_one_of({"L2::evict_last", "L2::evict_normal"});
@@ -300,7 +320,7 @@ void decode_prefetch(Decoder& d) {
   Space space = Space::generic;
   d.finish(1);
   d.out.s[0] = d.address(d.arg(0), &d.out.offset, &space);
-  d.out.execute = nothing;
+  d.out.execute = of_map ? prefetch_map : nothing;
 }
 
 Step discard(Warp& w, const Instruction& i, std::uint32_t mask) {

@@ -17,6 +17,7 @@
 #include "ir.h"
 #include "launch.h"
 #include "memory.h"
+#include "scopes.h"
 #include "shadow.h"
 
 namespace torchext::sim {
@@ -87,8 +88,11 @@ struct MBarrier {
   std::uint32_t init_agent = 0, init_clock = 0, init_pc = 0;
   bool fenced = false;                // fence.mbarrier_init or fence.proxy.async since init
   std::uint32_t published_agent = 0;  // fence.mbarrier_init: whoever knows it knows the init
-  Knowledge arriving, completed;
-  std::vector<std::weak_ptr<AsyncWork>> work;  // copies that signal it
+  Knowledge arriving, completed;      // of the CTA's own threads, and of copies
+  Knowledge remote_arriving, remote_completed;  // of other CTAs' threads
+  std::vector<std::weak_ptr<AsyncWork>> work;   // copies that signal it
+  // Tensor copies of this phase that read their maps from memory: agents and clocks.
+  std::vector<std::pair<std::uint32_t, std::uint32_t>> map_reads;
   // Phases, counted from 1: the last that a copy signals, and the last that a thread waited for.
   std::uint64_t signalled = 0, waited = 0;
   std::uint32_t signalled_pc = 0;
@@ -111,7 +115,19 @@ struct CopyGroups {
   bool open = false;                              // the group being filled is not empty
   std::uint32_t read_waited = 0, waited = 0;      // groups up to this clock are known done
   std::uint32_t last_pc = 0;
+  // Reads of tensor maps in memory by the thread's loads. Its TMA unit takes them in order, so that
+  // one clock stands for all before it.
+  std::uint32_t map_agent = 0, map_clock = 0;
+  std::map<std::uint32_t, std::uint32_t> map_clocks;  // at the commit of each group
   std::map<std::uint32_t, std::vector<std::shared_ptr<AsyncWork>>> work;  // by group
+};
+
+// A lane's acquire of a tensor map: who knows this much of the lane may use the map, as far as the
+// lane's views have its writes as released then.
+struct MapFence {
+  std::uint32_t agent, clock;
+  Scope scope;
+  ViewsRef views;
 };
 
 struct PendingWgmma;
@@ -201,22 +217,26 @@ class Warp {
 
   // Order (order.cpp).
   std::uint32_t agent(int lane) const { return first_agent_ + static_cast<std::uint32_t>(lane); }
-  Actor actor(int lane, bool strong = false) const;
+  Actor actor(int lane, Scope scope = Scope::none) const;
   void order_lanes(std::uint32_t mask);  // as bar.warp.sync does
   Knowledge release(std::uint32_t mask);
   void acquire(std::uint32_t mask, const Knowledge& knowledge);
-  void proxy_fence(std::uint32_t mask);
-  void memory_fence(std::uint32_t mask);
+  // What the lanes know becomes visible to the async proxy (`spaces`: bits of AsyncSpace), to
+  // aliases, or offered to the tensormap proxy.
+  void async_fence(std::uint32_t mask, std::uint32_t spaces);
+  void alias_fence(std::uint32_t mask);
+  void release_maps(std::uint32_t mask, Scope scope);
+  void memory_fence(std::uint32_t mask, Scope scope, bool acquires = true, bool releases = true);
   void learn(std::uint32_t mask, std::uint32_t agent, std::uint32_t clock);
   void touched(std::uint32_t mask) { dirty_ |= mask; }
   const ClockRef& known(int lane) const { return known_[lane]; }
-  const ClockRef& proxied(int lane) const { return proxied_[lane]; }
+  const ViewsRef& views(int lane) const { return views_[lane]; }
   std::uint32_t clock(int lane) const { return clock_[lane]; }
   void tick(std::uint32_t mask) {
     for (; mask; mask &= mask - 1) ++clock_[__builtin_ctz(mask)];
   }
-  Knowledge fence_released[32];   // at the last memory fence: what a later strong write passes on
-  Knowledge strong_acquired[32];  // what strong reads have seen: a later memory fence takes it in
+  Scoped fence_released[32];   // at the last memory fence: what a later strong write passes on
+  Scoped strong_acquired[32];  // what strong reads have seen: a later memory fence takes it in
   std::uint32_t fenced_lanes = 0, acquired_lanes = 0;
 
   // Memory (memory.cpp).
@@ -229,8 +249,8 @@ class Warp {
   // Checks a store of `data`, and stores it, in one step.
   void write(const Place& place, const Actor& actor, const std::uint8_t* data, std::uint32_t bytes,
              std::uint32_t lanes, std::uint64_t address);
-  void conflict(const Conflict& c, const Actor& actor, bool write, std::uint32_t lanes,
-                std::uint64_t address);
+  void conflict(const Conflict& c, const Actor& actor, const Place& place, bool write,
+                std::uint32_t lanes, std::uint64_t address);
 
   std::vector<std::uint8_t> local, local_valid;  // 32 lanes, one after another; valid by bit
 
@@ -256,6 +276,8 @@ class Warp {
   void merge_equal();
   void drop_from_tokens(Group& g, std::size_t keep);
   void check_tracked(const Instruction& i, std::uint32_t mask);
+  template <class Change>
+  void change_views(std::uint32_t mask, Change&& change);
   void settle_tokens();
   std::uint64_t partly_valid_bits(const Slot& slot, int lane) const;
   void forget_valid_bits(const Slot& slot, std::uint32_t lanes);
@@ -273,7 +295,8 @@ class Warp {
   std::unordered_map<std::uint32_t, std::array<std::uint64_t, 32>> partly_valid_;  // of the others
   std::vector<Group> groups_;
   std::size_t current_ = 0;
-  ClockRef known_[32], proxied_[32];
+  ClockRef known_[32];
+  ViewsRef views_[32];
   std::uint32_t clock_[32];
   std::uint32_t dirty_ = 0;  // lanes with accesses since they were last ordered
 };
@@ -298,6 +321,8 @@ class Cta {
     std::uint32_t scale_d, seen;
   };
   std::map<std::uint32_t, std::map<std::uint32_t, WgmmaRecord>> wgmma_log;  // warpgroup, sequence
+  // barrier.cluster.arrive.relaxed after a .cta fence: for this CTA's threads alone.
+  Knowledge cluster_arriving, cluster_completed;
   bool exited() const { return live_threads == 0; }
 };
 
@@ -327,7 +352,9 @@ class Cluster {
   void finish(AsyncWork& work);
   bool has_work() const { return !pending_.empty(); }
   std::vector<Warp*> all_warps;
-  std::unordered_map<std::uint64_t, Knowledge> shared_sync;  // by shared address: strong accesses
+  std::unordered_map<std::uint64_t, SyncCell> sync;  // by address: strong accesses (strong.cpp)
+  // By address of a tensor map in memory: the fence.proxy.tensormap::generic.acquire of it.
+  std::unordered_map<std::uint64_t, std::vector<MapFence>> map_fences;
 
   std::string describe_agent(std::uint32_t agent) const;
   std::map<std::uint32_t, std::string> agent_names;
@@ -370,9 +397,7 @@ class Grid {
   std::atomic<std::uint64_t> executed{0};
   std::atomic<std::uint64_t> global_progress{0};
 
-  // Strong accesses to global memory pass knowledge between clusters.
-  void publish(std::uint64_t address, std::uint32_t cluster, const Knowledge& knowledge);
-  bool observe(std::uint64_t address, std::uint32_t cluster, Knowledge* knowledge);
+  GridSync sync;  // strong accesses to global memory, between clusters
 
   // What cooperative groups keep of a grid: its size in bytes and its barrier.
   std::uint64_t workspace_address() const { return reinterpret_cast<std::uint64_t>(workspace_); }
@@ -380,11 +405,6 @@ class Grid {
   const std::vector<std::string>& files() const { return files_; }
 
  private:
-  struct SyncCell {
-    ForeignClocks known;  // includes the publisher's own cluster
-  };
-  std::mutex sync_mutex_;
-  std::unordered_map<std::uint64_t, SyncCell> sync_;
   const std::vector<std::string>& files_;
   alignas(8) std::uint32_t workspace_[2] = {8, 0};
   std::mutex output_mutex_;

@@ -28,12 +28,15 @@ std::string name_of(const Cta& cta, U32 offset) {
 void complete_if_ready(Cta& cta, MBarrier& m) {
   if (m.pending != 0 || m.transactions != 0) return;
   m.completed.join(m.arriving);
+  m.remote_completed.join(m.remote_arriving);
   if (cta.cluster.grid.checks) {
     VectorClock known = *m.completed.known;
     known.raise(m.agent, static_cast<U32>(m.phase) + 1);
+    for (const auto& [agent, clock] : m.map_reads) known.raise(agent, clock);
     m.completed.known = ClockRef::make(std::move(known));
   }
-  m.arriving = {};
+  m.map_reads.clear();
+  m.arriving = m.remote_arriving = {};
   ++m.phase;
   m.pending = m.expected;
   m.work.clear();
@@ -139,13 +142,34 @@ enum : U16 {
   kRelaxed = 64,
   kNoComplete = 128,
   kParity = 256,
-  kTry = 512
+  kTry = 512,
+  kCtaScope = 1024,
 };
+
+// Without a scope, an arrival or a wait counts as .cluster, though PTX says .cta: CUTLASS and
+// others leave it out where CTAs signal each other.
+void take_scope(Decoder& d, U16* flags) {
+  const std::string scope = d.take_one_of({"cta", "cluster"});
+  if (scope == "cta") *flags |= kCtaScope;
+}
+
+// What an arrival passes on to those who wait, who are threads of the barrier's CTA.
+void pass_on(Warp& w, const Cta& owner, MBarrier& m, bool cta_scope, const Scoped& knowledge) {
+  const bool remote = &owner != &w.cta();
+  if (!remote) {
+    m.arriving.join(knowledge[0]);
+    return;
+  }
+  if (!cta_scope) m.remote_arriving.join(knowledge[1]);
+  if (cta_scope || knowledge[0].known != knowledge[1].known)
+    m.arriving.join(refused(knowledge[0], Scope::cta, Scope::cluster));
+}
 
 Step arrive_at(Warp& w, const Instruction& i, U32 mask) {
   w.need(i.s[0], mask, "as an address");
   w.need(i.s[1], mask, "as a count");
-  const Knowledge knowledge = i.small & kRelaxed ? Knowledge{} : w.release(mask);
+  Scoped knowledge;
+  if (!(i.small & kRelaxed)) knowledge.fill(w.release(mask));
   for_lanes(mask, [&](int lane) {
     Cta* owner;
     U32 offset;
@@ -174,7 +198,9 @@ Step arrive_at(Warp& w, const Instruction& i, U32 mask) {
                 name_of(*owner, offset) + ": .noComplete completes the phase", 1u << lane, offset);
     }
     if (i.small & kDrop) m->expected -= count;
-    arrive(*owner, *m, count, knowledge);
+    const bool fenced = (i.small & kRelaxed) && (w.fenced_lanes >> lane & 1);
+    pass_on(w, *owner, *m, i.small & kCtaScope, fenced ? w.fence_released[lane] : knowledge);
+    arrive(*owner, *m, count, {});
   });
   if (!i.d.sink) w.set_valid(i.d, mask, mask);
   ++w.cluster().progress;
@@ -189,7 +215,7 @@ void decode_arrive(Decoder& d, bool drop) {
     flags |= kRelaxed;
   else
     d.take("release");
-  d.take_one_of({"cta", "cluster"});
+  take_scope(d, &flags);
   Space space = d.take_space();
   if (d.take_type() != Type::b64) d.fail("expected .b64");
   d.out.small = static_cast<U16>(flags | static_cast<U16>(space));
@@ -247,7 +273,7 @@ Step wait(Warp& w, const Instruction& i, U32 mask) {
   w.need(i.s[1], mask, i.small & kParity ? "as a parity" : "as a state");
   Group& g = w.group();
   U32 complete = 0;
-  Knowledge knowledge;
+  Knowledge own, all;  // by .cta and by .cluster
   for_lanes(mask, [&](int lane) {
     Cta* owner;
     U32 offset;
@@ -261,7 +287,11 @@ Step wait(Warp& w, const Instruction& i, U32 mask) {
         i.small & kParity ? (m->phase & 1) != (operand & 1) : m->phase > operand >> 32;
     if (done) {
       complete |= 1u << lane;
-      knowledge.join(m->completed);
+      own.join(m->completed);
+      if (m->remote_completed.known)
+        own.join(refused(m->remote_completed, Scope::cluster, Scope::cta));
+      all.join(m->completed);
+      all.join(m->remote_completed);
       m->waited = m->phase;
     } else {
       for (const auto& weak : m->work) {
@@ -274,7 +304,16 @@ Step wait(Warp& w, const Instruction& i, U32 mask) {
     if (patient && (g.blocked || w.cluster().random.below(4) != 0)) return Step::block;
     ++w.cluster().spins;
   }
-  if (complete != 0 && !(i.small & kRelaxed)) w.acquire(complete, knowledge);
+  const Knowledge& reached = i.small & kCtaScope ? own : all;
+  if (!(i.small & kRelaxed)) {
+    if (complete != 0) w.acquire(complete, reached);
+  } else if (w.grid().checks) {  // for a later fence
+    for_lanes(complete, [&](int lane) {
+      w.strong_acquired[lane][0].join(own);
+      for (const std::size_t level : {1, 2}) w.strong_acquired[lane][level].join(reached);
+    });
+    w.acquired_lanes |= complete;
+  }
   w.set_predicate(i.d, mask, complete);
   w.set_valid(i.d, mask, mask);
   return Step::next;
@@ -288,7 +327,7 @@ void decode_wait(Decoder& d) {
     flags |= kRelaxed;
   else
     d.take("acquire");
-  d.take_one_of({"cta", "cluster"});
+  take_scope(d, &flags);
   Space space = d.take_space();
   if (d.take_type() != Type::b64) d.fail("expected .b64");
   d.finish(3, patient ? 4 : 3);

@@ -161,8 +161,57 @@ bool Warp::resolve(int lane, Space space, std::uint64_t address, std::uint32_t b
   }
 }
 
-void Warp::conflict(const Conflict& c, const Actor& actor, bool write, std::uint32_t lanes,
-                    std::uint64_t address) {
+namespace {
+const char* prefix_of(Proxy proxy) {
+  switch (proxy) {
+    case Proxy::async:
+      return "async-proxy ";
+    case Proxy::tensormap:
+      return "tensormap-proxy ";
+    case Proxy::noncoherent:
+      return "non-coherent ";
+    default:
+      return "";
+  }
+}
+
+// The fences that made the write visible elsewhere, and what its space needs: "" if there are none.
+std::string other_fences(const Views& views, std::uint32_t own, const Conflict& c,
+                         AsyncSpace space) {
+  static const char* const kNames[kAsyncSpaces] = {"fence.proxy.async.shared::cta",
+                                                   "fence.proxy.async.shared::cluster",
+                                                   "fence.proxy.async.global"};
+  std::string there;
+  const auto look = [&](const ClockRef& clock, const char* name) {
+    if (!clock->knows(own, c.other_cluster, c.other_agent, c.other_clock)) return;
+    there += (there.empty() ? "" : ", ") + std::string(name);
+  };
+  for (std::size_t k = 0; k < kAsyncSpaces; ++k) look(views.async[k], kNames[k]);
+  look(views.alias, "fence.proxy.alias");
+  look(views.map_released[0], "fence.proxy.tensormap");
+  if (there.empty()) return "";
+  const char* const what = space == kGlobal          ? "global memory"
+                           : space == kClusterShared ? "shared memory of another CTA"
+                                                     : "shared memory";
+  return ": there is " + there + ", but " + what + " needs fence.proxy.async or " + kNames[space];
+}
+
+// Why scopes kept two CTAs' operations from being ordered, or "".
+std::string narrow_scopes(const Conflict& c, const Actor& actor) {
+  if (actor.scope != Scope::none && c.other_scope != Scope::none) {
+    return std::string(": scope too narrow, ") + name_of(actor.scope) + " here and " +
+           name_of(c.other_scope) + " there, for threads of different " +
+           (c.other_cluster == actor.cluster ? "CTAs" : "clusters");
+  }
+  const Views& v = *actor.views;
+  if (!v.refused->knows(actor.cluster, c.other_cluster, c.other_agent, c.other_clock)) return "";
+  return std::string(": scope too narrow, what synchronises them releases at ") +
+         name_of(v.released_at) + " and acquires at " + name_of(v.acquired_at);
+}
+}  // namespace
+
+void Warp::conflict(const Conflict& c, const Actor& actor, const Place& place, bool write,
+                    std::uint32_t lanes, std::uint64_t address) {
   const std::string what = write ? "write" : "read";
   if (c.kind == Conflict::uninitialized) {
     finding_at(actor.pc, FindingKind::uninitialized_memory,
@@ -174,38 +223,47 @@ void Warp::conflict(const Conflict& c, const Actor& actor, bool write, std::uint
                        ? cluster_.describe_agent(c.other_agent)
                        : "another " + std::string(grid_.cluster_size > 1 ? "cluster" : "CTA") +
                              " (" + std::to_string(c.other_cluster) + ")";
-  const std::string against = std::string(c.other_is_async ? "async-proxy " : "") +
-                              (c.other_is_write ? "write" : "read") + " by " + by + ", line " +
-                              std::to_string(other.line) + ": " + program_.opcodes[other.opcode];
   const std::string op = program_.opcodes[other.opcode];
+  const std::string against = std::string(prefix_of(c.other_proxy)) +
+                              (c.other_is_write ? "write" : "read") + " by " + by + ", line " +
+                              std::to_string(other.line) + ": " + op;
+  FindingKind kind = FindingKind::data_race;
+  std::string message;
   if (c.kind == Conflict::same_value) {
     // Lanes that one instruction stores for: the manual lets any of them win.
-    const bool one_instruction = c.other_pc == actor.pc && c.other_cluster == actor.cluster &&
-                                 c.other_agent / 32 == actor.agent / 32;
-    if (one_instruction) return;
-    finding_at(actor.pc, FindingKind::same_value_store,
-               "write that nothing orders after an earlier write of the same value", lanes, address,
-               against, other.line);
+    if (c.other_pc == actor.pc && c.other_cluster == actor.cluster &&
+        c.other_agent / 32 == actor.agent / 32)
+      return;
+    kind = FindingKind::same_value_store;
+    message = "write that nothing orders after an earlier write of the same value";
   } else if (c.kind == Conflict::proxy) {
-    finding_at(actor.pc, FindingKind::missing_proxy_fence,
-               "async-proxy " + what +
-                   " of bytes that a generic-proxy write made, with no "
-                   "fence.proxy.async in between",
-               lanes, address, against, other.line);
+    kind = FindingKind::missing_proxy_fence;
+    message =
+        "async-proxy " + what +
+        " of bytes that a generic-proxy write made, with no fence.proxy.async in between" +
+        other_fences(*actor.views, cluster_.number, c, place.shadow->async_space(c.other_agent));
+  } else if (c.kind == Conflict::noncoherent) {
+    kind = FindingKind::noncoherent_load;
+    message = write ? "write to bytes that a non-coherent load may still read"
+                    : "non-coherent load of bytes that this launch has written";
+  } else if (c.kind == Conflict::overwritten) {
+    kind = FindingKind::noncoherent_overwritten;
+    message = "write to bytes that a non-coherent load has read";
   } else if (write && !c.other_is_write && op.compare(0, 5, "wgmma") == 0) {
-    finding_at(actor.pc, FindingKind::wgmma_operand_in_flight,
-               "write to shared memory that a wgmma may still read", lanes, address, against,
-               other.line);
-  } else if (write && !c.other_is_write && c.other_is_async && op.compare(0, 2, "cp") == 0) {
-    finding_at(actor.pc, FindingKind::bulk_store_in_flight,
-               "write to memory that a bulk copy may still read", lanes, address, against,
-               other.line);
+    kind = FindingKind::wgmma_operand_in_flight;
+    message = "write to shared memory that a wgmma may still read";
+  } else if (write && !c.other_is_write && c.other_proxy == Proxy::tensormap) {
+    kind = FindingKind::tensor_map_in_flight;
+    message = "write to a tensor map that a tensor copy may still read";
+  } else if (write && !c.other_is_write && c.other_proxy == Proxy::async &&
+             op.compare(0, 2, "cp") == 0) {
+    kind = FindingKind::bulk_store_in_flight;
+    message = "write to memory that a bulk copy may still read";
   } else {
-    finding_at(actor.pc, FindingKind::data_race,
-               std::string(actor.async ? "async-proxy " : "") + what +
-                   " that nothing orders after an earlier access",
-               lanes, address, against, other.line);
+    message = prefix_of(actor.proxy) + what + " that nothing orders after an earlier access" +
+              narrow_scopes(c, actor);
   }
+  finding_at(actor.pc, kind, message, lanes, address, against, other.line);
 }
 
 void Warp::check_read(const Place& place, const Actor& actor, std::uint32_t bytes,
@@ -219,7 +277,7 @@ void Warp::check_read(const Place& place, const Actor& actor, std::uint32_t byte
     c = place.shadow->read(actor, place.offset, bytes);
   }
   dirty_ |= lanes;
-  if (c.kind != Conflict::none) conflict(c, actor, false, lanes, address);
+  if (c.kind != Conflict::none) conflict(c, actor, place, false, lanes, address);
 }
 
 void Warp::check_write(const Place& place, const Actor& actor, std::uint32_t bytes,
@@ -233,7 +291,7 @@ void Warp::check_write(const Place& place, const Actor& actor, std::uint32_t byt
     c = place.shadow->write(actor, place.offset, bytes);
   }
   dirty_ |= lanes;
-  if (c.kind != Conflict::none) conflict(c, actor, true, lanes, address);
+  if (c.kind != Conflict::none) conflict(c, actor, place, true, lanes, address);
 }
 
 void Warp::write(const Place& place, const Actor& actor, const std::uint8_t* data,
@@ -253,7 +311,7 @@ void Warp::write(const Place& place, const Actor& actor, const std::uint8_t* dat
     std::memcpy(place.host, data, bytes);
   }
   dirty_ |= lanes;
-  if (c.kind != Conflict::none) conflict(c, actor, true, lanes, address);
+  if (c.kind != Conflict::none) conflict(c, actor, place, true, lanes, address);
 }
 
 }  // namespace torchext::sim

@@ -5,15 +5,16 @@
 
 namespace torchext::sim {
 
-Actor Warp::actor(int lane, bool strong) const {
+Actor Warp::actor(int lane, Scope scope) const {
   Actor a;
   a.cluster = cluster_.number;
   a.agent = a.issuer = agent(lane);
   a.clock = a.issuer_clock = clock_[lane];
   a.known = &*known_[lane];
-  a.proxied = &*proxied_[lane];
+  a.views = &*views_[lane];
   a.pc = groups_[current_].pc;
-  a.strong = strong;
+  a.cta_threads = grid_.warps_per_cta * 32;
+  a.scope = scope;
   return a;
 }
 
@@ -22,25 +23,24 @@ void Warp::order_lanes(std::uint32_t mask) {
   const auto first = static_cast<int>(lane_of(mask));
   bool equal = true;
   for_lanes(mask, [&](int l) {
-    equal &=
-        known_[l] == known_[first] && proxied_[l] == proxied_[first] && clock_[l] == clock_[first];
+    equal &= known_[l] == known_[first] && views_[l] == views_[first] && clock_[l] == clock_[first];
   });
   if (equal && (dirty_ & mask) == 0) return;
   VectorClock all = *known_[first];
-  ClockRef proxied = proxied_[first];
+  ViewsRef views = views_[first];
   const ClockRef* last = &known_[first];
   std::uint32_t top = 0;
   for_lanes(mask, [&](int l) {
     if (known_[l] != *last && known_[l] != known_[first]) all.join(*known_[l]);
     last = &known_[l];
-    proxied = ClockRef::join(proxied, proxied_[l]);
+    views = ViewsRef::join(views, views_[l]);
     top = std::max(top, clock_[l]);
   });
   for_lanes(mask, [&](int l) { all.raise(agent(l), clock_[l]); });
   const ClockRef shared = ClockRef::make(std::move(all));
   for_lanes(mask, [&](int l) {
     known_[l] = shared;
-    proxied_[l] = proxied;
+    views_[l] = views;
     clock_[l] = top + 1;
   });
   dirty_ &= ~mask;
@@ -51,12 +51,12 @@ Knowledge Warp::release(std::uint32_t mask) {
   if (!grid_.checks || mask == 0) return k;
   const auto first = static_cast<int>(lane_of(mask));
   VectorClock all = *known_[first];
-  k.proxied = proxied_[first];
+  k.views = views_[first];
   const ClockRef* last = &known_[first];
   for_lanes(mask, [&](int l) {
     if (known_[l] != *last && known_[l] != known_[first]) all.join(*known_[l]);
     last = &known_[l];
-    k.proxied = ClockRef::join(k.proxied, proxied_[l]);
+    k.views = ViewsRef::join(k.views, views_[l]);
   });
   for_lanes(mask, [&](int l) {
     all.raise(agent(l), clock_[l]);
@@ -68,20 +68,21 @@ Knowledge Warp::release(std::uint32_t mask) {
 
 void Warp::acquire(std::uint32_t mask, const Knowledge& knowledge) {
   if (!grid_.checks) return;
-  ClockRef before, after, proxied_before, proxied_after;
+  ClockRef before, after;
+  ViewsRef views_before, views_after;
   bool have = false;
   for_lanes(mask, [&](int l) {
     if (!have || known_[l] != before) {
       before = known_[l];
       after = ClockRef::join(knowledge.known, before);
     }
-    if (!have || proxied_[l] != proxied_before) {
-      proxied_before = proxied_[l];
-      proxied_after = ClockRef::join(knowledge.proxied, proxied_before);
+    if (!have || views_[l] != views_before) {
+      views_before = views_[l];
+      views_after = ViewsRef::join(knowledge.views, views_before);
     }
     have = true;
     known_[l] = after;
-    proxied_[l] = proxied_after;
+    views_[l] = views_after;
   });
 }
 
@@ -102,27 +103,52 @@ void Warp::learn(std::uint32_t mask, std::uint32_t of, std::uint32_t upto) {
   });
 }
 
-// What the lane knows, its own accesses included, becomes visible to the async proxy.
-void Warp::proxy_fence(std::uint32_t mask) {
+// `change` gets each lane's views and what the lane knows, its own accesses included.
+template <class Change>
+void Warp::change_views(std::uint32_t mask, Change&& change) {
   if (!grid_.checks) return;
-  ClockRef before, proxied_before;
   for_lanes(mask, [&](int l) {
-    VectorClock all = *known_[l];
-    all.raise(agent(l), clock_[l]);
-    ++clock_[l];
-    proxied_[l] = ClockRef::make(std::move(all));
+    const ClockRef all = release(1u << l).known;
+    Views views = *views_[l];
+    change(views, all);
+    views_[l] = ViewsRef::make(std::move(views));
   });
 }
 
-void Warp::memory_fence(std::uint32_t mask) {
-  if (!grid_.checks) return;
-  const std::uint32_t taking = mask & acquired_lanes;
-  for_lanes(taking, [&](int l) {
-    acquire(1u << l, strong_acquired[l]);
-    strong_acquired[l] = {};
+void Warp::async_fence(std::uint32_t mask, std::uint32_t spaces) {
+  change_views(mask, [&](Views& views, const ClockRef& all) {
+    for (std::uint32_t k = 0; k < kAsyncSpaces; ++k) {
+      if ((spaces >> k) & 1) views.async[k] = all;
+    }
   });
-  acquired_lanes &= ~taking;
-  for_lanes(mask, [&](int l) { fence_released[l] = release(1u << l); });
+}
+
+void Warp::alias_fence(std::uint32_t mask) {
+  change_views(mask, [](Views& views, const ClockRef& all) { views.alias = all; });
+}
+
+void Warp::release_maps(std::uint32_t mask, Scope scope) {
+  change_views(mask, [&](Views& views, const ClockRef& all) {
+    for (std::size_t k = 0; k <= level_of(scope); ++k) views.map_released[k] = all;
+  });
+}
+
+void Warp::memory_fence(std::uint32_t mask, Scope scope, bool acquires, bool releases) {
+  if (!grid_.checks) return;
+  const std::size_t level = level_of(scope);
+  if (acquires) {
+    const std::uint32_t taking = mask & acquired_lanes;
+    for_lanes(taking, [&](int l) { acquire(1u << l, strong_acquired[l][level]); });
+    if (level == kScopeLevels - 1) {  // a wider fence may yet take in more
+      for_lanes(taking, [&](int l) { strong_acquired[l] = {}; });
+      acquired_lanes &= ~taking;
+    }
+  }
+  if (!releases) return;
+  for_lanes(mask, [&](int l) {
+    const Knowledge k = release(1u << l);
+    for (std::size_t at = 0; at <= level; ++at) fence_released[l][at] = k;
+  });
   fenced_lanes |= mask;
 }
 

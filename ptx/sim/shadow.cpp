@@ -8,24 +8,25 @@
 namespace torchext::sim {
 
 namespace {
-enum Flag : std::uint8_t {
-  kWriteStrong = 1,
-  kWriteAsync = 2,
-  kReadStrong = 4,
-  kReadAsync = 8,
-  kReaderSet = 16,  // r_agent is an index into reader_sets_
-  kSplit = 32,      // r_agent is an index into splits_
-  kStored = 64,     // the last write was in memory before the next access was checked
-  kAgreeing = 128,  // several writes that nothing orders stored the same value: agreeing_ has them
+enum Flag : std::uint16_t {
+  kWriteScope = 7,  // a Scope
+  kWriteAsync = 8,
+  kReadScope = 0x70,
+  kReadProxy = 0x180,  // a Proxy
+  kReaderSet = 0x200,  // r_agent is an index into reader_sets_
+  kSplit = 0x400,      // r_agent is an index into splits_
+  kStored = 0x800,     // the last write was in memory before the next access was checked
+  kAgreeing = 0x1000,  // writes that nothing orders stored the same value: agreeing_ has them
 };
+constexpr int kReadScopeShift = 4, kReadProxyShift = 7;
 constexpr std::uint32_t kLanes = 32;
 constexpr std::uint8_t kAllBytes = 15;  // Cell::valid; of a split granule's parts, as of others
 // Enough for the warps of a full GPU; in a loop without end, the later stores go unrecorded.
 constexpr std::size_t kMostAgreeing = 16384;
 }  // namespace
 
-Shadow::Shadow(std::uint64_t bytes, bool valid)
-    : bytes_(bytes), valid_(valid), pages_((bytes + kPageBytes - 1) / kPageBytes) {}
+Shadow::Shadow(std::uint64_t bytes, bool valid, SharedOwner owner)
+    : bytes_(bytes), valid_(valid), owner_(owner), pages_((bytes + kPageBytes - 1) / kPageBytes) {}
 
 Shadow::Page& Shadow::page(std::uint64_t index) {
   auto& p = pages_[index];
@@ -47,12 +48,40 @@ bool Shadow::ordered(const Actor& a, std::uint32_t cluster, std::uint32_t agent,
   if (cluster == a.cluster) {
     if (agent == a.issuer) return clock <= a.issuer_clock;
     if (agent == a.agent && clock == a.clock) return true;
-    return a.known->get(agent) >= clock;
   }
-  if (a.known->foreign == nullptr) return false;
-  const auto it = a.known->foreign->find(cluster);
-  return it != a.known->foreign->end() && agent < it->second->size() &&
-         (*it->second)[agent] >= clock;
+  return a.known->knows(a.cluster, cluster, agent, clock);
+}
+
+// Both strong, and the scope of each includes the other's thread: no race, whatever their order.
+bool Shadow::morally_strong(const Actor& a, std::uint32_t cluster, std::uint32_t agent,
+                            Scope scope) {
+  const Scope least = std::min(a.scope, scope);
+  if (least == Scope::none || least >= Scope::gpu) return least != Scope::none;
+  if (cluster != a.cluster) return false;
+  return least == Scope::cluster || agent / a.cta_threads == a.issuer / a.cta_threads;
+}
+
+AsyncSpace Shadow::async_space(std::uint32_t writer) const {
+  if (owner_.threads == 0) return kGlobal;
+  // What works for a thread without being one, cp.async, writes its own CTA's memory.
+  const bool other_cta =
+      writer < owner_.cluster_threads && writer - owner_.first_thread >= owner_.threads;
+  return other_cta ? kClusterShared : kOwnShared;
+}
+
+bool Shadow::visible_to_async(const Actor& a, const Cell& c) const {
+  const AsyncSpace space = async_space(c.w_agent);
+  return a.views->async[space]->knows(a.cluster, c.w_cluster, c.w_agent, c.w_clock);
+}
+
+Shadow::Reader Shadow::reader_of(const Cell& c) {
+  return {c.r_cluster,
+          c.r_agent,
+          c.r_clock,
+          c.r_mask,
+          c.r_pc,
+          static_cast<Scope>((c.flags & kReadScope) >> kReadScopeShift),
+          static_cast<Proxy>((c.flags & kReadProxy) >> kReadProxyShift)};
 }
 
 template <class Accesses>
@@ -162,30 +191,27 @@ void Shadow::record_reader(Cell& c, const Actor& actor) {
   const bool is_thread = actor.agent == actor.issuer;
   const std::uint32_t base = is_thread ? actor.agent / kLanes * kLanes : actor.agent;
   const std::uint32_t bit = is_thread ? 1u << (actor.agent % kLanes) : 1u;
-  const Reader self{actor.cluster, base, actor.clock, bit, actor.pc, actor.strong, actor.async};
+  const Reader self{actor.cluster, base, actor.clock, bit, actor.pc, actor.scope, actor.proxy};
+  const auto alike = [&](const Reader& r) {
+    return r.scope == self.scope && r.proxy == self.proxy;
+  };
   if (!(c.flags & kReaderSet)) {
-    const Reader old{c.r_cluster,
-                     c.r_agent,
-                     c.r_clock,
-                     c.r_mask,
-                     c.r_pc,
-                     (c.flags & kReadStrong) != 0,
-                     (c.flags & kReadAsync) != 0};
+    const Reader old = reader_of(c);
     const bool same_warp = old.cluster == self.cluster && old.warp_agent == base &&
-                           old.clock == self.clock && old.strong == self.strong;
+                           old.clock == self.clock && alike(old);
     if (c.r_mask != 0 && same_warp) {
       c.r_mask |= bit;
       return;
     }
-    if (c.r_mask == 0 || (ordered_lanes(actor, old) && old.strong == self.strong)) {
+    if (c.r_mask == 0 || (alike(old) && ordered_lanes(actor, old))) {
       c.r_cluster = self.cluster;
       c.r_agent = base;
       c.r_clock = self.clock;
       c.r_mask = bit;
       c.r_pc = self.pc;
-      c.flags = static_cast<std::uint8_t>((c.flags & ~(kReadStrong | kReadAsync)) |
-                                          (self.strong ? kReadStrong : 0) |
-                                          (self.async ? kReadAsync : 0));
+      c.flags = static_cast<std::uint16_t>((c.flags & ~(kReadScope | kReadProxy)) |
+                                           static_cast<int>(self.scope) << kReadScopeShift |
+                                           static_cast<int>(self.proxy) << kReadProxyShift);
       return;
     }
     std::uint32_t index;
@@ -203,7 +229,7 @@ void Shadow::record_reader(Cell& c, const Actor& actor) {
   }
   auto& set = reader_sets_[c.r_agent];
   for (Reader& r : set) {
-    if (r.cluster == self.cluster && r.warp_agent == base && r.strong == self.strong) {
+    if (r.cluster == self.cluster && r.warp_agent == base && alike(r)) {
       if (r.clock == self.clock) {
         r.mask |= bit;
         return;
@@ -221,21 +247,27 @@ void Shadow::record_reader(Cell& c, const Actor& actor) {
 void Shadow::read_cell(Cell& c, const Actor& actor, std::uint64_t offset, Conflict& conflict) {
   if (conflict.kind == Conflict::none) {
     if (c.w_clock != 0) {
-      const bool both_strong = actor.strong && (c.flags & kWriteStrong);
+      const auto scope = static_cast<Scope>(c.flags & kWriteScope);
       const bool write_async = (c.flags & kWriteAsync) != 0;
       const auto found = [&](Conflict::Kind kind) {
-        conflict = {kind, offset, true, write_async, c.w_cluster, c.w_agent, c.w_pc};
+        conflict = {kind,  offset,      true,      write_async ? Proxy::async : Proxy::generic,
+                    scope, c.w_cluster, c.w_agent, c.w_clock,
+                    c.w_pc};
       };
       // Of writes that agree, any one that comes before shows the value that all of them store.
-      if (!both_strong && !ordered_after_any(actor, c, offset)) {
+      if (actor.proxy == Proxy::noncoherent) {
+        found(Conflict::noncoherent);
+      } else if (!ordered_after_any(actor, c, offset) &&
+                 !morally_strong(actor, c.w_cluster, c.w_agent, scope)) {
         found(Conflict::race);
-      } else if (actor.async && !write_async && c.w_cluster == actor.cluster &&
-                 actor.proxied->get(c.w_agent) < c.w_clock) {
+      } else if (actor.proxy == Proxy::async && !write_async && !visible_to_async(actor, c)) {
         found(Conflict::proxy);
       }
     }
-    if (conflict.kind == Conflict::none && c.valid != kAllBytes)
-      conflict = {Conflict::uninitialized, offset, false, false, 0, 0, 0};
+    if (conflict.kind == Conflict::none && c.valid != kAllBytes) {
+      conflict.kind = Conflict::uninitialized;
+      conflict.offset = offset;
+    }
   }
   record_reader(c, actor);
 }
@@ -243,29 +275,43 @@ void Shadow::read_cell(Cell& c, const Actor& actor, std::uint64_t offset, Confli
 void Shadow::write_cell(Cell& c, const Actor& actor, std::uint64_t offset, const Stored* stored,
                         std::size_t bytes, Conflict& conflict) {
   bool agrees = false;
-  if (conflict.kind <= Conflict::same_value) {
-    if (c.w_clock != 0 && !(actor.strong && (c.flags & kWriteStrong)) &&
-        !ordered_after_all(actor, c, offset)) {
+  if (conflict.kind <= Conflict::overwritten) {
+    const auto scope = static_cast<Scope>(c.flags & kWriteScope);
+    if (c.w_clock != 0 && !ordered_after_all(actor, c, offset) &&
+        !morally_strong(actor, c.w_cluster, c.w_agent, scope)) {
       agrees = stored != nullptr && (c.flags & kStored) &&
                std::memcmp(stored->before, stored->after, bytes) == 0;
       conflict = {agrees ? Conflict::same_value : Conflict::race,
                   offset,
                   true,
-                  (c.flags & kWriteAsync) != 0,
+                  c.flags & kWriteAsync ? Proxy::async : Proxy::generic,
+                  scope,
                   c.w_cluster,
                   c.w_agent,
+                  c.w_clock,
                   c.w_pc};
     } else if (c.r_mask != 0) {
       const auto check = [&](const Reader& r) {
-        if (conflict.kind > Conflict::same_value || (actor.strong && r.strong)) return;
-        if (!ordered_lanes(actor, r))
-          conflict = {Conflict::race, offset, false, r.async, r.cluster, r.warp_agent, r.pc};
+        if (conflict.kind > Conflict::overwritten) return;
+        const bool nc = r.proxy == Proxy::noncoherent;
+        const bool done = ordered_lanes(actor, r);
+        if (done ? !nc : morally_strong(actor, r.cluster, r.warp_agent, r.scope)) return;
+        conflict = {done ? Conflict::overwritten
+                    : nc ? Conflict::noncoherent
+                         : Conflict::race,
+                    offset,
+                    false,
+                    r.proxy,
+                    r.scope,
+                    r.cluster,
+                    r.warp_agent + static_cast<std::uint32_t>(__builtin_ctz(r.mask)),
+                    r.clock,
+                    r.pc};
       };
       if (c.flags & kReaderSet) {
         for (const Reader& r : reader_sets_[c.r_agent]) check(r);
       } else {
-        check({c.r_cluster, c.r_agent, c.r_clock, c.r_mask, c.r_pc, (c.flags & kReadStrong) != 0,
-               (c.flags & kReadAsync) != 0});
+        check(reader_of(c));
       }
     }
   }
@@ -279,9 +325,9 @@ void Shadow::write_cell(Cell& c, const Actor& actor, std::uint64_t offset, const
   c.w_clock = actor.clock;
   c.w_pc = actor.pc;
   c.r_mask = 0;
-  c.flags = static_cast<std::uint8_t>((actor.strong ? kWriteStrong : 0) |
-                                      (actor.async ? kWriteAsync : 0) |
-                                      (stored != nullptr ? kStored : 0));
+  c.flags = static_cast<std::uint16_t>(static_cast<int>(actor.scope) |
+                                       (actor.proxy == Proxy::async ? kWriteAsync : 0) |
+                                       (stored != nullptr ? kStored : 0));
   c.valid = kAllBytes;
 }
 
@@ -322,6 +368,28 @@ bool Shadow::last_write_is(std::uint64_t offset, std::uint32_t agent, std::uint3
   if (p == nullptr) return false;
   const Cell& c = (*p)[offset % kPageBytes / 4];
   return !(c.flags & kSplit) && c.w_agent == agent && c.w_clock == clock && c.w_pc == pc;
+}
+
+std::vector<LastWrite> Shadow::last_writes(std::uint64_t offset, std::uint64_t bytes) const {
+  std::vector<LastWrite> writes;
+  const auto add = [&](const Cell& c) {
+    if (c.w_clock == 0) return;
+    for (const LastWrite& w : writes) {
+      if (w.cluster == c.w_cluster && w.agent == c.w_agent && w.clock == c.w_clock) return;
+    }
+    writes.push_back({c.w_cluster, c.w_agent, c.w_clock, c.w_pc});
+  };
+  for (std::uint64_t at = offset / 4 * 4; at < offset + bytes; at += 4) {
+    const auto& p = pages_[at / kPageBytes];
+    if (p == nullptr) continue;
+    const Cell& c = (*p)[at % kPageBytes / 4];
+    if (c.flags & kSplit) {
+      for (const Cell& part : splits_[c.r_agent]) add(part);
+    } else {
+      add(c);
+    }
+  }
+  return writes;
 }
 
 std::uint64_t Shadow::count_invalid(std::uint64_t* first) const {

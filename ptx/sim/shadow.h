@@ -13,6 +13,9 @@
 
 namespace torchext::sim {
 
+// How memory is reached. noncoherent: ld.global.nc, through a cache that no store updates.
+enum class Proxy : std::uint8_t { generic, async, tensormap, noncoherent };
+
 // One access, by a thread or by an async agent on a thread's behalf.
 struct Actor {
   std::uint32_t cluster = 0;
@@ -21,20 +24,43 @@ struct Actor {
   std::uint32_t issuer = 0;  // the thread whose earlier accesses are ordered before this one
   std::uint32_t issuer_clock = 0;
   const VectorClock* known = nullptr;
-  const VectorClock* proxied = nullptr;
+  const Views* views = nullptr;
   std::uint32_t pc = 0;
-  bool async = false;   // async proxy
-  bool strong = false;  // relaxed, acquire, release, volatile or atomic
+  std::uint32_t cta_threads = 1;  // agents of one CTA
+  Proxy proxy = Proxy::generic;
+  Scope scope = Scope::none;  // of a strong access: relaxed, acquire, release, volatile or atomic
 };
 
 struct Conflict {
-  // same_value: writes that nothing orders, and that store the same bytes.
-  enum Kind : std::uint8_t { none, same_value, race, proxy, uninitialized };
+  // Those up to `overwritten` are notes.
+  enum Kind : std::uint8_t {
+    none,
+    same_value,   // writes that nothing orders, and that store the same bytes
+    overwritten,  // a write after a non-coherent load that is known to be done
+    race,
+    proxy,        // a generic write that no fence has made visible to the async proxy
+    noncoherent,  // a non-coherent load of bytes that the launch has written, or writes unordered
+    uninitialized,
+  };
   Kind kind = none;
   std::uint64_t offset = 0;  // of the byte or granule
   bool other_is_write = false;
-  bool other_is_async = false;
-  std::uint32_t other_cluster = 0, other_agent = 0, other_pc = 0;
+  Proxy other_proxy = Proxy::generic;
+  Scope other_scope = Scope::none;
+  std::uint32_t other_cluster = 0, other_agent = 0, other_clock = 0, other_pc = 0;
+};
+
+// The CTA whose shared memory it is. Its threads' generic writes need
+// fence.proxy.async.shared::cta, other CTAs' need fence.proxy.async.shared::cluster, before the
+// async proxy may read them.
+struct SharedOwner {
+  std::uint32_t first_thread = 0, threads = 0;  // agents of its CTA; none: global memory
+  std::uint32_t cluster_threads = 0;
+};
+
+// A write that some bytes hold.
+struct LastWrite {
+  std::uint32_t cluster, agent, clock, pc;
 };
 
 // What a store that takes effect at once replaces, and by what.
@@ -46,7 +72,7 @@ struct Stored {
 class Shadow {
  public:
   // `valid`: the memory's content counts as written.
-  Shadow(std::uint64_t bytes, bool valid);
+  Shadow(std::uint64_t bytes, bool valid, SharedOwner owner = {});
 
   // Checks and records an access to [offset, offset + bytes). The first conflict is returned.
   Conflict read(const Actor& actor, std::uint64_t offset, std::uint64_t bytes);
@@ -58,13 +84,18 @@ class Shadow {
   // Whether the last write to the granule at `offset` is this one.
   bool last_write_is(std::uint64_t offset, std::uint32_t agent, std::uint32_t clock,
                      std::uint32_t pc) const;
+  // Which fence.proxy.async a generic write by this agent needs, before the async proxy reads it.
+  AsyncSpace async_space(std::uint32_t writer) const;
+  // The distinct writes of this launch that the bytes hold.
+  std::vector<LastWrite> last_writes(std::uint64_t offset, std::uint64_t bytes) const;
   // Bytes that nobody has written; the first one's offset in *first.
   std::uint64_t count_invalid(std::uint64_t* first) const;
 
  private:
   struct Reader {
     std::uint32_t cluster, warp_agent, clock, mask, pc;
-    bool strong, async;
+    Scope scope;
+    Proxy proxy;
   };
   struct Writers {  // lanes of a warp
     std::uint32_t cluster, warp_agent, clock, mask;
@@ -72,9 +103,9 @@ class Shadow {
   struct Cell {
     std::uint32_t w_cluster, w_agent, w_clock, w_pc;          // w_clock 0: no write
     std::uint32_t r_cluster, r_agent, r_clock, r_mask, r_pc;  // r_mask 0: no read
-    std::uint8_t flags;
+    std::uint16_t flags;
     std::uint8_t valid;  // a bit per byte
-    std::uint16_t unused;
+    std::uint8_t unused;
   };
   static constexpr std::uint64_t kPageBytes = 4096;
   using Page = std::array<Cell, kPageBytes / 4>;
@@ -91,6 +122,10 @@ class Shadow {
   void record_agreeing(Cell& c, const Actor& actor, std::uint64_t offset);
   bool ordered_after_any(const Actor& a, const Cell& c, std::uint64_t offset) const;
   bool ordered_after_all(const Actor& a, const Cell& c, std::uint64_t offset) const;
+  static bool morally_strong(const Actor& a, std::uint32_t cluster, std::uint32_t agent,
+                             Scope scope);
+  static Reader reader_of(const Cell& c);
+  bool visible_to_async(const Actor& a, const Cell& c) const;
   void record_reader(Cell& c, const Actor& actor);
   std::uint32_t split(Cell& c, std::uint64_t granule);
   template <class Visit>
@@ -98,6 +133,7 @@ class Shadow {
 
   std::uint64_t bytes_;
   bool valid_;
+  SharedOwner owner_;
   std::vector<std::unique_ptr<Page>> pages_;
   std::vector<std::vector<Reader>> reader_sets_;
   std::vector<std::uint32_t> free_sets_;

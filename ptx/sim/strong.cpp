@@ -1,43 +1,61 @@
 // Strong accesses as synchronisation.
 #include "strong.h"
 
+#include <algorithm>
+
 namespace torchext::sim {
 
 namespace {
-std::uint64_t shared_key(const Place& place) {
-  return std::uint64_t{place.cta->rank} << 32 | place.offset;
+// Shared memory's keys lie beyond every address of global memory.
+std::uint64_t key_of(const Place& place, std::uint64_t address) {
+  return place.cta != nullptr ? kSharedWindow | std::uint64_t{place.cta->rank} << 32 | place.offset
+                              : address;
 }
 }  // namespace
 
-void strong_read(Warp& w, int lane, const Place& place, std::uint64_t address, bool acquire) {
+void strong_read(Warp& w, int lane, const Place& place, std::uint64_t address, Scope scope,
+                 bool acquire) {
   if (!w.grid().checks || place.valid != nullptr) return;
-  Knowledge k;
-  if (place.cta != nullptr) {
-    auto& sync = w.cluster().shared_sync;
-    const auto it = sync.find(shared_key(place));
-    if (it == sync.end()) return;
-    k = it->second;
-  } else if (!w.grid().observe(address, w.cluster().number, &k)) {
-    return;
-  }
+  const std::uint64_t key = key_of(place, address);
+  const auto cell = w.cluster().sync.find(key);
+  const auto observe = [&](Scope at) {
+    Knowledge k;
+    if (cell != w.cluster().sync.end()) k = cell->second.observe(w.cta().rank, at);
+    if (place.cta == nullptr) w.grid().sync.observe(key, w.cluster().number, at, &k);
+    return k;
+  };
   const std::uint32_t bit = 1u << lane;
   if (acquire) {
-    w.acquire(bit, k);
-  } else {
-    w.strong_acquired[lane].join(k);
-    w.acquired_lanes |= bit;
+    w.acquire(bit, observe(scope));
+    return;
+  }
+  // A later fence takes in what both its own scope and this one reach.
+  const bool no_scopes = place.cta != nullptr && w.grid().cluster_size == 1;
+  Scope at = Scope::none;
+  Knowledge k;
+  for (std::size_t level = 0; level < kScopeLevels; ++level) {
+    const Scope widest[] = {Scope::cta, Scope::cluster, Scope::sys};
+    const Scope reach = std::min(scope, widest[level]);
+    if (reach != at && (level == 0 || !no_scopes)) k = observe(reach);
+    at = reach;
+    w.strong_acquired[lane][level].join(k);
+    if (k.known || k.views) w.acquired_lanes |= bit;
   }
 }
 
-void strong_write(Warp& w, int lane, const Place& place, std::uint64_t address, bool release) {
+void strong_write(Warp& w, int lane, const Place& place, std::uint64_t address, Scope scope,
+                  bool release) {
   if (!w.grid().checks || place.valid != nullptr) return;
   const std::uint32_t bit = 1u << lane;
   if (!release && !(w.fenced_lanes & bit)) return;
-  const Knowledge k = release ? w.release(bit) : w.fence_released[lane];
-  if (place.cta != nullptr)
-    w.cluster().shared_sync[shared_key(place)].join(k);
+  Scoped released;
+  if (release)
+    released.fill(w.release(bit));
   else
-    w.grid().publish(address, w.cluster().number, k);
+    released = w.fence_released[lane];
+  const std::uint64_t key = key_of(place, address);
+  w.cluster().sync[key].publish(w.cta().rank, released, scope);
+  if (place.cta == nullptr) w.grid().sync.publish(key, w.cluster().number, released, scope);
 }
 
 }  // namespace torchext::sim

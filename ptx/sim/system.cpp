@@ -1,6 +1,7 @@
 // Fences, setmaxnreg, griddepcontrol, nanosleep and other instructions about the machine itself.
 #include "decode.h"
 #include "lanes.h"
+#include "map_fences.h"
 
 namespace torchext::sim {
 
@@ -14,8 +15,10 @@ Step nothing(Warp&, const Instruction&, U32) {
 
 // ---- fence, membar ------------------------------------------------------------------------------
 
-Step memory_fence(Warp& w, const Instruction&, U32 mask) {
-  w.memory_fence(mask);
+enum : std::uint16_t { kAcquires = 1, kReleases = 2 };
+
+Step memory_fence(Warp& w, const Instruction& i, U32 mask) {
+  w.memory_fence(mask, static_cast<Scope>(i.target), i.small & kAcquires, i.small & kReleases);
   return Step::next;
 }
 
@@ -27,9 +30,35 @@ void mark_mbarriers_fenced(Warp& w, U32 mask) {
   }
 }
 
-Step proxy_fence(Warp& w, const Instruction&, U32 mask) {
-  w.proxy_fence(mask);
-  mark_mbarriers_fenced(w, mask);
+// small: a bit for each AsyncSpace
+Step async_fence(Warp& w, const Instruction& i, U32 mask) {
+  w.async_fence(mask, i.small);
+  if ((i.small >> kOwnShared) & 1) mark_mbarriers_fenced(w, mask);
+  return Step::next;
+}
+
+// fence.proxy.alias orders generic accesses through different addresses of the same memory, which
+// the simulator has none of.
+Step alias_fence(Warp& w, const Instruction&, U32 mask) {
+  w.alias_fence(mask);
+  return Step::next;
+}
+
+Step release_maps(Warp& w, const Instruction& i, U32 mask) {
+  const auto scope = static_cast<Scope>(i.target);
+  w.release_maps(mask, scope);
+  w.memory_fence(mask, scope, false, true);
+  return Step::next;
+}
+
+Step acquire_map(Warp& w, const Instruction& i, U32 mask) {
+  w.need(i.s[0], mask, "as a tensor map's address");
+  const auto scope = static_cast<Scope>(i.target);
+  w.memory_fence(mask, scope, true, false);
+  for_lanes(mask, [&](int lane) {
+    acquire_tensor_map(w, lane, w.integer(i.s[0], lane) + static_cast<std::uint64_t>(i.offset),
+                       scope);
+  });
   return Step::next;
 }
 
@@ -44,23 +73,63 @@ Step mbarrier_fence(Warp& w, const Instruction&, U32 mask) {
     w.learn(1u << lane, m.published_agent, 1);
     VectorClock published;
     published.raise(m.published_agent, 1);
-    w.fence_released[lane].join(Knowledge{ClockRef::make(std::move(published)), {}});
+    const Knowledge init{ClockRef::make(std::move(published)), {}};
+    for (const std::size_t level : {0, 1}) w.fence_released[lane][level].join(init);
     w.fenced_lanes |= 1u << lane;
   }
   return Step::next;
 }
 
-void decode_fence(Decoder& d) {
-  if (d.opcode() == "membar") {
-    if (d.take("proxy")) {
-      if (d.take_one_of({"alias", "async"}).empty()) d.fail("unknown proxy");
-      d.finish(0);
-      d.out.execute = proxy_fence;
-      return;
-    }
-    if (d.take_one_of({"cta", "gl", "sys"}).empty()) d.fail("no level");
+void decode_proxy_fence(Decoder& d) {
+  constexpr std::uint16_t own = 1 << kOwnShared, cluster = own | 1 << kClusterShared,
+                          global = 1 << kGlobal;
+  if (d.take("alias")) {
     d.finish(0);
-    d.out.execute = memory_fence;
+    d.out.execute = alias_fence;
+  } else if (d.take("async")) {
+    const bool is_global = d.take("global"), is_cluster = d.take("shared::cluster");
+    const bool is_own = d.take("shared::cta") || d.take("shared");
+    d.out.small = is_global    ? global
+                  : is_cluster ? cluster
+                  : is_own     ? own
+                               : static_cast<std::uint16_t>(cluster | global);
+    d.finish(0);
+    d.out.execute = async_fence;
+  } else if (d.take("async::generic")) {  // for shared memory alone
+    if (d.take_one_of({"acquire", "release"}).empty()) d.fail("expected .acquire or .release");
+    d.take_one_of({"sync_restrict::shared::cta", "sync_restrict::shared::cluster"});
+    d.take_scope();
+    d.finish(0);
+    d.out.small = cluster;
+    d.out.execute = async_fence;
+  } else if (d.take("tensormap::generic")) {
+    const bool acquire = d.take("acquire");
+    if (!acquire && !d.take("release")) d.fail("expected .acquire or .release");
+    const Scope scope = d.take_scope();
+    if (scope == Scope::none) d.fail("no scope");
+    d.out.target = static_cast<U32>(scope);
+    d.finish(acquire ? 2 : 0);
+    d.out.execute = acquire ? acquire_map : release_maps;
+    if (!acquire) return;
+    if (d.immediate(1) != 128) d.fail("the size must be 128");
+    Space space = Space::generic;
+    d.out.s[0] = d.address(d.arg(0), &d.out.offset, &space);
+  } else {
+    d.fail("unknown proxy");
+  }
+}
+
+void decode_fence(Decoder& d) {
+  d.out.execute = memory_fence;
+  d.out.small = kAcquires | kReleases;
+  if (d.opcode() == "membar") {
+    if (d.take("proxy")) return decode_proxy_fence(d);
+    const std::string level = d.take_one_of({"cta", "gl", "sys"});
+    if (level.empty()) d.fail("no level");
+    d.finish(0);
+    d.out.target = static_cast<U32>(level == "cta"  ? Scope::cta
+                                    : level == "gl" ? Scope::gpu
+                                                    : Scope::sys);
     return;
   }
   if (d.take("mbarrier_init")) {
@@ -69,36 +138,15 @@ void decode_fence(Decoder& d) {
     d.out.execute = mbarrier_fence;
     return;
   }
-  if (d.take("proxy")) {
-    if (d.take("alias")) {
-      d.finish(0);
-      d.out.execute = memory_fence;
-    } else if (d.take("tensormap::generic")) {
-      const bool acquire = d.take("acquire");
-      if (!acquire && !d.take("release")) d.fail("expected .acquire or .release");
-      if (d.take_one_of({"cta", "cluster", "gpu", "sys"}).empty()) d.fail("no scope");
-      d.finish(acquire ? 2 : 0);
-      d.out.execute = proxy_fence;
-    } else if (d.take("async")) {
-      d.take_space();
-      d.finish(0);
-      d.out.execute = proxy_fence;
-    } else if (d.take("async::generic")) {
-      if (d.take_one_of({"acquire", "release"}).empty()) d.fail("expected .acquire or .release");
-      d.take_one_of({"sync_restrict::shared::cta", "sync_restrict::shared::cluster"});
-      d.take_one_of({"cta", "cluster", "gpu", "sys"});
-      d.finish(0);
-      d.out.execute = proxy_fence;
-    } else {
-      d.fail("unknown proxy");
-    }
-    return;
-  }
-  d.take_one_of({"sc", "acq_rel", "acquire", "release"});
+  if (d.take("proxy")) return decode_proxy_fence(d);
+  const std::string order = d.take_one_of({"sc", "acq_rel", "acquire", "release"});
+  if (order == "acquire") d.out.small = kAcquires;
+  if (order == "release") d.out.small = kReleases;
   d.take_one_of({"sync_restrict::shared::cta", "sync_restrict::shared::cluster"});
-  if (d.take_one_of({"cta", "cluster", "gpu", "sys"}).empty()) d.fail("no scope");
+  const Scope scope = d.take_scope();
+  if (scope == Scope::none) d.fail("no scope");
+  d.out.target = static_cast<U32>(scope);
   d.finish(0);
-  d.out.execute = memory_fence;
 }
 
 // ---- setmaxnreg ---------------------------------------------------------------------------------

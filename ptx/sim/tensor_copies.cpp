@@ -5,6 +5,7 @@
 #include "bulk_copies.h"
 #include "copy_engine.h"
 #include "decode.h"
+#include "map_fences.h"
 #include "mbarrier.h"
 #include "tensor_map.h"
 
@@ -30,15 +31,19 @@ U64 operand_address(Warp& w, const Slot& s, std::int64_t offset, int lane) {
   return s.bytes == 4 ? static_cast<U32>(a) : a;
 }
 
-bool fetch_map(Warp& w, const TensorCopy& c, int lane, TensorMapFields* fields) {
+// What reads the map on the lane's behalf: agent and clock.
+using MapReader = std::pair<U32, U32>;
+
+// `reader` is called if the map can change, and so has to be checked.
+template <class Reader>
+bool fetch_map(Warp& w, const TensorCopy& c, int lane, TensorMapFields* fields, Reader&& reader) {
   const U64 address = operand_address(w, c.map, c.map_offset, lane);
-  if (address % 64) {
-    w.finding(FindingKind::tensor_map, "the tensor map is not aligned to 64 bytes", 1u << lane,
-              address);
-    return false;
-  }
   Place place;
-  if (!resolve_global(w, lane, address, 128, false, &place)) return false;
+  if (!resolve_tensor_map(w, lane, address, &place)) return false;
+  if (is_checked_map(place)) {
+    const MapReader by = reader();
+    read_tensor_map(w, lane, place, address, by.first, by.second);
+  }
   try {
     *fields = decode_tensor_map(place.host);
   } catch (const TensorMapError& e) {
@@ -96,9 +101,20 @@ void merged(GlobalRange& range, U64 address, U32 bytes, Check&& check) {
   range = {address, address + bytes};
 }
 
+MapReader next_map_read(Warp& w, int lane) {
+  CopyGroups& g = bulk_group(w, lane);
+  if (g.map_agent == 0) {
+    g.map_agent = w.cluster().new_agent();
+    w.cluster().agent_names[g.map_agent] =
+        "a tensor copy of " + w.cluster().describe_agent(w.agent(lane));
+  }
+  return {g.map_agent, ++g.map_clock};
+}
+
 void load_box(Warp& w, const TensorCopy& c, int lane) {
   TensorMapFields f;
-  if (!fetch_map(w, c, lane, &f)) return;
+  MapReader map_reader{0, 0};
+  if (!fetch_map(w, c, lane, &f, [&] { return map_reader = next_map_read(w, lane); })) return;
   std::int32_t at[kMaxTensorMapRank] = {};
   for (U32 k = 0; k < c.rank; ++k)
     at[k] = static_cast<std::int32_t>(w.integer(c.coordinates[k], lane));
@@ -194,6 +210,9 @@ void load_box(Warp& w, const TensorCopy& c, int lane) {
       whole.offset = offset;
       w.check_write(whole, actor, span, 1u << lane, offset);
     }
+    const auto m = t.cta->mbarriers.find(barrier_offset);
+    if (map_reader.first != 0 && m != t.cta->mbarriers.end())
+      m->second.map_reads.push_back(map_reader);
     start_signalled(w, std::move(job), t.signal, bytes, "a tensor copy");
   }
 }
@@ -201,7 +220,9 @@ void load_box(Warp& w, const TensorCopy& c, int lane) {
 // Returns whether there is a copy now.
 bool store_box(Warp& w, const TensorCopy& c, int lane) {
   TensorMapFields f;
-  if (!fetch_map(w, c, lane, &f)) return false;
+  CopyGroups& group = bulk_group(w, lane);
+  if (!fetch_map(w, c, lane, &f, [&] { return MapReader{group.read_agent, group.current}; }))
+    return false;
   std::int32_t at[kMaxTensorMapRank] = {};
   for (U32 k = 0; k < c.rank; ++k)
     at[k] = static_cast<std::int32_t>(w.integer(c.coordinates[k], lane));
@@ -209,14 +230,13 @@ bool store_box(Warp& w, const TensorCopy& c, int lane) {
   const U64 shared = operand_address(w, c.shared, c.shared_offset, lane);
   if (!resolve_shared(w, lane, shared, box_span_bytes(f), 128, false, &place)) return false;
   const auto offset = static_cast<U32>(place.host - place.cta->shared.data());
-  CopyGroups& group = bulk_group(w, lane);
   const Actor reader = copy_actor(w, lane, group.read_agent, group.current);
   Actor writer = copy_actor(w, lane, group.write_agent, group.current);
   CopyJob job;
   job.reduction = c.reduction;
   if (c.reduction.op != ReduceOp::none) {
     job.reduction.type = reduce_type(f.data_type);
-    writer.strong = true;
+    writer.scope = Scope::gpu;
   }
   std::uint8_t* base = place.cta->shared.data();
   GlobalRange range;
@@ -295,7 +315,15 @@ Step copy(Warp& w, const Instruction& i, U32 mask) {
   return Step::next;
 }
 
-Step nothing(Warp&, const Instruction&, U32) {
+// A hint as far as the box goes, but it reads the map.
+Step prefetch(Warp& w, const Instruction& i, U32 mask) {
+  const auto& c = *static_cast<const TensorCopy*>(i.extra);
+  w.need(c.map, mask, "as a tensor map's address");
+  for (U32 k = 0; k < c.rank; ++k) w.need(c.coordinates[k], mask, "as a coordinate");
+  for_lanes(mask, [&](int lane) {
+    TensorMapFields f;
+    fetch_map(w, c, lane, &f, [&] { return MapReader{w.agent(lane), w.clock(lane)}; });
+  });
   return Step::next;
 }
 
@@ -326,7 +354,8 @@ void decode_bulk_tensor(Decoder& d, bool reduce) {
     d.take_cache_hints();
     d.finish(d.has_cache_policy ? 2 : 1);
     take_map(d, c, d.arg(0));
-    d.out.execute = nothing;
+    d.own(c);
+    d.out.execute = prefetch;
     return;
   }
   c.rank = take_rank(d);

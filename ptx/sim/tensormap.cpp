@@ -111,7 +111,9 @@ Step copy_and_fence(Warp& w, const Instruction& i, U32 mask) {
   w.check_write(target, w.actor(lane), kMapBytes, 1u << lane, to);
   std::memcpy(target.host, source.host, kMapBytes);
   if (converged) w.order_lanes(mask);
-  w.memory_fence(mask);
+  const auto scope = static_cast<Scope>(i.target);
+  w.release_maps(mask, scope);
+  w.memory_fence(mask, scope, false, true);
   ++w.cluster().progress;
   return Step::next;
 }
@@ -120,7 +122,9 @@ void decode_copy_and_fence(Decoder& d) {
   for (const char* modifier : {"global", "shared::cta", "tensormap::generic", "release"}) {
     if (!d.take(modifier)) d.fail(std::string("expected .") + modifier);
   }
-  if (d.take_one_of({"cta", "cluster", "gpu", "sys"}).empty()) d.fail("no scope");
+  const Scope scope = d.take_scope();
+  if (scope == Scope::none) d.fail("no scope");
+  d.out.target = static_cast<U32>(scope);
   if (!d.take("sync") || !d.take("aligned")) d.fail("expected .sync.aligned");
   d.finish(3);
   if (d.immediate(2) != kMapBytes) d.fail("the size must be 128");

@@ -227,7 +227,7 @@ Step issue(Warp& w, const Instruction& i, U32 mask) {
   Actor reader = w.actor(first);
   reader.agent = w.wgmma_agent;
   reader.clock = w.wgmma_group;
-  reader.async = true;
+  reader.proxy = Proxy::async;
   Place place;
   place.cta = &w.cta();
   place.shadow = checks ? &w.cta().shadow : nullptr;
