@@ -35,17 +35,20 @@ def composed(layer: Linear, input: Tensor, weight: Tensor, bias: Tensor | None) 
     return None
 
 
+# Bound once: each forward of an eager layer asks.
+_are_transforms_active = torch._C._are_functorch_transforms_active
+_is_jit_tracing = torch._C._is_tracing
+_len_function_modes = torch._C._len_torch_function_stack
+
+
 def is_composed() -> bool:
     """Whether anything but the classes of the tensors asks for the op."""
     return (
-        torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state() is not None
+        _are_transforms_active()
+        or _is_jit_tracing()
         or forward_ad._current_level >= 0
         # make_fx and torch.export may trace above autograd, with a mode that sees functions.
-        or (
-            torch._C._len_torch_function_stack() > 0
-            and torch._ops._len_torch_dispatch_stack_pre_dispatch() > 0
-        )
+        or (_len_function_modes() > 0 and torch._ops._len_torch_dispatch_stack_pre_dispatch() > 0)
     )
 
 

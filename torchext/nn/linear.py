@@ -8,10 +8,9 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from .._twins import apply
 from ..recipe import Recipe
 from .composition import composed, is_composed, is_composed_in_graph, rows_of_nested
-from .linear_function import LinearFunction, Operand, linear
+from .linear_function import LinearFunction, Operand, apply_eagerly, linear
 from .operands import fit, misfit
 from .weight_cache import WeightCache
 
@@ -140,7 +139,7 @@ class Linear(torch.nn.Linear):
         out_dtype = _output_dtype(input)
         if _needs_graph(input, weight, bias):
             inputs = (input, weight, bias, self.recipe, out_dtype, quantized_weight)
-            y = LinearFunction.apply(*inputs) if compiling else apply(LinearFunction, *inputs)
+            y = LinearFunction.apply(*inputs) if compiling else apply_eagerly(*inputs)
         else:
             y = linear(
                 input,

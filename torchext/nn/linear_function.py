@@ -177,6 +177,11 @@ class LinearFunction(torch.autograd.Function):
         return _gradients(ctx, grad)
 
 
+# LinearFunction.apply, a Python function, less what it does for torch.func's transforms: under them
+# a layer takes its op. Not for Dynamo, which knows the original.
+apply_eagerly = super(torch.autograd.Function, LinearFunction).apply  # type: ignore[misc]
+
+
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """(dx, dw, db), each None unless it is needed, and None for forward's other arguments."""
     needs_dx, needs_dw, needs_db = ctx.needs_input_grad[:3]

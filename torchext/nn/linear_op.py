@@ -22,7 +22,7 @@ from .. import _registrations  # noqa: F401  (loads the ops)
 from .._errors import python_error
 from .._twins import apply, recorded_outside
 from ..recipe import GRANULARITIES, Recipe
-from .linear_function import LinearFunction, gradient_of_bias, refuse_second_gradient
+from .linear_function import apply_eagerly, gradient_of_bias, refuse_second_gradient
 from .operands import fit, misfit
 
 _IMPL = torch.library.Library("torchext", "IMPL")
@@ -111,7 +111,7 @@ def _autograd(
     plain = torch._C._functorch.peek_interpreter_stack() is None and forward_ad._current_level < 0
     if whole and plain:
         dtype = out_dtype or input.dtype
-        return apply(LinearFunction, input, weight, bias, _recipe(*recipe), dtype, None)
+        return apply_eagerly(input, weight, bias, _recipe(*recipe), dtype, None)
     return apply(_Linear, input, weight, bias, *recipe, out_dtype)
 
 
