@@ -68,11 +68,11 @@ Step atomic(Warp& w, const Instruction& i, U32 mask) {
       const auto modify = [&] {
         std::memcpy(old, place.host, total);
         if (a.compare_and_swap) {
-          U64 expected = 0, current = 0, next = w.integer(i.list[values + 1], lane);
-          std::memcpy(&expected, value, a.bytes);
-          std::memcpy(&current, old, a.bytes);
-          if (current != expected) return;
-          std::memcpy(place.host, &next, a.bytes);
+          if (std::memcmp(old, value, total) != 0) return;
+          for (U32 e = 0; e < a.elements; ++e) {
+            const U64 next = w.integer(i.list[values + a.elements + e], lane);
+            std::memcpy(place.host + e * a.bytes, &next, a.bytes);
+          }
         } else if (a.exchange) {
           std::memcpy(place.host, value, total);
         } else {
@@ -120,6 +120,12 @@ void decode_atomic(Decoder& d) {
   d.take_cache_hints();
   a.elements = d.take("v2") ? 2 : d.take("v4") ? 4 : d.take("v8") ? 8 : 1;
   a.type = d.take_type();
+  if (a.type == Type::b128) {  // a .b128 register is two halves
+    if (a.elements > 1 || (!a.exchange && !a.compare_and_swap))
+      d.fail(".b128 is for .exch and .cas alone");
+    a.type = Type::b64;
+    a.elements = 2;
+  }
   a.bytes = static_cast<U32>(size_of(a.type));
   if (a.bytes < 2 || a.bytes > 8 || a.bytes * a.elements > 16) d.fail("unsupported size");
   std::size_t k = red ? 0 : 1;
@@ -131,7 +137,7 @@ void decode_atomic(Decoder& d) {
     for (const Arg& element : arg.args) add(element);
   };
   if (!red) {
-    if (a.elements == 1 && d.arg(0).kind == Arg::sink)
+    if (d.arg(0).kind == Arg::sink)
       a.returns = false;
     else
       each(d.arg(0), [&](const Arg& x) {

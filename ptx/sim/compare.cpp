@@ -91,9 +91,16 @@ inline float widen(AsBf16 v) {
 inline float flush(float v) {
   return std::abs(v) < 1.17549435e-38f ? 0.0f * v : v;
 }
+
+// The value of an operand; .ftz takes subnormals for zeros.
 template <class T>
-T flush(T v) {
-  return v;
+auto operand(T v, bool ftz) {
+  if constexpr (std::is_same_v<T, AsF16>) {
+    if (ftz && (v.bits & 0x7c00) == 0) v.bits &= 0x8000;
+  } else if constexpr (std::is_same_v<T, float>) {
+    if (ftz) v = flush(v);
+  }
+  return widen(v);
 }
 
 template <class T, class F>
@@ -103,9 +110,7 @@ U32 compare(Warp& w, const Instruction& i, U32 mask) {
   U32 result = 0;
   const bool ftz = i.small & kFtz;
   each_lane(mask, [&](int l) {
-    auto x = widen(Element<T>::load(a, l));
-    auto y = widen(Element<T>::load(b, l));
-    if (ftz) x = flush(x), y = flush(y);
+    const auto x = operand(Element<T>::load(a, l), ftz), y = operand(Element<T>::load(b, l), ftz);
     result |= static_cast<U32>(F()(x, y)) << l;
   });
   return result;
@@ -217,34 +222,61 @@ U16 take_combine(Decoder& d) {
   return mode.empty() ? kNone : mode == "and" ? kAnd : mode == "or" ? kOr : kXor;
 }
 
-// f16x2, bf16x2: the low half sets p, the high half q.
+// f16x2, bf16x2: the results of the halves, combined, and the lanes in which they are valid.
+struct HalfResults {
+  U32 low = 0, high = 0, low_valid = 0, high_valid = 0;
+};
 template <class T, class F>
-Step set_pair(Warp& w, const Instruction& i, U32 mask) {
-  U32 low = 0, high = 0;
+HalfResults compare_halves(Warp& w, const Instruction& i, U32 mask) {
+  HalfResults r;
+  const bool ftz = i.small & kFtz;
   for_lanes(mask, [&](int l) {
     const U64 a = w.integer(i.s[0], l), b = w.integer(i.s[1], l);
-    const auto at = [](U64 v, int h) { return widen(T{static_cast<U16>(v >> (16 * h))}); };
-    low |= static_cast<U32>(F()(at(a, 0), at(b, 0))) << l;
-    high |= static_cast<U32>(F()(at(a, 1), at(b, 1))) << l;
+    const auto at = [&](U64 v, int h) { return operand(T{static_cast<U16>(v >> (16 * h))}, ftz); };
+    r.low |= static_cast<U32>(F()(at(a, 0), at(b, 0))) << l;
+    r.high |= static_cast<U32>(F()(at(a, 1), at(b, 1))) << l;
   });
-  U32 low_valid = w.valid(i.s[0]) & w.valid(i.s[1]), high_valid = low_valid;
-  for_lanes(mask & ~low_valid, [&](int l) {
+  r.low_valid = r.high_valid = w.valid(i.s[0]) & w.valid(i.s[1]);
+  for_lanes(mask & ~r.low_valid, [&](int l) {
     const U64 bits = w.valid_bits(i.s[0], l) & w.valid_bits(i.s[1], l);
-    low_valid |= static_cast<U32>((bits & 0xffff) == 0xffff) << l;
-    high_valid |= static_cast<U32>((bits >> 16 & 0xffff) == 0xffff) << l;
+    r.low_valid |= static_cast<U32>((bits & 0xffff) == 0xffff) << l;
+    r.high_valid |= static_cast<U32>((bits >> 16 & 0xffff) == 0xffff) << l;
   });
-  low = combine(w, i, low, &low_valid);
-  high = combine(w, i, high, &high_valid);
-  w.set_predicate(i.d, mask, low);
-  w.set_predicate(i.d2, mask, high);
-  w.set_valid(i.d, mask, low_valid);
-  w.set_valid(i.d2, mask, high_valid);
+  r.low = combine(w, i, r.low, &r.low_valid);
+  r.high = combine(w, i, r.high, &r.high_valid);
+  return r;
+}
+
+// setp: the low half sets p, the high half q.
+template <class T, class F>
+Step set_pair(Warp& w, const Instruction& i, U32 mask) {
+  const HalfResults r = compare_halves<T, F>(w, i, mask);
+  w.set_predicate(i.d, mask, r.low);
+  w.set_predicate(i.d2, mask, r.high);
+  w.set_valid(i.d, mask, r.low_valid);
+  w.set_valid(i.d2, mask, r.high_valid);
+  return Step::next;
+}
+
+// set: all ones (or 1.0) in each half where true
+template <class T, class F>
+Step set_halves(Warp& w, const Instruction& i, U32 mask) {
+  const HalfResults r = compare_halves<T, F>(w, i, mask);
+  const auto truth = static_cast<U32>(i.offset);
+  LaneBits bits;
+  for_lanes(mask, [&](int l) {
+    w.put(i.d, l, ((r.low >> l) & 1 ? truth : 0) | ((r.high >> l) & 1 ? truth << 16 : 0));
+    bits.of[l] = ~U64{0};
+    if (!((r.low_valid >> l) & 1)) bits.of[l] &= ~U64{0xffff};
+    if (!((r.high_valid >> l) & 1)) bits.of[l] &= ~U64{0xffff0000};
+  });
+  w.set_validity(i.d, mask, (mask & ~(r.low_valid & r.high_valid)) == 0, bits);
   return Step::next;
 }
 template <class T>
-Execute pair_comparison(const std::string& op) {
+Execute pair_comparison(const std::string& op, bool to_register) {
 #define TORCHEXT_COMPARE(name, F) \
-  if (op == name) return set_pair<T, F>
+  if (op == name) return to_register ? set_halves<T, F> : set_pair<T, F>
   TORCHEXT_COMPARE("eq", Eq);
   TORCHEXT_COMPARE("ne", Ne);
   TORCHEXT_COMPARE("lt", Lt);
@@ -279,8 +311,8 @@ void decode_setp(Decoder& d) {
   d.out.s[0] = d.source(1, type);
   d.out.s[1] = d.source(2, type);
   if (combined) d.out.s[2] = d.predicate(3);
-  d.out.execute = type == Type::f16x2    ? pair_comparison<AsF16>(op)
-                  : type == Type::bf16x2 ? pair_comparison<AsBf16>(op)
+  d.out.execute = type == Type::f16x2    ? pair_comparison<AsF16>(op, false)
+                  : type == Type::bf16x2 ? pair_comparison<AsBf16>(op, false)
                                          : comparison_of(type, op, false);
   if (d.out.execute == nullptr) d.fail("no such comparison for this type");
 }
@@ -296,13 +328,17 @@ void decode_set(Decoder& d) {
   d.out.s[0] = d.source(1, type);
   d.out.s[1] = d.source(2, type);
   if (combined) d.out.s[2] = d.predicate(3);
-  d.out.offset = result == Type::f32    ? 0x3f800000
-                 : result == Type::f16  ? 0x3c00
-                 : result == Type::bf16 ? 0x3f80
-                 : size_of(result) == 2 ? 0xffff
-                 : size_of(result) == 4 ? 0xffffffff
-                                        : -1;
-  d.out.execute = comparison_of(type, op, true);
+  const bool halves = type == Type::f16x2 || type == Type::bf16x2;
+  d.out.offset = result == Type::f32                              ? 0x3f800000
+                 : result == Type::f16 || result == Type::f16x2   ? 0x3c00
+                 : result == Type::bf16 || result == Type::bf16x2 ? 0x3f80
+                 : size_of(result) == 2 || halves                 ? 0xffff
+                 : size_of(result) == 4                           ? 0xffffffff
+                                                                  : -1;
+  if (halves && size_of(result) != 4) d.fail("the result must have two halves");
+  d.out.execute = type == Type::f16x2    ? pair_comparison<AsF16>(op, true)
+                  : type == Type::bf16x2 ? pair_comparison<AsBf16>(op, true)
+                                         : comparison_of(type, op, true);
   if (d.out.execute == nullptr) d.fail("no such comparison for this type");
 }
 

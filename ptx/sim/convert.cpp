@@ -111,10 +111,9 @@ U64 narrow(Type type, U64 value) {  // sign- or zero-extended to 64 bits
   return value << unused >> unused;
 }
 
-U64 saturate_integer(Type to, Type from, U64 value) {
-  const int bits = 8 * size_of(to);
+U64 saturate_integer(int bits, bool to_signed, Type from, U64 value) {
   const bool negative = is_signed(from) && static_cast<std::int64_t>(value) < 0;
-  if (is_signed(to)) {
+  if (to_signed) {
     const std::int64_t high = static_cast<std::int64_t>((U64{1} << (bits - 1)) - 1);
     if (!negative && value > static_cast<U64>(high)) return static_cast<U64>(high);
     if (negative && static_cast<std::int64_t>(value) < ~high) return static_cast<U64>(~high);
@@ -154,7 +153,9 @@ U64 convert_one(const Conversion& c, U64 bits) {
     return encode_float(c, v);
   }
   const U64 value = narrow(c.from, bits);
-  if (!is_float(c.to)) return c.sat ? saturate_integer(c.to, c.from, value) : narrow(c.to, value);
+  if (!is_float(c.to))
+    return c.sat ? saturate_integer(8 * size_of(c.to), is_signed(c.to), c.from, value)
+                 : narrow(c.to, value);
   const bool negative = is_signed(c.from) && static_cast<std::int64_t>(value) < 0;
   const U64 magnitude = negative ? 0 - value : value;
   const double v = c.to == Type::f64 ? round_to_f64(magnitude, negative, c.modifiers.rounding)
@@ -276,11 +277,13 @@ Step convert_pair(Warp& w, const Instruction& i, U32 mask) {
 }
 
 struct PackIntegers {
-  Type to, from;
+  int bits;  // of each result
+  bool is_signed;
+  Type from;
 };
 Step pack_integers(Warp& w, const Instruction& i, U32 mask) {
   const auto& c = *static_cast<const PackIntegers*>(i.extra);
-  const int bits = 8 * size_of(c.to);
+  const int bits = c.bits;
   const U64 field = (U64{1} << bits) - 1;
   const bool whole = (mask & ~(w.valid(i.s[0]) & w.valid(i.s[1]) & w.valid(i.s[2]))) == 0;
   const U64 width = low_bits(8 * size_of(c.from));
@@ -292,8 +295,11 @@ Step pack_integers(Warp& w, const Instruction& i, U32 mask) {
                                                                               << (2 * bits);
   });
   for_lanes(mask, [&](int l) {
-    const U64 a = saturate_integer(c.to, c.from, narrow(c.from, w.integer(i.s[0], l))) & field;
-    const U64 b = saturate_integer(c.to, c.from, narrow(c.from, w.integer(i.s[1], l))) & field;
+    const auto part = [&](const Slot& s) {
+      const U64 value = narrow(c.from, w.integer(s, l));
+      return saturate_integer(bits, c.is_signed, c.from, value) & field;
+    };
+    const U64 a = part(i.s[0]), b = part(i.s[1]);
     const U64 rest = w.integer(i.s[2], l) << (2 * bits);
     w.put(i.d, l, static_cast<U32>(rest | a << bits | b));
   });
@@ -308,15 +314,18 @@ bool is_pair(Type t) {
 
 void decode_pack(Decoder& d) {
   if (!d.take("sat")) d.fail("expected .sat");
-  const Type to = d.take_type(), from = d.take_type();
+  const std::string to = d.take_first_of({"u16", "s16", "u8", "s8", "u4", "s4", "u2", "s2"});
+  if (to.empty()) d.fail("expected a result of 2 to 16 bits");
+  const int bits = std::stoi(to.substr(1));
+  const Type from = d.take_type();
   const bool more = d.take_type_if_any() != Type::none;  // .b32: the operand to shift in above
   d.finish(more ? 4 : 3);
   d.out.d = d.destination(0, 4);
   d.out.s[0] = d.source(1, from);
   d.out.s[1] = d.source(2, from);
   d.out.s[2] = more ? d.source(3, Type::b32) : d.constant(0, 4);
-  if (size_of(to) > 2) d.fail("bad type");
-  d.own(PackIntegers{to, from});
+  if (bits < 8 && !more) d.fail("a result of less than 8 bits needs a third operand");
+  d.own(PackIntegers{bits, to[0] == 's', from});
   d.out.execute = pack_integers;
 }
 

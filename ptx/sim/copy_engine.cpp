@@ -2,6 +2,7 @@
 #include "copy_engine.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 #include "decode.h"
@@ -23,9 +24,12 @@ T combine(ReduceOp op, T a, T b) {
         return a + b;
       }
     case ReduceOp::min:
-      return std::min(a, b);
     case ReduceOp::max:
-      return std::max(a, b);
+      if constexpr (std::is_floating_point_v<T>) {
+        if (a != a || b != b) return a != a ? b : a;
+        if (a == b) return std::signbit(a) == (op == ReduceOp::max) ? b : a;  // -0 < +0
+      }
+      return op == ReduceOp::min ? std::min(a, b) : std::max(a, b);
     default:
       break;
   }

@@ -173,10 +173,25 @@ struct Mul24 {
                     static_cast<T>(static_cast<T>(b << 8) >> 8));
   }
 };
+struct Mul24High {  // bits 16 to 47 of the product
+  template <class T>
+  T operator()(T a, T b) const {
+    using Wide = std::conditional_t<std::is_signed_v<T>, std::int64_t, std::uint64_t>;
+    const Wide x = static_cast<T>(a << 8) >> 8, y = static_cast<T>(b << 8) >> 8;
+    return static_cast<T>((x * y) >> 16);
+  }
+};
+template <class Product>
 struct Mad24 {
   template <class T>
   T operator()(T a, T b, T c) const {
-    return wrap_add(Mul24()(a, b), c);
+    return wrap_add(Product()(a, b), c);
+  }
+};
+template <class Product>
+struct AddSaturated {
+  std::int32_t operator()(std::int32_t a, std::int32_t b, std::int32_t c) const {
+    return AddSat()(Product()(a, b), c);
   }
 };
 template <class F>
@@ -259,6 +274,19 @@ void set_binary(Decoder& d, Type type, Execute execute) {
   d.out.execute = execute;
 }
 
+void set_ternary(Decoder& d, Type type, Execute execute) {
+  if (execute == nullptr) d.fail("not for this type");
+  d.finish(4);
+  d.out.d = d.destination(0, size_of(type));
+  for (std::size_t k = 0; k < 3; ++k) d.out.s[k] = d.source(k + 1, type);
+  d.out.execute = execute;
+}
+
+// .sat: a product of s32, s32 and its sum with the third operand, clamped
+template <class Product>
+constexpr Execute saturated =
+    map3<std::int32_t, std::int32_t, std::int32_t, std::int32_t, AddSaturated<Product>>;
+
 bool is_integer(Type t) {
   switch (t) {
     case Type::u16:
@@ -337,8 +365,9 @@ void decode_add_sub(Decoder& d) {
   const bool subtract = d.opcode() == "sub" || d.opcode() == "subc";
   const bool use = d.opcode() == "addc" || d.opcode() == "subc";
   const bool set = d.take("cc");
-  const bool sat = d.raw.parts.size() > 1 && d.raw.parts[1] == "sat" && d.raw.parts.size() == 3 &&
-                   d.raw.parts[2] == "s32" && d.take("sat");
+  const auto& parts = d.raw.parts;
+  const bool is_s32 = std::find(parts.begin(), parts.end(), "s32") != parts.end();
+  const bool sat = is_s32 && !use && !set && d.take("sat");
   const Type type = d.take_type();
   if (use || set) {
     const bool wide = size_of(type) == 8;
@@ -382,6 +411,7 @@ void decode_mul(Decoder& d) {
 void decode_mad(Decoder& d) {
   const bool use = d.opcode() == "madc";
   const bool lo = d.take("lo"), hi = d.take("hi"), wide = d.take("wide"), set = d.take("cc");
+  const bool saturate = hi && !use && !set && d.take("sat");
   const Type type = d.take_type();
   if (!is_integer(type)) {
     if (lo || hi || wide || set || use) d.fail("not for this type");
@@ -427,7 +457,10 @@ void decode_mad(Decoder& d) {
                                         : pick_high(std::int64_t{});
     return;
   }
-  d.out.execute = lo ? ternary<MadLow>(type) : ternary<MadHigh>(type);
+  if (saturate && type != Type::s32) d.fail(".sat needs .s32");
+  d.out.execute = saturate ? saturated<MulHigh>
+                  : lo     ? ternary<MadLow>(type)
+                           : ternary<MadHigh>(type);
   if (d.out.execute == nullptr) d.fail("not for this type");
 }
 
@@ -461,22 +494,21 @@ void decode_signed_unary(Decoder& d) {
 template <class F>
 void decode_ternary(Decoder& d) {
   const Type type = d.take_type();
-  d.out.execute = ternary<F>(type);
-  if (d.out.execute == nullptr) d.fail("not for this type");
-  d.finish(4);
-  d.out.d = d.destination(0, size_of(type));
-  for (std::size_t k = 0; k < 3; ++k) d.out.s[k] = d.source(k + 1, type);
+  set_ternary(d, type, ternary<F>(type));
 }
 
 void decode_mul24(Decoder& d) {
-  if (!d.take("lo")) d.fail("only .lo is supported");
+  const bool mad = d.opcode() == "mad24", high = d.take("hi");
+  if (!high && !d.take("lo")) d.fail("expected .lo or .hi");
+  const bool saturate = mad && high && d.take("sat");
   const Type type = d.take_type();
-  if (size_of(type) != 4) d.fail("expected a 32-bit type");
-  set_binary(d, type, binary<Mul24>(type));
-}
-void decode_mad24(Decoder& d) {
-  if (!d.take("lo")) d.fail("only .lo is supported");
-  decode_ternary<Mad24>(d);
+  if (size_of(type) != 4 || !is_integer(type) || (saturate && type != Type::s32))
+    d.fail("not for this type");
+  if (!mad) return set_binary(d, type, high ? binary<Mul24High>(type) : binary<Mul24>(type));
+  set_ternary(d, type,
+              saturate ? saturated<Mul24High>
+              : high   ? ternary<Mad24<Mul24High>>(type)
+                       : ternary<Mad24<Mul24>>(type));
 }
 
 template <class A, class B>
@@ -544,8 +576,7 @@ void add_integer(DecodeTable& t) {
   t["abs"] = decode_signed_unary<Abs>;
   t["neg"] = decode_signed_unary<Neg>;
   t["sad"] = decode_ternary<Sad>;
-  t["mul24"] = decode_mul24;
-  t["mad24"] = decode_mad24;
+  t["mul24"] = t["mad24"] = decode_mul24;
   t["dp4a"] = t["dp2a"] = decode_dot;
 }
 

@@ -130,8 +130,12 @@ Transfer take_transfer(Decoder& d, bool is_store) {
   d.take("unified");
   d.take_cache_hints();
   t.elements = d.take("v2") ? 2 : d.take("v4") ? 4 : d.take("v8") ? 8 : 1;
-  const Type type = d.take_type();
-  if (type == Type::b128) d.fail(".b128 is not supported");
+  Type type = d.take_type();
+  if (type == Type::b128) {
+    if (t.elements > 1) d.fail("vectors of .b128 are not supported");
+    t.elements = 2;  // a .b128 register is two halves
+    type = Type::b64;
+  }
   t.bytes = static_cast<std::uint32_t>(size_of(type));
   t.sign_extend = is_signed(type);
   if (t.bytes * t.elements > 32 || t.bytes == 0) d.fail("bad access size");
@@ -312,8 +316,8 @@ void decode_prefetch(Decoder& d) {
     d.take("L1");
   } else if (!of_map) {
     d.take_space();
-    if (d.take_one_of({"L1", "L2"}).empty()) d.fail("no cache level");
-    d.take_one_of({"L2::evict_last", "L2::evict_normal"});
+    if (d.take_one_of({"L1", "L2", "L2::evict_last", "L2::evict_normal"}).empty())
+      d.fail("no cache level");
   } else {
     d.take_space();
   }

@@ -191,13 +191,36 @@ struct Lop3 {
   }
 };
 
+// lop3.or, lop3.and: p = (d != 0) op q
+template <bool conjunction>
+Step lop3_with_test(Warp& w, const Instruction& i, U32 mask) {
+  const U32 q = w.predicate(i.s[3]), q_valid = w.valid(i.s[3]);
+  map3i<U32, U32, U32, U32, Lop3>(w, i, mask);
+  U32 set = 0;
+  for_lanes(mask, [&](int l) { set |= U32{w.integer(i.d, l) != 0} << l; });
+  w.set_predicate(i.d2, mask, conjunction ? set & q : set | q);
+  w.set_valid(i.d2, mask, w.valid(i.d) & q_valid);
+  return Step::next;
+}
+
 void decode_lop3(Decoder& d) {
+  const std::string test = d.take_one_of({"or", "and"});
   if (d.take_type() != Type::b32) d.fail("expected .b32");
-  d.finish(5);
-  d.out.d = d.destination(0, 4);
+  d.finish(test.empty() ? 5 : 6);
+  if (test.empty()) {
+    d.out.d = d.destination(0, 4);
+  } else {
+    const Arg& to = d.arg(0);
+    if (to.kind != Arg::pair) d.fail("expected d|p");
+    d.out.d = d.destination(to.args[0], 4);
+    d.out.d2 = d.predicate_destination(to.args[1]);
+    d.out.s[3] = d.predicate(5);
+  }
   for (std::size_t k = 0; k < 3; ++k) d.out.s[k] = d.source(k + 1, Type::b32);
   d.out.small = static_cast<U16>(d.immediate(4) & 0xff);
-  d.out.execute = map3i<U32, U32, U32, U32, Lop3>;
+  d.out.execute = test.empty()    ? map3i<U32, U32, U32, U32, Lop3>
+                  : test == "and" ? lop3_with_test<true>
+                                  : lop3_with_test<false>;
 }
 
 enum : U16 { kRight = 1, kWrap = 2 };

@@ -85,8 +85,7 @@ Type element_type(int bytes) {
 }
 
 // mov.v4.u32 {a, b, c, d}, %tid
-void decode_vector_mov(Decoder& d, std::size_t elements) {
-  const Type type = d.take_type();
+void decode_vector_mov(Decoder& d, std::size_t elements, Type type) {
   d.finish(2);
   for (const Arg* vector : {&d.arg(0), &d.arg(1)}) {
     if (vector->kind != Arg::vector || vector->args.size() != elements)
@@ -98,9 +97,10 @@ void decode_vector_mov(Decoder& d, std::size_t elements) {
 }
 
 void decode_mov(Decoder& d) {
-  if (d.take("v2")) return decode_vector_mov(d, 2);
-  if (d.take("v4")) return decode_vector_mov(d, 4);
+  const std::size_t elements = d.take("v2") ? 2 : d.take("v4") ? 4 : 1;
   const Type type = d.take_type();
+  if (elements > 1) return decode_vector_mov(d, elements, type);
+  if (type == Type::b128) return decode_vector_mov(d, 2, Type::b64);  // two halves
   d.finish(2);
   if (type == Type::pred) {
     d.out.d = d.predicate_destination(d.arg(0));

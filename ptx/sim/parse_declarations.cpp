@@ -224,10 +224,15 @@ void Parser::declare_variable(Variable v) {
 // .reg [.v2|.v4] .type name, name<count>, ...;
 void Parser::registers() {
   take();
-  const int lanes = accept(".v2") ? 2 : accept(".v4") ? 4 : 1;
+  int lanes = accept(".v2") ? 2 : accept(".v4") ? 4 : 1;
   const std::string type_word = take_word();
-  const Type type = type_named(type_word.substr(1));
+  Type type = type_named(type_word.substr(1));
   if (type == Type::none) fail("unknown register type '" + type_word + "'");
+  if (type == Type::b128) {  // two halves: every instruction that takes it moves them alike
+    if (lanes != 1) fail("vectors of .b128 registers are not supported");
+    type = Type::b64;
+    lanes = 2;
+  }
   do {
     const std::string name = take_word();
     if (accept('<')) {

@@ -166,8 +166,6 @@ void ProgramBuilder::lay_out() {
     for (const RegisterDecl& r : f.registers) {
       plan.register_offsets.push_back(bytes);
       bytes += r.type == Type::pred ? 8 : size_of(r.type) == 8 ? 256 : 128;
-      if (r.type == Type::b128)
-        throw PtxError(module_.name, f.line, ".b128 registers are not supported");
       p.register_names.push_back(r.name);
       ++registers;
     }
@@ -327,7 +325,7 @@ std::shared_ptr<Program> ProgramBuilder::build() {
       }
       const auto decoder = table.find(raw.parts[0]);
       if (decoder == table.end())
-        throw PtxError(module_.name, raw.line, "unknown instruction '" + raw.opcode + "'");
+        throw PtxError(module_.name, raw.line, why_unknown(raw.opcode, raw.parts[0]));
       Decoder d(*this, f, raw, out);
       decoder->second(d);
     }

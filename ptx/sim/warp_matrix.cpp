@@ -324,7 +324,8 @@ WarpProduct take_product(Decoder& d, bool wmma) {
     p.half_c = c == "f16";
     if ((!p.half_d && result != "f32") || (!p.half_c && c != "f32"))
       d.fail("C and D must be .f16 or .f32");
-    if (p.half_c != p.half_d && a != "f16") d.fail("C and D of different types need .f16 operands");
+    if (p.half_c != p.half_d && !(wmma && a == "f16"))
+      d.fail("C and D of different types need wmma.mma and .f16 operands");
     // With one of C and D in f32, the sum is f32's: C is widened before, D is rounded after.
     const bool half = p.half_c && p.half_d;
     try {

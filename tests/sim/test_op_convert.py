@@ -159,6 +159,15 @@ def test_cvt_pack():
     clip = lambda v: np.clip(v, 0, 65535).astype(np.uint32)  # noqa: E731
     got = lanes("cvt.pack.sat.u16.s32 %z, %a, %b;", np.uint32, a, b)
     np.testing.assert_array_equal(got, clip(a) << np.uint32(16) | clip(b))
+    a, b = a >> 28, b >> 28
+    for type_, low, high in (("u4", 0, 15), ("s4", -8, 7), ("u2", 0, 3), ("s2", -2, 1)):
+        bits = int(type_[1])
+        field = lambda v: (np.clip(v, low, high) & ((1 << bits) - 1)).astype(np.uint32)  # noqa: B023, E731
+        got = lanes(f"cvt.pack.sat.{type_}.s32.b32 %z, %a, %b, %c;", np.uint32, a, b, c)
+        above = c.view(np.uint32) << np.uint32(2 * bits) | field(a) << np.uint32(bits)
+        np.testing.assert_array_equal(got, above | field(b))
+    with pytest.raises(ValueError, match="needs a third operand"):
+        lanes("cvt.pack.sat.u4.s32 %z, %a, %b;", np.uint32, a, b)
 
 
 @pytest.mark.parametrize("mode", ["rn", "rz", "rm", "rp"])

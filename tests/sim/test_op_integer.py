@@ -168,3 +168,49 @@ def test_packed_halves():
     for op, f in (("add", np.add), ("min", np.minimum), ("max", np.maximum)):
         want = f(a.view(np.int16), b.view(np.int16)).view(np.uint32)
         np.testing.assert_array_equal(lanes(f"{op}.s16x2 %z, %a, %b;", np.uint32, a, b), want)
+
+
+def low24(value, signed):
+    value &= 0xFFFFFF
+    return value - (1 << 24) if signed and value >> 23 else value
+
+
+@pytest.mark.parametrize("type_", ["u32", "s32"])
+def test_products_of_24_bits(type_):
+    dtype, signed = TYPES[type_], type_ == "s32"
+    a, b, c = (random_bits(dtype, seed=s) for s in (4, 5, 6))
+    rows = list(zip(a.tolist(), b.tolist(), c.tolist(), strict=True))
+    product = [low24(x, signed) * low24(y, signed) for x, y, _ in rows]
+    for part, shift in (("lo", 0), ("hi", 16)):
+        np.testing.assert_array_equal(
+            lanes(f"mul24.{part}.{type_} %z, %a, %b;", dtype, a, b),
+            wrap([p >> shift for p in product], dtype),
+        )
+        np.testing.assert_array_equal(
+            lanes(f"mad24.{part}.{type_} %z, %a, %b, %c;", dtype, a, b, c),
+            wrap([(p >> shift) + z for p, (_, _, z) in zip(product, rows, strict=True)], dtype),
+        )
+    with pytest.raises(ValueError, match=r"expected \.lo or \.hi"):
+        lanes(f"mul24.{type_} %z, %a, %b;", dtype, a, b)
+
+
+def test_saturating_sums_of_products():
+    a, b, c = (random_bits(np.int32, seed=s) for s in (7, 8, 9))
+    a[:8], b[:8], c[:8] = 2**31 - 1, 2**31 - 1, [2**31 - 1, 2**30, 0, 5, -5, -(2**31), 7, 2**31 - 1]
+    rows = list(zip(a.tolist(), b.tolist(), c.tolist(), strict=True))
+    clamp = lambda v: max(min(v, 2**31 - 1), -(2**31))  # noqa: E731
+    high = [clamp((x * y >> 32) + z) for x, y, z in rows]
+    np.testing.assert_array_equal(lanes("mad.hi.sat.s32 %z, %a, %b, %c;", np.int32, a, b, c), high)
+    high24 = [
+        clamp(int(wrap([low24(x, True) * low24(y, True) >> 16], np.int32)[0]) + z)
+        for x, y, z in rows
+    ]
+    np.testing.assert_array_equal(
+        lanes("mad24.hi.sat.s32 %z, %a, %b, %c;", np.int32, a, b, c), high24
+    )
+    sums = [clamp(x + z) for x, _, z in rows]
+    for code in ("add.sat.s32 %z, %a, %b;", "add.s32.sat %z, %a, %b;"):
+        np.testing.assert_array_equal(lanes(code, np.int32, a, c), sums)
+    for code in ("mad.hi.sat.u32 %z, %a, %b, %c;", "mad24.hi.sat.u32 %z, %a, %b, %c;"):
+        with pytest.raises(ValueError, match=r"sat|not for this type"):
+            lanes(code, np.int32, a, b, c)

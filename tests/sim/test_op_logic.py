@@ -233,3 +233,65 @@ def test_special_registers():
     np.testing.assert_array_equal(got, (1 << np.arange(32, dtype=np.uint64)) - 1)
     got = lanes("mov.u64 %u0, %clock64;\nmov.u64 %u1, %clock64;\nsub.s64 %z, %u1, %u0;", np.int64)
     assert (got > 0).all()
+
+
+@pytest.mark.parametrize("test,f", [("or", np.logical_or), ("and", np.logical_and)])
+def test_lop3_with_a_test(test, f):
+    q = A > C
+    for table, keep in ((0x80, "%t0"), (0x96, "_"), (0x00, "%t0")):
+        lut = np.zeros_like(A)
+        for k in range(8):
+            term = (A if k & 4 else ~A) & (B if k & 2 else ~B) & (C if k & 1 else ~C)
+            lut |= term if table >> k & 1 else 0
+        code = f"""
+            setp.gt.u32 %q, %a, %c;
+            mov.b32 %t0, 0;
+            lop3.{test}.b32 {keep}|%p, %a, %b, %c, {table}, !%q;
+            selp.b32 %z, 1, 0, %p;
+            mov.b32 %y, %t0;"""
+        got, kept = lanes(code, [np.uint32] * 2, A, B, C)
+        np.testing.assert_array_equal(got, f(lut != 0, ~q))
+        np.testing.assert_array_equal(kept, lut if keep == "%t0" else 0 * A)
+
+
+HALVES = np.array(
+    [0.0, -0.0, 1.0, -1.0, np.nan, np.inf, 6e-8, -6e-8, 65504, 6.1e-5, 2.0, 0.5], np.float16
+)
+HALF_COMPARISONS = {
+    "eq": np.equal, "lt": np.less, "ge": np.greater_equal,
+    "ne": lambda a, b: (a != b) & ~np.isnan(a) & ~np.isnan(b),
+    "neu": np.not_equal, "ltu": lambda a, b: ~(a >= b),
+    "nan": lambda a, b: np.isnan(a) | np.isnan(b),
+    "num": lambda a, b: ~(np.isnan(a) | np.isnan(b)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("op", HALF_COMPARISONS)
+@pytest.mark.parametrize("ftz", ["", ".ftz"])
+def test_comparisons_of_halves(op, ftz):
+    a, b = (v.reshape(-1) for v in np.meshgrid(HALVES, HALVES))
+    x, y = a.view(np.uint32), b.view(np.uint32)
+    with np.errstate(invalid="ignore", over="ignore"):
+        flush = lambda v: np.where(np.abs(v) < 6.1035e-05, v * 0, v) if ftz else v  # noqa: E731
+        yes = HALF_COMPARISONS[op](flush(a), flush(b))
+    ones = np.where(yes, np.uint16(0xFFFF), np.uint16(0)).view(np.uint32)
+    floats = yes.astype(np.float16).view(np.uint32)
+    check(f"set.{op}{ftz}.f16x2.f16x2 %z, %a, %b;", floats, x, y)
+    check(f"set.{op}{ftz}.u32.f16x2 %z, %a, %b;", ones, x, y)
+    check(f"set.{op}{ftz}.f16.f16 %z, %a, %b;", floats.view(np.uint16), a, b)
+    check(f"set.{op}{ftz}.u16.f16 %z, %a, %b;", ones.view(np.uint16), a, b)
+    code = f"setp.{op}{ftz}.f16x2 %p|%q, %a, %b;\nselp.u32 %z, 1, 0, %p;\n@%q add.u32 %z, %z, 2;"
+    check(code, yes[::2] + 2 * yes[1::2].astype(np.uint32), x, y)
+    with_predicate = f"setp.eq.u32 %p, %tid_, 1;\nset.{op}.or{ftz}.u32.f16x2 %z, %a, %b, %p;"
+    forced = ones.copy()
+    forced[1] = 0xFFFFFFFF
+    check(with_predicate, forced, x, y)
+
+
+def test_comparisons_of_bf16_pairs():
+    a, b = (v.reshape(-1) for v in np.meshgrid(*[HALVES.astype(np.float32)] * 2))
+    x, y = ((v.view(np.uint32) >> 16).astype(np.uint16).view(np.uint32) for v in (a, b))
+    as_bf16 = lambda v: (v.view(np.uint32) & 0xFFFF0000).view(np.float32)  # noqa: E731
+    truth = as_bf16(a) < as_bf16(b)
+    want = np.where(truth, np.uint16(0x3F80), np.uint16(0)).view(np.uint32)
+    check("set.lt.bf16x2.bf16x2 %z, %a, %b;", want, x, y)
