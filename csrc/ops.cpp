@@ -3,6 +3,7 @@
 // its CUDA kernel on the PTX simulator. Fake kernels and gradients: torchext/_registrations.py.
 
 #include "gemm/gemm.h"
+#include "linear/kept.h"
 #include "linear/linear.h"
 #include "quantize/quantize.h"
 
@@ -56,6 +57,18 @@ STABLE_TORCH_LIBRARY(torchext, m) {
       m,
       "fp8_gemm_nt.out(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, *, Tensor(a!) out,"
       " bool accumulate=False, Tensor? bias=None, int num_sms=0) -> ()");
+
+  // What a compiled linear layer keeps for backward, and the product that reads it there
+  // (linear/kept.h).
+  m.def(
+      "_quantize_kept(Tensor x, int granularity, *, ScalarType? dtype=None, bool pow2_scale=False)"
+      " -> (Tensor data, Tensor scale, Tensor kept, Tensor kept_scale)");
+  m.def(
+      "_quantize_128x128_kept(Tensor x, *, ScalarType? dtype=None, bool pow2_scale=False)"
+      " -> (Tensor data, Tensor scale, Tensor kept)");
+  m.def(
+      "_fp8_gemm_nt_kept(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, *,"
+      " ScalarType? out_dtype=None) -> Tensor");
 
   // Groups of rows of a, each with its own matrix of b [G, N, K]: runs of rows that end at offsets
   // [G], or the rows that group_ids [M] gives a group. One of the two must be given.
@@ -134,6 +147,9 @@ void register_kernels(StableLibrary& m) {
   impl_with_twin(m, "dequantize", TORCH_BOX(&torchext::dequantize));
   impl_with_twin(m, "fp8_gemm_nt", TORCH_BOX(&torchext::fp8_gemm_nt));
   impl_with_twin(m, "fp8_gemm_nt.out", TORCH_BOX(&torchext::fp8_gemm_nt_out));
+  m.impl("_quantize_kept", TORCH_BOX(&torchext::quantize_kept));
+  m.impl("_quantize_128x128_kept", TORCH_BOX(&torchext::quantize_128x128_kept));
+  m.impl("_fp8_gemm_nt_kept", TORCH_BOX(&torchext::fp8_gemm_nt_kept));
   impl_with_twin(m, "m_grouped_fp8_gemm_nt_contiguous",
                  TORCH_BOX(&torchext::m_grouped_fp8_gemm_nt_contiguous));
   impl_with_twin(m, "m_grouped_fp8_gemm_nt_contiguous.out",

@@ -26,6 +26,7 @@ def _flops(a_shape: Any, b_shape: Any) -> int:
     [
         _ops.fp8_gemm_nt,
         _ops._fp8_gemm_nt,
+        _ops._fp8_gemm_nt_kept,
         _ops.m_grouped_fp8_gemm_nt_contiguous,
         _ops._m_grouped_fp8_gemm_nt_contiguous,
         _ops.m_grouped_fp8_gemm_nt_masked,

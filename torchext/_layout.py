@@ -1,4 +1,5 @@
-"""The shapes and strides of quantised tensors: one definition for fake kernels and references.
+"""The shapes and strides of quantised tensors: one definition for fake kernels and references, and
+for the repair of what a copy left without them.
 
 A tensor [..., K] is treated as a matrix whose M rows are all its leading dimensions, folded. FP8
 data keep a 16-byte pitch between rows (all that TMA asks); scales of 1x128 groups lie M-major, with
@@ -59,3 +60,94 @@ def empty_contiguous(x: Tensor, leading: Sequence[int], columns: int, dtype: tor
     """Uninitialised [*leading, columns]. Unlike torch.empty, a stride is 0 where a size is."""
     strides = folded_strides(leading, columns, 1)
     return x.new_empty_strided((*leading, columns), strides, dtype=dtype)
+
+
+# ---- repair ----
+# A copy by size or by dense strides (torch.empty(size), clone, contiguous, cpu, safetensors) keeps
+# the values and loses the layout that products ask for (csrc/gemm/operands.cpp).
+
+
+def folded_row_stride(tensor: Tensor) -> int | None:
+    """Elements between rows, leading dimensions folded; 0 for one row, None if they do not fold."""
+    stride, rows = 0, 1
+    for size, step in zip(reversed(tensor.shape[:-1]), reversed(tensor.stride()[:-1]), strict=True):
+        if size == 1:
+            continue
+        if rows == 1:
+            stride = step
+        elif step != stride * rows:
+            return None
+        rows *= size
+    return stride
+
+
+def starts_aligned(tensor: Tensor) -> bool:
+    """Whether `tensor` starts at a multiple of 16 bytes.
+
+    True of what has no address of its own (in a graph that is traced or compiled, in a transform):
+    there the product is left to refuse it.
+    """
+    if (
+        type(tensor) not in (Tensor, torch.nn.Parameter)
+        or torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+    ):
+        return True
+    return tensor.data_ptr() % 16 == 0
+
+
+def pitched(data: Tensor) -> Tensor:
+    """FP8 `data` [..., K] if its rows lie 16-byte aligned as products read them, else a copy."""
+    strides = data.stride()
+    if len(strides) == 2 and strides[1] == 1 and strides[0] % 16 == 0:  # the usual
+        fits = True
+    else:
+        row = folded_row_stride(data)
+        fits = row is not None and row % 16 == 0 and (strides[-1] == 1 or data.shape[-1] <= 1)
+    if fits and starts_aligned(data):
+        return data
+    copy = empty_data(data, data.shape[:-1], data.shape[-1], data.dtype)
+    copy.view(torch.uint8).copy_(data.view(torch.uint8))
+    return copy
+
+
+def m_major(scale: Tensor) -> Tensor:
+    """`scale` [..., groups] of 1x128 groups if M-major as products read it, else a copy."""
+    strides = scale.stride()
+    rows = math.prod(scale.shape[:-1])
+    row = strides[0] if len(strides) == 2 else folded_row_stride(scale)
+    fits = (row == 1 or rows <= 1) and (strides[-1] % 4 == 0 or scale.shape[-1] <= 1)
+    if fits and starts_aligned(scale):
+        return scale
+    layout = folded_strides(scale.shape[:-1], 1, round_up(rows, 4))
+    return scale.new_empty_strided(scale.shape, layout).copy_(scale)
+
+
+def fits_data(data: Tensor, scale: Tensor) -> bool:
+    """Whether `scale` has a shape that some quantiser gives data of this shape."""
+    if data.dim() == 0 or scale.dim() == 0:
+        return False
+    *leading, columns = data.shape
+    *scale_leading, groups = scale.shape
+    *matrices, rows = leading or [1]
+    grouped = [  # each row, blocks of each matrix, or blocks of the folded rows
+        leading,
+        [*matrices, ceil_div(rows, GROUP)],
+        [ceil_div(math.prod(leading), GROUP)],
+    ]
+    whole = [leading, [*matrices, 1]]  # each row, or each matrix
+    return (
+        (groups == ceil_div(columns, GROUP) and scale_leading in grouped)
+        or (groups == 1 and scale_leading in whole)
+        or scale.numel() == 1
+    )
+
+
+def laid_out(data: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """A quantised pair with the layout that products ask for: itself where it has it."""
+    rows, groups = data.shape, scale.shape
+    if groups[:-1] == rows[:-1] and groups[-1] == ceil_div(rows[-1], GROUP):
+        scale = m_major(scale)
+    elif folded_row_stride(scale) is None:
+        scale = scale.contiguous()
+    return pitched(data), scale

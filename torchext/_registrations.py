@@ -21,6 +21,7 @@ from ._layout import (
     empty_contiguous,
     empty_data,
     empty_group_scale,
+    round_up,
 )
 from ._twins import register_fake_with_twin, register_gradient, register_out
 
@@ -120,6 +121,29 @@ def _(
     return None
 
 
+@register_fake("torchext::_quantize_kept")
+def _(
+    x: Tensor, granularity: int, *, dtype: Dtype = None, pow2_scale: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, columns = math.prod(_leading(x)), x.shape[-1]
+    quantizers = (_ops.quantize_1x128, _ops.quantize_rowwise, _ops.quantize_tensorwise)
+    data, scale = quantizers[granularity](x, dtype=dtype)
+    kept_scale = ((ceil_div(rows, GROUP), round_up(columns, 4)), (1, columns), (1, 1))[granularity]
+    kept = data.new_empty((columns, round_up(rows, 16)))
+    return data, scale, kept, scale.new_empty(kept_scale)
+
+
+@register_fake("torchext::_quantize_128x128_kept")
+def _(x: Tensor, *, dtype: Dtype = None, pow2_scale: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    data, scale = _ops.quantize_128x128(x, dtype=dtype)
+    return data, scale, data.new_empty((x.shape[1], round_up(x.shape[0], 16)))
+
+
+@register_fake("torchext::_fp8_gemm_nt_kept")
+def _(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, *, out_dtype: Dtype = None) -> Tensor:
+    return a.new_empty((*_leading(a), b.shape[0]), dtype=out_dtype or torch.bfloat16)
+
+
 # ---- gradients ----
 
 # Falling through the Autograd key leaves fresh outputs that require no gradient, and costs nothing.
@@ -131,6 +155,9 @@ for _name in (
     "quantize_128x128_dual",
     "quantize_rowwise",
     "quantize_tensorwise",
+    "_quantize_kept",
+    "_quantize_128x128_kept",
+    "_fp8_gemm_nt_kept",
 ):
     _IMPL.impl(_name, torch.library.fallthrough_kernel, "Autograd")
 

@@ -25,6 +25,10 @@ strides (1, round_up(M, 4)). A 1-D x is one row. Empty inputs give empty outputs
 place, whatever their strides, if their rows fold: all rows lie one stride apart, as in a 2-D x, or
 wherever `x.view(-1, K)` works. Others are refused, since they would have to be copied.
 
+Copies. `clone`, `contiguous`, `cpu`, pickle, safetensors and the like keep a quantised tensor's
+values, and in general lose its layout: the products refuse the copy. `restore_layout` gives it its
+layout back.
+
 Gradients. Outputs of the quantisers require none: the gradient stops there, as at a cast to
 integers. (`torchext.nn.Linear` carries gradients around them.)
 """
@@ -48,10 +52,11 @@ from ._grouped_gemm import (
     m_grouped_fp8_gemm_nt_contiguous,
     m_grouped_fp8_gemm_nt_masked,
 )
+from ._layout import fits_data, laid_out
 from ._registrations import write_fp8_gemm_nt  # loads the ops, their fake kernels and gradients
 from ._twins import asks_gradient
 
-__all__ = [
+__all__ = [  # the ops; `restore_layout` is a function for what they return
     "dequantize",
     "fp8_gemm_nt",
     "fp8_gemm_nt_gelu_quantize",
@@ -258,6 +263,51 @@ def quantize_tensorwise(
         TypeError: x or dtype is of another dtype.
     """
     return _quantize(_quantize_tensorwise, x, dtype, pow2_scale)
+
+
+def restore_layout(data: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """A quantised pair in the layout that the products ask for, whatever copied it before.
+
+    For pairs that were cloned, made contiguous, moved between devices, sent, or saved and loaded.
+    Works for every granularity and for transposes; values, shapes and dtypes stay as they are.
+    Neither is copied where it has the layout already. The copy of a scale passes gradients on.
+
+    Args:
+        data: [..., K], torch.float8_e4m3fn or torch.float8_e5m2, of any strides; M rows.
+        scale: float32, of any strides: [..., ceil(K / 128)] of 1x128 groups, [..., 1] of rows,
+            [1, 1] of all, or of blocks [ceil(M / 128), ceil(K / 128)] or, of several matrices
+            [..., N, K], [..., ceil(N / 128), ceil(K / 128)].
+
+    Returns:
+        data: rows a multiple of 16 bytes apart, 16-byte aligned.
+        scale: of 1x128 groups, M-major: strides (1, round_up(M, 4)) for a 2-D one.
+
+    Raises:
+        ValueError: scale's shape fits data in none of these ways; different devices.
+        TypeError: data or scale is of another dtype.
+    """
+    if data.dtype not in (torch.float8_e4m3fn, torch.float8_e5m2):
+        raise TypeError(
+            "restore_layout: data must be torch.float8_e4m3fn or torch.float8_e5m2 (got "
+            f"{data.dtype}); if these are the bytes of FP8 data, pass data.view(its dtype)"
+        )
+    if scale.dtype != torch.float32:
+        raise TypeError(
+            f"restore_layout: scale must be torch.float32 (got {scale.dtype}); convert it with "
+            ".float()"
+        )
+    if scale.device != data.device:
+        raise ValueError(
+            f"restore_layout: scale must be on the device of data, {data.device} (got "
+            f"{scale.device}); move it there with .to(data.device)"
+        )
+    if not fits_data(data, scale):
+        raise ValueError(
+            f"restore_layout: scale must have a shape that a quantiser gives data of shape "
+            f"{list(data.shape)} (got {list(scale.shape)}); pass the scale that was made with "
+            "data, transposed if data is a transpose in 128x128 blocks"
+        )
+    return laid_out(data, scale)
 
 
 def dequantize(data: Tensor, scale: Tensor, *, out_dtype: torch.dtype) -> Tensor:

@@ -37,7 +37,7 @@ void check_operand(const char* op, const char* name, const Tensor& tensor, const
       "shape ",
       shape_string(tensor), ", strides ", stride_string(tensor),
       ", data_ptr() % 16 == ", address(tensor.data_ptr()) % 16,
-      "); pad K to a multiple of 16, or copy into rows of stride round_up(K, 16)");
+      "); torchext.ops.restore_layout(data, scale) copies into rows of stride round_up(K, 16)");
 }
 
 void check_shapes(const GemmCall& call, Grouping grouping) {
@@ -127,7 +127,8 @@ void check_m_major(const char* op, const char* name, const Tensor& tensor, const
                        "quantisers lay it out: strides (1, round_up(rows, 4)), leading dimensions "
                        "folded into rows, 16-byte aligned (got shape ",
                        shape_string(tensor), ", strides ", stride_string(tensor),
-                       ", data_ptr() % 16 == ", address(scale.data) % 16, ")");
+                       ", data_ptr() % 16 == ", address(scale.data) % 16,
+                       "); torchext.ops.restore_layout(data, scale) copies it so");
 }
 
 // What the scales may look like, for errors.

@@ -7,7 +7,10 @@ and over M in wgrad, so it is needed as [M, K] and as [K, M]; likewise w and dy:
     dgrad  dx [M, K] = dy   [M, N] @ (w_t [K, N]).T
     wgrad  dw [N, K] = dy_t [N, M] @ (x_t [K, M]).T
 
-What stays for backward is x_t and w_t, one byte an element; x itself is let go.
+What stays for backward is x_t and w_t, one byte an element; x itself is let go. Whatever copies
+them in between (offloading to the CPU, saved-tensor hooks) may lose the layout that products ask
+for. So backward restores it; a compiled backward graph, whose strides are fixed when it is
+compiled, gets dense tensors instead (csrc/linear/kept.h).
 """
 
 from __future__ import annotations
@@ -19,7 +22,8 @@ import torch
 from torch import Tensor
 
 from .. import _registrations  # noqa: F401  (loads the ops)
-from ..recipe import Recipe
+from .._layout import laid_out
+from ..recipe import GRANULARITIES, Recipe
 
 _ops = torch.ops.torchext
 # Overloads, resolved once. The product is the twin without autograd: this file is its autograd.
@@ -31,10 +35,17 @@ _quantize_128x128_dual = _ops.quantize_128x128_dual.default
 _quantize_rowwise = _ops.quantize_rowwise.default
 _quantize_tensorwise = _ops.quantize_tensorwise.default
 _fp8_gemm_nt = _ops._fp8_gemm_nt.default
+_quantize_kept = _ops._quantize_kept.default
+_quantize_128x128_kept = _ops._quantize_128x128_kept.default
+_fp8_gemm_nt_kept = _ops._fp8_gemm_nt_kept.default
 
 
 class Operand(NamedTuple):
-    """A quantised matrix as one GEMM reads it (`data`), as another does (`data_t`), or both."""
+    """A quantised matrix as one GEMM reads it (`data`), as another does (`data_t`), or both.
+
+    `data_t` and `scale_t` are what backward keeps; in a compiled graph, as _fp8_gemm_nt_kept reads
+    them.
+    """
 
     data: Tensor | None
     scale: Tensor | None
@@ -43,12 +54,20 @@ class Operand(NamedTuple):
 
 
 def quantize_activation(
-    x: Tensor, dtype: torch.dtype, recipe: Recipe, *, plain: bool, transposed: bool
+    x: Tensor,
+    dtype: torch.dtype,
+    recipe: Recipe,
+    *,
+    plain: bool,
+    transposed: bool,
+    kept: bool = False,
 ) -> Operand:
     """x [..., K], an input or a gradient, as such if `plain` and as [K, M] if `transposed`.
 
-    Its rows must fold.
+    Its rows must fold. `kept`: a compiled graph keeps what is transposed.
     """
+    if kept and transposed:
+        return _quantize_and_keep(x, dtype, recipe)
     if recipe.granularity != "blockwise":
         return _quantize_coarsely(x, dtype, recipe, plain=plain, transposed=transposed)
     options = _quantizer_options(dtype, recipe)
@@ -59,17 +78,29 @@ def quantize_activation(
     return Operand(data, scale, data_t, scale_t)
 
 
-def quantize_weight(weight: Tensor, recipe: Recipe, *, transposed: bool) -> Operand:
-    """weight [N, K] as [N, K] and, if `transposed`, as [K, N]."""
+def quantize_weight(
+    weight: Tensor, recipe: Recipe, *, transposed: bool, kept: bool = False
+) -> Operand:
+    """weight [N, K] as [N, K] and, if `transposed`, as [K, N]; `kept` as in quantize_activation."""
     dtype = recipe.weight_dtype
     if recipe.granularity != "blockwise":
+        if kept and transposed:
+            return _quantize_and_keep(weight, dtype, recipe)
         return _quantize_coarsely(weight, dtype, recipe, plain=True, transposed=transposed)
     options = _quantizer_options(dtype, recipe)
+    if kept and transposed:
+        data, scale, data_t = _quantize_128x128_kept(weight, **options)
+        return Operand(data, scale, data_t, scale)
     if transposed:
         data, scale, data_t = _quantize_128x128_dual(weight, **options)
         return Operand(data, scale, data_t, scale.t())
     data, scale = _quantize_128x128(weight, **options)
     return Operand(data, scale, None, None)
+
+
+def _quantize_and_keep(x: Tensor, dtype: torch.dtype, recipe: Recipe) -> Operand:
+    options = _quantizer_options(dtype, recipe)
+    return Operand(*_quantize_kept(x, GRANULARITIES.index(recipe.granularity), **options))
 
 
 def _quantize_coarsely(
@@ -98,6 +129,13 @@ def _product(*operands: Tensor | None, out_dtype: torch.dtype) -> Tensor:
     if out_dtype is torch.bfloat16:  # the default, see _quantizer_options
         return _fp8_gemm_nt(*operands)
     return _fp8_gemm_nt(*operands, out_dtype=out_dtype)
+
+
+def _product_with_saved(
+    a: Tensor | None, a_scale: Tensor | None, b: Tensor, b_scale: Tensor, *, out_dtype: torch.dtype
+) -> Tensor:
+    """The product with an operand that was saved for backward, and may be a copy."""
+    return _product(a, a_scale, *laid_out(b, b_scale), out_dtype=out_dtype)
 
 
 def _as_matrix(x: Tensor) -> Tensor:
@@ -133,8 +171,11 @@ def linear(
         needs_dw: there may be one with respect to the weight: make x_t for it.
     """
     rows = _foldable(x)
-    q_x = quantize_activation(rows, recipe.input_dtype, recipe, plain=True, transposed=needs_dw)
-    q_w = quantized_weight or quantize_weight(weight, recipe, transposed=needs_dx)
+    kept = torch.compiler.is_compiling()
+    q_x = quantize_activation(
+        rows, recipe.input_dtype, recipe, plain=True, transposed=needs_dw, kept=kept
+    )
+    q_w = quantized_weight or quantize_weight(weight, recipe, transposed=needs_dx, kept=kept)
     y = _product(q_x.data, q_x.scale, q_w.data, q_w.scale, bias, out_dtype=out_dtype)
     return y if rows is x else y.view(*x.shape[:-1], weight.shape[0]), q_x, q_w
 
@@ -164,6 +205,7 @@ class LinearFunction(torch.autograd.Function):
             *((q_w.data_t, q_w.scale_t) if needs_dx else (None, None)),
             *((q_x.data_t, q_x.scale_t) if needs_dw else (None, None)),
         )
+        ctx.compiled = torch.compiler.is_compiling()
         ctx.recipe = recipe
         ctx.dtypes = (x.dtype, weight.dtype, None if bias is None else bias.dtype)
         return y
@@ -193,12 +235,13 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q_dy = quantize_activation(
             dy, ctx.recipe.grad_dtype, ctx.recipe, plain=needs_dx, transposed=needs_dw
         )
+    product = _fp8_gemm_nt_kept if ctx.compiled else _product_with_saved
     if needs_dx:
-        dx = _product(q_dy.data, q_dy.scale, w_t, w_t_scale, out_dtype=x_dtype)
+        dx = product(q_dy.data, q_dy.scale, w_t, w_t_scale, out_dtype=x_dtype)
         if dy is not grad:
             dx = dx.view(*grad.shape[:-1], dx.shape[-1])
     if needs_dw:
-        dw = _product(q_dy.data_t, q_dy.scale_t, x_t, x_t_scale, out_dtype=weight_dtype)
+        dw = product(q_dy.data_t, q_dy.scale_t, x_t, x_t_scale, out_dtype=weight_dtype)
     if needs_db:
         db = gradient_of_bias(dy, bias_dtype)
     return dx, dw, db, None, None, None
