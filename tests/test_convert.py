@@ -177,9 +177,13 @@ class Conv1D(nn.Module):
 
 
 class Bare(nn.Module):
+    """A matrix and, as in a vision transformer, positions: three dimensions, and no experts."""
+
     def __init__(self) -> None:
         super().__init__()
         self.projection = nn.Parameter(torch.randn(128, 128))
+        self.positions = nn.Parameter(torch.randn(1, 16, 128))
+        self.temperature = nn.Parameter(torch.tensor(1.0))
 
 
 def _quantised() -> nn.Module:
@@ -201,7 +205,7 @@ def _quantised() -> nn.Module:
         (lambda: nn.GRUCell(4, 4), ["part.weight_hh", "part.weight_ih"], "GRUCell: "),
         (lambda: nn.Bilinear(4, 4, 4), ["part.weight"], "Bilinear holds matrices"),
         (lambda: nn.LayerNorm((4, 4)), ["part.bias", "part.weight"], "LayerNorm multiplies elem"),
-        (Bare, ["part.projection"], "parameter of Bare, not of a torch.nn.Linear"),
+        (Bare, ["part.positions", "part.projection"], "parameter of Bare itself"),
         (
             lambda: nn.ParameterList([torch.randn(4, 4), torch.randn(4)]),
             ["part.0"],
@@ -322,6 +326,7 @@ def test_a_result_and_a_model_that_keeps_it_are_copied(copied):
         with pytest.raises(TypeError, match="read-only"):
             kept.skipped["linear"] = "no reason"
     assert copy.deepcopy(model).conversion.model is not model
+    assert len({model.conversion, copied(model.conversion)}) == 2  # by identity, as modules
 
 
 def test_result_as_plain_data():

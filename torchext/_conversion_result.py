@@ -51,7 +51,7 @@ class WideParameter:
         return math.prod(self.shape) if self.shape else 0
 
 
-@dataclasses.dataclass(frozen=True, repr=False)
+@dataclasses.dataclass(frozen=True, repr=False, eq=False)
 class ConversionResult:
     """What convert_to_fp8_training did; `print` it for a summary.
 
@@ -222,12 +222,12 @@ def _why_wide(
         )
     if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
         return f"{kind} multiplies element by element"
-    if parameter.dim() == 3:
+    if parameter.dim() == 3 and parameter.shape[0] > 1:
         return (
             f"{kind} holds matrices, such as experts, in one 3-D parameter (make each a "
             "torch.nn.Linear, or call torchext.ops.m_grouped_fp8_gemm_nt_contiguous)"
         )
-    return f"parameter of {kind}, not of a torch.nn.Linear (use one to train it in FP8)"
+    return f"parameter of {kind} itself (only a torch.nn.Linear is converted)"
 
 
 def _indented(names: Iterable[str]) -> Iterator[str]:

@@ -20,6 +20,7 @@ import torch
 from ._library import op_library
 
 _GRANULARITIES = ("1d2d", "1d1d", "rowwise")  # the order of csrc/gemm/gemm.h
+_OF_RECIPES = {"blockwise": "1d2d", "tensorwise": "rowwise"}  # torchext.Recipe's words
 _GROUPINGS = ("none", "offsets", "group_ids", "masked", "along_k")
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -156,7 +157,8 @@ def explain_gemm(
 
     Args:
         m, n, k: of the product; for grouped ones m is all rows of a, and k all of K.
-        granularity: "1d2d", "1d1d" or "rowwise" (tensor-wise too).
+        granularity: "1d2d", "1d1d" or "rowwise"; or as a Recipe says it, "blockwise" for 1d2d, the
+            forward and dgrad of a layer (wgrad is 1d1d), and "tensorwise", which runs as rowwise.
         a_dtype, b_dtype: torch.float8_e4m3fn or torch.float8_e5m2.
         out_dtype, accumulate: as the op takes them.
         grouping: "none", "offsets", "group_ids", "masked" or "along_k".
@@ -167,6 +169,7 @@ def explain_gemm(
 
     Raises ValueError for anything else, and RuntimeError where this build has no CUDA kernels.
     """
+    granularity = _OF_RECIPES.get(granularity, granularity)
     if granularity not in _GRANULARITIES or grouping not in _GROUPINGS:
         raise ValueError(
             f"explain_gemm: granularity must be one of {_GRANULARITIES} and grouping one of "

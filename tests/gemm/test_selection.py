@@ -74,6 +74,12 @@ def test_k_grouped_products_are_not_swapped():
     assert not any(c.name.startswith("swap_") for c in explanation.candidates)
 
 
+def test_granularity_in_the_words_of_a_recipe():
+    for word, same in (("blockwise", "1d2d"), ("tensorwise", "rowwise")):
+        explained = torchext.explain_gemm(64, 512, 512, granularity=word)
+        assert explained == torchext.explain_gemm(64, 512, 512, granularity=same)
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

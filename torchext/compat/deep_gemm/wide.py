@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.functional import grouped_mm
 
 from ._operands import also_called, check_c, check_index
 from .utils.layout import rows_of_groups
@@ -146,6 +146,6 @@ def _m_grouped(
     ends = torch.searchsorted(
         sorted_ids, torch.arange(groups, device=a.device), right=True, out_int32=True
     )
-    product = grouped_mm(a[order], b.mT, offs=ends)
+    product = F.grouped_mm(a[order], b.mT, offs=ends)
     in_groups = torch.where((ids < 0)[order, None], d[order], product)
     d.index_copy_(0, order, in_groups).masked_fill_(padding[:, None], 0)
