@@ -109,11 +109,12 @@ void Decoder::own_pointer(std::shared_ptr<void> p) {
 }
 
 int Decoder::target() const {
-  return builder_.module().target_number;
+  return builder_.module().sources[function_.source].target_number;
 }
 
 void Decoder::fail(const std::string& what) const {
-  throw PtxError(builder_.module().name, raw.line, raw.opcode + ": " + what);
+  throw PtxError(builder_.module().sources[function_.source].name, raw.line,
+                 raw.opcode + ": " + what);
 }
 
 bool Decoder::take(const char* modifier) {
@@ -228,7 +229,7 @@ Type Decoder::register_type(const Arg& a) const {
 Slot Decoder::register_slot(const Arg& a) const {
   if (!a.text.empty()) fail("a part of a register ('." + a.text + "') cannot be chosen here");
   if (a.minus) fail("a register cannot be negated here");
-  const auto& plan = builder_.plan(function_);
+  const auto& plan = *builder_.plan(function_);
   Slot slot;
   slot.reg = plan.first_register + a.reg_index;
   slot.offset = plan.register_offsets[a.reg_index];
@@ -327,6 +328,13 @@ Slot Decoder::source_at_least(const Arg& a, Type type) {
         if (pointee == nullptr) fail("unknown name '" + a.text + "'");
         return constant(builder_.module().address_of(*pointee), bytes);
       }
+      if (symbol->framed) {
+        if (a.offset != 0 || bytes != 8)
+          fail(
+              "of a variable of a function that may call itself, only the 64-bit address without "
+              "an offset can be an operand");
+        return symbol->slot;
+      }
       if (symbol->kernel_param)
         return builder_.param_address(static_cast<std::int64_t>(symbol->address) + a.offset);
       return constant(symbol->address + static_cast<std::uint64_t>(a.offset), bytes);
@@ -360,6 +368,7 @@ Slot Decoder::address(const Arg& a, std::int64_t* offset, Space* space) {
     if (symbol == nullptr) fail("unknown name '" + base.text + "'");
     // Parameters of device functions live with the lane's local memory.
     if (*space == Space::param && !symbol->kernel_param) *space = Space::local;
+    if (symbol->framed) return symbol->slot;
     if (symbol->kernel_param)
       return builder_.param_address(static_cast<std::int64_t>(symbol->address));
     if (*space == Space::generic && symbol->space == Space::shared)
@@ -376,7 +385,7 @@ std::uint32_t Decoder::label(const Arg& a) const {
   // A label may be called %L: only its use tells it from a special register.
   if (a.kind != Arg::name && a.kind != Arg::special) fail("expected a label");
   if (const auto* found = in_scope(function_.labels, a.text))
-    return builder_.plan(function_).entry + found->at;
+    return builder_.plan(function_)->entry + found->at;
   fail("unknown label '" + a.text + "'");
 }
 

@@ -15,6 +15,7 @@
 
 namespace torchext::sim {
 
+struct Callee;
 struct DeviceVariables;
 class ProgramBuilder;
 
@@ -106,6 +107,8 @@ std::string why_unknown(const std::string& opcode, const std::string& name);  //
 
 // Each in the file of its name.
 void add_control(DecodeTable&);
+void add_calls(DecodeTable&);
+void add_stack(DecodeTable&);
 void add_integer(DecodeTable&);
 void add_moves(DecodeTable&);
 void add_logic(DecodeTable&);
@@ -132,6 +135,8 @@ struct Symbol {
   std::uint64_t address = 0;
   std::uint64_t bytes = 0;
   bool kernel_param = false;
+  bool framed = false;  // address is an offset in the frame; `slot` holds the sum
+  Slot slot;
 };
 
 class ProgramBuilder {
@@ -144,10 +149,13 @@ class ProgramBuilder {
     std::uint32_t first_register = 0;
     std::vector<std::uint32_t> register_offsets;
     std::uint32_t entry = 0;  // pc
+    bool framed = false;      // calls.h
+    Callee* callee = nullptr;
     std::map<std::string, Symbol> symbols;
   };
-  const FunctionPlan* plan(const std::string& name) const;
-  const FunctionPlan& plan(const Function& f) const { return *plan(f.name); }
+  const FunctionPlan* plan(const Function& f) const;  // null if the kernel cannot reach it
+  const Callee* callee(const Function& f) const { return plan(f)->callee; }
+  std::vector<const Function*> indirect_callees(const Function& f, const RawInstruction& call);
   const ParsedModule& module() const { return module_; }
   Program& program() { return *program_; }
   Slot constant(std::uint64_t value, int bytes);
@@ -156,8 +164,12 @@ class ProgramBuilder {
   const Symbol* symbol(const Function& f, const std::string& name) const;
 
  private:
-  void collect(const Function& f, std::vector<std::string>& stack);
+  void collect(const Function& kernel);
+  std::vector<const Function*> callees_of(const Function& f);
+  const std::vector<const Function*>& address_taken();
+  Slot add_register(const std::string& name, Type type);
   void lay_out();
+  void lay_out_function(FunctionPlan& plan, std::uint64_t* local);
   void find_post_dominators(std::uint32_t begin, std::uint32_t end);
   void track_wgmma_registers();
 
@@ -166,6 +178,9 @@ class ProgramBuilder {
   std::string kernel_;
   std::shared_ptr<Program> program_;
   std::vector<FunctionPlan> plans_;
+  std::unordered_map<const Function*, std::size_t> plan_of_;
+  std::vector<const Function*> address_taken_;
+  bool knows_address_taken_ = false;
   std::map<std::string, Symbol> globals_;
   std::map<std::pair<std::uint64_t, int>, Slot> constants_;
   std::map<std::int64_t, Slot> param_constants_;

@@ -14,7 +14,8 @@ void Warp::branch(const Instruction& i, std::uint32_t taken) {
     g.pc = i.target;
     return;
   }
-  if (i.reconverge != ~0u && (g.tokens.empty() || g.tokens.back()->pc != i.reconverge)) {
+  if (i.reconverge != ~0u && (g.tokens.empty() || g.tokens.back()->pc != i.reconverge ||
+                              g.tokens.back()->depth != g.calls.size())) {
     auto token = std::make_shared<Token>();
     token->pc = i.reconverge;
     token->depth = g.calls.size();
@@ -109,39 +110,6 @@ void Warp::merge_equal() {
       ++i;
     }
   }
-}
-
-// Guarded calls and returns part the group like a branch.
-void Warp::enter(std::uint32_t callee, std::uint32_t mask) {
-  Group& g = groups_[current_];
-  const std::uint32_t call_pc = g.pc;
-  if (mask != g.mask) {
-    Group rest = g;
-    rest.mask &= ~mask;
-    ++rest.pc;
-    g.mask = mask;
-    groups_.push_back(std::move(rest));
-  }
-  groups_[current_].calls.push_back(call_pc);
-  groups_[current_].pc = callee;
-}
-
-void Warp::leave(std::uint32_t mask) {
-  Group& g = groups_[current_];
-  if (mask != g.mask) {
-    Group rest = g;
-    rest.mask &= ~mask;
-    ++rest.pc;
-    g.mask = mask;
-    groups_.push_back(std::move(rest));
-  }
-  Group& returning = groups_[current_];
-  returning.pc = returning.calls.back() + 1;
-  returning.calls.pop_back();
-  // Branches inside the callee that end in return statements leave tokens behind.
-  while (!returning.tokens.empty() && returning.tokens.back()->depth > returning.calls.size())
-    drop_from_tokens(returning, returning.tokens.size() - 1);
-  settle_tokens();
 }
 
 void Warp::exit_lanes(std::uint32_t mask) {

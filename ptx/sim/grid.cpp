@@ -26,7 +26,8 @@ Grid::Grid(const Module& module, std::shared_ptr<const Program> p, const LaunchO
       options(o),
       sink(o.max_findings),
       checks(o.checks),
-      files_(module.files()) {
+      files_(module.files()),
+      heap_(module.heap()) {
   const Function& f = program->attributes;
   const std::string& name = program->kernel;
   const LaunchShape shape = check_launch(*program, o);
@@ -86,7 +87,12 @@ Grid::Grid(const Module& module, std::shared_ptr<const Program> p, const LaunchO
   if (reads(Special::workspace_low))
     memory.add({workspace_, sizeof workspace_, Buffer::ReadWrite, "grid workspace"}, checks, true);
   if (reads(Special::reserved_shared_slot)) shared_begin = 0;
+  heap_.start_launch();
+  const bool uses_heap = program->uses_heap || heap_.exists();
+  if (uses_heap)
+    memory.add({heap_.data(), DeviceHeap::kBytes, Buffer::ReadWrite, "device heap"}, checks, true);
   memory.sort();
+  if (uses_heap) memory.find(reinterpret_cast<std::uint64_t>(heap_.data()))->heap = &heap_;
 }
 
 void Grid::print(const std::string& text) {
@@ -97,6 +103,32 @@ void Grid::print(const std::string& text) {
 std::size_t Report::count(Grade grade) const {
   return static_cast<std::size_t>(std::count_if(
       findings.begin(), findings.end(), [grade](const Finding& f) { return f.grade() == grade; }));
+}
+
+// Blocks of the device heap that the launch leaves, by the call that got them.
+void Grid::note_kept_blocks() {
+  std::map<std::uint32_t, std::pair<std::uint64_t, std::uint64_t>> kept;  // pc: blocks, bytes
+  for (const DeviceHeap::Block& block : heap_.kept()) {
+    ++kept[block.pc].first;
+    kept[block.pc].second += block.bytes;
+  }
+  for (const auto& [pc, sum] : kept) {
+    const Instruction& i = program->code[pc];
+    Finding f;
+    f.kind = FindingKind::heap_leak;
+    f.message = std::to_string(sum.first) +
+                (sum.first == 1 ? " block of " : " blocks of together ") +
+                std::to_string(sum.second) + " bytes, allocated here, not freed by the launch";
+    f.kernel = program->kernel;
+    f.ptx_line = i.line;
+    f.opcode = program->opcodes[i.opcode];
+    if (i.source_line != 0 && i.file < files_.size()) {
+      f.file = files_[i.file];
+      f.source_line = i.source_line;
+    }
+    f.seed = options.seed;
+    sink.add(std::move(f));
+  }
 }
 
 Report Grid::run() {
@@ -184,6 +216,7 @@ Report Grid::run() {
   }
   if (failure) std::rethrow_exception(failure);
 
+  if (checks && !stop.load()) note_kept_blocks();
   Report report;
   report.findings_truncated = sink.full();
   report.findings = sink.take();

@@ -295,7 +295,7 @@ struct Program {
   std::uint32_t param_bytes = 0;
   std::vector<Variable> params;  // offsets in align order
   std::vector<std::uint32_t> param_offsets;
-  bool uses_wgmma = false;
+  bool uses_wgmma = false, uses_stack = false, uses_heap = false;
   std::vector<std::shared_ptr<void>> owned;
   std::vector<std::string> register_names;  // by register index
   Function attributes;                      // launch attributes of the kernel (no code)

@@ -31,6 +31,7 @@ struct Kernel {
 struct Program;
 struct ParsedModule;
 struct DeviceVariables;
+class DeviceHeap;
 
 // A parsed PTX file. Thread-safe. Its .global variables keep their values between launches.
 class Module {
@@ -46,12 +47,14 @@ class Module {
   // Decodes the kernel and all it calls. Throws PtxError for an unknown opcode or modifier.
   std::shared_ptr<const Program> program(const std::string& kernel) const;
   DeviceVariables& variables() const { return *variables_; }
+  DeviceHeap& heap() const { return *heap_; }
 
  private:
   Module() = default;
   struct Cache;
   std::unique_ptr<ParsedModule> parsed_;
   std::unique_ptr<DeviceVariables> variables_;
+  std::unique_ptr<DeviceHeap> heap_;
   std::unique_ptr<Cache> cache_;
   std::vector<Kernel> kernels_;
 };

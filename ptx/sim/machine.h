@@ -13,7 +13,9 @@
 #include <unordered_map>
 #include <vector>
 
+#include "calls.h"
 #include "clock.h"
+#include "device_heap.h"
 #include "ir.h"
 #include "launch.h"
 #include "memory.h"
@@ -61,14 +63,14 @@ struct Group {
   std::uint32_t pc = 0;
   std::uint32_t mask = 0;
   std::vector<std::shared_ptr<Token>> tokens;
-  std::vector<std::uint32_t> calls;  // pcs of the call instructions to return to
-  bool blocked = false;              // the instruction at pc wants to be tried again
-  bool parked = false;               // at tokens.back()
-  bool arrived = false;              // a barrier has counted this group already
-  bool released = false;             // bar.warp.sync has met its partners
-  bool give_up = false;              // a try_wait may return false now
-  std::uint64_t generation = 0;      // of the barrier it waits for
-  std::uint64_t blocked_at = 0;      // Cluster::progress then
+  std::vector<CallFrame> calls;  // to return from, innermost last
+  bool blocked = false;          // the instruction at pc wants to be tried again
+  bool parked = false;           // at tokens.back()
+  bool arrived = false;          // a barrier has counted this group already
+  bool released = false;         // bar.warp.sync has met its partners
+  bool give_up = false;          // a try_wait may return false now
+  std::uint64_t generation = 0;  // of the barrier it waits for
+  std::uint64_t blocked_at = 0;  // Cluster::progress then
 };
 
 // Asynchronous work. `read` (optional) takes its source, `finish` delivers.
@@ -132,6 +134,11 @@ struct MapFence {
 
 struct PendingWgmma;
 struct LaneBits;  // validity.h
+
+// Bytes of a lane's local memory, and which bits of them are valid.
+struct LocalBytes {
+  std::uint8_t *data, *valid;
+};
 
 class Warp {
  public:
@@ -209,8 +216,14 @@ class Warp {
   void branch(const Instruction& i, std::uint32_t taken);
   void branch_each(const std::uint32_t (&targets)[32], std::uint32_t mask,
                    std::uint32_t reconverge);
-  void enter(std::uint32_t callee, std::uint32_t mask);  // call, return
+  // Calls (calls.cpp) and the lanes' stacks (stack.cpp).
+  void enter(const Callee* const* by_lane, std::uint32_t mask);
   void leave(std::uint32_t mask);
+  LocalBytes local_bytes(int lane, const CallValue& value);
+  std::uint32_t grow_stack(int lane, std::uint64_t bytes, std::uint32_t align);  // its address
+  bool cut_stack(int lane, std::uint64_t top);  // false if that is no earlier top
+  std::uint32_t stack_top(int lane) const { return stack_top_[static_cast<std::size_t>(lane)]; }
+  void start_block(std::uint64_t address, std::uint64_t bytes);  // that malloc returns
   void exit_lanes(std::uint32_t mask);
   bool converge(std::uint32_t members);  // merges groups blocked here that make up `members`
   bool unpark();                         // lets parked lanes run on alone; false if there are none
@@ -279,6 +292,8 @@ class Warp {
   template <class Change>
   void change_views(std::uint32_t mask, Change&& change);
   void settle_tokens();
+  std::shared_ptr<const Activation> activate(const Callee& callee, std::uint32_t lanes);
+  void deactivate(const CallFrame& frame, std::uint32_t lanes);
   std::uint64_t partly_valid_bits(const Slot& slot, int lane) const;
   void forget_valid_bits(const Slot& slot, std::uint32_t lanes);
 
@@ -293,6 +308,8 @@ class Warp {
   std::vector<std::uint64_t> register_file_;
   std::vector<std::uint32_t> valid_;  // by register: lanes that are valid whole
   std::unordered_map<std::uint32_t, std::array<std::uint64_t, 32>> partly_valid_;  // of the others
+  std::array<std::uint32_t, 32> stack_top_, frame_;                                // addresses
+  std::array<std::vector<std::uint8_t>, 32> stack_, stack_valid_;
   std::vector<Group> groups_;
   std::size_t current_ = 0;
   ClockRef known_[32];
@@ -401,11 +418,14 @@ class Grid {
 
   // What cooperative groups keep of a grid: its size in bytes and its barrier.
   std::uint64_t workspace_address() const { return reinterpret_cast<std::uint64_t>(workspace_); }
+  DeviceHeap& heap() const { return heap_; }
   void print(const std::string& text);
   const std::vector<std::string>& files() const { return files_; }
 
  private:
+  void note_kept_blocks();
   const std::vector<std::string>& files_;
+  DeviceHeap& heap_;
   alignas(8) std::uint32_t workspace_[2] = {8, 0};
   std::mutex output_mutex_;
   std::string output_;

@@ -125,7 +125,22 @@ bool Warp::resolve(int lane, Space space, std::uint64_t address, std::uint32_t b
       return true;
     }
     case Space::local: {
-      if (address + bytes > program_.local_bytes) {
+      if (address >= kStackBase && program_.uses_stack) {
+        const auto l = static_cast<std::size_t>(lane);
+        if (address >= stack_top_[l] || bytes > stack_top_[l] - address) {
+          finding(FindingKind::out_of_bounds,
+                  std::string("local-memory ") + verb + " at " + hex(address) +
+                      ", beyond the thread's stack of " +
+                      std::to_string(stack_top_[l] - kStackBase) +
+                      " bytes: past alloca's memory, or in that of a function that has returned",
+                  lanes, address);
+          return false;
+        }
+        place->host = stack_[l].data() + (address - kStackBase);
+        place->valid = stack_valid_[l].data() + (address - kStackBase);
+        return true;
+      }
+      if (address >= program_.local_bytes || bytes > program_.local_bytes - address) {
         finding(FindingKind::out_of_bounds,
                 std::string("local-memory ") + verb + " at " + hex(address) + "; a thread has " +
                     std::to_string(program_.local_bytes) + " bytes",
@@ -152,6 +167,15 @@ bool Warp::resolve(int lane, Space space, std::uint64_t address, std::uint32_t b
                 address);
         return false;
       }
+      if (b->heap != nullptr && !b->heap->may_access(address, bytes)) {
+        DeviceHeap::Block block;
+        const bool freed = b->heap->find(address, &block) && !block.live;
+        finding(freed ? FindingKind::freed_memory : FindingKind::out_of_bounds,
+                std::string("global ") + verb + " of " + std::to_string(bytes) + " bytes, " +
+                    b->heap->describe(address, program_),
+                lanes, address);
+        return false;
+      }
       place->host = reinterpret_cast<std::uint8_t*>(address);
       place->shadow = b->shadow.get();
       place->offset = address - b->begin;
@@ -159,6 +183,13 @@ bool Warp::resolve(int lane, Space space, std::uint64_t address, std::uint32_t b
       return true;
     }
   }
+}
+
+void Warp::start_block(std::uint64_t address, std::uint64_t bytes) {
+  GlobalBuffer* b = grid_.memory.find(address);
+  if (b->shadow == nullptr || bytes == 0) return;
+  const std::lock_guard<SpinLock> lock(b->lock);
+  b->shadow->restart(address - b->begin, bytes);
 }
 
 namespace {

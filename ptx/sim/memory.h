@@ -13,6 +13,7 @@
 namespace torchext::sim {
 
 class Cta;
+class DeviceHeap;
 
 // Generic addresses: shared and local memory lie far above every host address.
 constexpr std::uint64_t kSharedWindow = 0x0100'0000'0000'0000;
@@ -47,7 +48,8 @@ struct GlobalBuffer {
   bool writable;
   std::unique_ptr<Shadow> shadow;  // none for read-only memory
   std::string name;
-  SpinLock lock;  // of shadow
+  SpinLock lock;               // of shadow
+  DeviceHeap* heap = nullptr;  // whose blocks alone may be accessed
 };
 
 // The place that an address denotes.

@@ -4,6 +4,7 @@
 #include <stdexcept>
 
 #include "decode.h"
+#include "device_heap.h"
 #include "launch.h"
 #include "parser.h"
 
@@ -18,6 +19,7 @@ std::shared_ptr<Module> Module::parse(std::string text, std::string name) {
   std::shared_ptr<Module> m(new Module);
   m->parsed_ = std::make_unique<ParsedModule>(parse_ptx(text, name));
   m->variables_ = std::make_unique<DeviceVariables>(*m->parsed_);
+  m->heap_ = std::make_unique<DeviceHeap>();
   m->cache_ = std::make_unique<Cache>();
   for (const Function& f : m->parsed_->functions) {
     if (!f.is_kernel || !f.has_body) continue;

@@ -203,7 +203,8 @@ std::vector<Variable> Parser::parameters(bool declare) {
     Variable v = variable_head(Linkage::internal);
     declarator(v, true);
     if (reg) {
-      if (v.lanes > 1) fail("vector registers as parameters are not supported");
+      if (v.lanes > 1 || v.type == Type::b128)
+        fail("vector registers as parameters are not supported");
       v.reg = declare ? static_cast<std::int32_t>(add_register(v.name, v.type)) : 0;
     }
     result.push_back(std::move(v));

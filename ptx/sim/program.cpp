@@ -4,6 +4,7 @@
 #include <functional>
 #include <set>
 
+#include "calls.h"
 #include "csrc/runtime/architecture.h"
 #include "decode.h"
 #include "memory.h"
@@ -16,6 +17,8 @@ const DecodeTable& decode_table() {
   static const DecodeTable table = [] {
     DecodeTable t;
     add_control(t);
+    add_calls(t);
+    add_stack(t);
     add_integer(t);
     add_moves(t);
     add_logic(t);
@@ -41,6 +44,10 @@ const DecodeTable& decode_table() {
   return table;
 }
 
+// At the start of the register file: 256 bytes for a sink, 8 for carries.
+constexpr std::uint32_t kScratchBytes = 264;
+constexpr std::uint64_t kMostLocalBytes = 512 * 1024;  // of a thread, CUDA's limit
+
 std::uint64_t align_up(std::uint64_t value, std::uint64_t to) {
   return (value + to - 1) / to * to;
 }
@@ -52,139 +59,95 @@ void visit_names(const Arg& arg, const std::function<void(const std::string&)>& 
 
 }  // namespace
 
-const Function* ParsedModule::function(const std::string& name) const {
-  const auto alias = aliases.find(name);
-  const std::string& meant = alias == aliases.end() ? name : alias->second;
-  const Function* found = nullptr;
-  for (const Function& f : functions) {
-    if (f.name == meant && (found == nullptr || f.has_body)) found = &f;
-  }
-  return found;
-}
-
-std::uint64_t ParsedModule::address_of(const Function& f) const {
-  return kFunctionWindow | (static_cast<std::uint64_t>(&f - functions.data()) + 1) << 4;
-}
-
-DeviceVariables::DeviceVariables(const ParsedModule& module) : module_(module) {
-  const auto add = [&](const Variable& v) {
-    if ((v.space != Space::global && v.space != Space::constant) || v.is_external()) return;
-    if (v.bytes > (1ull << 32))
-      throw PtxError(module.sources[v.source].name, v.line, "'" + v.name + "' is too large");
-    auto e = std::make_unique<Entry>();
-    e->name = v.name;
-    e->bytes = v.bytes;
-    e->constant = v.space == Space::constant;
-    e->variable = &v;
-    e->storage.resize(v.bytes / 8 + 2 + v.align / 8);
-    const auto base = reinterpret_cast<std::uint64_t>(e->storage.data());
-    e->data = reinterpret_cast<std::uint8_t*>(align_up(base, std::max(8u, v.align)));
-    by_name[v.name] = e.get();
-    entries.push_back(std::move(e));
-  };
-  for (const Variable& v : module.variables) add(v);
-  for (const Function& f : module.functions) {
-    for (const Variable& v : f.variables) add(v);
-  }
-  reset();
-}
-
-void DeviceVariables::reset() {
-  for (const auto& e : entries) {
-    const Variable& v = *e->variable;
-    std::memset(e->data, 0, e->bytes);
-    std::copy(v.initial.begin(), v.initial.end(), e->data);
-    for (const Variable::Reference& r : v.references) {
-      std::uint64_t address = 0;
-      if (const Entry* to = find(r.symbol); to != nullptr) {
-        address = reinterpret_cast<std::uint64_t>(to->data);
-      } else if (const Function* f = module_.function(r.symbol); f != nullptr) {
-        address = module_.address_of(*f);
-      } else {
-        throw PtxError(module_.sources[v.source].name, r.line,
-                       "the initialiser of '" + v.name + "' refers to '" + r.symbol +
-                           "', which is no .global or .const variable and no function");
-      }
-      const std::uint64_t value = (address + static_cast<std::uint64_t>(r.addend)) >> r.shift;
-      std::memcpy(e->data + r.at, &value, static_cast<std::size_t>(r.bytes));
-    }
-  }
-}
-
-const DeviceVariables::Entry* DeviceVariables::find(const std::string& name) const {
-  const auto it = by_name.find(name);
-  return it == by_name.end() ? nullptr : it->second;
-}
-
 ProgramBuilder::ProgramBuilder(const ParsedModule& module, DeviceVariables& variables,
                                const std::string& kernel)
     : module_(module), variables_(variables), kernel_(kernel) {}
 
-const ProgramBuilder::FunctionPlan* ProgramBuilder::plan(const std::string& name) const {
-  for (const FunctionPlan& p : plans_) {
-    if (p.function->name == name) return &p;
-  }
-  return nullptr;
+Slot ProgramBuilder::add_register(const std::string& name, Type type) {
+  Program& p = *program_;
+  Slot slot;
+  slot.offset = p.register_bytes;
+  slot.reg = p.register_count++;
+  slot.bytes = static_cast<std::uint8_t>(size_of(type) == 8 ? 8 : 4);
+  p.register_bytes += type == Type::pred ? 8 : 32u * slot.bytes;
+  p.register_names.push_back(name);
+  return slot;
 }
 
-void ProgramBuilder::collect(const Function& f, std::vector<std::string>& stack) {
-  if (std::find(stack.begin(), stack.end(), f.name) != stack.end())
-    throw PtxError(module_.name, f.line, "recursion ('" + f.name + "') is not supported");
-  if (plan(f.name) == nullptr) {
-    FunctionPlan p;
-    p.function = &f;
-    plans_.push_back(std::move(p));
+void ProgramBuilder::lay_out_function(FunctionPlan& plan, std::uint64_t* local) {
+  Program& p = *program_;
+  const Function& f = *plan.function;
+  auto callee = std::make_shared<Callee>();
+  callee->registers_begin = p.register_bytes;
+  callee->first_register = plan.first_register = p.register_count;
+  for (const RegisterDecl& r : f.registers) {
+    plan.register_offsets.push_back(p.register_bytes);
+    const Slot slot = add_register(r.name, r.type);
+    callee->widths.push_back(r.type == Type::pred ? 0 : slot.bytes);
   }
-  stack.push_back(f.name);
-  for (const RawInstruction& i : f.code) {
-    if (i.parts[0] != "call") continue;
-    for (const Arg& a : i.args) {
-      if (a.kind != Arg::name) continue;
-      const Function* callee = module_.function(a.text);
-      if (callee != nullptr && callee->has_body) collect(*callee, stack);
+  std::uint64_t frame = 0;
+  const auto place = [&](const Variable& v) {
+    std::uint64_t& at = plan.framed ? frame : *local;
+    at = align_up(at, std::max(1u, plan.framed ? std::min(v.align, kFrameAlign) : v.align));
+    Symbol& symbol = plan.symbols[v.name];
+    symbol = {Space::local, at, v.bytes, false, plan.framed, {}};
+    if (plan.framed) {
+      symbol.slot = add_register("address of " + v.name, Type::u64);
+      callee->widths.push_back(8);
+      callee->addresses.emplace_back(symbol.slot, static_cast<std::uint32_t>(at));
     }
+    at += v.bytes;
+    if (at > kMostLocalBytes)
+      throw PtxError(module_.sources[f.source].name, f.line,
+                     "'" + f.name + "' has more local memory than a thread can have");
+  };
+  const auto value_of = [&](const Variable& v) {
+    CallValue value;
+    value.bytes = static_cast<std::uint32_t>(v.bytes);
+    if (v.reg >= 0) {
+      const auto reg = static_cast<std::uint32_t>(v.reg);
+      value.kind = CallValue::in_register;
+      value.slot.offset = plan.register_offsets[reg];
+      value.slot.reg = plan.first_register + reg;
+      value.slot.bytes = static_cast<std::uint8_t>(size_of(v.type) == 8 ? 8 : 4);
+    } else {
+      place(v);
+      value.kind = plan.framed ? CallValue::in_frame : CallValue::in_local;
+      value.offset = static_cast<std::uint32_t>(plan.symbols.at(v.name).address);
+    }
+    return value;
+  };
+  if (!f.is_kernel) {
+    for (const Variable& v : f.params) callee->params.push_back(value_of(v));
+    for (const Variable& v : f.results) callee->results.push_back(value_of(v));
   }
-  stack.pop_back();
+  for (const Variable& v : f.variables) {
+    if (v.space == Space::local || v.space == Space::param) place(v);
+  }
+  callee->name = f.name;
+  callee->address = module_.address_of(f);
+  callee->framed = plan.framed;
+  callee->frame_bytes = std::max(kLeastFrame, static_cast<std::uint32_t>(align_up(frame, 16)));
+  callee->register_count = p.register_count - callee->first_register;
+  callee->registers_end = p.register_bytes;
+  p.uses_stack |= plan.framed;
+  plan.callee = callee.get();
+  p.owned.push_back(std::move(callee));
 }
 
 void ProgramBuilder::lay_out() {
   Program& p = *program_;
-  std::uint32_t registers = 2,
-                bytes = 264;  // 0: always valid, 1: sink; 256 bytes for it, 8 for carries
-  p.register_names = {"", "_"};
+  p.register_names = {"", "_"};  // 0: always valid, 1: sink
   std::uint64_t local = 0;
-  const auto place_local = [&](const Variable& v) {
-    local = align_up(local, std::max(1u, v.align));
-    const std::uint64_t at = local;
-    local += v.bytes;
-    return at;
-  };
   std::set<std::string> used;
+  p.register_bytes = kScratchBytes;
+  p.register_count = 2;
   for (FunctionPlan& plan : plans_) {
-    const Function& f = *plan.function;
-    plan.first_register = registers;
-    for (const RegisterDecl& r : f.registers) {
-      plan.register_offsets.push_back(bytes);
-      bytes += r.type == Type::pred ? 8 : size_of(r.type) == 8 ? 256 : 128;
-      p.register_names.push_back(r.name);
-      ++registers;
-    }
-    if (!f.is_kernel) {
-      for (const auto* formals : {&f.params, &f.results}) {
-        for (const Variable& v : *formals)
-          plan.symbols[v.name] = {Space::local, place_local(v), v.bytes, false};
-      }
-    }
-    for (const Variable& v : f.variables) {
-      if (v.space == Space::local || v.space == Space::param)
-        plan.symbols[v.name] = {Space::local, place_local(v), v.bytes, false};
-    }
-    for (const RawInstruction& i : f.code) {
+    lay_out_function(plan, &local);
+    for (const RawInstruction& i : plan.function->code) {
       for (const Arg& a : i.args) visit_names(a, [&](const std::string& n) { used.insert(n); });
     }
   }
-  p.register_bytes = bytes;
-  p.register_count = registers;
   p.local_bytes = static_cast<std::uint32_t>(align_up(local, 16));
 
   std::uint64_t shared = kSharedBase;
@@ -234,8 +197,8 @@ void ProgramBuilder::lay_out() {
 }
 
 const Symbol* ProgramBuilder::symbol(const Function& f, const std::string& name) const {
-  const FunctionPlan& p = plan(f);
-  if (const auto it = p.symbols.find(name); it != p.symbols.end()) return &it->second;
+  const auto& symbols = plan(f)->symbols;
+  if (const auto it = symbols.find(name); it != symbols.end()) return &it->second;
   if (const auto it = globals_.find(name); it != globals_.end()) return &it->second;
   return nullptr;
 }
@@ -287,15 +250,14 @@ std::shared_ptr<Program> ProgramBuilder::build() {
   p.kernel = kernel_;
   p.module = module_.name;
   p.target_number = module_.target_number;
-  std::vector<std::string> stack;
-  collect(*kernel, stack);
+  collect(*kernel);
   lay_out();
   p.attributes = *kernel;
   p.attributes.code.clear();
 
   std::uint32_t pc = 0;
   for (FunctionPlan& plan : plans_) {
-    plan.entry = pc;
+    plan.entry = plan.callee->entry = pc;
     pc += static_cast<std::uint32_t>(plan.function->code.size()) + 1;
   }
   p.code.reserve(pc);
@@ -325,7 +287,8 @@ std::shared_ptr<Program> ProgramBuilder::build() {
       }
       const auto decoder = table.find(raw.parts[0]);
       if (decoder == table.end())
-        throw PtxError(module_.name, raw.line, why_unknown(raw.opcode, raw.parts[0]));
+        throw PtxError(module_.sources[f.source].name, raw.line,
+                       why_unknown(raw.opcode, raw.parts[0]));
       Decoder d(*this, f, raw, out);
       decoder->second(d);
     }

@@ -354,6 +354,14 @@ void Shadow::set_valid(std::uint64_t offset, std::uint64_t bytes) {
                 [](Cell& c, std::uint64_t, std::size_t) { c.valid = kAllBytes; });
 }
 
+void Shadow::restart(std::uint64_t offset, std::uint64_t bytes) {
+  for_each_cell(offset, bytes, true, [&](Cell& c, std::uint64_t at, std::size_t) {
+    if (c.flags & kReaderSet) free_sets_.push_back(c.r_agent);
+    agreeing_.erase(at);
+    c = Cell{};
+  });
+}
+
 bool Shadow::is_valid(std::uint64_t offset, std::uint64_t bytes) const {
   for (std::uint64_t b = offset; b < offset + bytes; ++b) {
     const auto& p = pages_[b / kPageBytes];

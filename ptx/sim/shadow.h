@@ -80,6 +80,8 @@ class Shadow {
   Conflict write(const Actor& actor, std::uint64_t offset, std::uint64_t bytes,
                  const Stored* stored = nullptr);
   void set_valid(std::uint64_t offset, std::uint64_t bytes);
+  // Forgets all accesses: the memory is another object's from now on, and not yet written.
+  void restart(std::uint64_t offset, std::uint64_t bytes);
   bool is_valid(std::uint64_t offset, std::uint64_t bytes) const;
   // Whether the last write to the granule at `offset` is this one.
   bool last_write_is(std::uint64_t offset, std::uint32_t agent, std::uint32_t clock,

@@ -126,6 +126,8 @@ Warp::Warp(Cta& cta, std::uint32_t index)
   valid_[0] = ~0u;
   local.resize(std::size_t{program_.local_bytes} * 32);
   local_valid.resize(local.size(), 0);
+  stack_top_.fill(kStackBase);
+  frame_.fill(kStackBase);
   const std::uint32_t first = index * 32;
   const std::uint32_t count = std::min(32u, grid_.threads - first);
   live_ = count == 32 ? ~0u : (1u << count) - 1;

@@ -93,7 +93,7 @@ def test_floating_point_literals(literal, value):
         ("mov.f32 %f1, 0f3F800000+1.0;", "cannot be operands"),
         ("mov.u32 %r2, 1.5%2;", "takes integers"),
         ("mov.u32 %r2, ~1.5;", "takes an integer"),
-        ("mov.u32 %r2, -%r1;", "'%r1' cannot be negated"),
+        ("mov.u32 %r2, -%r1;", "a register cannot be negated"),
         ("mov.u32 %r2, (.s64)1.5;", "only integers can be cast"),
         ("mov.u32 %r2, (1;", r"expected '\)'"),
         ("mov.u32 %r2, " + "(" * 500 + "1" + ")" * 500 + ";", "nested too deeply"),

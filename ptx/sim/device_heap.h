@@ -1,0 +1,50 @@
+// The heap behind malloc and free in device code. Its blocks outlive the launch, as on a GPU.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+namespace torchext::sim {
+
+struct Program;
+
+class DeviceHeap {
+ public:
+  static constexpr std::uint64_t kBytes = 8 << 20;  // CUDA's default, cudaLimitMallocHeapSize
+
+  struct Block {
+    std::uint64_t begin = 0, bytes = 0;
+    bool live = true;
+    std::uint64_t launch = 0;  // that allocated it, and that freed it
+    std::uint32_t pc = 0;      // the same, if it is this launch
+  };
+
+  void start_launch();
+  // 0 if there is no room. Freed memory is used again only when nothing else is left, so that the
+  // use of a freed block is found.
+  std::uint64_t allocate(std::uint64_t bytes, std::uint32_t pc);
+  bool release(std::uint64_t begin, std::uint32_t pc);  // false if it has been freed already
+  // The block that an address lies in, or ends; false if there is none.
+  bool find(std::uint64_t address, Block* block) const;
+  bool may_access(std::uint64_t address, std::uint64_t bytes) const;
+  std::string describe(std::uint64_t address, const Program& program) const;
+  // Blocks that this launch allocated and nobody has freed.
+  std::vector<Block> kept() const;
+  std::uint8_t* data();
+  bool exists() const;  // some launch has used it
+
+ private:
+  std::uint64_t reuse(std::uint64_t bytes);
+
+  mutable std::mutex mutex_;
+  std::unique_ptr<std::uint8_t[]> storage_;
+  std::uint64_t begin_ = 0, next_ = 0;  // addresses
+  std::map<std::uint64_t, Block> blocks_;
+  std::uint64_t launch_ = 0;
+};
+
+}  // namespace torchext::sim
