@@ -59,16 +59,15 @@ Step atomic(Warp& w, const Instruction& i, U32 mask) {
         const U64 v = w.integer(i.list[values + e], lane);
         std::memcpy(value + e * a.bytes, &v, a.bytes);
       }
-      Actor actor = w.actor(lane, a.scope);
-      w.check_read(place, actor, total, 1u << lane, address);
+      const auto step = strong_step(w, place, address);
+      w.check_read(place, w.actor(lane, a.scope), total, 1u << lane, address);
       if (a.returns || a.acquire) strong_read(w, lane, place, address, a.scope, a.acquire);
-      strong_write(w, lane, place, address, a.scope, a.release);
-      actor = w.actor(lane, a.scope);
-      w.check_write(place, actor, total, 1u << lane, address);
+      bool written = true;
       const auto modify = [&] {
         std::memcpy(old, place.host, total);
         if (a.compare_and_swap) {
-          if (std::memcmp(old, value, total) != 0) return;
+          written = std::memcmp(old, value, total) == 0;
+          if (!written) return;
           for (U32 e = 0; e < a.elements; ++e) {
             const U64 next = w.integer(i.list[values + a.elements + e], lane);
             std::memcpy(place.host + e * a.bytes, &next, a.bytes);
@@ -86,6 +85,10 @@ Step atomic(Warp& w, const Instruction& i, U32 mask) {
       } else {
         modify();
       }
+      if (written) {  // a comparison that fails is a read and releases nothing
+        w.check_write(place, w.actor(lane, a.scope), total, 1u << lane, address);
+        strong_write(w, lane, place, address, a.scope, a.release);
+      }
     }
     if (!a.returns) return;
     for (U32 e = 0; e < a.elements; ++e) {
@@ -97,7 +100,7 @@ Step atomic(Warp& w, const Instruction& i, U32 mask) {
   if (changed)
     ++w.cluster().progress;
   else
-    ++w.cluster().spins;
+    w.polled();
   for (std::size_t e = 0; e < values; ++e) w.set_valid(i.list[e], mask, mask);
   return Step::next;
 }

@@ -13,24 +13,22 @@ using U64 = std::uint64_t;
 
 enum : U16 { kSync, kArrive, kRedAnd, kRedOr, kRedPopc };
 
-// Threads that a group counts for: a ragged last warp counts whole, as hardware counts warps.
-U32 weight(Warp& w, U32 mask) {
-  return mask == w.live() ? 32 : static_cast<U32>(__builtin_popcount(mask));
+// What a barrier without a count would have to name.
+U32 all_threads(const Cta& cta) {
+  U32 n = 0;
+  for (const auto& w : cta.warps) n += w->finished() ? 0 : 32;
+  return n;
 }
 
 Step barrier(Warp& w, const Instruction& i, U32 mask) {
   const auto first = static_cast<int>(lane_of(mask));
   const auto id = static_cast<U32>(w.integer(i.s[0], first));
+  const bool counted = i.s[1].bytes != 0;
+  const auto count = counted ? static_cast<U32>(w.integer(i.s[1], first)) : 0;
   Cta& cta = w.cta();
-  if (id >= 16) {
-    w.finding(FindingKind::barrier_misuse,
-              "barrier " + std::to_string(id) + " does not exist (0 to 15)", mask);
-    throw LaunchStopped{};
-  }
-  NamedBarrier& b = cta.barriers[id];
-  Group& g = w.group();
-  if (g.arrived) {
-    if (b.generation == g.generation) return Step::block;
+  if (w.group().arrived) {
+    NamedBarrier& b = cta.barriers[id];
+    if (b.generation == w.group().generation) return Step::block;
     w.acquire(mask, b.completed);
     if (i.small >= kRedAnd) {
       if (i.small == kRedPopc) {
@@ -42,27 +40,40 @@ Step barrier(Warp& w, const Instruction& i, U32 mask) {
     }
     return Step::next;
   }
-  const bool counted = i.s[1].bytes != 0;
-  U32 expected = cta.live_threads;
-  if (counted) {
-    expected = static_cast<U32>(w.integer(i.s[1], first));
-    if (expected == 0 || expected % 32 != 0) {
-      w.finding(
-          FindingKind::barrier_misuse,
-          "a thread count of " + std::to_string(expected) + " is not a positive multiple of 32",
-          mask);
-      throw LaunchStopped{};
-    }
+  w.need(i.s[0], mask, "as a barrier");
+  U32 elsewhere = 0;  // lanes that name another barrier, or another count
+  for_lanes(mask, [&](int l) {
+    const bool same = w.integer(i.s[0], l) == id && (!counted || w.integer(i.s[1], l) == count);
+    elsewhere |= U32{!same} << l;
+  });
+  if (elsewhere != 0) {
+    w.part(elsewhere);
+    mask &= ~elsewhere;
   }
-  if (b.arrived != 0 && b.expected != expected && counted) {
+  if (id >= 16) {
     w.finding(FindingKind::barrier_misuse,
-              "barrier " + std::to_string(id) + " expects " + std::to_string(b.expected) +
-                  " threads from one participant and " + std::to_string(expected) + " from another",
+              "barrier " + std::to_string(id) + " does not exist (0 to 15)", mask);
+    throw LaunchStopped{};
+  }
+  if (counted && (count == 0 || count % 32 != 0)) {
+    w.finding(FindingKind::barrier_misuse,
+              "a thread count of " + std::to_string(count) + " is not a positive multiple of 32",
+              mask);
+    throw LaunchStopped{};
+  }
+  NamedBarrier& b = cta.barriers[id];
+  const U32 here = counted ? count : all_threads(cta);
+  const U32 there = b.expected != 0 ? b.expected : all_threads(cta);
+  if (b.open && here != there) {
+    w.finding(FindingKind::barrier_misuse,
+              "barrier " + std::to_string(id) + " expects " + std::to_string(there) +
+                  " threads from one participant and " + std::to_string(here) + " from another",
               mask, 0, "line " + std::to_string(w.program().code[b.first_pc].line),
               w.program().code[b.first_pc].line);
   }
-  if (b.arrived == 0) {
-    b.expected = counted ? expected : 0;
+  if (!b.open) {
+    b.open = true;
+    b.expected = count;
     b.first_pc = w.pc();
     b.reduce_and = 1;
     b.reduce_or = b.reduce_count = 0;
@@ -73,25 +84,23 @@ Step barrier(Warp& w, const Instruction& i, U32 mask) {
     b.reduce_or |= set != 0;
     b.reduce_count += static_cast<U32>(__builtin_popcount(set));
   }
-  b.arrived += weight(w, mask);
+  U32& arrived = b.lanes[w.index()];
+  if ((arrived & mask) != 0) b.again += (w.live() & ~mask) == 0 ? 32 : __builtin_popcount(mask);
+  arrived |= mask;
   b.arriving.join(w.release(mask));
-  const U64 generation = b.generation;
+  Group& g = w.group();
+  g.generation = b.generation;
   complete_barrier_if_full(cta, b);
   ++w.cluster().progress;
   if (i.small == kArrive) return Step::next;
   g.arrived = true;
-  g.generation = generation;
-  if (b.generation == generation) return Step::block;
-  return barrier(w, i, mask);
+  return b.generation == g.generation ? Step::block : barrier(w, i, mask);
 }
 
 void decode_bar(Decoder& d) {
   const bool bar = d.opcode() == "bar";
   if (d.take("warp")) {
-    if (!d.take("sync")) d.fail("expected .sync");
-    d.finish(1);
-    d.out.s[0] = d.source(0, Type::b32);
-    d.out.execute = warp_barrier;
+    decode_warp_barrier(d);
     return;
   }
   if (d.take("cluster")) return decode_cluster_barrier(d);
@@ -135,9 +144,8 @@ Step cluster_arrive(Warp& w, const Instruction& i, U32 mask) {
               again);
     return Step::next;
   }
-  for_lanes(mask, [&](int l) { w.cluster_arrivals[l] = c.barrier.generation; });
   w.cluster_arrived |= mask;
-  c.barrier.arrived += static_cast<U32>(__builtin_popcount(mask));
+  w.cluster_pending |= mask;
   if (i.small) {  // .relaxed: releases only what a fence before it did
     w.order_lanes(mask);
     for_lanes(mask & w.fenced_lanes, [&](int l) {
@@ -163,8 +171,12 @@ Step cluster_wait(Warp& w, const Instruction&, U32 mask) {
               without);
     return Step::next;
   }
-  const auto first = static_cast<int>(lane_of(mask));
-  if (c.barrier.generation == w.cluster_arrivals[first]) return Step::block;
+  const U32 early = mask & w.cluster_pending;
+  if (early == mask) return Step::block;
+  if (early != 0) {
+    w.part(early);
+    mask &= ~early;
+  }
   w.cluster_arrived &= ~mask;
   w.acquire(mask, c.barrier.completed);
   if (w.cta().cluster_completed.known) w.acquire(mask, w.cta().cluster_completed);
@@ -183,11 +195,32 @@ void decode_cluster_barrier(Decoder& d) {
   d.out.execute = arrive ? cluster_arrive : cluster_wait;
 }
 
+bool is_barrier(const Instruction& i) {
+  return i.execute == barrier || i.execute == cluster_arrive || i.execute == cluster_wait;
+}
+
+// A barrier with a count counts warps: one whose lanes have all arrived counts 32 threads, also
+// where it never had as many or some have exited. One without waits for every thread there is.
+Attendance attendance(const Cta& cta, const NamedBarrier& b) {
+  Attendance a{b.again, b.expected};
+  for (std::size_t n = 0; n < cta.warps.size(); ++n) {
+    const U32 lanes = b.lanes[n], live = cta.warps[n]->live();
+    if (b.expected == 0)
+      a.arrived += static_cast<U32>(__builtin_popcount(lanes & live));
+    else if (lanes != 0)
+      a.arrived += (live & ~lanes) == 0 ? 32 : static_cast<U32>(__builtin_popcount(lanes));
+  }
+  if (b.expected == 0) a.expected = cta.live_threads;
+  return a;
+}
+
 void complete_barrier_if_full(Cta& cta, NamedBarrier& b) {
-  if (b.arrived == 0) return;
-  const U32 expected = b.expected != 0 ? b.expected : cta.live_threads;
-  if (b.arrived < expected) return;
-  b.arrived = 0;
+  if (!b.open) return;
+  const Attendance a = attendance(cta, b);
+  if (a.arrived < a.expected) return;
+  b.open = false;
+  b.lanes.fill(0);
+  b.again = 0;
   ++b.generation;
   b.result_and = b.reduce_and;
   b.result_or = b.reduce_or;
@@ -197,12 +230,19 @@ void complete_barrier_if_full(Cta& cta, NamedBarrier& b) {
   ++cta.cluster.progress;
 }
 
+Attendance cluster_attendance(const Cluster& c) {
+  Attendance a{0, 0};
+  for (const Warp* w : c.all_warps) {
+    a.arrived += static_cast<U32>(__builtin_popcount(w->cluster_pending & w->live()));
+    a.expected += static_cast<U32>(__builtin_popcount(w->live()));
+  }
+  return a;
+}
+
 void complete_cluster_barrier_if_full(Cluster& c) {
-  U32 live = 0;
-  for (const Warp* w : c.all_warps) live += static_cast<U32>(__builtin_popcount(w->live()));
-  if (c.barrier.arrived == 0 || c.barrier.arrived < live) return;
-  c.barrier.arrived = 0;
-  ++c.barrier.generation;
+  const Attendance a = cluster_attendance(c);
+  if (a.arrived == 0 || a.arrived < a.expected) return;
+  for (Warp* w : c.all_warps) w->cluster_pending = 0;
   c.barrier.completed = std::move(c.barrier.arriving);
   c.barrier.arriving = {};
   for (auto& cta : c.ctas) {

@@ -113,7 +113,7 @@ Step leave(Warp& w, const Instruction&, U32 mask) {
   if (w.group().calls.empty()) {
     before_exit(w, mask);
     w.exit_lanes(mask);
-    after_exit(w);
+    after_exit(w, mask);
     return Step::jump;
   }
   const CallFrame frame = w.group().calls.back();

@@ -32,8 +32,8 @@ Cluster::Cluster(Grid& g, std::uint32_t n)
     ctas.push_back(std::make_unique<Cta>(*this, index, rank));
   }
   for (auto& cta : ctas) {
-    cta->live_threads = g.warps_per_cta * 32;
-    cta->register_pool = 65536 - std::int64_t{g.registers_per_thread} * g.warps_per_cta * 32;
+    cta->live_threads = g.threads;
+    cta->register_pool = g.spare_registers;
     for (std::uint32_t w = 0; w < g.warps_per_cta; ++w) {
       cta->warps.push_back(std::make_unique<Warp>(*cta, w));
       all_warps.push_back(cta->warps.back().get());
@@ -78,9 +78,12 @@ Cluster::State Cluster::run(std::uint64_t budget) {
       }
       idle_rounds_ = 0;
     } else if (progress == progress_before && spins != spins_before) {
-      // Polling. Late work is due once nothing else moves.
-      if (++idle_rounds_ % 16 == 0 && complete_some()) continue;
-      if (idle_rounds_ > 64) return State::running;  // maybe another cluster has the answer
+      // Polling. Late work is due once nothing else moves, then whoever waits in vain.
+      if (++idle_rounds_ % 16 == 0 && (complete_some() || time_out() | unpark())) continue;
+      if (idle_rounds_ > 64) {  // maybe another cluster has the answer
+        time_out();
+        return State::running;
+      }
     } else {
       idle_rounds_ = 0;
     }
@@ -148,18 +151,38 @@ bool Cluster::complete_some() {
 // there is nothing left.
 bool Cluster::stalled() {
   if (complete_some()) return true;
-  if (released_at_ != progress) {  // try_wait's time limit
-    released_at_ = progress;
-    bool any = false;
-    for (Warp* w : all_warps) {
-      for (Group& g : w->groups()) {
-        if (!g.parked && g.blocked && may_time_out(*w, g)) g.give_up = any = true;
-      }
-    }
-    if (any) return true;
+  const bool first = stalled_at_ != progress;
+  stalled_at_ = progress;
+  return (first && time_out()) || unpark() || (!repeats() && time_out()) || let_go_alone();
+}
+
+bool Cluster::repeats() {
+  const std::uint64_t world = grid.global_progress.load();
+  if (progress_seen_ != progress || world_seen_ != world) {
+    progress_seen_ = progress;
+    world_seen_ = world;
+    for (Warp* w : all_warps) w->forget_states();
   }
+  bool all = true;
+  for (Warp* w : all_warps) all &= w->finished() || w->repeats();
+  return all;
+}
+
+bool Cluster::time_out() {
+  bool any = false;
+  for (Warp* w : all_warps) any |= !w->finished() && w->time_out();
+  return any;
+}
+
+bool Cluster::unpark() {
   bool any = false;
   for (Warp* w : all_warps) any |= !w->finished() && w->unpark();
+  return any;
+}
+
+bool Cluster::let_go_alone() {
+  bool any = false;
+  for (Warp* w : all_warps) any |= !w->finished() && w->let_go_alone();
   return any;
 }
 

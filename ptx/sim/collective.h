@@ -1,4 +1,4 @@
-// Meeting the lanes that a warp-wide instruction needs.
+// Instructions at which lanes, warps or CTAs meet: what the scheduler and the exit of threads need.
 #pragma once
 
 #include <cstdint>
@@ -13,15 +13,21 @@ class Cluster;
 class Decoder;
 struct NamedBarrier;
 
-// True if the lanes of `mask` include every live member; if not, tries to merge with groups that
-// wait at the same instruction, and the caller blocks.
-bool gather(Warp& warp, std::uint32_t members, std::uint32_t mask);
+// collectives.cpp
+void decode_warp_barrier(Decoder& d);  // bar.warp.sync
+// The member mask of the lane at a warp collective that it waits in.
+std::uint32_t members_of(Warp& warp, const Instruction& i, int lane);
 
-Step warp_barrier(Warp& warp, const Instruction& i, std::uint32_t mask);  // bar.warp.sync
-
-// barriers.cpp; also when threads exit.
+// barriers.cpp
+void decode_cluster_barrier(Decoder& d);
+bool is_barrier(const Instruction& i);  // of a CTA or a cluster
+// Threads that count as arrived, and those that complete the barrier.
+struct Attendance {
+  std::uint32_t arrived, expected;
+};
+Attendance attendance(const Cta& cta, const NamedBarrier& barrier);
+Attendance cluster_attendance(const Cluster& cluster);
 void complete_barrier_if_full(Cta& cta, NamedBarrier& barrier);
 void complete_cluster_barrier_if_full(Cluster& cluster);
-void decode_cluster_barrier(Decoder& d);
 
 }  // namespace torchext::sim

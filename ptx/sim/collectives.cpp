@@ -1,19 +1,16 @@
 // Warp collectives: shfl, vote, match, redux, elect, activemask, bar.warp.sync.
+//
+// Each lane passes a member mask of its own. Lanes of one mask meet once all live members are at an
+// instruction of the same kind, wherever it stands; lanes of different masks have nothing to do
+// with each other, even where they execute one instruction together.
 #include <algorithm>
 
 #include "collective.h"
 #include "decode.h"
 #include "lanes.h"
+#include "validity.h"
 
 namespace torchext::sim {
-
-bool gather(Warp& w, std::uint32_t members, std::uint32_t mask) {
-  if ((members & w.live() & ~mask) == 0) return true;
-  const std::uint32_t before = w.group().mask;
-  w.converge(members);
-  if (w.group().mask != before) ++w.cluster().progress;  // again, now with the others
-  return false;
-}
 
 namespace {
 
@@ -21,33 +18,125 @@ using U16 = std::uint16_t;
 using U32 = std::uint32_t;
 using U64 = std::uint64_t;
 
-// The member mask of a .sync instruction; false: wait for the other members.
-bool meet(Warp& w, const Slot& members_slot, U32 mask, U32* members) {
-  w.need(members_slot, mask, "as a member mask");
-  *members = static_cast<U32>(w.integer(members_slot, static_cast<int>(lane_of(mask))));
-  if (mask & ~*members) {
-    w.finding(FindingKind::invalid_operand,
-              "a lane executes a .sync instruction whose member mask leaves it out",
-              mask & ~*members);
+// Where every collective keeps its member mask.
+constexpr std::size_t kMembers = 3;
+
+// Lanes that execute a collective together, and where each does.
+class Meeting {
+ public:
+  Meeting(U32 among, const Instruction& all) : lanes(among), all_(&all) {}
+  Meeting(U32 among, const Instruction* const* each) : lanes(among), each_(each) {}
+  const Instruction& at(int lane) const { return all_ != nullptr ? *all_ : *each_[lane]; }
+  // Calls f(instruction, lanes that are at it) for each.
+  template <class F>
+  void each(F&& f) const {
+    if (all_ != nullptr) return f(*all_, lanes);
+    for (U32 left = lanes; left != 0;) {
+      const Instruction* i = each_[lane_of(left)];
+      U32 here = 0;
+      for_lanes(left, [&](int lane) { here |= U32{each_[lane] == i} << lane; });
+      f(*i, here);
+      left &= ~here;
+    }
   }
-  if (!gather(w, *members, mask)) return false;
-  if (w.grid().options.lane_order == LaunchOptions::converged) w.order_lanes(mask);
-  return true;
+  const U32 lanes;
+
+ private:
+  const Instruction* all_ = nullptr;
+  const Instruction* const* each_ = nullptr;
+};
+
+// Computes the results of all lanes of a meeting.
+using Hold = void (*)(Warp&, const Meeting&);
+
+void hold(Warp& w, const Meeting& m, Hold f) {
+  if (w.grid().options.lane_order == LaunchOptions::converged) w.order_lanes(m.lanes);
+  f(w, m);
+}
+
+bool same_kind(const Instruction& a, const Instruction& b) {
+  return a.execute == b.execute && a.small == b.small && a.s[0].bytes == b.s[0].bytes;
+}
+
+// Lanes that differ in their masks, or whose partners are elsewhere.
+Step meet(Warp& w, const Instruction& i, U32 mask, Hold f) {
+  U32 masks[32];
+  const Instruction* at[32];
+  U32 waiting = 0;
+  const auto come = [&](const Instruction& here, U32 lanes) {
+    for_lanes(lanes, [&](int lane) {
+      masks[lane] = w.at<U32>(here.s[kMembers])[lane];
+      at[lane] = &here;
+    });
+    waiting |= lanes;
+  };
+  come(i, mask);
+  for (const Group& g : w.groups()) {  // a group that waits has only lanes that its guard lets in
+    const Instruction& other = w.program().code[g.pc];
+    if (&g != &w.group() && g.blocked && !g.parked && !g.released && same_kind(other, i))
+      come(other, g.mask);
+  }
+  U32 outside = 0;
+  for_lanes(mask, [&](int lane) { outside |= ~masks[lane] & 1u << lane; });
+  if (outside != 0) {
+    w.finding(FindingKind::invalid_operand,
+              "a lane executes a .sync instruction whose member mask leaves it out", outside);
+    for_lanes(outside, [&](int lane) { hold(w, Meeting(1u << lane, at), f); });
+  }
+  U32 done = outside;
+  for (U32 left = mask & ~outside; left != 0;) {
+    const U32 members = masks[lane_of(left)];
+    U32 here = 0;
+    for_lanes(waiting & members, [&](int lane) { here |= U32{masks[lane] == members} << lane; });
+    left &= ~here;
+    if ((members & w.live() & ~here) != 0) continue;
+    hold(w, Meeting(here, at), f);
+    done |= here;
+  }
+  if ((done & mask) == 0) return Step::block;
+  if (const U32 rest = mask & ~done) {
+    Group& g = w.part(rest);
+    g.blocked = true;
+    g.blocked_at = w.cluster().progress;
+  }
+  if ((done & ~mask) == 0) return Step::next;
+  for (std::size_t n = 0; n < w.groups().size(); ++n) {
+    const U32 met = w.groups()[n].mask & done;
+    if (met == 0 || &w.groups()[n] == &w.group()) continue;
+    Group& g = met == w.groups()[n].mask ? w.groups()[n] : w.groups()[w.part(n, met)];
+    g.released = true;
+  }
+  w.absorb(done & ~mask);
+  ++w.cluster().progress;
+  return Step::next;
+}
+
+template <Hold f>
+Step collective(Warp& w, const Instruction& i, U32 mask) {
+  if (w.group().released) return Step::next;
+  const Slot& slot = i.s[kMembers];
+  w.need(slot, mask, "as a member mask");
+  const U32* masks = w.at<U32>(slot);
+  const U32 members = masks[lane_of(mask)];
+  bool together = (members & w.live()) == mask;
+  if (together && slot.bank == 0)
+    for_lanes(mask, [&](int lane) { together &= masks[lane] == members; });
+  if (!together) return meet(w, i, mask, f);
+  hold(w, Meeting(mask, i), f);
+  return Step::next;
 }
 
 // ---- shfl ---------------------------------------------------------------------------------------
 
 enum ShuffleMode : U16 { kUp, kDown, kBfly, kIdx };
 
-Step shuffle(Warp& w, const Instruction& i, U32 mask) {
-  U32 members = mask;
-  if (i.s[3].reg != 0 || i.s[3].bank == 1) {
-    if (!meet(w, i.s[3], mask, &members)) return Step::block;
-  }
+void shuffle(Warp& w, const Meeting& m) {
   U32 result[32] = {}, in_range = 0;
   LaneBits valid;
-  const bool whole = (mask & ~w.valid(i.s[0])) == 0;
-  for_lanes(mask, [&](int lane) {
+  bool whole = true;
+  m.each([&](const Instruction& i, U32 lanes) { whole &= (lanes & ~w.valid(i.s[0])) == 0; });
+  for_lanes(m.lanes, [&](int lane) {
+    const Instruction& i = m.at(lane);
     const auto b = static_cast<int>(w.integer(i.s[1], lane) & 31);
     const auto c = static_cast<U32>(w.integer(i.s[2], lane));
     const int segment = static_cast<int>((c >> 8) & 31), clamp = static_cast<int>(c & 31);
@@ -76,21 +165,22 @@ Step shuffle(Warp& w, const Instruction& i, U32 mask) {
       j = lane;
     else
       in_range |= 1u << lane;
-    if (!((mask >> j) & 1)) {
+    if (!((m.lanes >> j) & 1)) {
       w.finding(FindingKind::invalid_operand,
                 "shfl reads lane " + std::to_string(j) + ", which does not take part", 1u << lane);
       j = lane;
     }
-    result[lane] = static_cast<U32>(w.integer(i.s[0], j));
-    if (!whole) valid.of[lane] = w.valid_bits(i.s[0], j);
+    const Slot& source = m.at(j).s[0];
+    result[lane] = w.at<U32>(source)[j];
+    if (!whole) valid.of[lane] = w.valid_bits(source, j);
   });
-  for_lanes(mask, [&](int lane) { w.put(i.d, lane, result[lane]); });
-  w.set_validity(i.d, mask, whole, valid);
-  if (!i.d2.sink) {
-    w.set_predicate(i.d2, mask, in_range);
-    w.set_valid(i.d2, mask, mask);
-  }
-  return Step::next;
+  m.each([&](const Instruction& i, U32 lanes) {
+    for_lanes(lanes, [&](int lane) { w.put(i.d, lane, result[lane]); });
+    w.set_validity(i.d, lanes, whole, valid);
+    if (i.d2.sink) return;
+    w.set_predicate(i.d2, lanes, in_range);
+    w.set_valid(i.d2, lanes, lanes);
+  });
 }
 
 void decode_shfl(Decoder& d) {
@@ -111,28 +201,30 @@ void decode_shfl(Decoder& d) {
     d.out.d = d.destination(to, 4);
   }
   for (std::size_t k = 0; k < 4; ++k) d.out.s[k] = d.source(k + 1, Type::b32);
-  d.out.execute = shuffle;
+  d.out.execute = collective<shuffle>;
 }
 
 // ---- vote, activemask, match, redux, elect ------------------------------------------------------
 
 enum VoteMode : U16 { kAll, kAny, kUni, kBallot };
 
-Step vote(Warp& w, const Instruction& i, U32 mask) {
-  U32 members;
-  if (!meet(w, i.s[1], mask, &members)) return Step::block;
-  w.need(i.s[0], mask, "in a vote");
-  const U32 set = w.predicate(i.s[0]) & mask;
-  if (i.small == kBallot) {
-    for_lanes(mask, [&](int lane) { w.put(i.d, lane, set); });
-  } else {
-    const bool yes = i.small == kAll   ? set == mask
-                     : i.small == kAny ? set != 0
-                                       : set == 0 || set == mask;
-    w.set_predicate(i.d, mask, yes ? ~0u : 0);
-  }
-  w.set_valid(i.d, mask, mask);
-  return Step::next;
+void vote(Warp& w, const Meeting& m) {
+  U32 set = 0;
+  m.each([&](const Instruction& i, U32 lanes) {
+    w.need(i.s[0], lanes, "in a vote");
+    set |= w.predicate(i.s[0]) & lanes;
+  });
+  m.each([&](const Instruction& i, U32 lanes) {
+    if (i.small == kBallot) {
+      for_lanes(lanes, [&](int lane) { w.put(i.d, lane, set); });
+    } else {
+      const bool yes = i.small == kAll   ? set == m.lanes
+                       : i.small == kAny ? set != 0
+                                         : set == 0 || set == m.lanes;
+      w.set_predicate(i.d, lanes, yes ? ~0u : 0);
+    }
+    w.set_valid(i.d, lanes, lanes);
+  });
 }
 
 void decode_vote(Decoder& d) {
@@ -145,8 +237,8 @@ void decode_vote(Decoder& d) {
   if ((type == Type::b32) != (d.out.small == kBallot)) d.fail("bad type");
   d.out.d = d.out.small == kBallot ? d.destination(0, 4) : d.predicate_destination(d.arg(0));
   d.out.s[0] = d.predicate(1);
-  d.out.s[1] = d.source(2, Type::b32);
-  d.out.execute = vote;
+  d.out.s[kMembers] = d.source(2, Type::b32);
+  d.out.execute = collective<vote>;
 }
 
 Step active_mask(Warp& w, const Instruction& i, U32 mask) {
@@ -162,23 +254,23 @@ void decode_activemask(Decoder& d) {
   d.out.execute = active_mask;
 }
 
-Step match(Warp& w, const Instruction& i, U32 mask) {
-  U32 members;
-  if (!meet(w, i.s[1], mask, &members)) return Step::block;
+void match(Warp& w, const Meeting& m) {
+  U64 value[32];
   U32 result[32] = {}, all = ~0u;
-  for_lanes(mask, [&](int lane) {
-    for_lanes(mask, [&](int other) {
-      if (w.integer(i.s[0], lane) == w.integer(i.s[0], other)) result[lane] |= 1u << other;
+  for_lanes(m.lanes, [&](int lane) { value[lane] = w.integer(m.at(lane).s[0], lane); });
+  for_lanes(m.lanes, [&](int lane) {
+    for_lanes(m.lanes, [&](int other) {
+      if (value[lane] == value[other]) result[lane] |= 1u << other;
     });
-    if (result[lane] != mask) all = 0;
+    if (result[lane] != m.lanes) all = 0;
   });
-  for_lanes(mask, [&](int lane) { w.put(i.d, lane, i.small && !all ? 0 : result[lane]); });
-  w.set_valid(i.d, mask, w.valid(i.s[0]));
-  if (!i.d2.sink) {
-    w.set_predicate(i.d2, mask, all);
-    w.set_valid(i.d2, mask, mask);
-  }
-  return Step::next;
+  m.each([&](const Instruction& i, U32 lanes) {
+    for_lanes(lanes, [&](int lane) { w.put(i.d, lane, i.small && !all ? 0 : result[lane]); });
+    w.set_valid(i.d, lanes, w.valid(i.s[0]));
+    if (i.d2.sink) return;
+    w.set_predicate(i.d2, lanes, all);
+    w.set_valid(i.d2, lanes, lanes);
+  });
 }
 
 void decode_match(Decoder& d) {
@@ -197,21 +289,20 @@ void decode_match(Decoder& d) {
     d.out.d = d.destination(to, 4);
   }
   d.out.s[0] = d.source(1, type);
-  d.out.s[1] = d.source(2, Type::b32);
-  d.out.execute = match;
+  d.out.s[kMembers] = d.source(2, Type::b32);
+  d.out.execute = collective<match>;
 }
 
 template <class T, class F>
-Step reduce(Warp& w, const Instruction& i, U32 mask) {
-  U32 members;
-  if (!meet(w, i.s[1], mask, &members)) return Step::block;
-  w.need(i.s[0], mask, "in redux");
-  auto total = static_cast<T>(w.integer(i.s[0], static_cast<int>(lane_of(mask))));
-  for_lanes(mask & (mask - 1),
-            [&](int lane) { total = F()(total, static_cast<T>(w.integer(i.s[0], lane))); });
-  for_lanes(mask, [&](int lane) { w.put(i.d, lane, static_cast<U32>(total)); });
-  w.set_valid(i.d, mask, mask);
-  return Step::next;
+void reduce(Warp& w, const Meeting& m) {
+  m.each([&](const Instruction& i, U32 lanes) { w.need(i.s[0], lanes, "in redux"); });
+  const auto value = [&](int lane) { return static_cast<T>(w.integer(m.at(lane).s[0], lane)); };
+  T total = value(static_cast<int>(lane_of(m.lanes)));
+  for_lanes(m.lanes & (m.lanes - 1), [&](int lane) { total = F()(total, value(lane)); });
+  m.each([&](const Instruction& i, U32 lanes) {
+    for_lanes(lanes, [&](int lane) { w.put(i.d, lane, static_cast<U32>(total)); });
+    w.set_valid(i.d, lanes, lanes);
+  });
 }
 struct Add {
   U32 operator()(U32 a, U32 b) const { return a + b; }
@@ -245,36 +336,35 @@ void decode_redux(Decoder& d) {
   d.finish(3);
   d.out.d = d.destination(0, 4);
   d.out.s[0] = d.source(1, type);
-  d.out.s[1] = d.source(2, Type::b32);
+  d.out.s[kMembers] = d.source(2, Type::b32);
   if (size_of(type) != 4 || type == Type::f32) d.fail("not for this type");
   using S32 = std::int32_t;
   const bool sign = is_signed(type);
   if (op == "add")
-    d.out.execute = reduce<U32, Add>;
+    d.out.execute = collective<reduce<U32, Add>>;
   else if (op == "and")
-    d.out.execute = reduce<U32, And>;
+    d.out.execute = collective<reduce<U32, And>>;
   else if (op == "or")
-    d.out.execute = reduce<U32, Or>;
+    d.out.execute = collective<reduce<U32, Or>>;
   else if (op == "xor")
-    d.out.execute = reduce<U32, Xor>;
+    d.out.execute = collective<reduce<U32, Xor>>;
   else if (op == "min")
-    d.out.execute = sign ? reduce<S32, Min> : reduce<U32, Min>;
+    d.out.execute = sign ? collective<reduce<S32, Min>> : collective<reduce<U32, Min>>;
   else if (op == "max")
-    d.out.execute = sign ? reduce<S32, Max> : reduce<U32, Max>;
+    d.out.execute = sign ? collective<reduce<S32, Max>> : collective<reduce<U32, Max>>;
   else
     d.fail("no operation");
 }
 
 // Deterministic in hardware for a given member mask; here the lowest member.
-Step elect(Warp& w, const Instruction& i, U32 mask) {
-  U32 members;
-  if (!meet(w, i.s[0], mask, &members)) return Step::block;
-  const U32 leader = lane_of(mask);
-  for_lanes(mask, [&](int lane) { w.put(i.d, lane, leader); });
-  w.set_valid(i.d, mask, mask);
-  w.set_predicate(i.d2, mask, 1u << leader);
-  w.set_valid(i.d2, mask, mask);
-  return Step::next;
+void elect(Warp& w, const Meeting& m) {
+  const U32 leader = lane_of(m.lanes);
+  m.each([&](const Instruction& i, U32 lanes) {
+    for_lanes(lanes, [&](int lane) { w.put(i.d, lane, leader); });
+    w.set_valid(i.d, lanes, lanes);
+    w.set_predicate(i.d2, lanes, 1u << leader);
+    w.set_valid(i.d2, lanes, lanes);
+  });
 }
 
 void decode_elect(Decoder& d) {
@@ -284,40 +374,26 @@ void decode_elect(Decoder& d) {
   if (to.kind != Arg::pair) d.fail("expected d|p");
   d.out.d = d.destination(to.args[0], 4);
   d.out.d2 = d.predicate_destination(to.args[1]);
-  d.out.s[0] = d.source(1, Type::b32);
-  d.out.execute = elect;
+  d.out.s[kMembers] = d.source(1, Type::b32);
+  d.out.execute = collective<elect>;
+}
+
+// Orders lanes in the strict mode too.
+void warp_barrier(Warp& w, const Meeting& m) {
+  w.order_lanes(m.lanes);
 }
 
 }  // namespace
 
-// Lanes may wait for each other at different bar.warp.sync instructions.
-Step warp_barrier(Warp& w, const Instruction& i, U32 mask) {
-  const auto first = static_cast<int>(lane_of(mask));
-  w.need(i.s[0], mask, "as a member mask");
-  const auto members = static_cast<U32>(w.integer(i.s[0], first));
-  Group& mine = w.group();
-  if (mine.released) return Step::next;
-  const U32 needed = members & w.live();
-  if ((needed & ~mask) == 0) {
-    w.order_lanes(needed);
-    return Step::next;
-  }
-  U32 here = mask;
-  for (const Group& g : w.groups()) {
-    if (&g != &mine && g.blocked && !g.parked && w.program().code[g.pc].execute == warp_barrier) {
-      here |= g.mask;
-    }
-  }
-  if (needed & ~here) return Step::block;
-  w.order_lanes(needed);
-  for (Group& g : w.groups()) {
-    if (&g != &mine && g.blocked && !g.parked && (g.mask & needed) != 0 &&
-        w.program().code[g.pc].execute == warp_barrier) {
-      g.released = true;
-    }
-  }
-  ++w.cluster().progress;
-  return Step::next;
+void decode_warp_barrier(Decoder& d) {
+  if (!d.take("sync")) d.fail("expected .sync");
+  d.finish(1);
+  d.out.s[kMembers] = d.source(0, Type::b32);
+  d.out.execute = collective<warp_barrier>;
+}
+
+U32 members_of(Warp& w, const Instruction& i, int lane) {
+  return w.at<U32>(i.s[kMembers])[lane];
 }
 
 void add_collectives(DecodeTable& t) {

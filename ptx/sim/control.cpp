@@ -60,7 +60,7 @@ void decode_brx(Decoder& d) {
 Step exit(Warp& w, const Instruction&, U32 mask) {
   before_exit(w, mask);
   w.exit_lanes(mask);
-  after_exit(w);
+  after_exit(w, mask);
   return Step::jump;
 }
 

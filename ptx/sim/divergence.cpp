@@ -2,6 +2,7 @@
 // at the branch's immediate post-dominator.
 #include <algorithm>
 
+#include "collective.h"
 #include "machine.h"
 
 namespace torchext::sim {
@@ -9,7 +10,7 @@ namespace torchext::sim {
 void Warp::branch(const Instruction& i, std::uint32_t taken) {
   Group& g = groups_[current_];
   const std::uint32_t rest = g.mask & ~taken;
-  g.blocked = g.arrived = g.released = g.give_up = false;
+  g.blocked = g.arrived = g.released = g.alone = g.give_up = false;
   if (rest == 0) {
     g.pc = i.target;
     return;
@@ -33,7 +34,7 @@ void Warp::branch(const Instruction& i, std::uint32_t taken) {
 void Warp::branch_each(const std::uint32_t (&targets)[32], std::uint32_t mask,
                        std::uint32_t reconverge) {
   Group base = groups_[current_];
-  base.blocked = base.arrived = base.released = base.give_up = false;
+  base.blocked = base.arrived = base.released = base.alone = base.give_up = false;
   const std::uint32_t rest = base.mask & ~mask;
   std::vector<Group> parts;
   const auto add = [&](std::uint32_t pc, std::uint32_t lanes) {
@@ -102,7 +103,8 @@ void Warp::merge_equal() {
     Group& g = groups_[current_];
     Group& o = groups_[i];
     if (i != current_ && o.pc == g.pc && !o.parked && o.tokens == g.tokens && o.calls == g.calls &&
-        o.arrived == g.arrived && o.generation == g.generation && o.released == g.released) {
+        o.arrived == g.arrived && o.generation == g.generation && o.released == g.released &&
+        o.alone == g.alone) {
       g.mask |= o.mask;
       groups_.erase(groups_.begin() + static_cast<std::ptrdiff_t>(i));
       if (i < current_) --current_;
@@ -155,49 +157,121 @@ void Warp::drop_from_tokens(Group& g, std::size_t keep) {
   }
 }
 
+bool Warp::passed_by(std::uint32_t mask) const {
+  return std::any_of(groups_.begin(), groups_.end(), [&](const Group& g) {
+    return g.parked && (g.tokens.back()->expected & mask) != 0;
+  });
+}
+
 bool Warp::unpark() {
   bool any = false;
+  for (Group& g : groups_) {  // that has waited for lanes which have parked since
+    if (waits_for_warp(g) && !is_barrier(program_.code[g.pc]) && passed_by(g.mask))
+      g.give_up = any = true;
+  }
+  if (any) return true;
   for (Group& g : groups_) {
     if (!g.parked) continue;
-    const std::shared_ptr<Token> token = g.tokens.back();
     g.parked = false;
     drop_from_tokens(g, g.tokens.size() - 1);
     any = true;
   }
   if (any) settle_tokens();
+  parked_for_ = 0;
   return any;
 }
 
-bool Warp::converge(std::uint32_t members) {
-  Group& mine = groups_[current_];
-  if ((members & live_ & ~mine.mask) == 0) return true;
-  std::uint32_t here = mine.mask;
+std::size_t Warp::part(std::size_t index, std::uint32_t lanes) {
+  Group& g = groups_[index];
+  const std::uint32_t behind = g.pc + 1;
+  if (g.tokens.empty() || g.tokens.back()->pc != behind) {
+    auto token = std::make_shared<Token>();
+    token->pc = behind;
+    token->depth = g.calls.size();
+    token->expected = g.mask;
+    g.tokens.push_back(std::move(token));
+  }
+  Group other = g;
+  other.mask = lanes;
+  g.mask &= ~lanes;
+  groups_.push_back(std::move(other));
+  return groups_.size() - 1;
+}
+
+void Warp::absorb(std::uint32_t lanes) {
+  const auto joins = [&](std::size_t i) {
+    const Group &g = groups_[i], &mine = groups_[current_];
+    return i != current_ && (g.mask & ~lanes) == 0 && g.pc == mine.pc && !g.parked &&
+           g.calls == mine.calls;
+  };
+  // They meet here although their branches would have met elsewhere.
+  const auto& tokens = groups_[current_].tokens;
+  std::size_t common = tokens.size();
+  bool any = false;
   for (std::size_t i = 0; i < groups_.size(); ++i) {
-    if (i != current_ && groups_[i].blocked && groups_[i].pc == mine.pc) here |= groups_[i].mask;
-  }
-  if ((members & live_ & ~here) != 0) return false;
-  // The lanes meet here although their branches would have met elsewhere.
-  std::size_t common = mine.tokens.size();
-  for (const Group& g : groups_) {
-    if (g.pc != mine.pc || !g.blocked) continue;
+    if (!joins(i)) continue;
+    const auto& other = groups_[i].tokens;
     std::size_t n = 0;
-    while (n < common && n < g.tokens.size() && g.tokens[n] == mine.tokens[n]) ++n;
+    while (n < common && n < other.size() && other[n] == tokens[n]) ++n;
     common = n;
+    any = true;
   }
-  drop_from_tokens(mine, common);
+  if (!any) return;
+  drop_from_tokens(groups_[current_], common);
   for (std::size_t i = 0; i < groups_.size();) {
-    Group& g = groups_[i];
-    if (i != current_ && g.blocked && g.pc == groups_[current_].pc) {
-      drop_from_tokens(g, common);
-      groups_[current_].mask |= g.mask;
-      groups_.erase(groups_.begin() + static_cast<std::ptrdiff_t>(i));
-      if (i < current_) --current_;
-    } else {
+    if (!joins(i)) {
       ++i;
+      continue;
     }
+    drop_from_tokens(groups_[i], common);
+    groups_[current_].mask |= groups_[i].mask;
+    groups_.erase(groups_.begin() + static_cast<std::ptrdiff_t>(i));
+    if (i < current_) --current_;
   }
   settle_tokens();
+}
+
+// True if the current group may execute this .aligned instruction; *mask: the lanes that do. Others
+// may be on their way to it (lanes that went on alone), or leave before a barrier.
+bool Warp::together(const Instruction& i, std::uint32_t* mask) {
+  Group& g = groups_[current_];
+  if (g.arrived || g.alone) return true;
+  std::uint32_t here = *mask;
+  for (const Group& o : groups_) {
+    if (waits_for_warp(o) && o.pc == g.pc && o.calls == g.calls) here |= o.mask;
+  }
+  if ((live_ & ~here) == 0 && *mask == g.mask) {
+    absorb(here);
+    *mask = here;
+    return true;
+  }
+  const bool others_left = *mask != g.mask || passed_by(*mask);
+  if (!g.give_up && (is_barrier(i) || !others_left)) return false;
+  if (grid_.checks) {
+    finding(FindingKind::divergent_collective,
+            "only some lanes of the warp execute an .aligned instruction (the others are at "
+            "another instruction or predicated off)",
+            *mask);
+  }
+  g.alone = true;
   return true;
+}
+
+// Where all lanes stand at .aligned instructions, and at more than one.
+bool Warp::let_go_alone() {
+  bool any = false;
+  for (const Group& g : groups_) {
+    if (!waits_for_warp(g) && !g.arrived) return false;
+  }
+  for (Group& g : groups_) {
+    if (waits_for_warp(g) && !g.give_up) g.give_up = any = true;
+  }
+  return any;
+}
+
+bool Warp::waits_for_warp(const Group& g) const {
+  return g.blocked && !g.parked && !g.arrived && !g.alone && g.mask != live_ &&
+         program_.code[g.pc].aligned;
 }
 
 }  // namespace torchext::sim

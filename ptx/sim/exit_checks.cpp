@@ -43,21 +43,22 @@ void before_exit(Warp& w, std::uint32_t lanes) {
   }
 }
 
-void after_exit(Warp& w) {
+void after_exit(Warp& w, std::uint32_t lanes) {
   Cluster& cluster = w.cluster();
   ++cluster.progress;
   Cta& cta = w.cta();
+  cta.live_threads -= static_cast<std::uint32_t>(__builtin_popcount(lanes));
+  if (!cta.exited()) {
+    for (NamedBarrier& b : cta.barriers) complete_barrier_if_full(cta, b);
+  }
   if (w.finished()) {
-    cta.live_threads -= 32;
     cta.register_pool += std::int64_t{w.registers} * 32;
-    if (cta.live_threads != 0) {
-      for (NamedBarrier& b : cta.barriers) complete_barrier_if_full(cta, b);
-    }
     if (cta.exited() && w.grid().checks) {
-      for (const auto& [warpgroup, log] : cta.wgmma_log) {
-        if (log.empty()) continue;
-        w.finding_at(log.begin()->second.pc, FindingKind::wgmma_disagreement,
-                     "only " + std::to_string(log.begin()->second.seen) +
+      for (const auto& [number, warpgroup] : cta.warpgroups) {
+        if (warpgroup.open.empty()) continue;
+        const WgmmaRecord& first = warpgroup.open.begin()->second;
+        w.finding_at(first.pc, FindingKind::wgmma_disagreement,
+                     "only " + std::to_string(first.parts.size()) +
                          " of the four warps of a warpgroup executed this wgmma",
                      0);
       }

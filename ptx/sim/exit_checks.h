@@ -8,6 +8,6 @@ namespace torchext::sim {
 class Warp;
 
 void before_exit(Warp& warp, std::uint32_t lanes);
-void after_exit(Warp& warp);
+void after_exit(Warp& warp, std::uint32_t lanes);
 
 }  // namespace torchext::sim

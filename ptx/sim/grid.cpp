@@ -18,6 +18,38 @@ namespace {
   throw std::invalid_argument("launch of '" + kernel + "': " + what);
 }
 
+struct RegisterBudget {
+  std::uint32_t per_thread;
+  std::int64_t spare;  // of the CTA's share of the SM, what no thread starts with
+};
+
+// What ptxas gives each thread at the start: as much as the launch bounds allow in steps of eight,
+// but no more than the kernel asks of setmaxnreg where it asks for more later.
+RegisterBudget default_registers(const Program& program, const Dim3& block) {
+  const Function& f = program.attributes;
+  const auto volume = [](const std::uint32_t (&n)[3]) { return std::uint64_t{n[0]} * n[1] * n[2]; };
+  std::uint64_t threads = f.required_threads[0] != 0 ? volume(f.required_threads)
+                          : f.max_threads[0] != 0    ? volume(f.max_threads)
+                                                     : block.volume();
+  threads = (threads + 31) / 32 * 32;
+  const std::uint64_t share = 65536 / std::max(1u, f.min_ctas);
+  const auto allowed = static_cast<std::uint32_t>(std::min<std::uint64_t>(256, share / threads));
+  std::uint32_t most = allowed;
+  if (f.max_registers != 0) most = std::min(most, f.max_registers);
+  std::uint32_t asked = 0;
+  bool grows = false;
+  for (const Instruction& i : program.code) {
+    const std::string& opcode = program.opcodes[i.opcode];
+    if (opcode.rfind("setmaxnreg", 0) != 0) continue;
+    asked = std::max(asked, i.target);
+    grows |= opcode.rfind("setmaxnreg.inc", 0) == 0;
+  }
+  if (grows) most = std::min(most, asked);
+  most = std::max(16u, most / 8 * 8);
+  const bool rounded = most == allowed / 8 * 8 && allowed < 256;
+  return {most, rounded ? static_cast<std::int64_t>(share - most * threads) : 0};
+}
+
 }  // namespace
 
 Grid::Grid(const Module& module, std::shared_ptr<const Program> p, const LaunchOptions& o,
@@ -40,11 +72,9 @@ Grid::Grid(const Module& module, std::shared_ptr<const Program> p, const LaunchO
   reuses_shared = shape.reuses_shared;
   registers_per_thread = o.registers_per_thread;
   if (registers_per_thread == 0) {
-    const std::uint32_t ctas = std::max(1u, f.min_ctas);
-    registers_per_thread = std::min(255u, 65536 / (warps_per_cta * 32 * ctas));
-    registers_per_thread = std::max(16u, registers_per_thread / 8 * 8);
-    if (f.max_registers != 0)
-      registers_per_thread = std::min(registers_per_thread, f.max_registers);
+    const RegisterBudget budget = default_registers(*program, o.block);
+    registers_per_thread = budget.per_thread;
+    spare_registers = budget.spare;
   }
 
   if (params.size() != program->params.size()) {
@@ -142,12 +172,24 @@ Report Grid::run() {
   std::mutex counts_mutex;
   std::vector<std::uint64_t> counts(program->code.size(), 0);
   std::exception_ptr failure;
-  std::atomic<std::uint32_t> finished{0};
   // A cluster that polls gives way to others; as many as a GPU holds are resident at once.
   const std::uint32_t resident = std::max(1u, (options.num_sms + workers - 1) / workers);
-  std::atomic<std::uint64_t> polling_rounds{0};
+  // A deadlock is what all workers agree on: each puts here the count of global_progress at which
+  // all of its clusters were found to go round for ever, and whether it has tried what remains.
+  enum : std::uint64_t { kBusy = ~0ull, kGone = ~1ull };
+  const auto idle = [](std::uint64_t world, bool tried) { return world * 2 + tried; };
+  std::vector<std::atomic<std::uint64_t>> verdicts(workers);
+  for (auto& v : verdicts) v = kBusy;
+  std::atomic<bool> reported{false};
+  const auto all_idle = [&](std::uint64_t world, bool tried) {
+    const bool agree = std::all_of(verdicts.begin(), verdicts.end(), [&](const auto& verdict) {
+      const std::uint64_t v = verdict.load();
+      return v == kGone || v == idle(world, true) || (!tried && v == idle(world, false));
+    });
+    return agree && global_progress.load() == world;  // who has gone may have moved it first
+  };
 
-  const auto work = [&] {
+  const auto work = [&](unsigned me) {
     std::deque<std::unique_ptr<Cluster>> clusters;
     const auto account = [&](const Cluster& c) {
       const std::lock_guard<std::mutex> lock(counts_mutex);
@@ -162,7 +204,7 @@ Report Grid::run() {
         }
         std::unique_ptr<Cluster> c = std::move(clusters.front());
         clusters.pop_front();
-        const std::uint64_t before = c->progress;
+        const std::uint64_t before = c->progress, world = global_progress.load();
         Cluster::State state;
         try {
           state = c->run(1'000'000);
@@ -172,12 +214,16 @@ Report Grid::run() {
         }
         if (state == Cluster::State::finished) {
           account(*c);
-          finished.fetch_add(1);
+          verdicts[me] = kBusy;
           global_progress.fetch_add(1);
           continue;
         }
-        if (c->progress != before) global_progress.fetch_add(1);
         const bool polled = c->progress == before;
+        if (!polled) {
+          verdicts[me] = kBusy;
+          global_progress.fetch_add(1);
+        }
+        c->idle_at = polled && c->repeats() ? world : kBusy;
         Cluster& waiting = *c;
         clusters.push_back(std::move(c));
         // It is waiting for another cluster, or merely long: let the next one start or go on.
@@ -188,16 +234,25 @@ Report Grid::run() {
             continue;
           }
         }
-        if (polled) {
-          const std::uint64_t seen = global_progress.load();
-          waiting.idle_turns = waiting.idle_seen == seen ? waiting.idle_turns + 1 : 0;
-          waiting.idle_seen = seen;
-          if (waiting.idle_turns > 200 + 50 * workers) {
-            waiting.report_deadlock();
-            throw LaunchStopped{};
-          }
-          if (clusters.size() == 1) std::this_thread::yield();
+        if (!polled) continue;
+        std::this_thread::yield();
+        if (!std::all_of(clusters.begin(), clusters.end(),
+                         [&](const auto& other) { return other->idle_at == world; })) {
+          continue;
         }
+        if (verdicts[me] != idle(world, true)) verdicts[me] = idle(world, false);
+        if (!all_idle(world, false)) continue;
+        bool more = false;
+        for (const auto& other : clusters) more |= other->let_go_alone();
+        if (more) {
+          verdicts[me] = kBusy;
+          global_progress.fetch_add(1);
+          continue;
+        }
+        verdicts[me] = idle(world, true);
+        if (!all_idle(world, true)) continue;
+        if (!reported.exchange(true)) waiting.report_deadlock();
+        throw LaunchStopped{};
       }
     } catch (const LaunchStopped&) {
       stop.store(true);
@@ -206,12 +261,13 @@ Report Grid::run() {
       if (!failure) failure = std::current_exception();
       stop.store(true);
     }
+    verdicts[me] = kGone;
   };
   if (workers == 1) {
-    work();
+    work(0);
   } else {
     std::vector<std::thread> pool;
-    for (unsigned i = 0; i < workers; ++i) pool.emplace_back(work);
+    for (unsigned i = 0; i < workers; ++i) pool.emplace_back(work, i);
     for (std::thread& t : pool) t.join();
   }
   if (failure) std::rethrow_exception(failure);

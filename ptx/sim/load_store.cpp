@@ -45,7 +45,8 @@ std::uint64_t beyond(const Transfer& t) {
 Step load(Warp& w, const Instruction& i, std::uint32_t mask) {
   const auto& t = *static_cast<const Transfer*>(i.extra);
   w.need(i.s[0], mask, "as an address");
-  if (t.scope != Scope::none) ++w.cluster().spins;
+  const bool strong = t.scope != Scope::none;
+  if (strong) w.polled();
   const std::uint32_t total = t.bytes * t.elements;
   std::uint32_t valid[8];
   for (std::uint32_t e = 0; e < t.elements; ++e) valid[e] = mask;
@@ -55,6 +56,7 @@ Step load(Warp& w, const Instruction& i, std::uint32_t mask) {
     Place place;
     std::uint8_t data[32] = {};
     if (w.resolve(lane, t.space, address, total, false, &place)) {
+      const auto step = strong ? strong_step(w, place, address) : std::unique_lock<std::mutex>();
       Actor actor = w.actor(lane, t.scope);
       if (t.noncoherent) actor.proxy = Proxy::noncoherent;
       w.check_read(place, actor, total, 1u << lane, address);
@@ -66,7 +68,7 @@ Step load(Warp& w, const Instruction& i, std::uint32_t mask) {
           if (~local[e].of[lane] != 0) valid[e] &= ~(1u << lane);
         }
       }
-      if (t.scope != Scope::none) strong_read(w, lane, place, address, t.scope, t.acquire);
+      if (strong) strong_read(w, lane, place, address, t.scope, t.acquire);
     }
     for (std::uint32_t e = 0; e < t.elements; ++e) {
       w.put(i.list[e], lane, extended(t, data + e * t.bytes));
@@ -86,6 +88,8 @@ Step store(Warp& w, const Instruction& i, std::uint32_t mask) {
     for (const Slot& s : i.list) w.need(s, mask, "as a value to store", ~beyond(t));
   }
   const std::uint32_t total = t.bytes * t.elements;
+  const bool strong = t.scope != Scope::none;
+  bool changed = false;
   for_lanes(mask, [&](int lane) {
     const std::uint64_t address = lane_address(w, i, lane);
     std::uint8_t data[32];
@@ -102,11 +106,13 @@ Step store(Warp& w, const Instruction& i, std::uint32_t mask) {
       }
       std::memcpy(place.host, data, total);
     } else {
-      if (t.scope != Scope::none) strong_write(w, lane, place, address, t.scope, t.release);
+      const auto step = strong ? strong_step(w, place, address) : std::unique_lock<std::mutex>();
+      changed |= std::memcmp(place.host, data, total) != 0;
       w.write(place, w.actor(lane, t.scope), data, total, 1u << lane, address);
+      if (strong) strong_write(w, lane, place, address, t.scope, t.release);
     }
   });
-  ++w.cluster().progress;
+  if (changed) ++w.cluster().progress;  // a poll loop may store what is there already, or a local
   return Step::next;
 }
 

@@ -11,6 +11,7 @@
 #include <mutex>
 #include <string>
 #include <unordered_map>
+#include <unordered_set>
 #include <vector>
 
 #include "calls.h"
@@ -21,6 +22,7 @@
 #include "memory.h"
 #include "scopes.h"
 #include "shadow.h"
+#include "wgmma_stream.h"
 
 namespace torchext::sim {
 
@@ -67,8 +69,11 @@ struct Group {
   bool blocked = false;          // the instruction at pc wants to be tried again
   bool parked = false;           // at tokens.back()
   bool arrived = false;          // a barrier has counted this group already
-  bool released = false;         // bar.warp.sync has met its partners
-  bool give_up = false;          // a try_wait may return false now
+  bool released = false;         // the collective at pc has been done for it
+  bool alone = false;            // may execute an .aligned instruction without the other lanes
+  bool give_up = false;          // has waited in vain: a try_wait may return false now
+  bool ran = false;              // since its state was last looked at (Warp::repeats)
+  bool cycles = false;           // it has come back to a state that it had been in
   std::uint64_t generation = 0;  // of the barrier it waits for
   std::uint64_t blocked_at = 0;  // Cluster::progress then
 };
@@ -101,13 +106,20 @@ struct MBarrier {
 };
 
 struct NamedBarrier {
-  std::uint32_t expected = 0;
-  std::uint32_t arrived = 0;
+  std::uint32_t expected = 0;             // threads; 0: all that the CTA still has
+  std::array<std::uint32_t, 32> lanes{};  // that have arrived, by warp
+  std::uint32_t again = 0;                // threads of warps that arrived more than once
+  bool open = false;                      // somebody has arrived
   std::uint64_t generation = 0;
   std::uint32_t first_pc = 0;
   Knowledge arriving, completed;
   std::uint32_t reduce_and = 1, reduce_or = 0, reduce_count = 0;
   std::uint32_t result_and = 0, result_or = 0, result_count = 0;
+};
+
+// barrier.cluster. Who has arrived is with the warps: Warp::cluster_pending.
+struct ClusterBarrier {
+  Knowledge arriving, completed;
 };
 
 // A thread's cp.async.bulk groups, or a warp's cp.async groups.
@@ -132,7 +144,6 @@ struct MapFence {
   ViewsRef views;
 };
 
-struct PendingWgmma;
 struct LaneBits;  // validity.h
 
 // Bytes of a lane's local memory, and which bits of them are valid.
@@ -225,8 +236,18 @@ class Warp {
   std::uint32_t stack_top(int lane) const { return stack_top_[static_cast<std::size_t>(lane)]; }
   void start_block(std::uint64_t address, std::uint64_t bytes);  // that malloc returns
   void exit_lanes(std::uint32_t mask);
-  bool converge(std::uint32_t members);  // merges groups blocked here that make up `members`
-  bool unpark();                         // lets parked lanes run on alone; false if there are none
+  // Makes a group of its own of the current one's `lanes`, at the same instruction; both meet again
+  // behind it. Returns the new group.
+  Group& part(std::uint32_t lanes) { return groups_[part(current_, lanes)]; }
+  std::size_t part(std::size_t group, std::uint32_t lanes);
+  // Merges with the current group those among `lanes` that stand at its instruction.
+  void absorb(std::uint32_t lanes);
+  bool unpark();  // lets parked lanes run on alone; false if there are none
+  bool waits_for_warp(const Group& g) const;  // for the other lanes, at an .aligned instruction
+  bool let_go_alone();                        // lets such groups execute it alone
+  bool time_out();                            // lets try_waits return false
+  bool repeats();                             // every group goes round and round, or waits
+  void forget_states();
 
   // Order (order.cpp).
   std::uint32_t agent(int lane) const { return first_agent_ + static_cast<std::uint32_t>(lane); }
@@ -242,6 +263,8 @@ class Warp {
   void memory_fence(std::uint32_t mask, Scope scope, bool acquires = true, bool releases = true);
   void learn(std::uint32_t mask, std::uint32_t agent, std::uint32_t clock);
   void touched(std::uint32_t mask) { dirty_ |= mask; }
+  // Says that an instruction has looked at memory, or passed time, without changing anything.
+  void polled();
   const ClockRef& known(int lane) const { return known_[lane]; }
   const ViewsRef& views(int lane) const { return views_[lane]; }
   std::uint32_t clock(int lane) const { return clock_[lane]; }
@@ -270,7 +293,7 @@ class Warp {
   // Async state.
   std::map<int, CopyGroups> bulk_groups;  // by lane
   CopyGroups cp_async;
-  std::vector<std::unique_ptr<PendingWgmma>> wgmma_pending;
+  std::vector<std::shared_ptr<PendingWgmma>> wgmma_pending;
   std::uint32_t wgmma_agent = 0;
   std::uint32_t wgmma_group = 1;  // clock of the group being filled
   bool wgmma_open = false;
@@ -279,14 +302,19 @@ class Warp {
   std::vector<std::uint32_t> register_fence;  // by tracked register: fence_count at last access
   std::vector<std::uint32_t> in_flight;       // by tracked register: pending wgmmas that use it
   std::uint32_t registers = 0;                // setmaxnreg
-  std::uint64_t cluster_arrivals[32] = {};    // barrier.cluster generations arrived at, by lane
-  std::uint32_t cluster_arrived = 0;
+  std::uint32_t cluster_arrived = 0;          // lanes that are to wait at barrier.cluster
+  std::uint32_t cluster_pending = 0;          // those among them whose barrier is not complete
 
  private:
   friend class Cluster;
   std::size_t pick_group();
+  std::size_t pick();
   bool at_token();
+  bool together(const Instruction& i, std::uint32_t* mask);
+  bool passed_by(
+      std::uint32_t mask) const;  // others wait where the lanes of `mask` will come later
   void merge_equal();
+  void look_after_parked(std::uint32_t executed);
   void drop_from_tokens(Group& g, std::size_t keep);
   void check_tracked(const Instruction& i, std::uint32_t mask);
   template <class Change>
@@ -315,7 +343,10 @@ class Warp {
   ClockRef known_[32];
   ViewsRef views_[32];
   std::uint32_t clock_[32];
-  std::uint32_t dirty_ = 0;  // lanes with accesses since they were last ordered
+  std::uint32_t dirty_ = 0;       // lanes with accesses since they were last ordered
+  std::uint32_t polls_ = 0;       // since the warp last changed anything
+  std::uint32_t parked_for_ = 0;  // instructions executed while lanes were parked
+  std::unordered_set<std::uint64_t> states_;
 };
 
 class Cta {
@@ -330,14 +361,9 @@ class Cta {
   std::vector<std::unique_ptr<Warp>> warps;
   std::array<NamedBarrier, 16> barriers;
   std::map<std::uint32_t, MBarrier> mbarriers;
-  std::uint32_t live_threads = 0;  // warps count whole: a ragged last warp's missing lanes too
-  std::int64_t register_pool = 0;  // free, in registers
-  struct WgmmaRecord {
-    std::uint32_t pc;
-    std::uint64_t a, b;
-    std::uint32_t scale_d, seen;
-  };
-  std::map<std::uint32_t, std::map<std::uint32_t, WgmmaRecord>> wgmma_log;  // warpgroup, sequence
+  std::uint32_t live_threads = 0;
+  std::int64_t register_pool = 0;                 // free, in registers
+  std::map<std::uint32_t, Warpgroup> warpgroups;  // those that use wgmma
   // barrier.cluster.arrive.relaxed after a .cta fence: for this CTA's threads alone.
   Knowledge cluster_arriving, cluster_completed;
   bool exited() const { return live_threads == 0; }
@@ -360,7 +386,7 @@ class Cluster {
   std::uint64_t spins = 0;            // failed polls
   std::vector<std::uint64_t> counts;  // executions, by pc
   std::uint64_t executed = 0;
-  NamedBarrier barrier;  // barrier.cluster
+  ClusterBarrier barrier;
 
   std::uint32_t new_agent() { return agents_++; }
   void start(const std::shared_ptr<AsyncWork>& work);
@@ -376,15 +402,22 @@ class Cluster {
   std::string describe_agent(std::uint32_t agent) const;
   std::map<std::uint32_t, std::string> agent_names;
   void report_deadlock();
-  std::uint64_t idle_turns = 0, idle_seen = 0;  // Grid: turns without progress anywhere
+  // For a cluster that polls: true if nothing has changed in any cluster since each group of lanes
+  // was last in the very state that it is in now, so that it would go round for ever.
+  bool repeats();
+  std::uint64_t idle_at = ~0ull;  // Grid::global_progress when it was last found so
+  bool let_go_alone();
 
  private:
   bool complete_some();
   bool stalled();
+  bool time_out();
+  bool unpark();
 
   std::uint32_t agents_ = 0;
   std::vector<std::shared_ptr<AsyncWork>> pending_;
-  std::uint64_t released_at_ = ~0ull;  // progress when try_waits were last let go
+  std::uint64_t progress_seen_ = 0, world_seen_ = 0;  // when states were last forgotten
+  std::uint64_t stalled_at_ = ~0ull;                  // progress when nothing could run
   std::uint64_t idle_rounds_ = 0;
 };
 
@@ -403,6 +436,7 @@ class Grid {
   std::uint32_t cluster_size = 1;
   std::uint32_t threads = 0, warps_per_cta = 0;
   std::uint32_t registers_per_thread = 0;
+  std::int64_t spare_registers = 0;  // of a CTA, which setmaxnreg may hand out too
   std::uint32_t shared_bytes = 0;
   std::uint32_t shared_begin = kSharedBase;  // 0 for kernels that use the reserved kilobyte
   bool explicit_cluster = false;             // the launch or the kernel says what a cluster is
@@ -415,6 +449,10 @@ class Grid {
   std::atomic<std::uint64_t> global_progress{0};
 
   GridSync sync;  // strong accesses to global memory, between clusters
+  // One mutex for 32 bytes, which no aligned access crosses: a strong access is one step.
+  std::mutex& strong_lock(std::uint64_t address) {
+    return strong_locks_[address / 32 % strong_locks_.size()];
+  }
 
   // What cooperative groups keep of a grid: its size in bytes and its barrier.
   std::uint64_t workspace_address() const { return reinterpret_cast<std::uint64_t>(workspace_); }
@@ -424,6 +462,7 @@ class Grid {
 
  private:
   void note_kept_blocks();
+  std::array<std::mutex, 64> strong_locks_;
   const std::vector<std::string>& files_;
   DeviceHeap& heap_;
   alignas(8) std::uint32_t workspace_[2] = {8, 0};

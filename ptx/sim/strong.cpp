@@ -13,6 +13,11 @@ std::uint64_t key_of(const Place& place, std::uint64_t address) {
 }
 }  // namespace
 
+std::unique_lock<std::mutex> strong_step(Warp& w, const Place& place, std::uint64_t address) {
+  if (place.buffer == nullptr) return {};
+  return std::unique_lock<std::mutex>(w.grid().strong_lock(address));
+}
+
 void strong_read(Warp& w, int lane, const Place& place, std::uint64_t address, Scope scope,
                  bool acquire) {
   if (!w.grid().checks || place.valid != nullptr) return;

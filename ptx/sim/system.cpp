@@ -196,7 +196,7 @@ void decode_griddepcontrol(Decoder& d) {
 }
 
 Step sleep(Warp& w, const Instruction&, U32) {
-  ++w.cluster().spins;
+  w.polled();
   return Step::next;
 }
 

@@ -3,14 +3,10 @@
 
 #include <cstdio>
 
+#include "collective.h"
 #include "machine.h"
-#include "mbarrier.h"
 
 namespace torchext::sim {
-
-bool may_time_out(Warp& w, const Group& g) {
-  return is_try_wait(w.program().code[g.pc]);
-}
 
 std::string wait_reason(Warp& w, const Group& g) {
   const Instruction& i = w.program().code[g.pc];
@@ -38,18 +34,32 @@ std::string wait_reason(Warp& w, const Group& g) {
                   static_cast<long long>(m.transactions));
     return text;
   }
-  if (starts("bar.warp")) return "waits at bar.warp.sync for lanes that do not come";
+  if (w.waits_for_warp(g)) {
+    std::snprintf(text, sizeof text, "waits at %s for the lanes 0x%x of its warp", opcode.c_str(),
+                  w.live() & ~g.mask);
+    return text;
+  }
+  for (const char* collective : {"bar.warp", "shfl", "vote", "match", "redux", "elect"}) {
+    if (!starts(collective)) continue;
+    const std::uint32_t members = members_of(w, i, lane);
+    std::snprintf(text, sizeof text,
+                  "waits at %s, member mask 0x%x, for lanes 0x%x, which do not come with that mask",
+                  opcode.c_str(), members, members & w.live() & ~g.mask);
+    return text;
+  }
   if (starts("barrier.cluster")) {
-    std::snprintf(text, sizeof text, "waits at barrier.cluster, where %u threads have arrived",
-                  w.cluster().barrier.arrived);
+    const Attendance a = cluster_attendance(w.cluster());
+    std::snprintf(text, sizeof text,
+                  "waits at barrier.cluster, where %u of %u threads have arrived", a.arrived,
+                  a.expected);
     return text;
   }
   if (starts("bar")) {
     const auto id = static_cast<std::uint32_t>(w.integer(i.s[0], lane));
     if (id < 16) {
-      const NamedBarrier& b = w.cta().barriers[id];
+      const Attendance a = attendance(w.cta(), w.cta().barriers[id]);
       std::snprintf(text, sizeof text, "waits at barrier %u, where %u of %u threads have arrived",
-                    id, b.arrived, b.expected != 0 ? b.expected : w.cta().live_threads);
+                    id, a.arrived, a.expected);
       return text;
     }
   }

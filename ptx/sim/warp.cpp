@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "machine.h"
+#include "mbarrier.h"
 #include "wgmma_stream.h"
 
 namespace torchext::sim {
@@ -159,6 +160,12 @@ bool Warp::runnable() const {
 }
 
 std::size_t Warp::pick_group() {
+  const std::size_t picked = pick();
+  groups_[picked].ran = true;
+  return picked;
+}
+
+std::size_t Warp::pick() {
   if (groups_.size() == 1) return 0;
   std::size_t candidates[32], count = 0;
   for (std::size_t i = 0; i < groups_.size(); ++i) {
@@ -172,6 +179,7 @@ std::size_t Warp::pick_group() {
 std::uint32_t Warp::run(std::uint32_t quantum) {
   std::uint32_t executed = 0;
   if (live_ == 0 || !runnable()) return 0;
+  const std::uint64_t progress_before = cluster_.progress;
   current_ = pick_group();
   const Instruction* code = program_.code.data();
   while (executed < quantum) {
@@ -201,15 +209,17 @@ std::uint32_t Warp::run(std::uint32_t quantum) {
         continue;
       }
     }
-    if (i.aligned && mask != live_ && grid_.checks && !g.blocked) {
-      finding(FindingKind::divergent_collective,
-              "only some lanes of the warp execute an .aligned instruction (the others are at "
-              "another instruction or predicated off)",
-              mask);
+    Step step = Step::block;
+    if (!i.aligned || mask == live_ || together(i, &mask)) {
+      if (!i.tracked.empty()) check_tracked(i, mask);
+      step = i.execute(*this, i, mask);
     }
-    if (!i.tracked.empty()) check_tracked(i, mask);
-    const Step step = i.execute(*this, i, mask);
     if (step == Step::block) {
+      if (const std::uint32_t others = groups_[current_].mask & ~mask) {  // have nothing to do here
+        Group& rest = part(others);
+        rest.arrived = rest.released = rest.alone = rest.give_up = false;
+        ++rest.pc;
+      }
       Group& blocked = groups_[current_];
       blocked.blocked = true;
       blocked.blocked_at = cluster_.progress;
@@ -228,6 +238,7 @@ std::uint32_t Warp::run(std::uint32_t quantum) {
       same.blocked = false;
       same.arrived = false;
       same.released = false;
+      same.alone = false;
       same.give_up = false;
       ++same.pc;
     } else {
@@ -237,7 +248,61 @@ std::uint32_t Warp::run(std::uint32_t quantum) {
         current_ = pick_group();
     }
   }
+  if (cluster_.progress != progress_before) polls_ = 0;
+  if (groups_.size() > 1) look_after_parked(executed);
   return executed;
+}
+
+void Warp::polled() {
+  ++cluster_.spins;
+  ++polls_;
+}
+
+// Lanes that wait to reconverge may be what the others poll for: one that has left the loop in
+// which its warp waits for a lock, say. They go on alone once the others have only polled for a
+// while, or have gone on without them for long.
+void Warp::look_after_parked(std::uint32_t executed) {
+  constexpr std::uint32_t kPolls = 16, kInstructions = 1 << 16;
+  parked_for_ += executed;
+  if (polls_ < kPolls && parked_for_ < kInstructions) return;
+  polls_ = 0;
+  unpark();
+}
+
+bool Warp::time_out() {
+  bool any = false;
+  for (Group& g : groups_) {
+    if (!g.parked && g.blocked && is_try_wait(program_.code[g.pc])) g.give_up = any = true;
+  }
+  return any;
+}
+
+// While nothing changes in memory, a group of lanes that comes back to a state it has been in will
+// do so for ever. One that counts its polls, or looks at a clock, does not come back.
+bool Warp::repeats() {
+  std::uint64_t registers = 0xcbf29ce484222325ull;
+  const auto mix = [&](std::uint64_t word) {
+    registers = (registers ^ word) * 0x9e3779b97f4a7c15ull;
+    registers ^= registers >> 29;
+  };
+  for (const std::uint64_t word : register_file_) mix(word);
+  for (const std::uint8_t byte : local) mix(byte);
+  bool all = true;
+  for (Group& g : groups_) {
+    if (g.ran) {
+      const std::uint64_t at = std::uint64_t{g.pc} << 32 | g.mask;
+      g.cycles |= !states_.insert(registers ^ at * 0xbf58476d1ce4e5b9ull).second;
+      g.ran = false;
+    }
+    const bool waits = g.parked || (g.blocked && !is_try_wait(program_.code[g.pc]));
+    all &= g.cycles || waits;
+  }
+  return all;
+}
+
+void Warp::forget_states() {
+  states_.clear();
+  for (Group& g : groups_) g.ran = g.cycles = false;
 }
 
 void Warp::finding(FindingKind kind, const std::string& message, std::uint32_t lanes,

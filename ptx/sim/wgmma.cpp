@@ -1,5 +1,6 @@
-// wgmma: fence, mma_async, commit_group, wait_group. Each warp computes its own 16 rows; a group is
-// complete when all four warps' rows are, so whoever has waited may release the operands for all.
+// wgmma: fence, mma_async, commit_group, wait_group. Each warp computes its own 16 rows, once all
+// four have issued the wgmma: it reads what any of them had written by then. A group is complete
+// when all four warps' rows are, so whoever has waited may release the operands for all.
 #include <algorithm>
 #include <cstring>
 
@@ -147,6 +148,7 @@ Step wait(Warp& w, const Instruction& i, U32 mask) {
     }
     if (upto != 0 && warps[k]->wgmma_agent != 0) w.learn(mask, warps[k]->wgmma_agent, upto);
   }
+  if (upto != 0) w.acquire(mask, w.cta().warpgroups[w.index() / 4].waited(w.index() % 4, upto));
   auto& pending = w.wgmma_pending;
   std::size_t done = 0;
   for (; done < pending.size() && pending[done]->group <= upto; ++done) {
@@ -161,21 +163,84 @@ Step wait(Warp& w, const Instruction& i, U32 mask) {
 
 // ---- mma_async ----------------------------------------------------------------------------------
 
+// Checks the bytes that a wgmma reads, as known to `reader`.
+void check_operands(Warp& w, const PendingWgmma& p, const Actor& reader) {
+  const auto& shape = *static_cast<const WgmmaShape*>(p.instruction->extra);
+  Place place;
+  place.cta = &w.cta();
+  place.shadow = w.grid().checks ? &w.cta().shadow : nullptr;
+  bool outside = false;
+  const auto check = [&](U32 address, U32) {
+    if (!in_shared(w.cta(), address)) {
+      if (!outside)
+        w.finding_at(p.pc, FindingKind::out_of_bounds,
+                     "a wgmma descriptor reaches outside shared memory", p.lanes, address);
+      outside = true;
+      return;
+    }
+    if (place.shadow == nullptr) return;
+    place.offset = address;
+    w.check_read(place, reader, 16, p.lanes, address);
+  };
+  if (!shape.a_in_registers)
+    for_each_chunk(p.a_descriptor, shape.transpose_a, w.index() % 4 * 16, 16, shape, check);
+  for_each_chunk(p.b_descriptor, shape.transpose_b, 0, static_cast<U32>(shape.n), shape, check);
+}
+
+// All four warps have issued the wgmma: it may read its operands from now on.
+void start(Warp& last, const WgmmaRecord& record) {
+  const LaunchOptions& options = last.grid().options;
+  Knowledge met;
+  for (const auto& [w, p] : record.parts) met.join(p->knowledge);
+  for (const auto& [w, p] : record.parts) {
+    // By the letter of PTX the warps do not wait for each other.
+    const Knowledge& known = options.lane_order == LaunchOptions::strict ? p->knowledge : met;
+    Actor reader = w->actor(static_cast<int>(lane_of(p->lanes)));
+    reader.agent = w->wgmma_agent;
+    reader.clock = p->group;
+    reader.issuer_clock = p->clock;
+    reader.known = &*known.known;
+    reader.views = &*known.views;
+    reader.pc = p->pc;
+    reader.proxy = Proxy::async;
+    check_operands(*w, *p, reader);
+    const bool now =
+        options.completion == LaunchOptions::Eager ||
+        (options.completion == LaunchOptions::Random && w->cluster().random.below(4) == 0);
+    if (!now) continue;
+    for (auto& earlier : w->wgmma_pending) {  // in order: accumulators chain
+      if (!earlier->done) compute(*w, *earlier);
+      if (earlier == p) break;
+    }
+  }
+  if (options.lane_order == LaunchOptions::converged)
+    last.cta().warpgroups[last.index() / 4].knowledge[record.parts.front().second->group] = met;
+}
+
 // The four warps of a warpgroup must issue the same sequence.
-void check_agreement(Warp& w, U32 mask, U64 a, U64 b, U32 accumulate, bool a_in_registers) {
-  auto& log = w.cta().wgmma_log[w.index() / 4];
-  const U32 sequence = w.wgmma_issued++;
-  auto [it, fresh] = log.try_emplace(sequence, Cta::WgmmaRecord{w.pc(), a, b, accumulate, 0});
-  Cta::WgmmaRecord& r = it->second;
-  if (!fresh &&
-      (r.pc != w.pc() || r.b != b || r.scale_d != accumulate || (!a_in_registers && r.a != a))) {
+void meet(Warp& w, std::shared_ptr<PendingWgmma> issued, bool a_in_registers) {
+  const PendingWgmma& p = *issued;
+  auto& open = w.cta().warpgroups[w.index() / 4].open;
+  const auto it = open.try_emplace(w.wgmma_issued++).first;
+  WgmmaRecord& r = it->second;
+  if (r.parts.empty()) {
+    r.pc = p.pc;
+    r.a = p.a_descriptor;
+    r.b = p.b_descriptor;
+    r.accumulate = p.accumulate;
+  } else if (w.grid().checks &&
+             (r.pc != p.pc || r.b != p.b_descriptor || r.accumulate != p.accumulate ||
+              (!a_in_registers && r.a != p.a_descriptor))) {
     const U32 line = w.program().code[r.pc].line;
     w.finding(FindingKind::wgmma_disagreement,
-              r.pc != w.pc() ? "the warps of the warpgroup execute different wgmmas"
-                             : "the warps of the warpgroup pass different descriptors or scale-d",
-              mask, 0, "wgmma, line " + std::to_string(line), line);
+              r.pc != p.pc ? "the warps of the warpgroup execute different wgmmas"
+                           : "the warps of the warpgroup pass different descriptors or scale-d",
+              p.lanes, 0, "wgmma, line " + std::to_string(line), line);
   }
-  if (++r.seen == 4) log.erase(it);
+  r.parts.emplace_back(&w, std::move(issued));
+  if (r.parts.size() < 4) return;
+  start(w, r);
+  open.erase(it);
 }
 
 Step issue(Warp& w, const Instruction& i, U32 mask) {
@@ -205,7 +270,6 @@ Step issue(Warp& w, const Instruction& i, U32 mask) {
         (w.grid().cluster_size > 1 ? " of CTA rank " + std::to_string(w.cta().rank) : "");
   }
   if (checks) {
-    check_agreement(w, mask, a, b, accumulate, shape.a_in_registers);
     bool unfenced = w.fence_count == 1;
     for (std::size_t r = 0; r < i.list.size(); ++r) {
       const Slot& s = i.list[r];
@@ -224,45 +288,20 @@ Step issue(Warp& w, const Instruction& i, U32 mask) {
   }
   for (const Slot& s : i.list) ++w.in_flight[s.reg];
 
-  Actor reader = w.actor(first);
-  reader.agent = w.wgmma_agent;
-  reader.clock = w.wgmma_group;
-  reader.proxy = Proxy::async;
-  Place place;
-  place.cta = &w.cta();
-  place.shadow = checks ? &w.cta().shadow : nullptr;
-  bool outside = false;
-  const auto check = [&](U32 address, U32) {
-    if (!in_shared(w.cta(), address)) {
-      if (!outside)
-        w.finding(FindingKind::out_of_bounds, "a wgmma descriptor reaches outside shared memory",
-                  mask, address);
-      outside = true;
-      return;
-    }
-    if (!checks) return;
-    place.offset = address;
-    w.check_read(place, reader, 16, mask, address);
-  };
-  if (!shape.a_in_registers)
-    for_each_chunk(a, shape.transpose_a, w.index() % 4 * 16, 16, shape, check);
-  for_each_chunk(b, shape.transpose_b, 0, static_cast<U32>(shape.n), shape, check);
-
-  auto pending = std::make_unique<PendingWgmma>();
+  auto pending = std::make_shared<PendingWgmma>();
   pending->instruction = &i;
   pending->pc = w.pc();
   pending->group = w.wgmma_group;
   pending->a_descriptor = a;
   pending->b_descriptor = b;
   pending->accumulate = accumulate;
-  const auto completion = w.grid().options.completion;
-  w.wgmma_pending.push_back(std::move(pending));
-  if (completion == LaunchOptions::Eager ||
-      (completion == LaunchOptions::Random && w.cluster().random.below(4) == 0)) {
-    for (auto& p : w.wgmma_pending) {  // in order: accumulators chain
-      if (!p->done) compute(w, *p);
-    }
-  }
+  pending->lanes = mask;
+  pending->clock = w.clock(first);
+  pending->knowledge = w.grid().options.lane_order == LaunchOptions::strict
+                           ? Knowledge{w.known(first), w.views(first)}
+                           : w.release(mask);
+  w.wgmma_pending.push_back(pending);
+  meet(w, std::move(pending), shape.a_in_registers);
   for (std::size_t r = 0; r < shape.accumulators; ++r) w.set_valid(i.list[r], mask, mask);
   return Step::next;
 }

@@ -344,33 +344,3 @@ def test_cluster_barrier_misuse():
     arrive = "barrier.cluster.arrive;\n"
     report, _ = run_cluster("mov.u32 %r10, 0;\n" + arrive * 2 + "barrier.cluster.wait;\n")
     assert "barrier misuse" in kinds(report)
-
-
-# ---- setmaxnreg ---------------------------------------------------------------------------------
-
-
-def test_register_pool():
-    def launch(up, down=40):
-        body = f"""
-            mov.u32 %r1, %tid.x;
-            setp.lt.u32 %p1, %r1, 128;
-            @%p1 bra PRODUCER;
-            setmaxnreg.inc.sync.aligned.u32 {up};
-            bra END;
-        PRODUCER:
-            setmaxnreg.dec.sync.aligned.u32 {down};
-            bar.sync 1, 128;
-        END:
-            bar.sync 0;
-        """
-        return kernel(body).launch("kernel", grid=1, block=384, args=[np.zeros(1)])
-
-    assert launch(232).ok
-    report = launch(240)
-    (finding,) = report.findings
-    assert finding.kind == "deadlock" and "setmaxnreg to 240 from 168" in finding.message
-    assert "register pool" in kinds(launch(232, down=200))
-    assert "register pool" in kinds(launch(120))
-    for count in (25, 264, 16):
-        with pytest.raises(Exception, match="multiple of 8 from 24 to 256"):
-            launch(count)
