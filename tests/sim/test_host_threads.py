@@ -128,7 +128,8 @@ END:
 TAKE = "atom.global.add.u32 %r5, [%rd1], 1;"
 CORRECT = {
     **{f"lock: {name}": (code, 32, GRID * 32) for name, code in LOCKS.items()},
-    "last block, fences": (LAST.format(release="membar.gl;\n" + TAKE, acquire="membar.gl;"), 64, 36),
+    "last block, fences": (
+        LAST.format(release="membar.gl;\n" + TAKE, acquire="membar.gl;"), 64, 36),
     "last block, acq_rel": (
         LAST.format(release=TAKE.replace("atom", "atom.acq_rel.gpu"), acquire=""), 64, 36),
     "grid barrier, fences": (

@@ -11,7 +11,7 @@ COMPLETIONS = ["late", "eager", "random"]
 LANE = np.arange(32)
 
 
-# ---- ldmatrix, stmatrix, movmatrix --------------------------------------------------------------
+# ---- ldmatrix, stmatrix, movmatrix -------------------------------------------------------------
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
@@ -65,7 +65,7 @@ def test_movmatrix():
     np.testing.assert_array_equal(got.view(np.uint16).reshape(8, 8), elements.T)
 
 
-# ---- mma.sync -----------------------------------------------------------------------------------
+# ---- mma.sync ----------------------------------------------------------------------------------
 
 
 def fragment(matrix: np.ndarray, registers: int) -> list[np.ndarray]:
@@ -166,7 +166,7 @@ def test_half_accumulator():
             np.testing.assert_array_equal(pairs[:, i], want[LANE // 4 + 8 * h, 2 * (LANE % 4) + i])
 
 
-# ---- wgmma --------------------------------------------------------------------------------------
+# ---- wgmma -------------------------------------------------------------------------------------
 
 # in: A's image, then B's; both go to shared memory as they are. out: [64, n] f32.
 WGMMA = """
@@ -185,7 +185,7 @@ FILL:
     setp.lt.u32 %p1, %r3, {words};
     @%p1 bra FILL;
     {proxy_fence}
-    bar.sync 0;
+    {barrier}
     cvt.u64.u32 %rd4, %r2;
     shr.u64 %rd4, %rd4, 4;
     add.u64 %rd5, %rd4, {b_at};
@@ -247,7 +247,8 @@ def mn_major_image(matrix: np.ndarray, swizzle: int) -> tuple[np.ndarray, str]:
 
 def wgmma(
     a_type="e4m3", b_type="e4m3", *, n=16, swizzle=128, a_major="k", b_major="k",
-    a_registers=False, negate=1, half=False, completion="late", **parts,
+    a_registers=False, negate=1, half=False, completion="late", lane_order="converged", seed=0,
+    **parts,
 ):  # fmt: skip
     torch.manual_seed(0)
     k = 32 // FLOATS[a_type][1]
@@ -297,7 +298,8 @@ def wgmma(
     text = {
         "bytes": len(source), "words": len(source) // 4, "n": n, "b_at": len(a_image) // 16,
         "a_layout": a_layout, "b_layout": b_layout, "load_a": load_a, "store": store,
-        "proxy_fence": "fence.proxy.async.shared::cta;", "fence": "wgmma.fence.sync.aligned;",
+        "proxy_fence": "fence.proxy.async.shared::cta;", "barrier": "bar.sync 0;",
+        "fence": "wgmma.fence.sync.aligned;",
         "multiply": twice, "commit": "wgmma.commit_group.sync.aligned;",
         "wait": "wgmma.wait_group.sync.aligned 0;", **parts,
     }  # fmt: skip
@@ -312,6 +314,8 @@ def wgmma(
         block=128,
         args=[sim.read_only(source), sim.output(out)],
         completion=completion,
+        lane_order=lane_order,
+        seed=seed,
     )
     return report, out, (2 * negate * (a.float() @ b.float().T)).numpy()
 
@@ -376,3 +380,46 @@ def test_uninitialised_accumulator():
 def test_wgmma_needs_its_target():
     with pytest.raises(Exception, match="sm_90"):
         lanes("wgmma.fence.sync.aligned;\nmov.u32 %z, 0;", np.uint32, block=128, target="sm_89")
+
+
+# ---- wgmma: where the four warps of a warpgroup meet ---------------------------------------------
+
+SCHEDULES = [(seed, completion) for seed in range(3) for completion in COMPLETIONS]
+
+
+@pytest.mark.parametrize("seed,completion", SCHEDULES)
+def test_a_wgmma_reads_what_all_four_warps_have_written(seed, completion):
+    """With no barrier: each fences its own writes, and all four meet at the wgmma."""
+    report, got, want = wgmma(barrier="", seed=seed, completion=completion)
+    assert report.ok, str(report)
+    np.testing.assert_array_equal(got, want)
+    report, _, _ = wgmma(barrier="", proxy_fence="", seed=seed, completion=completion)
+    assert kinds(report) == {"missing proxy fence"}
+    # By the letter of PTX they do not meet.
+    report, _, _ = wgmma(barrier="", seed=seed, completion=completion, lane_order="strict")
+    assert "data race" in kinds(report)
+
+
+READ = "ld.shared.u32 %r14, [%r13];\n"
+FREE = "setp.eq.u32 %p3, %r1, 32;\n@%p3 st.shared.u32 [%r13], %r1;\n"
+WAIT = "wgmma.wait_group.sync.aligned 0;\n"
+SCALE = """
+    .shared .align 4 .b8 scale[4];
+    mov.u32 %r13, scale;
+    setp.eq.u32 %p3, %r1, 0;
+    @%p3 st.shared.u32 [%r13], 7;
+    fence.proxy.async.shared::cta;
+"""
+
+
+@pytest.mark.parametrize("seed,completion", SCHEDULES)
+@pytest.mark.parametrize("read,wait,ordered", [
+    (READ, WAIT + FREE, True), ("", READ + WAIT + FREE, False), (READ, FREE + WAIT, False),
+])  # fmt: skip
+def test_who_has_waited_knows_what_the_others_read_before(read, wait, ordered, seed, completion):
+    """One thread overwrites a scale that all have read before they issued the wgmma."""
+    report, _, _ = wgmma(
+        proxy_fence=SCALE, insert=(read, ""), wait=wait, seed=seed, completion=completion
+    )
+    assert report.ok == ordered, str(report)
+    assert ordered or kinds(report) == {"data race"}

@@ -235,7 +235,7 @@ def test_lanes_that_a_guard_turns_away_go_on():
     np.testing.assert_array_equal(got, np.where(LANE % 2 == 0, 0x55555555, 0))
 
 
-# ---- order --------------------------------------------------------------------------------------
+# ---- order -------------------------------------------------------------------------------------
 
 HAND_OVER = """
     .shared .align 4 .b8 slots[128];
@@ -271,7 +271,7 @@ def test_a_tile_meets_at_two_barriers(n, seed):
     np.testing.assert_array_equal(got, LANE ^ 1)
 
 
-# ---- faults -------------------------------------------------------------------------------------
+# ---- faults ------------------------------------------------------------------------------------
 
 
 def test_masks_that_disagree_never_complete():

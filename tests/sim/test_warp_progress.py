@@ -15,9 +15,7 @@ def module(body: str, params: str = "lock out") -> sim.Module:
         HEADER.format(target="sm_90a")
         + f".visible .entry kernel({declared})\n{{\n.reg .pred %p<8>;\n.reg .b32 %r<32>;\n"
         + ".reg .b64 %rd<16>;\n"
-        + "".join(
-            f"ld.param.u64 %rd{n}, [{name}];\n" for n, name in enumerate(params.split(), 1)
-        )
+        + "".join(f"ld.param.u64 %rd{n}, [{name}];\n" for n, name in enumerate(params.split(), 1))
         + body
         + "\nret;\n}\n"
     )
@@ -32,7 +30,7 @@ def zeros(n=1):
     return np.zeros(n, np.int32)
 
 
-# ---- locks: each takes %rd1, adds one to %rd2 and gives %rd1 back ---------------------------------
+# ---- locks: each takes %rd1, adds one to %rd2 and gives %rd1 back --------------------------------
 
 CRITICAL = """
     membar.gl;
@@ -103,7 +101,7 @@ def test_a_lock_without_a_fence_is_a_race():
     assert "data race" in kinds(report)
 
 
-# ---- flags among the lanes of a warp --------------------------------------------------------------
+# ---- flags among the lanes of a warp -------------------------------------------------------------
 
 # Lane n waits for lane n - 1, or n + 1, to have written its slot.
 CHAIN = """
@@ -198,7 +196,7 @@ def test_a_hang_ends_at_the_instruction_limit():
     assert kinds(report) == {"instruction limit"}
 
 
-# ---- threads that leave before a barrier ----------------------------------------------------------
+# ---- threads that leave before a barrier ---------------------------------------------------------
 
 LEAVE = {
     "bra": "setp.ge.u32 %p1, %r1, {n};\n@%p1 bra DONE;",
@@ -330,7 +328,7 @@ def test_a_thread_that_waits_for_one_that_has_passed_the_barrier_by():
         assert {f.kind for f in report.findings} <= {"data race"}, str(report)
 
 
-# ---- .aligned -------------------------------------------------------------------------------------
+# ---- .aligned ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("code", [
