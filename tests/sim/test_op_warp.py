@@ -248,12 +248,6 @@ def test_calls_with_divergent_returns():
     np.testing.assert_array_equal(out, np.where(i > 20, 0, i * i))
 
 
-def test_recursion_is_refused():
-    text = CALLS.replace("mul.lo.u32 %r3, %r1, %r1;", "call square_or_zero, ();")
-    with pytest.raises(Exception, match="recursion"):
-        sim.Module(text).check("kernel")
-
-
 def test_trap_and_exit():
     report = kernel("trap;").launch("kernel", grid=1, block=32, args=[np.zeros(1)])
     assert kinds(report) == {"trap"}
