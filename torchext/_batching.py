@@ -21,7 +21,7 @@ from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch.utils._pytree import tree_map
 
 from . import _library  # noqa: F401  (loads the ops)
-from ._layout import GROUP, ceil_div, empty_data, empty_group_scale, round_up
+from ._layout import laid_out, round_up
 from .recipe import GRANULARITIES
 
 _ops = torch.ops.torchext
@@ -220,22 +220,10 @@ def _layer(granularity: int) -> Rule:
 
 
 def _as_products_read(data: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """A quantised pair as the quantisers lay it out: a copy where a batch has taken that away."""
+    """A quantised pair, or a copy of it where a batch has taken its layout away."""
     if data.dim() == 0 or scale.dim() == 0:
         return data, scale  # the op refuses them
-    *leading, columns = data.shape
-    by_group = scale.dim() == data.dim() and scale.shape == (*leading, ceil_div(columns, GROUP))
-    return (
-        _like(data, empty_data(data, leading, columns, data.dtype)),
-        _like(scale, empty_group_scale(scale, leading, columns))
-        if by_group
-        else scale.contiguous(),
-    )
-
-
-def _like(x: Tensor, laid_out: Tensor) -> Tensor:
-    aligned = x.storage_offset() * x.element_size() % 16 == 0
-    return x if aligned and x.stride() == laid_out.stride() else laid_out.copy_(x)
+    return laid_out(data, scale)
 
 
 def _product_of(loop: Rule) -> Rule:
@@ -249,6 +237,17 @@ def _product_of(loop: Rule) -> Rule:
         return loop(product, size, dims, *operands)
 
     return rule
+
+
+def _each_product_with_kept(
+    call: Call, size: int, dims: BatchDims, *operands: Any
+) -> tuple[Any, Any]:
+    """Of what backward kept, which has a layout of its own (csrc/linear/kept.h)."""
+
+    def product(a: Tensor, a_scale: Tensor, *rest: Any) -> Any:
+        return call(*_as_products_read(a, a_scale), *rest)
+
+    return each(product, size, dims, *operands)
 
 
 _each_product = _product_of(each)
@@ -269,6 +268,9 @@ _RULES: dict[str, Rule] = {
     "_dequantize": each,
     "fp8_gemm_nt": _multiply_rows,
     "_fp8_gemm_nt": _multiply_rows,
+    "_quantize_kept": each_quantized,
+    "_quantize_128x128_kept": each_quantized,
+    "_fp8_gemm_nt_kept": _each_product_with_kept,
     "_linear": _layer(granularity=3),
     "_linear_dgrad": _layer(granularity=2),
     "_linear_wgrad": each,

@@ -90,7 +90,8 @@ def starts_aligned(tensor: Tensor) -> bool:
     if (
         type(tensor) not in (Tensor, torch.nn.Parameter)
         or torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
+        or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        or torch._C._functorch.is_legacy_batchedtensor(tensor)
     ):
         return True
     return tensor.data_ptr() % 16 == 0

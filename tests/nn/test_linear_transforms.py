@@ -131,6 +131,37 @@ def test_batched_gradients_can_be_differentiated_once(device):
         dx.sum().backward()
 
 
+@main_recipes
+def test_batched_gradients_of_a_compiled_layer(device, recipe):
+    torch._dynamo.reset()
+    linear = normal_linear(device, recipe=recipe)
+    x = normal(6, 200, device=device, grad=True)
+    y = torch.compile(linear, backend="aot_eager")(x)
+    dys = torch.randn(3, *y.shape, device=device)
+    inputs = (x, linear.weight, linear.bias)
+    batched = torch.autograd.grad(y, inputs, dys, is_grads_batched=True)
+    for index, dy in enumerate(dys):
+        single = torch.autograd.grad(linear(x), inputs, dy)
+        for got, expected in zip(batched, single, strict=True):
+            assert_close(got[index], expected)
+
+
+def test_compiled_transforms(device):
+    torch._dynamo.reset()
+    linear = normal_linear(device)
+    x, parameters = normal(3, 6, 200, device=device), parameters_of(linear)
+
+    def of_each_sample(parameters, x):
+        return vmap(grad(lambda p, x: squares(linear, p, x)), in_dims=(None, 0))(parameters, x)
+
+    compiled = torch.compile(of_each_sample, backend="aot_eager", fullgraph=True)
+    assert_equal(compiled(parameters, x), of_each_sample(parameters, x))
+    inner = torch.compile(linear, backend="aot_eager")
+    assert torch.equal(vmap(inner)(x), vmap(linear)(x))
+    with pytest.raises(NotImplementedError, match=r"no jvp; use reverse mode"):
+        torch.compile(lambda x: jvp(linear, (x,), (x,)), backend="aot_eager")(x)
+
+
 # ---- vmap ----
 
 
