@@ -90,7 +90,9 @@ def test_comparison_can_fail(printed, shown, equal):
             assert_prints(printed, shown)
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/conversion.md", "docs/deep_gemm.md"])
+@pytest.mark.parametrize(
+    "document", ["README.md", "docs/conversion.md", "docs/deep_gemm.md", "docs/fp8_weights.md"]
+)
 def test_links_lead_somewhere(document):
     path = ROOT / document
     for target in re.findall(r"\]\(([^)#]+)\)", path.read_text()):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+
 import torch
 
 from .. import cases
@@ -78,7 +81,19 @@ def linear(problem: LinearProblem) -> Run:
         raise RuntimeError(f"convert_to_fp8_training left a {type(converted).__name__} in place")
     with torch.no_grad():
         converted.weight.copy_(problem.weight)
-    return problem.run(model, converted.weight, problem.FP8_TOLERANCE)
+    run = problem.run(model, converted.weight, problem.FP8_TOLERANCE)
+    if not problem.backward:  # inference: each weight is quantised once
+        held = contextlib.ExitStack()
+        held.enter_context(torchext.fixed_weights(model))
+        vars(model)["held"] = held  # for as long as the model lives
+        return run
+
+    def new_step() -> None:
+        assert run.before is not None
+        run.before()
+        converted.refresh_weight()  # the optimiser of this case leaves all bits alone
+
+    return dataclasses.replace(run, before=new_step)
 
 
 DEVICES = ("cpu", "cuda")
