@@ -77,6 +77,17 @@ def test_a_ragged_dimension_further_on(device):
         torch.testing.assert_close(element, linear(part.transpose(0, 1)), rtol=1e-4, atol=1e-4)
 
 
+def test_in_a_graph(device):
+    linear = normal_linear(device)
+    parts = [normal(n, 200, device=device) for n in (3, 5)]
+    x = jagged(parts, requires_grad=True)
+    y = torch.fx.symbolic_trace(torch.nn.Sequential(linear))(x)
+    assert torch.equal(y.values(), linear(torch.cat(parts)))
+    assert_same_gradients(linear, y, torch.cat(parts))
+    with pytest.raises(TypeError, match=r"pass its values\(\), or call the layer"):
+        torch.fx.symbolic_trace(linear)(x)
+
+
 def test_autocast(device):
     linear = normal_linear(device)
     with torch.autocast(device.type, torch.bfloat16):

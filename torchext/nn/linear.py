@@ -7,10 +7,12 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 
 from ..recipe import Recipe
-from .composition import composed, is_composed, is_composed_in_graph, rows_of_nested
+from .composition import composed, is_composed, is_composed_in_graph
 from .linear_function import LinearFunction, Operand, apply_eagerly, linear
+from .nested import rows_of_nested
 from .operands import fit, misfit
 from .weight_cache import WeightCache
 
@@ -127,7 +129,7 @@ class Linear(torch.nn.Linear):
             or type(weight) is not torch.nn.Parameter
             or (is_composed_in_graph() if compiling else is_composed())
         ):
-            nested = rows_of_nested(input)
+            nested = None if isinstance(input, Proxy) else rows_of_nested(input)
             if nested is not None:
                 input, rewrap = nested
             y = composed(self, input, weight, bias)

@@ -95,12 +95,12 @@ def _asks_derivative(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _autograd(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    *options: Any,
-) -> Tensor:
+def _autograd(input: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
+    if input.is_nested:
+        raise TypeError(
+            "torchext.nn.Linear: input: expected a dense tensor in a graph that holds the layer's "
+            "op; got a nested one; pass its values(), or call the layer itself"
+        )
     if not _asks_derivative(input, weight, bias):
         with torch._C._AutoDispatchBelowAutograd():
             return _linear(input, weight, bias, *options)
