@@ -1,5 +1,7 @@
 // atom and red: read-modify-write on global and shared memory.
+#include <cmath>
 #include <cstring>
+#include <limits>
 
 #include "copy_engine.h"
 #include "decode.h"
@@ -37,6 +39,26 @@ Reduction elementwise(const Atomic& a) {
   return r;
 }
 
+// Whether anything depends on all that the memory held. A red that clears or sets bits leaves the
+// others alone: cooperative groups so prepare their barriers in memory that nothing has written.
+bool observes(const Atomic& a) {
+  return a.returns || (a.reduction.op != ReduceOp::bit_and && a.reduction.op != ReduceOp::bit_or);
+}
+
+// atom.add.f32 on global memory takes subnormals for zeros; on shared memory it does not.
+void add_flushing(std::uint8_t* to, const std::uint8_t* from, U32 bytes) {
+  const auto flushed = [](float v) {
+    return std::fabs(v) < std::numeric_limits<float>::min() ? std::copysign(0.0f, v) : v;
+  };
+  for (U32 at = 0; at < bytes; at += 4) {
+    float a, b;
+    std::memcpy(&a, to + at, 4);
+    std::memcpy(&b, from + at, 4);
+    a = flushed(flushed(a) + flushed(b));
+    std::memcpy(to + at, &a, 4);
+  }
+}
+
 Step atomic(Warp& w, const Instruction& i, U32 mask) {
   const auto& a = *static_cast<const Atomic*>(i.extra);
   w.need(i.s[0], mask, "as an address");
@@ -60,7 +82,7 @@ Step atomic(Warp& w, const Instruction& i, U32 mask) {
         std::memcpy(value + e * a.bytes, &v, a.bytes);
       }
       const auto step = strong_step(w, place, address);
-      w.check_read(place, w.actor(lane, a.scope), total, 1u << lane, address);
+      if (observes(a)) w.check_read(place, w.actor(lane, a.scope), total, 1u << lane, address);
       if (a.returns || a.acquire) strong_read(w, lane, place, address, a.scope, a.acquire);
       bool written = true;
       const auto modify = [&] {
@@ -74,6 +96,8 @@ Step atomic(Warp& w, const Instruction& i, U32 mask) {
           }
         } else if (a.exchange) {
           std::memcpy(place.host, value, total);
+        } else if (a.type == Type::f32 && place.buffer != nullptr) {
+          add_flushing(place.host, value, total);
         } else {
           reduce_bytes(elementwise(a), place.host, value, total);
         }
@@ -129,6 +153,9 @@ void decode_atomic(Decoder& d) {
     a.type = Type::b64;
     a.elements = 2;
   }
+  if ((a.type == Type::f32 || a.type == Type::f64) && a.reduction.op != ReduceOp::add &&
+      a.reduction.op != ReduceOp::none)
+    d.fail(".f32 and .f64 have no reduction but .add");
   a.bytes = static_cast<U32>(size_of(a.type));
   if (a.bytes < 2 || a.bytes > 8 || a.bytes * a.elements > 16) d.fail("unsupported size");
   std::size_t k = red ? 0 : 1;

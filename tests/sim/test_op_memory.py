@@ -299,3 +299,50 @@ def test_misaligned_and_null():
     )
     report, _ = lanes_report(code, np.uint32, block=1)
     assert kinds(report) == {"misaligned access"}
+
+
+def test_f32_atomics_flush_in_global_memory_alone():
+    """PTX ISA, atom: subnormals are zeros there, on both sides of the sum."""
+    least, normal = np.float32(1e-45), np.float32(1.17549435e-38)
+    body = """
+        .shared .align 4 .f32 cell;
+        ld.param.u64 %rd1, [out];
+        ld.global.f32 %f1, [%rd1];
+        ld.global.f32 %f2, [%rd1+4];
+        st.shared.f32 [cell], %f1;
+        red.shared.add.f32 [cell], %f2;
+        ld.shared.f32 %f3, [cell];
+        st.global.f32 [%rd1+8], %f3;
+        red.global.add.f32 [%rd1], %f2;"""
+    for a, b, in_global in (
+        (least, least, 0), (normal, least, normal), (-least, 0, -0.0),
+        (normal, -np.nextafter(normal, np.float32(1)), -0.0),
+    ):  # fmt: skip
+        memory = np.array([a, b, 0], np.float32)
+        report = kernel(body).launch("kernel", grid=1, block=1, args=[memory])
+        assert report.ok, str(report)
+        assert memory[2] == np.float32(a) + np.float32(b)
+        assert memory[0] == in_global and np.signbit(memory[0]) == np.signbit(in_global)
+
+
+@pytest.mark.parametrize("op,identity", [("and", "0"), ("or", "0xffffffff")])
+def test_clearing_or_setting_unwritten_bits_reads_nothing(op, identity):
+    """Cooperative groups prepare the barriers of tiles so; a result, or another sum, does read."""
+    body = f"""
+        .shared .align 4 .b32 cell;
+        red.release.cta.shared.{op}.b32 [cell], {identity};
+        ld.shared.b32 %r1, [cell];
+        setp.ne.b32 %p1, %r1, {identity};
+        @%p1 trap;"""
+    assert kernel(body).launch("kernel", grid=1, block=1, args=[np.zeros(1)]).ok
+    for reading in (f"atom.shared.{op}.b32 %r2, [cell], 1;", "red.shared.add.u32 [cell], 1;"):
+        body = f".shared .align 4 .b32 cell;\n{reading}"
+        report = kernel(body).launch("kernel", grid=1, block=1, args=[np.zeros(1)])
+        assert kinds(report) == {"uninitialized memory"}, str(report)
+
+
+@pytest.mark.parametrize("type_", ["f32", "f64"])
+def test_floating_minima_are_no_atomics(type_):
+    register = "%f1" if type_ == "f32" else "%rd2"
+    with pytest.raises(ValueError, match=r"no reduction but \.add"):
+        kernel(f"red.global.min.{type_} [%rd1], {register};").check("kernel")
