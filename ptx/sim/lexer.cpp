@@ -2,6 +2,7 @@
 #include "lexer.h"
 
 #include <cctype>
+#include <cstring>
 
 #include "ir.h"
 
@@ -36,8 +37,13 @@ std::size_t end_of_number(const std::string& text, std::size_t i) {
   return i;
 }
 
-// Where the word that starts at `i` ends.
+// Where the word that starts at `i` ends. The type may touch a directive of storage: CUDA's FP16
+// header writes ".reg.b16 r;".
 std::size_t end_of_word(const std::string& text, std::size_t i) {
+  for (const char* storage : {".reg.", ".param.", ".local.", ".shared.", ".global.", ".const."}) {
+    const std::size_t length = std::strlen(storage);
+    if (text.compare(i, length, storage) == 0) return i + length - 1;
+  }
   while (i < text.size()) {
     if (is_word(text[i])) {
       ++i;

@@ -82,6 +82,25 @@ extern "C" __global__ void words(const unsigned* a, const unsigned* b, unsigned*
 #undef PUT
 }
 
+// The functions of FP16 whose last bits the header mends with PTX of its own.
+extern "C" __global__ void halves(const __half* a, __half2* out) {
+  const int t = threadIdx.x, n = blockDim.x;
+  const __half x = a[t];
+  const __half2 both = __halves2half2(x, a[n - 1 - t]);
+  __half2* to = out + t;
+#define PUT(value) *to = value, to += n
+  PUT(__halves2half2(hsqrt(x), hrsqrt(x)));
+  PUT(__halves2half2(hrcp(x), hexp(x)));
+  PUT(__halves2half2(hsin(x), hcos(x)));
+  PUT(__halves2half2(hlog(x), htanh(x)));
+  PUT(h2sqrt(both));
+  PUT(h2rcp(both));
+  PUT(h2cos(both));
+  PUT(__hlt2(both, __lowhigh2highlow(both)));
+  PUT(__hfma2_sat(both, both, both));
+#undef PUT
+}
+
 // Each thread adds its left neighbour's number of the step before, `steps` times, across the grid.
 extern "C" __global__ void grid_steps(int* now, int* next, int steps) {
   const auto grid = cg::this_grid();

@@ -112,6 +112,23 @@ def test_simd_intrinsics(module):
         np.testing.assert_array_equal(got, np.array(want, np.uint32), err_msg=name)
 
 
+def test_functions_of_halves(module):
+    x = np.linspace(0.1, 3, 64).astype(np.float16)
+    out = np.zeros((9, 64, 2), np.float16)
+    run(module, "halves", [sim.read_only(x), sim.output(out)], grid=1, block=64)
+    a, b = x.astype(float), x[::-1].astype(float)
+    clipped = [np.clip(v * v + v, 0, 1) for v in (a, b)]
+    pairs = [
+        (np.sqrt(a), 1 / np.sqrt(a)), (1 / a, np.exp(a)), (np.sin(a), np.cos(a)),
+        (np.log(a), np.tanh(a)), (np.sqrt(a), np.sqrt(b)), (1 / a, 1 / b),
+        (np.cos(a), np.cos(b)), (a < b, b < a), clipped,
+    ]  # fmt: skip
+    for got, pair in zip(out, pairs, strict=True):
+        want = np.stack(pair, 1)
+        error = np.abs(got - want) / np.spacing(np.abs(want).astype(np.float16)).astype(float)
+        assert error.max() <= 1
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("threads", [1, 2])
 def test_grid_sync(module, seed, threads):
@@ -125,6 +142,37 @@ def test_grid_sync(module, seed, threads):
         grid=4, block=64, seed=seed, num_threads=threads,
     )  # fmt: skip
     np.testing.assert_array_equal(following, want)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_groups(module, seed):
+    v = np.random.default_rng(seed).integers(0, 100, 96).astype(np.int32)
+    out = np.zeros((7, 96), np.int32)
+    run(module, "groups", [sim.read_only(v), sim.output(out)], grid=1, block=96, seed=seed)
+    eights, warps = v.reshape(-1, 8), v.reshape(-1, 32)
+    np.testing.assert_array_equal(out[0], np.repeat(eights.sum(1), 8))
+    np.testing.assert_array_equal(out[1], np.repeat(eights.min(1), 8))
+    np.testing.assert_array_equal(out[2], eights.cumsum(1).reshape(-1))
+    before = np.bitwise_xor.accumulate(eights, 1) ^ eights
+    np.testing.assert_array_equal(out[3], before.reshape(-1))
+    same = (warps[:, :, None] & 3) == (warps[:, None] & 3)
+    np.testing.assert_array_equal(out[4], (same * warps[:, None]).sum(2).reshape(-1))
+    np.testing.assert_array_equal(out[5], same.sum(2).reshape(-1))
+    odd = warps & 1
+    want = odd * ((warps * odd).sum(1, keepdims=True) + 1000 * (odd.cumsum(1) - 1))
+    np.testing.assert_array_equal(out[6], want.reshape(-1))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_tiles_of_several_warps(module, seed):
+    v = np.random.default_rng(seed).integers(0, 20, 128).astype(np.int32)
+    out = np.zeros((4, 128), np.int32)
+    run(module, "wide_tiles", [sim.read_only(v), sim.output(out)], grid=1, block=128, seed=seed)
+    tiles = v.reshape(2, 64)
+    np.testing.assert_array_equal(out[0], np.repeat(tiles.sum(1), 64))
+    np.testing.assert_array_equal(out[1], np.repeat(tiles[:, 5], 64))
+    np.testing.assert_array_equal(out[2], np.repeat((tiles == 7).any(1) + 2, 64))
+    np.testing.assert_array_equal(out[3], tiles.cumsum(1).reshape(-1))
 
 
 @pytest.mark.parametrize("completion", ["late", "eager", "random"])

@@ -315,7 +315,7 @@ def test_f32_atomics_flush_in_global_memory_alone():
         st.global.f32 [%rd1+8], %f3;
         red.global.add.f32 [%rd1], %f2;"""
     for a, b, in_global in (
-        (least, least, 0), (normal, least, normal), (-least, 0, -0.0),
+        (least, least, 0), (normal, least, normal), (-least, -0.0, -0.0),
         (normal, -np.nextafter(normal, np.float32(1)), -0.0),
     ):  # fmt: skip
         memory = np.array([a, b, 0], np.float32)

@@ -254,6 +254,7 @@ def test_directives_of_a_module(before):
         "bra $L__BB0_1;\n$L__BB0_1: bra %L;\n%L: bra _x1;\n_x1: $unused_2: ",
         ".loc 1 5 3\n.loc 1 6 3, function_name $f0, inlined_at 1 5 3",
         ".loc 1 5 3 mov.u32 %r3, 1;",
+        "{.reg.b16 h,i;\n .local.align 8 .b8 l[8]; mov.b16 h, 1; }",
         ".param .b64 p;\nst.param.b64 [p+0], %rd1;",
         "{ .shared .align 4 .u32 s[4]; st.shared.u32 [s+4], 1; }",
         "{ .local .align 8 .b8 l[16]; st.local.u64 [l+8], %rd1; }",
