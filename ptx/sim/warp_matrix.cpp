@@ -139,16 +139,36 @@ void check_shape(Decoder& d, bool wmma, const std::string& type, const MatrixSha
 
 // ---- Arithmetic ---------------------------------------------------------------------------------
 
-template <class Value>
-void gather(Warp& w, const OperandLayout& layout, const Slot* slots, std::uint8_t* image) {
-  const int pitch = layout.k * layout.bits / 8;
-  for (int lane = 0; lane < 32; ++lane) {
-    for (int r = 0; r < layout.distinct(); ++r) {
+std::vector<std::uint16_t> places_of(const OperandLayout& layout) {
+  std::vector<std::uint16_t> at;
+  for (int r = 0; r < layout.distinct(); ++r) {
+    for (int lane = 0; lane < 32; ++lane) {
       int row, k;
       layout.position(lane, r, &row, &k);
-      const auto value = static_cast<Value>(w.integer(slots[r], lane));
-      std::memcpy(image + row * pitch + k * layout.bits / 8, &value, sizeof value);
+      at.push_back(static_cast<std::uint16_t>((row * layout.k + k) * layout.bits / 8));
     }
+  }
+  return at;
+}
+
+std::vector<std::uint16_t> places_of(const AccumulatorLayout& layout) {
+  std::vector<std::uint16_t> at;
+  for (int e = 0; e < layout.elements(); ++e) {
+    for (int lane = 0; lane < 32; ++lane) {
+      int row, column;
+      layout.position(lane, e, &row, &column);
+      at.push_back(static_cast<std::uint16_t>(row * layout.n + column));
+    }
+  }
+  return at;
+}
+
+template <class Register>
+void gather(Warp& w, const std::vector<std::uint16_t>& at, const Slot* slot, std::uint8_t* image) {
+  for (std::size_t first = 0; first < at.size(); first += 32, ++slot) {
+    const auto* values = w.at<Register>(*slot);
+    for (std::size_t lane = 0; lane < 32; ++lane)
+      std::memcpy(image + at[first + lane], values + lane, sizeof(Register));
   }
 }
 
@@ -212,39 +232,33 @@ Step multiply_matrices(Warp& w, const Instruction& i, U32 mask) {
   need_whole_warp(w, mask);
   if (w.grid().options.lane_order == LaunchOptions::converged) w.order_lanes(mask);
   alignas(8) std::uint8_t a_image[kMostBytes], b_image[kMostBytes];
-  gather<Register>(w, p.a, a, a_image);
-  gather<Register>(w, p.b, b, b_image);
+  gather<Register>(w, p.a_at, a, a_image);
+  gather<Register>(w, p.b_at, b, b_image);
 
   T values[kMostElements];
-  const auto value_at = [&](int lane, int e) -> T& {
-    int row, column;
-    p.c.position(lane, e, &row, &column);
-    return values[row * p.c.n + column];
-  };
-  for (int lane = 0; lane < 32; ++lane) {
-    for (int e = 0; e < p.c.elements(); ++e) {
+  const auto elements = static_cast<std::size_t>(p.c.elements());
+  for (std::size_t e = 0; e < elements; ++e) {
+    const std::uint16_t* at = p.c_at.data() + 32 * e;
+    const auto* source = w.at<Register>(c[p.half_c ? e / 2 : e]);
+    for (int lane = 0; lane < 32; ++lane) {
       if (p.half_c) {
-        const auto pair = static_cast<U32>(w.integer(c[e / 2], lane));
-        value_at(lane, e) = static_cast<T>(f16_to_float(static_cast<U16>(pair >> (16 * (e & 1)))));
+        const auto half = static_cast<U16>(source[lane] >> (16 * (e & 1)));
+        values[at[lane]] = static_cast<T>(f16_to_float(half));
       } else {
-        const auto bits = static_cast<Register>(w.integer(c[e], lane));
-        std::memcpy(&value_at(lane, e), &bits, sizeof bits);
+        std::memcpy(&values[at[lane]], source + lane, sizeof(T));
       }
     }
   }
   multiply(p, a_image, b_image, values);
-  for (int lane = 0; lane < 32; ++lane) {
-    for (int e = 0; e < p.c.elements(); ++e) {
-      const T value = value_at(lane, e);
+  for (std::size_t e = 0; e < elements; ++e) {
+    const std::uint16_t* at = p.c_at.data() + 32 * e;
+    auto* target = w.at<Register>(d[p.half_d ? e / 2 : e]);
+    for (int lane = 0; lane < 32; ++lane) {
       if (p.half_d) {
-        if (e & 1) continue;
-        const U32 low = encode_f16(static_cast<double>(value));
-        const U32 high = encode_f16(static_cast<double>(value_at(lane, e + 1)));
-        w.put(d[e / 2], lane, high << 16 | low);
+        const Register half = encode_f16(static_cast<double>(values[at[lane]]));
+        target[lane] = e & 1 ? target[lane] | half << 16 : half;
       } else {
-        Register bits;
-        std::memcpy(&bits, &value, sizeof bits);
-        w.put(d[e], lane, bits);
+        std::memcpy(target + lane, &values[at[lane]], sizeof(T));
       }
     }
   }
@@ -371,7 +385,10 @@ void decode_product(Decoder& d, const WarpProduct& p) {
   d.out.execute = wide                                 ? multiply_matrices<double>
                   : p.kind == WarpProduct::tensor_core ? multiply_matrices<float>
                                                        : multiply_matrices<std::int32_t>;
-  d.own(p);
+  WarpProduct* product = d.own(p);
+  product->a_at = places_of(p.a);
+  product->b_at = places_of(p.b);
+  product->c_at = places_of(p.c);
 }
 
 namespace {

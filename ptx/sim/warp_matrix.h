@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 #include "decode.h"
 #include "machine.h"
@@ -47,6 +48,9 @@ struct WarpProduct {
   bool a_signed = false, b_signed = false, saturate = false;
   bool conjunction = false;  // single_bits: count a & b, not a ^ b
   int rounding = 0;          // doubles: the <cfenv> mode
+  // Where the registers' values go, by register and lane: bytes into the images of A and B,
+  // elements of C.
+  std::vector<std::uint16_t> a_at, b_at, c_at;
   int registers_c() const { return half_c ? c.elements() / 2 : c.elements(); }
   int registers_d() const { return half_d ? c.elements() / 2 : c.elements(); }
 };
