@@ -116,6 +116,17 @@ def test_stacks_for_grouped_products(device, restore):
         assert torch.equal(got, ops.m_grouped_fp8_gemm_nt_contiguous(*a, *b, offsets))
 
 
+def test_expanded_scales(device):
+    a, b = (
+        ops.quantize_1x128(_random(9, 200, device=device)),
+        ops.quantize_128x128(_random(72, 200, device=device)),
+    )
+    halves = torch.full((1, 1), 0.5, device=device).expand(9, 2)  # of strides (0, 0)
+    got = ops.fp8_gemm_nt(*ops.restore_layout(a[0], halves), *b)
+    a[1].fill_(0.5)
+    assert torch.equal(got, ops.fp8_gemm_nt(*a, *b))
+
+
 def test_what_has_its_layout_is_not_copied(device):
     for size in SIZES:
         for pair in (pair for operands in pairs(*size, device) for pair in operands):

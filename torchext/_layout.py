@@ -115,12 +115,15 @@ def pitched(data: Tensor) -> Tensor:
 def m_major(scale: Tensor) -> Tensor:
     """`scale` [..., groups] of 1x128 groups if M-major as products read it, else a copy."""
     strides = scale.stride()
-    rows = math.prod(scale.shape[:-1])
-    row = strides[0] if len(strides) == 2 else folded_row_stride(scale)
-    fits = (row == 1 or rows <= 1) and (strides[-1] % 4 == 0 or scale.shape[-1] <= 1)
+    if len(strides) == 2 and strides[0] == 1 and strides[1] % 4 == 0:  # the usual
+        fits = True
+    else:
+        one_row = math.prod(scale.shape[:-1]) <= 1
+        one_group = scale.shape[-1] <= 1
+        fits = (one_row or folded_row_stride(scale) == 1) and (one_group or strides[-1] % 4 == 0)
     if fits and starts_aligned(scale):
         return scale
-    layout = folded_strides(scale.shape[:-1], 1, round_up(rows, 4))
+    layout = folded_strides(scale.shape[:-1], 1, round_up(math.prod(scale.shape[:-1]), 4))
     return scale.new_empty_strided(scale.shape, layout).copy_(scale)
 
 
@@ -146,9 +149,9 @@ def fits_data(data: Tensor, scale: Tensor) -> bool:
 
 def laid_out(data: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """A quantised pair with the layout that products ask for: itself where it has it."""
-    rows, groups = data.shape, scale.shape
-    if groups[:-1] == rows[:-1] and groups[-1] == ceil_div(rows[-1], GROUP):
+    shape, groups = data.shape, scale.shape
+    if groups[-1] == ceil_div(shape[-1], GROUP) and groups[:-1] == shape[:-1]:
         scale = m_major(scale)
-    elif folded_row_stride(scale) is None:
+    elif len(groups) > 2 and folded_row_stride(scale) is None:
         scale = scale.contiguous()
     return pitched(data), scale

@@ -16,7 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._layout import GROUP, ceil_div, empty_data, empty_group_scale
+from ..._layout import (
+    GROUP,
+    ceil_div,
+    empty_data,
+    folded_row_stride,
+    m_major,
+    starts_aligned,
+)
 from .utils.math import unpack_ue8m0_from_int
 
 Pair = Sequence[Tensor]  # of data and scale
@@ -51,16 +58,16 @@ def pair(op: str, name: str, operand: Pair, dims: int) -> tuple[Tensor, Tensor]:
 def k_major(op: str, name: str, data: Tensor) -> Tensor:
     """`data` [..., K], or a copy of it, with rows that TMA can read: 16-byte pitch and address."""
     strides = data.stride()
-    if len(strides) == 2 and strides[1] == 1 and strides[0] % 16 == 0 and _starts_aligned(data):
+    if len(strides) == 2 and strides[1] == 1 and strides[0] % 16 == 0 and starts_aligned(data):
         return data  # what is usual, found out quickly
     if data.numel() == 0:
         return empty_data(data, data.shape[:-1], data.shape[-1], data.dtype)
-    pitch = _row_stride(data)
+    pitch = folded_row_stride(data)
     if data.shape[-1] != 1 and data.stride(-1) != 1:
         why = "it is not K-major (stride(-1) == 1)"
     elif pitch is None:
         why = "the rows of its groups do not lie one stride apart"
-    elif pitch % 16 != 0 or not _starts_aligned(data):
+    elif pitch % 16 != 0 or not starts_aligned(data):
         why = "its rows do not start at multiples of 16 bytes"
     else:
         return data
@@ -68,31 +75,6 @@ def k_major(op: str, name: str, data: Tensor) -> Tensor:
     copy = empty_data(data, data.shape[:-1], data.shape[-1], data.dtype)
     copy.view(torch.uint8).copy_(data.view(torch.uint8))
     return copy
-
-
-def _starts_aligned(tensor: Tensor) -> bool:
-    """Whether it starts 16-byte aligned within its storage, which an allocator aligns.
-
-    torch.compile cannot trace the question: there the answer is left to the op, which refuses.
-    """
-    if torch.compiler.is_compiling():
-        return True
-    return tensor.storage_offset() * tensor.element_size() % 16 == 0
-
-
-def _row_stride(tensor: Tensor) -> int | None:
-    """Stride between rows, leading dimensions folded; 0 for one row, None if they do not fold."""
-    stride = 0
-    rows = 1
-    for size, step in zip(reversed(tensor.shape[:-1]), reversed(tensor.stride()[:-1]), strict=True):
-        if size == 1:
-            continue
-        if rows == 1:
-            stride = step
-        elif step != stride * rows:
-            return None
-        rows *= size
-    return stride
 
 
 # Runs while torch.compile traces, which cannot trace a warning.
@@ -140,16 +122,7 @@ def checked_scale(
 
 def row_scale(op: str, name: str, scale: Tensor, leading: tuple[int, ...], k: int) -> Tensor:
     """The scale of 1x128 groups of data [*leading, k], M-major with rows folded, or such a copy."""
-    scale = checked_scale(op, name, scale, leading, k, 1)
-    strides = scale.stride()
-    if len(strides) == 2 and strides[0] == 1 and strides[1] % 4 == 0 and _starts_aligned(scale):
-        return scale  # likewise
-    row = _row_stride(scale)
-    one_column = scale.shape[-1] <= 1
-    aligned = one_column or scale.stride(-1) % 4 == 0
-    if row in (0, 1) and aligned and _starts_aligned(scale):
-        return scale
-    return empty_group_scale(scale, leading, k).copy_(scale)
+    return m_major(checked_scale(op, name, scale, leading, k, 1))
 
 
 def rows_per_b_scale(
