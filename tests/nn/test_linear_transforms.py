@@ -156,6 +156,11 @@ def test_compiled_transforms(device):
 
     compiled = torch.compile(of_each_sample, backend="aot_eager", fullgraph=True)
     assert_equal(compiled(parameters, x), of_each_sample(parameters, x))
+    # The graph's backward, which the compiler traces, would be a second derivative.
+    jacobian = torch.compile(jacrev(linear), backend="aot_eager")(x[0, 0])
+    assert_close(jacobian, jacrev(linear)(x[0, 0]))
+    with pytest.raises(RuntimeError, match="backward: expected to be differentiated once"):
+        jacobian.sum().backward()
     inner = torch.compile(linear, backend="aot_eager")
     assert torch.equal(vmap(inner)(x), vmap(linear)(x))
     with pytest.raises(NotImplementedError, match=r"no jvp; use reverse mode"):

@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 from torch.fx import Proxy
+from torch.nn import Parameter
 
 from ..recipe import Recipe
 from .composition import composed, is_composed, is_composed_in_graph
@@ -126,7 +127,7 @@ class Linear(torch.nn.Linear):
         if (
             type(input) is not Tensor
             or input.is_nested
-            or type(weight) is not torch.nn.Parameter
+            or type(weight) is not Parameter
             or (is_composed_in_graph() if compiling else is_composed())
         ):
             nested = None if isinstance(input, Proxy) else rows_of_nested(input)

@@ -29,6 +29,9 @@ _IMPL = torch.library.Library("torchext", "IMPL")
 _linear = torch.ops.torchext._linear.default
 _dgrad = torch.ops.torchext._linear_dgrad.default
 _wgrad = torch.ops.torchext._linear_wgrad.default
+_DEF = torch.library.Library("torchext", "FRAGMENT")
+_DEF.define("_second_gradient(Tensor grad, SymInt[] size, ScalarType dtype) -> Tensor")
+_second_gradient = torch.ops.torchext._second_gradient.default
 
 # Tensors whose values are one tensor's: what LinearFunction saves of them is what it is for them.
 _TRANSPARENT = (Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor)
@@ -164,16 +167,31 @@ class _Gradient(torch.autograd.Function):
     """A gradient's op, which has no gradient itself."""
 
     @staticmethod
-    def forward(ctx: Any, op: Any, *inputs: Any) -> Tensor:
-        return recorded_outside(op, *inputs)
+    def forward(ctx: Any, op: Any, left: Tensor, right: Tensor, *options: Any) -> Tensor:
+        ctx.operands = (left.shape, left.dtype), (right.shape, right.dtype)
+        return recorded_outside(op, left, right, *options)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_second_gradient()
+        # An op, so that a compiler may trace, and never run, what it makes of every graph.
+        second = (_second_gradient(grads[0], *operand) for operand in ctx.operands)
+        return None, *second, *(None for _ in ctx.needs_input_grad[3:])
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
         _refuse_forward_derivative()
+
+
+@torch.library.register_fake("torchext::_second_gradient", lib=_DEF)
+def _(grad: Tensor, size: Any, dtype: torch.dtype) -> Tensor:
+    return grad.new_empty(size, dtype=dtype)
+
+
+def _refuse(grad: Tensor, size: Any, dtype: torch.dtype) -> Tensor:
+    refuse_second_gradient()
+
+
+_DEF.impl("_second_gradient", _refuse, "CompositeExplicitAutograd")
 
 
 def _autograd_of_gradient(op: Any) -> Any:
