@@ -68,7 +68,7 @@ Step barrier(Warp& w, const Instruction& i, U32 mask) {
     w.finding(FindingKind::barrier_misuse,
               "barrier " + std::to_string(id) + " expects " + std::to_string(there) +
                   " threads from one participant and " + std::to_string(here) + " from another",
-              mask, 0, "line " + std::to_string(w.program().code[b.first_pc].line),
+              mask, 0, w.program().place(w.program().code[b.first_pc].line),
               w.program().code[b.first_pc].line);
   }
   if (!b.open) {

@@ -23,7 +23,7 @@ namespace torchext::sim {
 namespace {
 
 struct PythonModule {
-  std::string name, text;
+  std::vector<SourceText> texts;
   std::shared_ptr<Module> module;
 };
 
@@ -64,11 +64,15 @@ py::dict to_python(const Finding& f, const SourceMap& map) {
     if (f.lanes >> lane & 1) lanes.append(lane);
   }
   py::dict d;
+  std::string module;
+  std::uint32_t line = 0;
   d["kind"] = row_of(f.kind).name;
   d["grade"] = name_of(f.grade());
   d["message"] = f.message;
   d["kernel"] = f.kernel;
-  d["ptx_line"] = f.ptx_line;
+  std::tie(module, line) = map.place(f.ptx_line);
+  d["module"] = module;
+  d["ptx_line"] = line;
   d["opcode"] = f.opcode;
   d["source"] = frames_of(map, f.ptx_line);
   d["cta"] = py::make_tuple(f.cta[0], f.cta[1], f.cta[2]);
@@ -76,7 +80,9 @@ py::dict to_python(const Finding& f, const SourceMap& map) {
   d["lanes"] = py::tuple(lanes);
   d["address"] = f.address;
   d["other"] = f.other;
-  d["other_ptx_line"] = f.other_ptx_line;
+  std::tie(module, line) = map.place(f.other_ptx_line);
+  d["other_module"] = f.other_ptx_line == 0 ? "" : module;
+  d["other_ptx_line"] = line;
   d["other_source"] = frames_of(map, f.other_ptx_line);
   d["remedy"] = f.remedy;
   d["seed"] = f.seed;
@@ -84,8 +90,8 @@ py::dict to_python(const Finding& f, const SourceMap& map) {
 }
 
 py::dict to_python(const std::string& kernel, const Report& report, const std::string& text,
-                   const std::string& ptx) {
-  const SourceMap map(report.findings.empty() ? std::string() : ptx);
+                   const std::vector<SourceText>& ptx) {
+  const SourceMap map(report.findings.empty() ? std::vector<SourceText>() : ptx);
   py::list findings, unwritten;
   for (const Finding& f : report.findings) findings.append(to_python(f, map));
   for (const auto& u : report.unwritten) {
@@ -172,9 +178,9 @@ py::dict launch_module(const PythonModule& self, const std::string& kernel,
   {
     const py::gil_scoped_release unlocked;
     report = launch(*self.module, kernel, options, bytes, ranges);
-    text = render(report, kernel, options, self.text, self.name);
+    text = render(report, kernel, options, self.texts);
   }
-  return to_python(kernel, report, text, self.text);
+  return to_python(kernel, report, text, self.texts);
 }
 
 }  // namespace
@@ -191,11 +197,13 @@ void bind_launch(py::module_& module) {
   });
 
   py::class_<PythonModule>(module, "Module")
-      .def(py::init([](const std::string& text, const std::string& name) {
-             return PythonModule{name, text, Module::parse(text, name)};
+      .def(py::init([](const std::vector<std::pair<std::string, std::string>>& named_texts) {
+             PythonModule m;
+             for (const auto& [name, text] : named_texts) m.texts.push_back({name, text});
+             m.module = Module::parse(m.texts);
+             return m;
            }),
-           py::arg("text"), py::arg("name"))
-      .def_readonly("name", &PythonModule::name)
+           py::arg("named_texts"))
       .def_property_readonly("target",
                              [](const PythonModule& self) { return self.module->target(); })
       .def("kernels", &kernels)
@@ -218,7 +226,8 @@ void bind_launch(py::module_& module) {
       .def("launches", [](const OpSimulator& self) {
         py::list reports;
         for (const auto& launch : self.launches()) {
-          reports.append(to_python(launch.kernel, launch.report, launch.text, *launch.ptx));
+          reports.append(
+              to_python(launch.kernel, launch.report, launch.text, {{launch.path, *launch.ptx}}));
         }
         return reports;
       });

@@ -311,7 +311,7 @@ void Warp::deactivate(const CallFrame& frame, U32 lanes) {
 // Each lane enters its own function; all meet again behind the call.
 void Warp::enter(const Callee* const* targets, U32 mask) {
   Group base = groups_[current_];
-  base.blocked = base.arrived = base.released = base.give_up = false;
+  base.blocked = base.arrived = base.released = base.alone = base.give_up = false;
   const Callee* first = targets[lane_of(mask)];
   bool parts = mask != base.mask;
   for_lanes(mask, [&](int l) { parts |= targets[l] != first; });

@@ -15,7 +15,12 @@ Cta::Cta(Cluster& c, Dim3 i, std::uint32_t r)
       shared(c.grid.shared_bytes, 0xcd),
       shadow(c.grid.shared_bytes, false,
              {r * c.grid.warps_per_cta * 32, c.grid.warps_per_cta * 32,
-              c.grid.cluster_size * c.grid.warps_per_cta * 32}) {}
+              c.grid.cluster_size * c.grid.warps_per_cta * 32}) {
+  if (c.grid.shared_begin == 0) {  // cooperative groups count on zeros there from sm_80 on
+    std::fill_n(shared.begin(), kSharedBase, 0);
+    shadow.set_valid(0, kSharedBase);
+  }
+}
 
 Cluster::Cluster(Grid& g, std::uint32_t n)
     : grid(g),
@@ -216,7 +221,7 @@ void Cluster::report_deadlock() {
       if (grid.cluster_size > 1) who << "CTA rank " << w->cta().rank << ' ';
       who << "warp " << w->index();
       if (g.mask != ~0u) who << " lanes 0x" << std::hex << g.mask;
-      why << "line " << grid.program->code[g.pc].line << ": " << wait_reason(*w, g);
+      why << grid.program->place(grid.program->code[g.pc].line) << ": " << wait_reason(*w, g);
       const auto same = std::find_if(waits.begin(), waits.end(),
                                      [&](const auto& other) { return other.first == why.str(); });
       if (same == waits.end())

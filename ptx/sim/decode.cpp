@@ -112,9 +112,16 @@ int Decoder::target() const {
   return builder_.module().sources[function_.source].target_number;
 }
 
+void Decoder::fail_unknown(const std::string& name) const {
+  for (const Variable& v : builder_.module().variables) {
+    if (v.name == name && v.is_external())
+      fail("'" + name + "' is .extern: link the module that defines it, with sim.Module([...])");
+  }
+  fail("unknown name '" + name + "'");
+}
+
 void Decoder::fail(const std::string& what) const {
-  throw PtxError(builder_.module().sources[function_.source].name, raw.line,
-                 raw.opcode + ": " + what);
+  throw builder_.module().error(function_.source, raw.line, raw.opcode + ": " + what);
 }
 
 bool Decoder::take(const char* modifier) {
@@ -325,7 +332,7 @@ Slot Decoder::source_at_least(const Arg& a, Type type) {
       const Symbol* symbol = builder_.symbol(function_, a.text);
       if (symbol == nullptr) {
         const Function* pointee = builder_.module().function(a.text);
-        if (pointee == nullptr) fail("unknown name '" + a.text + "'");
+        if (pointee == nullptr) fail_unknown(a.text);
         return constant(builder_.module().address_of(*pointee), bytes);
       }
       if (symbol->framed) {
@@ -365,7 +372,7 @@ Slot Decoder::address(const Arg& a, std::int64_t* offset, Space* space) {
   }
   if (base.kind == Arg::name) {
     const Symbol* symbol = builder_.symbol(function_, base.text);
-    if (symbol == nullptr) fail("unknown name '" + base.text + "'");
+    if (symbol == nullptr) fail_unknown(base.text);
     // Parameters of device functions live with the lane's local memory.
     if (*space == Space::param && !symbol->kernel_param) *space = Space::local;
     if (symbol->framed) return symbol->slot;

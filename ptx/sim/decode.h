@@ -45,6 +45,7 @@ class Decoder {
   void finish(std::size_t arguments);  // no modifier left, this many operands
   void finish(std::size_t least, std::size_t most);
   [[noreturn]] void fail(const std::string& what) const;
+  [[noreturn]] void fail_unknown(const std::string& name) const;
 
   // Operands.
   std::size_t count() const { return raw.args.size(); }

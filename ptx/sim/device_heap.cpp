@@ -94,9 +94,8 @@ std::string DeviceHeap::describe(std::uint64_t address, const Program& program) 
   place += " of a block of " + std::to_string(block.bytes) + " bytes that " +
            (block.live ? "malloc returned" : "has been freed");
   const std::lock_guard<std::mutex> lock(mutex_);
-  return place + (block.launch == launch_
-                      ? " in line " + std::to_string(program.code[block.pc].line)
-                      : " in an earlier launch");
+  return place + (block.launch == launch_ ? " in " + program.place(program.code[block.pc].line)
+                                          : " in an earlier launch");
 }
 
 std::vector<DeviceHeap::Block> DeviceHeap::kept() const {

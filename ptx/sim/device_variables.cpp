@@ -25,6 +25,14 @@ const Function* ParsedModule::function(const std::string& name) const {
   return found;
 }
 
+std::string Program::place(std::uint32_t line) const {
+  std::size_t s = sources.size();
+  while (s > 1 && sources[s - 1].lines_before >= line) --s;
+  const ParsedModule::Source& source = sources[s - 1];
+  const std::string number = "line " + std::to_string(line - source.lines_before);
+  return sources.size() == 1 ? number : number + " of " + source.name;
+}
+
 std::uint64_t ParsedModule::address_of(const Function& f) const {
   return kFunctionWindow | (static_cast<std::uint64_t>(&f - functions.data()) + 1) << 4;
 }
@@ -33,7 +41,7 @@ DeviceVariables::DeviceVariables(const ParsedModule& module) : module_(module) {
   const auto add = [&](const Variable& v) {
     if ((v.space != Space::global && v.space != Space::constant) || v.is_external()) return;
     if (v.bytes > (1ull << 32))
-      throw PtxError(module.sources[v.source].name, v.line, "'" + v.name + "' is too large");
+      throw module.error(v.source, v.line, "'" + v.name + "' is too large");
     auto e = std::make_unique<Entry>();
     e->name = v.name;
     e->bytes = v.bytes;
@@ -64,9 +72,9 @@ void DeviceVariables::reset() {
       } else if (const Function* f = module_.function(r.symbol); f != nullptr) {
         address = module_.address_of(*f);
       } else {
-        throw PtxError(module_.sources[v.source].name, r.line,
-                       "the initialiser of '" + v.name + "' refers to '" + r.symbol +
-                           "', which is no .global or .const variable and no function");
+        throw module_.error(v.source, r.line,
+                            "the initialiser of '" + v.name + "' refers to '" + r.symbol +
+                                "', which is no .global or .const variable and no function");
       }
       const std::uint64_t value = (address + static_cast<std::uint64_t>(r.addend)) >> r.shift;
       std::memcpy(e->data + r.at, &value, static_cast<std::size_t>(r.bytes));

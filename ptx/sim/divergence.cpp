@@ -184,7 +184,8 @@ bool Warp::unpark() {
 std::size_t Warp::part(std::size_t index, std::uint32_t lanes) {
   Group& g = groups_[index];
   const std::uint32_t behind = g.pc + 1;
-  if (g.tokens.empty() || g.tokens.back()->pc != behind) {
+  if (g.tokens.empty() || g.tokens.back()->pc != behind ||
+      g.tokens.back()->depth != g.calls.size()) {
     auto token = std::make_shared<Token>();
     token->pc = behind;
     token->depth = g.calls.size();

@@ -158,7 +158,9 @@ struct Function {
 struct ParsedModule {
   struct Source {  // a text: one, or several after linking
     std::string name, target;
-    int target_number = 0;  // 90 for sm_90a
+    int target_number = 0;           // 90 for sm_90a
+    std::uint32_t lines = 0;         // of the text
+    std::uint32_t lines_before = 0;  // of the texts before it: line numbers count on
   };
   std::string name, target;
   int target_number = 0;
@@ -170,6 +172,9 @@ struct ParsedModule {
 
   const Function* function(const std::string& name) const;  // its definition, if there is one
   std::uint64_t address_of(const Function& f) const;        // what a pointer to it holds
+  PtxError error(std::uint32_t source, std::uint32_t line, const std::string& what) const {
+    return PtxError(sources[source].name, line - sources[source].lines_before, what);
+  }
 };
 
 // ---- As executed --------------------------------------------------------------------------------
@@ -297,8 +302,10 @@ struct Program {
   std::vector<std::uint32_t> param_offsets;
   bool uses_wgmma = false, uses_stack = false, uses_heap = false;
   std::vector<std::shared_ptr<void>> owned;
-  std::vector<std::string> register_names;  // by register index
-  Function attributes;                      // launch attributes of the kernel (no code)
+  std::vector<ParsedModule::Source> sources;
+  std::string place(std::uint32_t line) const;  // "line 12", "line 12 of b.ptx" if linked
+  std::vector<std::string> register_names;      // by register index
+  Function attributes;                          // launch attributes of the kernel (no code)
 };
 
 }  // namespace torchext::sim

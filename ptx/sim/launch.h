@@ -28,16 +28,22 @@ struct Kernel {
   std::uint32_t line = 0;
 };
 
+struct SourceText {
+  std::string name, text;
+};
+
 struct Program;
 struct ParsedModule;
 struct DeviceVariables;
 class DeviceHeap;
 
-// A parsed PTX file. Thread-safe. Its .global variables keep their values between launches.
+// A parsed PTX file, or several linked. Thread-safe. Its .global variables keep their values
+// between launches.
 class Module {
  public:
   // Throws PtxError (ir.h), which names the line.
-  static std::shared_ptr<Module> parse(std::string text, std::string name);
+  // Several texts are linked.
+  static std::shared_ptr<Module> parse(const std::vector<SourceText>& texts);
   ~Module();
 
   const std::vector<Kernel>& kernels() const { return kernels_; }

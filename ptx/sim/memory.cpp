@@ -256,8 +256,8 @@ void Warp::conflict(const Conflict& c, const Actor& actor, const Place& place, b
                              " (" + std::to_string(c.other_cluster) + ")";
   const std::string op = program_.opcodes[other.opcode];
   const std::string against = std::string(prefix_of(c.other_proxy)) +
-                              (c.other_is_write ? "write" : "read") + " by " + by + ", line " +
-                              std::to_string(other.line) + ": " + op;
+                              (c.other_is_write ? "write" : "read") + " by " + by + ", " +
+                              program_.place(other.line) + ": " + op;
   FindingKind kind = FindingKind::data_race;
   std::string message;
   if (c.kind == Conflict::same_value) {

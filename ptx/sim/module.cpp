@@ -6,6 +6,7 @@
 #include "decode.h"
 #include "device_heap.h"
 #include "launch.h"
+#include "linker.h"
 #include "parser.h"
 
 namespace torchext::sim {
@@ -15,9 +16,16 @@ struct Module::Cache {
   std::map<std::string, std::shared_ptr<const Program>> programs;
 };
 
-std::shared_ptr<Module> Module::parse(std::string text, std::string name) {
+std::shared_ptr<Module> Module::parse(const std::vector<SourceText>& texts) {
   std::shared_ptr<Module> m(new Module);
-  m->parsed_ = std::make_unique<ParsedModule>(parse_ptx(text, name));
+  std::vector<ParsedModule> parsed;
+  std::string names;
+  for (const SourceText& t : texts) {
+    parsed.push_back(parse_ptx(t.text, t.name));
+    names += (names.empty() ? "" : ", ") + t.name;
+  }
+  m->parsed_ = std::make_unique<ParsedModule>(
+      parsed.size() == 1 ? std::move(parsed[0]) : link_modules(std::move(parsed), names));
   m->variables_ = std::make_unique<DeviceVariables>(*m->parsed_);
   m->heap_ = std::make_unique<DeviceHeap>();
   m->cache_ = std::make_unique<Cache>();
@@ -25,7 +33,7 @@ std::shared_ptr<Module> Module::parse(std::string text, std::string name) {
     if (!f.is_kernel || !f.has_body) continue;
     Kernel k;
     k.name = f.name;
-    k.line = f.line;
+    k.line = f.line - m->parsed_->sources[f.source].lines_before;
     std::size_t at = 0;
     for (const Variable& v : f.params) {
       at = (at + v.align - 1) / v.align * v.align;

@@ -86,7 +86,7 @@ struct OpSimulator::Source {
 
   Module& parsed() {
     const std::lock_guard<std::mutex> lock(mutex);
-    if (!module) module = Module::parse(text, path);
+    if (!module) module = Module::parse({{path, text}});
     return *module;
   }
 };
@@ -150,8 +150,9 @@ std::string OpSimulator::launch(const std::string& kernel, LaunchOptions options
     const auto* bytes = static_cast<const std::uint8_t*>(arguments[params.size()]);
     params.emplace_back(bytes, bytes + parameter.size);
   }
-  Launch launch{kernel, sim::launch(module, kernel, options, params, buffers), "", &source.text};
-  launch.text = render(launch.report, kernel, options, source.text, source.path);
+  Launch launch{kernel, sim::launch(module, kernel, options, params, buffers), "", source.path,
+                &source.text};
+  launch.text = render(launch.report, kernel, options, {{source.path, source.text}});
   const std::string findings = launch.report.ok() ? "" : launch.text;
   const std::lock_guard<std::mutex> lock(mutex_);
   launches_.push_back(std::move(launch));

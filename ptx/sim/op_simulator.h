@@ -26,7 +26,8 @@ class OpSimulator {
   struct Launch {
     std::string kernel;
     Report report;
-    std::string text;        // rendered
+    std::string text;  // rendered
+    std::string path;
     const std::string* ptx;  // of the module; this object owns it
   };
   std::vector<Launch> launches() const;

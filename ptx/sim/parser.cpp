@@ -7,7 +7,7 @@ namespace torchext::sim {
 
 Parser::Parser(const std::string& text, const std::string& name) : TokenReader(text, name) {
   module_.name = name;
-  module_.sources.push_back({name, "", 0});
+  module_.sources.push_back({name, "", 0, last_line(), 0});
 }
 
 ParsedModule Parser::run() {

@@ -98,8 +98,8 @@ void ProgramBuilder::lay_out_function(FunctionPlan& plan, std::uint64_t* local) 
     }
     at += v.bytes;
     if (at > kMostLocalBytes)
-      throw PtxError(module_.sources[f.source].name, f.line,
-                     "'" + f.name + "' has more local memory than a thread can have");
+      throw module_.error(f.source, f.line,
+                          "'" + f.name + "' has more local memory than a thread can have");
   };
   const auto value_of = [&](const Variable& v) {
     CallValue value;
@@ -169,10 +169,10 @@ void ProgramBuilder::lay_out() {
     for (const Variable& v : plan.function->variables) place_shared(v);
   }
   if (shared > kSharedPerBlockByDefault + kSharedBase) {
-    throw PtxError(module_.name, plans_[0].function->line,
-                   std::to_string(shared - kSharedBase) +
-                       " bytes of static shared memory; at most " +
-                       std::to_string(kSharedPerBlockByDefault) + " (more must be dynamic)");
+    throw module_.error(plans_[0].function->source, plans_[0].function->line,
+                        std::to_string(shared - kSharedBase) +
+                            " bytes of static shared memory; at most " +
+                            std::to_string(kSharedPerBlockByDefault) + " (more must be dynamic)");
   }
   p.shared_static_end = static_cast<std::uint32_t>(shared);
   p.shared_dynamic_begin = static_cast<std::uint32_t>(align_up(shared, dynamic_align));
@@ -191,7 +191,8 @@ void ProgramBuilder::lay_out() {
     plans_[0].symbols[v.name] = {Space::param, at, v.bytes, true};
     at += v.bytes;
   }
-  if (at > 32764) throw PtxError(module_.name, kernel.line, "parameters larger than 32764 bytes");
+  if (at > 32764)
+    throw module_.error(kernel.source, kernel.line, "parameters larger than 32764 bytes");
   p.param_bytes = static_cast<std::uint32_t>(at);
   p.params = kernel.params;
 }
@@ -249,6 +250,7 @@ std::shared_ptr<Program> ProgramBuilder::build() {
   Program& p = *program_;
   p.kernel = kernel_;
   p.module = module_.name;
+  p.sources = module_.sources;
   p.target_number = module_.target_number;
   collect(*kernel);
   lay_out();
@@ -287,8 +289,7 @@ std::shared_ptr<Program> ProgramBuilder::build() {
       }
       const auto decoder = table.find(raw.parts[0]);
       if (decoder == table.end())
-        throw PtxError(module_.sources[f.source].name, raw.line,
-                       why_unknown(raw.opcode, raw.parts[0]));
+        throw module_.error(f.source, raw.line, why_unknown(raw.opcode, raw.parts[0]));
       Decoder d(*this, f, raw, out);
       decoder->second(d);
     }

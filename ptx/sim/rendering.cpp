@@ -21,8 +21,7 @@ void quote(std::ostream& out, const std::string& file, std::uint32_t number,
 }
 
 // The CUDA line, outermost function first, then the PTX line.
-void quote_both(std::ostream& out, const SourceMap& map, const std::string& module_name,
-                std::uint32_t ptx_line) {
+void quote_both(std::ostream& out, const SourceMap& map, std::uint32_t ptx_line) {
   if (ptx_line == 0) return;
   const std::vector<SourceFrame> frames = map.frames(ptx_line);
   for (auto frame = frames.rbegin(); frame != frames.rend(); ++frame) {
@@ -32,7 +31,8 @@ void quote_both(std::ostream& out, const SourceMap& map, const std::string& modu
       out << "      inlined " << frame->file << ':' << frame->line << '\n';
     }
   }
-  quote(out, module_name, ptx_line, map.text(ptx_line));
+  const auto [module, line] = map.place(ptx_line);
+  quote(out, module, line, map.text(ptx_line));
 }
 
 // A mask as ranges: "lanes 0-3, 8".
@@ -70,11 +70,10 @@ std::string with_separators(std::uint64_t number) {
   return text;
 }
 
-void render_other(std::ostream& out, const Finding& f, const SourceMap& map,
-                  const std::string& module_name) {
+void render_other(std::ostream& out, const Finding& f, const SourceMap& map) {
   if (f.other.empty() && f.other_ptx_line == 0) return;
   out << "      = other: " << (f.other.empty() ? "the other access" : f.other) << '\n';
-  quote_both(out, map, module_name, f.other_ptx_line);
+  quote_both(out, map, f.other_ptx_line);
 }
 
 // What tells apart the lines that a reader would look at.
@@ -118,7 +117,7 @@ const char* name_of(LaunchOptions::Completion completion) {
 }
 
 std::string render(const Report& report, const std::string& kernel, const LaunchOptions& options,
-                   const std::string& ptx, const std::string& module_name) {
+                   const std::vector<SourceText>& ptx) {
   std::ostringstream out;
   out << "kernel '" << kernel << "': " << summary(report)
       << (report.findings_truncated ? " (more were dropped)" : "") << " (seed=" << options.seed
@@ -128,19 +127,19 @@ std::string render(const Report& report, const std::string& kernel, const Launch
   for (auto f = report.findings.begin(); f != report.findings.end();) {
     out << '\n'
         << name_of(f->grade()) << ": " << row_of(f->kind).name << ": " << f->message << '\n';
-    quote_both(out, map, module_name, f->ptx_line);
+    quote_both(out, map, f->ptx_line);
     out << "      = where: CTA (" << f->cta[0] << ", " << f->cta[1] << ", " << f->cta[2] << ")";
     if (f->lanes != 0) out << ", warp " << f->warp << ", " << lanes_text(f->lanes);
     if (f->address != 0) out << ", address " << hexadecimal(f->address);
     out << '\n';
-    render_other(out, *f, map, module_name);
+    render_other(out, *f, map);
     // Findings about the same instruction and other partners: each CUDA line once.
     auto next = f + 1;
     std::set<std::string> shown = {place_of(map, f->other_ptx_line)};
     int like_shown = 0;
     for (; next != report.findings.end() && same_fault(*f, *next); ++next) {
       if (shown.insert(place_of(map, next->other_ptx_line)).second) {
-        render_other(out, *next, map, module_name);
+        render_other(out, *next, map);
       } else {
         ++like_shown;
       }

@@ -3,15 +3,16 @@
 #pragma once
 
 #include <string>
+#include <vector>
 
 #include "launch.h"
 
 namespace torchext::sim {
 
-// `ptx` is the module's text, `module_name` what to call it. CUDA lines are quoted where the source
+// `ptx`: the texts of the module, several if it is linked. CUDA lines are quoted where the source
 // file that -lineinfo names can be read.
 std::string render(const Report& report, const std::string& kernel, const LaunchOptions& options,
-                   const std::string& ptx, const std::string& module_name);
+                   const std::vector<SourceText>& ptx);
 
 const char* name_of(LaunchOptions::Completion completion);
 

@@ -55,6 +55,8 @@ class TokenReader {
     ++at_;
   }
 
+  std::uint32_t last_line() const { return tokens_.back().line; }
+
   std::uint32_t take_integer();  // a literal below 2^32
 
   // What cannot begin a constant expression is no operand either.

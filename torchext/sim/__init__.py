@@ -36,7 +36,7 @@ except ImportError as error:
 
 from .arguments import Argument, output, pointer, read_only, struct, tensor_map
 from .compiler import CompileError, compile_cuda
-from .module import Kernel, Module, Parameter
+from .module import Kernel, Module, Parameter, link
 from .numerics import tensor_core_matmul
 from .ops import Simulation, simulate
 from .report import Finding, Report, SimulationError
@@ -59,6 +59,7 @@ __all__ = [
     "TensorMapError",
     "Variable",
     "compile_cuda",
+    "link",
     "output",
     "pointer",
     "read_only",

@@ -58,26 +58,64 @@ def _dim3(name: str, value: int | Sequence[int]) -> tuple[int, int, int]:
     return x, y, z
 
 
+def _named_text(ptx_text_or_path: str | Path, name: str | None) -> tuple[str, str]:
+    if isinstance(ptx_text_or_path, str) and "\n" in ptx_text_or_path:
+        path, text = "<ptx>", ptx_text_or_path
+    else:
+        path, text = str(ptx_text_or_path), Path(ptx_text_or_path).read_text()
+    return path if name is None else name, text
+
+
+def _texts_to_link(parts: Sequence[str | Path | Module], name: str | None) -> list[tuple[str, str]]:
+    where = "torchext.sim.Module"
+    if name is not None:
+        raise ValueError(f"{where}: linked modules keep their own names; got name={name!r}")
+    texts: list[tuple[str, str]] = []
+    for part in parts:
+        if isinstance(part, Module):
+            texts += part._texts
+        elif isinstance(part, str | Path):
+            texts.append(_named_text(part, None))
+        else:
+            raise TypeError(
+                f"{where}: expected PTX texts, paths and modules to link; got {type(part).__name__}"
+            )
+    if not texts:
+        raise ValueError(f"{where}: expected at least one module to link; got none")
+    return texts
+
+
+def link(parts: Sequence[str | Path | Module]) -> Module:
+    """Links texts, .ptx files and modules into one, as `Module(parts)` does."""
+    return Module(parts)
+
+
 class Module:
-    """PTX text, or the path of a .ptx file, ready to be launched.
+    """PTX text, or the path of a .ptx file, ready to be launched; or several, linked.
 
     Variables keep their values between launches, as a loaded module's do on a GPU.
 
     Args:
-        ptx_text_or_path: a string with a line break is text.
-        name: what findings call the module; by default its path.
+        ptx_text_or_path: a string with a line break is text. A sequence of texts, paths and modules
+            is linked: `.extern` names are resolved, other modules' `.visible` ones found.
+        name: what findings call the module; by default its path. Linked modules keep their own.
 
     Raises:
-        PtxError: the PTX is malformed; the message names file and line.
+        PtxError: the PTX is malformed, or of linked modules a name is defined twice or not at all;
+            the message names file and line.
         FileNotFoundError: there is no such file.
     """
 
-    def __init__(self, ptx_text_or_path: str | Path, name: str | None = None) -> None:
-        if isinstance(ptx_text_or_path, str) and "\n" in ptx_text_or_path:
-            path, text = "<ptx>", ptx_text_or_path
+    def __init__(
+        self,
+        ptx_text_or_path: str | Path | Sequence[str | Path | Module],
+        name: str | None = None,
+    ) -> None:
+        if isinstance(ptx_text_or_path, str | Path):
+            self._texts = [_named_text(ptx_text_or_path, name)]
         else:
-            path, text = str(ptx_text_or_path), Path(ptx_text_or_path).read_text()
-        self._module = _sim.Module(text, path if name is None else name)
+            self._texts = _texts_to_link(ptx_text_or_path, name)
+        self._module = _sim.Module(self._texts)
 
     @property
     def target(self) -> str:

@@ -19,13 +19,13 @@ class Finding:
         grade: "error", or "note": against the rules, but harmless on the GPUs that there are.
         message: one sentence.
         kernel: the kernel's name.
-        ptx_line, opcode: the instruction, by its line in the PTX text.
+        module, ptx_line, opcode: the instruction, by its line in the PTX text; the module's name.
         source: the CUDA lines it comes from, as (file, line), innermost inlined function first and
             the kernel's own line last; empty where the PTX has no `-lineinfo`.
         cta, warp, lanes: who executed it. `lanes` is empty when no thread did (a TMA, say).
         address: of the access; shared memory counts from the CTA's window. 0 if there is none.
-        other, other_ptx_line, other_source: the access or event that it collides with, if there is
-            one.
+        other, other_module, other_ptx_line, other_source: the access or event that it collides
+            with, if there is one.
         remedy: the usual remedy, in one sentence.
         seed: of the schedule that showed it.
     """
@@ -34,6 +34,7 @@ class Finding:
     grade: str
     message: str
     kernel: str
+    module: str
     ptx_line: int
     opcode: str
     source: tuple[tuple[str, int], ...]
@@ -42,6 +43,7 @@ class Finding:
     lanes: tuple[int, ...]
     address: int
     other: str
+    other_module: str
     other_ptx_line: int
     other_source: tuple[tuple[str, int], ...]
     remedy: str
