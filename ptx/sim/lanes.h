@@ -38,17 +38,12 @@ inline void each_lane(std::uint32_t mask, F&& f) {
 // valid. F spreads invalid bits (validity.h) of s[0], s[1], ..., which have the types A.
 template <class R, class F, class... A, class Compute>
 inline void with_validity(Warp& w, const Instruction& i, std::uint32_t mask, Compute&& compute) {
-  std::uint32_t whole = mask;
-  for (std::size_t k = 0; k < sizeof...(A); ++k) whole &= w.valid(i.s[k]);
-  if (whole == mask) {
-    compute();
-    w.set_valid(i.d, mask, mask);
-    return;
-  }
+  std::uint32_t valid = mask;
+  for (std::size_t k = 0; k < sizeof...(A); ++k) valid &= w.valid(i.s[k]);
   LaneBits bits;
-  find_valid_bits<R, F, A...>(w, i, mask, &bits);
+  if (valid != mask) find_valid_bits<R, F, A...>(w, i, mask, &bits);
   compute();
-  w.set_valid_bits(i.d, mask, bits);
+  w.set_validity(i.d, mask, valid == mask, bits);
 }
 
 template <class R, class A, class F>

@@ -251,7 +251,16 @@ class Warp {
 
   // Order (order.cpp).
   std::uint32_t agent(int lane) const { return first_agent_ + static_cast<std::uint32_t>(lane); }
-  Actor actor(int lane, Scope scope = Scope::none) const;
+  Actor actor(int lane, Scope scope = Scope::none) const {
+    Actor a = self_;
+    a.agent = a.issuer = agent(lane);
+    a.clock = a.issuer_clock = clock_[lane];
+    a.known = &*known_[lane];
+    a.views = &*views_[lane];
+    a.pc = groups_[current_].pc;
+    a.scope = scope;
+    return a;
+  }
   void order_lanes(std::uint32_t mask);  // as bar.warp.sync does
   Knowledge release(std::uint32_t mask);
   void acquire(std::uint32_t mask, const Knowledge& knowledge);
@@ -340,6 +349,7 @@ class Warp {
   std::array<std::vector<std::uint8_t>, 32> stack_, stack_valid_;
   std::vector<Group> groups_;
   std::size_t current_ = 0;
+  Actor self_;  // what all lanes' accesses have in common
   ClockRef known_[32];
   ViewsRef views_[32];
   std::uint32_t clock_[32];

@@ -5,19 +5,6 @@
 
 namespace torchext::sim {
 
-Actor Warp::actor(int lane, Scope scope) const {
-  Actor a;
-  a.cluster = cluster_.number;
-  a.agent = a.issuer = agent(lane);
-  a.clock = a.issuer_clock = clock_[lane];
-  a.known = &*known_[lane];
-  a.views = &*views_[lane];
-  a.pc = groups_[current_].pc;
-  a.cta_threads = grid_.warps_per_cta * 32;
-  a.scope = scope;
-  return a;
-}
-
 void Warp::order_lanes(std::uint32_t mask) {
   if (!grid_.checks || (mask & (mask - 1)) == 0) return;
   const auto first = static_cast<int>(lane_of(mask));

@@ -29,6 +29,23 @@ ClockRef imported(const Shared& clocks, std::uint32_t cluster) {
   return ClockRef::make(std::move(clock));
 }
 
+// Neighbours are often the same clock.
+template <std::size_t n>
+void export_all(const ClockRef (&clocks)[n], std::uint32_t cluster, Shared (&out)[n]) {
+  for (std::size_t k = 0; k < n; ++k)
+    out[k] = k > 0 && clocks[k] == clocks[k - 1] ? out[k - 1] : exported(clocks[k], cluster);
+}
+
+template <std::size_t n>
+bool import_all(const Shared (&clocks)[n], std::uint32_t cluster, ClockRef (&out)[n]) {
+  bool any = false;
+  for (std::size_t k = 0; k < n; ++k) {
+    out[k] = k > 0 && clocks[k] == clocks[k - 1] ? out[k - 1] : imported(clocks[k], cluster);
+    any = any || out[k];
+  }
+  return any;
+}
+
 void join(Shared& into, const Shared& other) {
   if (other == nullptr || into == other) return;
   if (into == nullptr) {
@@ -103,20 +120,17 @@ void GridSync::publish(std::uint64_t address, std::uint32_t cluster, const Scope
       reaches && knowledge[0].known == wide.known ? nullptr : exported(knowledge[0].known, cluster);
   Exported views;
   if (reaches && wide.views) {
-    for (std::size_t k = 0; k < kAsyncSpaces; ++k) {
-      const ClockRef& clock = wide.views->async[k];
-      views.async[k] = k > 0 && clock == wide.views->async[k - 1] ? views.async[k - 1]
-                                                                  : exported(clock, cluster);
-    }
+    export_all(wide.views->async, cluster, views.async);
+    export_all(wide.views->map_released, cluster, views.map_released);
     views.alias = exported(wide.views->alias, cluster);
-    views.map_released = exported(wide.views->map_released[2], cluster);
   }
   const std::lock_guard<std::mutex> lock(mutex_);
   Cell& cell = cells_[address];
   join(cell.wide.known, known);
   for (std::size_t k = 0; k < kAsyncSpaces; ++k) join(cell.wide.async[k], views.async[k]);
   join(cell.wide.alias, views.alias);
-  join(cell.wide.map_released, views.map_released);
+  for (std::size_t k = 0; k < kScopeLevels; ++k)
+    join(cell.wide.map_released[k], views.map_released[k]);
   if (narrow != nullptr) {
     join(cell.narrow, narrow);
     const bool both = knowledge[1].known == knowledge[0].known;
@@ -136,16 +150,10 @@ void GridSync::observe(std::uint64_t address, std::uint32_t cluster, Scope scope
   Knowledge wide;
   wide.known = imported(cell.wide.known, cluster);
   Views views;
-  bool any = false;
-  for (std::size_t k = 0; k < kAsyncSpaces; ++k) {
-    views.async[k] = k > 0 && cell.wide.async[k] == cell.wide.async[k - 1]
-                         ? views.async[k - 1]
-                         : imported(cell.wide.async[k], cluster);
-    any |= static_cast<bool>(views.async[k]);
-  }
+  const bool any = import_all(cell.wide.async, cluster, views.async) |
+                   import_all(cell.wide.map_released, cluster, views.map_released);
   views.alias = imported(cell.wide.alias, cluster);
-  views.map_released[2] = imported(cell.wide.map_released, cluster);
-  if (any || views.alias || views.map_released[2]) wide.views = ViewsRef::make(std::move(views));
+  if (any || views.alias) wide.views = ViewsRef::make(std::move(views));
   if (scope >= Scope::gpu)
     knowledge->join(wide);
   else if (!knowledge->known.covers(wide.known))

@@ -43,7 +43,7 @@ class GridSync {
  private:
   using Shared = std::shared_ptr<const ForeignClocks>;
   struct Exported {
-    Shared known, async[kAsyncSpaces], alias, map_released;
+    Shared known, async[kAsyncSpaces], alias, map_released[kScopeLevels];
   };
   struct Cell {
     Exported wide;  // published at .gpu or .sys

@@ -134,6 +134,8 @@ Warp::Warp(Cta& cta, std::uint32_t index)
   live_ = count == 32 ? ~0u : (1u << count) - 1;
   first_agent_ = (cta.rank * grid_.warps_per_cta + index) * 32;
   std::fill(std::begin(clock_), std::end(clock_), 1);
+  self_.cluster = cluster_.number;
+  self_.cta_threads = grid_.warps_per_cta * 32;
   for (const auto& [which, slot, predicate] : program_.specials) {
     if (predicate) set_predicate(slot, ~0u, special_value(which, cta, first, 0, index) ? ~0u : 0);
     for (std::uint32_t lane = 0; lane < 32 && !predicate; ++lane)

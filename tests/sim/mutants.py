@@ -190,6 +190,13 @@ KEEP = """  ptx::fence_proxy_async_shared();
   ptx::bar_sync(kConsumersBarrier, L::kConsumers);
 """
 
+SCALE = "if (lane == 0 && 32 * i < rows) scale_to[32 * i * out.scale_row_stride] = scale.scale;\n"
+CHECK_SCALE = """
+            if (lane == 0 && 32 * i < rows &&
+                __ldg(scale_to + 32 * i * out.scale_row_stride) != scale.scale)
+              __trap();
+"""
+
 MUTANTS = [
     Mutant("slot released before wgmma has read it", "by TMA", MAINLOOP, START_AND_FINISH,
            START_AND_FINISH.replace(MULTIPLY, "0, block);\n      release(pending);\n      "
@@ -208,6 +215,8 @@ MUTANTS = [
            "  __syncthreads();\n  if (place.cluster", "  if (place.cluster"),
     Mutant("no fence.proxy.async before the TMA store", "by TMA", EPILOGUE,
            "    ptx::fence_proxy_async_shared();\n", ""),
+    Mutant("fence.proxy.async for global memory alone", "by TMA", "ptx/isa/fence.h",
+           "fence.proxy.async.shared::cta;", "fence.proxy.async.global;"),
     Mutant("only the storing thread fences", "by TMA", EPILOGUE,
            "    ptx::fence_proxy_async_shared();\n",
            "    if (leader) ptx::fence_proxy_async_shared();\n"),
@@ -268,6 +277,10 @@ MUTANTS = [
            "    ptx::mbarrier_wait_cluster(&shared.staged_full, phase);\n", ""),
     Mutant("sums overwritten while a CTA reads them", "split", EPILOGUE,
            "    ptx::mbarrier_wait_cluster(&shared.staged_empty, phase ^ 1);\n", ""),
+    Mutant("parts announced at .cta scope", "split", "ptx/isa/cluster.h",
+           "mbarrier.arrive.release.cluster.", "mbarrier.arrive.release.cta."),
+    Mutant("parts waited for at .cta scope", "split", "ptx/isa/cluster.h",
+           "try_wait.parity.acquire.cluster.", "try_wait.parity.acquire.cta."),
     Mutant("lanes announced before they have written", "split", EPILOGUE,
            "      __syncwarp();\n      if (at.lane < place.cluster)",
            "      if (at.lane < place.cluster)"),
@@ -309,6 +322,7 @@ MUTANTS = [
     Mutant("rows' bound off by one", "dual", GROUPS,
            "const int rows = interior ? kTile : valid_of(row, x.rows, kTile);",
            "const int rows = interior ? kTile : valid_of(row, x.rows + 1, kTile);"),
+    Mutant("scales read back through ld.global.nc", "dual", GROUPS, SCALE, SCALE + CHECK_SCALE),
     Mutant("amax of half a group", "dual", GROUPS,
            "reduce_magnitudes<In>(largest[j], 8)", "reduce_magnitudes<In>(largest[j], 4)"),
 ]  # fmt: skip
