@@ -97,7 +97,8 @@ class Ref {
   bool operator==(const Ref& o) const { return node_ == o.node_; }
   bool operator!=(const Ref& o) const { return node_ != o.node_; }
   bool covers(const Ref& o) const {
-    return node_ == o.node_ || o.node_ == nullptr || (**this).includes(*o);
+    return node_ == o.node_ || o.node_ == nullptr ||
+           (node_ != nullptr && node_->value.includes(o.node_->value));
   }
 
   // The join of both, sharing whichever already includes the other.

@@ -191,27 +191,23 @@ void Shadow::record_reader(Cell& c, const Actor& actor) {
   const bool is_thread = actor.agent == actor.issuer;
   const std::uint32_t base = is_thread ? actor.agent / kLanes * kLanes : actor.agent;
   const std::uint32_t bit = is_thread ? 1u << (actor.agent % kLanes) : 1u;
+  const auto kind = static_cast<std::uint16_t>(static_cast<int>(actor.scope) << kReadScopeShift |
+                                               static_cast<int>(actor.proxy) << kReadProxyShift);
   const Reader self{actor.cluster, base, actor.clock, bit, actor.pc, actor.scope, actor.proxy};
-  const auto alike = [&](const Reader& r) {
-    return r.scope == self.scope && r.proxy == self.proxy;
-  };
   if (!(c.flags & kReaderSet)) {
-    const Reader old = reader_of(c);
-    const bool same_warp = old.cluster == self.cluster && old.warp_agent == base &&
-                           old.clock == self.clock && alike(old);
-    if (c.r_mask != 0 && same_warp) {
+    const bool alike = (c.flags & (kReadScope | kReadProxy)) == kind;
+    if (alike && c.r_mask != 0 && c.r_agent == base && c.r_clock == actor.clock &&
+        c.r_cluster == actor.cluster) {
       c.r_mask |= bit;
       return;
     }
-    if (c.r_mask == 0 || (alike(old) && ordered_lanes(actor, old))) {
+    if (c.r_mask == 0 || (alike && ordered_lanes(actor, reader_of(c)))) {
       c.r_cluster = self.cluster;
       c.r_agent = base;
       c.r_clock = self.clock;
       c.r_mask = bit;
       c.r_pc = self.pc;
-      c.flags = static_cast<std::uint16_t>((c.flags & ~(kReadScope | kReadProxy)) |
-                                           static_cast<int>(self.scope) << kReadScopeShift |
-                                           static_cast<int>(self.proxy) << kReadProxyShift);
+      c.flags = static_cast<std::uint16_t>((c.flags & ~(kReadScope | kReadProxy)) | kind);
       return;
     }
     std::uint32_t index;
@@ -223,13 +219,14 @@ void Shadow::record_reader(Cell& c, const Actor& actor) {
       free_sets_.pop_back();
       reader_sets_[index].clear();
     }
-    reader_sets_[index].push_back(old);
+    reader_sets_[index].push_back(reader_of(c));
     c.flags |= kReaderSet;
     c.r_agent = index;
   }
   auto& set = reader_sets_[c.r_agent];
   for (Reader& r : set) {
-    if (r.cluster == self.cluster && r.warp_agent == base && alike(r)) {
+    if (r.cluster == self.cluster && r.warp_agent == base && r.scope == self.scope &&
+        r.proxy == self.proxy) {
       if (r.clock == self.clock) {
         r.mask |= bit;
         return;
