@@ -458,43 +458,6 @@ void decode_approximate(Decoder& d) {
   d.fail("not for this type");
 }
 
-template <class T>
-bool test_property(const std::string& property, T v) {
-  const int c = std::fpclassify(v);
-  if (property == "finite") return std::isfinite(v);
-  if (property == "infinite") return c == FP_INFINITE;
-  if (property == "number") return c != FP_NAN;
-  if (property == "notanumber") return c == FP_NAN;
-  if (property == "normal") return c == FP_NORMAL;
-  return c == FP_SUBNORMAL;
-}
-
-Step test(Warp& w, const Instruction& i, U32 mask) {
-  const auto& property = *static_cast<const std::string*>(i.extra);
-  U32 result = 0;
-  for_lanes(mask, [&](int l) {
-    const bool yes = i.s[0].bytes == 8
-                         ? test_property(property, Element<double>::load(w.at(i.s[0]), l))
-                         : test_property(property, Element<float>::load(w.at(i.s[0]), l));
-    result |= static_cast<U32>(yes) << l;
-  });
-  w.set_predicate(i.d, mask, result);
-  w.set_valid(i.d, mask, w.valid(i.s[0]));
-  return Step::next;
-}
-
-void decode_testp(Decoder& d) {
-  const std::string property =
-      d.take_one_of({"finite", "infinite", "number", "notanumber", "normal", "subnormal"});
-  if (property.empty()) d.fail("no property");
-  const Type type = d.take_type();
-  d.finish(2);
-  d.out.d = d.predicate_destination(d.arg(0));
-  d.out.s[0] = d.source(1, type);
-  d.own(property);
-  d.out.execute = test;
-}
-
 }  // namespace
 
 void add_floating(DecodeTable& t) {
@@ -508,7 +471,6 @@ void add_floating(DecodeTable& t) {
   t["sin"] = decode_approximate<Sin, void>;
   t["cos"] = decode_approximate<Cos, void>;
   t["tanh"] = decode_approximate<Tanh, HTanh>;
-  t["testp"] = decode_testp;
 }
 
 }  // namespace torchext::sim
