@@ -16,6 +16,8 @@ from torchext import ops
 from torchext.nn.linear_function import quantize_activation, quantize_weight
 from torchext.recipe import GRANULARITIES
 
+pytestmark = pytest.mark.large  # layouts say nothing of the kernels
+
 
 def _by_size(tensor: Tensor) -> Tensor:
     return torch.empty(tensor.size(), dtype=tensor.dtype, device=tensor.device).copy_(tensor)

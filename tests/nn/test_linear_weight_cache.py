@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import ctypes
-import io
-import pickle
 import threading
 from collections.abc import Callable
 
@@ -22,19 +20,12 @@ from linear_testing import (
     train_step,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
+from weight_changes import RECORDED, UNRECORDED, copies_of, kept, name_of, square_linear
 
-from torchext import Recipe, fixed_weights
+from torchext import fixed_weights
 from torchext.nn import Linear
-from torchext.nn.weight_cache import _content_hash
 
-
-def square_linear(device: torch.device) -> Linear:
-    return normal_linear(device, 160, 160)
-
-
-def kept(device: torch.device) -> int:
-    """How often a weight that did not change is quantised by a forward: on CUDA nobody looks."""
-    return 1 if device.type == "cuda" else 0
+pytestmark = pytest.mark.large  # what is kept says nothing of the kernels
 
 
 # ---- reuse ----
@@ -96,158 +87,7 @@ def test_weight_made_without_gradients_gets_what_dgrad_needs(device):
 # ---- changes of the parameter ----
 
 
-class WritesThroughData(torch.optim.Optimizer):
-    """An optimiser in the old style: autograd's version counter does not see it."""
-
-    def __init__(self, params):
-        super().__init__(params, {})
-
-    def step(self, closure=None):
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                parameter.data.mul_(0.5)
-
-
-def _swap_data(linear: Linear) -> None:
-    linear.weight.data = linear.weight.data * 0.5
-
-
-def _transpose_data(linear: Linear) -> None:
-    linear.weight.data = linear.weight.data.t()
-
-
-def _negate_lazily(linear: Linear) -> None:
-    linear.weight.data = torch._neg_view(linear.weight.data)
-
-
-def _other_shape_of_the_same_bytes(linear: Linear) -> None:
-    linear.weight.data = linear.weight.data.as_strided((160, 160), (1, 160))
-
-
-def _load(linear: Linear) -> None:
-    linear.load_state_dict({name: t * 0.5 for name, t in linear.state_dict().items()})
-
-
-def _load_assign(linear: Linear) -> None:
-    state = {name: t * 0.5 for name, t in linear.state_dict().items()}
-    linear.load_state_dict(state, assign=True)
-
-
-def _replace(linear: Linear) -> None:
-    linear.weight = torch.nn.Parameter(linear.weight.detach() * 0.5)
-
-
-def _swap_tensors(linear: Linear) -> None:
-    torch.utils.swap_tensors(linear.weight, torch.nn.Parameter(linear.weight.detach() * 0.5))
-
-
-def _reset(linear: Linear) -> None:
-    linear.reset_parameters()
-
-
-def _sgd(linear: Linear) -> None:
-    torch.optim.SGD(linear.parameters(), lr=0.5).step()
-
-
-def _adamw(linear: Linear) -> None:
-    torch.optim.AdamW(linear.parameters(), lr=0.5, fused=True).step()
-
-
-def _old_optimizer(linear: Linear) -> None:
-    WritesThroughData(linear.parameters()).step()
-
-
-def _bfloat16(linear: Linear) -> None:
-    linear.to(torch.bfloat16)
-
-
-def _recipe(linear: Linear) -> None:
-    linear.recipe = Recipe.deepseek_v3(pow2_scale=True)
-
-
-# What PyTorch tells of, in one way or another. A fused step leaves the version counter alone.
-RECORDED = [
-    halve,
-    _swap_data,
-    _transpose_data,
-    _load,
-    _load_assign,
-    _replace,
-    _swap_tensors,
-    _reset,
-    _sgd,
-    _adamw,
-    _old_optimizer,
-    _bfloat16,
-    _recipe,
-    _negate_lazily,
-    _other_shape_of_the_same_bytes,
-]
-
-
-def _merge_lora(linear: Linear) -> None:
-    a, b = torch.ones(4, 160).to(linear.weight), torch.ones(160, 4).to(linear.weight)
-    linear.weight.data += b @ a
-
-
-def _copy_ema(linear: Linear) -> None:
-    torch._foreach_lerp_([linear.weight.data], [torch.zeros_like(linear.weight)], 0.5)
-
-
-def _through_detach(linear: Linear) -> None:
-    torch.nn.init.normal_(linear.weight.data)
-
-
-def _through_the_storage(linear: Linear) -> None:
-    storage = linear.weight.untyped_storage()
-    storage.copy_((linear.weight.detach() * 0.5).untyped_storage())
-
-
-def _one_sign(linear: Linear) -> None:
-    linear.weight.data[-1, -1] *= -1
-
-
-def _all_signs(linear: Linear) -> None:
-    linear.weight.data.neg_()
-
-
-def _exchanged_rows(linear: Linear) -> None:
-    linear.weight.data[[3, 100]] = linear.weight.data[[100, 3]]
-
-
-def _exchanged_neighbours(linear: Linear) -> None:
-    linear.weight.data[:, [6, 7]] = linear.weight.data[:, [7, 6]]
-
-
-def _transposed_in_place(linear: Linear) -> None:
-    linear.weight.data.copy_(linear.weight.data.t().clone())
-
-
-def _opposite_deltas(linear: Linear) -> None:
-    linear.weight.data[0, 0] += 100
-    linear.weight.data[0, 1] -= 100
-
-
-# What leaves no trace: not on the version counter, the address or the optimiser.
-UNRECORDED = [
-    _merge_lora,
-    _copy_ema,
-    _through_detach,
-    _through_the_storage,
-    _one_sign,
-    _all_signs,
-    _exchanged_rows,
-    _exchanged_neighbours,
-    _transposed_in_place,
-    _opposite_deltas,
-]
-
-
-def _name(change: Callable[[Linear], None]) -> str:
-    return change.__name__.removeprefix("_")
-
-
-@pytest.mark.parametrize("change", [*RECORDED, *UNRECORDED], ids=_name)
+@pytest.mark.parametrize("change", [*RECORDED, *UNRECORDED], ids=name_of)
 def test_weight_is_quantised_anew_after(device, change):
     linear = square_linear(device)
     x = normal(8, 160, device=device, grad=True)
@@ -465,18 +305,6 @@ def test_what_is_kept_is_freed(device, end):
     assert reference.expired()
 
 
-def copies_of(linear: Linear) -> list[Linear]:
-    saved = io.BytesIO()
-    torch.save(linear, saved)
-    saved.seek(0)
-    return [
-        copy.copy(linear),
-        copy.deepcopy(linear),
-        pickle.loads(pickle.dumps(linear)),
-        torch.load(saved, weights_only=False),
-    ]
-
-
 def test_what_is_kept_is_not_copied_pickled_or_saved(device):
     linear = normal_linear(device)
     x = normal(8, 200, device=device)
@@ -490,135 +318,6 @@ def test_what_is_kept_is_not_copied_pickled_or_saved(device):
     assert set(linear.state_dict()) == {"weight", "bias"}
     assert not list(linear.buffers())
     assert_quantised_afresh(linear, x, times=kept(device))
-
-
-# ---- fixed_weights ----
-
-
-@main_recipes
-def test_fixed_weights_are_quantised_once(device, recipe):
-    linear = normal_linear(device, recipe=recipe)
-    x = normal(8, 200, device=device, grad=True)
-    with OpCounter() as alone:
-        y = train_step(linear, x)
-    gradients = [p.grad for p in linear.parameters()]
-    linear.zero_grad()
-    linear.refresh_weight()
-    with fixed_weights(linear), OpCounter() as counter:
-        for _ in range(3):
-            linear.zero_grad()
-            assert torch.equal(train_step(linear, x), y)
-        with torch.no_grad():
-            assert torch.equal(linear.eval()(x), y)
-            linear.train()
-    assert all(torch.equal(p.grad, g) for p, g in zip(linear.parameters(), gradients, strict=True))
-    of_x_and_dy = {name: 3 * n for name, n in alone.calls.items() if name not in QUANTIZE_WEIGHT}
-    if recipe.granularity == "blockwise":  # by whose op a weight is told from an activation
-        assert alone.of(*QUANTIZE_WEIGHT) == counter.of(*QUANTIZE_WEIGHT) == 1
-        assert counter.calls["quantize_1x128_dual"] == of_x_and_dy["quantize_1x128_dual"]
-
-
-def test_fixed_weights_are_not_looked_at(device):
-    linear = normal_linear(device)
-    x = normal(8, 200, device=device)
-    with fixed_weights(linear):
-        y = linear(x)
-        linear.weight.data.mul_(0.5)  # unseen, as documented
-        assert torch.equal(linear(x), y)
-        linear.refresh_weight()
-        assert not torch.equal(linear(x), y)
-        assert_quantised_afresh(linear, x, times=0)
-    assert_quantised_afresh(linear, x)
-
-
-@pytest.mark.parametrize("change", RECORDED, ids=_name)
-def test_recorded_changes_of_fixed_weights_are_seen(device, change):
-    linear = square_linear(device)
-    x = normal(8, 160, device=device, grad=True)
-    with fixed_weights(torch.nn.Sequential(linear)):
-        train_step(linear, x)
-        linear(x)
-        change(linear)
-        assert_quantised_afresh(linear, x)
-        assert_quantised_afresh(linear, x, times=0)
-
-
-def test_fixed_weights_nest_and_end_with_the_last(device):
-    model = torch.nn.Sequential(square_linear(device), square_linear(device))
-    model.append(model[0])  # shared
-    x = normal(8, 160, device=device, grad=True)
-    with fixed_weights(model):
-        with fixed_weights(model[1]), OpCounter() as counter:
-            model(x)
-        model(x)
-        with pytest.raises(KeyError), fixed_weights(model):
-            raise KeyError
-        for layer in model:
-            assert_quantised_afresh(layer, x, times=0)
-        assert counter.of(*QUANTIZE_WEIGHT) == 2
-    assert all(len(layer._weight_cache) == layer._weight_cache.fixed == 0 for layer in model)
-    for layer in model:
-        layer.weight.data.mul_(0.5)
-        assert_quantised_afresh(layer, x)
-
-
-def test_copies_of_fixed_layers_are_not_fixed(device):
-    linear = square_linear(device)
-    x = normal(8, 160, device=device)
-    with fixed_weights(linear):
-        linear(x)
-        shallow, *copies = copies_of(linear)
-        for clone in copies:
-            clone.weight.data.mul_(0.5)
-            assert_quantised_afresh(clone, x)
-            clone.weight.data.mul_(0.5)
-            assert_quantised_afresh(clone, x)
-        shallow.weight = torch.nn.Parameter(shallow.weight.detach() * 0.5)
-        assert_quantised_afresh(shallow, x)
-    for clone in (shallow, *copies):
-        clone.weight.data.mul_(0.5)
-        assert_quantised_afresh(clone, x)
-
-
-def test_fixed_weights_of_several_recipes(device):
-    linear = normal_linear(device)
-    x = normal(8, 200, device=device)
-    recipes = (Recipe.deepseek_v3(), Recipe.rowwise(), Recipe.deepseek_v3(pow2_scale=True))
-    with fixed_weights(linear):
-        for times in (1, 0, 0):
-            for recipe in recipes:
-                linear.recipe = recipe
-                if recipe.granularity == "blockwise":
-                    assert_quantised_afresh(linear, x, times=times)
-        assert len(linear._weight_cache) == 2
-
-
-def test_fixed_weights_wants_a_module():
-    with (
-        pytest.raises(
-            TypeError, match=r"fixed_weights: model: expected a torch\.nn\.Module; got list"
-        ),
-        fixed_weights([Linear(8, 8)]),
-    ):
-        pass
-    with fixed_weights(torch.nn.ReLU()):  # nothing to hold
-        pass
-
-
-def test_captured_graph_sees_the_parameter(device):
-    if device.type != "cuda":
-        pytest.skip("CUDA graphs: runs with --device cuda")
-    linear = normal_linear(device)
-    x = normal(8, 200, device=device)
-    with torch.no_grad(), fixed_weights(linear):
-        linear(x)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            y = linear(x)
-        linear.weight.mul_(0.5)
-        linear.bias.mul_(0.5)
-        graph.replay()
-        assert torch.equal(y, linear(x))
 
 
 # ---- whoever else interprets ops ----
@@ -699,60 +398,3 @@ def test_interpreters_see_the_parameter_and_leave_no_trace(interpreter, fixed, f
         assert linear._weight_cache._kept == before
         assert type(linear(x)) is torch.Tensor
         assert torch.equal(linear(x), expected)
-
-
-# ---- the hash ----
-
-
-def hash_of(tensor: torch.Tensor) -> int:
-    return _content_hash(tensor.data_ptr(), tensor.nbytes)
-
-
-@pytest.mark.parametrize("size", [1, 7, 8, 4095, 4096, 4097, 20_000])
-def test_each_bit_counts(size):
-    data = torch.randint(256, (size,), dtype=torch.uint8)
-    seen = {hash_of(data)}
-    places = range(size) if size <= 8 else torch.randint(size, (40,)).tolist()
-    flips = [(place, bit) for place in {*places, 0, size - 1} for bit in range(8)]
-    for place, bit in flips:
-        data[place] ^= 1 << bit
-        seen.add(hash_of(data))
-        data[place] ^= 1 << bit
-    assert len(seen) == 1 + len(flips)
-    assert hash_of(data) in seen
-
-
-def test_lengths_and_zeros_count():
-    zeros = torch.zeros(20_000, dtype=torch.uint8)
-    lengths = [1, 2, 8, 16, 4095, 4096, 4097, 8192, 20_000]
-    assert len({hash_of(zeros[:length]) for length in lengths}) == len(lengths)
-
-
-@pytest.mark.parametrize("value", [0.0, 1.0], ids=str)
-def test_order_and_sign_count_where_values_are_few(value):
-    # A hash that is linear in positions takes +d, -2d, +d, or xyyx for yxxy, for no change.
-    seen, n = set(), 0
-    for pattern in ((1, -1), (1, -2, 1), (1, -1, -1, 1), (1, -3, 3, -1)):
-        for step in (1, 2, 4, 512, 1024, 2048):
-            for sign in (1, -1):
-                for start in range(0, 64, 3):
-                    x = torch.full((16_384,), value)
-                    bits = x.view(torch.int32)
-                    for i, factor in enumerate(pattern):
-                        bits[start + i * step] += sign * factor
-                    seen.add(hash_of(x))
-                    n += 1
-    assert len(seen) == n
-
-
-def test_hash_does_not_depend_on_threads():
-    data = torch.randint(256, ((3 << 20) + 5,), dtype=torch.uint8)
-    threads = torch.get_num_threads()
-    seen = set()
-    for count in (1, 2, 3):
-        torch.set_num_threads(count)
-        seen.add(hash_of(data))
-    torch.set_num_threads(threads)
-    assert len(seen) == 1
-    data[1 << 20], data[2 << 20] = data[2 << 20] + 1, data[1 << 20]
-    assert hash_of(data) not in seen
