@@ -9,6 +9,8 @@ namespace torchext::sim {
 
 namespace {
 
+constexpr std::uint64_t kMostConstantBytes = 64 * 1024;
+
 std::uint64_t align_up(std::uint64_t value, std::uint64_t to) {
   return (value + to - 1) / to * to;
 }
@@ -38,10 +40,17 @@ std::uint64_t ParsedModule::address_of(const Function& f) const {
 }
 
 DeviceVariables::DeviceVariables(const ParsedModule& module) : module_(module) {
+  std::uint64_t constants = 0;
   const auto add = [&](const Variable& v) {
     if ((v.space != Space::global && v.space != Space::constant) || v.is_external()) return;
     if (v.bytes > (1ull << 32))
       throw module.error(v.source, v.line, "'" + v.name + "' is too large");
+    if (v.space == Space::constant && (constants += v.bytes) > kMostConstantBytes) {
+      throw module.error(v.source, v.line,
+                         "with '" + v.name + "' the .const variables have " +
+                             std::to_string(constants) + " bytes; a module has room for " +
+                             std::to_string(kMostConstantBytes));
+    }
     auto e = std::make_unique<Entry>();
     e->name = v.name;
     e->bytes = v.bytes;

@@ -9,12 +9,12 @@ import sys
 from collections import Counter
 
 import numpy as np
-from kernels import RACE, SCALE, STRUCT, TMA
+from kernels import CALLS, RACE, SCALE, STRUCT, TMA
 
 from torchext import sim
 
 TOKEN = re.compile(r"[\w.$%]+(?:::\w+[\w.:]*)?|\s+|.", re.DOTALL)
-SOURCES = {text: [t for t in TOKEN.findall(text)] for text in (SCALE, STRUCT, TMA, RACE)}
+SOURCES = {text: [t for t in TOKEN.findall(text)] for text in (SCALE, STRUCT, TMA, RACE, CALLS)}
 WORDS = sorted({t for tokens in SOURCES.values() for t in tokens if t.strip()})
 EXTRA = (
     "0 -1 4294967295 18446744073709551616 0x 0f3F800000 1e999 { } [ ] ( ) < > ; , @ ! % . .. :: "

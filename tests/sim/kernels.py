@@ -264,3 +264,36 @@ WAIT:
 }
 """
 )
+
+# Calls through a table, recursion, alloca, malloc, initialisers, expressions.
+CALLS = (
+    HEADER
+    + """
+.extern .func (.param .b64 r) malloc(.param .b64 n);
+.extern .func free(.param .b64 p);
+.func (.param .b32 r) up(.param .b32 a)
+{ .reg .b32 x; .reg .pred q; .local .align 4 .u32 mine; .param .b32 b; .param .b32 s;
+  ld.param.b32 x, [a]; st.local.u32 [mine], x; setp.lt.u32 q, x, 2; @q bra END;
+  sub.u32 x, x, 1; st.param.b32 [b], x; call (s), up, (b); ld.param.b32 x, [s];
+END: st.param.b32 [r], x; ret; }
+.func (.param .b32 r) half(.param .b32 a)
+{ .reg .b32 x; ld.param.b32 x, [a]; shr.u32 x, x, (2+1)/3; st.param.b32 [r], x; ret; }
+.global .align 8 .u64 table[2][2] = {{up, half}, {generic(count)+0, 7}};
+.const .align 4 .f32 scales[3] = {1.5e-3, 0f3F800000, 2.5};
+.visible .global .align 4 .u32 count = 1<<4|3;
+.visible .entry calls(.param .u64 out)
+.maxntid 64 .pragma "nounroll";
+{ .reg .pred %p<3>; .reg .b32 %r<9>; .reg .b64 %rd<9>; .reg .v2 .u32 v;
+  ld.param.u64 %rd1, [out]; mov.v2.u32 v, {%r1, %r1}; mov.u32 %r1, %tid.x; and.b32 %r2, %r1, 1;
+  mul.wide.u32 %rd2, %r2, 8; mov.u64 %rd3, table; add.u64 %rd3, %rd3, %rd2;
+  ld.global.u64 %rd4, [%rd3]; and.b32 %r3, %r1, 7;
+  { .param .b32 p; .param .b32 q; st.param.b32 [p], %r3;
+    proto: .callprototype (.param .b32 _) _ (.param .b32 _);
+    call (q), %rd4, (p), proto; ld.param.b32 %r4, [q]; }
+  mov.u64 %rd5, 16; alloca.u64 %rd6, %rd5, 16; st.local.u32 [%rd6+4*2], %r4;
+  { .param .b64 n; .param .b64 m; st.param.b64 [n], 24; call (m), malloc, (n);
+    ld.param.b64 %rd7, [m]; st.u32 [%rd7+4], %r4; call free, (m); }
+  shl.b32 %r5, %r1, 2; cvt.u64.u32 %rd8, %r5; add.u64 %rd1, %rd1, %rd8;
+  st.global.u32 [%rd1], %r4; ret; }
+"""
+)

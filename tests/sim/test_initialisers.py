@@ -121,6 +121,7 @@ def test_addresses_of_what_follows_and_of_each_other():
         (".global .u32 x[0];", "has no size"),
         (".global .u32 x[][];", "only the first size"),
         (".global .u32 x[2] = {1, };", "expected a value"),
+        (".const .b8 a[65536]; .const .u8 b;", "with 'b' the .const variables have 65537 bytes"),
         (".global .b8 x[2] = \"ab\";", "expected '{'"),
     ],
 )  # fmt: skip
