@@ -11,6 +11,7 @@
 
 #include "bindings.h"
 #include "decode.h"
+#include "demangle.h"
 #include "ir.h"
 #include "launch.h"
 #include "op_simulator.h"
@@ -79,11 +80,16 @@ py::dict to_python(const Finding& f, const SourceMap& map) {
   d["warp"] = f.warp;
   d["lanes"] = py::tuple(lanes);
   d["address"] = f.address;
-  d["other"] = f.other;
-  std::tie(module, line) = map.place(f.other_ptx_line);
-  d["other_module"] = f.other_ptx_line == 0 ? "" : module;
+  d["other"] = f.other.what;
+  std::tie(module, line) = map.place(f.other.ptx_line);
+  d["other_module"] = f.other.ptx_line == 0 ? "" : module;
   d["other_ptx_line"] = line;
-  d["other_source"] = frames_of(map, f.other_ptx_line);
+  d["other_source"] = frames_of(map, f.other.ptx_line);
+  d["other_cta"] = py::none();
+  if (f.other.cta)
+    d["other_cta"] = py::make_tuple((*f.other.cta)[0], (*f.other.cta)[1], (*f.other.cta)[2]);
+  d["other_warp"] = f.other.warp < 0 ? py::object(py::none()) : py::int_(f.other.warp);
+  d["other_lane"] = f.other.lane < 0 ? py::object(py::none()) : py::int_(f.other.lane);
   d["remedy"] = f.remedy;
   d["seed"] = f.seed;
   return d;
@@ -116,7 +122,7 @@ py::list kernels(const PythonModule& self) {
   for (const Kernel& kernel : self.module->kernels()) {
     py::list parameters;
     for (const Parameter& p : kernel.params) {
-      parameters.append(py::make_tuple(p.name, p.size, p.align));
+      parameters.append(py::make_tuple(p.name, p.size, p.align, p.type, p.is_array, p.is_pointer));
     }
     py::dict d;
     d["name"] = kernel.name;
@@ -188,6 +194,8 @@ py::dict launch_module(const PythonModule& self, const std::string& kernel,
 void bind_launch(py::module_& module) {
   py::register_exception<PtxError>(module, "PtxError", PyExc_ValueError);
 
+  module.def("demangle", &demangled);
+  module.def("short_name", &short_name);
   module.def("finding_kinds", [] {
     py::list rows;
     for (const KindRow& row : finding_kinds()) {

@@ -32,7 +32,7 @@ void FindingSink::add(Finding finding) {
     full_ = true;
     return;
   }
-  if (!seen_.insert({finding.kind, finding.ptx_line, finding.other_ptx_line}).second) return;
+  if (!seen_.insert({finding.kind, finding.ptx_line, finding.other.ptx_line}).second) return;
   if (finding.remedy.empty()) finding.remedy = row_of(finding.kind).remedy;
   ++kept;
   findings_.push_back(std::move(finding));

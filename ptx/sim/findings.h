@@ -1,8 +1,10 @@
 // What the checker reports: one struct per fault, collected across threads, one per kind and line.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <mutex>
+#include <optional>
 #include <set>
 #include <string>
 #include <tuple>
@@ -31,6 +33,14 @@ const std::vector<KindRow>& finding_kinds();  // in the order of FindingKind
 const KindRow& row_of(FindingKind kind);
 const char* name_of(Grade grade);
 
+// The access or event that a finding is about besides its own.
+struct OtherAccess {
+  std::string what;  // empty if there is none
+  std::uint32_t ptx_line = 0;
+  std::optional<std::array<std::uint32_t, 3>> cta;  // as far as they are known
+  std::int32_t warp = -1, lane = -1;
+};
+
 struct Finding {
   FindingKind kind = FindingKind::invalid_operand;
   std::string message;  // one sentence
@@ -43,8 +53,7 @@ struct Finding {
   std::uint32_t warp = 0;
   std::uint32_t lanes = 0;  // mask
   std::uint64_t address = 0;
-  std::string other;  // the access or event it collides with; empty if none
-  std::uint32_t other_ptx_line = 0;
+  OtherAccess other;
   std::string remedy;  // empty: the kind's
   std::uint64_t seed = 0;
 

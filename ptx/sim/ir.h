@@ -101,6 +101,7 @@ struct Variable {  // .shared, .global, .const, .local, .param
   Type type = Type::none;                 // of an element
   int lanes = 1;                          // 2: .v2, 4: .v4
   std::vector<std::uint64_t> dimensions;  // of an array; the first is 0 where PTX has []
+  bool pointer = false;                   // .ptr: a parameter that points to memory
   std::uint32_t align = 1;
   std::uint64_t bytes = 0;
   Linkage linkage = Linkage::internal;

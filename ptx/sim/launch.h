@@ -15,6 +15,8 @@ namespace torchext::sim {
 struct Parameter {
   std::string name;
   std::size_t size = 0, align = 0, offset = 0;  // bytes
+  std::string type;                             // of an element: "u32"
+  bool is_array = false, is_pointer = false;    // is_pointer: declared with .ptr
 };
 
 struct Kernel {

@@ -220,8 +220,8 @@ class Warp {
                std::uint64_t address = 0, const std::string& other = "",
                std::uint32_t other_line = 0);
   void finding_at(std::uint32_t pc, FindingKind kind, const std::string& message,
-                  std::uint32_t lanes, std::uint64_t address = 0, const std::string& other = "",
-                  std::uint32_t other_line = 0);
+                  std::uint32_t lanes, std::uint64_t address = 0, const OtherAccess& other = {},
+                  const std::string& remedy = "");
 
   // Control flow (divergence.cpp).
   void branch(const Instruction& i, std::uint32_t taken);

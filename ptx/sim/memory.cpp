@@ -8,6 +8,7 @@
 #include <stdexcept>
 
 #include "machine.h"
+#include "other_access.h"
 
 namespace torchext::sim {
 
@@ -249,17 +250,10 @@ void Warp::conflict(const Conflict& c, const Actor& actor, const Place& place, b
                "read of bytes that nothing has written", lanes, address);
     return;
   }
-  const Instruction& other = program_.code[c.other_pc];
-  std::string by = c.other_cluster == cluster_.number
-                       ? cluster_.describe_agent(c.other_agent)
-                       : "another " + std::string(grid_.cluster_size > 1 ? "cluster" : "CTA") +
-                             " (" + std::to_string(c.other_cluster) + ")";
-  const std::string op = program_.opcodes[other.opcode];
-  const std::string against = std::string(prefix_of(c.other_proxy)) +
-                              (c.other_is_write ? "write" : "read") + " by " + by + ", " +
-                              program_.place(other.line) + ": " + op;
+  const OtherAccess other = other_access(*this, c, prefix_of(c.other_proxy));
+  const std::string op = program_.opcodes[program_.code[c.other_pc].opcode];
   FindingKind kind = FindingKind::data_race;
-  std::string message;
+  std::string message, remedy;
   if (c.kind == Conflict::same_value) {
     // Lanes that one instruction stores for: the manual lets any of them win.
     if (c.other_pc == actor.pc && c.other_cluster == actor.cluster &&
@@ -291,10 +285,14 @@ void Warp::conflict(const Conflict& c, const Actor& actor, const Place& place, b
     kind = FindingKind::bulk_store_in_flight;
     message = "write to memory that a bulk copy may still read";
   } else {
-    message = prefix_of(actor.proxy) + what + " that nothing orders after an earlier access" +
-              narrow_scopes(c, actor);
+    const std::string narrow = narrow_scopes(c, actor);
+    message =
+        prefix_of(actor.proxy) + what + " that nothing orders after an earlier access" + narrow;
+    remedy = narrow.empty() ? race_remedy(*this, c, actor)
+                            : "Use a scope that includes both threads: .cluster within a cluster, "
+                              ".gpu (__threadfence(), cuda::thread_scope_device) in a grid.";
   }
-  finding_at(actor.pc, kind, message, lanes, address, against, other.line);
+  finding_at(actor.pc, kind, message, lanes, address, other, remedy);
 }
 
 void Warp::check_read(const Place& place, const Actor& actor, std::uint32_t bytes,

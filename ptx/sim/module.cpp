@@ -37,7 +37,8 @@ std::shared_ptr<Module> Module::parse(const std::vector<SourceText>& texts) {
     std::size_t at = 0;
     for (const Variable& v : f.params) {
       at = (at + v.align - 1) / v.align * v.align;
-      k.params.push_back({v.name, v.bytes, v.align, at});
+      k.params.push_back({v.name, v.bytes, v.align, at, name_of(v.type),
+                          !v.dimensions.empty() || v.lanes > 1, v.pointer});
       at += v.bytes;
     }
     for (int i = 0; i < 3; ++i) {

@@ -20,7 +20,9 @@ std::string read_file(const std::string& path) {
   std::ifstream file(path, std::ios::binary);
   std::ostringstream text;
   if (!file || !(text << file.rdbuf())) throw std::runtime_error("cannot read " + path);
-  return text.str();
+  static const std::string kByteOrderMark = "\xef\xbb\xbf";
+  const std::string all = text.str();
+  return all.compare(0, 3, kByteOrderMark) == 0 ? all.substr(3) : all;
 }
 
 // The names after ".entry", without parsing what may never be launched.

@@ -52,7 +52,7 @@ Variable Parser::variable_head(Linkage how) {
     } else if (word == ".v2" || word == ".v4") {
       v.lanes = word == ".v2" ? 2 : 4;
     } else if (word == ".ptr" && parameter) {
-      pointee = true;
+      pointee = v.pointer = true;
     } else if (pointee && (word == ".global" || word == ".shared" || word == ".const" ||
                            word == ".local" || word == ".generic")) {
       continue;

@@ -8,6 +8,7 @@
 #include "csrc/runtime/architecture.h"
 #include "decode.h"
 #include "memory.h"
+#include "targets.h"
 
 namespace torchext::sim {
 
@@ -266,6 +267,8 @@ std::shared_ptr<Program> ProgramBuilder::build() {
   const DecodeTable& table = decode_table();
   for (const FunctionPlan& plan : plans_) {
     const Function& f = *plan.function;
+    const ParsedModule::Source& source = module_.sources.at(f.source);
+    check_target(source, f);
     RawInstruction end;  // falling off the end returns
     end.parts = {"ret"};
     end.opcode = "ret";
@@ -287,6 +290,7 @@ std::shared_ptr<Program> ProgramBuilder::build() {
         out.guard_reg = plan.first_register + reg;
         out.guard_negated = raw.guard_negated;
       }
+      check_target(source, raw);
       const auto decoder = table.find(raw.parts[0]);
       if (decoder == table.end())
         throw module_.error(f.source, raw.line, why_unknown(raw.opcode, raw.parts[0]));

@@ -6,6 +6,7 @@
 #include <sstream>
 #include <vector>
 
+#include "demangle.h"
 #include "source_map.h"
 
 namespace torchext::sim {
@@ -71,9 +72,9 @@ std::string with_separators(std::uint64_t number) {
 }
 
 void render_other(std::ostream& out, const Finding& f, const SourceMap& map) {
-  if (f.other.empty() && f.other_ptx_line == 0) return;
-  out << "      = other: " << (f.other.empty() ? "the other access" : f.other) << '\n';
-  quote_both(out, map, f.other_ptx_line);
+  if (f.other.what.empty()) return;
+  out << "      = other: " << f.other.what << '\n';
+  quote_both(out, map, f.other.ptx_line);
 }
 
 // What tells apart the lines that a reader would look at.
@@ -119,7 +120,7 @@ const char* name_of(LaunchOptions::Completion completion) {
 std::string render(const Report& report, const std::string& kernel, const LaunchOptions& options,
                    const std::vector<SourceText>& ptx) {
   std::ostringstream out;
-  out << "kernel '" << kernel << "': " << summary(report)
+  out << "kernel '" << short_name(kernel) << "': " << summary(report)
       << (report.findings_truncated ? " (more were dropped)" : "") << " (seed=" << options.seed
       << ", completion=\"" << name_of(options.completion) << "\", "
       << with_separators(report.warp_instructions) << " warp-instructions)\n";
@@ -135,10 +136,10 @@ std::string render(const Report& report, const std::string& kernel, const Launch
     render_other(out, *f, map);
     // Findings about the same instruction and other partners: each CUDA line once.
     auto next = f + 1;
-    std::set<std::string> shown = {place_of(map, f->other_ptx_line)};
+    std::set<std::string> shown = {place_of(map, f->other.ptx_line)};
     int like_shown = 0;
     for (; next != report.findings.end() && same_fault(*f, *next); ++next) {
-      if (shown.insert(place_of(map, next->other_ptx_line)).second) {
+      if (shown.insert(place_of(map, next->other.ptx_line)).second) {
         render_other(out, *next, map);
       } else {
         ++like_shown;

@@ -8,6 +8,18 @@
 
 namespace torchext::sim {
 
+// Of the phase that the mbarrier is in.
+static std::string what_is_missing(const MBarrier& m) {
+  const std::string arrivals =
+      std::to_string(m.pending) + " of " + std::to_string(m.expected) + " arrivals";
+  if (m.transactions >= 0)
+    return "and lacks " + arrivals + " and " + std::to_string(m.transactions) + " bytes";
+  const std::string surplus = std::to_string(-m.transactions) +
+                              " more bytes arrived than were expected (expect_tx is too small)";
+  if (m.pending == 0) return "and lacks no arrival, but " + surplus;
+  return "and lacks " + arrivals + "; " + surplus;
+}
+
 std::string wait_reason(Warp& w, const Group& g) {
   const Instruction& i = w.program().code[g.pc];
   const std::string& opcode = w.program().opcodes[i.opcode];
@@ -23,16 +35,12 @@ std::string wait_reason(Warp& w, const Group& g) {
     if (it == cta.mbarriers.end()) return opcode;
     const MBarrier& m = it->second;
     const bool parity = opcode.find("parity") != std::string::npos;
-    std::snprintf(text, sizeof text,
-                  "waits for %s %llu of mbarrier 0x%x, which is in phase %llu and lacks %lld of %u "
-                  "arrivals and %lld bytes",
+    std::snprintf(text, sizeof text, "waits for %s %llu of mbarrier 0x%x, which is in phase %llu ",
                   parity ? "parity" : "phase",
                   static_cast<unsigned long long>(parity ? w.integer(i.s[1], lane) & 1
                                                          : w.integer(i.s[1], lane) >> 32),
-                  at & kSharedOffsetMask, static_cast<unsigned long long>(m.phase),
-                  static_cast<long long>(m.pending), m.expected,
-                  static_cast<long long>(m.transactions));
-    return text;
+                  at & kSharedOffsetMask, static_cast<unsigned long long>(m.phase));
+    return text + what_is_missing(m);
   }
   if (w.waits_for_warp(g)) {
     std::snprintf(text, sizeof text, "waits at %s for the lanes 0x%x of its warp", opcode.c_str(),

@@ -309,12 +309,15 @@ void Warp::forget_states() {
 
 void Warp::finding(FindingKind kind, const std::string& message, std::uint32_t lanes,
                    std::uint64_t address, const std::string& other, std::uint32_t other_line) {
-  finding_at(pc(), kind, message, lanes, address, other, other_line);
+  OtherAccess access;
+  access.what = other;
+  access.ptx_line = other_line;
+  finding_at(pc(), kind, message, lanes, address, access);
 }
 
 void Warp::finding_at(std::uint32_t at_pc, FindingKind kind, const std::string& message,
-                      std::uint32_t lanes, std::uint64_t address, const std::string& other,
-                      std::uint32_t other_line) {
+                      std::uint32_t lanes, std::uint64_t address, const OtherAccess& other,
+                      const std::string& remedy) {
   const Instruction& i = program_.code[at_pc];
   Finding f;
   f.kind = kind;
@@ -334,7 +337,7 @@ void Warp::finding_at(std::uint32_t at_pc, FindingKind kind, const std::string& 
   f.lanes = lanes;
   f.address = address;
   f.other = other;
-  f.other_ptx_line = other_line;
+  f.remedy = remedy;
   f.seed = grid_.options.seed;
   grid_.sink.add(std::move(f));
 }

@@ -377,7 +377,6 @@ void decode_mma_async(Decoder& d) {
 }
 
 void decode_wgmma(Decoder& d) {
-  if (d.target() != 90) d.fail("needs .target sm_90a");
   const bool is_fence = d.take("fence"), is_commit = d.take("commit_group"),
              is_wait = d.take("wait_group");
   const bool is_mma = d.take("mma_async");

@@ -1,5 +1,6 @@
 """`python -m torchext.sim`: listing, launching, exit status."""
 
+import json
 import re
 import textwrap
 from pathlib import Path
@@ -130,6 +131,68 @@ def test_outputs_that_depend_on_the_schedule(tmp_path, capsys):
     assert "the bits of out depend on the schedule" in out
 
 
+def run_json(tmp_path, capsys, ptx, spec=None):
+    source = tmp_path / "kernel.ptx"
+    source.write_text(ptx)
+    arguments = [str(source), "--format", "json"]
+    if spec is not None:
+        path = tmp_path / "spec.toml"
+        path.write_text(textwrap.dedent(spec))
+        arguments += ["--launch", str(path)]
+    status = main(arguments)
+    outcome = json.loads(capsys.readouterr().out)
+    assert outcome["exit_status"] == status
+    return outcome
+
+
+def test_json_of_a_listing(tmp_path, capsys):
+    outcome = run_json(tmp_path, capsys, SCALE.replace("entry scale", "entry _Z5scalePfS_fj"))
+    (kernel,) = outcome["kernels"]
+    assert outcome["target"] == "sm_90a" and outcome["exit_status"] == 0
+    assert kernel["name"] == "_Z5scalePfS_fj" and kernel["error"] is None
+    assert kernel["signature"] == "scale(float*, float*, float, unsigned int)"
+    assert kernel["parameters"][2] == {
+        "name": "a", "size": 4, "alignment": 4, "type": "f32", "is_array": False,
+        "is_pointer": False,
+    }  # fmt: skip
+
+
+def test_json_of_a_launch(tmp_path, capsys):
+    outcome = run_json(tmp_path, capsys, SCALE, SCALE_SPEC)
+    assert outcome["ok"] and outcome["exit_status"] == 0 and len(outcome["runs"]) == 9
+    outcome = run_json(tmp_path, capsys, SCALE, SCALE_SPEC.replace("scalar = 100", "scalar = 101"))
+    assert not outcome["ok"] and outcome["exit_status"] == 1
+    run = outcome["runs"][4]
+    assert (run["seed"], run["completion"], run["ok"]) == (1, "eager", False)
+    assert {f["kind"] for f in run["findings"]} == {"out of bounds"}
+    assert {f["grade"] for f in run["findings"]} == {"error"}
+    assert run["findings"][0]["lanes"] == [4] and run["findings"][0]["cta"] == [0, 0, 0]
+    assert run["differs_from_first_run"] == [] and "text" not in run
+
+
+def test_json_of_an_error(tmp_path, capsys):
+    outcome = run_json(tmp_path, capsys, SCALE, SCALE_SPEC.replace("block = 128", "block = 4096"))
+    assert outcome["exit_status"] == 2 and "at most 1024" in outcome["error"]
+
+
+def test_notes_leave_the_exit_status_alone(tmp_path, capsys):
+    ptx = SCALE.replace("    @%p1 bra DONE;\n", "").replace(
+        "mad.lo.s32 %r5, %r2, %r3, %r4", "mov.u32 %r5, 0"
+    )
+    assert run(tmp_path, ptx, SCALE_SPEC) == 0
+    out = capsys.readouterr().out
+    assert "note: same-value store: " in out
+    assert "scale: 9 runs, 0 with findings, 9 with notes only, 1 distinct; " in out
+    assert run_json(tmp_path, capsys, ptx, SCALE_SPEC)["ok"]
+
+
+def test_scalars_without_a_type(tmp_path, capsys):
+    spec = SCALE_SPEC.replace('    type = "float32"\n', "").replace('    type = "uint32"\n', "")
+    assert spec.count("type =") == 2  # the arrays'
+    assert run(tmp_path, SCALE, spec) == 0
+    np.testing.assert_array_equal(np.load(tmp_path / "y.npy"), 3 * np.arange(100, dtype=np.float32))
+
+
 @pytest.mark.parametrize(
     "old, new, message",
     [
@@ -141,7 +204,8 @@ def test_outputs_that_depend_on_the_schedule(tmp_path, capsys):
         ('array = "y"', 'array = "z"', r"args\[1\]: there is no \[arrays.z\]"),
         ("scalar = 100", "scalar = -1", r"args\[3\]: "),
         ('type = "uint32"', 'type = "word"', r"args\[3\]: .*word"),
-        ("[[args]]", "[[args", "not TOML"),
+        ("[[args]]", "[[args", r"spec\.toml: not TOML"),
+        ("scalar = 100", 'scalar = "100"', r"args\[3\]: scalar must be a number"),
         ("block = 128", "block = 4096", "block"),
         ('kernel = "scale"', 'kernel = "x"', "no kernel 'x'"),
     ],

@@ -144,9 +144,9 @@ def test_sixteen_bit_pairs_and_relu():
 
 def test_ue8m0_pairs():
     x = np.array([1, 2, 3, 0.75] * 8, np.float32)
-    got = lanes("cvt.rp.satfinite.ue8m0x2.f32 %z, %a, %b;", np.uint16, x, x)
+    got = lanes("cvt.rp.satfinite.ue8m0x2.f32 %z, %a, %b;", np.uint16, x, x, target="sm_100a")
     np.testing.assert_array_equal(got & 0xFF, [127, 128, 129, 127] * 8)
-    back = lanes("cvt.rn.bf16x2.ue8m0x2 %z, %a;", np.uint32, got)
+    back = lanes("cvt.rn.bf16x2.ue8m0x2 %z, %a;", np.uint32, got, target="sm_100a")
     np.testing.assert_array_equal(back & 0xFFFF, np.array([0x3F80, 0x4000, 0x4080, 0x3F80] * 8))
 
 

@@ -6,7 +6,7 @@
     module = sim.Module("saxpy.ptx")
     x, y = np.ones(1000, np.float32), np.zeros(1000, np.float32)
     report = module.launch(
-        "saxpy", grid=4, block=256, args=[np.int32(1000), np.float32(2), sim.read_only(x), y]
+        "saxpy", grid=4, block=256, args=[1000, 2.0, sim.read_only(x), y]
     )
     print(report)
 

@@ -8,8 +8,12 @@ does not fit.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,6 +37,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--arch", default="90a", help="N of compute_N, for a .cu file (%(default)s)"
     )
+    parser.add_argument(
+        "--format",
+        choices=("text", "json"),
+        default="text",
+        help="of what is printed (%(default)s)",
+    )
     parser.add_argument("--keep-ptx", type=Path, metavar="FILE", help="leave the PTX here")
     parser.add_argument(
         "-I", "--include", action="append", default=[], metavar="DIR", help="for a .cu file"
@@ -55,36 +65,59 @@ def _load(options: argparse.Namespace) -> Module:
     )
 
 
-def _list(module: Module) -> int:
-    """Prints every kernel with its parameters; 2 if one has instructions that are not known."""
-    kernels = module.kernels()
-    status = 0 if kernels else 2
-    print(f"{module.target}: {len(kernels)} kernel{'' if len(kernels) == 1 else 's'}")
-    for kernel in kernels:
-        print(f"\n{kernel.name}")
-        for parameter in kernel.parameters:
-            print(f"    {parameter.name}: {parameter.size} bytes, aligned to {parameter.alignment}")
-        for name, value in (
-            ("threads at most", kernel.max_threads),
-            ("threads", kernel.required_threads),
-            ("cluster", kernel.cluster),
-        ):
-            if any(value):
-                print(f"    {name}: {' x '.join(map(str, value))}")
+def _list(module: Module) -> tuple[dict[str, Any], int]:
+    """Every kernel with its parameters; status 2 if one has instructions that are not known."""
+    kernels = []
+    for kernel in module.kernels():
+        error = None
         try:
             module.check(kernel.name)
-        except ValueError as error:
-            print(f"    cannot be simulated: {error}")
-            status = 2
-    return status
+        except ValueError as refusal:
+            error = str(refusal)
+        kernels.append({**asdict(kernel), "signature": kernel.signature, "error": error})
+    status = 0 if kernels and all(kernel["error"] is None for kernel in kernels) else 2
+    return {"target": module.target, "kernels": kernels}, status
 
 
-def _launch(module: Module, spec: LaunchSpec) -> int:
-    """Runs every seed in every completion mode; prints each distinct fault once."""
-    seen: set[tuple[str, int, int]] = set()
-    runs: list[Report] = []
+def _print_list(listing: dict[str, Any]) -> None:
+    kernels = listing["kernels"]
+    print(f"{listing['target']}: {len(kernels)} kernel{'' if len(kernels) == 1 else 's'}")
+    for kernel in kernels:
+        print(f"\n{kernel['signature']}")
+        if kernel["signature"] != kernel["name"]:
+            print(f"    symbol: {kernel['name']}")
+        for parameter in kernel["parameters"]:
+            what = "a pointer" if parameter["is_pointer"] else parameter["type"]
+            what = "a struct or array" if parameter["is_array"] else what
+            print(
+                f"    {parameter['name']}: {parameter['size']} bytes, aligned to "
+                f"{parameter['alignment']} ({what})"
+            )
+        for name, key in (
+            ("threads at most", "max_threads"),
+            ("threads", "required_threads"),
+            ("cluster", "cluster"),
+        ):
+            if any(kernel[key]):
+                print(f"    {name}: {' x '.join(map(str, kernel[key]))}")
+        if kernel["error"] is not None:
+            print(f"    cannot be simulated: {kernel['error']}")
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One schedule of the kernel, and what it left in the arrays."""
+
+    seed: int
+    completion: str
+    report: Report
+    tensors: dict[str, torch.Tensor]
+    changed: list[str]  # arrays whose bits differ from the first run's
+
+
+def _runs(module: Module, spec: LaunchSpec) -> Iterator[_Run]:
+    """Every seed in every completion mode."""
     first: dict[str, torch.Tensor] | None = None
-    differs = False
     for completion in spec.completion:
         for seed in spec.seeds:
             arguments, tensors = spec.arguments()
@@ -98,32 +131,57 @@ def _launch(module: Module, spec: LaunchSpec) -> int:
                 seed=seed,
                 completion=completion,
             )
-            runs.append(report)
-            faults = {(f.kind, f.ptx_line, f.other_ptx_line) for f in report.findings}
-            if not faults <= seen:
-                print(report, end="\n\n")
-            seen |= faults
-            if first is None:
-                first = tensors
+            first = tensors if first is None else first
             changed = [name for name in tensors if not _same_bits(tensors[name], first[name])]
-            if changed and not differs:
-                print(
-                    f"error: the bits of {', '.join(changed)} depend on the schedule: they differ "
-                    f'with seed={seed}, completion="{completion}"\n'
-                )
-            differs |= bool(changed)
+            yield _Run(seed, completion, report, tensors, changed)
+
+
+def _faults(report: Report) -> set[tuple[str, int, int]]:
+    return {(f.kind, f.ptx_line, f.other_ptx_line) for f in report.findings}
+
+
+def _launch(module: Module, spec: LaunchSpec, text: bool) -> tuple[dict[str, Any], int]:
+    """Runs all schedules; as text, prints each distinct fault once, when it is first seen."""
+    runs: list[_Run] = []
+    seen: set[tuple[str, int, int]] = set()
+    for run in _runs(module, spec):
+        if text and not _faults(run.report) <= seen:
+            print(run.report, end="\n\n")
+        seen |= _faults(run.report)
+        if text and run.changed and not any(before.changed for before in runs):
+            print(
+                f"error: the bits of {', '.join(run.changed)} depend on the schedule: they differ "
+                f'with seed={run.seed}, completion="{run.completion}"\n'
+            )
+        runs.append(run)
     for name, array in spec.arrays.items():
-        if array.save is not None and first is not None:
-            np.save(array.save, _storable(first[name]))
-    faulty = sum(not run.ok for run in runs)
-    noted = sum(run.ok and bool(run.notes) for run in runs)
-    instructions = sum(run.warp_instructions for run in runs)
-    print(
-        f"{spec.kernel}: {len(runs)} runs, {faulty} with findings, "
-        f"{f'{noted} with notes only, ' if noted else ''}{len(seen)} distinct; "
-        f"{instructions:,} warp-instructions in {sum(run.seconds for run in runs):.2f} s"
-    )
-    return 1 if faulty or differs else 0
+        if array.save is not None and runs:
+            np.save(array.save, _storable(runs[0].tensors[name]))
+    reports = [run.report for run in runs]
+    faulty = sum(not report.ok for report in reports)
+    noted = sum(report.ok and bool(report.notes) for report in reports)
+    if text:
+        instructions = sum(report.warp_instructions for report in reports)
+        print(
+            f"{spec.kernel}: {len(runs)} runs, {faulty} with findings, "
+            f"{f'{noted} with notes only, ' if noted else ''}{len(seen)} distinct; "
+            f"{instructions:,} warp-instructions in {sum(r.seconds for r in reports):.2f} s"
+        )
+    ok = faulty == 0 and not any(run.changed for run in runs)
+    outcome = {
+        "kernel": spec.kernel,
+        "ok": ok,
+        "runs": [
+            {
+                "seed": run.seed,
+                "completion": run.completion,
+                "differs_from_first_run": run.changed,
+                **run.report.to_dict(),
+            }
+            for run in runs
+        ],
+    }
+    return outcome, 0 if ok else 1
 
 
 def _raw(tensor: torch.Tensor) -> np.ndarray:
@@ -146,14 +204,21 @@ def _storable(tensor: torch.Tensor) -> np.ndarray:
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     options = _parser().parse_args(arguments)
+    text = options.format == "text"
     try:
         module = _load(options)
         if options.launch is None:
-            return _list(module)
-        return _launch(module, load_spec(options.launch))
+            outcome, status = _list(module)
+            if text:
+                _print_list(outcome)
+        else:
+            outcome, status = _launch(module, load_spec(options.launch), text)
     except (CompileError, OSError, TypeError, ValueError) as error:
         print(f"torchext.sim: {error}", file=sys.stderr)
-        return 2
+        outcome, status = {"error": str(error)}, 2
+    if not text:
+        print(json.dumps({**outcome, "exit_status": status}, indent=2))
+    return status
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import numpy as np
 from torchext import _sim
 
 from .memory import Arena, View, is_array, view_of
+from .numbers import TypedParameter, number_bytes
 
 
 class Argument(ABC):
@@ -218,8 +219,11 @@ def tensor_map(
     return _TensorMap(target, tuple(box), swizzle, tuple(steps), oob_fill)
 
 
-def argument_of(value: Any, where: str) -> Argument:
-    """`value` as an Argument; raises TypeError, in the name of `where`, if it cannot be one."""
+def argument_of(value: Any, where: str, parameter: TypedParameter | None = None) -> Argument:
+    """`value` as an Argument; raises TypeError, in the name of `where`, if it cannot be one.
+
+    A Python number is converted to the type of `parameter`; it needs one.
+    """
     if isinstance(value, Argument):
         return value
     if is_array(value):
@@ -235,12 +239,9 @@ def argument_of(value: Any, where: str) -> Argument:
     if isinstance(value, bytes):
         return _Scalar(value, 1)
     if isinstance(value, int | float):
-        example = "np.int32(5)" if isinstance(value, int) else "np.float32(0.5)"
-        raise TypeError(
-            f"{where}: a Python {type(value).__name__} has no C type; write what the kernel "
-            f"declares, such as {example} or a ctypes value"
-        )
+        data = number_bytes(value, parameter, where)
+        return _Scalar(data, len(data))
     raise TypeError(
-        f"{where}: expected an array, a tensor, a numpy or ctypes scalar, a tensor_map, a struct "
-        f"or bytes; got {type(value).__name__}"
+        f"{where}: expected an array, a tensor, a number, a numpy or ctypes scalar, a tensor_map, "
+        f"a struct or bytes; got {type(value).__name__}"
     )

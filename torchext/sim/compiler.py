@@ -46,9 +46,13 @@ def compile_cuda(
         options: more options of nvcc, such as include paths.
         keep: where to leave the PTX; by default nowhere.
 
-    Raises CompileError if there is no nvcc or if it fails, PtxError if the PTX is not understood.
+    Raises CompileError if there is no nvcc or if it fails, OSError if the source cannot be read,
+    PtxError if the PTX is not understood.
     """
     nvcc = find_nvcc()
+    if not Path(source).is_file():
+        what = "is a folder" if Path(source).is_dir() else "does not exist"
+        raise FileNotFoundError(f"torchext.sim: expected a CUDA file; {str(source)!r} {what}")
     with tempfile.TemporaryDirectory() as folder:
         ptx = Path(folder) / f"{Path(source).stem}.ptx" if keep is None else keep
         command = [

@@ -9,20 +9,32 @@ from typing import Any
 
 from torchext import _sim
 
+from . import names
 from .arguments import argument_of
 from .memory import Arena
 from .options import launch_options
+from .ptx_file import read_ptx
 from .report import Report, report_from
 from .variables import Variable
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """A kernel's parameter: PTX name, size and alignment in bytes."""
+    """A kernel's parameter.
+
+    Attributes:
+        name, size, alignment: as PTX declares them, in bytes.
+        type: of an element, such as "u32"; "b8" for structs.
+        is_array: a struct or an array, passed by value.
+        is_pointer: declared with `.ptr`. Many a pointer is declared as a plain u64.
+    """
 
     name: str
     size: int
     alignment: int
+    type: str
+    is_array: bool
+    is_pointer: bool
 
 
 @dataclass(frozen=True)
@@ -43,7 +55,14 @@ class Kernel:
     cluster: tuple[int, int, int]
     line: int
 
+    @property
+    def signature(self) -> str:
+        """The name as C++ declares it: "void scale<128>(float*)"; other names unchanged."""
+        return names.signature(self.name)
+
     def __str__(self) -> str:
+        if self.signature != self.name:
+            return self.signature
         sizes = ", ".join(f"{p.size} bytes" for p in self.parameters)
         return f"{self.name}({sizes})"
 
@@ -60,9 +79,9 @@ def _dim3(name: str, value: int | Sequence[int]) -> tuple[int, int, int]:
 
 def _named_text(ptx_text_or_path: str | Path, name: str | None) -> tuple[str, str]:
     if isinstance(ptx_text_or_path, str) and "\n" in ptx_text_or_path:
-        path, text = "<ptx>", ptx_text_or_path
+        path, text = "<ptx>", ptx_text_or_path.removeprefix("\ufeff")
     else:
-        path, text = str(ptx_text_or_path), Path(ptx_text_or_path).read_text()
+        path, text = str(ptx_text_or_path), read_ptx(ptx_text_or_path)
     return path if name is None else name, text
 
 
@@ -101,9 +120,9 @@ class Module:
         name: what findings call the module; by default its path. Linked modules keep their own.
 
     Raises:
-        PtxError: the PTX is malformed, or of linked modules a name is defined twice or not at all;
-            the message names file and line.
-        FileNotFoundError: there is no such file.
+        PtxError: the PTX is malformed, a file holds something else, or of linked modules a name is
+            defined twice or not at all; the message names file and line.
+        OSError: a file is missing or cannot be read.
     """
 
     def __init__(
@@ -131,15 +150,14 @@ class Module:
         ]
 
     def kernel(self, name: str) -> Kernel:
-        """The entry point of that name; raises ValueError, listing them, if there is none."""
-        kernels = self.kernels()
-        for kernel in kernels:
-            if kernel.name == name:
-                return kernel
-        raise ValueError(
-            f"torchext.sim.Module: there is no kernel {name!r}; the module has "
-            f"{', '.join(k.name for k in kernels) or 'none'}"
-        )
+        """The entry point of that name: its symbol, or a C++ name that is unique in the module.
+
+        `_Z5scaleILi128EEvPf` is also "scale", "scale<128>" and "void scale<128>(float*)".
+
+        Raises ValueError, listing them, if there is none or more than one.
+        """
+        kernels = {kernel.name: kernel for kernel in self.kernels()}
+        return kernels[names.find(name, list(kernels), "torchext.sim.Module")]
 
     def variables(self) -> list[Variable]:
         """The `.global` and `.const` variables of the module, in the order of the text."""
@@ -178,6 +196,7 @@ class Module:
         args: Sequence[Any] = (),
         smem: int = 0,
         cluster: int | Sequence[int] | None = None,
+        non_portable_cluster: bool = False,
         seed: int = 0,
         completion: str = "late",
         lane_order: str = "converged",
@@ -189,13 +208,16 @@ class Module:
         """Runs a kernel and returns what the checker saw.
 
         Args:
-            name: of the kernel.
+            name: of the kernel; see `kernel`.
             grid, block, cluster: one to three numbers. `cluster` None is the kernel's own.
             args: one for each parameter. Numpy arrays and torch CPU tensors become buffers that
                 the kernel may read and write (`read_only(x)` and `output(x)` say more); they are
-                copied into memory of their own, with guard gaps, and back. Scalars carry their C
-                type: numpy or ctypes scalars. Also `tensor_map(...)`, `struct(...)` and bytes.
-            smem: bytes of dynamic shared memory.
+                copied into memory of their own, with guard gaps, and back. A Python int, float or
+                bool takes the parameter's type, and must fit it; numpy and ctypes scalars bring a C
+                type of their own. Also `tensor_map(...)`, `struct(...)` and bytes.
+            smem: bytes of dynamic shared memory; more than 48 KiB need no opting in.
+            non_portable_cluster: allow clusters of more than 8 CTAs, as
+                cudaFuncAttributeNonPortableClusterSizeAllowed does.
             seed: of the schedule. A seed gives the same schedule every time if num_threads is 1.
             completion: when asynchronous work (TMA, wgmma, cp.async) completes: "late", not before
                 something waits for it; "eager", at once; "random".
@@ -207,9 +229,11 @@ class Module:
             max_instructions: a finding ends the launch after so many warp-instructions.
 
         Raises:
-            ValueError: no such kernel, arguments that do not fit, a launch that CUDA would refuse.
+            ValueError: no such kernel, arguments that do not fit, a launch that exceeds what the
+                GPUs of the module's target have.
             TypeError: an argument of no known kind.
-            PtxError: an opcode or modifier that the simulator does not know.
+            PtxError: an opcode or modifier that the simulator does not know, or that the module's
+                target does not have.
         """
         kernel = self.kernel(name)
         where = f"torchext.sim.Module.launch of {name}"
@@ -227,7 +251,11 @@ class Module:
             num_sms=num_sms,
             max_instructions=max_instructions,
         )
-        arguments = [argument_of(arg, f"{where}: argument {i}") for i, arg in enumerate(args)]
+        options["non_portable_cluster"] = non_portable_cluster
+        arguments = [
+            argument_of(arg, f"{where}: argument {i}", parameter)
+            for i, (arg, parameter) in enumerate(zip(args, kernel.parameters, strict=True))
+        ]
         for i, (argument, parameter) in enumerate(zip(arguments, kernel.parameters, strict=True)):
             if argument.size != parameter.size:
                 raise ValueError(
@@ -239,7 +267,7 @@ class Module:
             argument.register(arena, f"argument {i}")
         arena.place()
         raw = self._module.launch(
-            name,
+            kernel.name,
             _dim3("grid", grid),
             _dim3("block", block),
             (0, 0, 0) if cluster is None else _dim3("cluster", cluster),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
@@ -26,6 +26,8 @@ class Finding:
         address: of the access; shared memory counts from the CTA's window. 0 if there is none.
         other, other_module, other_ptx_line, other_source: the access or event that it collides
             with, if there is one.
+        other_cta, other_warp, other_lane: the thread of that access; None as far as it is not
+            known, or where there is no thread (a TMA, say).
         remedy: the usual remedy, in one sentence.
         seed: of the schedule that showed it.
     """
@@ -46,6 +48,9 @@ class Finding:
     other_module: str
     other_ptx_line: int
     other_source: tuple[tuple[str, int], ...]
+    other_cta: tuple[int, int, int] | None
+    other_warp: int | None
+    other_lane: int | None
     remedy: str
     seed: int
 
@@ -95,6 +100,15 @@ class Report:
         """Raises SimulationError, with the rendered report, if there are errors."""
         if not self.ok:
             raise SimulationError(self.text)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON has it: `ok` and every attribute but `text`, with lists for tuples."""
+        fields = {k: v for k, v in asdict(self).items() if k != "text"}
+        unwritten = [
+            {"buffer": buffer, "bytes": count, "first_offset": first}
+            for buffer, count, first in self.unwritten
+        ]
+        return {"ok": self.ok, **fields, "unwritten": unwritten}
 
     def __str__(self) -> str:
         return self.text

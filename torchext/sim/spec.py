@@ -28,7 +28,7 @@ swizzle = 64                  # optional, as are element_strides and oob_fill
 
 [[args]]
 scalar = 100
-type = "int32"                # any scalar type of numpy
+type = "int32"                # optional: any scalar type of numpy; else the parameter's own
 """
 
 from __future__ import annotations
@@ -78,7 +78,8 @@ class LaunchSpec:
 
     def _argument(self, entry: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Any:
         if "scalar" in entry:
-            return np.dtype(entry["type"]).type(entry["scalar"])
+            scalar = entry["scalar"]
+            return np.dtype(entry["type"]).type(scalar) if "type" in entry else scalar
         name = entry.get("array") or entry["tensor_map"]
         target: Argument = pointer(tensors[name], self.arrays[name].access, name)
         if "array" in entry:
@@ -116,7 +117,10 @@ def _array(table: dict[str, Any], where: str, folder: Path) -> ArraySpec:
         path = folder / table["file"]
         if not path.is_file():
             raise SpecError(f"{where}: there is no file {path}")
-        stored = np.load(path, allow_pickle=False)
+        try:
+            stored = np.load(path, allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise SpecError(f"{where}: {path} is not an .npy file of numbers: {error}") from None
 
         def make() -> torch.Tensor:
             return torch.from_numpy(stored.copy())
@@ -144,9 +148,11 @@ def _array(table: dict[str, Any], where: str, folder: Path) -> ArraySpec:
 
 def _check_argument(entry: dict[str, Any], where: str, arrays: dict[str, ArraySpec]) -> None:
     if "scalar" in entry:
-        _take(entry, where, ("scalar", "type"), ())
+        _take(entry, where, ("scalar",), ("type",))
+        if not isinstance(entry["scalar"], int | float):
+            raise SpecError(f"{where}: scalar must be a number; got {entry['scalar']!r}")
         try:
-            np.dtype(entry["type"]).type(entry["scalar"])
+            np.dtype(entry.get("type", "float64")).type(entry["scalar"])
         except (TypeError, ValueError, OverflowError) as error:
             raise SpecError(f"{where}: {error}") from None
         return
@@ -177,7 +183,12 @@ def _load_toml(text: str) -> dict[str, Any]:
 
 def load_spec(path: Path) -> LaunchSpec:
     """Reads and checks a specification; raises SpecError, or OSError if it cannot be read."""
-    table = _load_toml(path.read_text())
+    try:
+        table = _load_toml(path.read_text("utf-8-sig"))
+    except UnicodeDecodeError:
+        raise SpecError(f"{path}: expected TOML; the file is not UTF-8 text") from None
+    except SpecError as error:
+        raise SpecError(f"{path}: {error}") from None
     _take(
         table, str(path), ("kernel", "grid", "block"),
         ("smem", "cluster", "seeds", "completion", "arrays", "args"),

@@ -1,0 +1,14 @@
+// Which `.target` an instruction needs.
+#pragma once
+
+#include "ir.h"
+
+namespace torchext::sim {
+
+// Throws PtxError, naming the line, what is needed and what the module has, if ptxas would refuse
+// the instruction for the target of its source.
+void check_target(const ParsedModule::Source& source, const RawInstruction& instruction);
+// The same for a kernel's directives.
+void check_target(const ParsedModule::Source& source, const Function& function);
+
+}  // namespace torchext::sim

@@ -1,0 +1,53 @@
+"""Reads .ptx files, and says of others what they are."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from torchext import _sim
+
+# What else a path may lead to, by its first bytes.
+_SIGNATURES = {
+    b"\x7fELF": "an ELF file (a cubin, or a compiled program)",
+    b"\x50\xed\x55\xba": "a fatbin",
+    b"BC\xc0\xde": "LLVM bitcode",
+    b"\x1f\x8b": "compressed by gzip",
+    b"\xff\xfe": "UTF-16 text",
+    b"\xfe\xff": "UTF-16 text",
+    b"\x00\x00\xfe\xff": "UTF-32 text",
+}
+_NOT_TEXT = re.compile(rb"[\x00-\x08\x0e-\x1f]")
+
+
+def read_ptx(path: str | Path) -> str:
+    """The text of a PTX file, without a byte-order mark.
+
+    Raises OSError if it cannot be read, PtxError if it is not text; both name the file.
+    """
+    try:
+        data = Path(path).read_bytes()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"torchext.sim: there is no file {str(path)!r}") from None
+    except IsADirectoryError:
+        raise IsADirectoryError(
+            f"torchext.sim: expected a .ptx file; {str(path)!r} is a folder"
+        ) from None
+    except OSError as error:
+        raise type(error)(f"torchext.sim: cannot read {str(path)!r}: {error.strerror}") from None
+    for signature, what in _SIGNATURES.items():
+        if data.startswith(signature):
+            hint = "save it as UTF-8" if "text" in what else "pass the PTX itself (nvcc -ptx)"
+            raise _sim.PtxError(f"{path}: expected PTX text; the file is {what}; {hint}")
+    if control := _NOT_TEXT.search(data):
+        raise _sim.PtxError(
+            f"{path}: expected PTX text; byte {control.start()} of the file is "
+            f"0x{control[0][0]:02x}, which no text has"
+        )
+    if not data.strip():
+        raise _sim.PtxError(f"{path}: expected PTX text; the file is empty")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        # PTX is ASCII; file names in it are bytes of any encoding.
+        return data.decode("latin-1")
