@@ -287,9 +287,11 @@ Step wait(Warp& w, const Instruction& i, U32 mask) {
         i.small & kParity ? (m->phase & 1) != (operand & 1) : m->phase > operand >> 32;
     if (done) {
       complete |= 1u << lane;
-      own.join(m->completed);
-      if (m->remote_completed.known)
-        own.join(refused(m->remote_completed, Scope::cluster, Scope::cta));
+      if (i.small & (kCtaScope | kRelaxed)) {
+        own.join(m->completed);
+        if (m->remote_completed.known)
+          own.join(refused(m->remote_completed, Scope::cluster, Scope::cta));
+      }
       all.join(m->completed);
       all.join(m->remote_completed);
       m->waited = m->phase;
