@@ -38,7 +38,6 @@ Cluster::Cluster(Grid& g, std::uint32_t n)
   }
   for (auto& cta : ctas) {
     cta->live_threads = g.threads;
-    cta->register_pool = g.spare_registers;
     for (std::uint32_t w = 0; w < g.warps_per_cta; ++w) {
       cta->warps.push_back(std::make_unique<Warp>(*cta, w));
       all_warps.push_back(cta->warps.back().get());

@@ -52,7 +52,6 @@ void after_exit(Warp& w, std::uint32_t lanes) {
     for (NamedBarrier& b : cta.barriers) complete_barrier_if_full(cta, b);
   }
   if (w.finished()) {
-    cta.register_pool += std::int64_t{w.registers} * 32;
     if (cta.exited() && w.grid().checks) {
       for (const auto& [number, warpgroup] : cta.warpgroups) {
         if (warpgroup.open.empty()) continue;

@@ -18,14 +18,9 @@ namespace {
   throw std::invalid_argument("launch of '" + kernel + "': " + what);
 }
 
-struct RegisterBudget {
-  std::uint32_t per_thread;
-  std::int64_t spare;  // of the CTA's share of the SM, what no thread starts with
-};
-
 // What ptxas gives each thread at the start: as much as the launch bounds allow in steps of eight,
 // but no more than the kernel asks of setmaxnreg where it asks for more later.
-RegisterBudget default_registers(const Program& program, const Dim3& block) {
+std::uint32_t default_registers(const Program& program, const Dim3& block) {
   const Function& f = program.attributes;
   const auto volume = [](const std::uint32_t (&n)[3]) { return std::uint64_t{n[0]} * n[1] * n[2]; };
   std::uint64_t threads = f.required_threads[0] != 0 ? volume(f.required_threads)
@@ -33,8 +28,7 @@ RegisterBudget default_registers(const Program& program, const Dim3& block) {
                                                      : block.volume();
   threads = (threads + 31) / 32 * 32;
   const std::uint64_t share = 65536 / std::max(1u, f.min_ctas);
-  const auto allowed = static_cast<std::uint32_t>(std::min<std::uint64_t>(256, share / threads));
-  std::uint32_t most = allowed;
+  auto most = static_cast<std::uint32_t>(std::min<std::uint64_t>(256, share / threads));
   if (f.max_registers != 0) most = std::min(most, f.max_registers);
   std::uint32_t asked = 0;
   bool grows = false;
@@ -45,9 +39,7 @@ RegisterBudget default_registers(const Program& program, const Dim3& block) {
     grows |= opcode.rfind("setmaxnreg.inc", 0) == 0;
   }
   if (grows) most = std::min(most, asked);
-  most = std::max(16u, most / 8 * 8);
-  const bool rounded = most == allowed / 8 * 8 && allowed < 256;
-  return {most, rounded ? static_cast<std::int64_t>(share - most * threads) : 0};
+  return std::max(16u, most / 8 * 8);
 }
 
 }  // namespace
@@ -71,11 +63,7 @@ Grid::Grid(const Module& module, std::shared_ptr<const Program> p, const LaunchO
   shared_bytes = shape.shared_bytes;
   reuses_shared = shape.reuses_shared;
   registers_per_thread = o.registers_per_thread;
-  if (registers_per_thread == 0) {
-    const RegisterBudget budget = default_registers(*program, o.block);
-    registers_per_thread = budget.per_thread;
-    spare_registers = budget.spare;
-  }
+  if (registers_per_thread == 0) registers_per_thread = default_registers(*program, o.block);
 
   if (params.size() != program->params.size()) {
     refuse(name, "expected " + std::to_string(program->params.size()) + " parameters, got " +

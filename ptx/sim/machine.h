@@ -446,7 +446,6 @@ class Grid {
   std::uint32_t cluster_size = 1;
   std::uint32_t threads = 0, warps_per_cta = 0;
   std::uint32_t registers_per_thread = 0;
-  std::int64_t spare_registers = 0;  // of a CTA, which setmaxnreg may hand out too
   std::uint32_t shared_bytes = 0;
   std::uint32_t shared_begin = kSharedBase;  // 0 for kernels that use the reserved kilobyte
   bool explicit_cluster = false;             // the launch or the kernel says what a cluster is

@@ -213,6 +213,8 @@ MUTANTS = [
            "    ptx::fence_mbarrier_init();\n", ""),
     Mutant("mbarriers used before the CTA has met", "by TMA", KERNEL,
            "  __syncthreads();\n  if (place.cluster", "  if (place.cluster"),
+    Mutant("producer keeps eight registers too many", "by TMA", KERNEL,
+           "setmaxnreg_dec<kProducerRegisters>", "setmaxnreg_dec<kProducerRegisters + 8>"),
     Mutant("no fence.proxy.async before the TMA store", "by TMA", EPILOGUE,
            "    ptx::fence_proxy_async_shared();\n", ""),
     Mutant("fence.proxy.async for global memory alone", "by TMA", "ptx/isa/fence.h",

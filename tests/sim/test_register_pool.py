@@ -8,11 +8,13 @@ from torchext import sim
 
 
 def launch(roles, attributes=""):
-    """One warpgroup a role; a role is the setmaxnreg instructions that it executes."""
+    """One warpgroup a role; a role is the setmaxnreg instructions that it executes, or "exit"."""
     body = []
     for number, role in enumerate(roles):
         body += [f"setp.eq.u32 %p1, %r1, {number};", f"@!%p1 bra NEXT{number};"]
-        body += [f"setmaxnreg.{change.replace(' ', '.sync.aligned.u32 ')};" for change in role]
+        for change in role:
+            setting = "setmaxnreg." + change.replace(" ", ".sync.aligned.u32 ")
+            body.append("exit;" if change == "exit" else f"{setting};")
         body += ["bra END;", f"NEXT{number}:"]
     text = (
         HEADER.format(target="sm_90a")
@@ -61,10 +63,19 @@ def test_what_a_kernel_starts_with(attributes, start):
 
 def test_the_pool_is_what_the_cta_started_with():
     assert launch([["dec 40"], ["inc 232"], ["inc 232"]]).ok
-    report = launch([["dec 40"], ["inc 240"], ["inc 240"]])
+    for down in (40, 32):  # 3 x 168 are 504 registers; an SM's 65,536 would be 512
+        report = launch([[f"dec {down}"], ["inc 240"], ["inc 240"]])
+        (finding,) = report.findings
+        assert finding.kind == "deadlock"
+        assert "setmaxnreg to 240 from 168, but the CTA's pool has" in finding.message
+
+
+def test_a_warp_that_exits_leaves_nothing():
+    """PTX gives registers back by setmaxnreg.dec; of an exit it says nothing."""
+    report = launch([["exit"], ["inc 232"], ["inc 168"]])
     (finding,) = report.findings
     assert finding.kind == "deadlock"
-    assert "setmaxnreg to 240 from 168, but the CTA's pool has" in finding.message
+    assert launch([["dec 40", "exit"], ["inc 232"], ["inc 168"]]).ok
 
 
 def test_the_wrong_direction():

@@ -35,11 +35,15 @@
 
 namespace torchext::sm90 {
 
-// setmaxnreg shares out the SM's 65,536 registers anew.
+// setmaxnreg shares out anew the registers that the CTA was launched with. Each thread starts with
+// the SM's 65,536 over the number of threads, rounded down to a multiple of 8. A CTA that asked for
+// more than that in all would wait for ever.
 template <class L>
-constexpr int kConsumerRegisters = L::kWarpgroups == 1 ? 248 : 240;
-constexpr int kProducerRegisters = 32;
-static_assert(128 * kProducerRegisters + 256 * 240 <= 65536);
+constexpr int kConsumerRegisters = L::kWarpgroups == 1 ? 248 : 232;
+constexpr int kProducerRegisters = 40;
+// For a producer and two consumers; one consumer asks for no more than it starts with.
+constexpr int kLaunchRegisters = 65536 / (3 * 128) / 8 * 8;
+static_assert(kProducerRegisters + 2 * 232 <= 3 * kLaunchRegisters);
 
 // Readies barriers and the list of groups; from here on, what other kernels wrote may be read.
 template <class L>
