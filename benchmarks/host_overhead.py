@@ -74,7 +74,7 @@ def _calls_of_torch(x: Tensor, weight: Tensor, bias: Tensor) -> dict[str, Callab
 
 
 def _calls_of_ops(x: Tensor, weight: Tensor, bias: Tensor) -> dict[str, Callable[[], object]]:
-    quantizers = {name: getattr(ops, name) for name in ops.__all__ if name.startswith("quantize_")}
+    quantizers = {name: getattr(ops, name) for name in ops.OPS if name.startswith("quantize_")}
     calls = {f"ops.{name}": partial(quantize, x) for name, quantize in quantizers.items()}
     a, b = ops.quantize_1x128(x), ops.quantize_128x128(weight)
     trained_bias, out = bias.clone().requires_grad_(), torch.empty_like(x)
@@ -90,7 +90,7 @@ def _calls_of_ops(x: Tensor, weight: Tensor, bias: Tensor) -> dict[str, Callable
         "ops.fp8_gemm_nt out": partial(ops.fp8_gemm_nt, *a, *b, out=out),
         **{
             f"ops.{name}": partial(getattr(ops, name), *a, *b)
-            for name in ops.__all__
+            for name in ops.OPS
             if name.startswith("fp8_gemm_nt_")
         },
         "ops.m_grouped_fp8_gemm_nt_contiguous": partial(

@@ -34,12 +34,12 @@ def registered_ops():
 
 
 def test_every_op_has_a_function_and_a_reference():
-    assert registered_ops() == sorted(ops.__all__)
-    for name in ops.__all__:
+    assert registered_ops() == sorted(ops.OPS)
+    for name in ops.OPS:
         assert callable(getattr(reference, name))
 
 
-@pytest.mark.parametrize("name", ops.__all__)
+@pytest.mark.parametrize("name", ops.OPS)
 def test_functions_have_the_arguments_of_their_schemas(name):
     signature = inspect.signature(getattr(ops, name))
     packet = getattr(torch.ops.torchext, name)

@@ -56,7 +56,7 @@ from ._layout import fits_data, laid_out
 from ._registrations import write_fp8_gemm_nt  # loads the ops, their fake kernels and gradients
 from ._twins import asks_gradient
 
-__all__ = [  # the ops; `restore_layout` is a function for what they return
+__all__ = [
     "dequantize",
     "fp8_gemm_nt",
     "fp8_gemm_nt_gelu_quantize",
@@ -72,7 +72,11 @@ __all__ = [  # the ops; `restore_layout` is a function for what they return
     "quantize_128x128_dual",
     "quantize_rowwise",
     "quantize_tensorwise",
+    "restore_layout",
 ]
+
+# Each is registered as torch.ops.torchext.NAME.
+OPS = tuple(name for name in __all__ if name != "restore_layout")
 
 # Overloads, resolved once: a call costs one Python frame above the dispatcher.
 _quantize_1x128 = torch.ops.torchext.quantize_1x128.default

@@ -385,7 +385,7 @@ def test_num_sms(num_sms, device, copies, monkeypatch):
         expected, d, passed = *(torch.full(shape, KEPT, device=device) for _ in range(2)), []
         call(expected)
         with monkeypatch.context() as patch:
-            for name in ops.__all__:
+            for name in ops.OPS:
                 if "grouped" in name or name == "fp8_gemm_nt":
                     patch.setattr(grouped.ops, name, spy(getattr(ops, name), passed))
             deep_gemm.set_num_sms(num_sms)
