@@ -58,7 +58,7 @@ STABLE_TORCH_LIBRARY(torchext, m) {
       "fp8_gemm_nt.out(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, *, Tensor(a!) out,"
       " bool accumulate=False, Tensor? bias=None, int num_sms=0) -> ()");
 
-  // What a compiled linear layer keeps for backward, and the product that reads it there
+  // Quantisers and product for the form that a compiled linear layer keeps for backward
   // (linear/kept.h).
   m.def(
       "_quantize_kept(Tensor x, int granularity, *, ScalarType? dtype=None, bool pow2_scale=False)"

@@ -1,5 +1,5 @@
-// What a compiled linear layer keeps of its quantised matrices between forward and backward, and
-// the product that reads it.
+// The form in which a compiled linear layer keeps its quantised matrices between forward and
+// backward, and the product that reads it.
 //
 // In between a hook may copy what is kept (offloading to the CPU, say), by its sizes or by dense
 // strides, while the backward graph was compiled for the strides that it had. So a matrix is kept

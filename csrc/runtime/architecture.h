@@ -1,6 +1,5 @@
-// What the GPUs of each compute capability have, one row each: read by launchers, which choose
-// kernels that fit, and by the PTX simulator, which refuses launches that do not. No other header
-// is needed.
+// The limits of GPUs, one row a compute capability. Launchers choose kernels that fit them, and the
+// PTX simulator refuses launches that do not. No other header is needed.
 //
 // Sources: CUDA Programming Guide, "Compute Capabilities"; libcu++'s cuda::arch_traits;
 // cuda_occupancy.h of CUDA 13.0.

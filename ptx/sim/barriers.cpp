@@ -13,7 +13,7 @@ using U64 = std::uint64_t;
 
 enum : U16 { kSync, kArrive, kRedAnd, kRedOr, kRedPopc };
 
-// What a barrier without a count would have to name.
+// The thread count that a barrier without one stands for.
 U32 all_threads(const Cta& cta) {
   U32 n = 0;
   for (const auto& w : cta.warps) n += w->finished() ? 0 : 32;

@@ -53,7 +53,7 @@ struct CallPlan {  // Instruction::extra of a call
   std::vector<const Callee*> candidates;  // whose signature fits, by address
 };
 
-// What a return gives back: the caller's stack, and the registers of the function that was entered.
+// A return restores from this the caller's stack, and the registers of the entered function.
 struct Activation {
   std::array<std::uint32_t, 32> stack_top, frame;
   std::vector<std::uint8_t> registers;

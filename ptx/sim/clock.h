@@ -135,7 +135,7 @@ const char* name_of(Scope scope);  // ".cta"
 // The parts of memory that fence.proxy.async tells apart, as the fencing thread sees them.
 enum AsyncSpace : std::uint8_t { kOwnShared, kClusterShared, kGlobal, kAsyncSpaces };
 
-// What a thread knows beyond happens-before; most threads, none of it.
+// Knowledge of a thread beyond happens-before; most threads have none.
 struct Views {
   // Accesses that fence.proxy.async made visible to the async proxy, and fence.proxy.alias to
   // aliases.
@@ -169,7 +169,7 @@ struct Views {
 };
 using ViewsRef = Ref<Views>;
 
-// What a synchronisation passes on.
+// The knowledge that a synchronisation passes on.
 struct Knowledge {
   ClockRef known;  // accesses that are done
   ViewsRef views;

@@ -103,7 +103,7 @@ class Decoder {
 
 using DecodeTable = std::unordered_map<std::string, void (*)(Decoder&)>;
 
-// What to say of an opcode (`name` its first part) that the table lacks.
+// The error message for an opcode, whose first part is `name`, that the table lacks.
 std::string why_unknown(const std::string& opcode, const std::string& name);  // absent.cpp
 
 // Each in the file of its name.

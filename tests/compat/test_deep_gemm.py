@@ -1,5 +1,8 @@
 """torchext.compat.deep_gemm: its signatures beside DeepGEMM's, and its dense products against
-float64. Grouped products, casts and layouts: the files beside this one."""
+float64. Grouped products, casts and layouts: the files beside this one.
+
+Above 500 lines because each of its functions has a signature and options of its own.
+"""
 
 from __future__ import annotations
 

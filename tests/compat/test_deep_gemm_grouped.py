@@ -1,4 +1,7 @@
-"""The grouped products of torchext.compat.deep_gemm, each group against float64."""
+"""The grouped products of torchext.compat.deep_gemm, each group against float64.
+
+Above 500 lines because each of DeepGEMM's groupings and names is called in its own way.
+"""
 
 from __future__ import annotations
 
