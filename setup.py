@@ -69,7 +69,7 @@ def simulator() -> Extension:
 
     return Extension(
         "torchext._sim",
-        sources("ptx/sim/*.cpp"),
+        sources("ptx/sim/*/*.cpp"),
         include_dirs=[str(ROOT), pybind11.get_include()],
         extra_compile_args={"cxx": COMMON},
         language="c++",

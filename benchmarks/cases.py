@@ -67,8 +67,8 @@ GEMMS = (FPROP, FPROP_ROWWISE, FPROP_TENSORWISE, WGRAD, WGRAD_ACCUMULATE)
 CONTIGUOUS, MASKED, ALONG_K = "contiguous", "masked", "along_k"
 GROUPED = (CONTIGUOUS, MASKED, ALONG_K)
 
-# forward: no gradient wanted, weight quantised beforehand. forward_backward: a training step's
-# share, with the weight quantised anew.
+# forward: no gradient wanted, weight quantized beforehand. forward_backward: a training step's
+# share, with the weight quantized anew.
 FORWARD, FORWARD_BACKWARD = "forward", "forward_backward"
 LINEARS = (FORWARD, FORWARD_BACKWARD)
 
@@ -97,7 +97,7 @@ ALONG_K_GROUPS = {(8, 4096): 0, (4, 8192): 1}
 
 @dataclass(frozen=True)
 class Case:
-    """One piece of work; `shape` is (rows, columns) for quantisers, (groups, m, n, k) for grouped
+    """One piece of work; `shape` is (rows, columns) for quantizers, (groups, m, n, k) for grouped
     products, else (m, n, k)."""
 
     suite: str

@@ -1,4 +1,4 @@
-"""The quantisers in plain PyTorch: what the benchmarks check against, and what a user could write.
+"""The quantizers in plain PyTorch: what the benchmarks check against, and what a user could write.
 
 Independent of torchext on purpose. Layouts and numbers are those of `torchext.ops`, for finite
 input and float8_e4m3fn: scale = amax / 448 (1 where amax = 0), data = x / scale rounded to nearest

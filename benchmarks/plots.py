@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 from . import cases
 from .contenders import SUBJECT
 
-# Okabe and Ito's colours, told apart by colour-blind readers; torchext always has the first.
+# Okabe and Ito's colors, told apart by color-blind readers; torchext always has the first.
 COLORS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "os^Dv<>"
 
@@ -77,7 +77,7 @@ def _gemm(records: list[dict], ceilings: dict) -> plt.Figure | None:
         axis.set_xscale("log", base=2)
         if ceilings.get("fp8_flops_per_s"):
             ceiling = ceilings["fp8_flops_per_s"] / 1e12
-            axis.axhline(ceiling, color="grey", linestyle="--", label="measured ceiling")
+            axis.axhline(ceiling, color="gray", linestyle="--", label="measured ceiling")
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
     for axis in list(axes.flat)[len(panels) :]:
@@ -129,7 +129,7 @@ def _bars(
         axis.invert_yaxis()
         axis.set(xlabel=label, title=records[0]["suite"])
         if ceiling:
-            axis.axvline(ceiling / unit, color="grey", linestyle="--", label="measured ceiling")
+            axis.axvline(ceiling / unit, color="gray", linestyle="--", label="measured ceiling")
         axis.grid(axis="x", alpha=0.3)
         axis.legend(fontsize="small")
     return figure

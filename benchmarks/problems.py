@@ -1,7 +1,7 @@
 """The data of a case, shared by its contenders, its float64 reference, and its work in numbers.
 
 Data is random, never zero: zeros hide unwritten outputs and run faster. Every operand of a product
-is quantised once, by benchmarks.plain, so that all contenders multiply the same FP8 numbers.
+is quantized once, by benchmarks.plain, so that all contenders multiply the same FP8 numbers.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class Problem:
 
 
 class QuantizeProblem(Problem):
-    """x [rows, columns] in BF16; for dequantize, its 1x128 quantisation."""
+    """x [rows, columns] in BF16; for dequantize, its 1x128 quantization."""
 
     # Bytes per element with BF16 in: input read once, outputs written once, scales of 4 bytes.
     BYTES: ClassVar[dict[str, float]] = {
@@ -150,7 +150,7 @@ class QuantizeProblem(Problem):
         return {"relative": 0.0, "worst": 0.0}
 
     def check_close(self, data: Tensor, scale: Tensor, transposed: bool = False) -> dict:
-        """Dequantised again, within 4 % of x: e4m3 rounds by 2.6 % RMS."""
+        """Dequantized again, within 4 % of x: e4m3 rounds by 2.6 % RMS."""
         back = plain.dequantize(data, scale)
         return require(difference(back, self.x.t() if transposed else self.x), 0.04)
 
@@ -160,7 +160,7 @@ def _bits(x: Tensor) -> Tensor:
 
 
 class GemmProblem(Problem):
-    """left [rows, inner] @ right [cols, inner].T, in BF16 and quantised as the op asks."""
+    """left [rows, inner] @ right [cols, inner].T, in BF16 and quantized as the op asks."""
 
     # FP8 tensor cores keep about 14 bits while they sum 128 products; BF16 rounds by 2^-9.
     TOLERANCE = (5e-3, 5e-2)
@@ -204,7 +204,7 @@ class GemmProblem(Problem):
 
     @cached_property
     def expected_fp8(self) -> Tensor:
-        """Float64 product of the dequantised operands."""
+        """Float64 product of the dequantized operands."""
         left, right = (
             plain.dequantize(*pair, torch.float64) for pair in (self.left_fp8, self.right_fp8)
         )
@@ -212,7 +212,7 @@ class GemmProblem(Problem):
 
     @cached_property
     def expected(self) -> Tensor:
-        """Float64 product of the operands before quantisation."""
+        """Float64 product of the operands before quantization."""
         return self.left.double() @ self.right.double().t()
 
     def check_fp8(self, result: object, promoted: bool = True) -> dict:
@@ -370,7 +370,7 @@ class LinearProblem(Problem):
 
     def run(self, model: Callable[[Tensor], Tensor], weight: Tensor, tolerance: float) -> Run:
         """`model` under this case's load; `weight` is its parameter, to be taken as changed by an
-        optimiser before every forward_backward, so that caches of its quantisation are refreshed.
+        optimizer before every forward_backward, so that caches of its quantization are refreshed.
         """
         x = self.x.clone().requires_grad_(self.backward)
 

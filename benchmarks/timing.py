@@ -1,7 +1,7 @@
 """Stop-watches: interleaved device times, host times, energy, and the two ceilings.
 
 Contenders take turns, one call each a round and in rotating order, so that clocks and temperature
-drift for all alike and a ratio compares neighbours.
+drift for all alike and a ratio compares neighbors.
 """
 
 from __future__ import annotations

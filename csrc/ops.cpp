@@ -24,7 +24,7 @@ void def_with_twin(StableLibrary& m, const std::string& schema) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY(torchext, m) {
-  // (data, scale): `scale` is the FP32 multiplier that dequantises. dtype=None is float8_e4m3fn.
+  // (data, scale): `scale` is the FP32 multiplier that dequantizes. dtype=None is float8_e4m3fn.
   m.def(
       "quantize_1x128(Tensor x, *, ScalarType? dtype=None, bool pow2_scale=False)"
       " -> (Tensor data, Tensor scale)");
@@ -58,7 +58,7 @@ STABLE_TORCH_LIBRARY(torchext, m) {
       "fp8_gemm_nt.out(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, *, Tensor(a!) out,"
       " bool accumulate=False, Tensor? bias=None, int num_sms=0) -> ()");
 
-  // Quantisers and product for the form that a compiled linear layer keeps for backward
+  // Quantizers and product for the form that a compiled linear layer keeps for backward
   // (linear/kept.h).
   m.def(
       "_quantize_kept(Tensor x, int granularity, *, ScalarType? dtype=None, bool pow2_scale=False)"
@@ -115,7 +115,7 @@ STABLE_TORCH_LIBRARY(torchext, m) {
       " Tensor? bias=None, ScalarType? dtype=None, bool pow2_scale=False, int num_sms=0)"
       " -> (Tensor data, Tensor scale)");
 
-  // The products of torchext.nn.Linear, from what is not quantised yet.
+  // The products of torchext.nn.Linear, from what is not quantized yet.
   m.def(
       "_linear(Tensor input, Tensor weight, Tensor? bias, int granularity, ScalarType input_dtype,"
       " ScalarType weight_dtype, ScalarType grad_dtype, bool pow2_scale,"

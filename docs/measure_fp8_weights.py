@@ -5,7 +5,7 @@
 
 Milliseconds of a forward and backward, and of a forward alone; the median of seven, taken in turns.
 On a CPU they are CPU time, so that other work on the machine does not count.
-"changed": by an optimiser, so that the weight is quantised. "the same": nothing changed, which a
+"changed": by an optimizer, so that the weight is quantized. "the same": nothing changed, which a
 CPU finds out by a hash, and CUDA does not ask. "fixed": within torchext.fixed_weights.
 """
 

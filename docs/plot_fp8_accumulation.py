@@ -20,7 +20,7 @@ from torchext import sim
 
 SIZES = [128 * 2**i for i in range(8)]
 ROWS = 64
-# (label, promote_every, colour, marker)
+# (label, promote_every, color, marker)
 CURVES = [
     ("tensor core alone", None, "#b5332e", "o"),
     ("promoted to FP32 every 128 of K", 128, "#1f6f8b", "s"),
@@ -49,12 +49,12 @@ def main() -> None:
     plt.rcParams.update({"font.size": 10, "svg.hashsalt": "torchext", "svg.fonttype": "none"})
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharex=True, sharey=True)
     for axis, (values, title) in zip(axes, TITLES.items(), strict=True):
-        for label, promote_every, colour, marker in CURVES:
+        for label, promote_every, color, marker in CURVES:
             measured = [error(values, k, promote_every) for k in SIZES]
-            axis.plot(SIZES, measured, marker=marker, color=colour, label=label, markersize=4.5)
+            axis.plot(SIZES, measured, marker=marker, color=color, label=label, markersize=4.5)
             print(f"{values:8}  {label:32}", " ".join(f"{e:.1e}" for e in measured))
             axis.annotate(
-                f"{measured[5]:.1e}", (SIZES[5], measured[5]), color=colour, fontsize=9,
+                f"{measured[5]:.1e}", (SIZES[5], measured[5]), color=color, fontsize=9,
                 xytext=(0, 7), textcoords="offset points", ha="center",
             )  # fmt: skip
         axis.set_title(title, fontsize=10, loc="left")

@@ -45,7 +45,7 @@ def stacked(elements):
     return tree_map(lambda *ts: None if ts[0] is None else torch.stack(ts), *elements)
 
 
-# ---- quantisers ----
+# ---- quantizers ----
 
 
 @pytest.mark.parametrize("dim", [0, 1, 2])

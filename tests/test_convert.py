@@ -189,7 +189,7 @@ class Bare(nn.Module):
         self.temperature = nn.Parameter(torch.tensor(1.0))
 
 
-def _quantised() -> nn.Module:
+def _quantized() -> nn.Module:
     module = nn.Module()
     module.weight = nn.Parameter(torch.zeros(8, 8, dtype=torch.int8), requires_grad=False)
     return module
@@ -214,7 +214,7 @@ def _quantised() -> nn.Module:
             ["part.0"],
             "parameter of ParameterList",
         ),
-        (_quantised, ["part.weight"], "its dtype is torch.int8"),
+        (_quantized, ["part.weight"], "its dtype is torch.int8"),
         (
             lambda: nn.MultiheadAttention(128, 2),
             ["part.in_proj_weight", "part.out_proj.weight"],
@@ -224,7 +224,7 @@ def _quantised() -> nn.Module:
         (
             lambda: parametrizations.weight_norm(nn.Linear(128, 128)),
             ["part.parametrizations.weight.original0", "part.parametrizations.weight.original1"],
-            "its parameters are parametrised",
+            "its parameters are parametrized",
         ),
         (lambda: nn.Linear(128, 4), ["part.weight"], "fewer than 128"),
     ],
@@ -491,7 +491,7 @@ class OwnForward(nn.Linear):
         return super().forward(input) * 2
 
 
-def _parametrised() -> nn.Module:
+def _parametrized() -> nn.Module:
     return parametrizations.weight_norm(nn.Linear(128, 128))
 
 
@@ -499,14 +499,14 @@ def _parametrised() -> nn.Module:
 @pytest.mark.parametrize(
     "make, reason",
     [
-        (lambda: OwnForward(128, 128), "OwnForward is a subclass whose own behaviour"),
+        (lambda: OwnForward(128, 128), "OwnForward is a subclass whose own behavior"),
         (lambda: nn.LazyLinear(128), "LazyLinear is a subclass"),
         (lambda: nn.MultiheadAttention(128, 1), "NonDynamicallyQuantizableLinear is a subclass"),
-        (_parametrised, "its parameters are parametrised"),
+        (_parametrized, "its parameters are parametrized"),
         (_replaced_forward, "its forward was replaced by another function (convert before "),
         (lambda: nn.Linear(128, 128, dtype=torch.float64), "its weight is torch.float64"),
     ],
-    ids=["subclass", "lazy", "attention", "parametrised", "patched", "float64"],
+    ids=["subclass", "lazy", "attention", "parametrized", "patched", "float64"],
 )
 def test_what_no_filter_can_convert(make, reason):
     model = nn.Sequential(make())

@@ -106,7 +106,7 @@ class TestGemmErrors:
         for index, name in ((0, "a"), (2, "b")):
             wrong = list(operands)
             wrong[index] = operands[index].bfloat16()
-            with expect(TypeError, "fp8_gemm_nt", f"{name} must be", "torch.bfloat16", "quantise"):
+            with expect(TypeError, "fp8_gemm_nt", f"{name} must be", "torch.bfloat16", "quantize"):
                 ops.fp8_gemm_nt(*wrong)
 
     def test_scales_must_be_float32(self, operands):
@@ -237,7 +237,7 @@ class TestGroupedGemmErrors:
 
     def test_operands(self, call, device):
         name, run, (a, a_scale, b, b_scale, *_) = call
-        with expect(TypeError, name, "a must be", "torch.bfloat16", "quantise"):
+        with expect(TypeError, name, "a must be", "torch.bfloat16", "quantize"):
             run({0: a.bfloat16()})
         with expect(TypeError, name, "b_scale must be", "torch.float16"):
             run({3: b_scale.half()})
@@ -356,7 +356,7 @@ class TestFusedGemmErrors:
     def test_arguments(self, name, options, device):
         a, a_scale, b, b_scale = quantized("1d2d", 20, 40, 300, device=device)
         function = getattr(ops, name)
-        with expect(TypeError, name, "a must be", "torch.bfloat16", "quantise"):
+        with expect(TypeError, name, "a must be", "torch.bfloat16", "quantize"):
             function(a.bfloat16(), a_scale, b, b_scale, **options)
         with expect(ValueError, name, "granularity", "M=20, N=40, K=300", "got"):
             function(a, a_scale[:, :2], b, b_scale, **options)

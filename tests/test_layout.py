@@ -1,4 +1,4 @@
-"""torchext.ops.restore_layout: a quantised pair that was copied gets back what products ask for."""
+"""torchext.ops.restore_layout: a quantized pair that was copied gets back what products ask for."""
 
 from __future__ import annotations
 
@@ -182,7 +182,7 @@ def test_products_name_the_remedy(device):
         ops.fp8_gemm_nt(a[0], a[1].contiguous(), *b)
 
 
-def test_what_is_no_quantised_pair_is_refused(device):
+def test_what_is_no_quantized_pair_is_refused(device):
     data, scale = ops.quantize_1x128(_random(9, 200, device=device))
     with pytest.raises(
         TypeError, match=r"restore_layout: data must be .*uint8\); if these are the"

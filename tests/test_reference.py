@@ -1,5 +1,5 @@
 """The references against values worked out by hand, and the ops against the references: to the bit
-for quantisers and dequantize, within the tensor core's rounding for the GEMM."""
+for quantizers and dequantize, within the tensor core's rounding for the GEMM."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def largest(device):
 
 
 def midpoints(device):
-    """Every FP8 value and every midpoint between neighbours, as x / scale with a scale of 1."""
+    """Every FP8 value and every midpoint between neighbors, as x / scale with a scale of 1."""
     values = torch.arange(256, dtype=torch.uint8, device=device).view(E4M3).float()
     values = values[values.isfinite()].sort().values
     between = (values[1:] + values[:-1]) / 2

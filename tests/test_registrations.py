@@ -226,7 +226,7 @@ def test_gradients_stop_at_quantizers(name, device):
         y = ops.dequantize(data, scale, out_dtype=torch.float32)
         with pytest.raises(RuntimeError, match="does not require grad"):
             y.sum().backward()
-        (x.float() * y).sum().backward()  # what goes around the quantiser still arrives
+        (x.float() * y).sum().backward()  # what goes around the quantizer still arrives
         torch.testing.assert_close(x.grad.float(), y, rtol=2**-8, atol=0)
 
 

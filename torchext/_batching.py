@@ -165,7 +165,7 @@ def each_quantized(call: Call, size: int, dims: BatchDims, *operands: Any) -> tu
 
 
 def _quantize_rows(dims_of_element: int) -> Rule:
-    """Each row, or each matrix, is quantised by itself."""
+    """Each row, or each matrix, is quantized by itself."""
 
     def rule(call: Call, size: int, dims: BatchDims, x: Tensor, *options: Any) -> tuple[Any, Any]:
         if x.dim() - 1 < dims_of_element:  # the op refuses the element
@@ -220,7 +220,7 @@ def _layer(granularity: int) -> Rule:
 
 
 def _as_products_read(data: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """A quantised pair, or a copy of it where a batch has taken its layout away."""
+    """A quantized pair, or a copy of it where a batch has taken its layout away."""
     if data.dim() == 0 or scale.dim() == 0:
         return data, scale  # the op refuses them
     return laid_out(data, scale)

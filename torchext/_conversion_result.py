@@ -183,7 +183,7 @@ def _is_matrix(name: str, parameter: torch.Tensor) -> bool:
 
 
 def _linear_around(name: str, modules: Mapping[str, nn.Module]) -> str | None:
-    """The name of the torch.nn.Linear that module `name` is, or is a parametrisation of."""
+    """The name of the torch.nn.Linear that module `name` is, or is a parametrization of."""
     while not isinstance(modules.get(name), nn.Linear):
         if not name:
             return None

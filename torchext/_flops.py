@@ -1,5 +1,5 @@
 """What torch.utils.flop_counter counts of the ops: two for each multiplication of a product, as of
-torch.mm; quantisers multiply nothing.
+torch.mm; quantizers multiply nothing.
 
 Grouped products count rows that belong to no group, too: which do, only the device knows.
 """

@@ -1,4 +1,4 @@
-"""FP8 matrix products that apply an activation and quantise; part of `torchext.ops`."""
+"""FP8 matrix products that apply an activation and quantize; part of `torchext.ops`."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def fp8_gemm_nt_swiglu_quantize(
     pow2_scale: bool = False,
     num_sms: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """The gate-up product of an MLP, SwiGLU, and quantisation, in one kernel.
+    """The gate-up product of an MLP, SwiGLU, and quantization, in one kernel.
 
-    With gate, up = (dequantised a @ dequantised b.T (+ bias)).chunk(2, dim=-1), in FP32:
+    With gate, up = (dequantized a @ dequantized b.T (+ bias)).chunk(2, dim=-1), in FP32:
     `quantize_1x128(silu(gate) * up)`. The product itself is never rounded and never in memory.
     Error bounds: docs/numerics.md.
 
-    Outputs require no gradient, like those of a quantiser.
+    Outputs require no gradient, like those of a quantizer.
 
     Args:
         a, a_scale, b_scale: as for `fp8_gemm_nt`, of any granularity.
@@ -71,12 +71,12 @@ def fp8_gemm_nt_gelu_quantize(
     pow2_scale: bool = False,
     num_sms: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """A product, GELU, and quantisation, in one kernel.
+    """A product, GELU, and quantization, in one kernel.
 
-    With x = dequantised a @ dequantised b.T (+ bias), in FP32: `quantize_1x128(gelu(x))`. The
+    With x = dequantized a @ dequantized b.T (+ bias), in FP32: `quantize_1x128(gelu(x))`. The
     product itself is never rounded and never in memory. Error bounds: docs/numerics.md.
 
-    Outputs require no gradient, like those of a quantiser.
+    Outputs require no gradient, like those of a quantizer.
 
     Args:
         a, a_scale, b, b_scale: as for `fp8_gemm_nt`, of any granularity.
@@ -123,12 +123,12 @@ def fp8_gemm_nt_relu2_quantize(
     pow2_scale: bool = False,
     num_sms: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """A product, squared ReLU, and quantisation, in one kernel.
+    """A product, squared ReLU, and quantization, in one kernel.
 
-    With x = dequantised a @ dequantised b.T (+ bias), in FP32: `quantize_1x128(relu(x)**2)`. The
+    With x = dequantized a @ dequantized b.T (+ bias), in FP32: `quantize_1x128(relu(x)**2)`. The
     product itself is never rounded and never in memory. Error bounds: docs/numerics.md.
 
-    Outputs require no gradient, like those of a quantiser.
+    Outputs require no gradient, like those of a quantizer.
 
     Args:
         a, a_scale, b, b_scale: as for `fp8_gemm_nt`, of any granularity.

@@ -1,7 +1,7 @@
 """FP8 matrix products in groups, part of `torchext.ops`: the layers of a mixture of experts.
 
 Group boundaries are an int32 tensor on the operands' device. Only the kernel reads them, so calls
-never synchronise, and can be captured into a CUDA graph and replayed with other groups. On the CPU
+never synchronize, and can be captured into a CUDA graph and replayed with other groups. On the CPU
 an index out of range raises a ValueError. A GPU cannot raise: the result for such a group is
 unspecified, though memory outside the tensors is never touched.
 """
@@ -39,7 +39,7 @@ def m_grouped_fp8_gemm_nt_contiguous(
 ) -> Tensor:
     """Rows of `a`, in groups, each group times its own matrix: fprop and dgrad of experts.
 
-    out[r] = dequantised a[r] @ dequantised b[g].T (+ bias[g]) for each row r of group g. Groups are
+    out[r] = dequantized a[r] @ dequantized b[g].T (+ bias[g]) for each row r of group g. Groups are
     given in one of two ways, and may be of any length, 0 included, on any row:
 
         offsets     group g is the rows from offsets[g - 1] (from 0 for g = 0) up to offsets[g];
@@ -61,9 +61,9 @@ def m_grouped_fp8_gemm_nt_contiguous(
     Arithmetic and error bounds are `fp8_gemm_nt`'s.
 
     Args:
-        a: [M, K], FP8, laid out as the quantisers return it.
+        a: [M, K], FP8, laid out as the quantizers return it.
         a_scale: float32, laid out as for `fp8_gemm_nt`.
-        b: [G, N, K], FP8, whose rows fold into [G * N, K], as the quantisers return it.
+        b: [G, N, K], FP8, whose rows fold into [G * N, K], as the quantizers return it.
         b_scale: float32. Of 1D1D, M-major over all G * N rows, as `quantize_1x128` returns it.
         offsets: [G], int32, ascending, at most M.
         group_ids: [M], int32, below G.
@@ -136,7 +136,7 @@ def m_grouped_fp8_gemm_nt_masked(
     """The first masked_m[g] rows of each a[g] times b[g]: decoding, where each expert has room for
     M tokens and only the device knows how many came.
 
-    out[g, r] = dequantised a[g, r] @ dequantised b[g].T (+ bias[g]) for r < masked_m[g]. Other rows
+    out[g, r] = dequantized a[g, r] @ dequantized b[g].T (+ bias[g]) for r < masked_m[g]. Other rows
     are not computed. In a new output they hold whatever its memory held before, NaN perhaps; an
     `out` keeps what it has there.
 
@@ -151,10 +151,10 @@ def m_grouped_fp8_gemm_nt_masked(
     `fp8_gemm_nt`'s.
 
     Args:
-        a: [G, M, K], FP8, whose rows fold into [G * M, K], as the quantisers return it.
+        a: [G, M, K], FP8, whose rows fold into [G * M, K], as the quantizers return it.
         a_scale: float32. Per 1x128 group, M-major over all G * M rows, as `quantize_1x128` returns
             it: strides (M, 1, round_up(G * M, 4)).
-        b: [G, N, K], FP8, whose rows fold into [G * N, K], as the quantisers return it.
+        b: [G, N, K], FP8, whose rows fold into [G * N, K], as the quantizers return it.
         b_scale: float32. Of 1D1D, M-major over all G * N rows, as `quantize_1x128` returns it.
         masked_m: [G], int32, from 0 to M.
         expected_m: how many rows a group is likely to have, which helps to choose a kernel and
@@ -226,7 +226,7 @@ def k_grouped_fp8_gemm_nt(
 ) -> Tensor:
     """One product for each group of columns of `a` and `b`: wgrad of experts.
 
-    out[g] = dequantised a[:, s:e] @ dequantised b[:, s:e].T, with s = offsets[g - 1] (0 for g = 0)
+    out[g] = dequantized a[:, s:e] @ dequantized b[:, s:e].T, with s = offsets[g - 1] (0 for g = 0)
     and e = offsets[g]. K is the tokens, sorted by expert; a group may have any number of them.
     Columns from offsets[-1] on belong to no group. An empty group gives zeros, or, with
     `accumulate`, leaves out[g] as it is.
@@ -240,8 +240,8 @@ def k_grouped_fp8_gemm_nt(
     It has no gradient. Arithmetic and error bounds are `fp8_gemm_nt`'s.
 
     Args:
-        a: [M, K], FP8, laid out as the quantisers return it.
-        a_scale: [M, ceil(K / 128)], float32, M-major, as the quantisers return it.
+        a: [M, K], FP8, laid out as the quantizers return it.
+        a_scale: [M, ceil(K / 128)], float32, M-major, as the quantizers return it.
         b: [N, K], FP8; e4m3 and e5m2 mix.
         b_scale: [N, ceil(K / 128)], float32, M-major.
         offsets: [G], int32, ascending, at most K.

@@ -1,4 +1,4 @@
-"""The shapes and strides of quantised tensors: one definition for fake kernels and references, and
+"""The shapes and strides of quantized tensors: one definition for fake kernels and references, and
 for the repair of what a copy left without them.
 
 A tensor [..., K] is treated as a matrix whose M rows are all its leading dimensions, folded. FP8
@@ -35,13 +35,13 @@ def folded_strides(leading: Sequence[int], row: int, column: int) -> list[int]:
 
 
 def empty_data(x: Tensor, leading: Sequence[int], columns: int, dtype: torch.dtype) -> Tensor:
-    """Uninitialised FP8 data [*leading, columns], rows round_up(columns, 16) bytes apart."""
+    """Uninitialized FP8 data [*leading, columns], rows round_up(columns, 16) bytes apart."""
     strides = folded_strides(leading, round_up(columns, 16), 1)
     return x.new_empty_strided((*leading, columns), strides, dtype=dtype)
 
 
 def empty_group_scale(x: Tensor, leading: Sequence[int], columns: int) -> Tensor:
-    """Uninitialised scales [*leading, ceil(columns / 128)] of 1x128 groups, M-major."""
+    """Uninitialized scales [*leading, ceil(columns / 128)] of 1x128 groups, M-major."""
     rows = math.prod(leading)
     strides = folded_strides(leading, 1, round_up(rows, 4))
     shape = (*leading, ceil_div(columns, GROUP))
@@ -49,7 +49,7 @@ def empty_group_scale(x: Tensor, leading: Sequence[int], columns: int) -> Tensor
 
 
 def empty_block_scale(x: Tensor) -> Tensor:
-    """Uninitialised scales [..., ceil(rows / 128), ceil(columns / 128)] of x's blocks,
+    """Uninitialized scales [..., ceil(rows / 128), ceil(columns / 128)] of x's blocks,
     contiguous."""
     *leading, rows, columns = x.shape
     blocks = (*leading, ceil_div(rows, GROUP))
@@ -57,7 +57,7 @@ def empty_block_scale(x: Tensor) -> Tensor:
 
 
 def empty_contiguous(x: Tensor, leading: Sequence[int], columns: int, dtype: torch.dtype) -> Tensor:
-    """Uninitialised [*leading, columns]. Unlike torch.empty, a stride is 0 where a size is."""
+    """Uninitialized [*leading, columns]. Unlike torch.empty, a stride is 0 where a size is."""
     strides = folded_strides(leading, columns, 1)
     return x.new_empty_strided((*leading, columns), strides, dtype=dtype)
 
@@ -128,7 +128,7 @@ def m_major(scale: Tensor) -> Tensor:
 
 
 def fits_data(data: Tensor, scale: Tensor) -> bool:
-    """Whether `scale` has a shape that some quantiser gives data of this shape."""
+    """Whether `scale` has a shape that some quantizer gives data of this shape."""
     if data.dim() == 0 or scale.dim() == 0:
         return False
     *leading, columns = data.shape
@@ -148,7 +148,7 @@ def fits_data(data: Tensor, scale: Tensor) -> bool:
 
 
 def laid_out(data: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """A quantised pair with the layout that products ask for: itself where it has it."""
+    """A quantized pair with the layout that products ask for: itself where it has it."""
     shape, groups = data.shape, scale.shape
     if groups[-1] == ceil_div(shape[-1], GROUP) and groups[:-1] == shape[:-1]:
         scale = m_major(scale)

@@ -1,7 +1,7 @@
 """What torch must know of the compiled ops beyond their kernels: fake kernels and gradients.
 
 Fake kernels state shape, dtype and strides and leave the checks to the real kernels. Gradients:
-quantisers have none (their outputs never require one, like those of a cast to integers);
+quantizers have none (their outputs never require one, like those of a cast to integers);
 `dequantize` has one with respect to `scale`; `fp8_gemm_nt` with respect to `bias`.
 """
 

@@ -1,6 +1,6 @@
 """How DTensor shards the op of torchext.nn.Linear: tensor and sequence parallelism.
 
-Imported with the first DTensor that meets a layer. Every rank quantises its own shard, by itself:
+Imported with the first DTensor that meets a layer. Every rank quantizes its own shard, by itself:
 where a scale spans a sharded dimension (a whole tensor's, a row's along K, a block's that a shard
 cuts), it differs from the scale of the unsharded tensor, and with it the rounding.
 """

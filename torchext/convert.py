@@ -28,7 +28,7 @@ def convert_to_fp8_training(
     """Makes the torch.nn.Linears of `model` train in FP8, in place.
 
     Each becomes a torchext.nn.Linear and stays the same object with the same parameters, hooks,
-    requires_grad and mode, so an optimiser may be made before or after. Call it before
+    requires_grad and mode, so an optimizer may be made before or after. Call it before
     torch.compile and before the model is sharded.
 
     Args:
@@ -42,7 +42,7 @@ def convert_to_fp8_training(
             its weight with an embedding.
 
     Whatever the filter says, these are left alone: subclasses of torch.nn.Linear, layers whose
-    weight is parametrised or whose `forward` was replaced, and weights that are not plain FP32,
+    weight is parametrized or whose `forward` was replaced, and weights that are not plain FP32,
     BF16 or FP16 tensors. Parameters of other modules stay as they are; `result.wide` lists those of
     two or more dimensions, so that no expert or Conv1D is left wide unnoticed. A model in which
     nothing trains in FP8 afterwards is warned of. `revert_to_linear` is the way back.
@@ -78,12 +78,12 @@ def revert_to_linear(model: torch.nn.Module) -> tuple[str, ...]:
     """Makes the FP8 layers of `model` torch.nn.Linears again, in place: the way back.
 
     Each stays the same object with the same parameters, hooks and mode, as in
-    `convert_to_fp8_training`. Call it, for example, before another library quantises the model.
+    `convert_to_fp8_training`. Call it, for example, before another library quantizes the model.
 
     Returns the fully qualified names of the layers.
 
     Raises TypeError, before it changes anything, if `model` is no torch.nn.Module or has a subclass
-    of torchext.nn.Linear, or such a layer that is parametrised.
+    of torchext.nn.Linear, or such a layer that is parametrized.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"revert_to_linear: model: expected a torch.nn.Module; got {model!r}")
@@ -92,8 +92,8 @@ def revert_to_linear(model: torch.nn.Module) -> tuple[str, ...]:
         if type(layer) is not Linear:
             raise TypeError(
                 f"revert_to_linear: {fqn}: expected a torchext.nn.Linear; got its subclass "
-                f"{type(layer).__name__}, whose own behaviour would be lost; remove its "
-                "parametrisations, or replace it, first"
+                f"{type(layer).__name__}, whose own behavior would be lost; remove its "
+                "parametrizations, or replace it, first"
             )
     for layer in layers.values():
         layer.revert_()
@@ -129,11 +129,11 @@ def _why_impossible(linear: torch.nn.Linear) -> str | None:
     if isinstance(linear, Linear):
         return "trains in FP8 already"
     if is_parametrized(linear):
-        return "its parameters are parametrised (convert first, parametrise after)"
+        return "its parameters are parametrized (convert first, parametrize after)"
     if type(linear) is not torch.nn.Linear:
         kind = type(linear).__name__
         remedy = "run a forward first" if is_lazy(linear.weight) else "replace it by a plain one"
-        return f"{kind} is a subclass whose own behaviour would be lost ({remedy})"
+        return f"{kind} is a subclass whose own behavior would be lost ({remedy})"
     if "forward" in vars(linear):
         return (
             "its forward was replaced by another function (convert before accelerate or others add "
@@ -141,7 +141,7 @@ def _why_impossible(linear: torch.nn.Linear) -> str | None:
         )
     weight = linear.weight
     if type(weight) not in (torch.nn.Parameter, torch.Tensor):
-        return f"its weight is a {type(weight).__name__} (convert before sharding or quantising)"
+        return f"its weight is a {type(weight).__name__} (convert before sharding or quantizing)"
     if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"its weight is {weight.dtype}, not FP32, BF16 or FP16 (change it with .to())"
     return None

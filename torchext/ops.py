@@ -1,13 +1,13 @@
-"""The ops as typed functions: quantisation to FP8; FP8 matrix products, dense, grouped and fused.
+"""The ops as typed functions: quantization to FP8; FP8 matrix products, dense, grouped and fused.
 
 Each is the function of the same name under `torch.ops.torchext`, with its errors as ValueError and
 TypeError (the op itself, and so a compiled graph, can only raise a RuntimeError, which names that
 class at its end). They run on CPU and CUDA tensors, under `torch.compile(fullgraph=True)` and CUDA
-graphs, and are deterministic; CPU and CUDA give the same bits for every quantiser and for
+graphs, and are deterministic; CPU and CUDA give the same bits for every quantizer and for
 `dequantize`.
 
-Quantised tensors. `(data, scale)` stands for `data.float() * scale`: data are FP8, scale is the
-FP32 multiplier that dequantises. FP8 is `torch.float8_e4m3fn` (largest value 448) unless
+Quantized tensors. `(data, scale)` stands for `data.float() * scale`: data are FP8, scale is the
+FP32 multiplier that dequantizes. FP8 is `torch.float8_e4m3fn` (largest value 448) unless
 `dtype=torch.float8_e5m2` (57344) is asked for. For every group of elements that share a scale
 
     scale = amax / largest          amax = max |x| over the group; FP32, rounded to nearest even
@@ -25,11 +25,11 @@ strides (1, round_up(M, 4)). A 1-D x is one row. Empty inputs give empty outputs
 place, whatever their strides, if their rows fold: all rows lie one stride apart, as in a 2-D x, or
 wherever `x.view(-1, K)` works. Others are refused, since they would have to be copied.
 
-Copies. `clone`, `contiguous`, `cpu`, pickle, safetensors and the like keep a quantised tensor's
+Copies. `clone`, `contiguous`, `cpu`, pickle, safetensors and the like keep a quantized tensor's
 values, and in general lose its layout: the products refuse the copy. `restore_layout` gives it its
 layout back.
 
-Gradients. Outputs of the quantisers require none: the gradient stops there, as at a cast to
+Gradients. Outputs of the quantizers require none: the gradient stops there, as at a cast to
 integers. (`torchext.nn.Linear` carries gradients around them.)
 """
 
@@ -107,7 +107,7 @@ def _quantize(
 def quantize_1x128(
     x: Tensor, *, dtype: torch.dtype | None = None, pow2_scale: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Quantises `x` to FP8 with one scale for every 128 consecutive elements of a row.
+    """Quantizes `x` to FP8 with one scale for every 128 consecutive elements of a row.
 
     The layout of activations and of gradients in fprop and dgrad (DeepSeek-V3, section 3.3.2).
 
@@ -132,7 +132,7 @@ def quantize_1x128(
 def quantize_1x128_t(
     x: Tensor, *, dtype: torch.dtype | None = None, pow2_scale: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Quantises `x` transposed, with one scale for every 128 consecutive rows of a column.
+    """Quantizes `x` transposed, with one scale for every 128 consecutive rows of a column.
 
     Equal, to the bit, to `quantize_1x128(x.flatten(0, -2).t())` without the copy: the operands of
     wgrad, whose K is the number of tokens.
@@ -181,10 +181,10 @@ def quantize_1x128_dual(
 def quantize_128x128(
     x: Tensor, *, dtype: torch.dtype | None = None, pow2_scale: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Quantises matrices to FP8 with one scale for every block of 128 rows and 128 columns.
+    """Quantizes matrices to FP8 with one scale for every block of 128 rows and 128 columns.
 
     The layout of weights, and of `weight` and `weight_scale_inv` in DeepSeek-V3 checkpoints. Of
-    several matrices, the weights of experts, say, each is quantised by itself.
+    several matrices, the weights of experts, say, each is quantized by itself.
 
     Args:
         x: [..., N, K], bfloat16, float16 or float32, of any strides.
@@ -230,7 +230,7 @@ def quantize_128x128_dual(
 def quantize_rowwise(
     x: Tensor, *, dtype: torch.dtype | None = None, pow2_scale: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Quantises `x` to FP8 with one scale a row.
+    """Quantizes `x` to FP8 with one scale a row.
 
     Args:
         x: [..., K], bfloat16, float16 or float32, of any strides that let its rows fold.
@@ -251,7 +251,7 @@ def quantize_rowwise(
 def quantize_tensorwise(
     x: Tensor, *, dtype: torch.dtype | None = None, pow2_scale: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Quantises `x` to FP8 with one scale in all.
+    """Quantizes `x` to FP8 with one scale in all.
 
     Args:
         x: [..., K], bfloat16, float16 or float32, of any strides that let its rows fold.
@@ -270,7 +270,7 @@ def quantize_tensorwise(
 
 
 def restore_layout(data: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """A quantised pair in the layout that the products ask for, whatever copied it before.
+    """A quantized pair in the layout that the products ask for, whatever copied it before.
 
     For pairs that were cloned, made contiguous, moved between devices, sent, or saved and loaded.
     Works for every granularity and for transposes; values, shapes and dtypes stay as they are.
@@ -307,7 +307,7 @@ def restore_layout(data: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         )
     if not fits_data(data, scale):
         raise ValueError(
-            f"restore_layout: scale must have a shape that a quantiser gives data of shape "
+            f"restore_layout: scale must have a shape that a quantizer gives data of shape "
             f"{list(data.shape)} (got {list(scale.shape)}); pass the scale that was made with "
             "data, transposed if data is a transpose in 128x128 blocks"
         )
@@ -322,7 +322,7 @@ def dequantize(data: Tensor, scale: Tensor, *, out_dtype: torch.dtype) -> Tensor
 
     Args:
         data: [..., K], torch.float8_e4m3fn or torch.float8_e5m2; M rows.
-        scale: float32, of any strides, as a quantiser made it: [..., ceil(K / 128)],
+        scale: float32, of any strides, as a quantizer made it: [..., ceil(K / 128)],
             [ceil(M / 128), ceil(K / 128)], [..., 1] or [1, 1].
         out_dtype: torch.bfloat16, torch.float16 or torch.float32.
 
@@ -354,7 +354,7 @@ def fp8_gemm_nt(
     out_dtype: torch.dtype | None = None,
     num_sms: int = 0,
 ) -> Tensor:
-    """The matrix product of FP8 operands: dequantised a @ dequantised b.T (+ bias).
+    """The matrix product of FP8 operands: dequantized a @ dequantized b.T (+ bias).
 
     The granularity comes from the scales' shapes:
 
@@ -367,15 +367,15 @@ def fp8_gemm_nt(
     applied; bias is added in FP32; the result is rounded once. Error bounds: docs/numerics.md.
 
     It has a gradient with respect to `bias` (summed in FP32) when `out` is None, and none with
-    respect to the quantised operands and their scales: `torchext.nn.Linear` computes dgrad and
+    respect to the quantized operands and their scales: `torchext.nn.Linear` computes dgrad and
     wgrad as products of their own.
 
     Args:
         a: [..., K], torch.float8_e4m3fn or torch.float8_e5m2. Rows, leading dimensions folded,
             are contiguous and a multiple of 16 bytes apart, from a 16-byte aligned address: as
-            the quantisers return them. Any K.
+            the quantizers return them. Any K.
         a_scale: float32. Per 1x128 group it must be M-major: rows adjacent, groups a multiple of
-            four elements apart, 16-byte aligned, as the quantisers return it.
+            four elements apart, 16-byte aligned, as the quantizers return it.
         b: [N, K], FP8, laid out like a; e4m3 and e5m2 mix.
         b_scale: float32. Per 1x128 group, laid out like a_scale.
         out: write here instead: [..., N], bfloat16, float16 or float32, contiguous rows.

@@ -1,4 +1,4 @@
-"""What is quantised how when a layer trains in FP8: a `Recipe`, the same for all three GEMMs.
+"""What is quantized how when a layer trains in FP8: a `Recipe`, the same for all three GEMMs.
 
 A linear layer y = x @ w.T multiplies three times: fprop (y from x, w), dgrad (dx from dy, w) and
 wgrad (dw from dy, x). A recipe says how coarse the scales of x, w and dy are and which FP8 format
@@ -56,7 +56,7 @@ class Recipe:
             if dtype not in _FP8_DTYPES:
                 raise TypeError(
                     f"Recipe: {name}: expected torch.float8_e4m3fn or torch.float8_e5m2; got "
-                    f"{dtype!r}; it is the format that operands are quantised to (a layer's output "
+                    f"{dtype!r}; it is the format that operands are quantized to (a layer's output "
                     "has its input's dtype, or autocast's)"
                 )
         if not isinstance(self.pow2_scale, bool):

@@ -1,7 +1,7 @@
 """What every op computes, in plain PyTorch: short, slow, and the standard that kernels are held to.
 
 Each function has the name and arguments of its op in `torchext.ops`, runs on any device that torch
-does, and returns tensors of the same shape, dtype and strides. Quantisers and `dequantize` are
+does, and returns tensors of the same shape, dtype and strides. Quantizers and `dequantize` are
 specified to the bit: CPU and CUDA kernels return what the functions here return. `fp8_gemm_nt` is a
 float64 product, which kernels approximate within the bounds of docs/numerics.md.
 """
@@ -116,7 +116,7 @@ def fp8_gemm_nt(
     bias: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """a @ b.T (+ bias) (+ out), in float64, of the dequantised operands.
+    """a @ b.T (+ bias) (+ out), in float64, of the dequantized operands.
 
     See `torchext.ops.fp8_gemm_nt`; here out_dtype=None is float64, and the result is rounded once
     to any other `out_dtype` or to the dtype of `out`.

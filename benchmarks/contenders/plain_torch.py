@@ -40,7 +40,7 @@ def _product(left: Quantized, right: Quantized, dtype: torch.dtype) -> Tensor:
 
 
 def fp8_gemm(problem: GemmProblem) -> Run:
-    """Operands dequantised to FP32, then one FP32 product."""
+    """Operands dequantized to FP32, then one FP32 product."""
     if problem.case.op == cases.WGRAD_ACCUMULATE:
         out = torch.empty(problem.rows, problem.cols, device=problem.device)
         return Run(
@@ -65,7 +65,7 @@ def unquantized_gemm(problem: GemmProblem) -> Run:
 
 
 def fp8_grouped(problem: GroupedProblem) -> Run:
-    """Operands dequantised to FP32, then an FP32 product a group."""
+    """Operands dequantized to FP32, then an FP32 product a group."""
 
     def call() -> Tensor:
         products = problem.product(*problem.dequantized(torch.float32))

@@ -1,5 +1,5 @@
 """torchao's FP8 training: Float8Linear under torch.compile (it is meant to be compiled), its
-blockwise prototype, and that prototype's Triton quantisers."""
+blockwise prototype, and that prototype's Triton quantizers."""
 
 from __future__ import annotations
 

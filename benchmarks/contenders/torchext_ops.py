@@ -1,4 +1,4 @@
-"""torchext itself: its quantisers, its GEMMs, its Linear."""
+"""torchext itself: its quantizers, its GEMMs, its Linear."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def linear(problem: LinearProblem) -> Run:
     with torch.no_grad():
         converted.weight.copy_(problem.weight)
     run = problem.run(model, converted.weight, problem.FP8_TOLERANCE)
-    if not problem.backward:  # inference: each weight is quantised once
+    if not problem.backward:  # inference: each weight is quantized once
         held = contextlib.ExitStack()
         held.enter_context(torchext.fixed_weights(model))
         vars(model)["held"] = held  # for as long as the model lives
@@ -91,7 +91,7 @@ def linear(problem: LinearProblem) -> Run:
     def new_step() -> None:
         assert run.before is not None
         run.before()
-        converted.refresh_weight()  # the optimiser of this case leaves all bits alone
+        converted.refresh_weight()  # the optimizer of this case leaves all bits alone
 
     return dataclasses.replace(run, before=new_step)
 

@@ -167,7 +167,7 @@ CALLS: dict[str, Call] = {
 
 
 def check(name: str, got: object, want: object) -> None:
-    """Quantised bits must be equal, products within benchmarks.problems' bounds."""
+    """Quantized bits must be equal, products within benchmarks.problems' bounds."""
     if name.endswith("_quantize") and "gemm" in name:
         (data, scale), (wanted, wanted_scale) = _tensors(got), _tensors(want)
         back = plain.dequantize(data.cpu(), scale.cpu())

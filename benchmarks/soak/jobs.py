@@ -2,7 +2,7 @@
 
 Where the design promises equal bits, a job's expectation is computed by another way through the
 kernels: a product's by the plainest configuration; a group's as a product of its own; of the
-quantisers', in plain PyTorch. Every product is held against the documented bound as well (float64),
+quantizers', in plain PyTorch. Every product is held against the documented bound as well (float64),
 so that an error common to all kernels shows. Outputs lie between guard rows.
 """
 
@@ -405,7 +405,7 @@ def fused(lab: Lab, rng: random.Random) -> Job:
     return Job(name, call, expect if exact else None, bound)
 
 
-# ---- quantisers ----
+# ---- quantizers ----
 
 QUANTIZERS = ("quantize_1x128", "quantize_1x128_t", "quantize_1x128_dual", "quantize_128x128",
               "quantize_128x128_dual", "quantize_rowwise", "quantize_tensorwise")  # fmt: skip

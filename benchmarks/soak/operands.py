@@ -73,7 +73,7 @@ def sms(lab: Lab, rng: random.Random) -> int:
 
 
 def fp8(lab: Lab, rows: int, k: int, dtype: torch.dtype) -> Tensor:
-    """[rows, k], pitched as the quantisers' results are."""
+    """[rows, k], pitched as the quantizers' results are."""
     x = torch.randn(rows, plain.round_up(max(k, 1), 16), device=lab.torch_device)
     return x.mul_(2).to(dtype)[:, :k]
 

@@ -5,7 +5,7 @@ setup.py has torch's build run this in place of nvcc (PYTORCH_NVCC).
 - Beside every object file it leaves the PTX that the machine code in it was made from, one file an
   architecture (X.o -> X.90a.ptx), for the simulator, and ptxas' report (X.ptxas).
 - It leaves a list of the headers read (X.o.d): torch has nvcc do so only where it has CUDA itself.
-- The build fails where ptxas says that it ignored setmaxnreg (C7508) or serialised wgmma (C7510,
+- The build fails where ptxas says that it ignored setmaxnreg (C7508) or serialized wgmma (C7510,
   C7518), spilled registers, or put anything in local memory.
 """
 
@@ -22,7 +22,7 @@ FORBIDDEN_WARNINGS = ("C7508", "C7510", "C7518")
 BY_FOLDER = "--arch-by-folder"  # what setup.py passes; torch then adds no architectures of its own
 
 # What a portable kernel is compiled for: for each generation whose instructions make it another
-# kernel, N of its compute_N, and of each sm_N that gets machine code of it. (To quantisers, sm_80
+# kernel, N of its compute_N, and of each sm_N that gets machine code of it. (To quantizers, sm_80
 # has nothing new.) Machine code runs on later GPUs of the same major version: sm_86 takes sm_80's.
 PORTABLE = {"75": ("75", "80"), "89": ("89",), "90": ("90",)}
 WITH_OWN_FEATURES = ("90", "100")  # of which kernels of a folder smN use sm_Na's instructions

@@ -1,4 +1,4 @@
-// Implements activation_cpu.h: activations in FP32, as vector code, and the quantiser of
+// Implements activation_cpu.h: activations in FP32, as vector code, and the quantizer of
 // quantize_1x128.
 #include "activation_cpu.h"
 

@@ -1,4 +1,4 @@
-// The quantising epilogues of the CPU GEMM.
+// The quantizing epilogues of the CPU GEMM.
 #pragma once
 
 #include "gemm.h"
@@ -6,7 +6,7 @@
 namespace torchext {
 
 // Adds bias to rows [row, row + rows) and columns [col, col + cols) of the problem's product, FP32,
-// applies its activation, in place, and quantises into its output. Of SwiGLU, `product` holds as
+// applies its activation, in place, and quantizes into its output. Of SwiGLU, `product` holds as
 // many columns of the gate and then as many of up; `bias` begins with column `col`.
 void activate_and_quantize_cpu(const GemmProblem& p, float* product, const float* bias, int64_t row,
                                int64_t rows, int64_t col, int64_t cols);

@@ -1,4 +1,4 @@
-// Host entries of the GEMM ops that apply an activation and quantise: what they return is laid out
+// Host entries of the GEMM ops that apply an activation and quantize: what they return is laid out
 // as quantize_1x128 lays it out.
 #include "../quantize/layout.h"
 #include "../runtime/check.h"

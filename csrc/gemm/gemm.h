@@ -77,9 +77,9 @@ enum class Grouping {
   kAlongK,   // out[g] sums columns [group_index[g - 1], group_index[g]) of a and b
 };
 
-// What becomes of the product in FP32 before it is quantised, 1x128, on the way out.
+// What becomes of the product in FP32 before it is quantized, 1x128, on the way out.
 enum class Activation {
-  kNone,      // nothing, and out is not quantised
+  kNone,      // nothing, and out is not quantized
   kSwiGLU,    // silu(gate) * up; gate: columns [0, n / 2) of the product, up: the rest
   kGELU,      // x / 2 * (1 + erf(x / sqrt(2)))
   kGELUTanh,  // its tanh approximation

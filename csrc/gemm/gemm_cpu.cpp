@@ -1,6 +1,6 @@
-// CPU GEMM: blocks of the operands are dequantised to FP32 and multiplied by ATen's FP32 product;
+// CPU GEMM: blocks of the operands are dequantized to FP32 and multiplied by ATen's FP32 product;
 // bias and old output are added in FP32, and the sum is rounded once, or goes through an activation
-// and is quantised (activation_cpu.cpp). A group is a product of some rows or columns of a.
+// and is quantized (activation_cpu.cpp). A group is a product of some rows or columns of a.
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
 #include <algorithm>
@@ -15,7 +15,7 @@ namespace {
 
 constexpr ScalarType kE5M2 = ScalarType::Float8_e5m2;
 
-// So many rows of a and of b are dequantised at a time, and so much of K: at most 16 MiB of each,
+// So many rows of a and of b are dequantized at a time, and so much of K: at most 16 MiB of each,
 // which malloc keeps for the next block. Where b is most of the work, its block stays in cache.
 constexpr int64_t kMostRows = 2048, kMostK = 2048;
 constexpr int64_t kFewRows = 64, kMostRowsForFew = 256;

@@ -17,7 +17,7 @@ FoldedRows folded(const char* op, const char* name, const Tensor& tensor) {
   TORCHEXT_CHECK_VALUE(rows.has_value(), op, ": the leading dimensions of ", name,
                        " must fold into one row stride (got shape ", shape_string(tensor),
                        ", strides ", stride_string(tensor),
-                       "); make it contiguous, or fold it with reshape before quantising it");
+                       "); make it contiguous, or fold it with reshape before quantizing it");
   return *rows;
 }
 
@@ -26,14 +26,14 @@ void check_operand(const char* op, const char* name, const Tensor& tensor, const
   TORCHEXT_CHECK_TYPE(is_fp8(tensor.scalar_type()), op, ": ", name,
                       " must be torch.float8_e4m3fn or torch.float8_e5m2 (got ",
                       dtype_name(tensor.scalar_type()),
-                      "); quantise it first, with torchext.ops.quantize_1x128, say");
+                      "); quantize it first, with torchext.ops.quantize_1x128, say");
   const bool contiguous = k <= 1 || tensor.stride(tensor.dim() - 1) == 1;
   const bool pitched = rows.count <= 1 || rows.stride % 16 == 0;
   const bool aligned = address(tensor.data_ptr()) % 16 == 0;
   TORCHEXT_CHECK_VALUE(
       tensor.numel() == 0 || (contiguous && pitched && aligned), op, ": ", name,
       " must have contiguous rows, each starting at a multiple of 16 bytes, as torchext's "
-      "quantisers lay them out: stride(-1) == 1, stride(-2) % 16 == 0, data_ptr() % 16 == 0 (got "
+      "quantizers lay them out: stride(-1) == 1, stride(-2) % 16 == 0, data_ptr() % 16 == 0 (got "
       "shape ",
       shape_string(tensor), ", strides ", stride_string(tensor),
       ", data_ptr() % 16 == ", address(tensor.data_ptr()) % 16,
@@ -124,7 +124,7 @@ void check_m_major(const char* op, const char* name, const Tensor& tensor, const
   const bool aligned = address(scale.data) % 16 == 0;
   TORCHEXT_CHECK_VALUE(tensor.numel() == 0 || (column && folds && pitch && aligned), op, ": ", name,
                        " with one scale for each row and 128 of K must be M-major, as torchext's "
-                       "quantisers lay it out: strides (1, round_up(rows, 4)), leading dimensions "
+                       "quantizers lay it out: strides (1, round_up(rows, 4)), leading dimensions "
                        "folded into rows, 16-byte aligned (got shape ",
                        shape_string(tensor), ", strides ", stride_string(tensor),
                        ", data_ptr() % 16 == ", address(scale.data) % 16,

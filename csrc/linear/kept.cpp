@@ -1,4 +1,4 @@
-// Implements kept.h on the host entries of the quantisers and of fp8_gemm_nt.
+// Implements kept.h on the host entries of the quantizers and of fp8_gemm_nt.
 #include "kept.h"
 
 #include <algorithm>

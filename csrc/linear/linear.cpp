@@ -1,4 +1,4 @@
-// Implements linear.h on the host entries of the quantisers and of fp8_gemm_nt.
+// Implements linear.h on the host entries of the quantizers and of fp8_gemm_nt.
 #include "linear.h"
 
 #include "../gemm/gemm.h"

@@ -1,4 +1,4 @@
-// Host entry of the quantisation ops: checks the input, lays out the outputs, and runs the CPU or
+// Host entry of the quantization ops: checks the input, lays out the outputs, and runs the CPU or
 // the CUDA kernel. Layouts: torchext/ops.py.
 #include "quantize.h"
 
@@ -38,7 +38,7 @@ ScalarType fp8_dtype(const QuantizeOptions& options) {
   return options.e5m2 ? ScalarType::Float8_e5m2 : ScalarType::Float8_e4m3fn;
 }
 
-// A quantised tensor, and a kernel's view of it.
+// A quantized tensor, and a kernel's view of it.
 struct Output {
   Tensor data, scale;
   QuantizedView view;

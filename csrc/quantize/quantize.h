@@ -1,4 +1,4 @@
-// Quantisation: host entry points of the ops (quantize.cpp: check, allocate, dispatch), and what
+// Quantization: host entry points of the ops (quantize.cpp: check, allocate, dispatch), and what
 // the CPU kernels (quantize_cpu.cpp) and CUDA launchers (cuda/) implement. Numbers:
 // docs/numerics.md.
 #pragma once

@@ -1,4 +1,4 @@
-// CPU kernels of quantisation. x is walked in tiles of at most 128 x 128, read in place where the
+// CPU kernels of quantization. x is walked in tiles of at most 128 x 128, read in place where the
 // columns are contiguous and otherwise gathered; whatever is computed from a tile is computed while
 // it is in cache, so that x comes from memory once (for one scale in all: twice).
 #include <atomic>
@@ -298,7 +298,7 @@ struct EncodeAll {
   }
 };
 
-// ---- dequantisation ----
+// ---- dequantization ----
 
 template <class In, class Out>
 struct Dequantize {

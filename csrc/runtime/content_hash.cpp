@@ -1,5 +1,5 @@
 // A 64-bit hash of a tensor's bytes, at the speed of memory: how torchext.nn.Linear proves that its
-// weight is still the one that was quantised (torchext/nn/weight_cache.py).
+// weight is still the one that was quantized (torchext/nn/weight_cache.py).
 //
 // Bytes are cut into blocks of 4 KiB. Within a block this is NH, the inner hash of UMAC (Black et
 // al., 1999) on 64-bit words: the sum of (word + key) * (next word + next key) modulo 2^128, with a

@@ -11,7 +11,7 @@
 #include <tuple>
 #include <utility>
 
-#include "ptx/sim/op_interface.h"
+#include "ptx/sim/api/op_interface.h"
 #include "tensor.h"
 
 namespace torchext {

@@ -25,7 +25,7 @@ inline uint32_t bits_of(float value) {
 }
 
 // condition ? a : b, as arithmetic: a compiler that sees a branch may move floating-point
-// operations into it, and then not vectorise them.
+// operations into it, and then not vectorize them.
 inline uint32_t select(bool condition, uint32_t a, uint32_t b) {
   const uint32_t mask = -uint32_t(condition);
   return (a & mask) | (b & ~mask);

@@ -35,11 +35,11 @@ std::string stride_string(const Tensor& tensor);
 inline bool is_fp8(ScalarType dtype) {
   return dtype == ScalarType::Float8_e4m3fn || dtype == ScalarType::Float8_e5m2;
 }
-inline bool is_wide(ScalarType dtype) {  // the dtypes that are quantised from and written by GEMMs
+inline bool is_wide(ScalarType dtype) {  // the dtypes that are quantized from and written by GEMMs
   return dtype == ScalarType::BFloat16 || dtype == ScalarType::Half || dtype == ScalarType::Float;
 }
 
-// Uninitialised, on the device of `like`.
+// Uninitialized, on the device of `like`.
 Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
                      ScalarType dtype, const Tensor& like);
 

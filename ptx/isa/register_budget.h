@@ -1,5 +1,5 @@
 // Moving registers between warpgroups (PTX ISA "Miscellaneous Instructions: setmaxnreg"; PTX 8.0,
-// sm_90a). All warps of a warpgroup run it. ptxas honours it only in a kernel declared with
+// sm_90a). All warps of a warpgroup run it. ptxas honors it only in a kernel declared with
 // __launch_bounds__(threads, 1); the build fails on its warning C7508 otherwise.
 #pragma once
 

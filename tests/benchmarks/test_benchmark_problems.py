@@ -53,7 +53,7 @@ def test_a_training_step_starts_without_gradients_and_with_a_changed_weight():
 
 @pytest.mark.parametrize("op", [op for op in QUANTIZERS if op != "dequantize"])
 @pytest.mark.parametrize("shape", [(1, 1), (5, 130), (200, 144), (130, 257)])
-def test_plain_quantisers_equal_torchext_in_bits_and_layout(op, shape):
+def test_plain_quantizers_equal_torchext_in_bits_and_layout(op, shape):
     x = torch.randn(shape).mul_(10).bfloat16()
     x[0, 0] = 0
     for ours, theirs in zip(getattr(plain, op)(x), getattr(ops, op)(x), strict=True):
@@ -61,7 +61,7 @@ def test_plain_quantisers_equal_torchext_in_bits_and_layout(op, shape):
         assert ours.stride() == theirs.stride() or ours.shape[-1] == 1 or ours.shape[0] == 1
 
 
-def test_plain_quantiser_against_numpy():
+def test_plain_quantizer_against_numpy():
     x = torch.randn(3, 256)
     data, scale = plain.quantize_1x128(x)
     amax = np.abs(x.numpy().reshape(3, 2, 128)).max(2)
@@ -123,7 +123,7 @@ def test_groups_are_described_to_every_contender_alike():
     assert along_k.flops == 2 * 16 * 24 * sum(along_k.lengths) == 2 * 16 * 24 * along_k.k
 
 
-def test_a_flipped_bit_of_a_quantiser_is_found():
+def test_a_flipped_bit_of_a_quantizer_is_found():
     problem = PROBLEMS["quantize"](case("quantize", "quantize_1x128", (8, 128)), "cpu")
     data, scale = plain.quantize_1x128(problem.x)
     problem.check_bits((data, scale))

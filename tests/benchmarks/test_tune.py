@@ -53,7 +53,7 @@ def test_the_models_choice_stands_within_two_percent():
     assert SMALL in final[1] and final[2] == tune.FINAL_ROUNDS
 
 
-def test_neighbours_of_one_verdict_become_a_range():
+def test_neighbors_of_one_verdict_become_a_range():
     group = [
         (product(1), SPLIT), (product(8), SPLIT), (product(16), None), (product(64), SPLIT),
         (product(128), LARGE), (product(256), LARGE),

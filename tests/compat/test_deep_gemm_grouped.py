@@ -74,7 +74,7 @@ def test_contiguous(layout, case, recipe, device, tensor_core, copies):
 
 @pytest.mark.parametrize("n", [16, 768])
 def test_contiguous_in_any_order(n, device, tensor_core):
-    """Rows of a group need not be neighbours; ids of -1 among them."""
+    """Rows of a group need not be neighbors; ids of -1 among them."""
     a, bs = by_token(90, 128, device), weights(3, n, 128, device)
     ids = torch.randint(-1, 3, (90,), dtype=torch.int32, device=device)
     d = torch.full((90, n), KEPT, device=device)

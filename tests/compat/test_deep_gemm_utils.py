@@ -1,4 +1,4 @@
-"""torchext.compat.deep_gemm.utils: casts beside torchext's quantisers, and layouts of scales."""
+"""torchext.compat.deep_gemm.utils: casts beside torchext's quantizers, and layouts of scales."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def codes(data):
     return data.contiguous().view(torch.uint8)
 
 
-def quantised(name, x, use_ue8m0):
-    """torchext's quantiser of the same granularity: data, scale."""
+def quantized(name, x, use_ue8m0):
+    """torchext's quantizer of the same granularity: data, scale."""
     if name == "per_token_cast_to_fp8":
         return ops.quantize_1x128(x, pow2_scale=use_ue8m0)
     if name == "per_block_cast_to_fp8":
@@ -46,13 +46,13 @@ def test_casts_are_torchexts_where_the_definitions_agree(name, shape, dtype, dev
     x = x.to(dtype)
     cast = getattr(deep_gemm, name)
     data, scale = cast(x, use_ue8m0=True)
-    expected, expected_scale = quantised(name, x, use_ue8m0=True)
+    expected, expected_scale = quantized(name, x, use_ue8m0=True)
     assert torch.equal(scale, expected_scale) and torch.equal(codes(data), codes(expected))
     assert data.is_contiguous() and scale.is_contiguous()
     assert data.dtype == E4M3 and scale.dtype == torch.float32
 
     data, scale = cast(x, use_ue8m0=False)
-    expected, expected_scale = quantised(name, x, use_ue8m0=False)
+    expected, expected_scale = quantized(name, x, use_ue8m0=False)
     tolerance = 0 if device.type == "cpu" else 2.0**-23
     torch.testing.assert_close(scale, expected_scale, rtol=tolerance, atol=0)
     apart = (codes(data).int() - codes(expected).int()).abs()
@@ -84,7 +84,7 @@ def test_casts_keep_deep_gemms_definition_where_it_differs(use_ue8m0):
     assert scale[4].item() == 1 and data[4, :2].float().tolist() == [448.0, -448.0]
 
 
-def test_casts_may_land_on_the_neighbour():
+def test_casts_may_land_on_the_neighbor():
     """x * (1 / scale) where torchext has x / scale: the difference that the docstring states, at
     elements that are 17 times the scale, midway between 16 and 18."""
     x = torch.zeros(1000, 128)
@@ -186,7 +186,7 @@ def test_m_major_scales(leading, rows, device):
         assert deep_gemm.get_mn_major_tma_aligned_tensor(result) is result
 
 
-def test_scales_of_a_quantiser_need_no_copy(device):
+def test_scales_of_a_quantizer_need_no_copy(device):
     _, scale = ops.quantize_1x128(torch.randn(37, 300, device=device))
     assert deep_gemm.get_mn_major_tma_aligned_tensor(scale) is scale
 

@@ -22,7 +22,7 @@ ops = torch.ops.torchext
 
 @dataclass(frozen=True)
 class Operand:
-    """A quantised matrix, and, in float64 on the CPU, its data and the scale of each element."""
+    """A quantized matrix, and, in float64 on the CPU, its data and the scale of each element."""
 
     data: torch.Tensor
     scale: torch.Tensor
@@ -135,7 +135,7 @@ def tensor_core_error(a, b, unit):
     Hopper's: a step of 32 of K aligns its non-zero products and the sum so far to the largest
     exponent among them, truncates each to 13 fraction bits, adds them exactly, and truncates the
     sum likewise: at most 34 errors of 2**-13 times the largest magnitude involved. Exponents are
-    not normalised, so a subnormal operand counts as the smallest normal one. Four steps a block,
+    not normalized, so a subnormal operand counts as the smallest normal one. Four steps a block,
     and 2 % for what the errors add to the sums: 0.017 times the largest product or partial sum of
     the block. The others': docs/numerics.md.
     """

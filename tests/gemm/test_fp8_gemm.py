@@ -1,4 +1,4 @@
-"""fp8_gemm_nt against the float64 product of the dequantised operands, within the bound that
+"""fp8_gemm_nt against the float64 product of the dequantized operands, within the bound that
 docs/numerics.md derives (gemm_testing.py): granularities, dtypes, ragged shapes, epilogues, NaN."""
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ def test_out(out_dtype, accumulate, device, tensor_core):
             assert torch.equal(wide[:, before + 133 :], old[:, before + 133 :])
 
 
-def test_out_need_not_be_initialised(device, tensor_core):
+def test_out_need_not_be_initialized(device, tensor_core):
     a, b = operands("1d2d", 20, 40, 200, device)
     out = torch.full((20, 40), torch.nan, device=device)
     assert check(a, b, tensor_core, out=out).isfinite().all()
@@ -270,7 +270,7 @@ def test_nan_in_the_data_alone(granularity, dtype, code, device):
     a, b = operands(granularity, 20, 40, 300, device, dtypes=(dtype, dtype))
     codes = a.data.view(torch.uint8)
     b.data.view(torch.uint8)[:, [130, 131, 132]] |= 1  # not zero
-    for column in (130, 131, 132):  # wherever it lies among neighbours
+    for column in (130, 131, 132):  # wherever it lies among neighbors
         before = codes[7, column].clone()
         codes[7, column] = code
         result = ops.fp8_gemm_nt(a.data, a.scale, b.data, b.scale)

@@ -1,5 +1,5 @@
-"""Products that apply an activation and quantise, against the float64 product, activation and rule
-of quantisation, within the bound of docs/numerics.md."""
+"""Products that apply an activation and quantize, against the float64 product, activation and rule
+of quantization, within the bound of docs/numerics.md."""
 
 from __future__ import annotations
 

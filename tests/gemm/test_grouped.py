@@ -33,7 +33,7 @@ def ends(lengths, device):
 
 
 class Experts:
-    """Matrices b [G, N, K], quantised, and each as an Operand."""
+    """Matrices b [G, N, K], quantized, and each as an Operand."""
 
     def __init__(self, granularity, groups, n, k, device, *, dtype=E4M3, scaled=True):
         w = unquantized(granularity, (groups, n, k), scaled=scaled).to(device)
@@ -181,7 +181,7 @@ def test_one_group_is_the_dense_product(granularity, device, tensor_core):
 
 
 def test_one_scale_for_each_matrix(device, tensor_core):
-    """Weights that were quantised tensor-wise, each expert by itself: [G, 1, 1]."""
+    """Weights that were quantized tensor-wise, each expert by itself: [G, 1, 1]."""
     w = [torch.randn(70, 300, device=device) * 3**g for g in range(3)]
     data, scale = zip(*(ops.quantize_tensorwise(x) for x in w), strict=True)
     b = Experts("tensorwise", 3, 70, 300, device)

@@ -140,7 +140,7 @@ def test_every_tile_gives_the_same_bits(granularity, dtypes):
 @pytest.mark.parametrize("accumulate", [False, True])
 @pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float32])
 def test_every_tile_stores_any_rows(out_dtype, accumulate):
-    """Out is aligned for TMA and is not, and has neighbours that stay as they are."""
+    """Out is aligned for TMA and is not, and has neighbors that stay as they are."""
     a, b = operands("1d2d", 70, 204, 300, torch.device("cpu"))
     for name, options in variants("1d2d", (E4M3, E4M3)):
         for before in (0, 3, 8):

@@ -66,7 +66,7 @@ def saved_tensors() -> Iterator[list[Tensor]]:
 
 
 def sqnr(reference: Tensor, value: Tensor) -> float:
-    """Signal to quantisation noise in dB."""
+    """Signal to quantization noise in dB."""
     reference, value = reference.double(), value.double()
     noise = (reference - value).square().sum()
     return (10 * torch.log10(reference.square().sum() / noise)).item()
@@ -101,8 +101,8 @@ def train_step(linear: torch.nn.Module, x: Tensor) -> Tensor:
     return y
 
 
-def assert_quantised_afresh(linear: Linear, x: Tensor, times: int = 1) -> None:
-    """The next forward quantises the weight `times` times, and is that of a new layer."""
+def assert_quantized_afresh(linear: Linear, x: Tensor, times: int = 1) -> None:
+    """The next forward quantizes the weight `times` times, and is that of a new layer."""
     with OpCounter() as counter:
         y = linear(x)
     assert counter.of(*QUANTIZE_WEIGHT) == times

@@ -1,4 +1,4 @@
-"""torchext.fixed_weights: each weight is quantised once, on any device, and reused unseen."""
+"""torchext.fixed_weights: each weight is quantized once, on any device, and reused unseen."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from linear_testing import (
     QUANTIZE_WEIGHT,
     OpCounter,
-    assert_quantised_afresh,
+    assert_quantized_afresh,
     main_recipes,
     normal,
     normal_linear,
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.large  # what is kept says nothing of the kernels
 
 
 @main_recipes
-def test_fixed_weights_are_quantised_once(device, recipe):
+def test_fixed_weights_are_quantized_once(device, recipe):
     linear = normal_linear(device, recipe=recipe)
     x = normal(8, 200, device=device, grad=True)
     with OpCounter() as alone:
@@ -53,8 +53,8 @@ def test_fixed_weights_are_not_looked_at(device):
         assert torch.equal(linear(x), y)
         linear.refresh_weight()
         assert not torch.equal(linear(x), y)
-        assert_quantised_afresh(linear, x, times=0)
-    assert_quantised_afresh(linear, x)
+        assert_quantized_afresh(linear, x, times=0)
+    assert_quantized_afresh(linear, x)
 
 
 @pytest.mark.parametrize("change", RECORDED, ids=name_of)
@@ -65,8 +65,8 @@ def test_recorded_changes_of_fixed_weights_are_seen(device, change):
         train_step(linear, x)
         linear(x)
         change(linear)
-        assert_quantised_afresh(linear, x)
-        assert_quantised_afresh(linear, x, times=0)
+        assert_quantized_afresh(linear, x)
+        assert_quantized_afresh(linear, x, times=0)
 
 
 def test_fixed_weights_nest_and_end_with_the_last(device):
@@ -80,12 +80,12 @@ def test_fixed_weights_nest_and_end_with_the_last(device):
         with pytest.raises(KeyError), fixed_weights(model):
             raise KeyError
         for layer in model:
-            assert_quantised_afresh(layer, x, times=0)
+            assert_quantized_afresh(layer, x, times=0)
         assert counter.of(*QUANTIZE_WEIGHT) == 2
     assert all(len(layer._weight_cache) == layer._weight_cache.fixed == 0 for layer in model)
     for layer in model:
         layer.weight.data.mul_(0.5)
-        assert_quantised_afresh(layer, x)
+        assert_quantized_afresh(layer, x)
 
 
 def test_copies_of_fixed_layers_are_not_fixed(device):
@@ -96,14 +96,14 @@ def test_copies_of_fixed_layers_are_not_fixed(device):
         shallow, *copies = copies_of(linear)
         for clone in copies:
             clone.weight.data.mul_(0.5)
-            assert_quantised_afresh(clone, x)
+            assert_quantized_afresh(clone, x)
             clone.weight.data.mul_(0.5)
-            assert_quantised_afresh(clone, x)
+            assert_quantized_afresh(clone, x)
         shallow.weight = torch.nn.Parameter(shallow.weight.detach() * 0.5)
-        assert_quantised_afresh(shallow, x)
+        assert_quantized_afresh(shallow, x)
     for clone in (shallow, *copies):
         clone.weight.data.mul_(0.5)
-        assert_quantised_afresh(clone, x)
+        assert_quantized_afresh(clone, x)
 
 
 def test_fixed_weights_of_several_recipes(device):
@@ -115,7 +115,7 @@ def test_fixed_weights_of_several_recipes(device):
             for recipe in recipes:
                 linear.recipe = recipe
                 if recipe.granularity == "blockwise":
-                    assert_quantised_afresh(linear, x, times=times)
+                    assert_quantized_afresh(linear, x, times=times)
         assert len(linear._weight_cache) == 2
 
 

@@ -8,7 +8,7 @@ from linear_testing import (
     QUANTIZE_ACTIVATION,
     QUANTIZE_WEIGHT,
     OpCounter,
-    assert_quantised_afresh,
+    assert_quantized_afresh,
     every_recipe,
     main_recipes,
     normal,
@@ -343,7 +343,7 @@ def test_autocast(device, dtype, input_dtype):
     assert linear.weight.grad.dtype == linear.bias.grad.dtype == torch.float32
     assert linear(x).dtype == input_dtype
     if input_dtype == torch.float32:
-        assert torch.equal(linear(x).to(dtype), y)  # quantised from FP32, rounded once
+        assert torch.equal(linear(x).to(dtype), y)  # quantized from FP32, rounded once
     with torch.autocast(device.type, dtype, enabled=False):
         assert linear(x).dtype == input_dtype
 
@@ -390,13 +390,13 @@ def test_tied_weights(device):
     x = embedding(tokens)
     (linear(x) + other(x)).sum().backward()
     torch.optim.SGD(embedding.parameters(), lr=1.0).step()
-    assert_quantised_afresh(linear, x.detach())
+    assert_quantized_afresh(linear, x.detach())
 
 
 @pytest.mark.parametrize(
     "parametrize", [parametrizations.weight_norm, parametrizations.spectral_norm]
 )
-def test_parametrised_weight_is_quantised_each_time(device, parametrize):
+def test_parametrized_weight_is_quantized_each_time(device, parametrize):
     linear = normal_linear(device)
     x = normal(8, 200, device=device)
     linear(x)  # a cache that must not be used below
@@ -433,4 +433,4 @@ def test_functional_call(device):
     assert torch.equal(y, linear(x) * 2)
     y.sum().backward()
     assert swapped["weight"].grad is not None and linear.weight.grad is None
-    assert_quantised_afresh(linear, x, times=1 if device.type == "cuda" else 0)
+    assert_quantized_afresh(linear, x, times=1 if device.type == "cuda" else 0)

@@ -7,7 +7,7 @@ import collections
 import pytest
 import torch
 from linear_testing import (
-    assert_quantised_afresh,
+    assert_quantized_afresh,
     halve,
     main_recipes,
     normal,
@@ -73,20 +73,20 @@ def test_compile_gives_one_graph_each_way(device, recipe, backend, shape):
     assert len(linear._weight_cache) == 0
 
 
-def test_compile_default_backend_with_autocast_and_optimiser(device):
+def test_compile_default_backend_with_autocast_and_optimizer(device):
     torch._dynamo.reset()
     linear, eager = normal_linear(device), normal_linear(device)
     compiled = torch.compile(linear, fullgraph=True)
     x = normal(8, 200, device=device, grad=True)
-    optimisers = [torch.optim.SGD(layer.parameters(), lr=0.1) for layer in (linear, eager)]
+    optimizers = [torch.optim.SGD(layer.parameters(), lr=0.1) for layer in (linear, eager)]
     for _ in range(3):
-        for layer, optimiser in zip((compiled, eager), optimisers, strict=True):
-            optimiser.zero_grad()
+        for layer, optimizer in zip((compiled, eager), optimizers, strict=True):
+            optimizer.zero_grad()
             with torch.autocast(device.type, torch.bfloat16):
                 y = layer(x)
             assert y.dtype == torch.bfloat16
             y.float().square().mean().backward()
-            optimiser.step()
+            optimizer.step()
     torch.testing.assert_close(linear.weight, eager.weight)
     torch.testing.assert_close(linear.bias, eager.bias)
 
@@ -102,16 +102,16 @@ def test_compile_frozen_weight(device):
     assert torch.equal(dx, x.grad)
 
 
-def test_compiled_optimiser_does_not_recompile(device):
-    # What an eager layer keeps must not become a guard of the optimiser's graph.
+def test_compiled_optimizer_does_not_recompile(device):
+    # What an eager layer keeps must not become a guard of the optimizer's graph.
     torch._dynamo.reset()
     linear = normal_linear(device)
-    optimiser = torch.optim.SGD(linear.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(linear.parameters(), lr=0.1)
     x = normal(8, 200, device=device)
     counter = CompileCounter()
-    step = torch.compile(optimiser.step, backend=counter)
+    step = torch.compile(optimizer.step, backend=counter)
     for _ in range(4):
         train_step(linear, x)
         step()
-        assert_quantised_afresh(linear, x)
+        assert_quantized_afresh(linear, x)
     assert counter.frame_count <= 1

@@ -46,7 +46,7 @@ def assert_equal(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
 
 
 def assert_close(got, expected) -> None:
-    """The same quantised operands, perhaps summed in another order."""
+    """The same quantized operands, perhaps summed in another order."""
     assert got.shape == expected.shape and got.dtype == expected.dtype
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 

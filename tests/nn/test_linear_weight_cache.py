@@ -12,7 +12,7 @@ import torch
 from linear_testing import (
     QUANTIZE_WEIGHT,
     OpCounter,
-    assert_quantised_afresh,
+    assert_quantized_afresh,
     halve,
     main_recipes,
     normal,
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.large  # what is kept says nothing of the kernels
 
 
 @main_recipes
-def test_weight_is_quantised_once_for_all_micro_steps(device, recipe):
+def test_weight_is_quantized_once_for_all_micro_steps(device, recipe):
     linear = normal_linear(device, recipe=recipe)
     x = normal(8, 200, device=device, grad=True)
     first = train_step(linear, x)
@@ -66,9 +66,9 @@ def test_equal_bytes_are_the_same_weight(device):
     x = normal(8, 160, device=device)
     linear(x)
     linear.load_state_dict({name: t.clone() for name, t in linear.state_dict().items()})
-    assert_quantised_afresh(linear, x, times=kept(device))
+    assert_quantized_afresh(linear, x, times=kept(device))
     linear.weight = torch.nn.Parameter(linear.weight.detach().clone())
-    assert_quantised_afresh(linear, x, times=kept(device))
+    assert_quantized_afresh(linear, x, times=kept(device))
 
 
 def test_weight_made_without_gradients_gets_what_dgrad_needs(device):
@@ -88,13 +88,13 @@ def test_weight_made_without_gradients_gets_what_dgrad_needs(device):
 
 
 @pytest.mark.parametrize("change", [*RECORDED, *UNRECORDED], ids=name_of)
-def test_weight_is_quantised_anew_after(device, change):
+def test_weight_is_quantized_anew_after(device, change):
     linear = square_linear(device)
     x = normal(8, 160, device=device, grad=True)
     train_step(linear, x)
-    assert_quantised_afresh(linear, x, times=kept(device))
+    assert_quantized_afresh(linear, x, times=kept(device))
     change(linear)
-    assert_quantised_afresh(linear, x)
+    assert_quantized_afresh(linear, x)
 
 
 def test_writes_by_numpy_and_by_foreign_code_are_seen():
@@ -102,9 +102,9 @@ def test_writes_by_numpy_and_by_foreign_code_are_seen():
     x = normal(8, 160, device=torch.device("cpu"))
     linear(x)
     linear.weight.detach().numpy()[5] = 3.0
-    assert_quantised_afresh(linear, x)
+    assert_quantized_afresh(linear, x)
     ctypes.memset(linear.weight.data_ptr() + 4 * 160 * 159, 0, 4 * 160)  # the last row
-    assert_quantised_afresh(linear, x)
+    assert_quantized_afresh(linear, x)
 
 
 def test_storage_freed_and_used_again_is_noticed(device):
@@ -117,7 +117,7 @@ def test_storage_freed_and_used_again_is_noticed(device):
         values = linear.weight.detach() * scale
         linear.weight.data = torch.empty(0, device=device)
         linear.weight.data = values
-        assert_quantised_afresh(linear, x)
+        assert_quantized_afresh(linear, x)
 
 
 @pytest.mark.parametrize("swap", [False, True])
@@ -135,7 +135,7 @@ def test_tied_layers_can_be_converted(device, swap):
         torch.__future__.set_swap_module_params_on_conversion(False)
     for layer in model:
         assert layer.weight.dtype == torch.bfloat16
-        assert_quantised_afresh(layer, x)
+        assert_quantized_afresh(layer, x)
 
 
 @pytest.mark.parametrize(
@@ -155,9 +155,9 @@ def test_strided_weights(device, view):
     x = normal(8, 160, device=device)
     linear(x)
     linear.weight.data[0].mul_(-0.5)
-    assert_quantised_afresh(linear, x)
+    assert_quantized_afresh(linear, x)
     linear.weight.data[0, 159].fill_(7)
-    assert_quantised_afresh(linear, x)
+    assert_quantized_afresh(linear, x)
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
@@ -175,7 +175,7 @@ def test_weights_made_in_inference_mode(device):
         linear = normal_linear(device)
         x = normal(8, 200, device=device)
         before = linear(x)
-        assert_quantised_afresh(linear, x, times=kept(device))
+        assert_quantized_afresh(linear, x, times=kept(device))
         linear.weight.mul_(0.5)
         linear.bias.mul_(0.5)
         assert torch.equal(linear(x), before * 0.5)
@@ -259,7 +259,7 @@ def test_weights_from_other_processes_are_used(tmp_path):
             worker.join(60)
             worker.kill()
     assert shared.weight[7, 0] == 7
-    assert_quantised_afresh(shared, x)
+    assert_quantized_afresh(shared, x)
 
 
 def test_the_format_of_the_bytes_counts(device):
@@ -267,7 +267,7 @@ def test_the_format_of_the_bytes_counts(device):
     x = normal(8, 200, device=device)
     linear(x)
     linear.weight.data = linear.weight.data.view(torch.float16)
-    assert_quantised_afresh(linear, x)
+    assert_quantized_afresh(linear, x)
 
 
 # ---- memory ----
@@ -314,17 +314,17 @@ def test_what_is_kept_is_not_copied_pickled_or_saved(device):
         assert len(clone._weight_cache) == 0
         assert torch.equal(clone(x), y)
         halve(clone)
-        assert_quantised_afresh(clone, x)
+        assert_quantized_afresh(clone, x)
     assert set(linear.state_dict()) == {"weight", "bias"}
     assert not list(linear.buffers())
-    assert_quantised_afresh(linear, x, times=kept(device))
+    assert_quantized_afresh(linear, x, times=kept(device))
 
 
 # ---- whoever else interprets ops ----
 
 
 class Halves(TorchDispatchMode):
-    """A user's mode that changes results: of 128x128 quantisation, the scale."""
+    """A user's mode that changes results: of 128x128 quantization, the scale."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))

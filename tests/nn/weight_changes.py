@@ -19,7 +19,7 @@ def square_linear(device: torch.device) -> Linear:
 
 
 def kept(device: torch.device) -> int:
-    """How often a weight that did not change is quantised by a forward: on CUDA nobody looks."""
+    """How often a weight that did not change is quantized by a forward: on CUDA nobody looks."""
     return 1 if device.type == "cuda" else 0
 
 
@@ -36,7 +36,7 @@ def copies_of(linear: Linear) -> list[Linear]:
 
 
 class WritesThroughData(torch.optim.Optimizer):
-    """An optimiser in the old style: autograd's version counter does not see it."""
+    """An optimizer in the old style: autograd's version counter does not see it."""
 
     def __init__(self, params):
         super().__init__(params, {})
@@ -154,7 +154,7 @@ def _exchanged_rows(linear: Linear) -> None:
     linear.weight.data[[3, 100]] = linear.weight.data[[100, 3]]
 
 
-def _exchanged_neighbours(linear: Linear) -> None:
+def _exchanged_neighbors(linear: Linear) -> None:
     linear.weight.data[:, [6, 7]] = linear.weight.data[:, [7, 6]]
 
 
@@ -167,7 +167,7 @@ def _opposite_deltas(linear: Linear) -> None:
     linear.weight.data[0, 1] -= 100
 
 
-# What leaves no trace: not on the version counter, the address or the optimiser.
+# What leaves no trace: not on the version counter, the address or the optimizer.
 UNRECORDED = [
     _merge_lora,
     _copy_ema,
@@ -176,7 +176,7 @@ UNRECORDED = [
     _one_sign,
     _all_signs,
     _exchanged_rows,
-    _exchanged_neighbours,
+    _exchanged_neighbors,
     _transposed_in_place,
     _opposite_deltas,
 ]

@@ -72,7 +72,7 @@ void check_scales(const Format& f) {
 }
 
 // divide() can only differ from the true quotient q, rounded to FP8, where q is within 2^-22 ulp of
-// the end of an FP32 rounding interval around a value half-way between FP8 neighbours: elsewhere
+// the end of an FP32 rounding interval around a value half-way between FP8 neighbors: elsewhere
 // its error, 3 * 2^-24 ulp before the last rounding, is too small to matter. With integers a, b of
 // 24 bits as mantissas, q = a * 2^s / b for s = 23 or 24, and H = M * 2^19 +- 1/2 as the end, that
 // is |2^(s+1) a - 2 H b| <= 8. As 2 H is odd each such remainder leaves one b modulo 2^(s+1), so
@@ -115,7 +115,7 @@ void check_random_quotients(const Format& f) {
     check_quotient(amax, scale, f, count);
     check_quotient(-0.0f, scale, f, count);
     check_quotient(0.0f, scale, f, count);
-    for (int j = 0; j < 4; ++j) {  // anything, and what is nearly half-way between FP8 neighbours
+    for (int j = 0; j < 4; ++j) {  // anything, and what is nearly half-way between FP8 neighbors
       const float x = float_of(random() % (amax_bits + 1));
       check_quotient(-x, scale, f, count);
       const double wanted = std::ldexp(int(16 + random() % 16), int(random() % 40) - 24);

@@ -1,4 +1,4 @@
-"""The quantisers again, in numpy and by other means than any kernel's: FP8 values are looked up in
+"""The quantizers again, in numpy and by other means than any kernel's: FP8 values are looked up in
 the list of all FP8 values, and ties are found among the exact midpoints between them."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The arithmetic of the CUDA quantisers, which is plain C++, run on the host."""
+"""The arithmetic of the CUDA quantizers, which is plain C++, run on the host."""
 
 from __future__ import annotations
 

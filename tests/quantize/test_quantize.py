@@ -1,4 +1,4 @@
-"""Quantisers, to the bit, against the numpy reference (reference.py): dtypes, hostile values,
+"""Quantizers, to the bit, against the numpy reference (reference.py): dtypes, hostile values,
 shapes, strides, layout of the outputs, and independence from the machine's settings."""
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def hostile_groups(dtype, fp8):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", [n for n in FOLDING if "1x128" in n])
 def test_hostile_groups(name, dtype, fp8, pow2_scale, device):
-    """Side by side, so that none disturbs its neighbours; along rows and along columns."""
+    """Side by side, so that none disturbs its neighbors; along rows and along columns."""
     groups = hostile_groups(dtype, fp8)
     x = torch.zeros(len(groups), 128, dtype=dtype)
     for row, group in zip(x, groups.values(), strict=True):
@@ -315,7 +315,7 @@ print(digest())
 
 
 def digest():
-    """Of what all quantisers make of all hostile groups and of strided matrices."""
+    """Of what all quantizers make of all hostile groups and of strided matrices."""
     torch.manual_seed(0)
     total = hashlib.sha256()
     for dtype in DTYPES:

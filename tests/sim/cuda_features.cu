@@ -101,7 +101,7 @@ extern "C" __global__ void halves(const __half* a, __half2* out) {
 #undef PUT
 }
 
-// Each thread adds its left neighbour's number of the step before, `steps` times, across the grid.
+// Each thread adds its left neighbor's number of the step before, `steps` times, across the grid.
 extern "C" __global__ void grid_steps(int* now, int* next, int steps) {
   const auto grid = cg::this_grid();
   const unsigned i = grid.thread_rank(), n = grid.size();

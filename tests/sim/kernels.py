@@ -98,7 +98,7 @@ WAIT:
 """
 )
 
-# Each thread writes its slot of shared memory and reads its neighbour's; no barrier in between.
+# Each thread writes its slot of shared memory and reads its neighbor's; no barrier in between.
 RACE = (
     HEADER
     + """
@@ -229,7 +229,7 @@ STORE = (
 """
 )
 
-# Two CTAs of a cluster: each initialises an mbarrier, stores a number, and arrives at the other's
+# Two CTAs of a cluster: each initializes an mbarrier, stores a number, and arrives at the other's
 # mbarrier; then waits for its own. FENCE and READ are replaced by the tests.
 PEERS = (
     HEADER
@@ -265,7 +265,7 @@ WAIT:
 """
 )
 
-# Calls through a table, recursion, alloca, malloc, initialisers, expressions.
+# Calls through a table, recursion, alloca, malloc, initializers, expressions.
 CALLS = (
     HEADER
     + """

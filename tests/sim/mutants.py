@@ -209,7 +209,7 @@ MUTANTS = [
     Mutant("accumulators read in flight", "by TMA", MAINLOOP, WAIT_AND_FINISH,
            WAIT_AND_FINISH.replace("      ptx::wgmma_wait_group<1>();\n", "").replace(
                "first = start", "ptx::wgmma_wait_group<1>();\n      first = start")),
-    Mutant("mbarriers initialised without a fence", "by TMA", KERNEL,
+    Mutant("mbarriers initialized without a fence", "by TMA", KERNEL,
            "    ptx::fence_mbarrier_init();\n", ""),
     Mutant("mbarriers used before the CTA has met", "by TMA", KERNEL,
            "  __syncthreads();\n  if (place.cluster", "  if (place.cluster"),

@@ -1,4 +1,4 @@
-"""CTAs that synchronise by atomics: the same verdict on any number of host threads."""
+"""CTAs that synchronize by atomics: the same verdict on any number of host threads."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ THREADS = pytest.mark.parametrize("num_threads", [1, 2, 4])
 
 
 def module(body: str) -> sim.Module:
-    """%rd1: words for synchronisation; %rd2: data; %r1: the CTA's number; %r2: the thread's."""
+    """%rd1: words for synchronization; %rd2: data; %r1: the CTA's number; %r2: the thread's."""
     return sim.Module(
         HEADER.format(target="sm_90a")
         + ".visible .entry kernel(.param .u64 sync, .param .u64 data)\n{\n.reg .pred %p<8>;\n"
@@ -70,7 +70,7 @@ ADD:
     st.global.u32 [%rd2], %r7;
 END:
 """
-# Each CTA waits for all others, then reads what its neighbour has written.
+# Each CTA waits for all others, then reads what its neighbor has written.
 MEET = """
     setp.ne.u32 %p1, %r2, 0;
     mul.wide.u32 %rd3, %r1, 4;

@@ -1,5 +1,5 @@
 """Every CUDA kernel that ships, of every architecture, under three schedules in each completion
-mode: no finding, and the same bits every time. Quantisers must equal the CPU kernels; GEMMs, whose
+mode: no finding, and the same bits every time. Quantizers must equal the CPU kernels; GEMMs, whose
 tensor cores round otherwise, an exact product within the bound of docs/numerics.md."""
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ sim = pytest.importorskip("torchext.sim")
 RUNS = [(seed, mode) for seed in (0, 1, 2) for mode in ("eager", "late", "random")]
 WIDE = (torch.bfloat16, torch.float16, torch.float32)
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-QUANTISERS = [
+QUANTIZERS = [
     ops.quantize_1x128,
     ops.quantize_1x128_t,
     ops.quantize_1x128_dual,
@@ -60,10 +60,10 @@ def cases(capability: int) -> dict[str, Case]:
     generator = torch.Generator().manual_seed(0)
     wide = torch.randn(140, 200, generator=generator)
     wide *= torch.logspace(-4, 2, 140)[:, None]
-    for fp8 in FP8 if capability != 80 else ():  # 8.0 takes the quantisers of 7.5
+    for fp8 in FP8 if capability != 80 else ():  # 8.0 takes the quantizers of 7.5
         for dtype in WIDE:
             x = wide.to(dtype)
-            for op in QUANTISERS:
+            for op in QUANTIZERS:
                 found[f"{op.__name__} {dtype} {fp8}"] = Case(
                     lambda op=op, x=x, fp8=fp8: op(x, dtype=fp8)
                 )
@@ -99,7 +99,7 @@ def cases(capability: int) -> dict[str, Case]:
 
 def hopper_family(granularity: str, a: Outputs, b: Outputs) -> dict[str, Case]:
     """Every tile of Hopper's GEMM, alone and in clusters, on so few SMs that a CTA has several
-    tiles and goes round its ring; and every tile that activates and quantises."""
+    tiles and goes round its ring; and every tile that activates and quantizes."""
     found: dict[str, Case] = {}
     formats = (a[0].dtype, b[0].dtype)
     label = f"{granularity} {formats[0]} {formats[1]}"
@@ -150,7 +150,7 @@ def test_no_finding_and_the_same_bits(capability: int, name: str) -> None:
     if name.startswith("fp8_gemm_nt"):
         error = (outputs[0].double() - on_cpu[0].double()).abs()
         row_size = on_cpu[0].double().abs().amax(1, keepdim=True)
-        # Coarse: tests/gemm has the bound. What is quantised may differ by a step of e4m3.
+        # Coarse: tests/gemm has the bound. What is quantized may differ by a step of e4m3.
         assert (error <= row_size / (7 if "_quantize " in name else 64)).all()
     else:
         assert first is not None and all(map(torch.equal, bits(on_cpu), first))

@@ -201,7 +201,7 @@ def test_lanes_that_agree_make_one_tensor_store(completion):
         ("fence.mbarrier_init.release.cluster;", "", set()),
         ("fence.acq_rel.cluster;", "ld.shared::cluster.u32 %r7, [%r6];", set()),
         ("", "", {"mbarrier misuse"}),
-        # That fence is for the initialisation alone: the number is not published by it.
+        # That fence is for the initialization alone: the number is not published by it.
         (
             "fence.mbarrier_init.release.cluster;",
             "ld.shared::cluster.u32 %r7, [%r6];",

@@ -63,7 +63,7 @@ def run(body, grid=1, block=64, **options):
 @pytest.mark.parametrize("name", LOADS)
 @pytest.mark.parametrize("write", WRITES)
 def test_of_what_the_launch_has_written(name, write):
-    """By another thread, with every synchronisation that ordinary loads need."""
+    """By another thread, with every synchronization that ordinary loads need."""
     report = run(WRITES[write] + BARRIER + load(name, "%rd5"))
     assert kinds(report) == {"non-coherent load"}, str(report)
     assert not report.ok
@@ -82,7 +82,7 @@ def test_of_what_nobody_writes(name):
     assert not report.findings, str(report)
 
 
-def test_of_the_neighbours_of_what_is_written():
+def test_of_the_neighbors_of_what_is_written():
     report = run("st.global.u32 [%rd3+4], %r3;\n" + BARRIER + load("ld.global.nc", "%rd5"))
     assert not report.findings, str(report)
     report = run("st.global.b8 [%rd3+1], %r3;\n" + BARRIER + load("byte", "%rd5"))

@@ -30,7 +30,7 @@ def table(name: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def samples(name: str) -> np.ndarray:
-    """Every value, every midpoint, and the neighbours of both, as float32."""
+    """Every value, every midpoint, and the neighbors of both, as float32."""
     values, _ = table(name)
     top = values[-1]
     points = np.concatenate(
@@ -69,7 +69,7 @@ def test_nearest_even_agrees_with_torch(name):
 def test_encoding_inverts_decoding(name):
     codes = all_codes(name)
     values = _sim.decode(name, codes)
-    with np.errstate(invalid="ignore"):  # a signalling NaN of bf16
+    with np.errstate(invalid="ignore"):  # a signaling NaN of bf16
         back = _sim.encode(name, values.astype(np.float64))
     expected = np.where(np.isnan(values), NAN_CODE[name], codes)
     np.testing.assert_array_equal(back, expected)
@@ -77,7 +77,7 @@ def test_encoding_inverts_decoding(name):
 
 @pytest.mark.parametrize("rounding", ["rn", "rz", "rm", "rp", "rna"])
 @pytest.mark.parametrize("name", FORMATS)
-def test_rounding_modes_choose_the_right_neighbour(name, rounding):
+def test_rounding_modes_choose_the_right_neighbor(name, rounding):
     values, codes = table(name)
     x = samples(name)
     x = x[np.abs(x) <= values[-1]]
@@ -109,8 +109,8 @@ def test_f64_narrows_to_f32_as_numpy_does():
     assert np.all(down <= x) and np.all(x <= up)
     inexact = expected.astype(np.float64) != x
     finite = inexact & np.isfinite(down) & np.isfinite(up)
-    neighbours = np.nextafter(down[finite].astype(np.float32), np.float32(np.inf))
-    np.testing.assert_array_equal(neighbours, up[finite])
+    neighbors = np.nextafter(down[finite].astype(np.float32), np.float32(np.inf))
+    np.testing.assert_array_equal(neighbors, up[finite])
 
 
 def test_tf32_clears_the_low_bits_and_ties_away():

@@ -179,8 +179,8 @@ def test_64_bit_integers_round_as_told(destination, source, mode):
     dtype = {"f64": np.float64, "f32": np.float32}[destination]
     got = lanes(f"cvt.{mode}.{destination}.{source} %z, %a;", dtype, a)
     below, above = np.nextafter(got, dtype(-np.inf)), np.nextafter(got, dtype(np.inf))
-    for value, *neighbours in zip(a.tolist(), got, below, above, strict=True):
-        r, low, high = (Fraction(float(v)) for v in neighbours)
+    for value, *neighbors in zip(a.tolist(), got, below, above, strict=True):
+        r, low, high = (Fraction(float(v)) for v in neighbors)
         assert {
             "rn": abs(value - r) <= min(value - low, high - value),
             "rz": low < value <= r if value < 0 else r <= value < high,

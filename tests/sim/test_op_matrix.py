@@ -371,7 +371,7 @@ def test_wgmma_faults(fault, kind, completion):
     assert kind in kinds(report), str(report)
 
 
-def test_uninitialised_accumulator():
+def test_uninitialized_accumulator():
     code = "setp.eq.u32 %p2, %r1, %r1;\nwgmma.fence.sync.aligned;"
     report, _, _ = wgmma(fence=code)
     assert "uninitialized register" in kinds(report)

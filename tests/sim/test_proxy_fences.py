@@ -271,7 +271,7 @@ def test_between_ctas(writer, reader, fine, num_threads):
         ("fence.proxy.tensormap::generic.release.gpu", False),
     ],
 )
-def test_initialised_mbarriers(fence, fine):
+def test_initialized_mbarriers(fence, fine):
     body = SETUP.replace("fence.mbarrier_init.release.cluster", fence) + "bar.sync 0;" + LOAD
     report, _ = run(body)
     assert report.ok == fine, str(report)

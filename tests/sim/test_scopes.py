@@ -251,7 +251,7 @@ def test_one_narrow_side_is_enough_for_a_race():
 
 
 def test_the_report_survives_a_barrier():
-    """One thread synchronises for its CTA; the race is another's, and still names the scopes."""
+    """One thread synchronizes for its CTA; the race is another's, and still names the scopes."""
     module = kernel(
         """
     ld.param.u64 %rd1, [data];

@@ -52,7 +52,7 @@ class ByteTransformer(nn.Module):
         self.blocks = nn.ModuleList(Block(width, num_heads) for _ in range(num_blocks))
         self.norm = nn.LayerNorm(width)
         self.lm_head = nn.Linear(width, NUM_BYTES)
-        self.apply(_initialise)
+        self.apply(_initialize)
 
     def forward(self, tokens: Tensor) -> Tensor:
         positions = torch.arange(tokens.shape[1], device=tokens.device)
@@ -62,7 +62,7 @@ class ByteTransformer(nn.Module):
         return self.lm_head(self.norm(x))
 
 
-def _initialise(module: nn.Module) -> None:
+def _initialize(module: nn.Module) -> None:
     """Normal with deviation 0.02, biases zero, as GPT-2."""
     if isinstance(module, (nn.Linear, nn.Embedding)):
         nn.init.normal_(module.weight, std=0.02)

@@ -62,11 +62,11 @@ def draw(reference: Run, fp8: Run, path: Path) -> None:
     figure = Figure(figsize=(8, 6), dpi=150, layout="constrained")
     losses, gaps = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     steps = list(reference.held_out)
-    for run, colour, style in ((reference, "tab:blue", "-"), (fp8, "tab:orange", "--")):
-        losses.plot(_smooth(run.losses), style, color=colour, alpha=0.4, linewidth=1)
+    for run, color, style in ((reference, "tab:blue", "-"), (fp8, "tab:orange", "--")):
+        losses.plot(_smooth(run.losses), style, color=color, alpha=0.4, linewidth=1)
         held_out = list(run.held_out.values())
         label = f"{run.name}: {held_out[-1]:.4f} at the end"
-        losses.plot(steps, held_out, style, color=colour, marker="o", markersize=4, label=label)
+        losses.plot(steps, held_out, style, color=color, marker="o", markersize=4, label=label)
     losses.set(ylabel="loss, nats a byte", title="One byte-level transformer, trained twice")
     losses.legend(title="held out (faint: training)")
     percent = [100 * (fp8.held_out[step] / reference.held_out[step] - 1) for step in steps]

@@ -108,7 +108,7 @@ def _traced_symbolically(layer: Linear, input: Any, weight: Tensor, bias: Tensor
     if type(weight) is Tensor:
         raise RuntimeError(
             "torchext.nn.Linear: torch.fx: expected parameters; got a computed weight "
-            "(a parametrisation, or torch.nn.utils.weight_norm), which the graph would hold as it "
+            "(a parametrization, or torch.nn.utils.weight_norm), which the graph would hold as it "
             "is now; trace with a torch.fx.Tracer whose is_leaf_module is true of this layer"
         )
     return linear_op(input, weight, bias, layer.recipe)

@@ -23,7 +23,7 @@ class Linear(torch.nn.Linear):
 
     In every other way it behaves as torch.nn.Linear.
 
-    Parameters (`weight` [out_features, in_features], `bias` [out_features]), their initialisation
+    Parameters (`weight` [out_features, in_features], `bias` [out_features]), their initialization
     and `state_dict` keys are torch.nn.Linear's, so checkpoints go both ways. Features need not be
     multiples of anything.
 
@@ -36,7 +36,7 @@ class Linear(torch.nn.Linear):
     Args:
         in_features, out_features, bias, device, dtype: as in torch.nn.Linear. The parameters are
             FP32, BF16 or FP16.
-        recipe: how x, weight and dy are quantised; Recipe.deepseek_v3() if None.
+        recipe: how x, weight and dy are quantized; Recipe.deepseek_v3() if None.
     """
 
     recipe: Recipe
@@ -60,7 +60,7 @@ class Linear(torch.nn.Linear):
     def from_linear(cls, linear: torch.nn.Linear, recipe: Recipe | None = None) -> Linear:
         """An FP8 layer with the parameters (the same, not copies), hooks and mode of `linear`.
 
-        Raises TypeError for anything but a plain torch.nn.Linear: a subclass's own behaviour would
+        Raises TypeError for anything but a plain torch.nn.Linear: a subclass's own behavior would
         be lost.
         """
         if type(linear) is not torch.nn.Linear:
@@ -82,7 +82,7 @@ class Linear(torch.nn.Linear):
         """Turns a plain torch.nn.Linear into an FP8 layer in place, and returns it.
 
         It stays the same object, so that everything that refers to it (hooks, other modules,
-        optimisers) goes on doing so.
+        optimizers) goes on doing so.
         """
         recipe = _checked_recipe(recipe)
         linear.__class__ = cls
@@ -96,13 +96,13 @@ class Linear(torch.nn.Linear):
 
         It stays the same object with the same parameters, hooks and mode.
 
-        Raises TypeError for a subclass of torchext.nn.Linear, a parametrised layer included.
+        Raises TypeError for a subclass of torchext.nn.Linear, a parametrized layer included.
         """
         if type(self) is not Linear:
             raise TypeError(
                 f"Linear.revert_: expected a torchext.nn.Linear; got its subclass "
-                f"{type(self).__name__}, whose own behaviour would be lost; remove its "
-                "parametrisations, or replace it, first"
+                f"{type(self).__name__}, whose own behavior would be lost; remove its "
+                "parametrizations, or replace it, first"
             )
         for name in Linear.__annotations__:  # what this class keeps beside torch.nn.Linear
             self.__dict__.pop(name, None)
@@ -120,7 +120,7 @@ class Linear(torch.nn.Linear):
         parameters: dict[str, Any] = self._parameters
         try:  # Module.__getattr__, a Python function, takes longer than all checks below
             weight, bias = parameters["weight"], parameters["bias"]
-        except KeyError:  # parametrised, or replaced by a hook
+        except KeyError:  # parametrized, or replaced by a hook
             weight, bias = self.weight, self.bias
         compiling = torch.compiler.is_compiling()
         rewrap = None
@@ -163,7 +163,7 @@ class Linear(torch.nn.Linear):
         )
 
     def refresh_weight(self) -> None:
-        """Drops the FP8 weight, and so frees its memory; the next forward quantises the parameter.
+        """Drops the FP8 weight, and so frees its memory; the next forward quantizes the parameter.
 
         Needed within `torchext.fixed_weights`, after a write that PyTorch does not record.
         """

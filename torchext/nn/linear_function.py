@@ -1,6 +1,6 @@
 """The three FP8 GEMMs of a linear layer as one autograd function, whatever the recipe.
 
-Every operand is quantised along the dimension that its GEMM sums over. x is summed over K in fprop
+Every operand is quantized along the dimension that its GEMM sums over. x is summed over K in fprop
 and over M in wgrad, so it is needed as [M, K] and as [K, M]; likewise w and dy:
 
     fprop  y  [M, N] = x    [M, K] @ (w   [N, K]).T
@@ -41,7 +41,7 @@ _fp8_gemm_nt_kept = _ops._fp8_gemm_nt_kept.default
 
 
 class Operand(NamedTuple):
-    """A quantised matrix as one GEMM reads it (`data`), as another does (`data_t`), or both.
+    """A quantized matrix as one GEMM reads it (`data`), as another does (`data_t`), or both.
 
     `data_t` and `scale_t` are what backward keeps; in a compiled graph, as _fp8_gemm_nt_kept reads
     them.
@@ -106,7 +106,7 @@ def _quantize_and_keep(x: Tensor, dtype: torch.dtype, recipe: Recipe) -> Operand
 def _quantize_coarsely(
     x: Tensor, dtype: torch.dtype, recipe: Recipe, *, plain: bool, transposed: bool
 ) -> Operand:
-    # Tensor-wise too, the transpose is quantised from x: the same values, laid out as GEMMs read.
+    # Tensor-wise too, the transpose is quantized from x: the same values, laid out as GEMMs read.
     op = _quantize_rowwise if recipe.granularity == "rowwise" else _quantize_tensorwise
     options = _quantizer_options(dtype, recipe)
     data, scale = op(x, **options) if plain else (None, None)
@@ -164,9 +164,9 @@ def linear(
     Args:
         x: [..., K].
         weight, bias: [N, K] and [N].
-        recipe: how the operands are quantised.
+        recipe: how the operands are quantized.
         out_dtype: of y.
-        quantized_weight: quantize_weight's result, or None to quantise here.
+        quantized_weight: quantize_weight's result, or None to quantize here.
         needs_dx: there may be a backward with respect to x: make w_t for it.
         needs_dw: there may be one with respect to the weight: make x_t for it.
     """

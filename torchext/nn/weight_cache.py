@@ -3,7 +3,7 @@
 Nothing that PyTorch offers says that nobody wrote a parameter's bytes: collectives, `.data`, numpy
 and other processes leave no trace on it. So on a CPU the proof is the content: a hash of all bytes
 (csrc/runtime/content_hash.cpp) is compared in every forward. On CUDA reading a hash back would
-stall the stream, so that the weight is quantised in every forward. Within `fixed_weights` the user
+stall the stream, so that the weight is quantized in every forward. Within `fixed_weights` the user
 vouches for the parameters, and an FP8 weight is reused, on any device, without looking.
 """
 
@@ -37,7 +37,7 @@ _fixed: set[WeightCache] = set()  # that some `fixed_weights` context holds
 
 class _Kept(NamedTuple):
     operand: Operand
-    state: tuple[Any, ...]  # of the parameter when it was quantised
+    state: tuple[Any, ...]  # of the parameter when it was quantized
     weight: Tensor | None  # so that nothing else gets the id() that `state` may hold
 
 
@@ -62,12 +62,12 @@ class WeightCache:
         self._kept.clear()
 
     def operand(self, weight: Tensor, recipe: Recipe, *, transposed: bool) -> Operand | None:
-        """`weight` quantised by `recipe`, with the operand for dgrad if `transposed`.
+        """`weight` quantized by `recipe`, with the operand for dgrad if `transposed`.
 
-        None where it may not be kept: the caller quantises it, where the op is recorded for whoever
+        None where it may not be kept: the caller quantizes it, where the op is recorded for whoever
         interprets ops now.
         """
-        # A computed weight (parametrised, or given by torch.func.functional_call) is another one in
+        # A computed weight (parametrized, or given by torch.func.functional_call) is another one in
         # each forward, and a subclass may keep its values elsewhere.
         if type(weight) is not torch.nn.Parameter:
             return None
@@ -107,7 +107,7 @@ def _is_traced() -> bool:
     """Whether a tracer or a transform sees ops now: it must see each one, on the parameter."""
     if torch._C._get_tracing_state() is not None or torch._C._are_functorch_transforms_active():
         return True
-    # Fake tensors, proxies and functionalisation have keys. make_fx may trace above autograd.
+    # Fake tensors, proxies and functionalization have keys. make_fx may trace above autograd.
     return _has_modes() and (
         any(
             getattr(mode, "_mode_key", None) is not None
@@ -120,7 +120,7 @@ def _is_traced() -> bool:
 def _is_unaltered(operand: Operand, weight: Tensor, recipe: Recipe) -> bool:
     """Whether the user's modes that are active left `operand` as it is without them.
 
-    A mode that counts ops sees a weight quantised once; what one that changes results made must not
+    A mode that counts ops sees a weight quantized once; what one that changes results made must not
     outlive it.
     """
     if not all(part is None or type(part) is Tensor for part in operand):
@@ -170,7 +170,7 @@ def _recorded_state(weight: Tensor) -> tuple[Any, ...]:
 
 
 def _stream(weight: Tensor) -> int | None:
-    # Another stream would not wait until the weight is quantised.
+    # Another stream would not wait until the weight is quantized.
     return torch._C._cuda_getCurrentRawStream(weight.get_device()) if weight.is_cuda else None
 
 
@@ -181,7 +181,7 @@ def _is_captured(weight: Tensor) -> bool:
 
 @contextmanager
 def fixed_weights(model: torch.nn.Module) -> Iterator[None]:
-    """Within it, each FP8 layer of `model` quantises its weight once, and reuses it unseen.
+    """Within it, each FP8 layer of `model` quantizes its weight once, and reuses it unseen.
 
     For the micro-batches of gradient accumulation and for inference, where many forwards share the
     same weights:
@@ -191,8 +191,8 @@ def fixed_weights(model: torch.nn.Module) -> Iterator[None]:
                 loss(model(batch)).backward()
         optimizer.step()
 
-    On CUDA, where a layer otherwise quantises its weight in every forward, this saves the
-    quantisation; on a CPU, where it otherwise compares a hash, it saves reading the weight. Until
+    On CUDA, where a layer otherwise quantizes its weight in every forward, this saves the
+    quantization; on a CPU, where it otherwise compares a hash, it saves reading the weight. Until
     it ends it costs one byte a weight, or two where the input needs a gradient. Contexts nest, and
     hold for all threads. A weight is kept for each recipe and CUDA stream that it is used with.
 
@@ -200,7 +200,7 @@ def fixed_weights(model: torch.nn.Module) -> Iterator[None]:
     operation, assignment, `load_state_dict` or `to`. One that it does not record is not seen:
     through `.data`, numpy, a collective or another process. Make such changes outside, or call the
     layer's `refresh_weight()` after them. Under torch.compile, within CUDA graphs and for computed
-    weights (parametrisations) the weight is quantised in every forward, as ever.
+    weights (parametrizations) the weight is quantized in every forward, as ever.
 
     Args:
         model: any module; its torchext.nn.Linear layers are held as they are at the beginning.

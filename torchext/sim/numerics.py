@@ -49,7 +49,7 @@ def tensor_core_matmul(
 
     Returns:
         float32 [M, N]. K is padded with zeros to whole instructions (32 bytes of K).
-        ptx/sim/tensor_core.h has the arithmetic and its sources.
+        ptx/sim/numerics/tensor_core.h has the arithmetic and its sources.
     """
     where = "torchext.sim.tensor_core_matmul"
     if unit not in _UNITS:

@@ -24,7 +24,7 @@ class Variable:
     """A `.global` or `.const` variable: what cudaMemcpyToSymbol and cudaMemcpyFromSymbol reach.
 
     It belongs to its module and keeps its value from launch to launch, as on a GPU, whoever wrote
-    it: the initialiser, a kernel, or `set`.
+    it: the initializer, a kernel, or `set`.
 
     Attributes:
         name: as PTX declares it.

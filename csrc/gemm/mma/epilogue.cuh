@@ -118,7 +118,7 @@ __device__ __forceinline__ void store_four(const KernelParams& params, int64_t o
     if (i < int(count)) out[i] = uint16_t(pairs[i / 2] >> i % 2 * 16);
 }
 
-// The same of FP8, quantised with the whole warp's values, and their scale.
+// The same of FP8, quantized with the whole warp's values, and their scale.
 __device__ __forceinline__ void quantize_four(const KernelParams& params, const Tile& tile,
                                               uint32_t row, const float (&x)[4], uint32_t count) {
   const GemmProblem& p = params.problem;

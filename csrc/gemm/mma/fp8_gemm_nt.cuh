@@ -1,6 +1,6 @@
 // FP8 GEMM by mma.sync: out[M, N] = scales x (a[M, K] @ b[N, K].T), FP32 promotion every 128 of K.
 // The kernels of sm_80 and sm_89 differ in one thing, how a warp multiplies (Sm80, Sm89);
-// everything else is here: dense and grouped products, row-wise and block scales, quantising
+// everything else is here: dense and grouped products, row-wise and block scales, quantizing
 // epilogues.
 //
 // Persistent: each CTA walks over tiles of the output (schedule.cuh). All warps do the same:
@@ -12,7 +12,7 @@
 //              ldmatrix meets no bank conflict.
 //   multiply   a warp owns kWarpRows x kWarpColumns of the tile. ldmatrix leaves FP8 in registers
 //   as
-//              mma.sync.m16n8k32 wants it: four neighbours of K a lane. 128 of K go into `block`.
+//              mma.sync.m16n8k32 wants it: four neighbors of K a lane. 128 of K go into `block`.
 //   promote    total += scale * block in FP32, with the scales loaded while the warp multiplied.
 //   finish     the tile goes through shared memory to the epilogue (epilogue.cuh).
 #pragma once

@@ -9,7 +9,7 @@ namespace torchext::mma {
 
 constexpr int kTileN = 128, kTileK = 128;
 static_assert(kTileK == kGroup, "a K block is what one scale covers and one promotion sums");
-static_assert(kTileN == kGroup, "a tile's columns share a scale of b, and one of quantised output");
+static_assert(kTileN == kGroup, "a tile's columns share a scale of b, and one of quantized output");
 
 struct KernelParams {
   GemmProblem problem;

@@ -1,6 +1,6 @@
-// The epilogue of products that are activated and quantised on the way out: a thread of a quad
+// The epilogue of products that are activated and quantized on the way out: a thread of a quad
 // holds a quarter of a group of 128 columns in FP32, so that four lanes find its largest magnitude,
-// and quantise it as quantize_1x128 does. FP8 leaves by TMA, scales from registers.
+// and quantize it as quantize_1x128 does. FP8 leaves by TMA, scales from registers.
 #pragma once
 
 #include "../../quantize/cuda/numbers.cuh"

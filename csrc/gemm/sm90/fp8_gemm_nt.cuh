@@ -16,7 +16,7 @@
 //              After the last K block (epilogue.cuh) the tile leaves by TMA, whose reading of it is
 //              awaited only when the next tile wants the space; from registers where TMA cannot
 //              store (unaligned rows, accumulation, the last rows of a group); activated and
-//              quantised (activation.cuh); or, swapped, by way of a transposed copy in shared
+//              quantized (activation.cuh); or, swapped, by way of a transposed copy in shared
 //              memory.
 //
 // A cluster is one of two things. A pair that shares its rows (multicast): each CTA loads half of

@@ -1,4 +1,4 @@
-// The kernels of fp8_gemm_nt.cuh that activate and quantise, with 1x128 scales for a and b.
+// The kernels of fp8_gemm_nt.cuh that activate and quantize, with 1x128 scales for a and b.
 #include "fp8_gemm_nt.cuh"
 
 // clang-format off: a table

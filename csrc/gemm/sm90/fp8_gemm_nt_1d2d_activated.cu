@@ -1,4 +1,4 @@
-// The kernels of fp8_gemm_nt.cuh that activate and quantise, with 1x128 scales for a, 128x128 for
+// The kernels of fp8_gemm_nt.cuh that activate and quantize, with 1x128 scales for a, 128x128 for
 // b.
 #include "fp8_gemm_nt.cuh"
 

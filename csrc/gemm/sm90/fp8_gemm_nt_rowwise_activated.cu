@@ -1,4 +1,4 @@
-// The kernels of fp8_gemm_nt.cuh that activate and quantise, with one scale a row (or tensor) of a
+// The kernels of fp8_gemm_nt.cuh that activate and quantize, with one scale a row (or tensor) of a
 // and of b.
 #include "fp8_gemm_nt.cuh"
 

@@ -18,7 +18,7 @@ enum class Scales {
 // What becomes of the product.
 enum class Output {
   kStored,     // as it is
-  kActivated,  // an activation of it, quantised 1x128
+  kActivated,  // an activation of it, quantized 1x128
   kGated,      // the same of SwiGLU, whose gate and up are computed side by side
 };
 

@@ -65,7 +65,7 @@ class Schedule {
       : p_(p), tile_end_(tile_end), index_(Place::here().unit) {}
 
   // All lanes of a warp call it together. False when there is no more. What loops and branches
-  // depend on is broadcast, so that the compiler knows it to be uniform: it serialises wgmmas that
+  // depend on is broadcast, so that the compiler knows it to be uniform: it serializes wgmmas that
   // are in flight where warps might diverge (ptxas C7518).
   __device__ __forceinline__ bool next(Work& work) {
     const bool more = advance(work);

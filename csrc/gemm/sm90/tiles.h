@@ -44,7 +44,7 @@ struct TileShape {
   TORCHEXT_SM90_PLAIN_TILES(APPLY, __VA_ARGS__) \
   TORCHEXT_SM90_SWAPPED_TILES(APPLY, __VA_ARGS__)
 
-// With an activation and 1x128 quantisation: a tile's columns are one group of the output (two
+// With an activation and 1x128 quantization: a tile's columns are one group of the output (two
 // operands of it, gated).
 #define TORCHEXT_SM90_GATED_TILES(APPLY, ...)   \
   APPLY(64x128, 64, 256, 4, false, __VA_ARGS__) \

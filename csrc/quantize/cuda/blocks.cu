@@ -142,7 +142,7 @@ void quantize_blocks_cuda(Device& device, const MatrixView& x, const QuantizeOpt
   const LaunchConfig config{grid_of(ceil_div(x.rows, kGroup) * block_cols, 1), {kThreads}};
   const Transposed transposed{static_cast<uint8_t*>(transposed_data), transposed_stride};
   TORCHEXT_CHECK(is_aligned(transposed.data, transposed.stride),
-                 "quantised rows must start at multiples of 16 bytes");
+                 "quantized rows must start at multiples of 16 bytes");
 #define LAUNCH(In, Out)                                                                        \
   if (x.dtype == In::kDtype && options.e5m2 == Out::kE5m2) {                                   \
     if (transposed_data == nullptr)                                                            \

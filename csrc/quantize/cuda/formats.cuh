@@ -1,4 +1,4 @@
-// The element formats of the quantisers. An input format says how 32-bit words hold its elements
+// The element formats of the quantizers. An input format says how 32-bit words hold its elements
 // and how magnitudes are compared without leaving those words (as integers: NaN and Inf come out
 // largest); an output format packs FP32 values into FP8. The type names are the suffixes of kernel
 // names.
@@ -97,7 +97,7 @@ __device__ uint32_t amax_bits(uint32_t magnitudes) {
   return largest;
 }
 
-// Over the `lanes` neighbouring lanes (a power of two) that share a group; all of them get it.
+// Over the `lanes` neighboring lanes (a power of two) that share a group; all of them get it.
 template <class In>
 __device__ uint32_t reduce_magnitudes(uint32_t magnitudes, int lanes) {
 #pragma unroll
@@ -106,7 +106,7 @@ __device__ uint32_t reduce_magnitudes(uint32_t magnitudes, int lanes) {
   return magnitudes;
 }
 
-// The scale that another of `lanes` neighbouring lanes computed.
+// The scale that another of `lanes` neighboring lanes computed.
 template <class In>
 __device__ GroupScale from_lane(const GroupScale& s, int lane, int lanes) {
   return {__shfl_sync(~0u, s.scale, lane, lanes),
@@ -139,7 +139,7 @@ __device__ uint4 quantize16(const Elements16<In>& e, const GroupScale& s) {
 
 }  // namespace torchext::quantizers
 
-// Every input, and every (input, output) pair, for which a quantiser exists.
+// Every input, and every (input, output) pair, for which a quantizer exists.
 // clang-format off
 #define TORCHEXT_INPUTS(APPLY) APPLY(bf16) APPLY(f16) APPLY(f32)
 #define TORCHEXT_QUANTIZERS(APPLY)               \

@@ -6,7 +6,7 @@
 //
 // A block that transposes takes a tile of 128 x 128. Its threads first pass over it by rows, as
 // above, and leave the input in shared memory; then by columns: a thread owns 16 rows of 4 columns,
-// the eight lanes that are neighbours share those columns' groups, and packing FP8 down a column
+// the eight lanes that are neighbors share those columns' groups, and packing FP8 down a column
 // transposes. Shared memory is permuted in units of 16 bytes so that neither pass meets a bank
 // conflict.
 #include "matrix.cuh"
@@ -71,7 +71,7 @@ TORCHEXT_QUANTIZERS(KERNEL)
 constexpr int kTileThreads = 256;
 constexpr int kTile = int(kGroup);
 
-// `columns` neighbouring elements of a row.
+// `columns` neighboring elements of a row.
 template <class In, int columns>
 struct alignas(4 * columns / In::kPerWord) Columns {
   uint32_t words[columns / In::kPerWord];

@@ -112,14 +112,14 @@ inline Source source_of(const MatrixView& x) {
 
 inline Sink sink_of(const QuantizedView& out) {
   TORCHEXT_CHECK(is_aligned(out.data, out.data_stride),
-                 "quantised rows must start at multiples of 16 bytes");
+                 "quantized rows must start at multiples of 16 bytes");
   return {static_cast<uint8_t*>(out.data), out.data_stride, out.scale, out.scale_row_stride,
           out.scale_col_stride};
 }
 
 // Enough blocks for `tiles`. Kernels count tiles in 32 bits: memory ends long before they do.
 inline Dim3 grid_of(int64_t tiles, int64_t tiles_per_block) {
-  TORCHEXT_CHECK(tiles <= INT32_MAX, "quantiser launch of ", tiles, " tiles: too large");
+  TORCHEXT_CHECK(tiles <= INT32_MAX, "quantizer launch of ", tiles, " tiles: too large");
   return {uint32_t(ceil_div(tiles, tiles_per_block))};
 }
 

@@ -1,4 +1,4 @@
-// The arithmetic of a quantiser, shared by every kernel here and, since it is plain C++, run by the
+// The arithmetic of a quantizer, shared by every kernel here and, since it is plain C++, run by the
 // host in tests/quantize/cuda_numbers.cpp, which checks the claims below. Numbers:
 // docs/numerics.md.
 #pragma once

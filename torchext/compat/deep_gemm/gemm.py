@@ -34,7 +34,7 @@ def fp8_gemm_nt(
     *,
     epilogue: None = None,
 ) -> None:
-    """d = dequantised a @ dequantised b.T (+ c), in place.
+    """d = dequantized a @ dequantized b.T (+ c), in place.
 
     Sums are taken in FP32 and rounded once; `torchext.ops.fp8_gemm_nt` says more. Any M, N and K.
 
@@ -82,7 +82,7 @@ def fp8_gemm_nn(
     *,
     epilogue: None = None,
 ) -> None:
-    """d = dequantised a @ dequantised b (+ c), in place.
+    """d = dequantized a @ dequantized b (+ c), in place.
 
     `fp8_gemm_nt` of b transposed: data [K, N], scale [ceil(K / 128), ceil(N / 128)] or, with
     recipe=(1, 1, 128), [ceil(K / 128), N]. A contiguous b is copied at each call: tensor cores read
@@ -108,7 +108,7 @@ def fp8_gemm_tn(
     *,
     epilogue: None = None,
 ) -> None:
-    """d = dequantised a.T @ dequantised b (+ c), in place: wgrad of operands as they lie.
+    """d = dequantized a.T @ dequantized b (+ c), in place: wgrad of operands as they lie.
 
     `fp8_gemm_nt` of both transposed: a's data [K, M], scale [ceil(K / 128), M]; b's as in
     `fp8_gemm_nn`. Contiguous data are copied at each call, as there.
@@ -133,7 +133,7 @@ def fp8_gemm_tt(
     *,
     epilogue: None = None,
 ) -> None:
-    """d = dequantised a.T @ dequantised b.T (+ c), in place.
+    """d = dequantized a.T @ dequantized b.T (+ c), in place.
 
     `fp8_gemm_nt` of a transposed: data [K, M], scale [ceil(K / 128), M]. Contiguous data are copied
     at each call, as in `fp8_gemm_nn`.

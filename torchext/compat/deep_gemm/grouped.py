@@ -43,10 +43,10 @@ def m_grouped_fp8_gemm_nt_contiguous(
     *,
     epilogue: None = None,
 ) -> None:
-    """d[r] = dequantised a[r] @ dequantised b[g].T for each row r of group g, in place.
+    """d[r] = dequantized a[r] @ dequantized b[g].T for each row r of group g, in place.
 
     Groups may have any length and begin at any row: neither they nor M need be multiples of
-    anything, and rows of a group need not be neighbours.
+    anything, and rows of a group need not be neighbors.
 
     Args:
         a: (data, scale), as `fp8_gemm_nt` takes it: [M, K], and [M, ceil(K / 128)].
@@ -96,7 +96,7 @@ def m_grouped_fp8_gemm_nn_contiguous(
     *,
     epilogue: None = None,
 ) -> None:
-    """d[r] = dequantised a[r] @ dequantised b[g] for each row r of group g, in place.
+    """d[r] = dequantized a[r] @ dequantized b[g] for each row r of group g, in place.
 
     `m_grouped_fp8_gemm_nt_contiguous` of b transposed: data [G, K, N], scale
     [G, ceil(K / 128), ceil(N / 128)]. A contiguous b is copied at each call, as in `fp8_gemm_nn`.
@@ -178,7 +178,7 @@ def m_grouped_fp8_gemm_nt_masked(
     *,
     epilogue: None = None,
 ) -> None:
-    """d[g, r] = dequantised a[g, r] @ dequantised b[g].T for r < masked_m[g], in place.
+    """d[g, r] = dequantized a[g, r] @ dequantized b[g].T for r < masked_m[g], in place.
 
     Args:
         a: (data, scale). Data [G, M, K]. Scale [G, M, ceil(K / 128)], float32 of any strides, or
@@ -244,7 +244,7 @@ def k_grouped_fp8_gemm_nt_contiguous(
     use_psum_layout: bool = False,
     use_padded_sf_layout: bool = False,
 ) -> None:
-    """d[g] = dequantised a_g @ dequantised b_g.T (+ c[g]) for each group g, in place: wgrad.
+    """d[g] = dequantized a_g @ dequantized b_g.T (+ c[g]) for each group g, in place: wgrad.
 
     A product a group, one after the other, read where it lies.
 
@@ -311,7 +311,7 @@ def k_grouped_fp8_gemm_tn_contiguous(
     use_psum_layout: bool = False,
     use_padded_sf_layout: bool = False,
 ) -> None:
-    """d[g] = dequantised a_g.T @ dequantised b_g (+ c[g]) for each group g of rows, in place: wgrad
+    """d[g] = dequantized a_g.T @ dequantized b_g (+ c[g]) for each group g of rows, in place: wgrad
     of activations and gradients as they lie.
 
     DeepGEMM has it on Blackwell only. Data are copied at each call, as in `fp8_gemm_tn`, unless

@@ -6,7 +6,7 @@ The casts keep DeepGEMM's definition, on any device and under torch.compile:
     data  = float8_e4m3fn(x * (1 / scale))
 
 torchext.ops.quantize_1x128 and quantize_128x128 differ from it in three ways: they divide by the
-scale, where a product with the rounded reciprocal can land on the neighbouring FP8 value; groups
+scale, where a product with the rounded reciprocal can land on the neighboring FP8 value; groups
 whose amax is below 1e-4 keep a scale of their own (and zeros have scale 1); and a group with NaN or
 Inf is NaN as a whole. With use_ue8m0, and every amax finite and at least 1e-4, the two agree to the
 bit (pow2_scale=True). Where speed matters, call torchext's: these read and write FP32

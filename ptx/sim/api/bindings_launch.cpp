@@ -1,0 +1,244 @@
+// Python bindings of modules, launches and the simulation of ops.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <map>
+#include <memory>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "../check/rendering.h"
+#include "../frontend/decode.h"
+#include "../frontend/demangle.h"
+#include "../frontend/ir.h"
+#include "../frontend/source_map.h"
+#include "../machine/launch.h"
+#include "bindings.h"
+#include "op_simulator.h"
+
+namespace py = pybind11;
+
+namespace torchext::sim {
+namespace {
+
+struct PythonModule {
+  std::vector<SourceText> texts;
+  std::shared_ptr<Module> module;
+};
+
+Dim3 dim3_of(const std::array<std::uint32_t, 3>& d) {
+  return Dim3{d[0], d[1], d[2]};
+}
+
+// The names are checked in torchext/sim/options.py.
+LaunchOptions options_of(const py::dict& d) {
+  LaunchOptions options;
+  options.seed = d["seed"].cast<std::uint64_t>();
+  const auto completion = d["completion"].cast<std::string>();
+  options.completion = completion == "eager"  ? LaunchOptions::Eager
+                       : completion == "late" ? LaunchOptions::Late
+                                              : LaunchOptions::Random;
+  options.lane_order = d["lane_order"].cast<std::string>() == "strict" ? LaunchOptions::strict
+                                                                       : LaunchOptions::converged;
+  options.checks = d["checks"].cast<bool>();
+  options.num_threads = d["num_threads"].cast<unsigned>();
+  options.num_sms = d["num_sms"].cast<std::uint32_t>();
+  options.non_portable_cluster =
+      d.contains("non_portable_cluster") && d["non_portable_cluster"].cast<bool>();
+  options.max_instructions = d["max_instructions"].cast<std::uint64_t>();
+  return options;
+}
+
+py::tuple frames_of(const SourceMap& map, std::uint32_t ptx_line) {
+  py::list frames;
+  for (const SourceFrame& frame : map.frames(ptx_line)) {
+    frames.append(py::make_tuple(frame.file, frame.line));
+  }
+  return py::tuple(frames);
+}
+
+py::dict to_python(const Finding& f, const SourceMap& map) {
+  py::list lanes;
+  for (int lane = 0; lane < 32; ++lane) {
+    if (f.lanes >> lane & 1) lanes.append(lane);
+  }
+  py::dict d;
+  std::string module;
+  std::uint32_t line = 0;
+  d["kind"] = row_of(f.kind).name;
+  d["grade"] = name_of(f.grade());
+  d["message"] = f.message;
+  d["kernel"] = f.kernel;
+  std::tie(module, line) = map.place(f.ptx_line);
+  d["module"] = module;
+  d["ptx_line"] = line;
+  d["opcode"] = f.opcode;
+  d["source"] = frames_of(map, f.ptx_line);
+  d["cta"] = py::make_tuple(f.cta[0], f.cta[1], f.cta[2]);
+  d["warp"] = f.warp;
+  d["lanes"] = py::tuple(lanes);
+  d["address"] = f.address;
+  d["other"] = f.other.what;
+  std::tie(module, line) = map.place(f.other.ptx_line);
+  d["other_module"] = f.other.ptx_line == 0 ? "" : module;
+  d["other_ptx_line"] = line;
+  d["other_source"] = frames_of(map, f.other.ptx_line);
+  d["other_cta"] = py::none();
+  if (f.other.cta)
+    d["other_cta"] = py::make_tuple((*f.other.cta)[0], (*f.other.cta)[1], (*f.other.cta)[2]);
+  d["other_warp"] = f.other.warp < 0 ? py::object(py::none()) : py::int_(f.other.warp);
+  d["other_lane"] = f.other.lane < 0 ? py::object(py::none()) : py::int_(f.other.lane);
+  d["remedy"] = f.remedy;
+  d["seed"] = f.seed;
+  return d;
+}
+
+py::dict to_python(const std::string& kernel, const Report& report, const std::string& text,
+                   const std::vector<SourceText>& ptx) {
+  const SourceMap map(report.findings.empty() ? std::vector<SourceText>() : ptx);
+  py::list findings, unwritten;
+  for (const Finding& f : report.findings) findings.append(to_python(f, map));
+  for (const auto& u : report.unwritten) {
+    unwritten.append(py::make_tuple(u.buffer, u.bytes, u.first_offset));
+  }
+  py::dict d;
+  d["kernel"] = kernel;
+  d["findings"] = findings;
+  d["findings_truncated"] = report.findings_truncated;
+  d["instructions"] = report.instructions;
+  d["warp_instructions"] = report.warp_instructions;
+  d["seconds"] = report.seconds;
+  d["output"] = report.output;
+  d["unwritten"] = unwritten;
+  d["text"] = text;
+  return d;
+}
+
+py::list kernels(const PythonModule& self) {
+  const auto triple = [](const std::uint32_t (&x)[3]) { return py::make_tuple(x[0], x[1], x[2]); };
+  py::list list;
+  for (const Kernel& kernel : self.module->kernels()) {
+    py::list parameters;
+    for (const Parameter& p : kernel.params) {
+      parameters.append(py::make_tuple(p.name, p.size, p.align, p.type, p.is_array, p.is_pointer));
+    }
+    py::dict d;
+    d["name"] = kernel.name;
+    d["parameters"] = parameters;
+    d["max_threads"] = triple(kernel.max_threads);
+    d["required_threads"] = triple(kernel.required_threads);
+    d["cluster"] = triple(kernel.cluster);
+    d["line"] = kernel.line;
+    list.append(d);
+  }
+  return list;
+}
+
+py::list variables(const PythonModule& self) {
+  py::list list;
+  for (const auto& entry : self.module->variables().entries) {
+    const Variable& v = *entry->variable;
+    if (v.name[0] == '{') continue;  // declared in a function's body: no name outside it
+    py::list shape;
+    for (const std::uint64_t n : v.dimensions) shape.append(n);
+    if (v.lanes > 1) shape.append(v.lanes);
+    py::dict d;
+    d["name"] = v.name;
+    d["space"] = entry->constant ? "const" : "global";
+    d["type"] = name_of(v.type);
+    d["shape"] = py::tuple(shape);
+    d["size"] = v.bytes;
+    d["alignment"] = v.align;
+    d["address"] = reinterpret_cast<std::uintptr_t>(entry->data);
+    list.append(d);
+  }
+  return list;
+}
+
+using PythonBuffer = std::tuple<std::uint64_t, std::uint64_t, std::string, std::string>;
+
+py::dict launch_module(const PythonModule& self, const std::string& kernel,
+                       const std::array<std::uint32_t, 3>& grid,
+                       const std::array<std::uint32_t, 3>& block,
+                       const std::array<std::uint32_t, 3>& cluster, std::uint32_t smem,
+                       const py::dict& shared_options, const std::vector<py::bytes>& params,
+                       const std::vector<PythonBuffer>& buffers) {
+  LaunchOptions options = options_of(shared_options);
+  options.grid = dim3_of(grid);
+  options.block = dim3_of(block);
+  options.cluster = dim3_of(cluster);
+  options.dynamic_smem = smem;
+  std::vector<ParamBytes> bytes;
+  for (const std::string param : params) bytes.emplace_back(param.begin(), param.end());
+  static const std::map<std::string, Buffer::Access> kAccess = {
+      {"read", Buffer::Read}, {"write", Buffer::Write}, {"read_write", Buffer::ReadWrite}};
+  std::vector<Buffer> ranges;
+  for (const auto& [address, size, access, name] : buffers) {
+    ranges.push_back(
+        Buffer{reinterpret_cast<void*>(address), std::size_t(size), kAccess.at(access), name});
+  }
+  Report report;
+  std::string text;
+  {
+    const py::gil_scoped_release unlocked;
+    report = launch(*self.module, kernel, options, bytes, ranges);
+    text = render(report, kernel, options, self.texts);
+  }
+  return to_python(kernel, report, text, self.texts);
+}
+
+}  // namespace
+
+void bind_launch(py::module_& module) {
+  py::register_exception<PtxError>(module, "PtxError", PyExc_ValueError);
+
+  module.def("demangle", &demangled);
+  module.def("short_name", &short_name);
+  module.def("finding_kinds", [] {
+    py::list rows;
+    for (const KindRow& row : finding_kinds()) {
+      rows.append(py::make_tuple(row.name, name_of(row.grade), row.remedy, row.example));
+    }
+    return rows;
+  });
+
+  py::class_<PythonModule>(module, "Module")
+      .def(py::init([](const std::vector<std::pair<std::string, std::string>>& named_texts) {
+             PythonModule m;
+             for (const auto& [name, text] : named_texts) m.texts.push_back({name, text});
+             m.module = Module::parse(m.texts);
+             return m;
+           }),
+           py::arg("named_texts"))
+      .def_property_readonly("target",
+                             [](const PythonModule& self) { return self.module->target(); })
+      .def("kernels", &kernels)
+      .def("variables", &variables)
+      .def("reset_variables", [](const PythonModule& self) { self.module->variables().reset(); })
+      .def("decode", [](const PythonModule& self,
+                        const std::string& kernel) { self.module->program(kernel); })
+      .def("launch", &launch_module);
+
+  py::class_<OpSimulator>(module, "OpSimulator")
+      .def(py::init([](const std::vector<std::string>& files, const py::dict& options,
+                       int compute_capability) {
+             return std::make_unique<OpSimulator>(files, options_of(options), compute_capability);
+           }),
+           py::arg("ptx_files"), py::arg("options"), py::arg("compute_capability"))
+      .def_property_readonly("interface",
+                             [](const OpSimulator& self) {
+                               return reinterpret_cast<std::uintptr_t>(self.interface());
+                             })
+      .def("launches", [](const OpSimulator& self) {
+        py::list reports;
+        for (const auto& launch : self.launches()) {
+          reports.append(
+              to_python(launch.kernel, launch.report, launch.text, {{launch.path, *launch.ptx}}));
+        }
+        return reports;
+      });
+}
+
+}  // namespace torchext::sim

@@ -1,0 +1,95 @@
+// From agents, which are numbered within their cluster, to CTAs of the grid, warps and lanes.
+#include "other_access.h"
+
+#include "../machine/machine.h"
+
+namespace torchext::sim {
+namespace {
+
+// Threads come first among a cluster's agents, CTA by CTA; then whatever works on their behalf.
+bool is_thread(const Grid& grid, std::uint32_t agent) {
+  return agent < grid.cluster_size * grid.warps_per_cta * 32;
+}
+
+std::uint32_t rank_of(const Grid& grid, std::uint32_t agent) {
+  return agent / (grid.warps_per_cta * 32);
+}
+
+Dim3 cta_index(const Grid& grid, std::uint32_t cluster, std::uint32_t rank) {
+  const Dim3& size = grid.cluster_dim;
+  const std::uint32_t across = grid.options.grid.x / size.x, up = grid.options.grid.y / size.y;
+  return Dim3{cluster % across * size.x + rank % size.x,
+              cluster / across % up * size.y + rank / size.x % size.y,
+              cluster / across / up * size.z + rank / size.x / size.y};
+}
+
+std::string text(const Dim3& d) {
+  return "(" + std::to_string(d.x) + ", " + std::to_string(d.y) + ", " + std::to_string(d.z) + ")";
+}
+
+}  // namespace
+
+OtherAccess other_access(const Warp& w, const Conflict& c, const std::string& proxy) {
+  const Grid& grid = w.grid();
+  const Instruction& i = w.program().code[c.other_pc];
+  const bool thread = is_thread(grid, c.other_agent), here = c.other_cluster == w.cluster().number;
+  OtherAccess other;
+  other.ptx_line = i.line;
+  std::string who;
+  if (thread || grid.cluster_size == 1) {
+    const std::uint32_t rank = thread ? rank_of(grid, c.other_agent) : 0;
+    const Dim3 cta = cta_index(grid, c.other_cluster, rank);
+    other.cta = {cta.x, cta.y, cta.z};
+    const Dim3& own = w.cta().index;
+    if (cta.x != own.x || cta.y != own.y || cta.z != own.z) {
+      who = "CTA " + text(cta);
+      if (grid.cluster_size > 1 && here) who += " of the same cluster";
+      who += ", ";
+    }
+  } else if (!here) {
+    who = "the cluster of CTA " + text(cta_index(grid, c.other_cluster, 0)) + ", ";
+  }
+  if (thread) {
+    other.warp = static_cast<std::int32_t>(c.other_agent / 32 % grid.warps_per_cta);
+    other.lane = static_cast<std::int32_t>(c.other_agent % 32);
+    who += "warp " + std::to_string(other.warp) + " lane " + std::to_string(other.lane);
+  } else {
+    who += here ? w.cluster().describe_agent(c.other_agent) : "asynchronous work";
+  }
+  other.what = proxy + (c.other_is_write ? "write" : "read") + " by " + who + ", " +
+               w.program().place(i.line) + ": " + w.program().opcodes[i.opcode];
+  return other;
+}
+
+std::string race_remedy(const Warp& w, const Conflict& c, const Actor& actor) {
+  const Grid& grid = w.grid();
+  if (c.other_cluster != actor.cluster) {
+    return "No barrier orders CTAs of a grid: use an atomic, or a release and an acquire at .gpu "
+           "scope "
+           "(__threadfence() and a flag), or give each CTA a destination of its own.";
+  }
+  const std::string& op = w.program().opcodes[w.program().code[c.other_pc].opcode];
+  const auto starts = [&](const char* prefix) { return op.rfind(prefix, 0) == 0; };
+  if (starts("cp.async.bulk") && op.find("mbarrier") != std::string::npos)
+    return "Wait for the phase of the mbarrier that the copy signals (mbarrier.try_wait, "
+           "cuda::barrier::wait) before the bytes are touched.";
+  if (starts("cp.async") && !starts("cp.async.bulk"))
+    return "Wait for the copy in the thread that started it (cp.async.wait_group, "
+           "__pipeline_wait_prior), then put a barrier (__syncthreads()) before other threads "
+           "touch "
+           "the bytes.";
+  if (!is_thread(grid, c.other_agent) || actor.agent != actor.issuer) return "";
+  if (rank_of(grid, c.other_agent) != rank_of(grid, actor.agent))
+    return "Put barrier.cluster.arrive and .wait (cluster.sync()) between the two accesses, in "
+           "both "
+           "CTAs.";
+  if (c.other_agent / 32 == actor.agent / 32)
+    return "Put bar.warp.sync (__syncwarp()) between the two accesses; lanes of a warp are not in "
+           "step "
+           "by themselves.";
+  return "Put a barrier (bar.sync, __syncthreads()) or an mbarrier wait between the two accesses, "
+         "on "
+         "both sides.";
+}
+
+}  // namespace torchext::sim

@@ -1,0 +1,19 @@
+// Reports as text: each finding with the PTX and CUDA lines it is about, as a compiler prints an
+// error.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "../machine/launch.h"
+
+namespace torchext::sim {
+
+// `ptx`: the texts of the module, several if it is linked. CUDA lines are quoted where the source
+// file that -lineinfo names can be read.
+std::string render(const Report& report, const std::string& kernel, const LaunchOptions& options,
+                   const std::vector<SourceText>& ptx);
+
+const char* name_of(LaunchOptions::Completion completion);
+
+}  // namespace torchext::sim

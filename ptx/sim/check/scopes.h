@@ -1,0 +1,57 @@
+// What strong operations leave at an address for those who read it, as far as scopes let them: a
+// release and an acquire synchronize two threads only if the scope of each includes the other. What
+// they do not pass on because of it goes to Views::refused, for the report of the race.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <unordered_map>
+#include <vector>
+
+#include "clock.h"
+
+namespace torchext::sim {
+
+// As known, but withheld: it orders nothing.
+Knowledge refused(const Knowledge& withheld, Scope released, Scope acquired);
+
+// One address, threads of one cluster.
+class SyncCell {
+ public:
+  // Of a thread of CTA `rank` with an operation of this scope.
+  void publish(std::uint32_t rank, const Scoped& knowledge, Scope scope);
+  Knowledge observe(std::uint32_t rank, Scope scope) const;
+
+ private:
+  struct FromCta {
+    Knowledge wide;  // for all of the cluster
+    Scope wide_scope = Scope::none;
+    Knowledge narrow;  // for this CTA alone
+  };
+  std::vector<FromCta> from_;  // by rank
+};
+
+// All addresses, threads of different clusters, which may run on different host threads. Clocks
+// travel as ForeignClocks, which are safe to share.
+class GridSync {
+ public:
+  void publish(std::uint64_t address, std::uint32_t cluster, const Scoped& knowledge, Scope scope);
+  // Joins to *knowledge what other clusters have published.
+  void observe(std::uint64_t address, std::uint32_t cluster, Scope scope, Knowledge* knowledge);
+
+ private:
+  using Shared = std::shared_ptr<const ForeignClocks>;
+  struct Exported {
+    Shared known, async[kAsyncSpaces], alias, map_released[kScopeLevels];
+  };
+  struct Cell {
+    Exported wide;  // published at .gpu or .sys
+    Shared narrow;  // at a narrower scope: for the report of the race
+    Scope narrow_scope = Scope::none;
+  };
+  std::mutex mutex_;
+  std::unordered_map<std::uint64_t, Cell> cells_;
+};
+
+}  // namespace torchext::sim

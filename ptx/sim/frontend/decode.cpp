@@ -1,0 +1,405 @@
+// Decoder: modifiers and operands of one instruction.
+#include "decode.h"
+
+#include <cstring>
+
+#include "../machine/memory.h"
+#include "../numerics/number_formats.h"
+
+namespace torchext::sim {
+
+namespace {
+
+const std::pair<const char*, Special> kSpecials[] = {
+    {"%tid.x", Special::tid_x},
+    {"%tid.y", Special::tid_y},
+    {"%tid.z", Special::tid_z},
+    {"%ntid.x", Special::ntid_x},
+    {"%ntid.y", Special::ntid_y},
+    {"%ntid.z", Special::ntid_z},
+    {"%ctaid.x", Special::ctaid_x},
+    {"%ctaid.y", Special::ctaid_y},
+    {"%ctaid.z", Special::ctaid_z},
+    {"%nctaid.x", Special::nctaid_x},
+    {"%nctaid.y", Special::nctaid_y},
+    {"%nctaid.z", Special::nctaid_z},
+    {"%laneid", Special::laneid},
+    {"%warpid", Special::warpid},
+    {"%nwarpid", Special::nwarpid},
+    {"%smid", Special::smid},
+    {"%nsmid", Special::nsmid},
+    {"%gridid", Special::gridid},
+    {"%lanemask_eq", Special::lanemask_eq},
+    {"%lanemask_le", Special::lanemask_le},
+    {"%lanemask_lt", Special::lanemask_lt},
+    {"%lanemask_ge", Special::lanemask_ge},
+    {"%lanemask_gt", Special::lanemask_gt},
+    {"%clusterid.x", Special::clusterid_x},
+    {"%clusterid.y", Special::clusterid_y},
+    {"%clusterid.z", Special::clusterid_z},
+    {"%nclusterid.x", Special::nclusterid_x},
+    {"%nclusterid.y", Special::nclusterid_y},
+    {"%nclusterid.z", Special::nclusterid_z},
+    {"%cluster_ctaid.x", Special::cluster_ctaid_x},
+    {"%cluster_ctaid.y", Special::cluster_ctaid_y},
+    {"%cluster_ctaid.z", Special::cluster_ctaid_z},
+    {"%cluster_nctaid.x", Special::cluster_nctaid_x},
+    {"%cluster_nctaid.y", Special::cluster_nctaid_y},
+    {"%cluster_nctaid.z", Special::cluster_nctaid_z},
+    {"%cluster_ctarank", Special::cluster_ctarank},
+    {"%cluster_nctarank", Special::cluster_nctarank},
+    {"%dynamic_smem_size", Special::dynamic_smem_size},
+    {"%total_smem_size", Special::total_smem_size},
+    {"%aggr_smem_size", Special::aggr_smem_size},
+    {"%clock", Special::clock},
+    {"%clock_hi", Special::clock_hi},
+    {"%clock64", Special::clock64},
+    {"%globaltimer", Special::globaltimer},
+    {"%globaltimer_lo", Special::globaltimer_lo},
+    {"%globaltimer_hi", Special::globaltimer_hi},
+    {"%tid.w", Special::zero},
+    {"%ntid.w", Special::zero},
+    {"%ctaid.w", Special::zero},
+    {"%nctaid.w", Special::zero},
+    {"%clusterid.w", Special::zero},
+    {"%nclusterid.w", Special::zero},
+    {"%cluster_ctaid.w", Special::zero},
+    {"%cluster_nctaid.w", Special::zero},
+    {"%is_explicit_cluster", Special::is_explicit_cluster},
+    {"%envreg1", Special::workspace_high},
+    {"%envreg2", Special::workspace_low},
+    {"%reserved_smem_offset_begin", Special::zero},
+    {"%reserved_smem_offset_0", Special::zero},
+    {"%reserved_smem_offset_1", Special::reserved_shared_slot},
+    {"%reserved_smem_offset_end", Special::reserved_shared_end},
+    {"%reserved_smem_offset_cap", Special::reserved_shared_end},
+    {"%current_graph_exec", Special::zero},  // no launch belongs to a graph
+};
+
+// %envreg0 to %envreg31 are the driver's; but for the grid's workspace it leaves them 0.
+bool is_driver_register(const std::string& name) {
+  if (name.compare(0, 7, "%envreg") != 0) return false;
+  for (int i = 0; i < 32; ++i) {
+    if (name == "%envreg" + std::to_string(i)) return true;
+  }
+  return false;
+}
+
+int storage_bytes(Type type) {
+  return size_of(type) == 8 ? 8 : 4;
+}
+
+bool is_floating(Type t) {
+  return t == Type::f16 || t == Type::bf16 || t == Type::f32 || t == Type::f64 || t == Type::tf32 ||
+         t == Type::f16x2 || t == Type::bf16x2;
+}
+
+}  // namespace
+
+Decoder::Decoder(ProgramBuilder& builder, const Function& function, const RawInstruction& r,
+                 Instruction& o)
+    : raw(r),
+      out(o),
+      builder_(builder),
+      function_(function),
+      modifiers_(r.parts.begin() + 1, r.parts.end()) {}
+
+void Decoder::own_pointer(std::shared_ptr<void> p) {
+  builder_.program().owned.push_back(std::move(p));
+}
+
+int Decoder::target() const {
+  return builder_.module().sources[function_.source].target_number;
+}
+
+void Decoder::fail_unknown(const std::string& name) const {
+  for (const Variable& v : builder_.module().variables) {
+    if (v.name == name && v.is_external())
+      fail("'" + name + "' is .extern: link the module that defines it, with sim.Module([...])");
+  }
+  fail("unknown name '" + name + "'");
+}
+
+void Decoder::fail(const std::string& what) const {
+  throw builder_.module().error(function_.source, raw.line, raw.opcode + ": " + what);
+}
+
+bool Decoder::take(const char* modifier) {
+  for (auto it = modifiers_.begin(); it != modifiers_.end(); ++it) {
+    if (*it == modifier) {
+      modifiers_.erase(it);
+      return true;
+    }
+  }
+  return false;
+}
+
+std::string Decoder::take_one_of(std::initializer_list<const char*> modifiers) {
+  for (const char* m : modifiers) {
+    if (take(m)) return m;
+  }
+  return "";
+}
+
+std::string Decoder::take_first_of(std::initializer_list<const char*> modifiers) {
+  for (auto it = modifiers_.begin(); it != modifiers_.end(); ++it) {
+    for (const char* m : modifiers) {
+      if (*it != m) continue;
+      modifiers_.erase(it);
+      return m;
+    }
+  }
+  return "";
+}
+
+bool Decoder::take_prefix(const char* prefix, std::string* rest) {
+  const std::size_t length = std::strlen(prefix);
+  for (auto it = modifiers_.begin(); it != modifiers_.end(); ++it) {
+    if (it->compare(0, length, prefix) == 0) {
+      *rest = *it;
+      modifiers_.erase(it);
+      return true;
+    }
+  }
+  return false;
+}
+
+Type Decoder::take_type_if_any() {
+  for (auto it = modifiers_.begin(); it != modifiers_.end(); ++it) {
+    const Type type = type_named(*it);
+    if (type != Type::none) {
+      modifiers_.erase(it);
+      return type;
+    }
+  }
+  return Type::none;
+}
+
+Type Decoder::take_type() {
+  const Type type = take_type_if_any();
+  if (type == Type::none)
+    fail(modifiers_.empty() ? "no type"
+                            : "no type that is known among '." + modifiers_.front() + "'");
+  return type;
+}
+
+void Decoder::take_cache_hints() {
+  take_one_of({"L1::evict_normal", "L1::evict_unchanged", "L1::evict_first", "L1::evict_last",
+               "L1::no_allocate"});
+  take_one_of({"L2::evict_normal", "L2::evict_first", "L2::evict_last"});
+  take_one_of({"L2::64B", "L2::128B", "L2::256B"});
+  take_one_of({"ca", "cg", "cs", "lu", "cv", "wb", "wt"});
+  has_cache_policy = take("L2::cache_hint");
+}
+
+Scope Decoder::take_scope() {
+  const std::string scope = take_one_of({"cta", "cluster", "gpu", "sys"});
+  return scope.empty()        ? Scope::none
+         : scope == "cta"     ? Scope::cta
+         : scope == "cluster" ? Scope::cluster
+         : scope == "gpu"     ? Scope::gpu
+                              : Scope::sys;
+}
+
+Space Decoder::take_space() {
+  if (take("global")) return Space::global;
+  if (take("shared") || take("shared::cta")) return Space::shared;
+  if (take("shared::cluster")) return Space::shared_cluster;
+  if (take("local")) return Space::local;
+  if (take("param") || take("param::entry") || take("param::func")) return Space::param;
+  if (take("const")) return Space::constant;
+  return Space::generic;
+}
+
+void Decoder::finish(std::size_t least, std::size_t most) {
+  if (!modifiers_.empty()) fail("unknown modifier '." + modifiers_.front() + "'");
+  if (count() < least || count() > most) {
+    fail("expected " + std::to_string(least) +
+         (most == least ? "" : " to " + std::to_string(most)) + " operands, got " +
+         std::to_string(count()));
+  }
+}
+
+void Decoder::finish(std::size_t arguments) {
+  finish(arguments, arguments);
+}
+
+const Arg& Decoder::arg(std::size_t i) const {
+  if (i >= raw.args.size()) fail("too few operands");
+  return raw.args[i];
+}
+
+Type Decoder::register_type(const Arg& a) const {
+  return a.kind == Arg::reg ? function_.registers[a.reg_index].type : Type::none;
+}
+
+Slot Decoder::register_slot(const Arg& a) const {
+  if (!a.text.empty()) fail("a part of a register ('." + a.text + "') cannot be chosen here");
+  if (a.minus) fail("a register cannot be negated here");
+  const auto& plan = *builder_.plan(function_);
+  Slot slot;
+  slot.reg = plan.first_register + a.reg_index;
+  slot.offset = plan.register_offsets[a.reg_index];
+  const Type type = function_.registers[a.reg_index].type;
+  slot.bytes = static_cast<std::uint8_t>(size_of(type) == 8 ? 8 : 4);
+  slot.negate = a.negate;
+  return slot;
+}
+
+Slot Decoder::destination_at_least(const Arg& a, int bytes) {
+  if (a.kind == Arg::sink) {
+    Slot slot;
+    slot.sink = true;
+    slot.reg = 1;
+    slot.bytes = static_cast<std::uint8_t>(bytes == 8 ? 8 : 4);
+    return slot;  // offset 0 of the register file is scratch
+  }
+  if (a.kind != Arg::reg) fail("the destination is not a register");
+  const Type type = register_type(a);
+  if (type == Type::pred) fail("the destination is a predicate");
+  if (size_of(type) < bytes) fail("the destination register is too narrow");
+  return register_slot(a);
+}
+
+Slot Decoder::destination(const Arg& a, int bytes) {
+  const Slot slot = destination_at_least(a, bytes);
+  if (slot.bytes != (bytes == 8 ? 8 : 4)) fail("the destination register has the wrong size");
+  return slot;
+}
+
+Slot Decoder::predicate_destination(const Arg& a) {
+  if (a.kind == Arg::sink) {
+    Slot slot;
+    slot.sink = true;
+    slot.reg = 1;
+    return slot;
+  }
+  if (a.kind != Arg::reg || register_type(a) != Type::pred)
+    fail("expected a predicate register as destination");
+  return register_slot(a);
+}
+
+Special Decoder::special_named(const std::string& name) const {
+  for (const auto& [text, which] : kSpecials) {
+    if (name == text) return which;
+  }
+  if (is_driver_register(name)) return Special::zero;
+  if (name.compare(0, 3, "%pm") == 0 && name.size() > 3 && name[3] >= '0' && name[3] <= '7')
+    fail("performance monitors ('" + name + "') are not supported");
+  fail("unknown special register '" + name + "'");
+}
+
+Slot Decoder::predicate(const Arg& a) {
+  if (a.kind == Arg::special) {
+    if (special_named(a.text) != Special::is_explicit_cluster)
+      fail("'" + a.text + "' is not a predicate");
+    return builder_.special(Special::is_explicit_cluster, 4, true);
+  }
+  if (a.kind == Arg::integer) {
+    return constant(a.bits ? ~0ull : 0, 4);
+  }
+  if (a.kind != Arg::reg || register_type(a) != Type::pred) fail("expected a predicate");
+  return register_slot(a);
+}
+
+Slot Decoder::constant(std::uint64_t value, int bytes) {
+  return builder_.constant(value, bytes);
+}
+
+Slot Decoder::source_at_least(const Arg& a, Type type) {
+  const int bytes = storage_bytes(type);
+  switch (a.kind) {
+    case Arg::reg: {
+      const Type have = register_type(a);
+      if (have == Type::pred) fail("a predicate cannot be an operand here");
+      if (size_of(have) < size_of(type)) fail("a source register is too narrow");
+      return register_slot(a);
+    }
+    case Arg::integer: {
+      if (is_floating(type)) fail("an integer literal cannot be a floating-point operand");
+      const int size = size_of(type);
+      const std::uint64_t mask = size >= 8 ? ~0ull : (1ull << (8 * size)) - 1;
+      return constant(a.bits & mask, bytes);
+    }
+    case Arg::real:
+      return constant(real_bits(a, type), bytes);
+    case Arg::special: {
+      const Special which = special_named(a.text);
+      if (which == Special::is_explicit_cluster) fail("'" + a.text + "' is a predicate");
+      return builder_.special(which, bytes, false);
+    }
+    case Arg::name: {
+      const Symbol* symbol = builder_.symbol(function_, a.text);
+      if (symbol == nullptr) {
+        const Function* pointee = builder_.module().function(a.text);
+        if (pointee == nullptr) fail_unknown(a.text);
+        return constant(builder_.module().address_of(*pointee), bytes);
+      }
+      if (symbol->framed) {
+        if (a.offset != 0 || bytes != 8)
+          fail(
+              "of a variable of a function that may call itself, only the 64-bit address without "
+              "an offset can be an operand");
+        return symbol->slot;
+      }
+      if (symbol->kernel_param)
+        return builder_.param_address(static_cast<std::int64_t>(symbol->address) + a.offset);
+      return constant(symbol->address + static_cast<std::uint64_t>(a.offset), bytes);
+    }
+    default:
+      fail("bad operand");
+  }
+}
+
+Slot Decoder::source(const Arg& a, Type type) {
+  const Slot slot = source_at_least(a, type);
+  if (slot.bytes != storage_bytes(type)) fail("a source register has the wrong size");
+  return slot;
+}
+
+std::uint64_t Decoder::immediate(std::size_t i) const {
+  const Arg& a = arg(i);
+  if (a.kind != Arg::integer) fail("operand " + std::to_string(i + 1) + " must be an immediate");
+  return a.bits;
+}
+
+Slot Decoder::address(const Arg& a, std::int64_t* offset, Space* space) {
+  if (a.kind != Arg::memory || a.args.empty()) fail("expected an address in brackets");
+  const Arg& base = a.args[0];
+  *offset = a.offset;
+  if (base.kind == Arg::integer) {
+    return constant(base.bits, 8);
+  }
+  if (base.kind == Arg::name) {
+    const Symbol* symbol = builder_.symbol(function_, base.text);
+    if (symbol == nullptr) fail_unknown(base.text);
+    // Parameters of device functions live with the lane's local memory.
+    if (*space == Space::param && !symbol->kernel_param) *space = Space::local;
+    if (symbol->framed) return symbol->slot;
+    if (symbol->kernel_param)
+      return builder_.param_address(static_cast<std::int64_t>(symbol->address));
+    if (*space == Space::generic && symbol->space == Space::shared)
+      return constant(symbol->address | kSharedWindow, 8);
+    return constant(symbol->address, 8);
+  }
+  if (base.kind != Arg::reg) fail("bad address");
+  const Type type = register_type(base);
+  if (size_of(type) < 4) fail("the address register is too narrow");
+  return register_slot(base);
+}
+
+std::uint32_t Decoder::label(const Arg& a) const {
+  // A label may be called %L: only its use tells it from a special register.
+  if (a.kind != Arg::name && a.kind != Arg::special) fail("expected a label");
+  if (const auto* found = in_scope(function_.labels, a.text))
+    return builder_.plan(function_)->entry + found->at;
+  fail("unknown label '" + a.text + "'");
+}
+
+const Function::Table& Decoder::branch_table(const Arg& a) const {
+  const auto* table = a.kind == Arg::name ? in_scope(function_.branch_tables, a.text) : nullptr;
+  if (table == nullptr) fail("unknown branch table");
+  return *table;
+}
+
+}  // namespace torchext::sim

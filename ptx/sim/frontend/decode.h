@@ -1,0 +1,212 @@
+// From parsed instructions to executable ones. Each instruction family registers a decoder for its
+// opcodes; a decoder takes the modifiers that it knows and fails on any that are left.
+#pragma once
+
+#include <initializer_list>
+#include <map>
+#include <string>
+#include <tuple>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#include "../check/clock.h"
+#include "ir.h"
+
+namespace torchext::sim {
+
+struct Callee;
+struct DeviceVariables;
+class ProgramBuilder;
+
+class Decoder {
+ public:
+  Decoder(ProgramBuilder& builder, const Function& function, const RawInstruction& raw,
+          Instruction& out);
+
+  const RawInstruction& raw;
+  Instruction& out;
+
+  const std::string& opcode() const { return raw.parts[0]; }
+  int target() const;  // 90 for sm_90a
+
+  // Modifiers. take: true if it was there; a type is taken in order of appearance.
+  bool take(const char* modifier);
+  std::string take_one_of(std::initializer_list<const char*> modifiers);  // "" if none
+  // The one that comes first in the opcode; "" if none is there.
+  std::string take_first_of(std::initializer_list<const char*> modifiers);
+  bool take_prefix(const char* prefix, std::string* rest);  // "m64n" -> "m64n128k32"
+  Type take_type();                                         // fails if there is none
+  Type take_type_if_any();
+  // Modifiers that change speed, not meaning.
+  void take_cache_hints();
+  Scope take_scope();                  // Scope::none if there is none
+  bool has_cache_policy = false;       // .L2::cache_hint: one more operand
+  void finish(std::size_t arguments);  // no modifier left, this many operands
+  void finish(std::size_t least, std::size_t most);
+  [[noreturn]] void fail(const std::string& what) const;
+  [[noreturn]] void fail_unknown(const std::string& name) const;
+
+  // Operands.
+  std::size_t count() const { return raw.args.size(); }
+  const Arg& arg(std::size_t i) const;
+  Slot destination(const Arg& arg, int bytes);
+  Slot destination(std::size_t i, int bytes) { return destination(arg(i), bytes); }
+  Slot destination_at_least(const Arg& arg, int bytes);  // ld, cvt: a wider register is allowed
+  Slot source(const Arg& arg, Type type);
+  Slot source(std::size_t i, Type type) { return source(arg(i), type); }
+  Slot source_at_least(const Arg& arg, Type type);  // st, cvt
+  Slot predicate(const Arg& arg);
+  Slot predicate(std::size_t i) { return predicate(arg(i)); }
+  Slot predicate_destination(const Arg& arg);
+  Slot constant(std::uint64_t value, int bytes);
+  std::uint64_t immediate(std::size_t i) const;  // fails unless it is an integer literal
+  // [base + offset]; which of arg.args follow the base is the caller's affair.
+  Slot address(const Arg& arg, std::int64_t* offset, Space* space);
+  bool is_register(const Arg& a) const { return a.kind == Arg::reg; }
+  Type register_type(const Arg& a) const;
+  std::uint32_t label(const Arg& arg) const;
+  const Function::Table& branch_table(const Arg& arg) const;
+  // The innermost declaration of that name that this instruction sees; null if there is none.
+  template <class T>
+  const T* in_scope(const std::vector<T>& all, const std::string& name) const {
+    for (int scope = static_cast<int>(raw.scope); scope >= 0;
+         scope = function_.scope_parent[static_cast<std::size_t>(scope)]) {
+      for (const T& one : all) {
+        if (static_cast<int>(one.scope) == scope && one.name == name) return &one;
+      }
+    }
+    return nullptr;
+  }
+  Special special_named(const std::string& name) const;
+
+  // Space of .global, .shared, .shared::cta, .shared::cluster, .local, .param, .const, or none.
+  Space take_space();
+
+  template <class T>
+  T* own(T value) {
+    auto p = std::make_shared<T>(std::move(value));
+    own_pointer(p);
+    out.extra = p.get();
+    return p.get();
+  }
+  ProgramBuilder& builder() { return builder_; }
+  const Function& function() const { return function_; }
+
+ private:
+  void own_pointer(std::shared_ptr<void> p);
+  Slot register_slot(const Arg& arg) const;
+  ProgramBuilder& builder_;
+  const Function& function_;
+  std::vector<std::string> modifiers_;
+};
+
+using DecodeTable = std::unordered_map<std::string, void (*)(Decoder&)>;
+
+// The error message for an opcode, whose first part is `name`, that the table lacks.
+std::string why_unknown(const std::string& opcode, const std::string& name);  // absent.cpp
+
+// Each in the file of its name.
+void add_control(DecodeTable&);
+void add_calls(DecodeTable&);
+void add_stack(DecodeTable&);
+void add_integer(DecodeTable&);
+void add_moves(DecodeTable&);
+void add_logic(DecodeTable&);
+void add_bits(DecodeTable&);
+void add_compare(DecodeTable&);
+void add_floating(DecodeTable&);
+void add_video(DecodeTable&);
+void add_convert(DecodeTable&);
+void add_load_store(DecodeTable&);
+void add_atomics(DecodeTable&);
+void add_collectives(DecodeTable&);
+void add_barriers(DecodeTable&);
+void add_mbarrier(DecodeTable&);
+void add_copies(DecodeTable&);
+void add_matrix(DecodeTable&);
+void add_mma(DecodeTable&);
+void add_wmma(DecodeTable&);
+void add_wgmma(DecodeTable&);
+void add_tensormap(DecodeTable&);
+void add_system(DecodeTable&);
+
+struct Symbol {
+  Space space = Space::global;
+  std::uint64_t address = 0;
+  std::uint64_t bytes = 0;
+  bool kernel_param = false;
+  bool framed = false;  // address is an offset in the frame; `slot` holds the sum
+  Slot slot;
+};
+
+class ProgramBuilder {
+ public:
+  ProgramBuilder(const ParsedModule& module, DeviceVariables& variables, const std::string& kernel);
+  std::shared_ptr<Program> build();
+
+  struct FunctionPlan {
+    const Function* function;
+    std::uint32_t first_register = 0;
+    std::vector<std::uint32_t> register_offsets;
+    std::uint32_t entry = 0;  // pc
+    bool framed = false;      // calls.h
+    Callee* callee = nullptr;
+    std::map<std::string, Symbol> symbols;
+  };
+  const FunctionPlan* plan(const Function& f) const;  // null if the kernel cannot reach it
+  const Callee* callee(const Function& f) const { return plan(f)->callee; }
+  std::vector<const Function*> indirect_callees(const Function& f, const RawInstruction& call);
+  const ParsedModule& module() const { return module_; }
+  Program& program() { return *program_; }
+  Slot constant(std::uint64_t value, int bytes);
+  Slot param_address(std::int64_t addend);
+  Slot special(Special which, int bytes, bool predicate);
+  const Symbol* symbol(const Function& f, const std::string& name) const;
+
+ private:
+  void collect(const Function& kernel);
+  std::vector<const Function*> callees_of(const Function& f);
+  const std::vector<const Function*>& address_taken();
+  Slot add_register(const std::string& name, Type type);
+  void lay_out();
+  void lay_out_function(FunctionPlan& plan, std::uint64_t* local);
+  void find_post_dominators(std::uint32_t begin, std::uint32_t end);
+  void track_wgmma_registers();
+
+  const ParsedModule& module_;
+  DeviceVariables& variables_;
+  std::string kernel_;
+  std::shared_ptr<Program> program_;
+  std::vector<FunctionPlan> plans_;
+  std::unordered_map<const Function*, std::size_t> plan_of_;
+  std::vector<const Function*> address_taken_;
+  bool knows_address_taken_ = false;
+  std::map<std::string, Symbol> globals_;
+  std::map<std::pair<std::uint64_t, int>, Slot> constants_;
+  std::map<std::int64_t, Slot> param_constants_;
+  std::map<std::tuple<Special, int, bool>, Slot> specials_;
+  std::map<std::string, std::uint32_t> opcode_index_;
+};
+
+// Storage for .global and .const variables. They keep their values between launches.
+struct DeviceVariables {
+  struct Entry {
+    std::string name;
+    const Variable* variable = nullptr;
+    std::vector<std::uint64_t> storage;
+    std::uint8_t* data = nullptr;
+    std::uint64_t bytes = 0;
+    bool constant = false;
+  };
+  explicit DeviceVariables(const ParsedModule& module);
+  const Entry* find(const std::string& name) const;
+  void reset();  // to their initial values
+  std::vector<std::unique_ptr<Entry>> entries;
+  std::map<std::string, Entry*> by_name;
+
+ private:
+  const ParsedModule& module_;
+};
+
+}  // namespace torchext::sim

@@ -1,0 +1,274 @@
+// Declarations of variables, parameters and registers; initializers.
+#include "parser_state.h"
+
+namespace torchext::sim {
+
+namespace {
+
+Space space_named(const std::string& word) {
+  if (word == ".shared" || word == ".shared::cta") return Space::shared;
+  if (word == ".const") return Space::constant;
+  if (word == ".local") return Space::local;
+  if (word == ".param" || word == ".reg") return Space::param;
+  return Space::global;
+}
+
+int element_bytes(const Variable& v) {
+  return size_of(v.type) != 0 ? size_of(v.type) : 1;
+}
+
+}  // namespace
+
+std::vector<Variable> Parser::variables(Linkage how) {
+  const Variable head = variable_head(how);
+  std::vector<Variable> all;
+  do {
+    Variable v = head;
+    declarator(v, false);
+    all.push_back(std::move(v));
+  } while (accept(','));
+  expect(';');
+  return all;
+}
+
+// .space [.align n] [.attribute(...)] [.v2|.v4] .type
+Variable Parser::variable_head(Linkage how) {
+  Variable v;
+  v.line = peek().line;
+  v.linkage = how;
+  const bool parameter = peek().is(".param") || peek().is(".reg");
+  v.space = space_named(take_word());
+  if (how == Linkage::common && v.space != Space::global)
+    fail_at(v.line, ".common variables must be .global");
+  bool aligned = false, pointee = false;
+  while (peek().kind == Token::word && peek().text[0] == '.') {
+    const std::string word = take_word();
+    if (word == ".align") {
+      const auto align = take_integer();
+      if (align == 0 || align > 4096 || (align & (align - 1)) != 0) fail("bad alignment");
+      if (pointee) continue;  // after .ptr: of what the parameter points to
+      v.align = align;
+      aligned = true;
+    } else if (word == ".v2" || word == ".v4") {
+      v.lanes = word == ".v2" ? 2 : 4;
+    } else if (word == ".ptr" && parameter) {
+      pointee = v.pointer = true;
+    } else if (pointee && (word == ".global" || word == ".shared" || word == ".const" ||
+                           word == ".local" || word == ".generic")) {
+      continue;
+    } else if (word == ".attribute") {
+      skip_attribute();
+    } else {
+      if (v.type != Type::none) fail("a declaration with two types");
+      v.type = type_named(word.substr(1));
+      if (v.type == Type::none) fail("unknown type '" + word + "'");
+    }
+  }
+  if (v.type == Type::none) fail("declaration without a type");
+  if (v.type == Type::pred) fail("predicates must be registers");
+  if (!aligned) v.align = static_cast<std::uint32_t>(element_bytes(v) * v.lanes);
+  return v;
+}
+
+// .attribute(.managed), .attribute(.unified(1, 2)): where memory lives, which is all one here.
+void Parser::skip_attribute() {
+  expect('(');
+  for (int depth = 1; depth > 0; take()) {
+    if (peek().kind == Token::end) fail("expected ')'");
+    if (peek().is('(')) ++depth;
+    if (peek().is(')')) --depth;
+  }
+}
+
+// name[n][m] [= initializer]
+void Parser::declarator(Variable& v, bool parameter) {
+  v.name = take_word();
+  std::uint64_t count = 1;
+  while (accept('[')) {
+    if (accept(']')) {
+      if (!v.dimensions.empty()) fail("only the first size of '" + v.name + "' may be left out");
+      v.dimensions.push_back(0);
+      continue;
+    }
+    v.dimensions.push_back(take_integer());
+    if (v.dimensions.back() == 0 && v.dimensions.size() > 1) fail("an array of size 0");
+    if (v.dimensions.back() != 0) count *= v.dimensions.back();
+    if (count > (1ull << 40)) fail("array too large");
+    expect(']');
+  }
+  const bool unsized = !v.dimensions.empty() && v.dimensions[0] == 0;
+  const auto each = static_cast<std::uint64_t>(element_bytes(v) * v.lanes);
+  v.bytes = unsized ? 0 : count * each;
+  if (peek().is('=')) {
+    if (v.space != Space::global && v.space != Space::constant)
+      fail("'" + v.name + "': only .global and .const variables take an initial value");
+    if (v.is_external()) fail("'" + v.name + "' is .extern and takes no initial value");
+    take();
+    std::vector<std::uint64_t> counts = v.dimensions;
+    if (v.lanes > 1) counts.push_back(static_cast<std::uint64_t>(v.lanes));
+    initializer(v, counts, 0);
+    if (unsized) {
+      v.bytes = v.initial.size();
+      v.dimensions[0] = v.bytes / (count * each);
+    }
+  }
+  if (v.bytes == 0 && !parameter && !v.is_external())
+    fail_at(v.line, "'" + v.name + "' has no size, and is not .extern");
+}
+
+// Braces nest as the array does; what they leave out is zero.
+void Parser::initializer(Variable& v, const std::vector<std::uint64_t>& counts, std::size_t level) {
+  if (level == counts.size()) return element(v);
+  const Nested nested(*this);
+  expect('{');
+  auto each = static_cast<std::uint64_t>(element_bytes(v));
+  for (std::size_t inner = level + 1; inner < counts.size(); ++inner) each *= counts[inner];
+  const std::size_t begin = v.initial.size();
+  std::uint64_t count = 0;
+  if (!peek().is('}')) {
+    do {
+      if (counts[level] != 0 && count == counts[level])
+        fail("more than " + std::to_string(count) + " elements in the initializer of '" + v.name +
+             "'");
+      initializer(v, counts, level + 1);
+      ++count;
+    } while (accept(','));
+  }
+  expect('}');
+  // The outermost array stays as long as its text: it may be huge, and mostly zero.
+  if (level > 0) {
+    if (counts[level] * each > 1u << 28) fail("the initializer of '" + v.name + "' is too large");
+    v.initial.resize(begin + counts[level] * each);
+  }
+}
+
+void Parser::element(Variable& v) {
+  const int bytes = element_bytes(v);
+  // 0xFF00(symbol): one byte of an address.
+  if (peek().kind == Token::number && peek(1).is('(')) {
+    const std::uint32_t line = peek().line;
+    const std::string text = peek().text;
+    const Arg mask = constant_term();
+    int shift = 0;
+    while (shift < 64 && mask.bits != 0xffull << shift) shift += 8;
+    if (mask.kind != Arg::integer || shift == 64)
+      fail_at(line, "'" + text + "' selects not one byte of an address");
+    expect('(');
+    address_element(v, shift, 1);
+    expect(')');
+  } else if (at_constant()) {
+    const std::uint32_t line = peek().line;
+    const Arg arg = constant_expression();
+    const bool floating = v.type == Type::f32 || v.type == Type::f64;
+    const bool untyped = v.type == Type::b32 || v.type == Type::b64;
+    std::uint64_t bits = arg.bits;
+    if (arg.kind == Arg::real) {
+      if (!floating && !untyped)
+        fail_at(line, "a floating-point initial value of the integer variable '" + v.name + "'");
+      bits = real_bits(arg, bytes == 8 ? Type::f64 : Type::f32);
+    } else if (floating || v.type == Type::f16 || v.type == Type::bf16) {
+      fail_at(line, "an integer initial value of the floating-point variable '" + v.name + "'");
+    }
+    for (int i = 0; i < bytes; ++i)
+      v.initial.push_back(i < 8 ? static_cast<std::uint8_t>(bits >> (8 * i)) : 0);
+  } else {
+    if (peek().kind != Token::word) fail("expected a value, got '" + peek().text + "'");
+    if (bytes < 8)
+      fail("an address does not fit into an element of '" + v.name + "'; 0xFF(...) takes a byte");
+    address_element(v, 0, 8);
+  }
+}
+
+// symbol, symbol + 8, generic(symbol), generic(symbol) + 8: `bytes` of the address from `shift` on.
+void Parser::address_element(Variable& v, int shift, int bytes) {
+  const std::uint32_t line = peek().line;
+  std::string symbol = take_word();
+  std::int64_t addend = 0;
+  if (symbol == "generic" && accept('(')) {
+    symbol = take_word();
+    addend = displacement();
+    expect(')');
+  }
+  addend += displacement();
+  v.references.push_back({v.initial.size(), symbol, addend, bytes, shift, line});
+  v.initial.resize(v.initial.size() + static_cast<std::size_t>(element_bytes(v)));
+}
+
+std::vector<Variable> Parser::parameters(bool declare) {
+  std::vector<Variable> result;
+  expect('(');
+  while (!accept(')')) {
+    const bool reg = peek().is(".reg");
+    if (!peek().is(".param") && !reg) fail("expected a parameter");
+    Variable v = variable_head(Linkage::internal);
+    declarator(v, true);
+    if (reg) {
+      if (v.lanes > 1 || v.type == Type::b128)
+        fail("vector registers as parameters are not supported");
+      v.reg = declare ? static_cast<std::int32_t>(add_register(v.name, v.type)) : 0;
+    }
+    result.push_back(std::move(v));
+    if (!peek().is(')')) expect(',');
+  }
+  return result;
+}
+
+// In a function's body: a name that no other scope can collide with.
+void Parser::declare_variable(Variable v) {
+  const std::string unique =
+      "{" + function_->name + ":" + std::to_string(function_->variables.size()) + "}" + v.name;
+  variables_[static_cast<std::size_t>(scope_)][v.name] = unique;
+  v.name = unique;
+  function_->variables.push_back(std::move(v));
+}
+
+// .reg [.v2|.v4] .type name, name<count>, ...;
+void Parser::registers() {
+  take();
+  int lanes = accept(".v2") ? 2 : accept(".v4") ? 4 : 1;
+  const std::string type_word = take_word();
+  Type type = type_named(type_word.substr(1));
+  if (type == Type::none) fail("unknown register type '" + type_word + "'");
+  if (type == Type::b128) {  // two halves: every instruction that takes it moves them alike
+    if (lanes != 1) fail("vectors of .b128 registers are not supported");
+    type = Type::b64;
+    lanes = 2;
+  }
+  do {
+    const std::string name = take_word();
+    if (accept('<')) {
+      const std::uint32_t count = take_integer();
+      expect('>');
+      if (count > 1000000) fail("too many registers");
+      for (std::uint32_t i = 0; i < count; ++i)
+        add_registers(name + std::to_string(i), type, lanes);
+    } else {
+      add_registers(name, type, lanes);
+    }
+  } while (accept(','));
+  expect(';');
+}
+
+// A vector is the registers v.x, v.y, ..., also called v.r, v.g, ...; `v` alone means all of them.
+void Parser::add_registers(const std::string& name, Type type, int lanes) {
+  if (lanes == 1) {
+    add_register(name, type);
+    return;
+  }
+  auto& here = registers_[static_cast<std::size_t>(scope_)];
+  std::vector<std::uint32_t> all;
+  for (int i = 0; i < lanes; ++i) {
+    all.push_back(add_register(name + "." + "xyzw"[i], type));
+    here[name + "." + "rgba"[i]] = all.back();
+  }
+  vectors_[static_cast<std::size_t>(scope_)][name] = std::move(all);
+}
+
+std::uint32_t Parser::add_register(const std::string& name, Type type) {
+  const auto index = static_cast<std::uint32_t>(function_->registers.size());
+  registers_[static_cast<std::size_t>(scope_)][name] = index;
+  function_->registers.push_back({name, type});
+  return index;
+}
+
+}  // namespace torchext::sim

@@ -1,0 +1,408 @@
+// Warp collectives: shfl, vote, match, redux, elect, activemask, bar.warp.sync.
+//
+// Each lane passes a member mask of its own. Lanes of one mask meet once all live members are at an
+// instruction of the same kind, wherever it stands; lanes of different masks have nothing to do
+// with each other, even where they execute one instruction together.
+#include <algorithm>
+
+#include "../check/validity.h"
+#include "../frontend/decode.h"
+#include "../machine/collective.h"
+#include "lanes.h"
+
+namespace torchext::sim {
+
+namespace {
+
+using U16 = std::uint16_t;
+using U32 = std::uint32_t;
+using U64 = std::uint64_t;
+
+// Where every collective keeps its member mask.
+constexpr std::size_t kMembers = 3;
+
+// Lanes that execute a collective together, and where each does.
+class Meeting {
+ public:
+  Meeting(U32 among, const Instruction& all) : lanes(among), all_(&all) {}
+  Meeting(U32 among, const Instruction* const* each) : lanes(among), each_(each) {}
+  const Instruction& at(int lane) const { return all_ != nullptr ? *all_ : *each_[lane]; }
+  // Calls f(instruction, lanes that are at it) for each.
+  template <class F>
+  void each(F&& f) const {
+    if (all_ != nullptr) return f(*all_, lanes);
+    for (U32 left = lanes; left != 0;) {
+      const Instruction* i = each_[lane_of(left)];
+      U32 here = 0;
+      for_lanes(left, [&](int lane) { here |= U32{each_[lane] == i} << lane; });
+      f(*i, here);
+      left &= ~here;
+    }
+  }
+  const U32 lanes;
+
+ private:
+  const Instruction* all_ = nullptr;
+  const Instruction* const* each_ = nullptr;
+};
+
+// Computes the results of all lanes of a meeting.
+using Hold = void (*)(Warp&, const Meeting&);
+
+void hold(Warp& w, const Meeting& m, Hold f) {
+  if (w.grid().options.lane_order == LaunchOptions::converged) w.order_lanes(m.lanes);
+  f(w, m);
+}
+
+bool same_kind(const Instruction& a, const Instruction& b) {
+  return a.execute == b.execute && a.small == b.small && a.s[0].bytes == b.s[0].bytes;
+}
+
+// Lanes that differ in their masks, or whose partners are elsewhere.
+Step meet(Warp& w, const Instruction& i, U32 mask, Hold f) {
+  U32 masks[32];
+  const Instruction* at[32];
+  U32 waiting = 0;
+  const auto come = [&](const Instruction& here, U32 lanes) {
+    for_lanes(lanes, [&](int lane) {
+      masks[lane] = w.at<U32>(here.s[kMembers])[lane];
+      at[lane] = &here;
+    });
+    waiting |= lanes;
+  };
+  come(i, mask);
+  for (const Group& g : w.groups()) {  // a group that waits has only lanes that its guard lets in
+    const Instruction& other = w.program().code[g.pc];
+    if (&g != &w.group() && g.blocked && !g.parked && !g.released && same_kind(other, i))
+      come(other, g.mask);
+  }
+  U32 outside = 0;
+  for_lanes(mask, [&](int lane) { outside |= ~masks[lane] & 1u << lane; });
+  if (outside != 0) {
+    w.finding(FindingKind::invalid_operand,
+              "a lane executes a .sync instruction whose member mask leaves it out", outside);
+    for_lanes(outside, [&](int lane) { hold(w, Meeting(1u << lane, at), f); });
+  }
+  U32 done = outside;
+  for (U32 left = mask & ~outside; left != 0;) {
+    const U32 members = masks[lane_of(left)];
+    U32 here = 0;
+    for_lanes(waiting & members, [&](int lane) { here |= U32{masks[lane] == members} << lane; });
+    left &= ~here;
+    if ((members & w.live() & ~here) != 0) continue;
+    hold(w, Meeting(here, at), f);
+    done |= here;
+  }
+  if ((done & mask) == 0) return Step::block;
+  if (const U32 rest = mask & ~done) {
+    Group& g = w.part(rest);
+    g.blocked = true;
+    g.blocked_at = w.cluster().progress;
+  }
+  if ((done & ~mask) == 0) return Step::next;
+  for (std::size_t n = 0; n < w.groups().size(); ++n) {
+    const U32 met = w.groups()[n].mask & done;
+    if (met == 0 || &w.groups()[n] == &w.group()) continue;
+    Group& g = met == w.groups()[n].mask ? w.groups()[n] : w.groups()[w.part(n, met)];
+    g.released = true;
+  }
+  w.absorb(done & ~mask);
+  ++w.cluster().progress;
+  return Step::next;
+}
+
+template <Hold f>
+Step collective(Warp& w, const Instruction& i, U32 mask) {
+  if (w.group().released) return Step::next;
+  const Slot& slot = i.s[kMembers];
+  w.need(slot, mask, "as a member mask");
+  const U32* masks = w.at<U32>(slot);
+  const U32 members = masks[lane_of(mask)];
+  bool together = (members & w.live()) == mask;
+  if (together && slot.bank == 0)
+    for_lanes(mask, [&](int lane) { together &= masks[lane] == members; });
+  if (!together) return meet(w, i, mask, f);
+  hold(w, Meeting(mask, i), f);
+  return Step::next;
+}
+
+// ---- shfl ---------------------------------------------------------------------------------------
+
+enum ShuffleMode : U16 { kUp, kDown, kBfly, kIdx };
+
+void shuffle(Warp& w, const Meeting& m) {
+  U32 result[32] = {}, in_range = 0;
+  LaneBits valid;
+  bool whole = true;
+  m.each([&](const Instruction& i, U32 lanes) { whole &= (lanes & ~w.valid(i.s[0])) == 0; });
+  for_lanes(m.lanes, [&](int lane) {
+    const Instruction& i = m.at(lane);
+    const auto b = static_cast<int>(w.integer(i.s[1], lane) & 31);
+    const auto c = static_cast<U32>(w.integer(i.s[2], lane));
+    const int segment = static_cast<int>((c >> 8) & 31), clamp = static_cast<int>(c & 31);
+    const int max_lane = (lane & segment) | (clamp & ~segment), min_lane = lane & segment;
+    int j;
+    bool p;
+    switch (i.small) {
+      case kUp:
+        j = lane - b;
+        p = j >= max_lane;
+        break;
+      case kDown:
+        j = lane + b;
+        p = j <= max_lane;
+        break;
+      case kBfly:
+        j = lane ^ b;
+        p = j <= max_lane;
+        break;
+      default:
+        j = min_lane | (b & ~segment);
+        p = j <= max_lane;
+        break;
+    }
+    if (!p)
+      j = lane;
+    else
+      in_range |= 1u << lane;
+    if (!((m.lanes >> j) & 1)) {
+      w.finding(FindingKind::invalid_operand,
+                "shfl reads lane " + std::to_string(j) + ", which does not take part", 1u << lane);
+      j = lane;
+    }
+    const Slot& source = m.at(j).s[0];
+    result[lane] = w.at<U32>(source)[j];
+    if (!whole) valid.of[lane] = w.valid_bits(source, j);
+  });
+  m.each([&](const Instruction& i, U32 lanes) {
+    for_lanes(lanes, [&](int lane) { w.put(i.d, lane, result[lane]); });
+    w.set_validity(i.d, lanes, whole, valid);
+    if (i.d2.sink) return;
+    w.set_predicate(i.d2, lanes, in_range);
+    w.set_valid(i.d2, lanes, lanes);
+  });
+}
+
+void decode_shfl(Decoder& d) {
+  const bool sync = d.take("sync");
+  const std::string mode = d.take_one_of({"up", "down", "bfly", "idx"});
+  if (mode.empty()) d.fail("no mode");
+  if (d.take_type() != Type::b32) d.fail("expected .b32");
+  d.finish(sync ? 5 : 4);
+  if (!sync) d.fail("shfl without .sync was removed in PTX 6.4");
+  d.out.small = mode == "up" ? kUp : mode == "down" ? kDown : mode == "bfly" ? kBfly : kIdx;
+  const Arg& to = d.arg(0);
+  d.out.d2.sink = true;
+  d.out.d2.reg = 1;
+  if (to.kind == Arg::pair) {
+    d.out.d = d.destination(to.args[0], 4);
+    d.out.d2 = d.predicate_destination(to.args[1]);
+  } else {
+    d.out.d = d.destination(to, 4);
+  }
+  for (std::size_t k = 0; k < 4; ++k) d.out.s[k] = d.source(k + 1, Type::b32);
+  d.out.execute = collective<shuffle>;
+}
+
+// ---- vote, activemask, match, redux, elect ------------------------------------------------------
+
+enum VoteMode : U16 { kAll, kAny, kUni, kBallot };
+
+void vote(Warp& w, const Meeting& m) {
+  U32 set = 0;
+  m.each([&](const Instruction& i, U32 lanes) {
+    w.need(i.s[0], lanes, "in a vote");
+    set |= w.predicate(i.s[0]) & lanes;
+  });
+  m.each([&](const Instruction& i, U32 lanes) {
+    if (i.small == kBallot) {
+      for_lanes(lanes, [&](int lane) { w.put(i.d, lane, set); });
+    } else {
+      const bool yes = i.small == kAll   ? set == m.lanes
+                       : i.small == kAny ? set != 0
+                                         : set == 0 || set == m.lanes;
+      w.set_predicate(i.d, lanes, yes ? ~0u : 0);
+    }
+    w.set_valid(i.d, lanes, lanes);
+  });
+}
+
+void decode_vote(Decoder& d) {
+  if (!d.take("sync")) d.fail("vote without .sync was removed in PTX 6.4");
+  const std::string mode = d.take_one_of({"all", "any", "uni", "ballot"});
+  if (mode.empty()) d.fail("no mode");
+  const Type type = d.take_type();
+  d.finish(3);
+  d.out.small = mode == "all" ? kAll : mode == "any" ? kAny : mode == "uni" ? kUni : kBallot;
+  if ((type == Type::b32) != (d.out.small == kBallot)) d.fail("bad type");
+  d.out.d = d.out.small == kBallot ? d.destination(0, 4) : d.predicate_destination(d.arg(0));
+  d.out.s[0] = d.predicate(1);
+  d.out.s[kMembers] = d.source(2, Type::b32);
+  d.out.execute = collective<vote>;
+}
+
+Step active_mask(Warp& w, const Instruction& i, U32 mask) {
+  for_lanes(mask, [&](int lane) { w.put(i.d, lane, mask); });
+  w.set_valid(i.d, mask, mask);
+  return Step::next;
+}
+
+void decode_activemask(Decoder& d) {
+  d.take_type();
+  d.finish(1);
+  d.out.d = d.destination(0, 4);
+  d.out.execute = active_mask;
+}
+
+void match(Warp& w, const Meeting& m) {
+  U64 value[32];
+  U32 result[32] = {}, all = ~0u;
+  for_lanes(m.lanes, [&](int lane) { value[lane] = w.integer(m.at(lane).s[0], lane); });
+  for_lanes(m.lanes, [&](int lane) {
+    for_lanes(m.lanes, [&](int other) {
+      if (value[lane] == value[other]) result[lane] |= 1u << other;
+    });
+    if (result[lane] != m.lanes) all = 0;
+  });
+  m.each([&](const Instruction& i, U32 lanes) {
+    for_lanes(lanes, [&](int lane) { w.put(i.d, lane, i.small && !all ? 0 : result[lane]); });
+    w.set_valid(i.d, lanes, w.valid(i.s[0]));
+    if (i.d2.sink) return;
+    w.set_predicate(i.d2, lanes, all);
+    w.set_valid(i.d2, lanes, lanes);
+  });
+}
+
+void decode_match(Decoder& d) {
+  d.out.small = d.take("all");
+  if (!d.out.small && !d.take("any")) d.fail("expected .any or .all");
+  if (!d.take("sync")) d.fail("expected .sync");
+  const Type type = d.take_type();
+  d.finish(3);
+  const Arg& to = d.arg(0);
+  d.out.d2.sink = true;
+  d.out.d2.reg = 1;
+  if (to.kind == Arg::pair) {
+    d.out.d = d.destination(to.args[0], 4);
+    d.out.d2 = d.predicate_destination(to.args[1]);
+  } else {
+    d.out.d = d.destination(to, 4);
+  }
+  d.out.s[0] = d.source(1, type);
+  d.out.s[kMembers] = d.source(2, Type::b32);
+  d.out.execute = collective<match>;
+}
+
+template <class T, class F>
+void reduce(Warp& w, const Meeting& m) {
+  m.each([&](const Instruction& i, U32 lanes) { w.need(i.s[0], lanes, "in redux"); });
+  const auto value = [&](int lane) { return static_cast<T>(w.integer(m.at(lane).s[0], lane)); };
+  T total = value(static_cast<int>(lane_of(m.lanes)));
+  for_lanes(m.lanes & (m.lanes - 1), [&](int lane) { total = F()(total, value(lane)); });
+  m.each([&](const Instruction& i, U32 lanes) {
+    for_lanes(lanes, [&](int lane) { w.put(i.d, lane, static_cast<U32>(total)); });
+    w.set_valid(i.d, lanes, lanes);
+  });
+}
+struct Add {
+  U32 operator()(U32 a, U32 b) const { return a + b; }
+};
+struct And {
+  U32 operator()(U32 a, U32 b) const { return a & b; }
+};
+struct Or {
+  U32 operator()(U32 a, U32 b) const { return a | b; }
+};
+struct Xor {
+  U32 operator()(U32 a, U32 b) const { return a ^ b; }
+};
+struct Min {
+  template <class T>
+  T operator()(T a, T b) const {
+    return std::min(a, b);
+  }
+};
+struct Max {
+  template <class T>
+  T operator()(T a, T b) const {
+    return std::max(a, b);
+  }
+};
+
+void decode_redux(Decoder& d) {
+  if (!d.take("sync")) d.fail("expected .sync");
+  const std::string op = d.take_one_of({"add", "min", "max", "and", "or", "xor"});
+  const Type type = d.take_type();
+  d.finish(3);
+  d.out.d = d.destination(0, 4);
+  d.out.s[0] = d.source(1, type);
+  d.out.s[kMembers] = d.source(2, Type::b32);
+  if (size_of(type) != 4 || type == Type::f32) d.fail("not for this type");
+  using S32 = std::int32_t;
+  const bool sign = is_signed(type);
+  if (op == "add")
+    d.out.execute = collective<reduce<U32, Add>>;
+  else if (op == "and")
+    d.out.execute = collective<reduce<U32, And>>;
+  else if (op == "or")
+    d.out.execute = collective<reduce<U32, Or>>;
+  else if (op == "xor")
+    d.out.execute = collective<reduce<U32, Xor>>;
+  else if (op == "min")
+    d.out.execute = sign ? collective<reduce<S32, Min>> : collective<reduce<U32, Min>>;
+  else if (op == "max")
+    d.out.execute = sign ? collective<reduce<S32, Max>> : collective<reduce<U32, Max>>;
+  else
+    d.fail("no operation");
+}
+
+// Deterministic in hardware for a given member mask; here the lowest member.
+void elect(Warp& w, const Meeting& m) {
+  const U32 leader = lane_of(m.lanes);
+  m.each([&](const Instruction& i, U32 lanes) {
+    for_lanes(lanes, [&](int lane) { w.put(i.d, lane, leader); });
+    w.set_valid(i.d, lanes, lanes);
+    w.set_predicate(i.d2, lanes, 1u << leader);
+    w.set_valid(i.d2, lanes, lanes);
+  });
+}
+
+void decode_elect(Decoder& d) {
+  if (!d.take("sync")) d.fail("expected .sync");
+  d.finish(2);
+  const Arg& to = d.arg(0);
+  if (to.kind != Arg::pair) d.fail("expected d|p");
+  d.out.d = d.destination(to.args[0], 4);
+  d.out.d2 = d.predicate_destination(to.args[1]);
+  d.out.s[kMembers] = d.source(1, Type::b32);
+  d.out.execute = collective<elect>;
+}
+
+// Orders lanes in the strict mode too.
+void warp_barrier(Warp& w, const Meeting& m) {
+  w.order_lanes(m.lanes);
+}
+
+}  // namespace
+
+void decode_warp_barrier(Decoder& d) {
+  if (!d.take("sync")) d.fail("expected .sync");
+  d.finish(1);
+  d.out.s[kMembers] = d.source(0, Type::b32);
+  d.out.execute = collective<warp_barrier>;
+}
+
+U32 members_of(Warp& w, const Instruction& i, int lane) {
+  return w.at<U32>(i.s[kMembers])[lane];
+}
+
+void add_collectives(DecodeTable& t) {
+  t["shfl"] = decode_shfl;
+  t["vote"] = decode_vote;
+  t["activemask"] = decode_activemask;
+  t["match"] = decode_match;
+  t["redux"] = decode_redux;
+  t["elect"] = decode_elect;
+}
+
+}  // namespace torchext::sim

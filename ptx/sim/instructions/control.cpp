@@ -1,0 +1,93 @@
+// Control flow within a function: bra, brx.idx, exit, trap, brkpt.
+#include "../check/exit_checks.h"
+#include "../frontend/decode.h"
+#include "lanes.h"
+
+namespace torchext::sim {
+
+namespace {
+
+using U32 = std::uint32_t;
+using U64 = std::uint64_t;
+
+Step bra(Warp& w, const Instruction& i, U32 mask) {
+  w.branch(i, mask);
+  return Step::jump;
+}
+
+void decode_bra(Decoder& d) {
+  d.take("uni");
+  d.finish(1);
+  d.out.target = d.label(d.arg(0));
+  d.out.execute = bra;
+}
+
+Step brx(Warp& w, const Instruction& i, U32 mask) {
+  const auto& targets = *static_cast<const std::vector<U32>*>(i.extra);
+  w.need(i.s[0], mask, "as a branch index");
+  U32 to[32] = {};
+  for_lanes(mask, [&](int l) {
+    const U64 index = w.integer(i.s[0], l);
+    if (index >= targets.size()) {
+      w.finding(FindingKind::invalid_operand,
+                "branch index " + std::to_string(index) + " of a table of " +
+                    std::to_string(targets.size()),
+                1u << l);
+      throw LaunchStopped{};
+    }
+    to[l] = targets[index];
+  });
+  w.branch_each(to, mask, i.reconverge);
+  return Step::jump;
+}
+
+void decode_brx(Decoder& d) {
+  if (!d.take("idx")) d.fail("expected .idx");
+  d.take("uni");
+  d.finish(2);
+  d.out.s[0] = d.source(0, Type::u32);
+  std::vector<U32> targets;
+  for (const std::string& name : d.branch_table(d.arg(1)).targets) {
+    Arg label;
+    label.kind = Arg::name;
+    label.text = name;
+    targets.push_back(d.label(label));
+  }
+  d.own(std::move(targets));
+  d.out.execute = brx;
+}
+
+Step exit(Warp& w, const Instruction&, U32 mask) {
+  before_exit(w, mask);
+  w.exit_lanes(mask);
+  after_exit(w, mask);
+  return Step::jump;
+}
+
+Step trap(Warp& w, const Instruction&, U32 mask) {
+  w.finding(FindingKind::trap, "the kernel executed trap", mask);
+  throw LaunchStopped{};
+}
+
+template <Step (*execute)(Warp&, const Instruction&, U32)>
+void decode_plain(Decoder& d) {
+  d.take("uni");
+  d.finish(0);
+  d.out.execute = execute;
+}
+
+Step nothing(Warp&, const Instruction&, U32) {
+  return Step::next;
+}
+
+}  // namespace
+
+void add_control(DecodeTable& t) {
+  t["bra"] = decode_bra;
+  t["brx"] = decode_brx;
+  t["exit"] = decode_plain<exit>;
+  t["trap"] = decode_plain<trap>;
+  t["brkpt"] = decode_plain<nothing>;
+}
+
+}  // namespace torchext::sim

@@ -1,0 +1,244 @@
+// cp.async: the per-thread asynchronous copies of sm_80, their groups and mbarrier arrival; and the
+// way to the bulk copies, whose opcodes begin with cp too.
+#include <cstring>
+
+#include "../frontend/decode.h"
+#include "bulk_copies.h"
+#include "lanes.h"
+#include "mbarrier.h"
+
+namespace torchext::sim {
+
+namespace {
+
+using U16 = std::uint16_t;
+using U32 = std::uint32_t;
+using U64 = std::uint64_t;
+
+U64 operand_address(Warp& w, const Slot& s, std::int64_t offset, int lane) {
+  const U64 a = w.integer(s, lane) + static_cast<U64>(offset);
+  return s.bytes == 4 ? static_cast<U32>(a) : a;
+}
+
+struct AsyncCopy {
+  U32 bytes = 0;
+  Slot to, from, size, ignore;
+  std::int64_t to_offset = 0, from_offset = 0;
+  bool has_size = false, has_ignore = false;
+};
+
+// A warp's copies share one agent: its lanes issue and wait for them together.
+void need_agent(Warp& w) {
+  if (w.cp_async.write_agent != 0) return;
+  w.cp_async.write_agent = w.cluster().new_agent();
+  w.cluster().agent_names[w.cp_async.write_agent] = "cp.async of warp " + std::to_string(w.index());
+}
+
+Step copy(Warp& w, const Instruction& i, U32 mask) {
+  const auto& c = *static_cast<const AsyncCopy*>(i.extra);
+  w.need(c.to, mask, "as an address");
+  w.need(c.from, mask, "as an address");
+  need_agent(w);
+  CopyGroups& g = w.cp_async;
+  g.open = true;
+  struct Piece {
+    std::uint8_t* to;
+    const std::uint8_t* from;
+    U32 bytes;
+  };
+  std::vector<Piece> pieces;
+  for_lanes(mask, [&](int lane) {
+    const U64 to = operand_address(w, c.to, c.to_offset, lane),
+              from = operand_address(w, c.from, c.from_offset, lane);
+    U32 bytes = c.has_size ? static_cast<U32>(w.integer(c.size, lane)) : c.bytes;
+    if (c.has_ignore && (w.predicate(c.ignore) >> lane) & 1) bytes = 0;
+    if (bytes > c.bytes) {
+      w.finding(FindingKind::invalid_operand, "src-size exceeds cp-size", 1u << lane);
+      return;
+    }
+    Place target, source;
+    if (!w.resolve(lane, Space::shared, to, c.bytes, true, &target)) return;
+    if (from % c.bytes) {
+      w.finding(FindingKind::misaligned_access,
+                "the source of cp.async is not a multiple of cp-size", 1u << lane, from);
+      return;
+    }
+    Actor actor = w.actor(lane);
+    actor.agent = g.write_agent;
+    actor.clock = g.current;
+    if (bytes != 0) {
+      if (!w.resolve(lane, Space::global, from, 1, false, &source)) return;
+      if (from + bytes > source.buffer->end) {
+        w.finding(FindingKind::out_of_bounds,
+                  "cp.async reads " + w.grid().memory.describe(from) + " and past its end",
+                  1u << lane, from);
+        return;
+      }
+      w.check_read(source, w.actor(lane), bytes, 1u << lane, from);
+    }
+    w.check_write(target, actor, c.bytes, 1u << lane, to);
+    pieces.push_back({target.host, source.host, bytes});
+  });
+  auto work = std::make_shared<AsyncWork>();
+  work->what = "a cp.async";
+  work->finish = [pieces = std::move(pieces), size = c.bytes] {
+    for (const Piece& p : pieces) {
+      if (p.bytes != 0) std::memcpy(p.to, p.from, p.bytes);
+      std::memset(p.to + p.bytes, 0, size - p.bytes);
+    }
+  };
+  g.work[g.current].push_back(work);
+  w.cluster().start(work);
+  ++w.cluster().progress;
+  return Step::next;
+}
+
+void decode_copy(Decoder& d) {
+  AsyncCopy c;
+  const bool cg = d.take("cg");
+  if (!cg && !d.take("ca")) d.fail("expected .ca or .cg");
+  if (!d.take("global")) d.fail("expected .global");
+  if (!d.take("shared") && !d.take("shared::cta")) d.fail("expected .shared");
+  d.take_cache_hints();
+  const std::size_t extra = d.has_cache_policy ? 1 : 0;
+  d.finish(3, 4 + extra);
+  Space space = Space::shared;
+  c.to = d.address(d.arg(0), &c.to_offset, &space);
+  space = Space::global;
+  c.from = d.address(d.arg(1), &c.from_offset, &space);
+  c.bytes = static_cast<U32>(d.immediate(2));
+  if (c.bytes != 16 && (cg || (c.bytes != 4 && c.bytes != 8))) d.fail("bad cp-size");
+  if (d.count() > 3 + extra) {
+    const Arg& a = d.arg(3);
+    if (d.register_type(a) == Type::pred) {
+      c.has_ignore = true;
+      c.ignore = d.predicate(a);
+    } else {
+      c.has_size = true;
+      c.size = d.source(a, Type::u32);
+    }
+  }
+  d.own(c);
+  d.out.execute = copy;
+}
+
+Step commit(Warp& w, const Instruction&, U32) {
+  ++w.cp_async.current;
+  w.cp_async.open = false;
+  return Step::next;
+}
+
+// Groups up to a clock: done, or wanted and false.
+bool groups_done(Warp& w, U32 upto) {
+  bool ready = true;
+  for (auto& [clock, work] : w.cp_async.work) {
+    if (clock > upto) break;
+    for (const auto& each : work) {
+      if (each->done) continue;
+      each->wanted = true;
+      ready = false;
+    }
+  }
+  return ready;
+}
+
+Step wait(Warp& w, const Instruction& i, U32 mask) {
+  CopyGroups& g = w.cp_async;
+  const U32 committed = g.current - 1;
+  // wait_all takes in what has not been committed.
+  const U32 upto = i.small ? g.current : committed > i.target ? committed - i.target : 0;
+  if (!groups_done(w, upto)) return Step::block;
+  if (i.small) {
+    ++g.current;
+    g.open = false;
+  }
+  if (upto == 0 || g.write_agent == 0) return Step::next;
+  g.work.erase(g.work.begin(), g.work.upper_bound(upto));
+  w.learn(mask, g.write_agent, upto);
+  return Step::next;
+}
+
+// Arrives when the lane's earlier copies are done. Without .noinc the phase waits for one more.
+Step arrive_later(Warp& w, const Instruction& i, U32 mask) {
+  CopyGroups& g = w.cp_async;
+  const Knowledge base = w.release(mask);
+  for_lanes(mask, [&](int lane) {
+    Cta* owner;
+    U32 offset;
+    MBarrier* m = find_mbarrier(w, lane, static_cast<Space>(i.small & 15),
+                                operand_address(w, i.s[0], i.offset, lane), &owner, &offset);
+    if (m == nullptr) return;
+    if (!(i.small & 16)) ++m->pending;
+    Knowledge k = base;
+    if (g.write_agent != 0 && w.grid().checks) {
+      VectorClock known = *k.known;
+      known.raise(g.write_agent, g.current);
+      k.known = ClockRef::make(std::move(known));
+    }
+    auto before = std::make_shared<std::vector<std::shared_ptr<AsyncWork>>>();
+    for (const auto& [clock, work] : g.work)
+      before->insert(before->end(), work.begin(), work.end());
+    auto work = std::make_shared<AsyncWork>();
+    work->what = "cp.async.mbarrier.arrive";
+    Cluster* cluster = &w.cluster();
+    work->finish = [before, cluster, owner, offset, k] {
+      for (const auto& each : *before) cluster->finish(*each);
+      const auto it = owner->mbarriers.find(offset);
+      if (it != owner->mbarriers.end()) arrive(*owner, it->second, 1, k);
+    };
+    m->work.push_back(work);
+    cluster->start(work);
+  });
+  if (g.open) ++g.current;  // later copies are not covered
+  g.open = false;
+  ++w.cluster().progress;
+  return Step::next;
+}
+
+void decode_arrive(Decoder& d) {
+  if (!d.take("arrive")) d.fail("expected .arrive");
+  d.out.small = d.take("noinc") ? 16 : 0;
+  Space space = d.take_space();
+  if (d.take_type() != Type::b64) d.fail("expected .b64");
+  d.finish(1);
+  d.out.small |= static_cast<U16>(space);
+  d.out.s[0] = d.address(d.arg(0), &d.out.offset, &space);
+  d.out.execute = arrive_later;
+}
+
+void decode_cp(Decoder& d) {
+  const bool reduce = d.take("reduce");
+  if (!d.take("async")) d.fail("expected .async");
+  if (d.take("bulk")) {
+    if (d.take("tensor")) return decode_bulk_tensor(d, reduce);
+    return decode_bulk(d, reduce);
+  }
+  if (reduce) d.fail("unknown form");
+  if (d.take("commit_group")) {
+    d.finish(0);
+    d.out.execute = commit;
+    return;
+  }
+  if (d.take("wait_group")) {
+    d.finish(1);
+    d.out.target = static_cast<U32>(d.immediate(0));
+    d.out.execute = wait;
+    return;
+  }
+  if (d.take("wait_all")) {
+    d.finish(0);
+    d.out.small = 1;
+    d.out.execute = wait;
+    return;
+  }
+  if (d.take("mbarrier")) return decode_arrive(d);
+  decode_copy(d);
+}
+
+}  // namespace
+
+void add_copies(DecodeTable& t) {
+  t["cp"] = decode_cp;
+}
+
+}  // namespace torchext::sim

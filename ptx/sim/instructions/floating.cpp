@@ -1,0 +1,476 @@
+// Floating-point arithmetic: f32, f16, bf16 and their packed pairs, with PTX's rounding modes, NaN
+// rules, .ftz, .sat and .relu; and the approximate functions. floating64.cpp has f64.
+#include <cmath>
+#include <limits>
+
+#include "../frontend/decode.h"
+#include "../numerics/number_formats.h"
+#include "floating.h"
+#include "lanes.h"
+
+namespace torchext::sim {
+
+namespace {
+
+using U16 = std::uint16_t;
+using U32 = std::uint32_t;
+using U64 = std::uint64_t;
+
+enum Mode : U16 {
+  kRoundMask = 3,
+  kFtz = 4,
+  kSat = 8,
+  kRelu = 16,
+  kNan = 32,
+  kXorSign = 64,
+  kAbs = 128
+};
+// kRoundMask: 0 rn, 1 rz, 2 rm, 3 rp
+
+Rounding rounding(U16 mode) {
+  return static_cast<Rounding>(mode & kRoundMask);
+}
+
+float canonical(float v) {
+  return v != v ? float_from_bits(kCanonicalNanF32) : v;
+}
+float flush(float v) {
+  return std::fabs(v) < std::numeric_limits<float>::min() ? std::copysign(0.0f, v) : v;
+}
+
+// a + b rounded to odd: a following rounding to at most 51 bits then is as if there were no first.
+double add_to_odd(double a, double b) {
+  const double s = a + b;
+  if (!std::isfinite(s)) return s;
+  const double bb = s - a;
+  const double error = (a - (s - bb)) + (b - bb);
+  if (error == 0) return s;
+  U64 bits;
+  std::memcpy(&bits, &s, 8);
+  if (bits & 1) return s;
+  const bool away = (error > 0) == (s > 0);
+  bits = away ? bits + 1 : bits - 1;
+  double odd;
+  std::memcpy(&odd, &bits, 8);
+  return odd;
+}
+
+double div_to_odd(double a, double b) {
+  const double q = a / b;
+  if (!std::isfinite(q) || q == 0) return q;
+  const double remainder = std::fma(-q, b, a);
+  if (remainder == 0) return q;
+  U64 bits;
+  std::memcpy(&bits, &q, 8);
+  if (bits & 1) return q;
+  const bool larger = (remainder > 0) == (b > 0);  // the true quotient exceeds q
+  bits = larger == (q > 0) ? bits + 1 : bits - 1;
+  double odd;
+  std::memcpy(&odd, &bits, 8);
+  return odd;
+}
+
+double sqrt_to_odd(double a) {
+  const double r = std::sqrt(a);
+  if (!std::isfinite(r) || r == 0) return r;
+  const double remainder = std::fma(-r, r, a);
+  if (remainder == 0) return r;
+  U64 bits;
+  std::memcpy(&bits, &r, 8);
+  if (bits & 1) return r;
+  bits = remainder > 0 ? bits + 1 : bits - 1;
+  double odd;
+  std::memcpy(&odd, &bits, 8);
+  return odd;
+}
+
+// ---- f32 ----------------------------------------------------------------------------------------
+
+float finish32(double exact_to_odd, U16 mode) {
+  float v = (mode & kRoundMask) == 0
+                ? static_cast<float>(exact_to_odd)
+                : float_from_bits(encode_f32(exact_to_odd, {rounding(mode), false, false}));
+  if (mode & kFtz) v = flush(v);
+  if (mode & kSat) v = v != v ? 0.0f : v < 0 ? 0.0f : v > 1 ? 1.0f : v;
+  return canonical(v);
+}
+float in32(float v, U16 mode) {
+  return mode & kFtz ? flush(v) : v;
+}
+
+struct Add32 {
+  float operator()(const Instruction& i, float a, float b, float) const {
+    return finish32(add_to_odd(in32(a, i.small), in32(b, i.small)), i.small);
+  }
+};
+struct Sub32 {
+  float operator()(const Instruction& i, float a, float b, float) const {
+    return finish32(add_to_odd(in32(a, i.small), -double{in32(b, i.small)}), i.small);
+  }
+};
+struct Mul32 {
+  float operator()(const Instruction& i, float a, float b, float) const {
+    return finish32(double{in32(a, i.small)} * in32(b, i.small), i.small);
+  }
+};
+struct Fma32 {
+  float operator()(const Instruction& i, float a, float b, float c) const {
+    return finish32(add_to_odd(double{in32(a, i.small)} * in32(b, i.small), in32(c, i.small)),
+                    i.small);
+  }
+};
+// The common forms: round to nearest, nothing flushed, nothing clamped.
+struct PlainAdd {
+  float operator()(float a, float b) const { return canonical(a + b); }
+};
+struct PlainSub {
+  float operator()(float a, float b) const { return canonical(a - b); }
+};
+struct PlainMul {
+  float operator()(float a, float b) const { return canonical(a * b); }
+};
+struct PlainFma {
+  float operator()(float a, float b, float c) const { return canonical(std::fma(a, b, c)); }
+};
+struct Div32 {
+  float operator()(const Instruction& i, float a, float b, float) const {
+    return finish32(div_to_odd(in32(a, i.small), in32(b, i.small)), i.small);
+  }
+};
+struct ApproximateDiv32 {  // gives up on quotients by more than 2^126
+  float operator()(const Instruction& i, float a, float b, float) const {
+    a = in32(a, i.small);
+    if (std::isfinite(b) && std::fabs(b) > 0x1p126f)
+      return std::isfinite(a)
+                 ? std::copysign(0.0f, std::signbit(a) != std::signbit(b) ? -1.0f : 1.0f)
+                 : canonical(NAN);
+    return Div32()(i, a, b, 0);
+  }
+};
+struct Rcp32 {
+  float operator()(const Instruction& i, float a, float, float) const {
+    return finish32(div_to_odd(1.0, in32(a, i.small)), i.small);
+  }
+};
+struct Sqrt32 {
+  float operator()(const Instruction& i, float a, float, float) const {
+    return finish32(sqrt_to_odd(in32(a, i.small)), i.small);
+  }
+};
+
+// Approximate functions, at least as exact as the documented error.
+struct Rsqrt32 {
+  float operator()(const Instruction& i, float a, float, float) const {
+    a = in32(a, i.small);
+    if (a == 0) return std::copysign(std::numeric_limits<float>::infinity(), a);
+    return finish32(1.0 / std::sqrt(double{a}), i.small);
+  }
+};
+struct Ex2 {
+  float operator()(const Instruction& i, float a, float, float) const {
+    return finish32(std::exp2(double{in32(a, i.small)}), i.small);
+  }
+};
+struct Lg2 {
+  float operator()(const Instruction& i, float a, float, float) const {
+    return finish32(std::log2(double{in32(a, i.small)}), i.small);
+  }
+};
+struct Sin {
+  float operator()(const Instruction& i, float a, float, float) const {
+    return finish32(std::sin(double{in32(a, i.small)}), i.small);
+  }
+};
+struct Cos {
+  float operator()(const Instruction& i, float a, float, float) const {
+    return finish32(std::cos(double{in32(a, i.small)}), i.small);
+  }
+};
+struct Tanh {
+  float operator()(const Instruction& i, float a, float, float) const {
+    return finish32(std::tanh(double{in32(a, i.small)}), i.small);
+  }
+};
+
+float select_minmax(float a, float b, U16 mode, bool is_max) {
+  if ((mode & kNan) && (a != a || b != b)) return canonical(NAN);
+  if (a != a && b != b) return float_from_bits(kCanonicalNanF32);
+  float r;
+  const float x = mode & kXorSign || mode & kAbs ? std::fabs(a) : a;
+  const float y = mode & kXorSign || mode & kAbs ? std::fabs(b) : b;
+  if (a != a)
+    r = y;
+  else if (b != b)
+    r = x;
+  else if (x == y)
+    r = (is_max ? std::signbit(x) : !std::signbit(x)) ? y : x;  // -0 < +0
+  else
+    r = (x > y) == is_max ? x : y;
+  if (mode & kXorSign) r = std::copysign(r, std::signbit(a) != std::signbit(b) ? -1.0f : 1.0f);
+  return r;
+}
+
+template <bool is_max>
+struct MinMax32 {
+  float operator()(const Instruction& i, float a, float b, float) const {
+    return select_minmax(in32(a, i.small), in32(b, i.small), i.small, is_max);
+  }
+};
+template <bool is_max>
+struct MinMax3 {
+  float operator()(const Instruction& i, float a, float b, float c) const {
+    return select_minmax(select_minmax(in32(a, i.small), in32(b, i.small), i.small, is_max),
+                         in32(c, i.small), i.small, is_max);
+  }
+};
+struct Neg32 {
+  float operator()(const Instruction& i, float a, float, float) const {
+    return float_from_bits(bits_from_float(in32(a, i.small)) ^ 0x80000000u);
+  }
+};
+struct Abs32 {
+  float operator()(const Instruction& i, float a, float, float) const {
+    return float_from_bits(bits_from_float(in32(a, i.small)) & 0x7fffffffu);
+  }
+};
+struct CopySign32 {
+  float operator()(const Instruction&, float a, float b, float) const {
+    return float_from_bits((bits_from_float(b) & 0x7fffffffu) | (bits_from_float(a) & 0x80000000u));
+  }
+};
+
+// ---- f16, bf16 and pairs ------------------------------------------------------------------------
+
+struct F16 {
+  static float decode(U16 bits) { return f16_to_float(bits); }
+  static U16 encode(double v, U16 mode) {
+    if (mode & kSat) v = v != v ? 0 : v < 0 ? 0 : v > 1 ? 1 : v;
+    U16 r = encode_f16(v, {rounding(mode), false, (mode & kRelu) != 0});
+    if ((mode & kFtz) && (r & 0x7c00) == 0) r &= 0x8000;
+    return r;
+  }
+  static U16 input(U16 bits, U16 mode) {
+    return (mode & kFtz) && (bits & 0x7c00) == 0 ? bits & 0x8000 : bits;
+  }
+};
+struct Bf16 {
+  static float decode(U16 bits) { return bf16_to_float(bits); }
+  static U16 encode(double v, U16 mode) {
+    if (mode & kSat) v = v != v ? 0 : v < 0 ? 0 : v > 1 ? 1 : v;
+    return encode_bf16(v, {rounding(mode), false, (mode & kRelu) != 0});
+  }
+  static U16 input(U16 bits, U16) { return bits; }
+};
+
+struct HAdd {
+  double operator()(float a, float b, float, U16) const { return add_to_odd(a, b); }
+};
+struct HSub {
+  double operator()(float a, float b, float, U16) const { return add_to_odd(a, -double{b}); }
+};
+struct HMul {
+  double operator()(float a, float b, float, U16) const { return double{a} * b; }
+};
+struct HFma {
+  double operator()(float a, float b, float c, U16) const { return add_to_odd(double{a} * b, c); }
+};
+template <bool is_max>
+struct HMinMax {
+  double operator()(float a, float b, float, U16 mode) const {
+    return select_minmax(a, b, mode, is_max);
+  }
+};
+struct HEx2 {
+  double operator()(float a, float, float, U16) const { return std::exp2(double{a}); }
+};
+struct HTanh {
+  double operator()(float a, float, float, U16) const { return std::tanh(double{a}); }
+};
+
+template <class Format, class F>
+struct Half {
+  U16 operator()(const Instruction& i, U16 a, U16 b, U16 c) const {
+    const U16 m = i.small;
+    return Format::encode(
+        F()(Format::decode(Format::input(a, m)), Format::decode(Format::input(b, m)),
+            Format::decode(Format::input(c, m)), m),
+        m);
+  }
+};
+template <class One>
+struct Pair {
+  static constexpr Spread spread = Spread::halves;
+  U32 operator()(const Instruction& i, U32 a, U32 b, U32 c) const {
+    const U32 low = One()(i, static_cast<U16>(a), static_cast<U16>(b), static_cast<U16>(c));
+    const U32 high =
+        One()(i, static_cast<U16>(a >> 16), static_cast<U16>(b >> 16), static_cast<U16>(c >> 16));
+    return high << 16 | low;
+  }
+};
+template <U16 and_mask, U16 xor_mask>
+struct HSign {  // .ftz: f16 alone
+  U16 operator()(const Instruction& i, U16 a, U16, U16) const {
+    if (i.small & kFtz) a = F16::input(a, kFtz);
+    return static_cast<U16>((a & and_mask) ^ xor_mask);
+  }
+};
+
+template <class F>
+Execute half_form(Type type) {
+  switch (type) {
+    case Type::f16:
+      return map3i<U16, U16, U16, U16, Half<F16, F>>;
+    case Type::bf16:
+      return map3i<U16, U16, U16, U16, Half<Bf16, F>>;
+    case Type::f16x2:
+      return map3i<U32, U32, U32, U32, Pair<Half<F16, F>>>;
+    case Type::bf16x2:
+      return map3i<U32, U32, U32, U32, Pair<Half<Bf16, F>>>;
+    default:
+      return nullptr;
+  }
+}
+template <class One>
+Execute sign_form(Type type) {
+  switch (type) {
+    case Type::f16:
+    case Type::bf16:
+      return map3i<U16, U16, U16, U16, One>;
+    case Type::f16x2:
+    case Type::bf16x2:
+      return map3i<U32, U32, U32, U32, Pair<One>>;
+    default:
+      return nullptr;
+  }
+}
+template <class F>
+Execute f32_form() {
+  return map3i<float, float, float, float, F>;
+}
+
+// ---- Decoding -----------------------------------------------------------------------------------
+
+bool take_rounding(Decoder& d) {
+  const std::string r = d.take_one_of({"rn", "rz", "rm", "rp"});
+  d.out.small |= r == "rz" ? 1 : r == "rm" ? 2 : r == "rp" ? 3 : 0;
+  return !r.empty();
+}
+void take_modes(Decoder& d) {
+  if (d.take("ftz")) d.out.small |= kFtz;
+  if (d.take("sat")) d.out.small |= kSat;
+  if (d.take("relu")) d.out.small |= kRelu;
+}
+
+void operands(Decoder& d, Type type, std::size_t sources, Execute execute) {
+  if (execute == nullptr) d.fail("not for this type");
+  d.finish(1 + sources);
+  d.out.d = d.destination(0, size_of(type));
+  for (std::size_t k = 0; k < sources; ++k) d.out.s[k] = d.source(k + 1, type);
+  for (std::size_t k = sources; k < 3; ++k) d.out.s[k] = d.constant(0, size_of(type) == 8 ? 8 : 4);
+  d.out.execute = execute;
+}
+
+}  // namespace
+
+void decode_float_arithmetic(Decoder& d, Type type) {
+  if (type == Type::f64) return decode_f64_arithmetic(d);
+  const std::string& op = d.opcode();
+  const bool rounded = take_rounding(d);
+  take_modes(d);
+  const bool full = d.take("full"), approximate = d.take("approx");
+  if ((full || approximate) && op != "div") d.fail("no approximate form");
+  if (op == "min" || op == "max") {
+    if (d.take("NaN")) d.out.small |= kNan;
+    if (d.take("xorsign")) {
+      if (!d.take("abs")) d.fail(".xorsign needs .abs");
+      d.out.small |= kXorSign;
+    } else if (d.take("abs")) {
+      d.out.small |= kAbs;
+    }
+  }
+  if (type == Type::f32) {
+    if (d.out.small & kRelu) d.fail("unknown modifier '.relu'");
+    const bool plain = d.out.small == 0;
+    if (op == "add")
+      return operands(d, type, 2, plain ? map2<float, float, float, PlainAdd> : f32_form<Add32>());
+    if (op == "sub")
+      return operands(d, type, 2, plain ? map2<float, float, float, PlainSub> : f32_form<Sub32>());
+    if (op == "mul")
+      return operands(d, type, 2, plain ? map2<float, float, float, PlainMul> : f32_form<Mul32>());
+    if (op == "fma" || op == "mad") {
+      return operands(d, type, 3,
+                      plain ? map3<float, float, float, float, PlainFma> : f32_form<Fma32>());
+    }
+    if (op == "div") {
+      if (rounded + full + approximate != 1)
+        d.fail("expected .approx, .full or a rounding (.rn, .rz, .rm, .rp)");
+      return operands(d, type, 2, approximate ? f32_form<ApproximateDiv32>() : f32_form<Div32>());
+    }
+    if (op == "min")
+      return d.count() == 4 ? operands(d, type, 3, f32_form<MinMax3<false>>())
+                            : operands(d, type, 2, f32_form<MinMax32<false>>());
+    if (op == "max")
+      return d.count() == 4 ? operands(d, type, 3, f32_form<MinMax3<true>>())
+                            : operands(d, type, 2, f32_form<MinMax32<true>>());
+    if (op == "neg") return operands(d, type, 1, f32_form<Neg32>());
+    if (op == "abs") return operands(d, type, 1, f32_form<Abs32>());
+    if (op == "copysign") return operands(d, type, 2, f32_form<CopySign32>());
+  } else {
+    if (rounded && (d.out.small & kRoundMask)) d.fail("only .rn");
+    if (op == "add") return operands(d, type, 2, half_form<HAdd>(type));
+    if (op == "sub") return operands(d, type, 2, half_form<HSub>(type));
+    if (op == "mul") return operands(d, type, 2, half_form<HMul>(type));
+    if (op == "fma") return operands(d, type, 3, half_form<HFma>(type));
+    if (op == "min") return operands(d, type, 2, half_form<HMinMax<false>>(type));
+    if (op == "max") return operands(d, type, 2, half_form<HMinMax<true>>(type));
+    if (op == "neg") return operands(d, type, 1, sign_form<HSign<0xffff, 0x8000>>(type));
+    if (op == "abs") return operands(d, type, 1, sign_form<HSign<0x7fff, 0>>(type));
+  }
+  d.fail("not for this type");
+}
+
+namespace {
+
+void decode_with_type(Decoder& d) {
+  decode_float_arithmetic(d, d.take_type());
+}
+
+template <class F>
+void decode_root(Decoder& d) {  // rcp, sqrt, rsqrt
+  const Type type = d.take_type();
+  if (type == Type::f64) return decode_f64_root(d);
+  const bool approximate = d.take("approx");
+  if (approximate == take_rounding(d))
+    d.fail("expected .approx or a rounding (.rn, .rz, .rm, .rp)");
+  if (!approximate && d.opcode() == "rsqrt") d.fail("expected .approx");
+  take_modes(d);
+  if (type != Type::f32) d.fail("not for this type");
+  operands(d, type, 1, f32_form<F>());  // correctly rounded is within any documented error
+}
+
+template <class F, class H>
+void decode_approximate(Decoder& d) {
+  if (!d.take("approx")) d.fail("expected .approx");
+  take_modes(d);
+  const Type type = d.take_type();
+  if (type == Type::f32) return operands(d, type, 1, f32_form<F>());
+  if constexpr (!std::is_same_v<H, void>) return operands(d, type, 1, half_form<H>(type));
+  d.fail("not for this type");
+}
+
+}  // namespace
+
+void add_floating(DecodeTable& t) {
+  t["fma"] = decode_with_type;
+  t["copysign"] = decode_with_type;
+  t["rcp"] = decode_root<Rcp32>;
+  t["sqrt"] = decode_root<Sqrt32>;
+  t["rsqrt"] = decode_root<Rsqrt32>;
+  t["ex2"] = decode_approximate<Ex2, HEx2>;
+  t["lg2"] = decode_approximate<Lg2, void>;
+  t["sin"] = decode_approximate<Sin, void>;
+  t["cos"] = decode_approximate<Cos, void>;
+  t["tanh"] = decode_approximate<Tanh, HTanh>;
+}
+
+}  // namespace torchext::sim

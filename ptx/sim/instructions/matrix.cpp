@@ -1,0 +1,151 @@
+// Moving 8 x 8 matrices: ldmatrix, stmatrix, movmatrix.
+#include <cstring>
+
+#include "../frontend/decode.h"
+#include "lanes.h"
+
+namespace torchext::sim {
+
+namespace {
+
+using U16 = std::uint16_t;
+using U32 = std::uint32_t;
+using U64 = std::uint64_t;
+
+void order(Warp& w, U32 mask) {
+  if (w.grid().options.lane_order == LaunchOptions::converged) w.order_lanes(mask);
+}
+
+// ---- ldmatrix, stmatrix -------------------------------------------------------------------------
+
+struct Matrices {
+  Space space = Space::generic;
+  U32 count = 1;
+  bool transposed = false;
+};
+
+U64 row_address(Warp& w, const Instruction& i, int lane) {
+  const U64 a = w.integer(i.s[0], lane) + static_cast<U64>(i.offset);
+  return i.s[0].bytes == 4 ? static_cast<U32>(a) : a;
+}
+
+Step load_matrix(Warp& w, const Instruction& i, U32 mask) {
+  const auto& m = *static_cast<const Matrices*>(i.extra);
+  const U32 used = m.count == 4 ? ~0u : (1u << (8 * m.count)) - 1;
+  w.need(i.s[0], mask & used, "as an address");
+  order(w, mask);
+  std::uint8_t rows[32][16] = {};
+  for_lanes(mask & used, [&](int lane) {
+    Place place;
+    const U64 address = row_address(w, i, lane);
+    if (!w.resolve(lane, m.space, address, 16, false, &place)) return;
+    w.check_read(place, w.actor(lane), 16, 1u << lane, address);
+    std::memcpy(rows[lane], place.host, 16);
+  });
+  for (U32 j = 0; j < m.count; ++j) {
+    for_lanes(mask, [&](int lane) {
+      U32 value = 0;
+      for (int e = 0; e < 2; ++e) {
+        const int r = m.transposed ? 2 * (lane % 4) + e : lane / 4;
+        const int c = m.transposed ? lane / 4 : 2 * (lane % 4) + e;
+        U16 element;
+        std::memcpy(&element, rows[8 * static_cast<int>(j) + r] + 2 * c, 2);
+        value |= static_cast<U32>(element) << (16 * e);
+      }
+      w.put(i.list[j], lane, value);
+    });
+    w.set_valid(i.list[j], mask, mask);
+  }
+  order(w, mask);
+  return Step::next;
+}
+
+Step store_matrix(Warp& w, const Instruction& i, U32 mask) {
+  const auto& m = *static_cast<const Matrices*>(i.extra);
+  const U32 used = m.count == 4 ? ~0u : (1u << (8 * m.count)) - 1;
+  w.need(i.s[0], mask & used, "as an address");
+  for (const Slot& s : i.list) w.need(s, mask, "as a value to store");
+  order(w, mask);
+  std::uint8_t rows[32][16] = {};
+  for (U32 j = 0; j < m.count; ++j) {
+    for_lanes(mask, [&](int lane) {
+      const auto value = static_cast<U32>(w.integer(i.list[j], lane));
+      for (int e = 0; e < 2; ++e) {
+        const int r = m.transposed ? 2 * (lane % 4) + e : lane / 4;
+        const int c = m.transposed ? lane / 4 : 2 * (lane % 4) + e;
+        const auto element = static_cast<U16>(value >> (16 * e));
+        std::memcpy(rows[8 * static_cast<int>(j) + r] + 2 * c, &element, 2);
+      }
+    });
+  }
+  for_lanes(mask & used, [&](int lane) {
+    Place place;
+    const U64 address = row_address(w, i, lane);
+    if (!w.resolve(lane, m.space, address, 16, true, &place)) return;
+    w.write(place, w.actor(lane), rows[lane], 16, 1u << lane, address);
+  });
+  order(w, mask);
+  ++w.cluster().progress;
+  return Step::next;
+}
+
+template <bool load>
+void decode_matrices(Decoder& d) {
+  Matrices m;
+  if (!d.take("sync") || !d.take("aligned")) d.fail("expected .sync.aligned");
+  if (!d.take("m8n8")) d.fail("only .m8n8 is supported");
+  m.count = d.take("x1") ? 1 : d.take("x2") ? 2 : d.take("x4") ? 4 : 0;
+  if (m.count == 0) d.fail("expected .x1, .x2 or .x4");
+  m.transposed = d.take("trans");
+  m.space = d.take_space();
+  if (d.take_type() != Type::b16) d.fail("only .b16 is supported");
+  d.finish(2);
+  const Arg& registers = d.arg(load ? 0 : 1);
+  std::vector<Arg> each =
+      registers.kind == Arg::vector ? registers.args : std::vector<Arg>{registers};
+  if (each.size() != m.count) d.fail("expected " + std::to_string(m.count) + " registers");
+  for (const Arg& a : each)
+    d.out.list.push_back(load ? d.destination(a, 4) : d.source(a, Type::b32));
+  d.out.s[0] = d.address(d.arg(load ? 1 : 0), &d.out.offset, &m.space);
+  d.out.aligned = true;
+  d.own(m);
+  d.out.execute = load ? load_matrix : store_matrix;
+}
+
+Step move_matrix(Warp& w, const Instruction& i, U32 mask) {
+  w.need(i.s[0], mask, "by movmatrix");
+  U16 matrix[8][8] = {};
+  for_lanes(mask, [&](int lane) {
+    const auto value = static_cast<U32>(w.integer(i.s[0], lane));
+    matrix[lane / 4][2 * (lane % 4)] = static_cast<U16>(value);
+    matrix[lane / 4][2 * (lane % 4) + 1] = static_cast<U16>(value >> 16);
+  });
+  for_lanes(mask, [&](int lane) {
+    const int r = lane / 4, c = 2 * (lane % 4);
+    w.put(i.d, lane, static_cast<U32>(matrix[c + 1][r]) << 16 | matrix[c][r]);
+  });
+  w.set_valid(i.d, mask, mask);
+  order(w, mask);
+  return Step::next;
+}
+
+void decode_movmatrix(Decoder& d) {
+  if (!d.take("sync") || !d.take("aligned") || !d.take("m8n8") || !d.take("trans"))
+    d.fail("expected .sync.aligned.m8n8.trans");
+  if (d.take_type() != Type::b16) d.fail("expected .b16");
+  d.finish(2);
+  d.out.d = d.destination(0, 4);
+  d.out.s[0] = d.source(1, Type::b32);
+  d.out.aligned = true;
+  d.out.execute = move_matrix;
+}
+
+}  // namespace
+
+void add_matrix(DecodeTable& t) {
+  t["ldmatrix"] = decode_matrices<true>;
+  t["stmatrix"] = decode_matrices<false>;
+  t["movmatrix"] = decode_movmatrix;
+}
+
+}  // namespace torchext::sim

@@ -1,0 +1,451 @@
+// mbarrier: init, inval, arrive, arrive_drop, expect_tx, complete_tx, test_wait, try_wait,
+// pending_count.
+#include "mbarrier.h"
+
+#include <cstdio>
+
+#include "../frontend/decode.h"
+#include "lanes.h"
+
+namespace torchext::sim {
+
+namespace {
+
+using U16 = std::uint16_t;
+using U32 = std::uint32_t;
+using U64 = std::uint64_t;
+
+constexpr std::int64_t kMaxTransactions = (1 << 20) - 1;
+
+std::string name_of(const Cta& cta, U32 offset) {
+  char text[64];
+  std::snprintf(text, sizeof text, "mbarrier 0x%x", offset);
+  return cta.cluster.ctas.size() > 1
+             ? std::string(text) + " of CTA rank " + std::to_string(cta.rank)
+             : text;
+}
+
+void complete_if_ready(Cta& cta, MBarrier& m) {
+  if (m.pending != 0 || m.transactions != 0) return;
+  m.completed.join(m.arriving);
+  m.remote_completed.join(m.remote_arriving);
+  if (cta.cluster.grid.checks) {
+    VectorClock known = *m.completed.known;
+    known.raise(m.agent, static_cast<U32>(m.phase) + 1);
+    for (const auto& [agent, clock] : m.map_reads) known.raise(agent, clock);
+    m.completed.known = ClockRef::make(std::move(known));
+  }
+  m.map_reads.clear();
+  m.arriving = m.remote_arriving = {};
+  ++m.phase;
+  m.pending = m.expected;
+  m.work.clear();
+  ++cta.cluster.progress;
+}
+
+std::uint64_t address_of(Warp& w, const Instruction& i, int lane) {
+  const U64 a = w.integer(i.s[0], lane) + static_cast<U64>(i.offset);
+  return i.s[0].bytes == 4 ? static_cast<U32>(a) : a;
+}
+
+Space space_of(const Instruction& i) {
+  return static_cast<Space>(i.small & 15);
+}
+
+// ---- init, inval --------------------------------------------------------------------------------
+
+Step init(Warp& w, const Instruction& i, U32 mask) {
+  w.need(i.s[0], mask, "as an address");
+  w.need(i.s[1], mask, "as an arrival count");
+  for_lanes(mask, [&](int lane) {
+    const U64 address = address_of(w, i, lane);
+    Place place;
+    if (!w.resolve(lane, space_of(i), address, 8, true, &place)) return;
+    if (place.cta != &w.cta()) {
+      w.finding(FindingKind::mbarrier_misuse, "mbarrier.init of memory that is not this CTA's",
+                1u << lane, address);
+      return;
+    }
+    const auto offset = static_cast<U32>(place.offset);
+    const auto count = static_cast<U32>(w.integer(i.s[1], lane));
+    if (count == 0 || count > kMaxTransactions) {
+      w.finding(FindingKind::mbarrier_misuse,
+                "an arrival count of " + std::to_string(count) + " (1 to 1048575 are valid)",
+                1u << lane, offset);
+      return;
+    }
+    auto& all = w.cta().mbarriers;
+    if (all.count(offset)) {
+      w.finding(FindingKind::mbarrier_misuse,
+                name_of(w.cta(), offset) + " is initialized again without inval", 1u << lane,
+                offset);
+    }
+    w.check_write(place, w.actor(lane), 8, 1u << lane, address);
+    MBarrier m;
+    m.expected = count;
+    m.pending = count;
+    m.agent = w.cluster().new_agent();
+    m.init_agent = w.agent(lane);
+    m.init_clock = w.clock(lane);
+    m.init_pc = w.pc();
+    w.cluster().agent_names[m.agent] = "copies that signal " + name_of(w.cta(), offset);
+    all[offset] = std::move(m);
+  });
+  ++w.cluster().progress;
+  return Step::next;
+}
+
+void decode_init(Decoder& d) {
+  d.out.small = static_cast<U16>(d.take_space());
+  if (d.take_type() != Type::b64) d.fail("expected .b64");
+  d.finish(2);
+  Space space = space_of(d.out);
+  d.out.s[0] = d.address(d.arg(0), &d.out.offset, &space);
+  d.out.s[1] = d.source(1, Type::u32);
+  d.out.execute = init;
+}
+
+Step inval(Warp& w, const Instruction& i, U32 mask) {
+  for_lanes(mask, [&](int lane) {
+    Cta* owner;
+    U32 offset;
+    const U64 address = address_of(w, i, lane);
+    MBarrier* m = find_mbarrier(w, lane, space_of(i), address, &owner, &offset);
+    if (m == nullptr) return;
+    if (m->transactions != 0) {
+      w.finding(FindingKind::mbarrier_misuse,
+                name_of(*owner, offset) + " is invalidated with bytes outstanding", 1u << lane,
+                offset);
+    }
+    Place place;
+    if (w.resolve(lane, space_of(i), address, 8, true, &place))
+      w.check_write(place, w.actor(lane), 8, 1u << lane, address);
+    owner->mbarriers.erase(offset);
+  });
+  return Step::next;
+}
+
+void decode_inval(Decoder& d) {
+  d.out.small = static_cast<U16>(d.take_space());
+  if (d.take_type() != Type::b64) d.fail("expected .b64");
+  d.finish(1);
+  Space space = space_of(d.out);
+  d.out.s[0] = d.address(d.arg(0), &d.out.offset, &space);
+  d.out.execute = inval;
+}
+
+// ---- arrive, expect_tx, complete_tx -------------------------------------------------------------
+
+enum : U16 {
+  kDrop = 16,
+  kExpect = 32,
+  kRelaxed = 64,
+  kNoComplete = 128,
+  kParity = 256,
+  kTry = 512,
+  kCtaScope = 1024,
+};
+
+// Without a scope, an arrival or a wait counts as .cluster, though PTX says .cta: CUTLASS and
+// others leave it out where CTAs signal each other.
+void take_scope(Decoder& d, U16* flags) {
+  const std::string scope = d.take_one_of({"cta", "cluster"});
+  if (scope == "cta") *flags |= kCtaScope;
+}
+
+// What an arrival passes on to those who wait, who are threads of the barrier's CTA.
+void pass_on(Warp& w, const Cta& owner, MBarrier& m, bool cta_scope, const Scoped& knowledge) {
+  const bool remote = &owner != &w.cta();
+  if (!remote) {
+    m.arriving.join(knowledge[0]);
+    return;
+  }
+  if (!cta_scope) m.remote_arriving.join(knowledge[1]);
+  if (cta_scope || knowledge[0].known != knowledge[1].known)
+    m.arriving.join(refused(knowledge[0], Scope::cta, Scope::cluster));
+}
+
+Step arrive_at(Warp& w, const Instruction& i, U32 mask) {
+  w.need(i.s[0], mask, "as an address");
+  w.need(i.s[1], mask, "as a count");
+  Scoped knowledge;
+  if (!(i.small & kRelaxed)) knowledge.fill(w.release(mask));
+  for_lanes(mask, [&](int lane) {
+    Cta* owner;
+    U32 offset;
+    MBarrier* m = find_mbarrier(w, lane, space_of(i), address_of(w, i, lane), &owner, &offset);
+    if (m == nullptr) return;
+    const auto operand = static_cast<U32>(w.integer(i.s[1], lane));
+    const U32 count = i.small & kExpect ? 1 : operand;
+    if (i.small & kExpect) {
+      expect_transactions(*m, operand);
+      if (m->transactions > kMaxTransactions) {
+        w.finding(FindingKind::mbarrier_misuse,
+                  name_of(*owner, offset) + ": the transaction count exceeds 2^20 - 1", 1u << lane,
+                  offset);
+      }
+    }
+    if (!i.d.sink) w.put(i.d, lane, m->phase << 32 | static_cast<U64>(m->pending));
+    if (count == 0 || count > m->pending) {
+      w.finding(FindingKind::mbarrier_misuse,
+                name_of(*owner, offset) + ": " + std::to_string(count) +
+                    " arrivals, but the phase lacks " + std::to_string(m->pending),
+                1u << lane, offset);
+      return;
+    }
+    if ((i.small & kNoComplete) && count == m->pending) {
+      w.finding(FindingKind::mbarrier_misuse,
+                name_of(*owner, offset) + ": .noComplete completes the phase", 1u << lane, offset);
+    }
+    if (i.small & kDrop) m->expected -= count;
+    const bool fenced = (i.small & kRelaxed) && (w.fenced_lanes >> lane & 1);
+    pass_on(w, *owner, *m, i.small & kCtaScope, fenced ? w.fence_released[lane] : knowledge);
+    arrive(*owner, *m, count, {});
+  });
+  if (!i.d.sink) w.set_valid(i.d, mask, mask);
+  ++w.cluster().progress;
+  return Step::next;
+}
+
+void decode_arrive(Decoder& d, bool drop) {
+  U16 flags = drop ? kDrop : 0;
+  if (d.take("expect_tx")) flags |= kExpect;
+  if (d.take("noComplete")) flags |= kNoComplete;
+  if (d.take("relaxed"))
+    flags |= kRelaxed;
+  else
+    d.take("release");
+  take_scope(d, &flags);
+  Space space = d.take_space();
+  if (d.take_type() != Type::b64) d.fail("expected .b64");
+  d.out.small = static_cast<U16>(flags | static_cast<U16>(space));
+  // The state operand may be left out for a remote barrier.
+  const bool has_state = d.arg(0).kind != Arg::memory;
+  std::size_t k = has_state ? 1 : 0;
+  if (has_state) {
+    d.out.d = d.destination(0, 8);
+  } else {
+    d.out.d.sink = true;
+    d.out.d.reg = 1;
+  }
+  d.finish(k + 1, k + 2);
+  d.out.s[0] = d.address(d.arg(k), &d.out.offset, &space);
+  const bool has_count = d.count() == k + 2;
+  if ((flags & (kExpect | kNoComplete)) && !has_count) d.fail("a count is missing");
+  d.out.s[1] = has_count ? d.source(k + 1, Type::u32) : d.constant(1, 4);
+  d.out.execute = arrive_at;
+}
+
+template <int sign>
+Step transactions(Warp& w, const Instruction& i, U32 mask) {
+  for_lanes(mask, [&](int lane) {
+    Cta* owner;
+    U32 offset;
+    MBarrier* m = find_mbarrier(w, lane, space_of(i), address_of(w, i, lane), &owner, &offset);
+    if (m == nullptr) return;
+    const auto bytes = static_cast<std::int64_t>(w.integer(i.s[1], lane));
+    if (sign > 0)
+      expect_transactions(*m, bytes);
+    else
+      complete_transactions(*owner, offset, bytes);
+  });
+  ++w.cluster().progress;
+  return Step::next;
+}
+
+template <int sign>
+void decode_transactions(Decoder& d) {
+  d.take("relaxed");
+  d.take_one_of({"cta", "cluster"});
+  Space space = d.take_space();
+  if (d.take_type() != Type::b64) d.fail("expected .b64");
+  d.finish(2);
+  d.out.small = static_cast<U16>(space);
+  d.out.s[0] = d.address(d.arg(0), &d.out.offset, &space);
+  d.out.s[1] = d.source(1, Type::u32);
+  d.out.execute = transactions<sign>;
+}
+
+// ---- test_wait, try_wait ------------------------------------------------------------------------
+
+Step wait(Warp& w, const Instruction& i, U32 mask) {
+  w.need(i.s[0], mask, "as an address");
+  w.need(i.s[1], mask, i.small & kParity ? "as a parity" : "as a state");
+  Group& g = w.group();
+  U32 complete = 0;
+  Knowledge own, all;  // by .cta and by .cluster
+  for_lanes(mask, [&](int lane) {
+    Cta* owner;
+    U32 offset;
+    MBarrier* m = find_mbarrier(w, lane, space_of(i), address_of(w, i, lane), &owner, &offset);
+    if (m == nullptr) {
+      complete |= 1u << lane;  // reported; let the kernel go on
+      return;
+    }
+    const U64 operand = w.integer(i.s[1], lane);
+    const bool done =
+        i.small & kParity ? (m->phase & 1) != (operand & 1) : m->phase > operand >> 32;
+    if (done) {
+      complete |= 1u << lane;
+      if (i.small & (kCtaScope | kRelaxed)) {
+        own.join(m->completed);
+        if (m->remote_completed.known)
+          own.join(refused(m->remote_completed, Scope::cluster, Scope::cta));
+      }
+      all.join(m->completed);
+      all.join(m->remote_completed);
+      m->waited = m->phase;
+    } else {
+      for (const auto& weak : m->work) {
+        if (const auto work = weak.lock()) work->wanted = true;
+      }
+    }
+  });
+  if (complete != mask) {
+    const bool patient = (i.small & kTry) && !g.give_up;
+    if (patient && (g.blocked || w.cluster().random.below(4) != 0)) return Step::block;
+    ++w.cluster().spins;
+  }
+  const Knowledge& reached = i.small & kCtaScope ? own : all;
+  if (!(i.small & kRelaxed)) {
+    if (complete != 0) w.acquire(complete, reached);
+  } else if (w.grid().checks) {  // for a later fence
+    for_lanes(complete, [&](int lane) {
+      w.strong_acquired[lane][0].join(own);
+      for (const std::size_t level : {1, 2}) w.strong_acquired[lane][level].join(reached);
+    });
+    w.acquired_lanes |= complete;
+  }
+  w.set_predicate(i.d, mask, complete);
+  w.set_valid(i.d, mask, mask);
+  return Step::next;
+}
+
+template <bool patient>
+void decode_wait(Decoder& d) {
+  U16 flags = patient ? kTry : 0;
+  if (d.take("parity")) flags |= kParity;
+  if (d.take("relaxed"))
+    flags |= kRelaxed;
+  else
+    d.take("acquire");
+  take_scope(d, &flags);
+  Space space = d.take_space();
+  if (d.take_type() != Type::b64) d.fail("expected .b64");
+  d.finish(3, patient ? 4 : 3);
+  d.out.small = static_cast<U16>(flags | static_cast<U16>(space));
+  d.out.d = d.predicate_destination(d.arg(0));
+  d.out.s[0] = d.address(d.arg(1), &d.out.offset, &space);
+  d.out.s[1] = d.source(2, flags & kParity ? Type::u32 : Type::b64);
+  if (d.count() == 4) d.source(3, Type::u32);  // time hint
+  d.out.execute = wait;
+}
+
+Step pending_count(Warp& w, const Instruction& i, U32 mask) {
+  for_lanes(mask, [&](int l) { w.put(i.d, l, w.integer(i.s[0], l) & 0xfffff); });
+  w.set_valid(i.d, mask, w.valid(i.s[0]));
+  return Step::next;
+}
+
+void decode_mbarrier(Decoder& d) {
+  if (d.take("init")) return decode_init(d);
+  if (d.take("inval")) return decode_inval(d);
+  if (d.take("arrive")) return decode_arrive(d, false);
+  if (d.take("arrive_drop")) return decode_arrive(d, true);
+  if (d.take("expect_tx")) return decode_transactions<1>(d);
+  if (d.take("complete_tx")) return decode_transactions<-1>(d);
+  if (d.take("test_wait")) return decode_wait<false>(d);
+  if (d.take("try_wait")) return decode_wait<true>(d);
+  if (d.take("pending_count")) {
+    if (d.take_type() != Type::b64) d.fail("expected .b64");
+    d.finish(2);
+    d.out.d = d.destination(0, 4);
+    d.out.s[0] = d.source(1, Type::b64);
+    d.out.execute = pending_count;
+    return;
+  }
+  d.fail("unknown form");
+}
+
+}  // namespace
+
+MBarrier* find_mbarrier(Warp& w, int lane, Space space, U64 address, Cta** owner, U32* offset) {
+  Place place;
+  if (!w.resolve(lane, space, address, 8, false, &place)) return nullptr;
+  if (place.cta == nullptr) {
+    w.finding(FindingKind::mbarrier_misuse, "the address is not in shared memory", 1u << lane,
+              address);
+    return nullptr;
+  }
+  *owner = place.cta;
+  *offset = static_cast<U32>(place.offset);
+  const auto it = place.cta->mbarriers.find(*offset);
+  if (it == place.cta->mbarriers.end()) {
+    w.finding(FindingKind::mbarrier_misuse, name_of(*place.cta, *offset) + " is not initialized",
+              1u << lane, *offset);
+    return nullptr;
+  }
+  MBarrier& m = it->second;
+  if (w.grid().checks && m.init_agent != w.agent(lane) &&
+      w.known(lane)->get(m.init_agent) < m.init_clock &&
+      (m.published_agent == 0 || w.known(lane)->get(m.published_agent) == 0)) {
+    const U32 line = w.program().code[m.init_pc].line;
+    w.finding(FindingKind::mbarrier_misuse,
+              name_of(*place.cta, *offset) +
+                  " is used by a thread that nothing ordered after its "
+                  "initialization",
+              1u << lane, *offset, "mbarrier.init, line " + std::to_string(line), line);
+  }
+  const auto intact = [&](U64 at) {
+    return place.shadow->last_write_is(at, m.init_agent, m.init_clock, m.init_pc);
+  };
+  if (w.grid().checks && !(intact(*offset) && intact(*offset + 4))) {
+    w.finding(FindingKind::mbarrier_misuse,
+              name_of(*place.cta, *offset) + " has been overwritten since its initialization",
+              1u << lane, *offset);
+  }
+  return &m;
+}
+
+MBarrier* find_mbarrier_for_async(Warp& w, int lane, Space space, U64 address, Cta** owner,
+                                  U32* offset) {
+  MBarrier* m = find_mbarrier(w, lane, space, address, owner, offset);
+  if (m != nullptr && !m->fenced && w.grid().checks) {
+    const U32 line = w.program().code[m->init_pc].line;
+    w.finding(FindingKind::missing_mbarrier_fence,
+              name_of(**owner, *offset) +
+                  " is signaled from the async proxy, but nothing fenced its "
+                  "initialization",
+              1u << lane, *offset, "mbarrier.init, line " + std::to_string(line), line);
+    m->fenced = true;  // say it once
+  }
+  return m;
+}
+
+void arrive(Cta& cta, MBarrier& m, U32 count, const Knowledge& knowledge) {
+  m.pending -= count;
+  m.arriving.join(knowledge);
+  complete_if_ready(cta, m);
+}
+
+void expect_transactions(MBarrier& m, std::int64_t bytes) {
+  m.transactions += bytes;
+}
+
+void complete_transactions(Cta& cta, U32 offset, std::int64_t bytes) {
+  const auto it = cta.mbarriers.find(offset);
+  if (it == cta.mbarriers.end()) return;  // inval has reported it
+  it->second.transactions -= bytes;
+  ++cta.cluster.progress;
+  complete_if_ready(cta, it->second);
+}
+
+bool is_try_wait(const Instruction& i) {
+  return i.execute == wait && (i.small & kTry);
+}
+
+void add_mbarrier(DecodeTable& t) {
+  t["mbarrier"] = decode_mbarrier;
+}
+
+}  // namespace torchext::sim

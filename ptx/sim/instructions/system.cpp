@@ -1,0 +1,226 @@
+// Fences, setmaxnreg, griddepcontrol, nanosleep and other instructions about the machine itself.
+#include "../check/map_fences.h"
+#include "../frontend/decode.h"
+#include "lanes.h"
+
+namespace torchext::sim {
+
+namespace {
+
+using U32 = std::uint32_t;
+
+Step nothing(Warp&, const Instruction&, U32) {
+  return Step::next;
+}
+
+// ---- fence, membar ------------------------------------------------------------------------------
+
+enum : std::uint16_t { kAcquires = 1, kReleases = 2 };
+
+Step memory_fence(Warp& w, const Instruction& i, U32 mask) {
+  w.memory_fence(mask, static_cast<Scope>(i.target), i.small & kAcquires, i.small & kReleases);
+  return Step::next;
+}
+
+void mark_mbarriers_fenced(Warp& w, U32 mask) {
+  for (auto& [offset, m] : w.cta().mbarriers) {
+    const U32 first = w.agent(0);
+    if (m.init_agent >= first && m.init_agent < first + 32 && (mask >> (m.init_agent - first)) & 1)
+      m.fenced = true;
+  }
+}
+
+// small: a bit for each AsyncSpace
+Step async_fence(Warp& w, const Instruction& i, U32 mask) {
+  w.async_fence(mask, i.small);
+  if ((i.small >> kOwnShared) & 1) mark_mbarriers_fenced(w, mask);
+  return Step::next;
+}
+
+// fence.proxy.alias orders generic accesses through different addresses of the same memory, which
+// the simulator has none of.
+Step alias_fence(Warp& w, const Instruction&, U32 mask) {
+  w.alias_fence(mask);
+  return Step::next;
+}
+
+Step release_maps(Warp& w, const Instruction& i, U32 mask) {
+  const auto scope = static_cast<Scope>(i.target);
+  w.release_maps(mask, scope);
+  w.memory_fence(mask, scope, false, true);
+  return Step::next;
+}
+
+Step acquire_map(Warp& w, const Instruction& i, U32 mask) {
+  w.need(i.s[0], mask, "as a tensor map's address");
+  const auto scope = static_cast<Scope>(i.target);
+  w.memory_fence(mask, scope, true, false);
+  for_lanes(mask, [&](int lane) {
+    acquire_tensor_map(w, lane, w.integer(i.s[0], lane) + static_cast<std::uint64_t>(i.offset),
+                       scope);
+  });
+  return Step::next;
+}
+
+// A release fence for the initializations alone: a later relaxed arrival passes those on.
+Step mbarrier_fence(Warp& w, const Instruction&, U32 mask) {
+  mark_mbarriers_fenced(w, mask);
+  if (!w.grid().checks) return Step::next;
+  for (auto& [offset, m] : w.cta().mbarriers) {
+    const U32 lane = m.init_agent - w.agent(0);
+    if (lane >= 32 || !(mask >> lane & 1)) continue;
+    if (m.published_agent == 0) m.published_agent = w.cluster().new_agent();
+    w.learn(1u << lane, m.published_agent, 1);
+    VectorClock published;
+    published.raise(m.published_agent, 1);
+    const Knowledge init{ClockRef::make(std::move(published)), {}};
+    for (const std::size_t level : {0, 1}) w.fence_released[lane][level].join(init);
+    w.fenced_lanes |= 1u << lane;
+  }
+  return Step::next;
+}
+
+void decode_proxy_fence(Decoder& d) {
+  constexpr std::uint16_t own = 1 << kOwnShared, cluster = own | 1 << kClusterShared,
+                          global = 1 << kGlobal;
+  if (d.take("alias")) {
+    d.finish(0);
+    d.out.execute = alias_fence;
+  } else if (d.take("async")) {
+    const bool is_global = d.take("global"), is_cluster = d.take("shared::cluster");
+    const bool is_own = d.take("shared::cta") || d.take("shared");
+    d.out.small = is_global    ? global
+                  : is_cluster ? cluster
+                  : is_own     ? own
+                               : static_cast<std::uint16_t>(cluster | global);
+    d.finish(0);
+    d.out.execute = async_fence;
+  } else if (d.take("async::generic")) {  // for shared memory alone
+    if (d.take_one_of({"acquire", "release"}).empty()) d.fail("expected .acquire or .release");
+    d.take_one_of({"sync_restrict::shared::cta", "sync_restrict::shared::cluster"});
+    d.take_scope();
+    d.finish(0);
+    d.out.small = cluster;
+    d.out.execute = async_fence;
+  } else if (d.take("tensormap::generic")) {
+    const bool acquire = d.take("acquire");
+    if (!acquire && !d.take("release")) d.fail("expected .acquire or .release");
+    const Scope scope = d.take_scope();
+    if (scope == Scope::none) d.fail("no scope");
+    d.out.target = static_cast<U32>(scope);
+    d.finish(acquire ? 2 : 0);
+    d.out.execute = acquire ? acquire_map : release_maps;
+    if (!acquire) return;
+    if (d.immediate(1) != 128) d.fail("the size must be 128");
+    Space space = Space::generic;
+    d.out.s[0] = d.address(d.arg(0), &d.out.offset, &space);
+  } else {
+    d.fail("unknown proxy");
+  }
+}
+
+void decode_fence(Decoder& d) {
+  d.out.execute = memory_fence;
+  d.out.small = kAcquires | kReleases;
+  if (d.opcode() == "membar") {
+    if (d.take("proxy")) return decode_proxy_fence(d);
+    const std::string level = d.take_one_of({"cta", "gl", "sys"});
+    if (level.empty()) d.fail("no level");
+    d.finish(0);
+    d.out.target = static_cast<U32>(level == "cta"  ? Scope::cta
+                                    : level == "gl" ? Scope::gpu
+                                                    : Scope::sys);
+    return;
+  }
+  if (d.take("mbarrier_init")) {
+    if (!d.take("release") || !d.take("cluster")) d.fail("expected .release.cluster");
+    d.finish(0);
+    d.out.execute = mbarrier_fence;
+    return;
+  }
+  if (d.take("proxy")) return decode_proxy_fence(d);
+  const std::string order = d.take_one_of({"sc", "acq_rel", "acquire", "release"});
+  if (order == "acquire") d.out.small = kAcquires;
+  if (order == "release") d.out.small = kReleases;
+  d.take_one_of({"sync_restrict::shared::cta", "sync_restrict::shared::cluster"});
+  const Scope scope = d.take_scope();
+  if (scope == Scope::none) d.fail("no scope");
+  d.out.target = static_cast<U32>(scope);
+  d.finish(0);
+}
+
+// ---- setmaxnreg ---------------------------------------------------------------------------------
+
+Step set_registers(Warp& w, const Instruction& i, U32 mask) {
+  const U32 count = i.target;
+  Cta& cta = w.cta();
+  const std::int64_t more = (std::int64_t{count} - w.registers) * 32;
+  if (i.small) {  // inc
+    if (count < w.registers) {
+      w.finding(FindingKind::register_pool,
+                "setmaxnreg.inc to " + std::to_string(count) + " of a warp with " +
+                    std::to_string(w.registers),
+                mask);
+    }
+    if (more > cta.register_pool) return Step::block;
+  } else if (count > w.registers) {
+    w.finding(FindingKind::register_pool,
+              "setmaxnreg.dec to " + std::to_string(count) + " of a warp with " +
+                  std::to_string(w.registers),
+              mask);
+  }
+  cta.register_pool -= more;
+  w.registers = count;
+  ++w.cluster().progress;
+  w.order_lanes(mask);
+  return Step::next;
+}
+
+void decode_setmaxnreg(Decoder& d) {
+  d.out.small = d.take("inc");
+  if (!d.out.small && !d.take("dec")) d.fail("expected .inc or .dec");
+  if (!d.take("sync") || !d.take("aligned")) d.fail("expected .sync.aligned");
+  if (d.take_type() != Type::u32) d.fail("expected .u32");
+  d.finish(1);
+  d.out.target = static_cast<U32>(d.immediate(0));
+  if (d.out.target < 24 || d.out.target > 256 || d.out.target % 8 != 0)
+    d.fail("the count must be a multiple of 8 from 24 to 256");
+  d.out.aligned = true;
+  d.out.execute = set_registers;
+}
+
+void decode_griddepcontrol(Decoder& d) {
+  if (d.take_one_of({"launch_dependents", "wait"}).empty()) d.fail("unknown form");
+  d.finish(0);
+  d.out.execute = nothing;  // one launch at a time: what came before is complete
+}
+
+Step sleep(Warp& w, const Instruction&, U32) {
+  w.polled();
+  return Step::next;
+}
+
+void decode_nanosleep(Decoder& d) {
+  if (d.take_type() != Type::u32) d.fail("expected .u32");
+  d.finish(1);
+  d.out.s[0] = d.source(0, Type::u32);
+  d.out.execute = sleep;
+}
+
+void decode_pmevent(Decoder& d) {
+  d.take("mask");
+  d.finish(1);
+  d.out.execute = nothing;
+}
+
+}  // namespace
+
+void add_system(DecodeTable& t) {
+  t["fence"] = t["membar"] = decode_fence;
+  t["setmaxnreg"] = decode_setmaxnreg;
+  t["griddepcontrol"] = decode_griddepcontrol;
+  t["nanosleep"] = decode_nanosleep;
+  t["pmevent"] = decode_pmevent;
+}
+
+}  // namespace torchext::sim

@@ -1,0 +1,152 @@
+// tensormap.replace and tensormap.cp_fenceproxy: tensor maps that kernels make or change (PTX ISA
+// "Data Movement and Conversion Instructions: Tensormap"; sm_90a). tensor_map.h has the maps.
+#include <cstring>
+
+#include "../frontend/decode.h"
+#include "../machine/machine.h"
+#include "../numerics/tensor_map.h"
+
+namespace torchext::sim {
+
+namespace {
+
+using U32 = std::uint32_t;
+using U64 = std::uint64_t;
+
+constexpr U32 kMapBytes = sizeof(TensorMap);
+
+U64 address_of(Warp& w, const Slot& base, std::int64_t offset, int lane) {
+  const U64 address = w.integer(base, lane) + static_cast<U64>(offset);
+  return base.bytes == 4 ? static_cast<U32>(address) : address;
+}
+
+struct Replace {
+  TensorMapField field;
+  Space space;
+  U32 ordinal = 0;
+};
+
+Step replace(Warp& w, const Instruction& i, U32 mask) {
+  const auto& r = *static_cast<const Replace*>(i.extra);
+  w.need(i.s[0], mask, "as an address");
+  w.need(i.s[1], mask, "as the new value");
+  for_lanes(mask, [&](int lane) {
+    const U64 address = address_of(w, i.s[0], i.offset, lane);
+    Place place;
+    if (!w.resolve(lane, r.space, address, kMapBytes, true, &place)) return;
+    w.check_read(place, w.actor(lane), kMapBytes, 1u << lane, address);
+    w.check_write(place, w.actor(lane), kMapBytes, 1u << lane, address);
+    try {
+      replace_tensor_map_field(place.host, r.field, r.ordinal, w.integer(i.s[1], lane));
+    } catch (const TensorMapError& e) {
+      w.finding(FindingKind::tensor_map, e.what(), 1u << lane, address);
+    }
+  });
+  ++w.cluster().progress;
+  return Step::next;
+}
+
+void decode_replace(Decoder& d) {
+  if (!d.take("tile")) d.fail("expected .tile");
+  static const std::pair<const char*, TensorMapField> kFields[] = {
+      {"global_address", TensorMapField::global_address},
+      {"rank", TensorMapField::rank},
+      {"box_dim", TensorMapField::box_dim},
+      {"global_dim", TensorMapField::global_dim},
+      {"global_stride", TensorMapField::global_stride},
+      {"element_stride", TensorMapField::element_stride},
+      {"elemtype", TensorMapField::elemtype},
+      {"interleave_layout", TensorMapField::interleave_layout},
+      {"swizzle_mode", TensorMapField::swizzle_mode},
+      {"fill_mode", TensorMapField::fill_mode},
+  };
+  Replace r{};
+  bool known = false;
+  for (const auto& [name, field] : kFields) {
+    if (!d.take(name)) continue;
+    r.field = field;
+    known = true;
+  }
+  if (!known) d.fail("unknown field");
+  r.space = d.take_space();
+  if (!d.take("b1024")) d.fail("expected .b1024");
+  const Type type = d.take_type();
+  const bool wide =
+      r.field == TensorMapField::global_address || r.field == TensorMapField::global_stride;
+  if (type != (wide ? Type::b64 : Type::b32)) d.fail("the field has another size");
+  const bool has_ordinal =
+      r.field == TensorMapField::box_dim || r.field == TensorMapField::global_dim ||
+      r.field == TensorMapField::global_stride || r.field == TensorMapField::element_stride;
+  d.finish(has_ordinal ? 3 : 2);
+  if (has_ordinal) r.ordinal = static_cast<U32>(d.immediate(1));
+  d.out.s[0] = d.address(d.arg(0), &d.out.offset, &r.space);
+  d.out.s[1] = d.source(has_ordinal ? 2 : 1, type);
+  d.own(r);
+  d.out.execute = replace;
+}
+
+// The warp copies one map and releases it to the tensormap proxy.
+Step copy_and_fence(Warp& w, const Instruction& i, U32 mask) {
+  w.need(i.s[0], mask, "as an address");
+  w.need(i.s[1], mask, "as an address");
+  const bool converged = w.grid().options.lane_order == LaunchOptions::converged;
+  if (converged) w.order_lanes(mask);
+  const int lane = static_cast<int>(lane_of(mask));
+  const U64 to = address_of(w, i.s[0], i.offset, lane);
+  const U64 from = address_of(w, i.s[1], *static_cast<const std::int64_t*>(i.extra), lane);
+  for_lanes(mask, [&](int other) {
+    if (address_of(w, i.s[0], i.offset, other) == to &&
+        address_of(w, i.s[1], *static_cast<const std::int64_t*>(i.extra), other) == from) {
+      return;
+    }
+    w.finding(FindingKind::invalid_operand,
+              "the lanes of tensormap.cp_fenceproxy disagree on an address", 1u << other, to);
+  });
+  Place target, source;
+  if (!w.resolve(lane, Space::global, to, kMapBytes, true, &target) ||
+      !w.resolve(lane, Space::shared, from, kMapBytes, false, &source)) {
+    return Step::next;
+  }
+  w.check_read(source, w.actor(lane), kMapBytes, 1u << lane, from);
+  w.check_write(target, w.actor(lane), kMapBytes, 1u << lane, to);
+  std::memcpy(target.host, source.host, kMapBytes);
+  if (converged) w.order_lanes(mask);
+  const auto scope = static_cast<Scope>(i.target);
+  w.release_maps(mask, scope);
+  w.memory_fence(mask, scope, false, true);
+  ++w.cluster().progress;
+  return Step::next;
+}
+
+void decode_copy_and_fence(Decoder& d) {
+  for (const char* modifier : {"global", "shared::cta", "tensormap::generic", "release"}) {
+    if (!d.take(modifier)) d.fail(std::string("expected .") + modifier);
+  }
+  const Scope scope = d.take_scope();
+  if (scope == Scope::none) d.fail("no scope");
+  d.out.target = static_cast<U32>(scope);
+  if (!d.take("sync") || !d.take("aligned")) d.fail("expected .sync.aligned");
+  d.finish(3);
+  if (d.immediate(2) != kMapBytes) d.fail("the size must be 128");
+  Space to = Space::global, from = Space::shared;
+  std::int64_t from_offset = 0;
+  d.out.s[0] = d.address(d.arg(0), &d.out.offset, &to);
+  d.out.s[1] = d.address(d.arg(1), &from_offset, &from);
+  d.own(from_offset);
+  d.out.aligned = true;
+  d.out.execute = copy_and_fence;
+}
+
+void decode_tensormap(Decoder& d) {
+  if (d.take("replace")) return decode_replace(d);
+  if (d.take("cp_fenceproxy")) return decode_copy_and_fence(d);
+  d.fail("unknown form of tensormap");
+}
+
+}  // namespace
+
+void add_tensormap(DecodeTable& t) {
+  t["tensormap"] = decode_tensormap;
+}
+
+}  // namespace torchext::sim

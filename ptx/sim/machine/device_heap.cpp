@@ -1,0 +1,110 @@
+// Blocks of the device heap: 16 bytes aligned, at least 16 bytes apart.
+#include "device_heap.h"
+
+#include <iterator>
+
+#include "../frontend/ir.h"
+
+namespace torchext::sim {
+
+namespace {
+
+constexpr std::uint64_t kAlign = 16;
+
+std::uint64_t with_gap(std::uint64_t bytes) {
+  return (bytes + kAlign - 1) / kAlign * kAlign + kAlign;
+}
+
+}  // namespace
+
+std::uint8_t* DeviceHeap::data() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (storage_ == nullptr) {
+    storage_.reset(new std::uint8_t[kBytes + kAlign]);
+    begin_ = (reinterpret_cast<std::uint64_t>(storage_.get()) + kAlign - 1) / kAlign * kAlign;
+    next_ = begin_ + kAlign;  // what lies before the first block is the heap's too
+  }
+  return reinterpret_cast<std::uint8_t*>(begin_);
+}
+
+void DeviceHeap::start_launch() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  ++launch_;
+}
+
+std::uint64_t DeviceHeap::allocate(std::uint64_t bytes, std::uint32_t pc) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (bytes > kBytes) return 0;
+  std::uint64_t address = next_;
+  if (next_ + with_gap(bytes) <= begin_ + kBytes)
+    next_ += with_gap(bytes);
+  else
+    address = reuse(bytes);
+  if (address != 0) blocks_[address] = {address, bytes, true, launch_, pc};
+  return address;
+}
+
+// Forgets all freed blocks; then the first gap that is wide enough.
+std::uint64_t DeviceHeap::reuse(std::uint64_t bytes) {
+  for (auto it = blocks_.begin(); it != blocks_.end();)
+    it = it->second.live ? std::next(it) : blocks_.erase(it);
+  std::uint64_t at = begin_ + kAlign;
+  for (const auto& [begin, block] : blocks_) {
+    if (begin - at >= with_gap(bytes)) return at;
+    at = begin + with_gap(block.bytes);
+  }
+  return begin_ + kBytes - at >= with_gap(bytes) ? at : 0;
+}
+
+bool DeviceHeap::exists() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return storage_ != nullptr;
+}
+
+bool DeviceHeap::release(std::uint64_t begin, std::uint32_t pc) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  Block& block = blocks_.at(begin);
+  if (!block.live) return false;
+  block.live = false;
+  block.launch = launch_;
+  block.pc = pc;
+  return true;
+}
+
+bool DeviceHeap::find(std::uint64_t address, Block* block) const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  auto it = blocks_.upper_bound(address);
+  if (it == blocks_.begin()) return false;
+  *block = (--it)->second;
+  return address < block->begin + with_gap(block->bytes);
+}
+
+bool DeviceHeap::may_access(std::uint64_t address, std::uint64_t bytes) const {
+  Block block;
+  return find(address, &block) && block.live && address + bytes <= block.begin + block.bytes;
+}
+
+std::string DeviceHeap::describe(std::uint64_t address, const Program& program) const {
+  Block block;
+  if (!find(address, &block)) return "memory that malloc has not returned";
+  const std::uint64_t offset = address - block.begin;
+  std::string place = offset < block.bytes
+                          ? "byte " + std::to_string(offset)
+                          : std::to_string(offset - block.bytes) + " bytes after the end";
+  place += " of a block of " + std::to_string(block.bytes) + " bytes that " +
+           (block.live ? "malloc returned" : "has been freed");
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return place + (block.launch == launch_ ? " in " + program.place(program.code[block.pc].line)
+                                          : " in an earlier launch");
+}
+
+std::vector<DeviceHeap::Block> DeviceHeap::kept() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  std::vector<Block> all;
+  for (const auto& [begin, block] : blocks_) {
+    if (block.live && block.launch == launch_) all.push_back(block);
+  }
+  return all;
+}
+
+}  // namespace torchext::sim

@@ -1,0 +1,293 @@
+// A launch: lays out constants and memory, runs clusters on all cores.
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+#include <deque>
+#include <sstream>
+#include <thread>
+
+#include "../frontend/decode.h"
+#include "launch_checks.h"
+#include "machine.h"
+
+namespace torchext::sim {
+
+namespace {
+
+[[noreturn]] void refuse(const std::string& kernel, const std::string& what) {
+  throw std::invalid_argument("launch of '" + kernel + "': " + what);
+}
+
+// What ptxas gives each thread at the start: as much as the launch bounds allow in steps of eight,
+// but no more than the kernel asks of setmaxnreg where it asks for more later.
+std::uint32_t default_registers(const Program& program, const Dim3& block) {
+  const Function& f = program.attributes;
+  const auto volume = [](const std::uint32_t (&n)[3]) { return std::uint64_t{n[0]} * n[1] * n[2]; };
+  std::uint64_t threads = f.required_threads[0] != 0 ? volume(f.required_threads)
+                          : f.max_threads[0] != 0    ? volume(f.max_threads)
+                                                     : block.volume();
+  threads = (threads + 31) / 32 * 32;
+  const std::uint64_t share = 65536 / std::max(1u, f.min_ctas);
+  auto most = static_cast<std::uint32_t>(std::min<std::uint64_t>(256, share / threads));
+  if (f.max_registers != 0) most = std::min(most, f.max_registers);
+  std::uint32_t asked = 0;
+  bool grows = false;
+  for (const Instruction& i : program.code) {
+    const std::string& opcode = program.opcodes[i.opcode];
+    if (opcode.rfind("setmaxnreg", 0) != 0) continue;
+    asked = std::max(asked, i.target);
+    grows |= opcode.rfind("setmaxnreg.inc", 0) == 0;
+  }
+  if (grows) most = std::min(most, asked);
+  return std::max(16u, most / 8 * 8);
+}
+
+}  // namespace
+
+Grid::Grid(const Module& module, std::shared_ptr<const Program> p, const LaunchOptions& o,
+           const std::vector<ParamBytes>& params, const std::vector<Buffer>& buffers)
+    : program(std::move(p)),
+      options(o),
+      sink(o.max_findings),
+      checks(o.checks),
+      files_(module.files()),
+      heap_(module.heap()) {
+  const Function& f = program->attributes;
+  const std::string& name = program->kernel;
+  const LaunchShape shape = check_launch(*program, o);
+  threads = static_cast<std::uint32_t>(o.block.volume());
+  warps_per_cta = (threads + 31) / 32;
+  cluster_dim = shape.cluster;
+  cluster_size = static_cast<std::uint32_t>(cluster_dim.volume());
+  explicit_cluster = f.cluster[0] != 0 || f.explicit_cluster || o.cluster.volume() != 0;
+  shared_bytes = shape.shared_bytes;
+  reuses_shared = shape.reuses_shared;
+  registers_per_thread = o.registers_per_thread;
+  if (registers_per_thread == 0) registers_per_thread = default_registers(*program, o.block);
+
+  if (params.size() != program->params.size()) {
+    refuse(name, "expected " + std::to_string(program->params.size()) + " parameters, got " +
+                     std::to_string(params.size()));
+  }
+  param_block.assign(program->param_bytes / 8 + 32, 0);
+  auto base = reinterpret_cast<std::uint64_t>(param_block.data());
+  base = (base + 127) / 128 * 128;
+  for (std::size_t i = 0; i < params.size(); ++i) {
+    if (params[i].size() != program->params[i].bytes) {
+      refuse(name, "parameter " + std::to_string(i) + " (" + program->params[i].name + ") has " +
+                       std::to_string(program->params[i].bytes) + " bytes, got " +
+                       std::to_string(params[i].size()));
+    }
+    std::memcpy(reinterpret_cast<void*>(base + program->param_offsets[i]), params[i].data(),
+                params[i].size());
+  }
+  constants.assign(program->constants.size() / 8 + 1, 0);
+  if (!program->constants.empty())
+    std::memcpy(constants.data(), program->constants.data(), program->constants.size());
+  for (const auto& [offset, addend] : program->param_addresses) {
+    for (std::size_t lane = 0; lane < 32; ++lane)
+      constants[offset / 8 + lane] = base + static_cast<std::uint64_t>(addend);
+  }
+
+  for (const Buffer& b : buffers) memory.add(b, checks, false);
+  if (program->param_bytes != 0)
+    memory.add({reinterpret_cast<void*>(base), program->param_bytes, Buffer::Read, "parameters"},
+               checks, true);
+  for (const auto& v : module.variables().entries) {
+    if (v->bytes == 0) continue;
+    memory.add({v->data, v->bytes, v->constant ? Buffer::Read : Buffer::ReadWrite, v->name}, checks,
+               true);
+  }
+  const auto reads = [&](Special which) {
+    return std::any_of(program->specials.begin(), program->specials.end(),
+                       [&](const auto& s) { return s.which == which; });
+  };
+  if (reads(Special::workspace_low))
+    memory.add({workspace_, sizeof workspace_, Buffer::ReadWrite, "grid workspace"}, checks, true);
+  if (reads(Special::reserved_shared_slot)) shared_begin = 0;
+  heap_.start_launch();
+  const bool uses_heap = program->uses_heap || heap_.exists();
+  if (uses_heap)
+    memory.add({heap_.data(), DeviceHeap::kBytes, Buffer::ReadWrite, "device heap"}, checks, true);
+  memory.sort();
+  if (uses_heap) memory.find(reinterpret_cast<std::uint64_t>(heap_.data()))->heap = &heap_;
+}
+
+void Grid::print(const std::string& text) {
+  const std::lock_guard<std::mutex> lock(output_mutex_);
+  output_ += text;
+}
+
+std::size_t Report::count(Grade grade) const {
+  return static_cast<std::size_t>(std::count_if(
+      findings.begin(), findings.end(), [grade](const Finding& f) { return f.grade() == grade; }));
+}
+
+// Blocks of the device heap that the launch leaves, by the call that got them.
+void Grid::note_kept_blocks() {
+  std::map<std::uint32_t, std::pair<std::uint64_t, std::uint64_t>> kept;  // pc: blocks, bytes
+  for (const DeviceHeap::Block& block : heap_.kept()) {
+    ++kept[block.pc].first;
+    kept[block.pc].second += block.bytes;
+  }
+  for (const auto& [pc, sum] : kept) {
+    const Instruction& i = program->code[pc];
+    Finding f;
+    f.kind = FindingKind::heap_leak;
+    f.message = std::to_string(sum.first) +
+                (sum.first == 1 ? " block of " : " blocks of together ") +
+                std::to_string(sum.second) + " bytes, allocated here, not freed by the launch";
+    f.kernel = program->kernel;
+    f.ptx_line = i.line;
+    f.opcode = program->opcodes[i.opcode];
+    if (i.source_line != 0 && i.file < files_.size()) {
+      f.file = files_[i.file];
+      f.source_line = i.source_line;
+    }
+    f.seed = options.seed;
+    sink.add(std::move(f));
+  }
+}
+
+Report Grid::run() {
+  const auto started = std::chrono::steady_clock::now();
+  const auto total = static_cast<std::uint32_t>(options.grid.volume() / cluster_size);
+  unsigned workers =
+      options.num_threads ? options.num_threads : std::thread::hardware_concurrency();
+  workers = std::max(1u, std::min(workers, total));
+
+  std::atomic<std::uint32_t> next{0};
+  std::mutex counts_mutex;
+  std::vector<std::uint64_t> counts(program->code.size(), 0);
+  std::exception_ptr failure;
+  // A cluster that polls gives way to others; as many as a GPU holds are resident at once.
+  const std::uint32_t resident = std::max(1u, (options.num_sms + workers - 1) / workers);
+  // A deadlock is what all workers agree on: each puts here the count of global_progress at which
+  // all of its clusters were found to go round for ever, and whether it has tried what remains.
+  enum : std::uint64_t { kBusy = ~0ull, kGone = ~1ull };
+  const auto idle = [](std::uint64_t world, bool tried) { return world * 2 + tried; };
+  std::vector<std::atomic<std::uint64_t>> verdicts(workers);
+  for (auto& v : verdicts) v = kBusy;
+  std::atomic<bool> reported{false};
+  const auto all_idle = [&](std::uint64_t world, bool tried) {
+    const bool agree = std::all_of(verdicts.begin(), verdicts.end(), [&](const auto& verdict) {
+      const std::uint64_t v = verdict.load();
+      return v == kGone || v == idle(world, true) || (!tried && v == idle(world, false));
+    });
+    return agree && global_progress.load() == world;  // who has gone may have moved it first
+  };
+
+  const auto work = [&](unsigned me) {
+    std::deque<std::unique_ptr<Cluster>> clusters;
+    const auto account = [&](const Cluster& c) {
+      const std::lock_guard<std::mutex> lock(counts_mutex);
+      for (std::size_t i = 0; i < counts.size(); ++i) counts[i] += c.counts[i];
+    };
+    try {
+      while (!stop.load()) {
+        if (clusters.empty()) {
+          const std::uint32_t n = next.fetch_add(1);
+          if (n >= total) break;
+          clusters.push_back(std::make_unique<Cluster>(*this, n));
+        }
+        std::unique_ptr<Cluster> c = std::move(clusters.front());
+        clusters.pop_front();
+        const std::uint64_t before = c->progress, world = global_progress.load();
+        Cluster::State state;
+        try {
+          state = c->run(1'000'000);
+        } catch (const LaunchStopped&) {
+          account(*c);
+          throw;
+        }
+        if (state == Cluster::State::finished) {
+          account(*c);
+          verdicts[me] = kBusy;
+          global_progress.fetch_add(1);
+          continue;
+        }
+        const bool polled = c->progress == before;
+        if (!polled) {
+          verdicts[me] = kBusy;
+          global_progress.fetch_add(1);
+        }
+        c->idle_at = polled && c->repeats() ? world : kBusy;
+        Cluster& waiting = *c;
+        clusters.push_back(std::move(c));
+        // It is waiting for another cluster, or merely long: let the next one start or go on.
+        if (clusters.size() < resident) {
+          const std::uint32_t n = next.fetch_add(1);
+          if (n < total) {
+            clusters.push_front(std::make_unique<Cluster>(*this, n));
+            continue;
+          }
+        }
+        if (!polled) continue;
+        std::this_thread::yield();
+        if (!std::all_of(clusters.begin(), clusters.end(),
+                         [&](const auto& other) { return other->idle_at == world; })) {
+          continue;
+        }
+        if (verdicts[me] != idle(world, true)) verdicts[me] = idle(world, false);
+        if (!all_idle(world, false)) continue;
+        bool more = false;
+        for (const auto& other : clusters) more |= other->let_go_alone();
+        if (more) {
+          verdicts[me] = kBusy;
+          global_progress.fetch_add(1);
+          continue;
+        }
+        verdicts[me] = idle(world, true);
+        if (!all_idle(world, true)) continue;
+        if (!reported.exchange(true)) waiting.report_deadlock();
+        throw LaunchStopped{};
+      }
+    } catch (const LaunchStopped&) {
+      stop.store(true);
+    } catch (...) {
+      const std::lock_guard<std::mutex> lock(counts_mutex);
+      if (!failure) failure = std::current_exception();
+      stop.store(true);
+    }
+    verdicts[me] = kGone;
+  };
+  if (workers == 1) {
+    work(0);
+  } else {
+    std::vector<std::thread> pool;
+    for (unsigned i = 0; i < workers; ++i) pool.emplace_back(work, i);
+    for (std::thread& t : pool) t.join();
+  }
+  if (failure) std::rethrow_exception(failure);
+
+  if (checks && !stop.load()) note_kept_blocks();
+  Report report;
+  report.findings_truncated = sink.full();
+  report.findings = sink.take();
+  for (std::size_t i = 0; i < counts.size(); ++i) {
+    if (counts[i] == 0) continue;
+    report.instructions[program->opcodes[program->code[i].opcode]] += counts[i];
+    report.warp_instructions += counts[i];
+  }
+  report.output = std::move(output_);
+  if (checks && !stop.load()) {
+    for (const auto& b : memory.buffers()) {
+      if (b->shadow == nullptr) continue;
+      std::uint64_t first = 0;
+      const std::uint64_t bytes = b->shadow->count_invalid(&first);
+      if (bytes != 0) report.unwritten.push_back({b->name, bytes, first});
+    }
+  }
+  report.seconds =
+      std::chrono::duration<double>(std::chrono::steady_clock::now() - started).count();
+  return report;
+}
+
+Report launch(const Module& module, const std::string& kernel, const LaunchOptions& options,
+              const std::vector<ParamBytes>& params, const std::vector<Buffer>& buffers) {
+  module.kernel(kernel);
+  Grid grid(module, module.program(kernel), options, params, buffers);
+  return grid.run();
+}
+
+}  // namespace torchext::sim

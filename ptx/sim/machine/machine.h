@@ -1,0 +1,491 @@
+// The simulated machine: grid, cluster, CTA, warp. One Cluster runs on one host thread; Grid is
+// what clusters share.
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <unordered_map>
+#include <unordered_set>
+#include <vector>
+
+#include "../check/clock.h"
+#include "../check/scopes.h"
+#include "../check/shadow.h"
+#include "../frontend/ir.h"
+#include "../instructions/wgmma_stream.h"
+#include "calls.h"
+#include "device_heap.h"
+#include "launch.h"
+#include "memory.h"
+
+namespace torchext::sim {
+
+class Cluster;
+class Cta;
+class Warp;
+class Grid;
+
+// Stops the whole launch after a finding that nothing can follow (deadlock, trap).
+struct LaunchStopped {};
+
+class Random {  // splitmix64
+ public:
+  explicit Random(std::uint64_t seed) : state_(seed) {}
+  std::uint64_t next() {
+    std::uint64_t z = (state_ += 0x9e3779b97f4a7c15ull);
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
+    return z ^ (z >> 31);
+  }
+  std::uint32_t below(std::uint32_t n) {
+    return static_cast<std::uint32_t>(((next() >> 32) * n) >> 32);
+  }
+
+ private:
+  std::uint64_t state_;
+};
+
+// Where diverged lanes wait for each other: the immediate post-dominator of the branch that
+// parted them.
+struct Token {
+  std::uint32_t pc = 0;
+  std::uint32_t expected = 0;  // lanes still in the region or parked
+  std::uint32_t parked = 0;
+  std::size_t depth = 0;  // calls it lies within
+};
+
+// Lanes that share a pc.
+struct Group {
+  std::uint32_t pc = 0;
+  std::uint32_t mask = 0;
+  std::vector<std::shared_ptr<Token>> tokens;
+  std::vector<CallFrame> calls;  // to return from, innermost last
+  bool blocked = false;          // the instruction at pc wants to be tried again
+  bool parked = false;           // at tokens.back()
+  bool arrived = false;          // a barrier has counted this group already
+  bool released = false;         // the collective at pc has been done for it
+  bool alone = false;            // may execute an .aligned instruction without the other lanes
+  bool give_up = false;          // has waited in vain: a try_wait may return false now
+  bool ran = false;              // since its state was last looked at (Warp::repeats)
+  bool cycles = false;           // it has come back to a state that it had been in
+  std::uint64_t generation = 0;  // of the barrier it waits for
+  std::uint64_t blocked_at = 0;  // Cluster::progress then
+};
+
+// Asynchronous work. `read` (optional) takes its source, `finish` delivers.
+struct AsyncWork {
+  std::function<void()> read, finish;
+  bool read_done = false, done = false;
+  bool wanted = false;  // something waits for it
+  std::string what;
+};
+
+struct MBarrier {
+  std::uint32_t expected = 0;  // arrivals per phase
+  std::int64_t pending = 0;    // arrivals missing in this phase
+  std::int64_t transactions = 0;
+  std::uint64_t phase = 0;
+  std::uint32_t agent = 0;  // stands for the copies of each phase: clock = phase + 1
+  std::uint32_t init_agent = 0, init_clock = 0, init_pc = 0;
+  bool fenced = false;                // fence.mbarrier_init or fence.proxy.async since init
+  std::uint32_t published_agent = 0;  // fence.mbarrier_init: whoever knows it knows the init
+  Knowledge arriving, completed;      // of the CTA's own threads, and of copies
+  Knowledge remote_arriving, remote_completed;  // of other CTAs' threads
+  std::vector<std::weak_ptr<AsyncWork>> work;   // copies that signal it
+  // Tensor copies of this phase that read their maps from memory: agents and clocks.
+  std::vector<std::pair<std::uint32_t, std::uint32_t>> map_reads;
+  // Phases, counted from 1: the last that a copy signals, and the last that a thread waited for.
+  std::uint64_t signaled = 0, waited = 0;
+  std::uint32_t signaled_pc = 0;
+};
+
+struct NamedBarrier {
+  std::uint32_t expected = 0;             // threads; 0: all that the CTA still has
+  std::array<std::uint32_t, 32> lanes{};  // that have arrived, by warp
+  std::uint32_t again = 0;                // threads of warps that arrived more than once
+  bool open = false;                      // somebody has arrived
+  std::uint64_t generation = 0;
+  std::uint32_t first_pc = 0;
+  Knowledge arriving, completed;
+  std::uint32_t reduce_and = 1, reduce_or = 0, reduce_count = 0;
+  std::uint32_t result_and = 0, result_or = 0, result_count = 0;
+};
+
+// barrier.cluster. Who has arrived is with the warps: Warp::cluster_pending.
+struct ClusterBarrier {
+  Knowledge arriving, completed;
+};
+
+// A thread's cp.async.bulk groups, or a warp's cp.async groups.
+struct CopyGroups {
+  std::uint32_t read_agent = 0, write_agent = 0;  // 0: not yet assigned
+  std::uint32_t current = 1;                      // clock of the group being filled
+  bool open = false;                              // the group being filled is not empty
+  std::uint32_t read_waited = 0, waited = 0;      // groups up to this clock are known done
+  std::uint32_t last_pc = 0;
+  // Reads of tensor maps in memory by the thread's loads. Its TMA unit takes them in order, so that
+  // one clock stands for all before it.
+  std::uint32_t map_agent = 0, map_clock = 0;
+  std::map<std::uint32_t, std::uint32_t> map_clocks;  // at the commit of each group
+  std::map<std::uint32_t, std::vector<std::shared_ptr<AsyncWork>>> work;  // by group
+};
+
+// A lane's acquire of a tensor map: who knows this much of the lane may use the map, as far as the
+// lane's views have its writes as released then.
+struct MapFence {
+  std::uint32_t agent, clock;
+  Scope scope;
+  ViewsRef views;
+};
+
+struct LaneBits;  // validity.h
+
+// Bytes of a lane's local memory, and which bits of them are valid.
+struct LocalBytes {
+  std::uint8_t *data, *valid;
+};
+
+class Warp {
+ public:
+  Warp(Cta& cta, std::uint32_t index);
+  ~Warp();
+
+  // Runs up to `quantum` instructions of one group; returns how many.
+  std::uint32_t run(std::uint32_t quantum);
+  bool runnable() const;  // some group might make progress
+  bool finished() const { return live_ == 0; }
+
+  // ---- for instructions ----
+  template <class T = std::uint8_t>
+  T* at(const Slot& slot) const {
+    return reinterpret_cast<T*>(banks_[slot.bank] + slot.offset);
+  }
+  std::uint32_t predicate(const Slot& slot) const {
+    const std::uint32_t mask = *at<std::uint32_t>(slot);
+    return slot.negate ? ~mask : mask;
+  }
+  void set_predicate(const Slot& slot, std::uint32_t mask, std::uint32_t value) {
+    auto* p = at<std::uint32_t>(slot);
+    *p = (*p & ~mask) | (value & mask);
+  }
+  // Lanes whose register has been assigned whole; set_valid leaves the others without a valid bit.
+  std::uint32_t valid(const Slot& slot) const { return valid_[slot.reg]; }
+  void set_valid(const Slot& slot, std::uint32_t mask, std::uint32_t value) {
+    std::uint32_t& v = valid_[slot.reg];
+    v = (v & ~mask) | (value & mask);
+    if ((mask & ~value) != 0 && !partly_valid_.empty()) forget_valid_bits(slot, mask & ~value);
+  }
+  // By bit (validity.cpp); bits beyond the register's width do not count.
+  std::uint64_t valid_bits(const Slot& slot, int lane) const {
+    return (valid_[slot.reg] >> lane) & 1 ? ~std::uint64_t{0} : partly_valid_bits(slot, lane);
+  }
+  void set_valid_bits(const Slot& slot, std::uint32_t mask, const LaneBits& bits);
+  void set_validity(const Slot& slot, std::uint32_t mask, bool whole, const LaneBits& bits) {
+    if (whole)
+      set_valid(slot, mask, mask);
+    else
+      set_valid_bits(slot, mask, bits);
+  }
+  void copy_valid(const Slot& to, std::uint32_t mask, const Slot& from);
+  // Reports lanes of `mask` in which some of these bits of the register were never assigned.
+  void need(const Slot& slot, std::uint32_t mask, const char* use,
+            std::uint64_t bits = ~std::uint64_t{0});
+  std::uint64_t integer(const Slot& slot, int lane) const {
+    return slot.bytes == 8 ? at<std::uint64_t>(slot)[lane] : at<std::uint32_t>(slot)[lane];
+  }
+  void put(const Slot& slot, int lane, std::uint64_t value) {
+    if (slot.bytes == 8)
+      at<std::uint64_t>(slot)[lane] = value;
+    else
+      at<std::uint32_t>(slot)[lane] = static_cast<std::uint32_t>(value);
+  }
+
+  Cta& cta() const { return cta_; }
+  Cluster& cluster() const { return cluster_; }
+  Grid& grid() const { return grid_; }
+  const Program& program() const { return program_; }
+  std::uint32_t index() const { return index_; }
+  std::uint32_t live() const { return live_; }
+  Group& group() { return groups_[current_]; }
+  std::vector<Group>& groups() { return groups_; }
+  std::uint32_t pc() const { return groups_[current_].pc; }
+
+  void finding(FindingKind kind, const std::string& message, std::uint32_t lanes,
+               std::uint64_t address = 0, const std::string& other = "",
+               std::uint32_t other_line = 0);
+  void finding_at(std::uint32_t pc, FindingKind kind, const std::string& message,
+                  std::uint32_t lanes, std::uint64_t address = 0, const OtherAccess& other = {},
+                  const std::string& remedy = "");
+
+  // Control flow (divergence.cpp).
+  void branch(const Instruction& i, std::uint32_t taken);
+  void branch_each(const std::uint32_t (&targets)[32], std::uint32_t mask,
+                   std::uint32_t reconverge);
+  // Calls (calls.cpp) and the lanes' stacks (stack.cpp).
+  void enter(const Callee* const* by_lane, std::uint32_t mask);
+  void leave(std::uint32_t mask);
+  LocalBytes local_bytes(int lane, const CallValue& value);
+  std::uint32_t grow_stack(int lane, std::uint64_t bytes, std::uint32_t align);  // its address
+  bool cut_stack(int lane, std::uint64_t top);  // false if that is no earlier top
+  std::uint32_t stack_top(int lane) const { return stack_top_[static_cast<std::size_t>(lane)]; }
+  void start_block(std::uint64_t address, std::uint64_t bytes);  // that malloc returns
+  void exit_lanes(std::uint32_t mask);
+  // Makes a group of its own of the current one's `lanes`, at the same instruction; both meet again
+  // behind it. Returns the new group.
+  Group& part(std::uint32_t lanes) { return groups_[part(current_, lanes)]; }
+  std::size_t part(std::size_t group, std::uint32_t lanes);
+  // Merges with the current group those among `lanes` that stand at its instruction.
+  void absorb(std::uint32_t lanes);
+  bool unpark();  // lets parked lanes run on alone; false if there are none
+  bool waits_for_warp(const Group& g) const;  // for the other lanes, at an .aligned instruction
+  bool let_go_alone();                        // lets such groups execute it alone
+  bool time_out();                            // lets try_waits return false
+  bool repeats();                             // every group goes round and round, or waits
+  void forget_states();
+
+  // Order (order.cpp).
+  std::uint32_t agent(int lane) const { return first_agent_ + static_cast<std::uint32_t>(lane); }
+  Actor actor(int lane, Scope scope = Scope::none) const {
+    Actor a = self_;
+    a.agent = a.issuer = agent(lane);
+    a.clock = a.issuer_clock = clock_[lane];
+    a.known = &*known_[lane];
+    a.views = &*views_[lane];
+    a.pc = groups_[current_].pc;
+    a.scope = scope;
+    return a;
+  }
+  void order_lanes(std::uint32_t mask);  // as bar.warp.sync does
+  Knowledge release(std::uint32_t mask);
+  void acquire(std::uint32_t mask, const Knowledge& knowledge);
+  // What the lanes know becomes visible to the async proxy (`spaces`: bits of AsyncSpace), to
+  // aliases, or offered to the tensormap proxy.
+  void async_fence(std::uint32_t mask, std::uint32_t spaces);
+  void alias_fence(std::uint32_t mask);
+  void release_maps(std::uint32_t mask, Scope scope);
+  void memory_fence(std::uint32_t mask, Scope scope, bool acquires = true, bool releases = true);
+  void learn(std::uint32_t mask, std::uint32_t agent, std::uint32_t clock);
+  void touched(std::uint32_t mask) { dirty_ |= mask; }
+  // Says that an instruction has looked at memory, or passed time, without changing anything.
+  void polled();
+  const ClockRef& known(int lane) const { return known_[lane]; }
+  const ViewsRef& views(int lane) const { return views_[lane]; }
+  std::uint32_t clock(int lane) const { return clock_[lane]; }
+  void tick(std::uint32_t mask) {
+    for (; mask; mask &= mask - 1) ++clock_[__builtin_ctz(mask)];
+  }
+  Scoped fence_released[32];   // at the last memory fence: what a later strong write passes on
+  Scoped strong_acquired[32];  // what strong reads have seen: a later memory fence takes it in
+  std::uint32_t fenced_lanes = 0, acquired_lanes = 0;
+
+  // Memory (memory.cpp).
+  bool resolve(int lane, Space space, std::uint64_t address, std::uint32_t bytes, bool write,
+               Place* place);
+  void check_read(const Place& place, const Actor& actor, std::uint32_t bytes, std::uint32_t lanes,
+                  std::uint64_t address);
+  void check_write(const Place& place, const Actor& actor, std::uint32_t bytes, std::uint32_t lanes,
+                   std::uint64_t address);
+  // Checks a store of `data`, and stores it, in one step.
+  void write(const Place& place, const Actor& actor, const std::uint8_t* data, std::uint32_t bytes,
+             std::uint32_t lanes, std::uint64_t address);
+  void conflict(const Conflict& c, const Actor& actor, const Place& place, bool write,
+                std::uint32_t lanes, std::uint64_t address);
+
+  std::vector<std::uint8_t> local, local_valid;  // 32 lanes, one after another; valid by bit
+
+  // Async state.
+  std::map<int, CopyGroups> bulk_groups;  // by lane
+  CopyGroups cp_async;
+  std::vector<std::shared_ptr<PendingWgmma>> wgmma_pending;
+  std::uint32_t wgmma_agent = 0;
+  std::uint32_t wgmma_group = 1;  // clock of the group being filled
+  bool wgmma_open = false;
+  std::uint32_t wgmma_issued = 0;
+  std::uint32_t fence_count = 1;              // wgmma.fence executed
+  std::vector<std::uint32_t> register_fence;  // by tracked register: fence_count at last access
+  std::vector<std::uint32_t> in_flight;       // by tracked register: pending wgmmas that use it
+  std::uint32_t registers = 0;                // setmaxnreg
+  std::uint32_t cluster_arrived = 0;          // lanes that are to wait at barrier.cluster
+  std::uint32_t cluster_pending = 0;          // those among them whose barrier is not complete
+
+ private:
+  friend class Cluster;
+  std::size_t pick_group();
+  std::size_t pick();
+  bool at_token();
+  bool together(const Instruction& i, std::uint32_t* mask);
+  bool passed_by(
+      std::uint32_t mask) const;  // others wait where the lanes of `mask` will come later
+  void merge_equal();
+  void look_after_parked(std::uint32_t executed);
+  void drop_from_tokens(Group& g, std::size_t keep);
+  void check_tracked(const Instruction& i, std::uint32_t mask);
+  template <class Change>
+  void change_views(std::uint32_t mask, Change&& change);
+  void settle_tokens();
+  std::shared_ptr<const Activation> activate(const Callee& callee, std::uint32_t lanes);
+  void deactivate(const CallFrame& frame, std::uint32_t lanes);
+  std::uint64_t partly_valid_bits(const Slot& slot, int lane) const;
+  void forget_valid_bits(const Slot& slot, std::uint32_t lanes);
+
+  Cta& cta_;
+  Cluster& cluster_;
+  Grid& grid_;
+  const Program& program_;
+  std::uint32_t index_;
+  std::uint32_t live_ = 0;
+  std::uint32_t first_agent_ = 0;
+  std::uint8_t* banks_[2] = {nullptr, nullptr};
+  std::vector<std::uint64_t> register_file_;
+  std::vector<std::uint32_t> valid_;  // by register: lanes that are valid whole
+  std::unordered_map<std::uint32_t, std::array<std::uint64_t, 32>> partly_valid_;  // of the others
+  std::array<std::uint32_t, 32> stack_top_, frame_;                                // addresses
+  std::array<std::vector<std::uint8_t>, 32> stack_, stack_valid_;
+  std::vector<Group> groups_;
+  std::size_t current_ = 0;
+  Actor self_;  // what all lanes' accesses have in common
+  ClockRef known_[32];
+  ViewsRef views_[32];
+  std::uint32_t clock_[32];
+  std::uint32_t dirty_ = 0;       // lanes with accesses since they were last ordered
+  std::uint32_t polls_ = 0;       // since the warp last changed anything
+  std::uint32_t parked_for_ = 0;  // instructions executed while lanes were parked
+  std::unordered_set<std::uint64_t> states_;
+};
+
+class Cta {
+ public:
+  Cta(Cluster& cluster, Dim3 index, std::uint32_t rank);
+
+  Cluster& cluster;
+  Dim3 index;          // in the grid
+  std::uint32_t rank;  // in the cluster
+  std::vector<std::uint8_t> shared;
+  Shadow shadow;
+  std::vector<std::unique_ptr<Warp>> warps;
+  std::array<NamedBarrier, 16> barriers;
+  std::map<std::uint32_t, MBarrier> mbarriers;
+  std::uint32_t live_threads = 0;
+  std::int64_t register_pool = 0;                 // free, in registers
+  std::map<std::uint32_t, Warpgroup> warpgroups;  // those that use wgmma
+  // barrier.cluster.arrive.relaxed after a .cta fence: for this CTA's threads alone.
+  Knowledge cluster_arriving, cluster_completed;
+  bool exited() const { return live_threads == 0; }
+};
+
+class Cluster {
+ public:
+  Cluster(Grid& grid, std::uint32_t number);
+  ~Cluster();
+
+  enum class State { finished, running };
+  // Runs about `budget` warp-instructions.
+  State run(std::uint64_t budget);
+
+  Grid& grid;
+  std::uint32_t number;  // linear, in the grid
+  Random random;
+  std::vector<std::unique_ptr<Cta>> ctas;
+  std::uint64_t progress = 0;         // counts events that may unblock someone
+  std::uint64_t spins = 0;            // failed polls
+  std::vector<std::uint64_t> counts;  // executions, by pc
+  std::uint64_t executed = 0;
+  ClusterBarrier barrier;
+
+  std::uint32_t new_agent() { return agents_++; }
+  void start(const std::shared_ptr<AsyncWork>& work);
+  // Completes the work as far as needed now.
+  void finish_read(AsyncWork& work);
+  void finish(AsyncWork& work);
+  bool has_work() const { return !pending_.empty(); }
+  std::vector<Warp*> all_warps;
+  std::unordered_map<std::uint64_t, SyncCell> sync;  // by address: strong accesses (strong.cpp)
+  // By address of a tensor map in memory: the fence.proxy.tensormap::generic.acquire of it.
+  std::unordered_map<std::uint64_t, std::vector<MapFence>> map_fences;
+
+  std::string describe_agent(std::uint32_t agent) const;
+  std::map<std::uint32_t, std::string> agent_names;
+  void report_deadlock();
+  // For a cluster that polls: true if nothing has changed in any cluster since each group of lanes
+  // was last in the very state that it is in now, so that it would go round for ever.
+  bool repeats();
+  std::uint64_t idle_at = ~0ull;  // Grid::global_progress when it was last found so
+  bool let_go_alone();
+
+ private:
+  bool complete_some();
+  bool stalled();
+  bool time_out();
+  bool unpark();
+
+  std::uint32_t agents_ = 0;
+  std::vector<std::shared_ptr<AsyncWork>> pending_;
+  std::uint64_t progress_seen_ = 0, world_seen_ = 0;  // when states were last forgotten
+  std::uint64_t stalled_at_ = ~0ull;                  // progress when nothing could run
+  std::uint64_t idle_rounds_ = 0;
+};
+
+class Grid {
+ public:
+  Grid(const Module& module, std::shared_ptr<const Program> program, const LaunchOptions& options,
+       const std::vector<ParamBytes>& params, const std::vector<Buffer>& buffers);
+
+  Report run();
+
+  std::shared_ptr<const Program> program;
+  const LaunchOptions& options;
+  Memory memory;
+  FindingSink sink;
+  Dim3 cluster_dim;
+  std::uint32_t cluster_size = 1;
+  std::uint32_t threads = 0, warps_per_cta = 0;
+  std::uint32_t registers_per_thread = 0;
+  std::uint32_t shared_bytes = 0;
+  std::uint32_t shared_begin = kSharedBase;  // 0 for kernels that use the reserved kilobyte
+  bool explicit_cluster = false;             // the launch or the kernel says what a cluster is
+  bool reuses_shared = false;            // a CTA that exits may be followed by another on its SM
+  std::vector<std::uint64_t> constants;  // bank 1
+  std::vector<std::uint64_t> param_block;
+  bool checks;
+  std::atomic<bool> stop{false};
+  std::atomic<std::uint64_t> executed{0};
+  std::atomic<std::uint64_t> global_progress{0};
+
+  GridSync sync;  // strong accesses to global memory, between clusters
+  // One mutex for 32 bytes, which no aligned access crosses: a strong access is one step.
+  std::mutex& strong_lock(std::uint64_t address) {
+    return strong_locks_[address / 32 % strong_locks_.size()];
+  }
+
+  // What cooperative groups keep of a grid: its size in bytes and its barrier.
+  std::uint64_t workspace_address() const { return reinterpret_cast<std::uint64_t>(workspace_); }
+  DeviceHeap& heap() const { return heap_; }
+  void print(const std::string& text);
+  const std::vector<std::string>& files() const { return files_; }
+
+ private:
+  void note_kept_blocks();
+  std::array<std::mutex, 64> strong_locks_;
+  const std::vector<std::string>& files_;
+  DeviceHeap& heap_;
+  alignas(8) std::uint32_t workspace_[2] = {8, 0};
+  std::mutex output_mutex_;
+  std::string output_;
+};
+
+inline std::uint32_t lane_of(std::uint32_t mask) {
+  return static_cast<std::uint32_t>(__builtin_ctz(mask));
+}
+
+template <class F>
+void for_lanes(std::uint32_t mask, F&& f) {
+  for (; mask != 0; mask &= mask - 1) f(static_cast<int>(lane_of(mask)));
+}
+
+}  // namespace torchext::sim

@@ -1,0 +1,346 @@
+// Address resolution: bounds, alignment, permissions; and the race and validity checks of an
+// access.
+#include "memory.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <cstring>
+#include <stdexcept>
+
+#include "../check/other_access.h"
+#include "machine.h"
+
+namespace torchext::sim {
+
+namespace {
+std::string hex(std::uint64_t value) {
+  char text[32];
+  std::snprintf(text, sizeof text, "0x%llx", static_cast<unsigned long long>(value));
+  return text;
+}
+}  // namespace
+
+void Memory::add(const Buffer& b, bool checks, bool always_valid) {
+  if (b.bytes == 0) return;
+  auto g = std::make_unique<GlobalBuffer>();
+  g->begin = reinterpret_cast<std::uint64_t>(b.data);
+  g->end = g->begin + b.bytes;
+  g->writable = b.access != Buffer::Read;
+  g->name = b.name;
+  if (g->writable && checks)
+    g->shadow = std::make_unique<Shadow>(b.bytes, always_valid || b.access == Buffer::ReadWrite);
+  buffers_.push_back(std::move(g));
+}
+
+void Memory::sort() {
+  std::sort(buffers_.begin(), buffers_.end(),
+            [](const auto& a, const auto& b) { return a->begin < b->begin; });
+  for (std::size_t i = 1; i < buffers_.size(); ++i) {
+    if (buffers_[i]->begin < buffers_[i - 1]->end) {
+      throw std::invalid_argument("buffers '" + buffers_[i - 1]->name + "' and '" +
+                                  buffers_[i]->name + "' overlap");
+    }
+  }
+}
+
+std::string Memory::describe(std::uint64_t address) const {
+  const GlobalBuffer* best = nullptr;
+  std::uint64_t distance = ~0ull;
+  bool after = false;
+  for (const auto& b : buffers_) {
+    if (address >= b->begin && address < b->end) {
+      return "byte " + std::to_string(address - b->begin) + " of '" + b->name + "' (" +
+             std::to_string(b->end - b->begin) + " bytes)";
+    }
+    const std::uint64_t d = address < b->begin ? b->begin - address : address - b->end;
+    if (d < distance) {
+      distance = d;
+      best = b.get();
+      after = address >= b->end;
+    }
+  }
+  if (best == nullptr || distance > (1u << 30)) return "not near any buffer";
+  return std::to_string(distance) + " bytes " + (after ? "after the end of '" : "before '") +
+         best->name + "' (" + std::to_string(best->end - best->begin) + " bytes)";
+}
+
+bool Warp::resolve(int lane, Space space, std::uint64_t address, std::uint32_t bytes, bool write,
+                   Place* place) {
+  const std::uint32_t lanes = 1u << lane;
+  const char* verb = write ? "write" : "read";
+  if (space == Space::generic) {
+    switch (address & kWindowMask) {
+      case kSharedWindow:
+        space = Space::shared_cluster;
+        break;
+      case kLocalWindow:
+        space = Space::local;
+        address -= kLocalWindow;
+        break;
+      default:
+        space = Space::global;
+    }
+  }
+  if (address & (bytes - 1)) {
+    finding(FindingKind::misaligned_access,
+            std::string(verb) + " of " + std::to_string(bytes) + " bytes at " + hex(address) +
+                ", which is not a multiple of " + std::to_string(bytes),
+            lanes, address);
+    return false;
+  }
+  switch (space) {
+    case Space::shared:
+    case Space::shared_cluster: {
+      const auto at = static_cast<std::uint32_t>(address);
+      const std::uint32_t rank = at >> kSharedRankShift, offset = at & kSharedOffsetMask;
+      Cta* owner = &cta_;
+      if (rank != 0) {
+        if (space == Space::shared || rank > grid_.cluster_size) {
+          finding(FindingKind::out_of_bounds,
+                  std::string("shared::cta ") + verb + " at " + hex(at) +
+                      ", which is not in this CTA's shared memory",
+                  lanes, at);
+          return false;
+        }
+        owner = cluster_.ctas[rank - 1].get();
+        if (owner->exited()) {
+          finding(FindingKind::exited_cta,
+                  std::string(verb) + " of shared memory of CTA rank " + std::to_string(rank - 1) +
+                      ", which has exited",
+                  lanes, at);
+          return false;
+        }
+      }
+      if (offset < grid_.shared_begin || offset + bytes > owner->shared.size()) {
+        finding(FindingKind::out_of_bounds,
+                std::string("shared-memory ") + verb + " of " + std::to_string(bytes) +
+                    " bytes at " + hex(offset) + "; the CTA has [" + hex(grid_.shared_begin) +
+                    ", " + hex(owner->shared.size()) + ")",
+                lanes, offset);
+        return false;
+      }
+      place->host = owner->shared.data() + offset;
+      place->shadow = grid_.checks ? &owner->shadow : nullptr;
+      place->offset = offset;
+      place->cta = owner;
+      return true;
+    }
+    case Space::local: {
+      if (address >= kStackBase && program_.uses_stack) {
+        const auto l = static_cast<std::size_t>(lane);
+        if (address >= stack_top_[l] || bytes > stack_top_[l] - address) {
+          finding(FindingKind::out_of_bounds,
+                  std::string("local-memory ") + verb + " at " + hex(address) +
+                      ", beyond the thread's stack of " +
+                      std::to_string(stack_top_[l] - kStackBase) +
+                      " bytes: past alloca's memory, or in that of a function that has returned",
+                  lanes, address);
+          return false;
+        }
+        place->host = stack_[l].data() + (address - kStackBase);
+        place->valid = stack_valid_[l].data() + (address - kStackBase);
+        return true;
+      }
+      if (address >= program_.local_bytes || bytes > program_.local_bytes - address) {
+        finding(FindingKind::out_of_bounds,
+                std::string("local-memory ") + verb + " at " + hex(address) + "; a thread has " +
+                    std::to_string(program_.local_bytes) + " bytes",
+                lanes, address);
+        return false;
+      }
+      const std::size_t at = static_cast<std::size_t>(lane) * program_.local_bytes + address;
+      place->host = local.data() + at;
+      place->valid = local_valid.data() + at;
+      return true;
+    }
+    default: {
+      GlobalBuffer* b = grid_.memory.find(address);
+      if (b == nullptr || address + bytes > b->end) {
+        finding(FindingKind::out_of_bounds,
+                std::string("global ") + verb + " of " + std::to_string(bytes) + " bytes, " +
+                    grid_.memory.describe(address),
+                lanes, address);
+        return false;
+      }
+      if (write && !b->writable) {
+        finding(FindingKind::read_only_memory,
+                "write to read-only '" + b->name + "', " + grid_.memory.describe(address), lanes,
+                address);
+        return false;
+      }
+      if (b->heap != nullptr && !b->heap->may_access(address, bytes)) {
+        DeviceHeap::Block block;
+        const bool freed = b->heap->find(address, &block) && !block.live;
+        finding(freed ? FindingKind::freed_memory : FindingKind::out_of_bounds,
+                std::string("global ") + verb + " of " + std::to_string(bytes) + " bytes, " +
+                    b->heap->describe(address, program_),
+                lanes, address);
+        return false;
+      }
+      place->host = reinterpret_cast<std::uint8_t*>(address);
+      place->shadow = b->shadow.get();
+      place->offset = address - b->begin;
+      place->buffer = b;
+      return true;
+    }
+  }
+}
+
+void Warp::start_block(std::uint64_t address, std::uint64_t bytes) {
+  GlobalBuffer* b = grid_.memory.find(address);
+  if (b->shadow == nullptr || bytes == 0) return;
+  const std::lock_guard<SpinLock> lock(b->lock);
+  b->shadow->restart(address - b->begin, bytes);
+}
+
+namespace {
+const char* prefix_of(Proxy proxy) {
+  switch (proxy) {
+    case Proxy::async:
+      return "async-proxy ";
+    case Proxy::tensormap:
+      return "tensormap-proxy ";
+    case Proxy::noncoherent:
+      return "non-coherent ";
+    default:
+      return "";
+  }
+}
+
+// The fences that made the write visible elsewhere, and what its space needs: "" if there are none.
+std::string other_fences(const Views& views, std::uint32_t own, const Conflict& c,
+                         AsyncSpace space) {
+  static const char* const kNames[kAsyncSpaces] = {"fence.proxy.async.shared::cta",
+                                                   "fence.proxy.async.shared::cluster",
+                                                   "fence.proxy.async.global"};
+  std::string there;
+  const auto look = [&](const ClockRef& clock, const char* name) {
+    if (!clock->knows(own, c.other_cluster, c.other_agent, c.other_clock)) return;
+    there += (there.empty() ? "" : ", ") + std::string(name);
+  };
+  for (std::size_t k = 0; k < kAsyncSpaces; ++k) look(views.async[k], kNames[k]);
+  look(views.alias, "fence.proxy.alias");
+  look(views.map_released[0], "fence.proxy.tensormap");
+  if (there.empty()) return "";
+  const char* const what = space == kGlobal          ? "global memory"
+                           : space == kClusterShared ? "shared memory of another CTA"
+                                                     : "shared memory";
+  return ": there is " + there + ", but " + what + " needs fence.proxy.async or " + kNames[space];
+}
+
+// Why scopes kept two CTAs' operations from being ordered, or "".
+std::string narrow_scopes(const Conflict& c, const Actor& actor) {
+  if (actor.scope != Scope::none && c.other_scope != Scope::none) {
+    return std::string(": scope too narrow, ") + name_of(actor.scope) + " here and " +
+           name_of(c.other_scope) + " there, for threads of different " +
+           (c.other_cluster == actor.cluster ? "CTAs" : "clusters");
+  }
+  const Views& v = *actor.views;
+  if (!v.refused->knows(actor.cluster, c.other_cluster, c.other_agent, c.other_clock)) return "";
+  return std::string(": scope too narrow, what synchronizes them releases at ") +
+         name_of(v.released_at) + " and acquires at " + name_of(v.acquired_at);
+}
+}  // namespace
+
+void Warp::conflict(const Conflict& c, const Actor& actor, const Place& place, bool write,
+                    std::uint32_t lanes, std::uint64_t address) {
+  const std::string what = write ? "write" : "read";
+  if (c.kind == Conflict::uninitialized) {
+    finding_at(actor.pc, FindingKind::uninitialized_memory,
+               "read of bytes that nothing has written", lanes, address);
+    return;
+  }
+  const OtherAccess other = other_access(*this, c, prefix_of(c.other_proxy));
+  const std::string op = program_.opcodes[program_.code[c.other_pc].opcode];
+  FindingKind kind = FindingKind::data_race;
+  std::string message, remedy;
+  if (c.kind == Conflict::same_value) {
+    // Lanes that one instruction stores for: the manual lets any of them win.
+    if (c.other_pc == actor.pc && c.other_cluster == actor.cluster &&
+        c.other_agent / 32 == actor.agent / 32)
+      return;
+    kind = FindingKind::same_value_store;
+    message = "write that nothing orders after an earlier write of the same value";
+  } else if (c.kind == Conflict::proxy) {
+    kind = FindingKind::missing_proxy_fence;
+    message =
+        "async-proxy " + what +
+        " of bytes that a generic-proxy write made, with no fence.proxy.async in between" +
+        other_fences(*actor.views, cluster_.number, c, place.shadow->async_space(c.other_agent));
+  } else if (c.kind == Conflict::noncoherent) {
+    kind = FindingKind::noncoherent_load;
+    message = write ? "write to bytes that a non-coherent load may still read"
+                    : "non-coherent load of bytes that this launch has written";
+  } else if (c.kind == Conflict::overwritten) {
+    kind = FindingKind::noncoherent_overwritten;
+    message = "write to bytes that a non-coherent load has read";
+  } else if (write && !c.other_is_write && op.compare(0, 5, "wgmma") == 0) {
+    kind = FindingKind::wgmma_operand_in_flight;
+    message = "write to shared memory that a wgmma may still read";
+  } else if (write && !c.other_is_write && c.other_proxy == Proxy::tensormap) {
+    kind = FindingKind::tensor_map_in_flight;
+    message = "write to a tensor map that a tensor copy may still read";
+  } else if (write && !c.other_is_write && c.other_proxy == Proxy::async &&
+             op.compare(0, 2, "cp") == 0) {
+    kind = FindingKind::bulk_store_in_flight;
+    message = "write to memory that a bulk copy may still read";
+  } else {
+    const std::string narrow = narrow_scopes(c, actor);
+    message =
+        prefix_of(actor.proxy) + what + " that nothing orders after an earlier access" + narrow;
+    remedy = narrow.empty() ? race_remedy(*this, c, actor)
+                            : "Use a scope that includes both threads: .cluster within a cluster, "
+                              ".gpu (__threadfence(), cuda::thread_scope_device) in a grid.";
+  }
+  finding_at(actor.pc, kind, message, lanes, address, other, remedy);
+}
+
+void Warp::check_read(const Place& place, const Actor& actor, std::uint32_t bytes,
+                      std::uint32_t lanes, std::uint64_t address) {
+  if (place.shadow == nullptr) return;
+  Conflict c;
+  if (place.buffer != nullptr) {
+    const std::lock_guard<SpinLock> lock(place.buffer->lock);
+    c = place.shadow->read(actor, place.offset, bytes);
+  } else {
+    c = place.shadow->read(actor, place.offset, bytes);
+  }
+  dirty_ |= lanes;
+  if (c.kind != Conflict::none) conflict(c, actor, place, false, lanes, address);
+}
+
+void Warp::check_write(const Place& place, const Actor& actor, std::uint32_t bytes,
+                       std::uint32_t lanes, std::uint64_t address) {
+  if (place.shadow == nullptr) return;
+  Conflict c;
+  if (place.buffer != nullptr) {
+    const std::lock_guard<SpinLock> lock(place.buffer->lock);
+    c = place.shadow->write(actor, place.offset, bytes);
+  } else {
+    c = place.shadow->write(actor, place.offset, bytes);
+  }
+  dirty_ |= lanes;
+  if (c.kind != Conflict::none) conflict(c, actor, place, true, lanes, address);
+}
+
+void Warp::write(const Place& place, const Actor& actor, const std::uint8_t* data,
+                 std::uint32_t bytes, std::uint32_t lanes, std::uint64_t address) {
+  if (place.shadow == nullptr) {
+    std::memcpy(place.host, data, bytes);
+    return;
+  }
+  const Stored stored{place.host, data};
+  Conflict c;
+  if (place.buffer != nullptr) {
+    const std::lock_guard<SpinLock> lock(place.buffer->lock);
+    c = place.shadow->write(actor, place.offset, bytes, &stored);
+    std::memcpy(place.host, data, bytes);
+  } else {
+    c = place.shadow->write(actor, place.offset, bytes, &stored);
+    std::memcpy(place.host, data, bytes);
+  }
+  dirty_ |= lanes;
+  if (c.kind != Conflict::none) conflict(c, actor, place, true, lanes, address);
+}
+
+}  // namespace torchext::sim

@@ -1,0 +1,109 @@
+// A lane's stack: frames of functions that may call themselves (calls.cpp), and alloca, stacksave,
+// stackrestore.
+#include <algorithm>
+
+#include "../frontend/decode.h"
+#include "calls.h"
+#include "machine.h"
+
+namespace torchext::sim {
+
+namespace {
+
+using U32 = std::uint32_t;
+using U64 = std::uint64_t;
+
+// small: alignment
+Step take_stack(Warp& w, const Instruction& i, U32 mask) {
+  w.need(i.s[0], mask, "as a size");
+  for_lanes(mask, [&](int l) { w.put(i.d, l, w.grow_stack(l, w.integer(i.s[0], l), i.small)); });
+  w.set_valid(i.d, mask, mask);
+  ++w.cluster().progress;
+  return Step::next;
+}
+
+Step save_stack(Warp& w, const Instruction& i, U32 mask) {
+  for_lanes(mask, [&](int l) { w.put(i.d, l, w.stack_top(l)); });
+  w.set_valid(i.d, mask, mask);
+  return Step::next;
+}
+
+Step restore_stack(Warp& w, const Instruction& i, U32 mask) {
+  w.need(i.s[0], mask, "as a stack pointer");
+  for_lanes(mask, [&](int l) {
+    if (w.cut_stack(l, w.integer(i.s[0], l))) return;
+    w.finding(FindingKind::invalid_operand,
+              "stackrestore of what is no earlier result of stacksave in this function", 1u << l);
+    throw LaunchStopped{};
+  });
+  ++w.cluster().progress;
+  return Step::next;
+}
+
+int address_bytes(Decoder& d) {
+  const Type type = d.take_type();
+  if (type != Type::u32 && type != Type::u64) d.fail("expected .u32 or .u64");
+  return size_of(type);
+}
+
+void decode_alloca(Decoder& d) {
+  const int bytes = address_bytes(d);
+  d.finish(2, 3);
+  d.out.d = d.destination(0, bytes);
+  d.out.s[0] = d.source(1, bytes == 8 ? Type::u64 : Type::u32);
+  const U64 align = d.count() == 3 ? d.immediate(2) : 8;
+  if (align == 0 || align > 4096 || (align & (align - 1)) != 0) d.fail("bad alignment");
+  d.out.small = static_cast<std::uint16_t>(align);
+  d.builder().program().uses_stack = true;
+  d.out.execute = take_stack;
+}
+
+void decode_stacksave(Decoder& d) {
+  const int bytes = address_bytes(d);
+  d.finish(1);
+  d.out.d = d.destination(0, bytes);
+  d.builder().program().uses_stack = true;
+  d.out.execute = save_stack;
+}
+
+void decode_stackrestore(Decoder& d) {
+  const int bytes = address_bytes(d);
+  d.finish(1);
+  d.out.s[0] = d.source(0, bytes == 8 ? Type::u64 : Type::u32);
+  d.builder().program().uses_stack = true;
+  d.out.execute = restore_stack;
+}
+
+}  // namespace
+
+U32 Warp::grow_stack(int lane, U64 bytes, U32 align) {
+  const auto l = static_cast<std::size_t>(lane);
+  const U64 begin = (U64{stack_top_[l]} + align - 1) / align * align, used = begin - kStackBase;
+  if (bytes > kStackBytes || used + bytes > kStackBytes) {
+    finding(FindingKind::stack_overflow,
+            "the thread's stack would hold " + std::to_string(used + bytes) + " bytes; it has " +
+                std::to_string(kStackBytes),
+            1u << lane);
+    throw LaunchStopped{};
+  }
+  stack_[l].resize(used + bytes);
+  stack_valid_[l].resize(used + bytes);
+  std::fill_n(stack_valid_[l].begin() + static_cast<std::ptrdiff_t>(used), bytes, 0);
+  stack_top_[l] = static_cast<U32>(begin + bytes);
+  return static_cast<U32>(begin);
+}
+
+bool Warp::cut_stack(int lane, U64 top) {
+  auto& now = stack_top_[static_cast<std::size_t>(lane)];
+  if (top < kStackBase || top > now) return false;
+  now = static_cast<U32>(top);
+  return true;
+}
+
+void add_stack(DecodeTable& t) {
+  t["alloca"] = decode_alloca;
+  t["stacksave"] = decode_stacksave;
+  t["stackrestore"] = decode_stackrestore;
+}
+
+}  // namespace torchext::sim
