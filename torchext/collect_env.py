@@ -1,0 +1,71 @@
+"""Prints what a bug report needs: `python -m torchext.collect_env`.
+
+First torchext's own facts: version, folder, what works here and why, the architectures whose PTX was
+built, environment variables, the nvcc that the simulator uses. Then torch's report on torch, driver,
+GPUs and CPU (torch.utils.collect_env). It launches no kernel.
+
+Where `import torchext` itself fails, run this file: `python .../torchext/collect_env.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parent
+# Variables that change how torchext is built or run.
+VARIABLES = ("TORCHEXT_", "CUDA_HOME", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "LD_PRELOAD")
+
+
+def facts() -> dict[str, str]:
+    """torchext's own facts, by name, each as text."""
+    result = {"python": sys.version.split()[0], "folder": str(PACKAGE)}
+    library = PACKAGE / "_C.so"
+    result["op library"] = f"{library.stat().st_size:,} bytes" if library.is_file() else "missing"
+    built = sorted(path.name for path in PACKAGE.glob("_ptx/*") if any(path.glob("*.ptx")))
+    result["PTX for"] = ", ".join(f"sm_{name}" for name in built) or "no GPU (built without nvcc)"
+    extensions = sorted(path.name for path in PACKAGE.glob("_sim.*") if path.suffix == ".so")
+    result["simulator"] = ", ".join(extensions) or "missing"
+    try:
+        import torchext
+    except Exception:  # reported, not hidden: this report is for a failing import, too
+        result["import"] = traceback.format_exc().strip()
+        return result
+    result["torchext"] = torchext.__version__
+    for feature, answer in torchext.is_available().items():
+        result[f"available: {feature}"] = str(answer)
+    result["nvcc"] = _nvcc()
+    return result
+
+
+def _nvcc() -> str:
+    try:
+        from torchext.sim import compiler
+    except ImportError as error:
+        return str(error)
+    try:
+        return str(compiler.find_nvcc())
+    except compiler.CompileError as error:
+        return str(error)
+
+
+def variables() -> dict[str, str]:
+    """The environment variables that are set and matter, sorted by name."""
+    return {name: value for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)}
+
+
+def report() -> str:
+    """The whole text that `python -m torchext.collect_env` prints."""
+    from torch.utils.collect_env import get_pretty_env_info
+
+    lines = ["torchext"]
+    lines += [f"  {name}: {value}" for name, value in facts().items()]
+    lines += ["environment"]
+    lines += [f"  {name}={value}" for name, value in variables().items()] or ["  (none set)"]
+    return "\n".join([*lines, "", get_pretty_env_info()])
+
+
+if __name__ == "__main__":
+    print(report())
