@@ -1,8 +1,8 @@
 """Prints what a bug report needs: `python -m torchext.collect_env`.
 
-First torchext's own facts: version, folder, what works here and why, the architectures whose PTX was
-built, environment variables, the nvcc that the simulator uses. Then torch's report on torch, driver,
-GPUs and CPU (torch.utils.collect_env). It launches no kernel.
+First torchext's own facts: version, folder, what works here and why, the architectures whose PTX
+was built, environment variables, the nvcc that the simulator uses. Then torch's report on torch,
+driver, GPUs and CPU (torch.utils.collect_env). It launches no kernel.
 
 Where `import torchext` itself fails, run this file: `python .../torchext/collect_env.py`.
 """
