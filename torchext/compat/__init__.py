@@ -1,4 +1,4 @@
-"""Other libraries' interfaces on torchext's kernels: to change one import and nothing else.
+"""Other libraries' interfaces on torchext's kernels: change one import and nothing else.
 
 `torchext.compat.deep_gemm` is DeepGEMM's FP8 interface for Hopper.
 """

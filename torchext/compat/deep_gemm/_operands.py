@@ -1,7 +1,7 @@
-"""Brings what DeepGEMM's callers pass into the layouts that torchext's ops read.
+"""Converts the operands that DeepGEMM's callers pass to the layouts that torchext's ops read.
 
-Scales of 1x128 groups are transposed where they are not M-major, as DeepGEMM does. FP8 operands are
-copied, with a warning, where TMA could not read them: DeepGEMM refuses those.
+Scales of 1x128 groups that are not M-major are transposed, as in DeepGEMM. FP8 operands that TMA
+cannot read are copied, with a warning; DeepGEMM refuses those.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def k_major(op: str, name: str, data: Tensor) -> Tensor:
     """`data` [..., K], or a copy of it, with rows that TMA can read: 16-byte pitch and address."""
     strides = data.stride()
     if len(strides) == 2 and strides[1] == 1 and strides[0] % 16 == 0 and starts_aligned(data):
-        return data  # what is usual, found out quickly
+        return data  # the usual case, checked first
     if data.numel() == 0:
         return empty_data(data, data.shape[:-1], data.shape[-1], data.dtype)
     pitch = folded_row_stride(data)
@@ -87,8 +87,8 @@ def _warn_of_copy(op: str, name: str, why: str) -> None:
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_HERE):
         level, frame = level + 1, frame.f_back
     warnings.warn(
-        f"{op}: {name} is copied at each call, since {why}; to avoid that, keep it K-major, its "
-        "rows contiguous and one multiple of 16 bytes apart (said once)",
+        f"{op}: {name} is copied at each call, since {why}; to avoid that, keep it K-major, with "
+        "contiguous rows that are a multiple of 16 bytes apart (this warning appears once)",
         stacklevel=level,
     )
 
@@ -128,7 +128,7 @@ def row_scale(op: str, name: str, scale: Tensor, leading: tuple[int, ...], k: in
 def rows_per_b_scale(
     op: str, recipe: Recipe | None, recipe_a: Recipe | None, recipe_b: Recipe | None, scale: Tensor
 ) -> int:
-    """1 or 128: the rows of b that share a scale, by DeepGEMM's ways of saying so."""
+    """The rows of b that share a scale, 1 or 128, from any of DeepGEMM's arguments for it."""
     if isinstance(recipe_a, str):
         # Before 2.3 there were no recipe_a and recipe_b: these are compiled_dims, and perhaps
         # disable_ue8m0_cast, by position.

@@ -1,4 +1,4 @@
-"""Settings of the process, as in DeepGEMM: the SM budget, and switches that change nothing."""
+"""Settings of the process, as in DeepGEMM: the SM budget, and switches that are ignored."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ _num_sms = 0  # 0: all
 
 
 def set_num_sms(num_sms: int) -> None:
-    """Limits every later call, in this process, to so many SMs. Any number: odd ones too.
+    """Limits every later call in this process to `num_sms` SMs, an even or odd number.
 
-    Raises ValueError unless it is positive and, where torch sees a GPU, no more than that has; 0 is
-    what `get_num_sms` returns where there is none, and lifts the limit.
+    0 removes the limit; it is accepted only where torch sees no GPU, since `get_num_sms` returns it
+    there.
+
+    Raises ValueError if num_sms is negative or, where torch sees a GPU, 0 or more than its SMs.
     """
     global _num_sms  # noqa: PLW0603  (a setting of the process, as there)
     most = _count_sms()
@@ -40,7 +42,7 @@ def _count_sms() -> int:
 
 
 def use_deterministic_algorithms(enabled: bool) -> None:
-    """Accepted, and of no effect: every kernel here is deterministic, whatever is asked."""
+    """Accepted and ignored: every kernel here is deterministic."""
 
 
 def get_deterministic_algorithms() -> bool:
@@ -49,4 +51,4 @@ def get_deterministic_algorithms() -> bool:
 
 
 def set_ignore_compile_dims(new_value: bool) -> None:
-    """Accepted, and of no effect: no kernel is compiled at run time, for any dimensions."""
+    """Accepted and ignored: no kernel is compiled at run time."""

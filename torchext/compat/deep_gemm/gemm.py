@@ -1,4 +1,4 @@
-"""DeepGEMM's dense FP8 products, on torch.ops.torchext.fp8_gemm_nt."""
+"""DeepGEMM's dense FP8 GEMMs, by torch.ops.torchext.fp8_gemm_nt."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def fp8_gemm_nt(
 ) -> None:
     """d = dequantized a @ dequantized b.T (+ c), in place.
 
-    Sums are taken in FP32 and rounded once; `torchext.ops.fp8_gemm_nt` says more. Any M, N and K.
+    Sums are FP32 and rounded once; see `torchext.ops.fp8_gemm_nt`. Any M, N and K.
 
     Args:
         a: (data, scale). Data [M, K], torch.float8_e4m3fn or torch.float8_e5m2. Scale
@@ -50,10 +50,10 @@ def fp8_gemm_nt(
             copied to d first.
         recipe: (1, 128, 128) (None, unless b's scale is int32) or (1, 1, 128).
         recipe_a, recipe_b: (1, 128) and (128, 128) or (1, 128), instead of recipe.
-        compiled_dims: of no effect: no kernel is compiled at run time.
-        disable_ue8m0_cast: of no effect: no kernel casts scales.
+        compiled_dims: ignored: no kernel is compiled at run time.
+        disable_ue8m0_cast: ignored: no kernel casts scales.
         alpha: None; DeepGEMM has it on Blackwell.
-        epilogue: None; no other is known here.
+        epilogue: None; torchext has no other.
 
     Data must be K-major, with rows that start at multiples of 16 bytes. Others are copied into such
     rows at each call, with a warning the first time.
@@ -108,7 +108,7 @@ def fp8_gemm_tn(
     *,
     epilogue: None = None,
 ) -> None:
-    """d = dequantized a.T @ dequantized b (+ c), in place: wgrad of operands as they lie.
+    """d = dequantized a.T @ dequantized b (+ c), in place: wgrad of operands in their stored order.
 
     `fp8_gemm_nt` of both transposed: a's data [K, M], scale [ceil(K / 128), M]; b's as in
     `fp8_gemm_nn`. Contiguous data are copied at each call, as there.

@@ -1,4 +1,4 @@
-"""DeepGEMM's grouped FP8 products, on torchext's grouped ops."""
+"""DeepGEMM's grouped FP8 GEMMs, by torchext's grouped ops."""
 
 from __future__ import annotations
 
@@ -62,15 +62,15 @@ def m_grouped_fp8_gemm_nt_contiguous(
             get_mk_alignment_for_contiguous_layout().
         recipe, recipe_a, recipe_b, compiled_dims, disable_ue8m0_cast: as `fp8_gemm_nt` takes them.
         use_psum_layout: how to read grouped_layout.
-        ensure_zero_padding: of no effect, as on Hopper in DeepGEMM: padding becomes zero.
-        expected_m_for_psum_layout: of no effect.
-        epilogue: None; no other is known here.
+        ensure_zero_padding: ignored, as on Hopper in DeepGEMM: padding becomes zero.
+        expected_m_for_psum_layout: ignored.
+        epilogue: None; torchext has no other.
 
-    Nothing waits for the device, so a CUDA graph can be replayed with other groups.
+    The call never synchronizes with the device: a CUDA graph can be replayed with other groups.
 
     Raises:
         ValueError: shapes or a recipe that do not fit together; strides of `d` or grouped_layout;
-            on the CPU, a group that b has not got.
+            on the CPU, a group that b does not have.
         TypeError: an argument of another type or dtype.
         RuntimeError: `d` requires a gradient; a GPU that this build has no kernels for.
     """
@@ -134,13 +134,13 @@ def _contiguous(
         k_major(op, "b", b_data),
         b_scale,
     )
-    # The product leaves padding alone, where callers of DeepGEMM rely on zeros: wgrad sums over it.
+    # The op does not write padding, but callers of DeepGEMM rely on zeros: wgrad sums over it.
     if use_psum_layout:
         group_ids, padding = rows_of_groups(grouped_layout, m)
         d.masked_fill_(padding[:, None], 0)
     else:
         group_ids = grouped_layout
-        d.zero_()  # which rows are padding only the device knows; to write all of d is cheapest
+        d.zero_()  # only the device knows which rows are padding: writing all of d is cheapest
     ops.m_grouped_fp8_gemm_nt_contiguous(
         *operands,
         group_ids=group_ids,
@@ -193,7 +193,7 @@ def m_grouped_fp8_gemm_nt_masked(
         recipe, recipe_a, recipe_b, compiled_dims, disable_ue8m0_cast, epilogue: as `fp8_gemm_nt`
             takes them.
 
-    Nothing waits for the device, so a CUDA graph can be replayed with other counts.
+    The call never synchronizes with the device: a CUDA graph can be replayed with other counts.
 
     Raises:
         ValueError: shapes or a recipe that do not fit together; strides of `d` or masked_m; a
@@ -246,7 +246,7 @@ def k_grouped_fp8_gemm_nt_contiguous(
 ) -> None:
     """d[g] = dequantized a_g @ dequantized b_g.T (+ c[g]) for each group g, in place: wgrad.
 
-    A product a group, one after the other, read where it lies.
+    Launches one GEMM for each group. Each reads its operands in place.
 
     Args:
         a: (data, scale). Data contiguous, of M * sum(ks) elements in any shape: the K-major
@@ -260,7 +260,7 @@ def k_grouped_fp8_gemm_nt_contiguous(
             device: checked for its shape, and not read.
         c: [G, M, N], of d's dtype, as in `fp8_gemm_nt`: `d` itself, to accumulate. None to store.
         recipe: (1, 1, 128).
-        compiled_dims: of no effect.
+        compiled_dims: ignored.
         use_psum_layout, use_padded_sf_layout: False; DeepGEMM has them on Blackwell.
 
     Raises:
@@ -312,7 +312,7 @@ def k_grouped_fp8_gemm_tn_contiguous(
     use_padded_sf_layout: bool = False,
 ) -> None:
     """d[g] = dequantized a_g.T @ dequantized b_g (+ c[g]) for each group g of rows, in place: wgrad
-    of activations and gradients as they lie.
+    of activations and gradients in their stored order.
 
     DeepGEMM has it on Blackwell only. Data are copied at each call, as in `fp8_gemm_tn`, unless
     they are transposes of K-major data. Where every K is a multiple of 128, as DeepGEMM asks, all

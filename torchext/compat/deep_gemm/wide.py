@@ -1,4 +1,4 @@
-"""DeepGEMM's products of operands without scales, by torch's own kernels."""
+"""DeepGEMM's GEMMs of operands without scales, by torch's own kernels."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def m_grouped_bf16_gemm_nt_contiguous(
         b: [G, N, K], bfloat16.
         d: [M, N], bfloat16, written in place. Padding becomes zero.
         grouped_layout, use_psum_layout: as `m_grouped_fp8_gemm_nt_contiguous` takes them.
-        compiled_dims, ensure_zero_padding, expected_m_for_psum_layout: of no effect.
+        compiled_dims, ensure_zero_padding, expected_m_for_psum_layout: ignored.
 
     Raises:
         ValueError: shapes that do not fit together.
@@ -125,7 +125,7 @@ def m_grouped_bf16_gemm_nn_contiguous(
 def _m_grouped(
     op: str, a: Tensor, b: Tensor, d: Tensor, grouped_layout: Tensor, use_psum_layout: bool
 ) -> None:
-    """Of a [M, K] and b [G, N, K]."""
+    """The grouped GEMM of a [M, K] and b [G, N, K]."""
     for name, tensor, dims in (("a", a, 2), ("b", b, 3), ("d", d, 2)):
         if tensor.dtype != torch.bfloat16:
             raise TypeError(f"{op}: {name} must be torch.bfloat16 (got {tensor.dtype})")

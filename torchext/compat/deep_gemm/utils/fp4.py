@@ -1,6 +1,6 @@
-"""Names of DeepGEMM that are for Blackwell's FP4 and are out of scope here.
+"""DeepGEMM's functions for Blackwell's FP4, which are out of scope here.
 
-They exist, so that what imports them by name goes on, and refuse when they are called.
+The names exist so that importing them works; a call raises NotImplementedError.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def _out_of_scope(name: str) -> Callable[..., NoReturn]:
         )
 
     refuse.__name__ = refuse.__qualname__ = name
-    refuse.__doc__ = "Out of scope: FP4 is Blackwell's. Raises NotImplementedError."
+    refuse.__doc__ = "Out of scope, since FP4 needs Blackwell. Raises NotImplementedError."
     return refuse
 
 

@@ -26,7 +26,7 @@ def get_tma_aligned_size(mn: int, element_size: int) -> int:
 
 
 def get_mn_major_tma_aligned_tensor(sf: Tensor) -> Tensor:
-    """Scales with M (or N) adjacent, as TMA loads them. A copy, unless they lie so already.
+    """Scales with M (or N) adjacent, as TMA loads them. A copy, unless sf has this layout already.
 
     Args:
         sf: [MN, K / 128] or [G, MN, K / 128], float32, of any strides.
@@ -69,7 +69,7 @@ def get_mn_major_tma_aligned_packed_ue8m0_tensor(
 
     Returns:
         int32 [MN, ceil(K / 512)] or [G, MN, ceil(K / 512)], with strides (1, P) or
-        (ceil(K / 512) * P, 1, P), P = round_up(MN, 4). What pads the last int32 is 0.
+        (ceil(K / 512) * P, 1, P), P = round_up(MN, 4). Padding in the last int32 is 0.
 
     Raises:
         TypeError: sf is not float32.
@@ -107,12 +107,12 @@ def get_k_grouped_mn_major_tma_aligned_packed_ue8m0_tensor(
         grouped_layout: [G], int32: the same numbers as ks_cpu, on the device. Not read.
         ks_cpu: K of each group, on the host.
         gran_k: elements to a scale; the products here take 128.
-        k_alignment: of no effect: groups may have any K.
+        k_alignment: ignored: groups may have any K.
         use_psum_layout: False; DeepGEMM has it on Blackwell.
 
     Returns:
-        int32 [sum(ceil(k / (4 * gran_k))), MN], contiguous. What pads the last int32 of a group
-        is 0.
+        int32 [sum(ceil(k / (4 * gran_k))), MN], contiguous. Padding in the last int32 of a
+        group is 0.
 
     Raises:
         TypeError: sf is not float32.
@@ -137,11 +137,11 @@ def get_k_grouped_mn_major_tma_aligned_packed_ue8m0_tensor(
 
 
 def rows_of_groups(ends: Tensor, m: int) -> tuple[Tensor, Tensor]:
-    """Of `m` rows in groups that end at `ends`: the group of each, -1 for none; which are padding.
+    """For `m` rows in groups that end at `ends`: each row's group or -1, and whether it is padding.
 
     A group begins where the one before it ends, rounded up to the alignment of contiguous layouts.
-    Padding is what lies between a group and the next one's begin; rows after the last group's
-    padding belong to nobody, and are no padding.
+    Padding is the rows between the end of a group and the begin of the next. Rows after the last
+    group's padding belong to no group and are not padding.
     """
     rows = torch.arange(m, dtype=torch.int32, device=ends.device)
     ids = torch.searchsorted(ends, rows, right=True, out_int32=True)
@@ -161,7 +161,7 @@ def transform_sf_into_required_layout(
     disable_ue8m0_cast: bool = False,
     psum_layout: Tensor | None = None,
 ) -> Tensor:
-    """Scales as the GEMMs read them without a copy: once for weights, say, instead of at each call.
+    """Scales in the layout that the GEMMs read in place. Call it once for weights.
 
     Args:
         sf: float32 or, of 1x128 groups, int32 with four UE8M0 exponents each, which become float32:
@@ -172,14 +172,14 @@ def transform_sf_into_required_layout(
             is_sfa; or (1, 128) or (128, 128), without.
         num_groups: of a grouped operand.
         is_sfa: whether sf belongs to a or to b.
-        disable_ue8m0_cast: of no effect: scales are FP32, and no kernel casts them.
-        psum_layout: of no effect: DeepGEMM skips the padding between groups by it.
+        disable_ue8m0_cast: ignored: scales are FP32, and no kernel casts them.
+        psum_layout: ignored: DeepGEMM uses it to skip the padding between groups.
 
     Returns:
         1x128 scales as `get_mn_major_tma_aligned_tensor` returns them, 128x128 scales as they are.
 
     Raises:
-        ValueError: a recipe or a shape that Hopper's kernels have not got.
+        ValueError: a recipe or a shape that Hopper's kernels do not have.
         TypeError: sf is neither float32 nor int32.
     """
     op = "transform_sf_into_required_layout"
@@ -208,7 +208,7 @@ def get_mk_alignment_for_contiguous_layout() -> int:
 
 
 def set_mk_alignment_for_contiguous_layout(new_value: int) -> None:
-    """Sets what `get_mk_alignment_for_contiguous_layout` returns and `use_psum_layout` goes by.
+    """Sets what `get_mk_alignment_for_contiguous_layout` returns and `use_psum_layout` uses.
 
     Raises ValueError unless new_value is positive.
     """
