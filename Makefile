@@ -40,7 +40,7 @@ test: $(BUILT) lint
 	    $(BIN)/python -m pytest --device sim --sim-arch $$arch --sim-sms 3 $(ARCHITECTURE_TESTS) || exit; \
 	  done; \
 	else echo 'no nvcc, so no CUDA kernels to simulate'; fi
-	$(BIN)/python csrc/build/sass_report.py --check
+	$(BIN)/python tools/sass_report.py --check
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
@@ -59,11 +59,11 @@ bench: $(BUILT)
 
 # Arguments: make soak ARGS="--minutes 30 --seed 7"
 soak: $(BUILT)
-	$(BIN)/python -m benchmarks.soak $(ARGS)
+	$(BIN)/python -m tests.hardware.soak $(ARGS)
 
 # What the compiler made of every kernel: writes docs/sass_report.md. Needs no GPU.
 sass-report: $(BUILT)
-	$(BIN)/python csrc/build/sass_report.py
+	$(BIN)/python tools/sass_report.py
 
 wheel: $(VENV)/.ready
 	$(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w dist .
@@ -72,7 +72,7 @@ wheel: $(VENV)/.ready
 # On a machine with a GPU and its own torch; WHEEL=dist/torchext-...whl from `make wheel`.
 gpu-check:
 	@test -n "$(WHEEL)" || { echo 'usage: make gpu-check WHEEL=dist/torchext-...whl'; exit 2; }
-	$(PYTHON) -m benchmarks.gpu_check --wheel $(WHEEL) $(ARGS)
+	$(PYTHON) -m tests.hardware.gpu_check --wheel $(WHEEL) $(ARGS)
 
 clean:
 	rm -rf build dist demo torchext/*.so torchext/_ptx torchext/include

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-BUILD = Path(__file__).parents[2] / "csrc" / "build"
-sys.path.insert(0, str(BUILD))
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT / "csrc" / "build"), str(ROOT / "tools")]
 
 import sass  # noqa: E402
 import sass_report  # noqa: E402

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.gpu_check import __main__ as gpu_check
-from benchmarks.gpu_check import op_calls, sanitizer, staging
-from benchmarks.gpu_check.__main__ import main
-from benchmarks.gpu_check.pytest_stage import TestRun as Run  # or pytest collects it
-from benchmarks.gpu_check.pytest_stage import run_tests
+from tests.hardware.gpu_check import __main__ as gpu_check
+from tests.hardware.gpu_check import op_calls, sanitizer, staging
+from tests.hardware.gpu_check.__main__ import main
+from tests.hardware.gpu_check.pytest_stage import TestRun as Run  # or pytest collects it
+from tests.hardware.gpu_check.pytest_stage import run_tests
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -60,7 +60,6 @@ def repository(staged: Path) -> Path:
     (staged / "torchext.py").unlink()
     (staged / "torchext").mkdir()
     (staged / "torchext" / "__init__.py").write_text("raise ImportError('the source package')")
-    (staged / "tests").mkdir()
     (staged / "tests" / "conftest.py").write_text(CONFTEST)
     (staged / "benchmarks" / "results").mkdir()
     (staged / ".git").mkdir()
@@ -208,7 +207,7 @@ def test_the_soak_stage_tells_faults_from_none(tmp_path):
     options = gpu_check.parse(["--wheel", "w", "--out", str(tmp_path / "out"), "--device", "cpu"])
     options.budget = 20.0
     check = gpu_check.Check(options, tmp_path)
-    for name in ("benchmarks", "torchext"):
+    for name in ("benchmarks", "tests", "torchext"):
         (tmp_path / name).symlink_to(REPOSITORY / name)
     check.deadline += 200
     with check.stage("soak"):

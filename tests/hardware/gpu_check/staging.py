@@ -7,7 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from .. import processes
+from benchmarks import processes
 
 # Built or private things at the top of a checkout; `torchext` must come from the wheel.
 LEFT_OUT = {"torchext", "build", "dist", "demo"}

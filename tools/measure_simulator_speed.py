@@ -1,6 +1,6 @@
 """Measures the simulator: warp-instructions a second, per kernel, on one core and on all.
 
-    python docs/measure_simulator_speed.py
+    python tools/measure_simulator_speed.py
 
 Ops of torchext at the sizes that CI simulates, all checks on, completion="random". The time is the
 launch's own, without the parsing of PTX, which is done once per kernel and process; the best of

@@ -1,4 +1,4 @@
-"""Pytest plugin (-p benchmarks.gpu_check.pytest_events): says what the tests are at, as it happens.
+"""Pytest plugin (-p tests.hardware.gpu_check.pytest_events) that reports each test as it runs.
 
 Events through benchmarks.processes.EVENTS_FD: collected (tests), begin (test), end (test, outcome,
 seconds, message). When a failed test leaves a CUDA context that no longer works, the process ends
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from ..processes import EVENTS_FD
+from benchmarks.processes import EVENTS_FD
 
 DEAD_CONTEXT = 71  # exit status
 _events = os.fdopen(int(os.environ[EVENTS_FD]), "w", buffering=1)

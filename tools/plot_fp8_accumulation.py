@@ -1,6 +1,6 @@
 """Draws docs/images/fp8_accumulation.svg: error of FP8 GEMMs against K, with and without promotion.
 
-    python docs/plot_fp8_accumulation.py
+    python tools/plot_fp8_accumulation.py
 
 No GPU: the arithmetic is the simulator's model of Hopper's wgmma, bit for bit as published models
 have it (torchext.sim.tensor_core_matmul). Errors are against the product of the same e4m3 operands
@@ -68,7 +68,7 @@ def main() -> None:
     axes[0].set_ylabel("error against float64")
     axes[0].legend(frameon=False, loc="upper left")
     figure.tight_layout()
-    target = Path(__file__).parent / "images" / "fp8_accumulation.svg"
+    target = Path(__file__).parents[1] / "docs" / "images" / "fp8_accumulation.svg"
     target.parent.mkdir(exist_ok=True)
     figure.savefig(target, metadata={"Date": None})
 

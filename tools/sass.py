@@ -355,9 +355,7 @@ def main_loop(name: str, code: list[Instruction], threads: int) -> MainLoop | No
         counts = Counter({key: value / share for key, value in count(body).items()})
         if share < 1:  # several turns make a K block, and a turn of the loop around them
             counts.update(count(around))
-        measured.append(
-            MainLoop(counts, aside / share, units[0], blocks, warps, macs / share)
-        )
+        measured.append(MainLoop(counts, aside / share, units[0], blocks, warps, macs / share))
     if not measured:
         raise RuntimeError(f"{name}: tensor-core instructions, but no loop around any")
     return max(measured, key=lambda loop: loop.issue_cycles / loop.macs)

@@ -1,7 +1,7 @@
 """What the compiler made of every kernel: docs/sass_report.md, and the check that none got worse.
 
-    python csrc/build/sass_report.py            writes the table
-    python csrc/build/sass_report.py --check    compares the build with it
+    python tools/sass_report.py            writes the table
+    python tools/sass_report.py --check    compares the build with it
 
 Needs no GPU: it takes the machine code out of the op library (cuobjdump, nvdisasm). How to read the
 table is said at its head (HEADER).
@@ -20,11 +20,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import sass
-from elf import Elf, KernelAttributes, dynamic_shared_bytes, kernel_attributes
-from toolchain import find_toolkit, installed_site_packages
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "csrc" / "build"))
 
-ROOT = Path(__file__).resolve().parents[2]
+import sass  # noqa: E402
+from elf import Elf, KernelAttributes, dynamic_shared_bytes, kernel_attributes  # noqa: E402
+from toolchain import find_toolkit, installed_site_packages  # noqa: E402
+
 TABLE = ROOT / "docs" / "sass_report.md"
 LIBRARY = ROOT / "torchext" / "_C.so"
 
@@ -46,18 +48,18 @@ All figures are read from machine code; nothing was run.
   Programming Guide, compute capabilities). GEMM kernels that reallocate registers (setmaxnreg) want
   one.
 - Products: figures are of one K block (128 of K) of the CTA's tile, which the kernel's name tells,
-  and of one consumer warp. The main loop is the innermost loop with tensor-core instructions; of several, the one that costs most
-  for its products. Where several turns of it make a K block, the loop around it counts once.
-  **instr**: what a warp issues on its way through it, where waits succeed at once
-  and nothing is special about the K block; **aside**: instructions off that way (waiting, edges of
-  groups along K). Of instr, **mma** are tensor-core instructions, **fp32** FFMA, FMUL and FADD (promotion), **loads** LDS, LDSM and LDG, **barriers**
-  waits, arrivals and fences.
+  and of one consumer warp. The main loop is the innermost loop with tensor-core instructions; of
+  several, the one that costs most for its products. Where several turns of it make a K block, the
+  loop around it counts once. **instr**: what a warp issues on its way through it, where waits
+  succeed at once and nothing is special about the K block; **aside**: instructions off that way
+  (waiting, edges of groups along K). Of instr, **mma** are tensor-core instructions, **fp32** FFMA,
+  FMUL and FADD (promotion), **loads** LDS, LDSM and LDG, **barriers** waits, arrivals and fences.
 - **issue**: cycles that a scheduler needs to issue it: instr x consumer warps of the CTA / 4
   schedulers, one instruction a cycle. **tensor**: cycles that the tensor cores need for the same K
   block at their peak. **issue/tensor** below 1: the promotion can hide behind the tensor cores, if
   warps take turns; above 1 it cannot.
-- Peak, multiply-adds a cycle and SM, from NVIDIA's data sheets (dense rate / SMs / boost clock / 2):
-  sm_90 4,096 in FP8 (H100 SXM: 1,979 TFLOPS, 132 SMs, 1.83 GHz); sm_89 1,024 in FP8 (L40S: 733
+- Peak, multiply-adds a cycle and SM, from NVIDIA's data sheets (dense rate / SMs / boost clock /
+  2): sm_90 4,096 in FP8 (H100 SXM: 1,979 TFLOPS, 132 SMs, 1.83 GHz); sm_89 1,024 in FP8 (L40S: 733
   TFLOPS, 142 SMs, 2.52 GHz); sm_80 1,024 in BF16 (A100: 312 TFLOPS, 108 SMs, 1.41 GHz).
 - Other kernels: **loads** and **stores** of global memory by width in bits, as instructions.
 """
@@ -68,7 +70,7 @@ PEAK = {("90", "QGMMA"): 4096, ("90", "HGMMA"): 2048, ("89", "QMMA"): 1024, ("80
 
 @dataclass(frozen=True)
 class Limits:
-    """Of an SM: threads, CTAs, bytes of shared memory, of which the system takes `reserved` a CTA."""
+    """Limits of an SM. `reserved`: bytes of shared memory that the system takes per CTA."""
 
     threads: int
     ctas: int
@@ -238,7 +240,9 @@ def render(compiler: str, rows: dict[Key, Row]) -> str:
         if mine:
             rule = [":--" if c in ("kernel", "mma shape") else "--:" for c in columns]
             lines = [columns, rule, *([row[c] for c in columns] for row in mine)]
-            parts.append(f"## {title}\n\n" + "\n".join(f"| {' | '.join(x)} |" for x in lines) + "\n")
+            parts.append(
+                f"## {title}\n\n" + "\n".join(f"| {' | '.join(x)} |" for x in lines) + "\n"
+            )
     return "\n".join(parts)
 
 
@@ -261,7 +265,10 @@ def parse(text: str) -> tuple[str, dict[Key, Row]]:
 
 def compare(table: dict[Key, Row], build: dict[Key, Row]) -> tuple[list[str], list[str]]:
     """(what is worse or unaccounted for, what merely changed): a line each."""
-    faults = [f"{kernel} (sm_{sm}): is not in the table" for kernel, sm in sorted(build.keys() - table.keys())]
+    faults = [
+        f"{kernel} (sm_{sm}): is not in the table"
+        for kernel, sm in sorted(build.keys() - table.keys())
+    ]
     faults += [
         f"{kernel} (sm_{sm}): is in the table, but not in the build"
         for kernel, sm in sorted(table.keys() - build.keys())
@@ -303,8 +310,8 @@ def check(library: Path, table: Path) -> int:
         return 0
     if compiler != expected:
         print(
-            f"static report: skipped, this build was compiled by ptxas {compiler} and {table.name} is"
-            f" of {expected}"
+            f"static report: skipped, this build was compiled by ptxas {compiler} and {table.name}"
+            f" is of {expected}"
         )
         return 0
     faults, changes = compare(old, new)

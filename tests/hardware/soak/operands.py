@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import plain
-from ..selection import Product, Selection
+from benchmarks import plain
+from benchmarks.selection import Product, Selection
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 GUARD = 0x5A  # every byte of what no kernel may write

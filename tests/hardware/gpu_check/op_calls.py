@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 
 import torchext
+from benchmarks import plain
+from benchmarks.problems import WrongResultError, difference, require
+from benchmarks.selection import Configuration, Product, Selection
 from torchext import ops, reference
-
-from .. import plain
-from ..problems import WrongResultError, difference, require
-from ..selection import Configuration, Product, Selection
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 Call = Callable[[object, str], object]  # (module with the ops, device) -> outputs

@@ -13,12 +13,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..processes import EventProcess, describe_exit
+from benchmarks.processes import EventProcess, describe_exit
+
 from . import staging
 
 START_LIMIT_S = 100.0
 # Tests of this harness: they need no GPU, and run it.
-LEFT_OUT = "benchmarks"
+LEFT_OUT = ("benchmarks", "hardware")
 GOOD = ("passed", "skipped", "xfailed")
 
 
@@ -71,7 +72,7 @@ def test_files(target: Path) -> list[Path]:
     files = [
         path
         for path in (target / "tests").rglob("test_*.py")
-        if path.relative_to(target / "tests").parts[0] != LEFT_OUT
+        if path.relative_to(target / "tests").parts[0] not in LEFT_OUT
     ]
     files.sort(key=lambda path: -path.stat().st_size)
     return [path.relative_to(target) for path in files]
@@ -99,7 +100,7 @@ def _run_process(run: TestRun, file: Path, ends: dict[str, dict]) -> bool:
     log = run.target / f".{name}.log"
     options = ("--device", run.device, "--done", str(done), "--tb=short", "-v")
     trace_after = ("--trace-after", str(0.8 * run.test_limit_s))
-    plugin = ("-p", "benchmarks.gpu_check.pytest_events", "-p", "no:cacheprovider")
+    plugin = ("-p", "tests.hardware.gpu_check.pytest_events", "-p", "no:cacheprovider")
     command = (sys.executable, "-m", "pytest", str(file), *plugin, *options, *trace_after)
     start = time.monotonic()
     env = {**staging.environment(run.target), "OMP_NUM_THREADS": str(run.threads)}

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks import plain
+from benchmarks.problems import GemmProblem, difference, require
 from torchext import ops, reference
 
-from .. import plain
-from ..problems import GemmProblem, difference, require
 from .operands import (
     E4M3,
     E5M2,

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..problems import WrongResultError
+from benchmarks.problems import WrongResultError
+
 from .jobs import Job, draw
 from .operands import Lab, Outputs, differing
 

@@ -16,15 +16,16 @@ from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
 
-from .. import goals, processes
-from ..environment import gpu_name, slug
-from ..report import markdown
-from ..results import Results, scrub
+from benchmarks import goals, processes
+from benchmarks.environment import gpu_name, slug
+from benchmarks.report import markdown
+from benchmarks.results import Results, scrub
+
 from . import staging
 from .pytest_stage import GOOD, TestRun, run_tests
 from .sanitizer import TOOLS, OpCalls, run_tool
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[3]
 BUDGET_S = 520.0  # of the nine minutes a run may take
 REPORT_S = 25.0
 CORRECTNESS_SHARE = 0.5  # of the budget, for tests and sanitizer together
@@ -33,7 +34,7 @@ LOG_BYTES = 4_000_000
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_check", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tests.hardware.gpu_check", description=__doc__)
     parser.add_argument("--wheel", type=Path, required=True, help="torchext's wheel")
     parser.add_argument("--peer-wheels", type=Path, help="folder of peers' wheels to install too")
     parser.add_argument(
@@ -244,7 +245,7 @@ def correctness(check: Check) -> None:
 def soak(check: Check) -> None:
     """Random work for a tenth of the budget. A round that hangs ends it by itself."""
     minutes = min(SOAK_MINUTES, 0.1 * check.options.budget / 60)
-    command = (sys.executable, "-m", "benchmarks.soak", "--device", check.device)
+    command = (sys.executable, "-m", "tests.hardware.soak", "--device", check.device)
     log = check.target / "soak.log"
     env = staging.environment(check.target)
     limit_s = min(60 * minutes + 150, check.left())

@@ -1,7 +1,7 @@
 """Measures what a torchext.nn.Linear spends on its FP8 weight, in each of the three ways.
 
-    OMP_NUM_THREADS=1 python docs/measure_fp8_weights.py [--tokens 4096] [--features 2048]
-    python docs/measure_fp8_weights.py --device cuda [...]
+    OMP_NUM_THREADS=1 python tools/measure_fp8_weights.py [--tokens 4096] [--features 2048]
+    python tools/measure_fp8_weights.py --device cuda [...]
 
 Milliseconds of a forward and backward, and of a forward alone; the median of seven, taken in turns.
 On a CPU they are CPU time, so that other work on the machine does not count.

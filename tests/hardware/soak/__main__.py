@@ -12,7 +12,8 @@ import time
 from contextlib import nullcontext
 from dataclasses import replace
 
-from ..selection import NoSelection, Selection
+from benchmarks.selection import NoSelection, Selection
+
 from .operands import Lab
 from .runner import Soak
 
@@ -22,7 +23,7 @@ HUNG = 3  # exit status
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.soak", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tests.hardware.soak", description=__doc__)
     parser.add_argument("--minutes", type=float, default=3.0)
     parser.add_argument("--device", choices=("cpu", "sim", "cuda"), help="default: cuda, or sim")
     parser.add_argument("--seed", type=int, help="default: another one each time")
@@ -113,7 +114,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     seed = random.randrange(1 << 31) if options.seed is None else options.seed
-    reproduce = f"python -m benchmarks.soak --device {lab.device} --seed {seed}"
+    reproduce = f"python -m tests.hardware.soak --device {lab.device} --seed {seed}"
     print(f"{reproduce}: {options.minutes:g} minutes", flush=True)
     soak = Soak(lab, seed)
     start = said = time.monotonic()

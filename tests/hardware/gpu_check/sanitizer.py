@@ -1,4 +1,4 @@
-"""benchmarks.gpu_check.op_calls by itself, and under each tool of NVIDIA's compute-sanitizer."""
+"""gpu_check.op_calls by itself, and under each tool of NVIDIA's compute-sanitizer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from .. import processes
+from benchmarks import processes
+
 from . import staging
 
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
@@ -41,7 +42,7 @@ def run_tool(run: OpCalls, tool: str | None) -> dict:
             reason = "needs a GPU" if program else "compute-sanitizer is not on PATH"
             return _answer(name, "skipped", 0, start, reason)
         prefix = (program, "--tool", tool, "--error-exitcode", str(FOUND), "--print-limit", "50")
-    command = (sys.executable, "-m", "benchmarks.gpu_check.op_calls", "--device", run.device)
+    command = (sys.executable, "-m", "tests.hardware.gpu_check.op_calls", "--device", run.device)
     # Without torch's caching allocator every tensor is an allocation with bounds of its own.
     env = {**staging.environment(run.target), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     log = run.target / f".sanitizer-{name}.log"

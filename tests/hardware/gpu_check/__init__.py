@@ -1,6 +1,6 @@
 """The check of a wheel on a machine with a GPU: tests, compute-sanitizer, benchmarks, one folder.
 
-    python -m benchmarks.gpu_check --wheel dist/torchext-*.whl
+    python -m tests.hardware.gpu_check --wheel dist/torchext-*.whl
 
 needs that wheel, this repository and the machine's own torch; no network, no compiler. The wheel is
 installed into a temporary copy of the repository whose source package is left out, so that nothing

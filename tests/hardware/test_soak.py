@@ -13,11 +13,11 @@ import torch
 
 import torchext
 from benchmarks.selection import Configuration, NoSelection, Product, Selection
-from benchmarks.soak import __main__ as command_line
-from benchmarks.soak import jobs, runner
-from benchmarks.soak.jobs import Job
-from benchmarks.soak.operands import Guarded, Lab, differing
-from benchmarks.soak.runner import Soak
+from tests.hardware.soak import __main__ as command_line
+from tests.hardware.soak import jobs, runner
+from tests.hardware.soak.jobs import Job
+from tests.hardware.soak.operands import Guarded, Lab, differing
+from tests.hardware.soak.runner import Soak
 
 SIM_SECONDS = 20.0
 

@@ -1,0 +1,8 @@
+"""Old name of tests.hardware.soak."""
+
+import runpy
+import warnings
+
+if __name__ == "__main__":
+    warnings.warn("use `python -m tests.hardware.soak`", DeprecationWarning, stacklevel=1)
+    runpy.run_module("tests.hardware.soak", run_name="__main__", alter_sys=True)

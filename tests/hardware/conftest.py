@@ -1,0 +1,3 @@
+from support.staged_benchmarks import staged
+
+__all__ = ["staged"]

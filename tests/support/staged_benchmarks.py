@@ -1,0 +1,67 @@
+"""A copy of the benchmarks and of the hardware programs beside a fake torchext. Needs no GPU."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+# A torchext of a few lines: what the harness must cope with, on demand of an op's name.
+FAKE_TORCHEXT = '''
+"""Right, wrong, fatal and endless stand-ins for ops."""
+import contextlib, os, time
+import torch
+from benchmarks import plain
+from benchmarks.contenders.plain_torch import Fp8Linear
+__version__ = "0.0.fake"
+
+class ops:
+    quantize_1x128 = staticmethod(plain.quantize_1x128)
+    quantize_1x128_t = staticmethod(plain.quantize_1x128_t)
+    quantize_1x128_dual = staticmethod(plain.quantize_1x128_dual)
+    quantize_128x128 = staticmethod(plain.quantize_128x128)
+    def quantize_rowwise(x):
+        data, scale = plain.quantize_rowwise(x)
+        data.view(torch.uint8)[0, 0] ^= 1
+        return data, scale
+    def quantize_tensorwise(x):
+        os.abort()
+    def quantize_128x128_dual(x):
+        raise ValueError("no such kernel")
+    def dequantize(data, scale, *, out_dtype):
+        time.sleep(3600)
+    def fp8_gemm_nt(a, sa, b, sb, *, out=None, accumulate=False):
+        product = plain.dequantize(a, sa) @ plain.dequantize(b, sb).t()
+        return product.bfloat16() if out is None else out.add_(product)
+    def m_grouped_fp8_gemm_nt_contiguous(a, sa, b, sb, offsets):
+        raise RuntimeError("no groups")
+
+class nn:
+    class Linear(Fp8Linear):
+        def refresh_weight(self):
+            pass
+
+def fixed_weights(model):
+    return contextlib.nullcontext()
+
+def convert_to_fp8_training(model, module_filter_fn):
+    model[0] = nn.Linear(model[0].weight.detach())
+'''
+
+
+@pytest.fixture
+def staged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the benchmarks and a fake torchext, which becomes the working directory."""
+    ignore = shutil.ignore_patterns("__pycache__", "results")
+    for folder in ("benchmarks", "tests/hardware"):
+        shutil.copytree(REPOSITORY / folder, tmp_path / folder, ignore=ignore)
+    for test in (tmp_path / "tests" / "hardware").glob("test_*.py"):
+        test.unlink()
+    shutil.copy(REPOSITORY / "tests" / "__init__.py", tmp_path / "tests")
+    (tmp_path / "torchext.py").write_text(FAKE_TORCHEXT)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    return tmp_path
