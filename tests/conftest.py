@@ -11,6 +11,8 @@ import torch
 
 import torchext
 
+pytest.register_assert_rewrite("support")  # helpers' asserts explain themselves as tests' do
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", choices=["cpu", "sim", "cuda"])
@@ -44,8 +46,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def device(request: pytest.FixtureRequest):
     """The torch device of a test's tensors: "cpu" (also under the simulator) or "cuda"."""
     where = request.config.getoption("--device")
-    feature = {"cpu": "cpu", "sim": "sim", "cuda": "cuda"}[where]
-    available, reason = torchext.is_available(feature)
+    available, reason = torchext.is_available(where)
     if not available:
         pytest.fail(f"--device {where}: {reason}")  # asked for, so no reason to skip
     context = contextlib.nullcontext()

@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from op_samples import (
+from torch.func import grad, jvp, vmap
+from torch.utils._pytree import tree_map
+
+from support.op_samples import (
     BLOCKS,
     E5M2,
     FUSED,
@@ -20,9 +23,6 @@ from op_samples import (
     quantized,
     random,
 )
-from torch.func import grad, jvp, vmap
-from torch.utils._pytree import tree_map
-
 from torchext import Recipe, ops
 from torchext.nn.linear_op import op_options
 

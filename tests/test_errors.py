@@ -7,7 +7,9 @@ import re
 
 import pytest
 import torch
-from op_samples import (
+
+import torchext
+from support.op_samples import (
     BLOCKS,
     E4M3,
     FOLDING,
@@ -19,8 +21,6 @@ from op_samples import (
     quantized,
     random,
 )
-
-import torchext
 from torchext import ops
 
 

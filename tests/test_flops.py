@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from op_samples import FUSED, GROUPINGS, QUANTIZERS, grouped, quantized, random
 from torch.utils.flop_counter import FlopCounterMode
 
+from support.op_samples import FUSED, GROUPINGS, QUANTIZERS, grouped, quantized, random
 from torchext import ops
 
 

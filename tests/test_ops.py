@@ -6,7 +6,9 @@ import inspect
 
 import pytest
 import torch
-from op_samples import (
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from support.op_samples import (
     E4M3,
     E5M2,
     FUSED,
@@ -20,8 +22,6 @@ from op_samples import (
     quantized,
     random,
 )
-from torch._dynamo.testing import CompileCounterWithBackend
-
 from torchext import ops, reference
 
 

@@ -7,7 +7,8 @@ import math
 
 import pytest
 import torch
-from op_samples import (
+
+from support.op_samples import (
     BLOCKS,
     E4M3,
     E5M2,
@@ -23,7 +24,6 @@ from op_samples import (
     quantized,
     random,
 )
-
 from torchext import ops, reference
 
 # ---- references, by hand ----

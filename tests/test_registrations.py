@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from op_samples import (
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import (
+    DimDynamic,
+    ShapeEnv,
+    StatelessSymbolicContext,
+)
+from torch.utils._pytree import tree_map_only
+
+from support.op_samples import (
     BLOCKS,
     CASES,
     E5M2,
@@ -24,14 +32,6 @@ from op_samples import (
     quantized,
     random,
 )
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import (
-    DimDynamic,
-    ShapeEnv,
-    StatelessSymbolicContext,
-)
-from torch.utils._pytree import tree_map_only
-
 from torchext import ops, reference
 
 # ---- fake kernels ----

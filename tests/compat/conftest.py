@@ -1,22 +1,16 @@
-"""Puts the helpers of tests/gemm on the path, since what holds for an op holds for its drop-ins;
-and fixtures that the tests of torchext.compat.deep_gemm share."""
+"""Fixtures that the tests of torchext.compat.deep_gemm share."""
 
-import sys
 import warnings
-from pathlib import Path
 
 import pytest
 
+from support.gemm_testing import tensor_core_of
 from torchext.compat import deep_gemm
 from torchext.compat.deep_gemm import _operands
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "gemm"))
 
 
 @pytest.fixture
 def tensor_core(request: pytest.FixtureRequest):
-    from gemm_testing import tensor_core_of  # on the path from here on
-
     return tensor_core_of(request.config)
 
 

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from deep_gemm_testing import by_block, by_token
-from gemm_testing import Operand, assert_within_bound
 
 import torchext
+from support.deep_gemm_testing import by_block, by_token
+from support.gemm_testing import Operand, assert_within_bound
 from torchext.compat import deep_gemm
 from torchext.compat.deep_gemm import _operands, gemm
 

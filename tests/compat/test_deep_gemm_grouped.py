@@ -9,9 +9,9 @@ import functools
 
 import pytest
 import torch
-from deep_gemm_testing import by_block, by_token, matrix, stacked
-from gemm_testing import Operand, assert_within_bound
 
+from support.deep_gemm_testing import by_block, by_token, matrix, stacked
+from support.gemm_testing import Operand, assert_within_bound
 from torchext import ops
 from torchext.compat import deep_gemm
 from torchext.compat.deep_gemm import grouped

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from deep_gemm_testing import matrix
 
+from support.deep_gemm_testing import matrix
 from torchext import ops
 from torchext.compat import deep_gemm
 

@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import pytest
-from gemm_testing import TensorCore, tensor_core_of
+
+from support.gemm_testing import TensorCore, tensor_core_of
 
 
 @pytest.fixture

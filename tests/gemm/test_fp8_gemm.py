@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from gemm_testing import E4M3, E5M2, WIDE, Operand, check, operands
-from op_samples import GRANULARITIES
 
 import torchext  # noqa: F401  (loads the ops)
+from support.gemm_testing import E4M3, E5M2, WIDE, Operand, check, operands
+from support.op_samples import GRANULARITIES
 
 ops = torch.ops.torchext
 
@@ -348,7 +348,7 @@ extern "C" int aoti_torch_cpu_addmm_out(Handle out, Handle self, Handle a, Handl
 UNDER_ROUNDING_BLAS = """
 import sys, torch
 sys.path[:0] = {path}
-from test_fp8_gemm import *
+from support.gemm_testing import check, operands
 torch.manual_seed(0)
 a, b = operands("1d2d", 70, 300, 4200, torch.device("cpu"))
 check(a, b, False, out_dtype=torch.float32)

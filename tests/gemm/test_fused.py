@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from gemm_testing import E4M3, E5M2, QUANTIZERS, WIDE, operands, sum_error
-from op_samples import GRANULARITIES, metadata
 
 import torchext  # noqa: F401  (loads the ops)
+from support.gemm_testing import E4M3, E5M2, QUANTIZERS, WIDE, operands, sum_error
+from support.op_samples import GRANULARITIES, metadata
 
 ops = torch.ops.torchext
 

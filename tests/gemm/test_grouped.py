@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gemm_testing import (
+
+import torchext  # noqa: F401  (loads the ops)
+from support.gemm_testing import (
     E4M3,
     E5M2,
     QUANTIZERS,
@@ -17,9 +19,7 @@ from gemm_testing import (
     operands,
     unquantized,
 )
-from op_samples import GRANULARITIES
-
-import torchext  # noqa: F401  (loads the ops)
+from support.op_samples import GRANULARITIES
 
 ops = torch.ops.torchext
 

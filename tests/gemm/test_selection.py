@@ -6,9 +6,9 @@ import re
 
 import pytest
 import torch
-from gemm_testing import E4M3, E5M2, TENSOR_CORES, check, operands
 
 import torchext
+from support.gemm_testing import E4M3, E5M2, TENSOR_CORES, check, operands
 from torchext import gemm_selection as selection
 from torchext import ops
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from linear_testing import (
+
+from support.linear_testing import (
     QUANTIZE_WEIGHT,
     OpCounter,
     assert_quantized_afresh,
@@ -13,8 +14,7 @@ from linear_testing import (
     normal_linear,
     train_step,
 )
-from weight_changes import RECORDED, copies_of, name_of, square_linear
-
+from support.weight_changes import RECORDED, copies_of, name_of, square_linear
 from torchext import Recipe, fixed_weights
 from torchext.nn import Linear
 

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from linear_testing import (
+from torch.autograd import forward_ad
+from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
+
+from support.linear_testing import (
     QUANTIZE_ACTIVATION,
     QUANTIZE_WEIGHT,
     OpCounter,
@@ -17,10 +21,6 @@ from linear_testing import (
     sqnr,
     train_step,
 )
-from torch.autograd import forward_ad
-from torch.nn.utils import parametrizations
-from torch.utils.checkpoint import checkpoint
-
 from torchext import Recipe, fixed_weights
 from torchext.nn import Linear
 

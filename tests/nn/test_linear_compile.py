@@ -6,7 +6,9 @@ import collections
 
 import pytest
 import torch
-from linear_testing import (
+from torch._dynamo.testing import CompileCounter
+
+from support.linear_testing import (
     assert_quantized_afresh,
     halve,
     main_recipes,
@@ -15,8 +17,6 @@ from linear_testing import (
     saved_tensors,
     train_step,
 )
-from torch._dynamo.testing import CompileCounter
-
 from torchext.nn import Linear
 
 

@@ -11,14 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from linear_testing import (
-    every_recipe,
-    main_recipes,
-    normal,
-    normal_linear,
-    saved_tensors,
-    train_step,
-)
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import Dim, export
@@ -27,6 +19,14 @@ from torch.nn.utils import parametrizations
 from torch.utils.flop_counter import FlopCounterMode
 
 import torchext
+from support.linear_testing import (
+    every_recipe,
+    main_recipes,
+    normal,
+    normal_linear,
+    saved_tensors,
+    train_step,
+)
 from torchext.nn import Linear
 from torchext.nn.linear_op import linear_op
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from linear_testing import main_recipes, normal, normal_linear
 from torch import Tensor
+
+from support.linear_testing import main_recipes, normal, normal_linear
 
 pytestmark = pytest.mark.large  # nested tensors say nothing of the kernels
 

@@ -8,10 +8,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from linear_testing import every_recipe, main_recipes, normal, normal_linear
-from op_samples import opcheck
 from torch import Tensor
 
+from support.linear_testing import every_recipe, main_recipes, normal, normal_linear
+from support.op_samples import opcheck
 from torchext import ops
 from torchext.nn.linear_function import quantize_activation, quantize_weight
 from torchext.recipe import GRANULARITIES

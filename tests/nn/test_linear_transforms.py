@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from linear_testing import main_recipes, normal, normal_linear, train_step
 from torch.autograd import forward_ad
 from torch.func import (
     functional_call,
@@ -19,6 +18,7 @@ from torch.func import (
     vmap,
 )
 
+from support.linear_testing import OpCounter, main_recipes, normal, normal_linear, train_step
 from torchext import Recipe
 from torchext.nn import Linear
 
@@ -68,8 +68,6 @@ def test_grad_and_vjp(device, recipe, shape):
 
 
 def test_grad_of_one_argument_needs_one_product(device):
-    from linear_testing import OpCounter
-
     linear = normal_linear(device).requires_grad_(False)
     with OpCounter() as counter:
         grad(lambda x: linear(x).sum())(normal(4, 200, device=device))

@@ -9,7 +9,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from linear_testing import (
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from support.linear_testing import (
     QUANTIZE_WEIGHT,
     OpCounter,
     assert_quantized_afresh,
@@ -19,9 +21,7 @@ from linear_testing import (
     normal_linear,
     train_step,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
-from weight_changes import RECORDED, UNRECORDED, copies_of, kept, name_of, square_linear
-
+from support.weight_changes import RECORDED, UNRECORDED, copies_of, kept, name_of, square_linear
 from torchext import fixed_weights
 from torchext.nn import Linear
 

@@ -10,7 +10,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from cuda_stubs import write_stubs
+
+from support.cuda_stubs import write_stubs
 
 ROOT = Path(__file__).parents[2]
 OTHER_TORCH = "2.10.0"  # the oldest supported

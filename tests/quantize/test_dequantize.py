@@ -6,11 +6,11 @@ import math
 
 import numpy as np
 import pytest
-import reference
 import torch
-from op_samples import E4M3, E5M2
 
 import torchext  # noqa: F401  (loads the ops)
+from support import reference
+from support.op_samples import E4M3, E5M2
 
 WIDE = [torch.bfloat16, torch.float16, torch.float32]
 

@@ -1,5 +1,5 @@
-"""Quantizers, to the bit, against the numpy reference (reference.py): dtypes, hostile values,
-shapes, strides, layout of the outputs, and independence from the machine's settings."""
+"""Quantizers, to the bit, against the numpy reference (support/reference.py): dtypes, hostile
+values, shapes, strides, layout of the outputs, and independence from the machine's settings."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import sys
 
 import numpy as np
 import pytest
-import reference
 import torch
-from op_samples import E4M3, E5M2, FOLDING, QUANTIZERS
 
 import torchext  # noqa: F401  (loads the ops)
+from support import reference
+from support.op_samples import E4M3, E5M2, FOLDING, QUANTIZERS
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
@@ -307,10 +307,9 @@ def test_flushing_of_subnormals_changes_nothing(name):
 
 
 DIGEST = """
-import hashlib, sys, torch
+import runpy, sys
 sys.path[:0] = {path}
-from test_quantize import *
-print(digest())
+print(runpy.run_path({file!r})["digest"]())
 """
 
 
@@ -332,7 +331,7 @@ def digest():
 
 
 def test_every_instruction_set_gives_the_same_bits():
-    script = DIGEST.format(path=[p for p in sys.path if p])
+    script = DIGEST.format(path=[p for p in sys.path if p], file=__file__)
     for capability in ("default", "avx2"):
         run = subprocess.run(
             [sys.executable, "-c", script],

@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from opcodes import lanes
+
+from support.opcodes import lanes
 
 
 @pytest.mark.parametrize("code,message", [

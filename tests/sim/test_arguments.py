@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from kernels import SCALE
-from opcodes import HEADER
 
+from support.kernels import SCALE
+from support.opcodes import HEADER
 from torchext import sim
 from torchext.sim.__main__ import main as command_line
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from ptx_texts import ptxas_accepts, run, text_of, value_of
 
+from support.ptx_texts import ptxas_accepts, run, text_of, value_of
 from torchext import sim
 from torchext.sim.compiler import CompileError, find_nvcc
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from kernels import HEADER, RACE, SCALE, TMA
 
+from support.kernels import HEADER, RACE, SCALE, TMA
 from torchext.sim.__main__ import main
 from torchext.sim.compiler import CompileError, find_nvcc
 

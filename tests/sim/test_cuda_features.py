@@ -7,9 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_op_floating64 import rounded
-from test_op_video import extract, saturate
 
+from support.exact import extract, rounded, saturate
 from torchext import sim
 from torchext.sim.compiler import CompileError, find_nvcc
 

@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from ptx_texts import ptxas_accepts, run, text_of
 
+from support.ptx_texts import ptxas_accepts, run, text_of
 from torchext import sim
 
 DECLARE = """.extern .func (.param .b64 r) malloc(.param .b64 n);

@@ -1,19 +1,17 @@
-"""Damaged PTX gives an exception or a report, never a crash (fuzz_ptx.py does the work)."""
+"""Damaged PTX gives an exception or a report, never a crash (support/fuzz_ptx.py does the work)."""
 
 import ast
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 
 @pytest.mark.parametrize("seed", [0, 1000, 2000])
 def test_damaged_ptx_never_crashes(seed):
-    program = Path(__file__).with_name("fuzz_ptx.py")
     done = subprocess.run(
-        [sys.executable, str(program), str(seed), "400"],
+        [sys.executable, "-m", "support.fuzz_ptx", str(seed), "400"],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip

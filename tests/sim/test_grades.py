@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from opcodes import kernel, kinds
 
+from support.opcodes import kernel, kinds
 from torchext import _sim, sim
 
 ROOT = Path(__file__).parents[2]

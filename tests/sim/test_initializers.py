@@ -4,8 +4,8 @@ import struct
 
 import numpy as np
 import pytest
-from ptx_texts import HEADER, ptxas_accepts, run, text_of
 
+from support.ptx_texts import HEADER, ptxas_accepts, run, text_of
 from torchext import sim
 
 

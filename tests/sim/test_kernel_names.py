@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from kernels import SCALE
 
+from support.kernels import SCALE
 from torchext import _sim, sim
 
 SYMBOLS = {

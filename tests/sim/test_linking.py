@@ -5,8 +5,8 @@ import subprocess
 
 import numpy as np
 import pytest
-from ptx_texts import HEADER, ptxas_accepts, text_of
 
+from support.ptx_texts import HEADER, ptxas_accepts, text_of
 from torchext import sim
 from torchext.sim.compiler import CompileError, find_nvcc
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from opcodes import kernel, kinds
 
+from support.opcodes import kernel, kinds
 from torchext import sim
 
 README = (Path(__file__).parents[2] / "ptx" / "sim" / "README.md").read_text()

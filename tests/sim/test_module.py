@@ -6,8 +6,8 @@ import re
 import numpy as np
 import pytest
 import torch
-from kernels import HEADER, MAKE_MAP, PEERS, RACE, SCALE, STORE, STRUCT, TMA
 
+from support.kernels import HEADER, MAKE_MAP, PEERS, RACE, SCALE, STORE, STRUCT, TMA
 from torchext import sim
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from functools import cache
 
-import mutants
 import pytest
 import torch
+
+from support import mutants
 
 README = (mutants.ROOT / "ptx" / "sim" / "README.md").read_text()
 

@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from opcodes import kernel, kinds
+
+from support.opcodes import kernel, kinds
 
 SETUP = """
     ld.param.u64 %rd1, [x];

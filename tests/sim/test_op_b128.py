@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from opcodes import kernel, kinds, lanes, random_bits
 
+from support.opcodes import kernel, kinds, lanes, random_bits
 from torchext import sim
 
 A, B = (random_bits(np.uint64, seed=s) for s in (1, 2))

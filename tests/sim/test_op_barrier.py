@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from opcodes import kernel, kinds, lanes, lanes_report
 
+from support.opcodes import kernel, kinds, lanes, lanes_report
 from torchext import sim
 
 SEEDS = range(3)

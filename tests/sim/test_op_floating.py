@@ -5,7 +5,8 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from opcodes import lanes
+
+from support.opcodes import lanes
 
 RNG = np.random.default_rng(0)
 SPECIAL = np.array(

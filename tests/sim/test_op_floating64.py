@@ -1,35 +1,16 @@
 """f64 arithmetic in four rounding modes against rationals, and what compilers refine."""
 
-import sys
 from fractions import Fraction
 from math import inf, isqrt, nan, nextafter
 
 import numpy as np
 import pytest
-from opcodes import lanes
+
+from support.exact import LARGEST, rounded
+from support.opcodes import lanes
 
 MODES = ["rn", "rz", "rm", "rp"]
-LARGEST, LEAST = sys.float_info.max, 5e-324
-
-
-def rounded(value: Fraction, mode: str, zero: float = 0.0) -> float:
-    """A rational as f64 by PTX's mode; `zero`: what an exact zero is."""
-    if value == 0:
-        return zero
-    try:
-        near = value.numerator / value.denominator  # correctly rounded, as Python promises
-    except OverflowError:
-        near = inf if value > 0 else -inf
-    if near in (inf, -inf):
-        toward_zero = mode in ("rz", "rm" if value > 0 else "rp")
-        return (LARGEST if value > 0 else -LARGEST) if toward_zero else near
-    if near == 0:
-        near = 0.0 if value > 0 else -0.0
-    if mode == "rn" or Fraction(near) == value:
-        return near
-    below = near if Fraction(near) < value else nextafter(near, -inf)
-    above = near if Fraction(near) > value else nextafter(near, inf)
-    return below if mode == "rm" or (mode == "rz" and value > 0) else above
+LEAST = 5e-324
 
 
 def numbers(seed: int, count: int = 96) -> np.ndarray:

@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from opcodes import lanes, random_bits
+
+from support.opcodes import lanes, random_bits
 
 TYPES = {
     "u16": np.uint16, "s16": np.int16, "u32": np.uint32, "s32": np.int32,

@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from opcodes import lanes, random_bits
+
+from support.opcodes import lanes, random_bits
 
 A, B, C = (random_bits(np.uint32, seed=s) for s in (1, 2, 3))
 A64, B64 = (random_bits(np.uint64, seed=s) for s in (4, 5))

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from opcodes import kernel, kinds, lanes
 
+from support.opcodes import kernel, kinds, lanes
 from torchext import sim
 
 COMPLETIONS = ["late", "eager", "random"]

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from opcodes import kernel, kinds, lanes, lanes_report, random_bits
 
+from support.opcodes import kernel, kinds, lanes, lanes_report, random_bits
 from torchext import sim
 
 

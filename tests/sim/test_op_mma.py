@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from opcodes import kernel, lanes
 
+from support.opcodes import kernel, lanes
 from torchext import sim
 
 LANE = np.arange(32)

@@ -5,7 +5,9 @@ import operator
 
 import numpy as np
 import pytest
-from opcodes import lanes, random_bits
+
+from support.exact import extract, saturate
+from support.opcodes import lanes, random_bits
 
 A, B, C = (random_bits(np.uint32, 96, seed) for seed in (1, 2, 3))
 B = B[::-1].copy()
@@ -29,16 +31,6 @@ PARTS = {
     ".h0": (0, 16),
     ".h1": (16, 16),
 }
-
-
-def extract(value, at, bits, signed):
-    part = value >> at & (1 << bits) - 1
-    return part - (1 << bits) if signed and part >> (bits - 1) else part
-
-
-def saturate(value, signed, bits):
-    low = -(1 << (bits - 1)) if signed else 0
-    return min(max(value, low), low + (1 << bits) - 1)
 
 
 def second(name, value, c, signed):

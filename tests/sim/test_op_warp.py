@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from opcodes import HEADER, kernel, kinds, lanes, lanes_report, random_bits
 
+from support.opcodes import HEADER, kernel, kinds, lanes, lanes_report, random_bits
 from torchext import sim
 
 LANE = np.arange(64, dtype=np.uint32) % 32

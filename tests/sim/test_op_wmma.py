@@ -5,8 +5,8 @@ import re
 import numpy as np
 import pytest
 import torch
-from opcodes import kernel, kinds, lanes
 
+from support.opcodes import kernel, kinds, lanes
 from torchext import sim
 
 LANE = np.arange(32)

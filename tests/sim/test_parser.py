@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from ptx_texts import HEADER, ptxas_accepts, run, text_of, value_of
 
+from support.ptx_texts import HEADER, ptxas_accepts, run, text_of, value_of
 from torchext import sim
 
 # ---- Constant expressions ------------------------------------------------------------------------

@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from opcodes import kernel, kinds
 
+from support.opcodes import kernel, kinds
 from torchext import sim
 
 # The generic writes that each makes visible to the async proxy.

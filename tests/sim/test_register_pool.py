@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from opcodes import HEADER, kinds
 
+from support.opcodes import HEADER, kinds
 from torchext import sim
 
 

@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from opcodes import kernel
+
+from support.opcodes import kernel
 
 WORD = """
     .shared .align 16 .b8 words[64];

@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from opcodes import kernel, kinds
+
+from support.opcodes import kernel, kinds
 
 # Thread 0 of CTA 0 writes data[0] and raises a flag; thread 0 of the others waits for it and reads.
 # %r9 is the CTA's number.

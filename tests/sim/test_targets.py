@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from opcodes import HEADER, kernel
 
+from support.opcodes import HEADER, kernel
 from torchext import sim
 
 TARGETS = (

@@ -6,8 +6,8 @@ other types. %rd9 is the address of the thread's 8 bytes of output."""
 import numpy as np
 import pytest
 import torch
-from opcodes import kernel, kinds
 
+from support.opcodes import kernel, kinds
 from torchext import sim
 
 SETUP = """

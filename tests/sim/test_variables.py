@@ -5,8 +5,8 @@ import re
 import numpy as np
 import pytest
 import torch
-from ptx_texts import run, text_of
 
+from support.ptx_texts import run, text_of
 from torchext import sim
 
 BEFORE = """

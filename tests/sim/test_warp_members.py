@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from opcodes import kinds, lanes, lanes_report, random_bits
+
+from support.opcodes import kinds, lanes, lanes_report, random_bits
 
 LANE = np.arange(32)
 A = random_bits(np.uint32)[:32]

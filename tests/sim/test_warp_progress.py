@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from opcodes import HEADER, kinds, lanes, lanes_report
 
+from support.opcodes import HEADER, kinds, lanes, lanes_report
 from torchext import sim
 
 SEEDS = range(3)

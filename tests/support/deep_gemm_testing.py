@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-from gemm_testing import Operand, unquantized
 
+from support.gemm_testing import Operand, unquantized
 from torchext.compat import deep_gemm
 
 

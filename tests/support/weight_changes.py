@@ -8,8 +8,8 @@ import pickle
 from collections.abc import Callable
 
 import torch
-from linear_testing import halve, normal_linear
 
+from support.linear_testing import halve, normal_linear
 from torchext import Recipe
 from torchext.nn import Linear
 

@@ -1,4 +1,4 @@
-"""Parses and launches damaged PTX: `python fuzz_ptx.py SEED COUNT`.
+"""Parses and launches damaged PTX: `PYTHONPATH=tests python -m support.fuzz_ptx SEED COUNT`.
 
 A program of its own, so that a crash is an exit status. Every damaged text must give a report or an
 exception of the documented kinds; the last line says how many gave which.
@@ -9,8 +9,8 @@ import sys
 from collections import Counter
 
 import numpy as np
-from kernels import CALLS, RACE, SCALE, STRUCT, TMA
 
+from support.kernels import CALLS, RACE, SCALE, STRUCT, TMA
 from torchext import sim
 
 TOKEN = re.compile(r"[\w.$%]+(?:::\w+[\w.:]*)?|\s+|.", re.DOTALL)

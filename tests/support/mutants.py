@@ -3,7 +3,7 @@
 A mutant is an edit of a kernel's source: the kernels themselves carry no test switches, and an edit
 whose text is no longer there fails loudly. Each mutant is compiled to PTX and run through the op,
 in every completion mode and under several seeds; in every run the checker must object, or the
-numbers must be wrong. `python tests/sim/mutants.py` prints the table of ptx/sim/README.md.
+numbers must be wrong. `python tests/support/mutants.py` prints the table of ptx/sim/README.md.
 """
 
 from __future__ import annotations
