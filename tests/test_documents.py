@@ -91,7 +91,7 @@ def test_comparison_can_fail(printed, shown, equal):
 
 
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", "ptx/sim/README.md"] + [
-    str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").glob("*.md"))
+    str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").rglob("*.md"))
 ]
 
 

@@ -1,0 +1,103 @@
+// Step 3, warp specialization: D[M, N] = A[M, K] @ B[N, K].T, FP8 e4m3 in, FP32 out.
+//
+// A CTA of nine warps computes a tile of D, 128 rows by 128 columns.
+//   producer   warp 8: for each K block, waits for empty[slot], then has TMA fill the slot, which
+//              completes full[slot].
+//   consumers  warps 0 to 7, two warpgroups: for each K block, wait for full[slot], multiply 64
+//              rows of A each, then arrive at empty[slot], once a warp.
+// After the set-up no barrier holds the whole CTA: a warpgroup waits for data, the producer for a
+// free slot, and nobody for anything else.
+//
+// Contract: A, B and D contiguous, at multiples of 16 bytes; K > 0 a multiple of 16 (TMA's row
+// pitch), N of 2. Ragged M, N and K: TMA fills what lies outside of A and B with zeros.
+#include <cuda.h>
+#include <ptx/isa/elect.h>
+#include <ptx/isa/fence.h>
+#include <ptx/isa/mbarrier.h>
+#include <ptx/isa/tma.h>
+#include <ptx/isa/wgmma.h>
+
+constexpr int kTileM = 128, kTileN = 128;  // rows and columns of D
+constexpr int kTileK = 128;                // of a K block: 128 bytes, one swizzled row
+constexpr int kStages = 4;                 // slots of the ring
+constexpr int kConsumerWarps = 8;          // two warpgroups; the producer is the warp after them
+constexpr int kThreads = 32 * (kConsumerWarps + 1);
+
+static_assert(kTileM == 64 * (kConsumerWarps / 4), "a wgmma has 64 rows, a warpgroup each");
+static_assert(kTileN == 128, "a wgmma has 128 columns: wgmma_m64nNk32 with 64 accumulators");
+static_assert(kTileK == 128, "TMA and wgmma agree on 128-byte swizzle");
+
+struct alignas(1024) Shared {  // the swizzle repeats every 1024 bytes
+  uint8_t a[kStages][kTileM * kTileK];
+  uint8_t b[kStages][kTileN * kTileK];
+  ptx::mbarrier full[kStages];   // the slot's bytes have landed
+  ptx::mbarrier empty[kStages];  // every consumer warp has read the slot
+};
+static_assert(sizeof(Shared) <= 227 * 1024, "shared memory of a CTA");
+
+// sum (+)= 64 rows of A times 128 rows of B, over one K block.
+__device__ __forceinline__ void multiply(const uint8_t* a_rows, const uint8_t* b_rows,
+                                         bool accumulate, float (&sum)[64]) {
+  const uint64_t a = ptx::wgmma_descriptor_k_major_128b(a_rows);
+  const uint64_t b = ptx::wgmma_descriptor_k_major_128b(b_rows);
+  for (float& x : sum) ptx::wgmma_pin(x);
+  ptx::wgmma_fence();
+  for (int i = 0; i < kTileK / 32; ++i)  // 32 bytes of K further on are 2 in a descriptor
+    ptx::wgmma_m64nNk32(ptx::e4m3(), ptx::e4m3(), sum, a + 2 * i, b + 2 * i, accumulate || i > 0);
+  ptx::wgmma_commit_group();
+  ptx::wgmma_wait_group<0>();
+  for (float& x : sum) ptx::wgmma_pin(x);
+}
+
+extern "C" __global__ void __launch_bounds__(kThreads)
+    gemm(const __grid_constant__ CUtensorMap a_map, const __grid_constant__ CUtensorMap b_map,
+         float* d, int m, int n, int k) {
+  extern __shared__ Shared shared[];
+  const int first_row = blockIdx.y * kTileM, first_column = blockIdx.x * kTileN;
+  const int k_blocks = (k + kTileK - 1) / kTileK;
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // tells the compiler: one role a warp
+
+  if (threadIdx.x == 0) {
+    for (int slot = 0; slot < kStages; ++slot) {
+      ptx::mbarrier_init(&shared->full[slot], 1);  // the producer's arrival
+      ptx::mbarrier_init(&shared->empty[slot], kConsumerWarps);
+    }
+    ptx::fence_mbarrier_init();
+  }
+  __syncthreads();
+
+  if (warp == kConsumerWarps) {  // ---- producer ----
+    if (!ptx::elect_sync()) return;
+    for (int k_block = 0; k_block < k_blocks; ++k_block) {
+      const int slot = k_block % kStages, phase = k_block / kStages % 2;
+      ptx::mbarrier* full = &shared->full[slot];
+      ptx::mbarrier_wait(&shared->empty[slot], phase ^ 1);  // the first round passes at once
+      ptx::mbarrier_arrive_expect_tx(full, sizeof shared->a[slot] + sizeof shared->b[slot]);
+      ptx::cp_async_bulk_tensor_2d_load(shared->a[slot], &a_map, full, k_block * kTileK, first_row);
+      ptx::cp_async_bulk_tensor_2d_load(shared->b[slot], &b_map, full, k_block * kTileK,
+                                        first_column);
+    }
+    return;
+  }
+
+  // ---- consumers ----
+  const int warpgroup = warp / 4, lane = threadIdx.x % 32;
+  float sum[64];
+  for (int k_block = 0; k_block < k_blocks; ++k_block) {
+    const int slot = k_block % kStages, phase = k_block / kStages % 2;
+    ptx::mbarrier_wait(&shared->full[slot], phase);
+    multiply(shared->a[slot] + warpgroup * 64 * kTileK, shared->b[slot], k_block > 0, sum);
+    __syncwarp();  // all lanes have waited for the product
+    if (lane == 0) ptx::mbarrier_arrive(&shared->empty[slot]);
+  }
+
+  for (int j = 0; j < kTileN / 8; ++j) {
+    for (int h = 0; h < 2; ++h) {
+      const int row = first_row + 16 * warp + lane / 4 + 8 * h;
+      const int column = first_column + 8 * j + 2 * (lane % 4);
+      if (row < m && column < n)
+        *reinterpret_cast<float2*>(d + size_t(row) * n + column) = {sum[4 * j + 2 * h],
+                                                                    sum[4 * j + 2 * h + 1]};
+    }
+  }
+}
