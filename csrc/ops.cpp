@@ -1,6 +1,6 @@
 // Every op of torchext, in one list: its schema, and the host function that checks its arguments,
 // allocates its outputs and runs its CPU kernel, its CUDA kernel or, under torchext.sim.simulate,
-// its CUDA kernel on the PTX simulator. Fake kernels and gradients: torchext/_registrations.py.
+// its CUDA kernel on the PTX simulator. Fake kernels and gradients: torchext/_dispatch.
 
 #include "gemm/gemm.h"
 #include "linear/kept.h"
@@ -12,8 +12,8 @@ namespace {
 using torch::stable::detail::StableLibrary;
 
 // Defines an op that has a gradient, or writes into an argument, and its twin that torch's autograd
-// does not see (torchext/_twins.py). The twin's arguments may be positional, where the schema
-// language allows it: a keyword argument costs a quarter of a microsecond.
+// does not see (torchext/_dispatch/autograd.py). The twin's arguments may be positional, where the
+// schema language allows it: a keyword argument costs a quarter of a microsecond.
 void def_with_twin(StableLibrary& m, const std::string& schema) {
   m.def(schema.c_str());
   std::string twin = "_" + schema;

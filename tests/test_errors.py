@@ -22,6 +22,7 @@ from support.op_samples import (
     random,
 )
 from torchext import ops
+from torchext._dispatch.errors import python_error
 
 
 def expect(exception, *parts):
@@ -380,14 +381,14 @@ def test_the_op_itself_raises_a_runtime_error_that_names_the_class(device):
 
 
 def test_errors_carry_the_stack_trace_of_cpp_when_asked_to():
-    error = torchext._errors.python_error(RuntimeError("op: x is bad [ValueError]\n#1 frame"))
+    error = python_error(RuntimeError("op: x is bad [ValueError]\n#1 frame"))
     assert type(error) is ValueError
     assert str(error) == "op: x is bad\n#1 frame"
 
 
 def test_other_runtime_errors_stay_what_they_are():
     error = RuntimeError("CUDA error: an illegal memory access was encountered")
-    assert torchext._errors.python_error(error) is error
+    assert python_error(error) is error
 
 
 def test_a_gpu_is_refused_by_a_build_without_cuda_kernels():

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import torchext
-from torchext import _library
+from torchext import availability
+from torchext._dispatch import library
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -19,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def test_a_missing_library_is_an_import_error_that_says_how_to_build(tmp_path):
     missing = tmp_path / "_C.so"
     with pytest.raises(ImportError, match=r"expected .*_C\.so.*pip install") as error:
-        _library.load(missing)
+        library.load(missing)
     assert str(missing) in str(error.value)
 
 
@@ -27,7 +28,7 @@ def test_a_library_that_does_not_load_is_an_import_error_with_its_cause(tmp_path
     broken = tmp_path / "_C.so"
     broken.write_bytes(b"not an ELF file")
     with pytest.raises(ImportError, match=r"cannot load _C\.so.*torch >= 2\.10") as error:
-        _library.load(broken)
+        library.load(broken)
     assert isinstance(error.value.__cause__, OSError)
     assert torch.__version__ in str(error.value)
 
@@ -67,13 +68,13 @@ def test_is_available_refuses_an_unknown_feature():
 
 
 def without_ptx(monkeypatch, tmp_path):
-    monkeypatch.setattr(_library, "PACKAGE", tmp_path)
+    monkeypatch.setattr(availability, "PACKAGE", tmp_path)
 
 
 def with_ptx(monkeypatch, tmp_path):
     (tmp_path / "_ptx" / "90a").mkdir(parents=True)
     (tmp_path / "_ptx" / "90a" / "kernel.ptx").touch()
-    monkeypatch.setattr(_library, "PACKAGE", tmp_path)
+    monkeypatch.setattr(availability, "PACKAGE", tmp_path)
 
 
 def with_gpu(monkeypatch, capability):
@@ -86,7 +87,7 @@ def with_gpu(monkeypatch, capability):
 @pytest.mark.parametrize("feature", ["cuda", "sm90", "sim"])
 def test_a_build_without_nvcc_says_so(feature, monkeypatch, tmp_path):
     without_ptx(monkeypatch, tmp_path)
-    monkeypatch.setattr(_library.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(availability.importlib.util, "find_spec", lambda name: object())
     available, reason = torchext.is_available(feature)
     assert not available
     assert "nvcc" in reason
@@ -134,7 +135,7 @@ def test_a_gpu_before_turing_is_refused(monkeypatch, tmp_path):
 
 def test_sim_needs_its_extension(monkeypatch, tmp_path):
     with_ptx(monkeypatch, tmp_path)
-    monkeypatch.setattr(_library.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(availability.importlib.util, "find_spec", lambda name: None)
     available, reason = torchext.is_available("sim")
     assert not available
     assert "torchext._sim" in reason
@@ -170,12 +171,12 @@ def test_get_include_of_a_wheel_is_inside_the_package(monkeypatch, tmp_path):
     headers = package / "include" / "ptx" / "isa"
     headers.mkdir(parents=True)
     (headers / "wgmma.h").touch()
-    monkeypatch.setattr(_library, "PACKAGE", package)
+    monkeypatch.setattr(availability, "PACKAGE", package)
     assert torchext.get_include() == str(package / "include")
 
 
 def test_get_include_without_headers_says_where_it_looked(monkeypatch, tmp_path):
-    monkeypatch.setattr(_library, "PACKAGE", tmp_path / "torchext")
+    monkeypatch.setattr(availability, "PACKAGE", tmp_path / "torchext")
     with pytest.raises(FileNotFoundError, match="include"):
         torchext.get_include()
 

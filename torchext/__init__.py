@@ -13,7 +13,7 @@ from typing import Any as _Any
 
 from . import nn, ops
 from ._conversion_result import ConversionResult
-from ._library import get_include, is_available
+from .availability import get_include, is_available
 from .convert import convert_to_fp8_training, revert_to_linear
 from .gemm_selection import explain_gemm
 from .nn.weight_cache import fixed_weights

@@ -10,7 +10,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from ._conversion_result import ConversionResult, ReadOnlyDict, survey
-from ._layout import GROUP
+from ._dispatch.layout import GROUP
 from .nn import Linear
 from .recipe import Recipe
 

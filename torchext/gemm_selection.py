@@ -17,12 +17,14 @@ from typing import Any
 
 import torch
 
-from ._library import op_library
+from ._dispatch.library import op_library
+from .availability import PATHS
 
 _GRANULARITIES = ("1d2d", "1d1d", "rowwise")  # the order of csrc/gemm/gemm.h
 _OF_RECIPES = {"blockwise": "1d2d", "tensorwise": "rowwise"}  # torchext.Recipe's words
 _GROUPINGS = ("none", "offsets", "group_ids", "masked", "along_k")
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+_forced_paths: list[str] = []
 
 
 @dataclass(frozen=True)
@@ -246,6 +248,26 @@ def forced(name: str, *, split_k: int = 1, cluster: int = 1) -> Iterator[None]:
         yield
     finally:
         force(None, ctypes.c_int(0), ctypes.c_int(0))
+
+
+@contextmanager
+def forced_path(path: str) -> Iterator[None]:
+    """Within it, every GPU, simulated or real, runs the kernels of one path: "sm90", "sm89", "sm80"
+    or "plain"; ops raise on a GPU that cannot. Process-wide; for tests and benchmarks."""
+    if path not in PATHS:
+        raise ValueError(
+            f"forced_path: path must be one of {', '.join(map(repr, PATHS))} (got {path!r})"
+        )
+    library = op_library()
+    library.torchext_force_path.argtypes = [ctypes.c_int32]
+    library.torchext_force_path.restype = None
+    _forced_paths.append(path)
+    library.torchext_force_path(PATHS[path])
+    try:
+        yield
+    finally:
+        _forced_paths.pop()
+        library.torchext_force_path(PATHS[_forced_paths[-1]] if _forced_paths else 0)
 
 
 def _function(name: str) -> Any:

@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from ._layout import (
+from ._dispatch.layout import (
     GROUP,
     ceil_div,
     empty_block_scale,

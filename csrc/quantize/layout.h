@@ -1,4 +1,4 @@
-// The shapes and strides of quantized tensors, as torchext/_layout.py states them, and the dtypes
+// The shapes and strides of quantized tensors, as torchext/_dispatch/layout.py states them, and the dtypes
 // that they may have.
 #pragma once
 

@@ -1,5 +1,5 @@
 // Host entry of the quantization ops: checks the input, lays out the outputs, and runs the CPU or
-// the CUDA kernel. Layouts: torchext/ops.py.
+// the CUDA kernel. Layouts: torchext/ops/__init__.py.
 #include "quantize.h"
 
 #include "../runtime/check.h"

@@ -1,6 +1,6 @@
 // Errors that a caller can act on: which op, which argument, what was expected, what came, what to
 // do. The stable ABI can only carry a RuntimeError, so the class that Python should raise travels
-// as a tag at the end of the message; torchext/_errors.py takes it off again.
+// as a tag at the end of the message; torchext/_dispatch/errors.py takes it off again.
 #pragma once
 
 #include <sstream>

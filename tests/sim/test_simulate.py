@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import torchext
-from torchext import _library, sim
+from torchext import gemm_selection, sim
 
 available, reason = torchext.is_available("sim")
 pytestmark = pytest.mark.skipif(not available, reason=reason)
@@ -75,7 +75,7 @@ def test_launchers_choose_by_compute_capability(capability, prefix):
 def test_a_later_gpu_can_be_made_to_run_earlier_kernels(path):
     a, b = quantize(), torchext.ops.quantize_128x128(torch.randn(40, 300).bfloat16())
     with sim.simulate() as simulation:
-        with _library.forced_path(path):
+        with gemm_selection.forced_path(path):
             torchext.ops.fp8_gemm_nt(*a, *b)
         torchext.ops.fp8_gemm_nt(*a, *b)
     forced, own = (report.kernel for report in simulation.reports)
@@ -86,12 +86,12 @@ def test_a_gpu_cannot_be_made_to_run_later_kernels():
     a, b = quantize(), torchext.ops.quantize_128x128(torch.randn(40, 300).bfloat16())
     with (
         sim.simulate(compute_capability=80),
-        _library.forced_path("sm89"),
+        gemm_selection.forced_path("sm89"),
         pytest.raises(RuntimeError, match="path 89, which were asked for, do not run on sm_80"),
     ):
         torchext.ops.fp8_gemm_nt(*a, *b)
     with pytest.raises(ValueError, match=r"path must be one of 'sm90', .*\(got 'sm70'\)"):
-        _library.forced_path("sm70").__enter__()
+        gemm_selection.forced_path("sm70").__enter__()
 
 
 def test_an_unknown_gpu_is_refused():

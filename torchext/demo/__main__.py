@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from .._library import is_available
+from ..availability import is_available
 from ..convert import convert_to_fp8_training
 from .data import batches, standard_library
 from .model import ByteTransformer

@@ -74,7 +74,7 @@ def _is_distributed(tensor: Tensor) -> bool:
     module = sys.modules.get("torch.distributed.tensor")
     if module is None or not isinstance(tensor, module.DTensor):
         return False
-    from .. import _sharding  # noqa: F401  (registers the strategies, once)
+    from .._dispatch import sharding  # noqa: F401  (registers the strategies, once)
 
     return True
 

@@ -21,8 +21,8 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from .. import _registrations  # noqa: F401  (loads the ops)
-from .._layout import laid_out
+from .._dispatch import registrations  # noqa: F401  (loads the ops)
+from .._dispatch.layout import laid_out
 from ..recipe import GRANULARITIES, Recipe
 
 _ops = torch.ops.torchext

@@ -3,8 +3,7 @@
 Whatever looks at a model as a list of ops sees a layer whole: graphs of torch.export, torch.fx and
 TorchScript, the transforms of torch.func, and tensor subclasses such as DTensor. The op has the
 bits of the layer's own path (linear_function.py), which caches the FP8 weight, and which
-torch.compile inlines. Batching rules: ../_batching.py; flop formulas: ../_flops.py; shardings:
-../_sharding.py.
+torch.compile inlines. Batching rules, flop formulas and shardings: ../_dispatch.
 """
 
 from __future__ import annotations
@@ -18,9 +17,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 
-from .. import _registrations  # noqa: F401  (loads the ops)
-from .._errors import python_error
-from .._twins import apply, recorded_outside
+from .._dispatch import registrations  # noqa: F401  (loads the ops)
+from .._dispatch.autograd import apply, recorded_outside
+from .._dispatch.errors import python_error
 from ..recipe import GRANULARITIES, Recipe
 from .linear_function import apply_eagerly, gradient_of_bias, refuse_second_gradient
 from .operands import fit, misfit

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import (
     _get_current_dispatch_mode_stack,
 )
 
-from .._library import op_library
+from .._dispatch.library import op_library
 from ..recipe import Recipe
 from .linear_function import Operand, quantize_weight
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from torchext import _sim
-from torchext._library import op_library
+from torchext._dispatch.library import op_library
 
 from .options import launch_options
 from .report import Report, report_from

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._layout import (
+from ..._dispatch.layout import (
     GROUP,
     ceil_div,
     empty_data,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ... import ops
-from ..._layout import GROUP, ceil_div
+from ..._dispatch.layout import GROUP, ceil_div
 from ._operands import (
     Pair,
     Recipe,

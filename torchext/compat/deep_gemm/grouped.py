@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ... import ops
-from ..._layout import GROUP, ceil_div
+from ..._dispatch.layout import GROUP, ceil_div
 from ._operands import (
     Pair,
     Recipe,

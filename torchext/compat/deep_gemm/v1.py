@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..._layout import GROUP, ceil_div
+from ..._dispatch.layout import GROUP, ceil_div
 from ._operands import Pair, pair
 from .gemm import fp8_gemm_nt
 from .grouped import (

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...._layout import ceil_div, round_up
+from ...._dispatch.layout import ceil_div, round_up
 from .._operands import checked_scale
 from .math import exponents_in_ints
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ...._layout import round_up
+from ...._dispatch.layout import round_up
 
 LARGEST = 448.0  # of float8_e4m3fn
 SMALLEST_AMAX = 1e-4

@@ -1,37 +1,4 @@
-"""The ops as typed functions: quantization to FP8; FP8 matrix products, dense, grouped and fused.
-
-Each is the function of the same name under `torch.ops.torchext`, with its errors as ValueError and
-TypeError (the op itself, and so a compiled graph, can only raise a RuntimeError, which names that
-class at its end). They run on CPU and CUDA tensors, under `torch.compile(fullgraph=True)` and CUDA
-graphs, and are deterministic; CPU and CUDA give the same bits for every quantizer and for
-`dequantize`.
-
-Quantized tensors. `(data, scale)` stands for `data.float() * scale`: data are FP8, scale is the
-FP32 multiplier that dequantizes. FP8 is `torch.float8_e4m3fn` (largest value 448) unless
-`dtype=torch.float8_e5m2` (57344) is asked for. For every group of elements that share a scale
-
-    scale = amax / largest          amax = max |x| over the group; FP32, rounded to nearest even
-    data  = fp8(x / scale)          round to nearest even, saturating
-
-- A group of zeros has scale 1; a scale is never below the smallest normal FP32, 2**-126.
-- With `pow2_scale=True` a scale is rounded up to a power of two.
-- NaN or Inf anywhere in a group makes its scale NaN, so that whatever is computed from the group is
-  NaN and a training loop's overflow check sees it.
-
-Layout. "Rows" below are all leading dimensions, folded: M = x.shape[:-1].numel(). Rows of data lie
-P = round_up(K, 16) bytes apart, which is what TMA asks for; so 2-D data have strides (P, 1), and
-data are contiguous only where K is a multiple of 16. Scales of 1x128 groups are M-major: 2-D
-strides (1, round_up(M, 4)). A 1-D x is one row. Empty inputs give empty outputs. Inputs are read in
-place, whatever their strides, if their rows fold: all rows lie one stride apart, as in a 2-D x, or
-wherever `x.view(-1, K)` works. Others are refused, since they would have to be copied.
-
-Copies. `clone`, `contiguous`, `cpu`, pickle, safetensors and the like keep a quantized tensor's
-values, and in general lose its layout: the products refuse the copy. `restore_layout` gives it its
-layout back.
-
-Gradients. Outputs of the quantizers require none: the gradient stops there, as at a cast to
-integers. (`torchext.nn.Linear` carries gradients around them.)
-"""
+"""Quantization to FP8 and back, part of `torchext.ops`."""
 
 from __future__ import annotations
 
@@ -41,42 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._errors import python_error
-from ._fused_gemm import (
-    fp8_gemm_nt_gelu_quantize,
-    fp8_gemm_nt_relu2_quantize,
-    fp8_gemm_nt_swiglu_quantize,
-)
-from ._grouped_gemm import (
-    k_grouped_fp8_gemm_nt,
-    m_grouped_fp8_gemm_nt_contiguous,
-    m_grouped_fp8_gemm_nt_masked,
-)
-from ._layout import fits_data, laid_out
-from ._registrations import write_fp8_gemm_nt  # loads the ops, their fake kernels and gradients
-from ._twins import asks_gradient
-
-__all__ = [
-    "dequantize",
-    "fp8_gemm_nt",
-    "fp8_gemm_nt_gelu_quantize",
-    "fp8_gemm_nt_relu2_quantize",
-    "fp8_gemm_nt_swiglu_quantize",
-    "k_grouped_fp8_gemm_nt",
-    "m_grouped_fp8_gemm_nt_contiguous",
-    "m_grouped_fp8_gemm_nt_masked",
-    "quantize_1x128",
-    "quantize_1x128_dual",
-    "quantize_1x128_t",
-    "quantize_128x128",
-    "quantize_128x128_dual",
-    "quantize_rowwise",
-    "quantize_tensorwise",
-    "restore_layout",
-]
-
-# Each is registered as torch.ops.torchext.NAME.
-OPS = tuple(name for name in __all__ if name != "restore_layout")
+from .._dispatch import registrations  # noqa: F401  (loads the ops, their fake kernels and gradients)
+from .._dispatch.autograd import asks_gradient
+from .._dispatch.errors import python_error
+from .._dispatch.layout import fits_data, laid_out
 
 # Overloads, resolved once: a call costs one Python frame above the dispatcher.
 _quantize_1x128 = torch.ops.torchext.quantize_1x128.default
@@ -88,8 +23,6 @@ _quantize_rowwise = torch.ops.torchext.quantize_rowwise.default
 _quantize_tensorwise = torch.ops.torchext.quantize_tensorwise.default
 _dequantize = torch.ops.torchext.dequantize.default
 _dequantize_twin = torch.ops.torchext._dequantize.default
-_fp8_gemm_nt = torch.ops.torchext.fp8_gemm_nt.default
-_fp8_gemm_nt_twin = torch.ops.torchext._fp8_gemm_nt.default
 
 
 def _quantize(
@@ -338,83 +271,5 @@ def dequantize(data: Tensor, scale: Tensor, *, out_dtype: torch.dtype) -> Tensor
         if not asks_gradient(scale):
             return _dequantize_twin(data, scale, out_dtype)
         return _dequantize(data, scale, out_dtype=out_dtype)
-    except RuntimeError as error:
-        raise python_error(error) from None
-
-
-def fp8_gemm_nt(
-    a: Tensor,
-    a_scale: Tensor,
-    b: Tensor,
-    b_scale: Tensor,
-    *,
-    out: Tensor | None = None,
-    accumulate: bool = False,
-    bias: Tensor | None = None,
-    out_dtype: torch.dtype | None = None,
-    num_sms: int = 0,
-) -> Tensor:
-    """The matrix product of FP8 operands: dequantized a @ dequantized b.T (+ bias).
-
-    The granularity comes from the scales' shapes:
-
-        a_scale               b_scale
-        [..., ceil(K / 128)]  [ceil(N / 128), ceil(K / 128)]   1D2D: 1x128 by 128x128
-        [..., ceil(K / 128)]  [N, ceil(K / 128)]               1D1D: 1x128 by 1x128
-        [..., 1] or [1, 1]    [N, 1] or [1, 1]                 row-wise, tensor-wise
-
-    FP8 products accumulate on tensor cores over at most 128 of K, then in FP32 with the scales
-    applied; bias is added in FP32; the result is rounded once. Error bounds: docs/numerics.md.
-
-    It has a gradient with respect to `bias` (summed in FP32) when `out` is None, and none with
-    respect to the quantized operands and their scales: `torchext.nn.Linear` computes dgrad and
-    wgrad as products of their own.
-
-    Args:
-        a: [..., K], torch.float8_e4m3fn or torch.float8_e5m2. Rows, leading dimensions folded,
-            are contiguous and a multiple of 16 bytes apart, from a 16-byte aligned address: as
-            the quantizers return them. Any K.
-        a_scale: float32. Per 1x128 group it must be M-major: rows adjacent, groups a multiple of
-            four elements apart, 16-byte aligned, as the quantizers return it.
-        b: [N, K], FP8, laid out like a; e4m3 and e5m2 mix.
-        b_scale: float32. Per 1x128 group, laid out like a_scale.
-        out: write here instead: [..., N], bfloat16, float16 or float32, contiguous rows.
-        accumulate: add the product to `out`: the sum is taken in FP32 and rounded once.
-        bias: [N], bfloat16, float16 or float32, contiguous.
-        out_dtype: bfloat16 (None), float16 or float32. With `out`, whose dtype decides, None.
-        num_sms: how many SMs the CUDA kernel may occupy; 0 for all. Other work can run on the rest.
-
-    Returns:
-        [..., N], contiguous, of out_dtype; or `out`.
-
-    Raises:
-        ValueError: shapes that do not fit together; a pitch, alignment or scale layout that TMA
-            cannot load; different devices; num_sms < 0; `accumulate` without `out`; an out_dtype
-            that is not out's.
-        TypeError: an operand, scale, bias or output of another dtype.
-        RuntimeError: a GPU that this build has no kernels for; out= where `out` or `bias` requires
-            a gradient.
-    """
-    try:
-        if out is None:
-            if accumulate:
-                raise ValueError(
-                    "fp8_gemm_nt: out must be the tensor to add to when accumulate=True (got "
-                    "None); pass out=, or leave accumulate=False"
-                )
-            if not asks_gradient(bias):
-                return _fp8_gemm_nt_twin(a, a_scale, b, b_scale, bias, out_dtype, num_sms)
-            return _fp8_gemm_nt(
-                a, a_scale, b, b_scale, bias=bias, out_dtype=out_dtype, num_sms=num_sms
-            )
-        if out_dtype is not None and out_dtype != out.dtype:
-            raise ValueError(
-                f"fp8_gemm_nt: out_dtype must be None or out's own {out.dtype} when out is given "
-                f"(got {out_dtype}); omit it, or pass an out of that dtype"
-            )
-        write_fp8_gemm_nt(
-            a, a_scale, b, b_scale, out=out, accumulate=accumulate, bias=bias, num_sms=num_sms
-        )
-        return out
     except RuntimeError as error:
         raise python_error(error) from None

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.library import register_fake
 
-from . import _batching, _flops, _library  # noqa: F401  (loads the ops that are registered on here)
-from ._layout import (
+from . import batching, flops, library  # noqa: F401  (loads the ops that are registered on here)
+from .autograd import register_fake_with_twin, register_gradient, register_out
+from .layout import (
     GROUP,
     ceil_div,
     empty_block_scale,
@@ -23,7 +24,6 @@ from ._layout import (
     empty_group_scale,
     round_up,
 )
-from ._twins import register_fake_with_twin, register_gradient, register_out
 
 _ops = torch.ops.torchext
 _IMPL = torch.library.Library("torchext", "IMPL")

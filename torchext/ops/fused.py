@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _gemm_registrations  # noqa: F401  (loads the ops, their fake kernels and gradients)
-from ._errors import python_error
+from .._dispatch import gemm_registrations  # noqa: F401  (loads the ops, their fake kernels and gradients)
+from .._dispatch.errors import python_error
 
 # Overloads, resolved once: a call costs one Python frame above the dispatcher.
 _fp8_gemm_nt_swiglu_quantize = torch.ops.torchext.fp8_gemm_nt_swiglu_quantize.default

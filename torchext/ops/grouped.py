@@ -11,9 +11,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._errors import python_error
-from ._gemm_registrations import write_contiguous, write_k_grouped, write_masked  # loads the ops
-from ._twins import asks_gradient
+from .._dispatch.autograd import asks_gradient
+from .._dispatch.errors import python_error
+from .._dispatch.gemm_registrations import (  # loads the ops
+    write_contiguous,
+    write_k_grouped,
+    write_masked,
+)
 
 # Overloads, resolved once: a call costs one Python frame above the dispatcher.
 _m_contiguous = torch.ops.torchext.m_grouped_fp8_gemm_nt_contiguous.default

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from . import _library  # noqa: F401  (loads the ops)
+from . import library  # noqa: F401  (loads the ops)
 
 _ops = torch.ops.torchext
 

@@ -1,4 +1,4 @@
-"""Fake kernels and gradients of the grouped and the fused matrix products, as `_registrations` has
+"""Fake kernels and gradients of the grouped and the fused matrix products, as `registrations` has
 them of the other ops. The M-grouped ones have a gradient with respect to `bias`.
 """
 
@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.library import register_fake
 
-from . import _library  # noqa: F401  (loads the ops that are registered on here)
-from ._layout import empty_data, empty_group_scale
-from ._twins import register_fake_with_twin, register_gradient, register_out
+from . import library  # noqa: F401  (loads the ops that are registered on here)
+from .autograd import register_fake_with_twin, register_gradient, register_out
+from .layout import empty_data, empty_group_scale
 
 _ops = torch.ops.torchext
 _IMPL = torch.library.Library("torchext", "IMPL")

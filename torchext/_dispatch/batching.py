@@ -20,9 +20,9 @@ from torch._functorch.autograd_function import custom_function_call_vmap_helper
 from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch.utils._pytree import tree_map
 
-from . import _library  # noqa: F401  (loads the ops)
-from ._layout import laid_out, round_up
-from .recipe import GRANULARITIES
+from ..recipe import GRANULARITIES
+from . import library  # noqa: F401  (loads the ops)
+from .layout import laid_out, round_up
 
 _ops = torch.ops.torchext
 _IMPL = torch.library.Library("torchext", "IMPL")

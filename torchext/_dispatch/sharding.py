@@ -14,7 +14,7 @@ import torch
 from torch.distributed.tensor import Partial, Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding
 
-from . import _library  # noqa: F401  (loads the ops)
+from . import library  # noqa: F401  (loads the ops)
 
 _ops = torch.ops.torchext
 # Placements of the output, and of the inputs; None for what is no tensor.

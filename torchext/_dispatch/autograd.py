@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
-from . import _library  # noqa: F401  (loads the ops that are registered on here)
+from . import library  # noqa: F401  (loads the ops that are registered on here)
 
 _ops = torch.ops.torchext
 _IMPL = torch.library.Library("torchext", "IMPL")

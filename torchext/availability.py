@@ -1,66 +1,17 @@
-"""Loads the compiled ops, and answers what this build, on this machine, can run."""
+"""What this build, on this machine, can run."""
 
 from __future__ import annotations
 
-import ctypes
 import importlib.util
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable
 from typing import NamedTuple, overload
 
 import torch
 
-PACKAGE = Path(__file__).resolve().parent
+from ._dispatch.library import PACKAGE
+
 # csrc/runtime/device.h's Path: the kernels that a GPU runs where there are several for one job.
 PATHS = {"sm90": 90, "sm89": 89, "sm80": 80, "plain": 75}
-_forced: list[str] = []
-
-
-def load(path: Path = PACKAGE / "_C.so") -> None:
-    """Registers `torch.ops.torchext.*`.
-
-    Raises ImportError when the library was not built, or when this torch cannot load it.
-    """
-    if not path.is_file():
-        raise ImportError(
-            f"torchext: its compiled ops are missing: expected {path}. Build them with "
-            "`pip install .` (or, in a checkout, `python setup.py build_ext --inplace`); a C++ "
-            "compiler is enough, nvcc adds the CUDA kernels."
-        )
-    try:
-        torch.ops.load_library(path)
-    except OSError as error:
-        raise ImportError(
-            f"torchext: torch {torch.__version__} cannot load {path.name}: {error}. Expected "
-            "torch >= 2.10; upgrade torch, or rebuild torchext on this machine with "
-            "`pip install .`."
-        ) from error
-
-
-def op_library() -> ctypes.CDLL:
-    """The compiled ops as a C library: some of its functions are no ops (the simulator's seam)."""
-    return ctypes.CDLL(str(PACKAGE / "_C.so"))
-
-
-@contextmanager
-def forced_path(path: str) -> Iterator[None]:
-    """Within it, every GPU, simulated or real, runs the kernels of one path: "sm90", "sm89", "sm80"
-    or "plain"; ops raise on a GPU that cannot. Process-wide; for tests and benchmarks."""
-    if path not in PATHS:
-        raise ValueError(
-            f"forced_path: path must be one of {', '.join(map(repr, PATHS))} (got {path!r})"
-        )
-    library = op_library()
-    library.torchext_force_path.argtypes = [ctypes.c_int32]
-    library.torchext_force_path.restype = None
-    _forced.append(path)
-    library.torchext_force_path(PATHS[path])
-    try:
-        yield
-    finally:
-        _forced.pop()
-        library.torchext_force_path(PATHS[_forced[-1]] if _forced else 0)
 
 
 def get_include() -> str:
@@ -212,5 +163,3 @@ _FEATURES: dict[str, Callable[[], tuple[bool, str]]] = {
     "sm90": _sm90,
     "sim": _sim,
 }
-
-load()

@@ -1,0 +1,92 @@
+"""The dense FP8 matrix product, part of `torchext.ops`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._dispatch.autograd import asks_gradient
+from .._dispatch.errors import python_error
+from .._dispatch.registrations import write_fp8_gemm_nt  # loads the ops
+
+# Overloads, resolved once: a call costs one Python frame above the dispatcher.
+_fp8_gemm_nt = torch.ops.torchext.fp8_gemm_nt.default
+_fp8_gemm_nt_twin = torch.ops.torchext._fp8_gemm_nt.default
+
+
+def fp8_gemm_nt(
+    a: Tensor,
+    a_scale: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    *,
+    out: Tensor | None = None,
+    accumulate: bool = False,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    num_sms: int = 0,
+) -> Tensor:
+    """The matrix product of FP8 operands: dequantized a @ dequantized b.T (+ bias).
+
+    The granularity comes from the scales' shapes:
+
+        a_scale               b_scale
+        [..., ceil(K / 128)]  [ceil(N / 128), ceil(K / 128)]   1D2D: 1x128 by 128x128
+        [..., ceil(K / 128)]  [N, ceil(K / 128)]               1D1D: 1x128 by 1x128
+        [..., 1] or [1, 1]    [N, 1] or [1, 1]                 row-wise, tensor-wise
+
+    FP8 products accumulate on tensor cores over at most 128 of K, then in FP32 with the scales
+    applied; bias is added in FP32; the result is rounded once. Error bounds: docs/numerics.md.
+
+    It has a gradient with respect to `bias` (summed in FP32) when `out` is None, and none with
+    respect to the quantized operands and their scales: `torchext.nn.Linear` computes dgrad and
+    wgrad as products of their own.
+
+    Args:
+        a: [..., K], torch.float8_e4m3fn or torch.float8_e5m2. Rows, leading dimensions folded,
+            are contiguous and a multiple of 16 bytes apart, from a 16-byte aligned address: as
+            the quantizers return them. Any K.
+        a_scale: float32. Per 1x128 group it must be M-major: rows adjacent, groups a multiple of
+            four elements apart, 16-byte aligned, as the quantizers return it.
+        b: [N, K], FP8, laid out like a; e4m3 and e5m2 mix.
+        b_scale: float32. Per 1x128 group, laid out like a_scale.
+        out: write here instead: [..., N], bfloat16, float16 or float32, contiguous rows.
+        accumulate: add the product to `out`: the sum is taken in FP32 and rounded once.
+        bias: [N], bfloat16, float16 or float32, contiguous.
+        out_dtype: bfloat16 (None), float16 or float32. With `out`, whose dtype decides, None.
+        num_sms: how many SMs the CUDA kernel may occupy; 0 for all. Other work can run on the rest.
+
+    Returns:
+        [..., N], contiguous, of out_dtype; or `out`.
+
+    Raises:
+        ValueError: shapes that do not fit together; a pitch, alignment or scale layout that TMA
+            cannot load; different devices; num_sms < 0; `accumulate` without `out`; an out_dtype
+            that is not out's.
+        TypeError: an operand, scale, bias or output of another dtype.
+        RuntimeError: a GPU that this build has no kernels for; out= where `out` or `bias` requires
+            a gradient.
+    """
+    try:
+        if out is None:
+            if accumulate:
+                raise ValueError(
+                    "fp8_gemm_nt: out must be the tensor to add to when accumulate=True (got "
+                    "None); pass out=, or leave accumulate=False"
+                )
+            if not asks_gradient(bias):
+                return _fp8_gemm_nt_twin(a, a_scale, b, b_scale, bias, out_dtype, num_sms)
+            return _fp8_gemm_nt(
+                a, a_scale, b, b_scale, bias=bias, out_dtype=out_dtype, num_sms=num_sms
+            )
+        if out_dtype is not None and out_dtype != out.dtype:
+            raise ValueError(
+                f"fp8_gemm_nt: out_dtype must be None or out's own {out.dtype} when out is given "
+                f"(got {out_dtype}); omit it, or pass an out of that dtype"
+            )
+        write_fp8_gemm_nt(
+            a, a_scale, b, b_scale, out=out, accumulate=accumulate, bias=bias, num_sms=num_sms
+        )
+        return out
+    except RuntimeError as error:
+        raise python_error(error) from None
