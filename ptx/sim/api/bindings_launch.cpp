@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <map>
 #include <memory>
@@ -14,6 +15,7 @@
 #include "../frontend/demangle.h"
 #include "../frontend/ir.h"
 #include "../frontend/source_map.h"
+#include "../frontend/targets.h"
 #include "../machine/launch.h"
 #include "bindings.h"
 #include "op_simulator.h"
@@ -157,6 +159,53 @@ py::list variables(const PythonModule& self) {
   return list;
 }
 
+// The opcode table, for the README and the tests.
+py::list opcodes() {
+  std::vector<const OpcodeTable::value_type*> rows;
+  for (const auto& row : opcode_table()) rows.push_back(&row);
+  std::sort(rows.begin(), rows.end(), [](auto* a, auto* b) { return a->first < b->first; });
+  py::list list;
+  for (const auto* row : rows) {
+    py::list classes, units;
+    for (const OpClass op_class : row->second.classes) {
+      classes.append(name_of(op_class));
+      if (const char* unit = name_of(unit_of(op_class)); !units.contains(unit)) units.append(unit);
+    }
+    py::dict d;
+    d["opcode"] = row->first;
+    d["file"] = row->second.file;
+    d["classes"] = classes;
+    d["units"] = units;
+    d["target"] = least_target(row->first);
+    list.append(d);
+  }
+  return list;
+}
+
+// The traits of a kernel's instructions, in the order of the program.
+py::list traits(const PythonModule& self, const std::string& kernel) {
+  const auto program = self.module->program(kernel);
+  py::list list;
+  for (const Instruction& i : program->code) {
+    const Traits& t = i.traits;
+    py::dict d;
+    d["opcode"] = program->opcodes[i.opcode];
+    d["class"] = name_of(t.op_class);
+    d["unit"] = name_of(unit_of(t.op_class));
+    d["flow"] = name_of(t.flow);
+    d["wait"] = name_of(t.wait);
+    d["times_out"] = t.times_out;
+    d["completion"] = name_of(t.completion);
+    d["aligned"] = i.aligned;
+    d["reads"] = t.memory.reads ? py::object(py::str(name_of(t.memory.from))) : py::none();
+    d["writes"] = t.memory.writes ? py::object(py::str(name_of(t.memory.to))) : py::none();
+    d["proxy"] = name_of(t.memory.proxy);
+    d["bytes"] = t.memory.bytes;
+    list.append(d);
+  }
+  return list;
+}
+
 using PythonBuffer = std::tuple<std::uint64_t, std::uint64_t, std::string, std::string>;
 
 py::dict launch_module(const PythonModule& self, const std::string& kernel,
@@ -204,6 +253,8 @@ void bind_launch(py::module_& module) {
     return rows;
   });
 
+  module.def("opcodes", &opcodes);
+
   py::class_<PythonModule>(module, "Module")
       .def(py::init([](const std::vector<std::pair<std::string, std::string>>& named_texts) {
              PythonModule m;
@@ -219,6 +270,7 @@ void bind_launch(py::module_& module) {
       .def("reset_variables", [](const PythonModule& self) { self.module->variables().reset(); })
       .def("decode", [](const PythonModule& self,
                         const std::string& kernel) { self.module->program(kernel); })
+      .def("traits", &traits)
       .def("launch", &launch_module);
 
   py::class_<OpSimulator>(module, "OpSimulator")

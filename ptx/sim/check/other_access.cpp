@@ -68,12 +68,11 @@ std::string race_remedy(const Warp& w, const Conflict& c, const Actor& actor) {
            "scope "
            "(__threadfence() and a flag), or give each CTA a destination of its own.";
   }
-  const std::string& op = w.program().opcodes[w.program().code[c.other_pc].opcode];
-  const auto starts = [&](const char* prefix) { return op.rfind(prefix, 0) == 0; };
-  if (starts("cp.async.bulk") && op.find("mbarrier") != std::string::npos)
+  const Completion completion = w.program().code[c.other_pc].traits.completion;
+  if (completion == Completion::mbarrier)
     return "Wait for the phase of the mbarrier that the copy signals (mbarrier.try_wait, "
            "cuda::barrier::wait) before the bytes are touched.";
-  if (starts("cp.async") && !starts("cp.async.bulk"))
+  if (completion == Completion::copy_group)
     return "Wait for the copy in the thread that started it (cp.async.wait_group, "
            "__pipeline_wait_prior), then put a barrier (__syncthreads()) before other threads "
            "touch "

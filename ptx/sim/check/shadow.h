@@ -9,12 +9,10 @@
 #include <unordered_map>
 #include <vector>
 
+#include "../frontend/traits.h"
 #include "clock.h"
 
 namespace torchext::sim {
-
-// How memory is reached. noncoherent: ld.global.nc, through a cache that no store updates.
-enum class Proxy : std::uint8_t { generic, async, tensormap, noncoherent };
 
 // One access, by a thread or by an async agent on a thread's behalf.
 struct Actor {

@@ -108,6 +108,22 @@ void Decoder::own_pointer(std::shared_ptr<void> p) {
   builder_.program().owned.push_back(std::move(p));
 }
 
+void Decoder::reads(Space space, std::uint32_t bytes, Proxy proxy) {
+  MemoryUse& m = out.traits.memory;
+  m.reads = true;
+  m.from = space;
+  m.bytes = bytes;
+  m.proxy = proxy;
+}
+
+void Decoder::writes(Space space, std::uint32_t bytes, Proxy proxy) {
+  MemoryUse& m = out.traits.memory;
+  m.writes = true;
+  m.to = space;
+  m.bytes = bytes;
+  m.proxy = proxy;
+}
+
 int Decoder::target() const {
   return builder_.module().sources[function_.source].target_number;
 }

@@ -28,6 +28,11 @@ class Decoder {
   Instruction& out;
 
   const std::string& opcode() const { return raw.parts[0]; }
+
+  // Traits.
+  void is(OpClass op_class) { out.traits.op_class = op_class; }
+  void reads(Space space, std::uint32_t bytes, Proxy proxy = Proxy::generic);
+  void writes(Space space, std::uint32_t bytes, Proxy proxy = Proxy::generic);
   int target() const;  // 90 for sm_90a
 
   // Modifiers. take: true if it was there; a type is taken in order of appearance.
@@ -101,35 +106,44 @@ class Decoder {
   std::vector<std::string> modifiers_;
 };
 
-using DecodeTable = std::unordered_map<std::string, void (*)(Decoder&)>;
+// A row of the opcode table. What is left to know of an opcode is its minimum target (targets.cpp).
+struct Opcode {
+  Opcode() = default;
+  Opcode(void (*decoder)(Decoder&), std::vector<OpClass> all, const char* path = __builtin_FILE());
+  void (*decode)(Decoder&) = nullptr;
+  std::vector<OpClass> classes;  // the first, unless the decoder chooses another of them
+  std::string file;              // of its family: "integer.cpp"
+};
+using OpcodeTable = std::unordered_map<std::string, Opcode>;
+const OpcodeTable& opcode_table();  // program.cpp
 
 // The error message for an opcode, whose first part is `name`, that the table lacks.
 std::string why_unknown(const std::string& opcode, const std::string& name);  // absent.cpp
 
 // Each in the file of its name.
-void add_control(DecodeTable&);
-void add_calls(DecodeTable&);
-void add_stack(DecodeTable&);
-void add_integer(DecodeTable&);
-void add_moves(DecodeTable&);
-void add_logic(DecodeTable&);
-void add_bits(DecodeTable&);
-void add_compare(DecodeTable&);
-void add_floating(DecodeTable&);
-void add_video(DecodeTable&);
-void add_convert(DecodeTable&);
-void add_load_store(DecodeTable&);
-void add_atomics(DecodeTable&);
-void add_collectives(DecodeTable&);
-void add_barriers(DecodeTable&);
-void add_mbarrier(DecodeTable&);
-void add_copies(DecodeTable&);
-void add_matrix(DecodeTable&);
-void add_mma(DecodeTable&);
-void add_wmma(DecodeTable&);
-void add_wgmma(DecodeTable&);
-void add_tensormap(DecodeTable&);
-void add_system(DecodeTable&);
+void add_control(OpcodeTable&);
+void add_calls(OpcodeTable&);
+void add_stack(OpcodeTable&);
+void add_integer(OpcodeTable&);
+void add_moves(OpcodeTable&);
+void add_logic(OpcodeTable&);
+void add_bits(OpcodeTable&);
+void add_compare(OpcodeTable&);
+void add_floating(OpcodeTable&);
+void add_video(OpcodeTable&);
+void add_convert(OpcodeTable&);
+void add_load_store(OpcodeTable&);
+void add_atomics(OpcodeTable&);
+void add_collectives(OpcodeTable&);
+void add_barriers(OpcodeTable&);
+void add_mbarrier(OpcodeTable&);
+void add_copies(OpcodeTable&);
+void add_matrix(OpcodeTable&);
+void add_mma(OpcodeTable&);
+void add_wmma(OpcodeTable&);
+void add_wgmma(OpcodeTable&);
+void add_tensormap(OpcodeTable&);
+void add_system(OpcodeTable&);
 
 struct Symbol {
   Space space = Space::global;

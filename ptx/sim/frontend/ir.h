@@ -9,6 +9,8 @@
 #include <string>
 #include <vector>
 
+#include "traits.h"
+
 namespace torchext::sim {
 
 class PtxError : public std::runtime_error {
@@ -56,8 +58,6 @@ int size_of(Type type);                    // bytes; pred: 0
 inline bool is_signed(Type t) {
   return t == Type::s8 || t == Type::s16 || t == Type::s32 || t == Type::s64;
 }
-
-enum class Space : std::uint8_t { generic, global, shared, shared_cluster, local, param, constant };
 
 // ---- As parsed ----------------------------------------------------------------------------------
 
@@ -180,7 +180,6 @@ struct ParsedModule {
 
 // ---- As executed --------------------------------------------------------------------------------
 
-class Warp;
 struct Instruction;
 
 enum class Step : std::uint8_t {
@@ -209,7 +208,7 @@ struct Instruction {
   bool guard_negated = false;
   bool aligned = false;            // all lanes of the warp must be here
   std::uint16_t small = 0;         // family-specific
-  std::uint32_t target = 0;        // branch target, callee
+  std::uint32_t target = 0;        // family-specific
   std::uint32_t reconverge = ~0u;  // immediate post-dominator of a branch
   Slot d, d2, s[4];
   std::vector<Slot> list;              // vectors: destinations first
@@ -218,6 +217,8 @@ struct Instruction {
   std::vector<std::uint32_t> tracked;  // wgmma fragment registers it touches (index, write flag)
   std::uint32_t opcode = 0;            // index into Program::opcodes
   std::uint32_t line = 0, file = 0, source_line = 0;
+  std::vector<std::uint32_t> targets;  // of a branch: what a lane may go on with
+  Traits traits;
 };
 
 // Read-only registers that hold a value per lane, filled when a warp starts.
@@ -302,6 +303,9 @@ struct Program {
   std::vector<Variable> params;  // offsets in align order
   std::vector<std::uint32_t> param_offsets;
   bool uses_wgmma = false, uses_stack = false, uses_heap = false;
+  // The largest count that it asks of setmaxnreg, and whether it ever asks for more than it has.
+  std::uint32_t most_registers = 0;
+  bool asks_for_registers = false;
   std::vector<std::shared_ptr<void>> owned;
   std::vector<ParsedModule::Source> sources;
   std::string place(std::uint32_t line) const;  // "line 12", "line 12 of b.ptx" if linked

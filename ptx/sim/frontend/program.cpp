@@ -14,35 +14,32 @@ namespace torchext::sim {
 
 namespace {
 
-const DecodeTable& decode_table() {
-  static const DecodeTable table = [] {
-    DecodeTable t;
-    add_control(t);
-    add_calls(t);
-    add_stack(t);
-    add_integer(t);
-    add_moves(t);
-    add_logic(t);
-    add_bits(t);
-    add_compare(t);
-    add_floating(t);
-    add_video(t);
-    add_convert(t);
-    add_load_store(t);
-    add_atomics(t);
-    add_collectives(t);
-    add_barriers(t);
-    add_mbarrier(t);
-    add_copies(t);
-    add_matrix(t);
-    add_mma(t);
-    add_wmma(t);
-    add_wgmma(t);
-    add_tensormap(t);
-    add_system(t);
-    return t;
-  }();
-  return table;
+OpcodeTable collect_opcodes() {
+  OpcodeTable t;
+  add_control(t);
+  add_calls(t);
+  add_stack(t);
+  add_integer(t);
+  add_moves(t);
+  add_logic(t);
+  add_bits(t);
+  add_compare(t);
+  add_floating(t);
+  add_video(t);
+  add_convert(t);
+  add_load_store(t);
+  add_atomics(t);
+  add_collectives(t);
+  add_barriers(t);
+  add_mbarrier(t);
+  add_copies(t);
+  add_matrix(t);
+  add_mma(t);
+  add_wmma(t);
+  add_wgmma(t);
+  add_tensormap(t);
+  add_system(t);
+  return t;
 }
 
 // At the start of the register file: 256 bytes for a sink, 8 for carries.
@@ -59,6 +56,16 @@ void visit_names(const Arg& arg, const std::function<void(const std::string&)>& 
 }
 
 }  // namespace
+
+Opcode::Opcode(void (*decoder)(Decoder&), std::vector<OpClass> all, const char* path)
+    : decode(decoder), classes(std::move(all)), file(path) {
+  file.erase(0, file.rfind('/') + 1);
+}
+
+const OpcodeTable& opcode_table() {
+  static const OpcodeTable table = collect_opcodes();
+  return table;
+}
 
 ProgramBuilder::ProgramBuilder(const ParsedModule& module, DeviceVariables& variables,
                                const std::string& kernel)
@@ -264,7 +271,7 @@ std::shared_ptr<Program> ProgramBuilder::build() {
     pc += static_cast<std::uint32_t>(plan.function->code.size()) + 1;
   }
   p.code.reserve(pc);
-  const DecodeTable& table = decode_table();
+  const OpcodeTable& table = opcode_table();
   for (const FunctionPlan& plan : plans_) {
     const Function& f = *plan.function;
     const ParsedModule::Source& source = module_.sources.at(f.source);
@@ -291,11 +298,16 @@ std::shared_ptr<Program> ProgramBuilder::build() {
         out.guard_negated = raw.guard_negated;
       }
       check_target(source, raw);
-      const auto decoder = table.find(raw.parts[0]);
-      if (decoder == table.end())
+      const auto row = table.find(raw.parts[0]);
+      if (row == table.end())
         throw module_.error(f.source, raw.line, why_unknown(raw.opcode, raw.parts[0]));
+      const std::vector<OpClass>& classes = row->second.classes;
+      out.traits.op_class = classes[0];
       Decoder d(*this, f, raw, out);
-      decoder->second(d);
+      row->second.decode(d);
+      if (std::find(classes.begin(), classes.end(), out.traits.op_class) == classes.end())
+        throw std::logic_error(raw.opcode + ": its row lacks the class " +
+                               name_of(out.traits.op_class));
     }
   }
   for (std::size_t i = 0; i < plans_.size(); ++i) {
@@ -311,13 +323,13 @@ void ProgramBuilder::track_wgmma_registers() {
   Program& p = *program_;
   std::set<std::uint32_t> fragments;
   for (const Instruction& i : p.code) {
-    if (p.opcodes[i.opcode].compare(0, 15, "wgmma.mma_async") != 0) continue;
+    if (i.traits.op_class != OpClass::wgmma) continue;
     p.uses_wgmma = true;
     for (const Slot& s : i.list) fragments.insert(s.reg);
   }
   if (!p.uses_wgmma) return;
   for (Instruction& i : p.code) {
-    if (p.opcodes[i.opcode].compare(0, 5, "wgmma") == 0) continue;
+    if (i.traits.op_class == OpClass::wgmma) continue;
     const auto touch = [&](const Slot& s) {
       if (s.reg > 1 && s.bank == 0 && fragments.count(s.reg)) i.tracked.push_back(s.reg);
     };
@@ -339,20 +351,12 @@ void ProgramBuilder::find_post_dominators(std::uint32_t begin, std::uint32_t end
     bool leaves = false;
   };
   std::set<std::uint32_t> starts{begin};
-  const auto branches = [&](const Instruction& i) -> std::vector<std::uint32_t> {
-    const std::string& op = p.opcodes[i.opcode];
-    if (op == "bra" || op == "bra.uni") return {i.target};
-    if (op.compare(0, 7, "brx.idx") == 0) {
-      return *static_cast<const std::vector<std::uint32_t>*>(i.extra);
-    }
-    return {};
-  };
-  const auto leaves = [&](const Instruction& i) {
-    const std::string& op = p.opcodes[i.opcode];
-    return op == "ret" || op == "ret.uni" || op == "exit" || op == "trap";
+  const auto leaves = [](const Instruction& i) {
+    const Flow flow = i.traits.flow;
+    return flow == Flow::ret || flow == Flow::exit || flow == Flow::trap;
   };
   for (std::uint32_t pc = begin; pc < end; ++pc) {
-    const auto targets = branches(p.code[pc]);
+    const auto& targets = p.code[pc].targets;
     for (std::uint32_t t : targets) starts.insert(t);
     if ((!targets.empty() || leaves(p.code[pc])) && pc + 1 < end) starts.insert(pc + 1);
   }
@@ -366,18 +370,16 @@ void ProgramBuilder::find_post_dominators(std::uint32_t begin, std::uint32_t end
   const int exit_block = static_cast<int>(blocks.size());
   for (Block& b : blocks) {
     const Instruction& i = p.code[b.last];
-    const auto targets = branches(i);
-    for (std::uint32_t t : targets) b.next.push_back(block_at[t]);
+    for (std::uint32_t t : i.targets) b.next.push_back(block_at[t]);
     if (leaves(i) && i.guard < 0) {
       b.leaves = true;
-    } else if ((targets.empty() || i.guard >= 0) && b.last + 1 < end) {
+    } else if ((i.targets.empty() || i.guard >= 0) && b.last + 1 < end) {
       b.next.push_back(block_at[b.last + 1]);
     }
   }
   int final_return = -1;
   for (std::size_t b = 0; b < blocks.size(); ++b) {
-    const std::string& op = p.opcodes[p.code[blocks[b].last].opcode];
-    const bool returns = blocks[b].leaves && op != "trap";
+    const bool returns = blocks[b].leaves && p.code[blocks[b].last].traits.flow != Flow::trap;
     const bool sentinel = blocks[b].last + 1 == end && blocks[b].first == blocks[b].last;
     if (returns && !(sentinel && final_return >= 0)) final_return = static_cast<int>(b);
   }

@@ -1,6 +1,8 @@
-// The table of minimum targets: one row a form of an instruction. Each was compared with ptxas 13.0
-// (tests/sim/test_targets.py does so where there is a ptxas). PTX versions are not checked: they
-// say which compiler is needed, not which GPU.
+// The table of minimum targets, one row for each form of an instruction that not every target has.
+// It is the only place that states a target: a row of the opcode table (decode.h) cannot, since the
+// target depends on modifiers, types and shapes. Each row was compared with ptxas 13.0
+// (tests/sim/test_targets.py repeats this where there is a ptxas). PTX versions are not checked:
+// they say which compiler is needed, not which GPU.
 #include "targets.h"
 
 #include <algorithm>
@@ -69,7 +71,7 @@ const Row kRows[] = {
     {"prefetch tensormap", 90},
     {"applypriority|discard|createpolicy", 80},
     // Copies
-    {"cp async", 80},
+    {"cp", 80},
     {"cp bulk", 90},
     {"cp cp_mask", 100},
     {"cp cta_group::1|cta_group::2", 100, family},
@@ -101,8 +103,10 @@ const Row kRows[] = {
     {"mma m16n8k4|m16n8k8|m16n8k16 f64", 90},
     {"mma e4m3|e5m2", 89},
     {"mma kind::f8f6f4|kind::mxf8f6f4|kind::mxf4|kind::mxf4nvf4", 120, specific},
-    {"wmma s8|u8", 72},
+    {"wmma s8|u8|s32", 72},
     {"wmma s4|u4|b1", 75},
+    {"wmma m8n8k32|m8n8k128", 75},
+    {"wmma m16n16k8", 80},
     {"wgmma", 90, family},
     {"tcgen05", 100, specific},
 };
@@ -168,6 +172,10 @@ const std::unordered_map<std::string, std::vector<Form>>& forms() {
   return kForms;
 }
 
+std::string name_of(int target, Suffix suffix) {
+  return "sm_" + std::to_string(target) + (suffix == any ? "" : "a");
+}
+
 bool meets(const ParsedModule::Source& source, const Row& row) {
   if (source.target_number < row.target) return false;
   const char last = source.target.empty() ? ' ' : source.target.back();
@@ -178,12 +186,12 @@ bool meets(const ParsedModule::Source& source, const Row& row) {
 
 [[noreturn]] void refuse(const ParsedModule::Source& source, std::uint32_t line,
                          const std::string& what, int target, Suffix suffix) {
-  const std::string least = "sm_" + std::to_string(target);
+  const std::string least = name_of(target, suffix);
   const std::string needed =
       suffix == any        ? least + " or later"
-      : suffix == specific ? least + "a or a later architecture-specific target"
-      : target == 90       ? least + "a"
-                           : least + "a or another architecture-specific target of its generation";
+      : suffix == specific ? least + " or a later architecture-specific target"
+      : target == 90       ? least
+                           : least + " or another architecture-specific target of its generation";
   throw PtxError(source.name, line - source.lines_before,
                  what + ": needs .target " + needed + "; the module has " + source.target);
 }
@@ -202,6 +210,16 @@ void check_special_registers(const ParsedModule::Source& source, const RawInstru
 }
 
 }  // namespace
+
+std::string least_target(const std::string& opcode) {
+  const auto found = forms().find(opcode);
+  if (found == forms().end()) return "";
+  for (const Form& form : found->second) {
+    if (form.words.empty() && form.absent.empty() && form.operands == 0)
+      return name_of(form.row->target, form.row->suffix);
+  }
+  return "";
+}
 
 void check_target(const ParsedModule::Source& source, const RawInstruction& i) {
   const Row* missing = nullptr;  // of those, the one that asks most

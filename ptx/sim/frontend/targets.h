@@ -1,6 +1,8 @@
 // Which `.target` an instruction needs.
 #pragma once
 
+#include <string>
+
 #include "ir.h"
 
 namespace torchext::sim {
@@ -10,5 +12,8 @@ namespace torchext::sim {
 void check_target(const ParsedModule::Source& source, const RawInstruction& instruction);
 // The same for a kernel's directives.
 void check_target(const ParsedModule::Source& source, const Function& function);
+
+// The target that every form of the opcode needs: "sm_90a"; "" if some form runs on any.
+std::string least_target(const std::string& opcode);
 
 }  // namespace torchext::sim

@@ -177,14 +177,17 @@ void decode_atomic(Decoder& d) {
   d.out.s[0] = d.address(d.arg(k++), &d.out.offset, &a.space);
   for (std::size_t n = 0; n < sources; ++n, ++k)
     each(d.arg(k), [&](const Arg& x) { d.out.list.push_back(d.source(x, a.type)); });
+  d.reads(a.space, a.bytes * a.elements);
+  d.writes(a.space, a.bytes * a.elements);
   d.own(a);
   d.out.execute = atomic;
 }
 
 }  // namespace
 
-void add_atomics(DecodeTable& t) {
-  t["atom"] = t["red"] = decode_atomic;
+void add_atomics(OpcodeTable& t) {
+  t["atom"] = {decode_atomic, {OpClass::atomic}};
+  t["red"] = {decode_atomic, {OpClass::atomic, OpClass::async_store}};
 }
 
 }  // namespace torchext::sim

@@ -97,6 +97,15 @@ Step barrier(Warp& w, const Instruction& i, U32 mask) {
   return b.generation == g.generation ? Step::block : barrier(w, i, mask);
 }
 
+std::string describe_barrier(Warp& w, const Group& g) {
+  const Instruction& i = w.program().code[g.pc];
+  const auto id = static_cast<U32>(w.integer(i.s[0], static_cast<int>(lane_of(g.mask))));
+  if (id >= 16) return "waits at " + w.program().opcodes[i.opcode];
+  const Attendance a = attendance(w.cta(), w.cta().barriers[id]);
+  return "waits at barrier " + std::to_string(id) + ", where " + std::to_string(a.arrived) +
+         " of " + std::to_string(a.expected) + " threads have arrived";
+}
+
 void decode_bar(Decoder& d) {
   const bool bar = d.opcode() == "bar";
   if (d.take("warp")) {
@@ -131,6 +140,8 @@ void decode_bar(Decoder& d) {
   else if (rest != 0)
     d.fail("too many operands");
   if (arrive && rest != 1) d.fail("arrive needs a thread count");
+  if (!arrive) d.out.traits.wait = Wait::barrier;
+  d.out.traits.describe_wait = describe_barrier;
   d.out.execute = barrier;
 }
 
@@ -183,20 +194,25 @@ Step cluster_wait(Warp& w, const Instruction&, U32 mask) {
   return Step::next;
 }
 
+std::string describe_cluster_barrier(Warp& w, const Group&) {
+  const Attendance a = cluster_attendance(w.cluster());
+  return "waits at barrier.cluster, where " + std::to_string(a.arrived) + " of " +
+         std::to_string(a.expected) + " threads have arrived";
+}
+
 }  // namespace
 
 void decode_cluster_barrier(Decoder& d) {
+  d.is(OpClass::cluster_barrier);
   const bool arrive = d.take("arrive");
   if (!arrive && !d.take("wait")) d.fail("expected .arrive or .wait");
   d.out.small = d.take("relaxed");
   d.take(arrive ? "release" : "acquire");
   d.out.aligned = d.take("aligned");
   d.finish(0);
+  if (!arrive) d.out.traits.wait = Wait::cluster_barrier;
+  d.out.traits.describe_wait = describe_cluster_barrier;
   d.out.execute = arrive ? cluster_arrive : cluster_wait;
-}
-
-bool is_barrier(const Instruction& i) {
-  return i.execute == barrier || i.execute == cluster_arrive || i.execute == cluster_wait;
 }
 
 // A barrier with a count counts warps: one whose lanes have all arrived counts 32 threads, also
@@ -252,9 +268,9 @@ void complete_cluster_barrier_if_full(Cluster& c) {
   ++c.progress;
 }
 
-void add_barriers(DecodeTable& t) {
-  t["bar"] = decode_bar;
-  t["barrier"] = decode_bar;
+void add_barriers(OpcodeTable& t) {
+  t["bar"] = {decode_bar, {OpClass::barrier, OpClass::cluster_barrier, OpClass::warp}};
+  t["barrier"] = {decode_bar, {OpClass::barrier, OpClass::cluster_barrier, OpClass::warp}};
 }
 
 }  // namespace torchext::sim

@@ -294,17 +294,17 @@ void decode_fns(Decoder& d) {
 
 }  // namespace
 
-void add_bits(DecodeTable& t) {
-  t["prmt"] = decode_prmt;
-  t["bfe"] = decode_bfe;
-  t["bfi"] = decode_bfi;
-  t["bmsk"] = decode_bmsk;
-  t["szext"] = decode_szext;
-  t["popc"] = decode_count<Popc, false>;
-  t["clz"] = decode_count<Clz, false>;
-  t["bfind"] = decode_count<Popc, false>;
-  t["brev"] = decode_count<Brev, true>;
-  t["fns"] = decode_fns;
+void add_bits(OpcodeTable& t) {
+  t["prmt"] = {decode_prmt, {OpClass::alu}};
+  t["bfe"] = {decode_bfe, {OpClass::alu}};
+  t["bfi"] = {decode_bfi, {OpClass::alu}};
+  t["bmsk"] = {decode_bmsk, {OpClass::alu}};
+  t["szext"] = {decode_szext, {OpClass::alu}};
+  t["popc"] = {decode_count<Popc, false>, {OpClass::special}};
+  t["clz"] = {decode_count<Clz, false>, {OpClass::special}};
+  t["bfind"] = {decode_count<Popc, false>, {OpClass::special}};
+  t["brev"] = {decode_count<Brev, true>, {OpClass::special}};
+  t["fns"] = {decode_fns, {OpClass::alu}};
 }
 
 }  // namespace torchext::sim

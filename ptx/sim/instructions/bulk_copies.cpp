@@ -265,14 +265,20 @@ void decode_async_store(Decoder& d, bool reduce) {
     for (const Arg& a : value.args) d.out.list.push_back(d.source(a, type));
   }
   t.barrier = d.address(d.arg(2), &t.barrier_offset, &space);
+  d.is(OpClass::async_store);
+  if (reduce) d.reads(Space::shared_cluster, t.bytes * t.elements, Proxy::async);
+  d.writes(Space::shared_cluster, t.bytes * t.elements, Proxy::async);
+  d.out.traits.completion = Completion::mbarrier;
   d.own(t);
   d.out.execute = async_store;
 }
 
 void decode_bulk(Decoder& d, bool reduce) {
+  d.is(OpClass::bulk_copy);
   if (!reduce) {
     if (d.take("commit_group")) {
       d.finish(0);
+      d.is(OpClass::async_group);
       d.out.execute = commit;
       return;
     }
@@ -280,6 +286,8 @@ void decode_bulk(Decoder& d, bool reduce) {
       d.out.small = d.take("read");
       d.finish(1);
       d.out.target = static_cast<U32>(d.immediate(0));
+      d.is(OpClass::async_group);
+      d.out.traits.wait = Wait::bulk_group;
       d.out.execute = wait_groups;
       return;
     }
@@ -323,6 +331,12 @@ void decode_bulk(Decoder& d, bool reduce) {
     c.barrier = d.address(d.arg(3), &c.barrier_offset, &space);
     if (c.multicast) c.mask = d.source(4, Type::u16);
   }
+  d.reads(c.from_global ? Space::global : Space::shared, 0, Proxy::async);
+  d.writes(c.to_global      ? Space::global
+           : c.own_cta_only ? Space::shared
+                            : Space::shared_cluster,
+           0, Proxy::async);
+  d.out.traits.completion = c.to_global ? Completion::bulk_group : Completion::mbarrier;
   d.own(c);
   d.out.execute = copy;
 }

@@ -4,6 +4,7 @@
 // instruction of the same kind, wherever it stands; lanes of different masks have nothing to do
 // with each other, even where they execute one instruction together.
 #include <algorithm>
+#include <cstdio>
 
 #include "../check/validity.h"
 #include "../frontend/decode.h"
@@ -126,6 +127,24 @@ Step collective(Warp& w, const Instruction& i, U32 mask) {
   return Step::next;
 }
 
+std::string describe_members(Warp& w, const Group& g) {
+  const Instruction& i = w.program().code[g.pc];
+  const U32 members = w.at<U32>(i.s[kMembers])[lane_of(g.mask)];
+  char text[128];
+  std::snprintf(text, sizeof text,
+                ", member mask 0x%x, for lanes 0x%x, which do not come with that mask", members,
+                members & w.live() & ~g.mask);
+  return "waits at " + w.program().opcodes[i.opcode] + text;
+}
+
+// The last step of decoding a collective.
+void set_collective(Decoder& d, const Arg& members, Execute execute) {
+  d.out.s[kMembers] = d.source(members, Type::b32);
+  d.out.traits.wait = Wait::members;
+  d.out.traits.describe_wait = describe_members;
+  d.out.execute = execute;
+}
+
 // ---- shfl ---------------------------------------------------------------------------------------
 
 enum ShuffleMode : U16 { kUp, kDown, kBfly, kIdx };
@@ -200,8 +219,8 @@ void decode_shfl(Decoder& d) {
   } else {
     d.out.d = d.destination(to, 4);
   }
-  for (std::size_t k = 0; k < 4; ++k) d.out.s[k] = d.source(k + 1, Type::b32);
-  d.out.execute = collective<shuffle>;
+  for (std::size_t k = 0; k < kMembers; ++k) d.out.s[k] = d.source(k + 1, Type::b32);
+  set_collective(d, d.arg(4), collective<shuffle>);
 }
 
 // ---- vote, activemask, match, redux, elect ------------------------------------------------------
@@ -237,8 +256,7 @@ void decode_vote(Decoder& d) {
   if ((type == Type::b32) != (d.out.small == kBallot)) d.fail("bad type");
   d.out.d = d.out.small == kBallot ? d.destination(0, 4) : d.predicate_destination(d.arg(0));
   d.out.s[0] = d.predicate(1);
-  d.out.s[kMembers] = d.source(2, Type::b32);
-  d.out.execute = collective<vote>;
+  set_collective(d, d.arg(2), collective<vote>);
 }
 
 Step active_mask(Warp& w, const Instruction& i, U32 mask) {
@@ -289,8 +307,7 @@ void decode_match(Decoder& d) {
     d.out.d = d.destination(to, 4);
   }
   d.out.s[0] = d.source(1, type);
-  d.out.s[kMembers] = d.source(2, Type::b32);
-  d.out.execute = collective<match>;
+  set_collective(d, d.arg(2), collective<match>);
 }
 
 template <class T, class F>
@@ -336,24 +353,25 @@ void decode_redux(Decoder& d) {
   d.finish(3);
   d.out.d = d.destination(0, 4);
   d.out.s[0] = d.source(1, type);
-  d.out.s[kMembers] = d.source(2, Type::b32);
   if (size_of(type) != 4 || type == Type::f32) d.fail("not for this type");
   using S32 = std::int32_t;
   const bool sign = is_signed(type);
+  Execute execute = nullptr;
   if (op == "add")
-    d.out.execute = collective<reduce<U32, Add>>;
+    execute = collective<reduce<U32, Add>>;
   else if (op == "and")
-    d.out.execute = collective<reduce<U32, And>>;
+    execute = collective<reduce<U32, And>>;
   else if (op == "or")
-    d.out.execute = collective<reduce<U32, Or>>;
+    execute = collective<reduce<U32, Or>>;
   else if (op == "xor")
-    d.out.execute = collective<reduce<U32, Xor>>;
+    execute = collective<reduce<U32, Xor>>;
   else if (op == "min")
-    d.out.execute = sign ? collective<reduce<S32, Min>> : collective<reduce<U32, Min>>;
+    execute = sign ? collective<reduce<S32, Min>> : collective<reduce<U32, Min>>;
   else if (op == "max")
-    d.out.execute = sign ? collective<reduce<S32, Max>> : collective<reduce<U32, Max>>;
+    execute = sign ? collective<reduce<S32, Max>> : collective<reduce<U32, Max>>;
   else
     d.fail("no operation");
+  set_collective(d, d.arg(2), execute);
 }
 
 // Deterministic in hardware for a given member mask; here the lowest member.
@@ -374,8 +392,7 @@ void decode_elect(Decoder& d) {
   if (to.kind != Arg::pair) d.fail("expected d|p");
   d.out.d = d.destination(to.args[0], 4);
   d.out.d2 = d.predicate_destination(to.args[1]);
-  d.out.s[kMembers] = d.source(1, Type::b32);
-  d.out.execute = collective<elect>;
+  set_collective(d, d.arg(1), collective<elect>);
 }
 
 // Orders lanes in the strict mode too.
@@ -388,21 +405,17 @@ void warp_barrier(Warp& w, const Meeting& m) {
 void decode_warp_barrier(Decoder& d) {
   if (!d.take("sync")) d.fail("expected .sync");
   d.finish(1);
-  d.out.s[kMembers] = d.source(0, Type::b32);
-  d.out.execute = collective<warp_barrier>;
+  d.is(OpClass::warp);
+  set_collective(d, d.arg(0), collective<warp_barrier>);
 }
 
-U32 members_of(Warp& w, const Instruction& i, int lane) {
-  return w.at<U32>(i.s[kMembers])[lane];
-}
-
-void add_collectives(DecodeTable& t) {
-  t["shfl"] = decode_shfl;
-  t["vote"] = decode_vote;
-  t["activemask"] = decode_activemask;
-  t["match"] = decode_match;
-  t["redux"] = decode_redux;
-  t["elect"] = decode_elect;
+void add_collectives(OpcodeTable& t) {
+  t["shfl"] = {decode_shfl, {OpClass::shuffle}};
+  t["vote"] = {decode_vote, {OpClass::warp}};
+  t["activemask"] = {decode_activemask, {OpClass::warp}};
+  t["match"] = {decode_match, {OpClass::warp}};
+  t["redux"] = {decode_redux, {OpClass::warp}};
+  t["elect"] = {decode_elect, {OpClass::warp}};
 }
 
 }  // namespace torchext::sim

@@ -317,6 +317,7 @@ void decode_setp(Decoder& d) {
                   : type == Type::bf16x2 ? pair_comparison<AsBf16>(op, false)
                                          : comparison_of(type, op, false);
   if (d.out.execute == nullptr) d.fail("no such comparison for this type");
+  if (type == Type::f64) d.is(OpClass::fp64);
 }
 
 void decode_set(Decoder& d) {
@@ -342,6 +343,7 @@ void decode_set(Decoder& d) {
                   : type == Type::bf16x2 ? pair_comparison<AsBf16>(op, true)
                                          : comparison_of(type, op, true);
   if (d.out.execute == nullptr) d.fail("no such comparison for this type");
+  if (type == Type::f64) d.is(OpClass::fp64);
 }
 
 // Each lane takes s[0] where `first` says so, else s[1], and its valid bits with it. `decided`:
@@ -438,12 +440,12 @@ void decode_slct(Decoder& d) {
 
 }  // namespace
 
-void add_compare(DecodeTable& t) {
-  t["setp"] = decode_setp;
-  t["set"] = decode_set;
-  t["testp"] = decode_testp;
-  t["selp"] = decode_selp;
-  t["slct"] = decode_slct;
+void add_compare(OpcodeTable& t) {
+  t["setp"] = {decode_setp, {OpClass::alu, OpClass::fp64}};
+  t["set"] = {decode_set, {OpClass::alu, OpClass::fp64}};
+  t["testp"] = {decode_testp, {OpClass::alu}};
+  t["selp"] = {decode_selp, {OpClass::alu}};
+  t["slct"] = {decode_slct, {OpClass::alu}};
 }
 
 }  // namespace torchext::sim

@@ -18,12 +18,13 @@ Step bra(Warp& w, const Instruction& i, U32 mask) {
 void decode_bra(Decoder& d) {
   d.take("uni");
   d.finish(1);
-  d.out.target = d.label(d.arg(0));
+  d.out.traits.flow = Flow::branch;
+  d.out.targets.push_back(d.label(d.arg(0)));
   d.out.execute = bra;
 }
 
 Step brx(Warp& w, const Instruction& i, U32 mask) {
-  const auto& targets = *static_cast<const std::vector<U32>*>(i.extra);
+  const std::vector<U32>& targets = i.targets;
   w.need(i.s[0], mask, "as a branch index");
   U32 to[32] = {};
   for_lanes(mask, [&](int l) {
@@ -46,14 +47,13 @@ void decode_brx(Decoder& d) {
   d.take("uni");
   d.finish(2);
   d.out.s[0] = d.source(0, Type::u32);
-  std::vector<U32> targets;
+  d.out.traits.flow = Flow::branch;
   for (const std::string& name : d.branch_table(d.arg(1)).targets) {
     Arg label;
     label.kind = Arg::name;
     label.text = name;
-    targets.push_back(d.label(label));
+    d.out.targets.push_back(d.label(label));
   }
-  d.own(std::move(targets));
   d.out.execute = brx;
 }
 
@@ -69,10 +69,11 @@ Step trap(Warp& w, const Instruction&, U32 mask) {
   throw LaunchStopped{};
 }
 
-template <Step (*execute)(Warp&, const Instruction&, U32)>
+template <Step (*execute)(Warp&, const Instruction&, U32), Flow flow>
 void decode_plain(Decoder& d) {
   d.take("uni");
   d.finish(0);
+  d.out.traits.flow = flow;
   d.out.execute = execute;
 }
 
@@ -82,12 +83,12 @@ Step nothing(Warp&, const Instruction&, U32) {
 
 }  // namespace
 
-void add_control(DecodeTable& t) {
-  t["bra"] = decode_bra;
-  t["brx"] = decode_brx;
-  t["exit"] = decode_plain<exit>;
-  t["trap"] = decode_plain<trap>;
-  t["brkpt"] = decode_plain<nothing>;
+void add_control(OpcodeTable& t) {
+  t["bra"] = {decode_bra, {OpClass::control}};
+  t["brx"] = {decode_brx, {OpClass::control}};
+  t["exit"] = {decode_plain<exit, Flow::exit>, {OpClass::control}};
+  t["trap"] = {decode_plain<trap, Flow::trap>, {OpClass::control}};
+  t["brkpt"] = {decode_plain<nothing, Flow::next>, {OpClass::machine}};
 }
 
 }  // namespace torchext::sim

@@ -389,8 +389,8 @@ void decode_cvt(Decoder& d) {
 
 }  // namespace
 
-void add_convert(DecodeTable& t) {
-  t["cvt"] = decode_cvt;
+void add_convert(OpcodeTable& t) {
+  t["cvt"] = {decode_cvt, {OpClass::convert}};
 }
 
 }  // namespace torchext::sim

@@ -118,6 +118,9 @@ void decode_copy(Decoder& d) {
       c.size = d.source(a, Type::u32);
     }
   }
+  d.reads(Space::global, c.bytes);
+  d.writes(Space::shared, c.bytes);
+  d.out.traits.completion = Completion::copy_group;
   d.own(c);
   d.out.execute = copy;
 }
@@ -203,7 +206,17 @@ void decode_arrive(Decoder& d) {
   d.finish(1);
   d.out.small |= static_cast<U16>(space);
   d.out.s[0] = d.address(d.arg(0), &d.out.offset, &space);
+  d.is(OpClass::mbarrier);
+  d.reads(space, 8);
+  d.writes(space, 8);
+  d.out.traits.completion = Completion::mbarrier;
   d.out.execute = arrive_later;
+}
+
+void set_wait(Decoder& d) {
+  d.is(OpClass::async_group);
+  d.out.traits.wait = Wait::copy_group;
+  d.out.execute = wait;
 }
 
 void decode_cp(Decoder& d) {
@@ -216,20 +229,19 @@ void decode_cp(Decoder& d) {
   if (reduce) d.fail("unknown form");
   if (d.take("commit_group")) {
     d.finish(0);
+    d.is(OpClass::async_group);
     d.out.execute = commit;
     return;
   }
   if (d.take("wait_group")) {
     d.finish(1);
     d.out.target = static_cast<U32>(d.immediate(0));
-    d.out.execute = wait;
-    return;
+    return set_wait(d);
   }
   if (d.take("wait_all")) {
     d.finish(0);
     d.out.small = 1;
-    d.out.execute = wait;
-    return;
+    return set_wait(d);
   }
   if (d.take("mbarrier")) return decode_arrive(d);
   decode_copy(d);
@@ -237,8 +249,9 @@ void decode_cp(Decoder& d) {
 
 }  // namespace
 
-void add_copies(DecodeTable& t) {
-  t["cp"] = decode_cp;
+void add_copies(OpcodeTable& t) {
+  t["cp"] = {decode_cp,
+             {OpClass::async_copy, OpClass::async_group, OpClass::bulk_copy, OpClass::mbarrier}};
 }
 
 }  // namespace torchext::sim

@@ -375,6 +375,11 @@ void operands(Decoder& d, Type type, std::size_t sources, Execute execute) {
 void decode_float_arithmetic(Decoder& d, Type type) {
   if (type == Type::f64) return decode_f64_arithmetic(d);
   const std::string& op = d.opcode();
+  const bool sum = op == "add" || op == "sub" || op == "mul" || op == "fma" || op == "mad";
+  d.is(type != Type::f32 ? OpClass::fp16
+       : sum             ? OpClass::fp32
+       : op == "div"     ? OpClass::special
+                         : OpClass::alu);
   const bool rounded = take_rounding(d);
   take_modes(d);
   const bool full = d.take("full"), approximate = d.take("approx");
@@ -460,17 +465,17 @@ void decode_approximate(Decoder& d) {
 
 }  // namespace
 
-void add_floating(DecodeTable& t) {
-  t["fma"] = decode_with_type;
-  t["copysign"] = decode_with_type;
-  t["rcp"] = decode_root<Rcp32>;
-  t["sqrt"] = decode_root<Sqrt32>;
-  t["rsqrt"] = decode_root<Rsqrt32>;
-  t["ex2"] = decode_approximate<Ex2, HEx2>;
-  t["lg2"] = decode_approximate<Lg2, void>;
-  t["sin"] = decode_approximate<Sin, void>;
-  t["cos"] = decode_approximate<Cos, void>;
-  t["tanh"] = decode_approximate<Tanh, HTanh>;
+void add_floating(OpcodeTable& t) {
+  t["fma"] = {decode_with_type, {OpClass::fp32, OpClass::fp16, OpClass::fp64}};
+  t["copysign"] = {decode_with_type, {OpClass::alu, OpClass::fp64}};
+  t["rcp"] = {decode_root<Rcp32>, {OpClass::special, OpClass::fp64}};
+  t["sqrt"] = {decode_root<Sqrt32>, {OpClass::special, OpClass::fp64}};
+  t["rsqrt"] = {decode_root<Rsqrt32>, {OpClass::special, OpClass::fp64}};
+  t["ex2"] = {decode_approximate<Ex2, HEx2>, {OpClass::special}};
+  t["lg2"] = {decode_approximate<Lg2, void>, {OpClass::special}};
+  t["sin"] = {decode_approximate<Sin, void>, {OpClass::special}};
+  t["cos"] = {decode_approximate<Cos, void>, {OpClass::special}};
+  t["tanh"] = {decode_approximate<Tanh, HTanh>, {OpClass::special}};
 }
 
 }  // namespace torchext::sim

@@ -107,6 +107,7 @@ void operands(Decoder& d, std::size_t sources, Execute execute) {
 }  // namespace
 
 void decode_f64_arithmetic(Decoder& d) {
+  d.is(OpClass::fp64);
   const std::string& op = d.opcode();
   const std::string rounding = d.take_one_of({"rn", "rz", "rm", "rp"});
   d.out.offset = rounding_mode(rounding);
@@ -125,6 +126,7 @@ void decode_f64_arithmetic(Decoder& d) {
 }
 
 void decode_f64_root(Decoder& d) {
+  d.is(OpClass::fp64);
   const std::string& op = d.opcode();
   if (d.take("approx")) {
     const bool upper = d.take("ftz");

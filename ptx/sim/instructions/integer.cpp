@@ -566,18 +566,21 @@ void decode_dot(Decoder& d) {
 
 }  // namespace
 
-void add_integer(DecodeTable& t) {
-  t["add"] = t["sub"] = t["addc"] = t["subc"] = decode_add_sub;
-  t["mul"] = decode_mul;
-  t["mad"] = t["madc"] = decode_mad;
-  t["div"] = decode_binary<Div, true>;
-  t["rem"] = decode_binary<Rem, false>;
-  t["min"] = t["max"] = decode_min_max;
-  t["abs"] = decode_signed_unary<Abs>;
-  t["neg"] = decode_signed_unary<Neg>;
-  t["sad"] = decode_ternary<Sad>;
-  t["mul24"] = t["mad24"] = decode_mul24;
-  t["dp4a"] = t["dp2a"] = decode_dot;
+void add_integer(OpcodeTable& t) {
+  t["add"] =
+      t["sub"] = {decode_add_sub, {OpClass::alu, OpClass::fp32, OpClass::fp16, OpClass::fp64}};
+  t["addc"] = t["subc"] = {decode_add_sub, {OpClass::alu}};
+  t["mul"] = {decode_mul, {OpClass::multiply, OpClass::fp32, OpClass::fp16, OpClass::fp64}};
+  t["mad"] = {decode_mad, {OpClass::multiply, OpClass::fp32, OpClass::fp64}};
+  t["madc"] = {decode_mad, {OpClass::multiply}};
+  t["div"] = {decode_binary<Div, true>, {OpClass::multiply, OpClass::special, OpClass::fp64}};
+  t["rem"] = {decode_binary<Rem, false>, {OpClass::multiply}};
+  t["min"] = t["max"] = {decode_min_max, {OpClass::alu, OpClass::fp16, OpClass::fp64}};
+  t["abs"] = {decode_signed_unary<Abs>, {OpClass::alu, OpClass::fp16, OpClass::fp64}};
+  t["neg"] = {decode_signed_unary<Neg>, {OpClass::alu, OpClass::fp16, OpClass::fp64}};
+  t["sad"] = {decode_ternary<Sad>, {OpClass::alu}};
+  t["mul24"] = t["mad24"] = {decode_mul24, {OpClass::multiply}};
+  t["dp4a"] = t["dp2a"] = {decode_dot, {OpClass::multiply}};
 }
 
 }  // namespace torchext::sim

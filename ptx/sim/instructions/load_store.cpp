@@ -162,6 +162,7 @@ void decode_load(Decoder& d) {
     d.out.list.push_back(d.destination_at_least(a, static_cast<int>(t.bytes)));
   d.out.s[0] = d.address(d.arg(1), &d.out.offset, &t.space);
   if (d.has_cache_policy) d.source(2, Type::b64);
+  d.reads(t.space, t.bytes * t.elements, t.noncoherent ? Proxy::noncoherent : Proxy::generic);
   d.own(t);
   d.out.execute = load;
 }
@@ -180,6 +181,7 @@ void decode_store(Decoder& d) {
                                               : a.kind == Arg::real               ? Type::f32
                                                                                   : type));
   if (d.has_cache_policy) d.source(2, Type::b64);
+  d.writes(t.space, t.bytes * t.elements);
   d.own(t);
   d.out.execute = store;
 }
@@ -330,6 +332,7 @@ void decode_prefetch(Decoder& d) {
   Space space = Space::generic;
   d.finish(1);
   d.out.s[0] = d.address(d.arg(0), &d.out.offset, &space);
+  if (of_map) d.reads(Space::generic, 128, Proxy::tensormap);
   d.out.execute = of_map ? prefetch_map : nothing;
 }
 
@@ -349,6 +352,7 @@ void decode_discard(Decoder& d) {
   d.finish(2);
   if (d.immediate(1) != 128) d.fail("the size must be 128");
   d.out.s[0] = d.address(d.arg(0), &d.out.offset, &space);
+  d.writes(Space::global, 128);
   d.out.execute = discard;
 }
 
@@ -387,19 +391,19 @@ void decode_createpolicy(Decoder& d) {
 
 }  // namespace
 
-void add_load_store(DecodeTable& t) {
-  t["ld"] = decode_load;
-  t["ldu"] = decode_load;
-  t["st"] = decode_store;
-  t["cvta"] = decode_cvta;
-  t["isspacep"] = decode_isspacep;
-  t["mapa"] = decode_mapa;
-  t["getctarank"] = decode_getctarank;
-  t["prefetch"] = decode_prefetch;
-  t["prefetchu"] = decode_prefetch;
-  t["discard"] = decode_discard;
-  t["applypriority"] = decode_applypriority;
-  t["createpolicy"] = decode_createpolicy;
+void add_load_store(OpcodeTable& t) {
+  t["ld"] = {decode_load, {OpClass::load}};
+  t["ldu"] = {decode_load, {OpClass::load}};
+  t["st"] = {decode_store, {OpClass::store, OpClass::async_store}};
+  t["cvta"] = {decode_cvta, {OpClass::move}};
+  t["isspacep"] = {decode_isspacep, {OpClass::move}};
+  t["mapa"] = {decode_mapa, {OpClass::move}};
+  t["getctarank"] = {decode_getctarank, {OpClass::move}};
+  t["prefetch"] = {decode_prefetch, {OpClass::hint}};
+  t["prefetchu"] = {decode_prefetch, {OpClass::hint}};
+  t["discard"] = {decode_discard, {OpClass::store}};
+  t["applypriority"] = {decode_applypriority, {OpClass::hint}};
+  t["createpolicy"] = {decode_createpolicy, {OpClass::hint}};
 }
 
 }  // namespace torchext::sim

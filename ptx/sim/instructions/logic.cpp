@@ -249,16 +249,16 @@ void decode_shf(Decoder& d) {
 
 }  // namespace
 
-void add_logic(DecodeTable& t) {
-  t["and"] = decode_bitwise<And>;
-  t["or"] = decode_bitwise<Or>;
-  t["xor"] = decode_bitwise<Xor>;
-  t["not"] = decode_not<Not>;
-  t["cnot"] = decode_not<Cnot>;
-  t["shl"] = decode_shift<Shl>;
-  t["shr"] = decode_shift<Shr>;
-  t["lop3"] = decode_lop3;
-  t["shf"] = decode_shf;
+void add_logic(OpcodeTable& t) {
+  t["and"] = {decode_bitwise<And>, {OpClass::alu}};
+  t["or"] = {decode_bitwise<Or>, {OpClass::alu}};
+  t["xor"] = {decode_bitwise<Xor>, {OpClass::alu}};
+  t["not"] = {decode_not<Not>, {OpClass::alu}};
+  t["cnot"] = {decode_not<Cnot>, {OpClass::alu}};
+  t["shl"] = {decode_shift<Shl>, {OpClass::alu}};
+  t["shr"] = {decode_shift<Shr>, {OpClass::alu}};
+  t["lop3"] = {decode_lop3, {OpClass::alu}};
+  t["shf"] = {decode_shf, {OpClass::alu}};
 }
 
 }  // namespace torchext::sim

@@ -108,6 +108,11 @@ void decode_matrices(Decoder& d) {
     d.out.list.push_back(load ? d.destination(a, 4) : d.source(a, Type::b32));
   d.out.s[0] = d.address(d.arg(load ? 1 : 0), &d.out.offset, &m.space);
   d.out.aligned = true;
+  const auto bytes = static_cast<std::uint32_t>(4 * m.count);  // of each lane's registers
+  if (load)
+    d.reads(m.space, bytes);
+  else
+    d.writes(m.space, bytes);
   d.own(m);
   d.out.execute = load ? load_matrix : store_matrix;
 }
@@ -142,10 +147,10 @@ void decode_movmatrix(Decoder& d) {
 
 }  // namespace
 
-void add_matrix(DecodeTable& t) {
-  t["ldmatrix"] = decode_matrices<true>;
-  t["stmatrix"] = decode_matrices<false>;
-  t["movmatrix"] = decode_movmatrix;
+void add_matrix(OpcodeTable& t) {
+  t["ldmatrix"] = {decode_matrices<true>, {OpClass::matrix_memory}};
+  t["stmatrix"] = {decode_matrices<false>, {OpClass::matrix_memory}};
+  t["movmatrix"] = {decode_movmatrix, {OpClass::shuffle}};
 }
 
 }  // namespace torchext::sim

@@ -102,6 +102,7 @@ void decode_init(Decoder& d) {
   Space space = space_of(d.out);
   d.out.s[0] = d.address(d.arg(0), &d.out.offset, &space);
   d.out.s[1] = d.source(1, Type::u32);
+  d.writes(space, 8);
   d.out.execute = init;
 }
 
@@ -131,6 +132,7 @@ void decode_inval(Decoder& d) {
   d.finish(1);
   Space space = space_of(d.out);
   d.out.s[0] = d.address(d.arg(0), &d.out.offset, &space);
+  d.writes(space, 8);
   d.out.execute = inval;
 }
 
@@ -233,6 +235,8 @@ void decode_arrive(Decoder& d, bool drop) {
   const bool has_count = d.count() == k + 2;
   if ((flags & (kExpect | kNoComplete)) && !has_count) d.fail("a count is missing");
   d.out.s[1] = has_count ? d.source(k + 1, Type::u32) : d.constant(1, 4);
+  d.reads(space, 8);
+  d.writes(space, 8);
   d.out.execute = arrive_at;
 }
 
@@ -263,6 +267,8 @@ void decode_transactions(Decoder& d) {
   d.out.small = static_cast<U16>(space);
   d.out.s[0] = d.address(d.arg(0), &d.out.offset, &space);
   d.out.s[1] = d.source(1, Type::u32);
+  d.reads(space, 8);
+  d.writes(space, 8);
   d.out.execute = transactions<sign>;
 }
 
@@ -321,6 +327,37 @@ Step wait(Warp& w, const Instruction& i, U32 mask) {
   return Step::next;
 }
 
+// Of the phase that the mbarrier is in.
+std::string what_is_missing(const MBarrier& m) {
+  const std::string arrivals =
+      std::to_string(m.pending) + " of " + std::to_string(m.expected) + " arrivals";
+  if (m.transactions >= 0)
+    return "and lacks " + arrivals + " and " + std::to_string(m.transactions) + " bytes";
+  const std::string surplus = std::to_string(-m.transactions) +
+                              " more bytes arrived than were expected (expect_tx is too small)";
+  if (m.pending == 0) return "and lacks no arrival, but " + surplus;
+  return "and lacks " + arrivals + "; " + surplus;
+}
+
+std::string describe_wait(Warp& w, const Group& g) {
+  const Instruction& i = w.program().code[g.pc];
+  const auto lane = static_cast<int>(lane_of(g.mask));
+  const auto at = static_cast<U32>(address_of(w, i, lane));
+  const U32 rank = at >> kSharedRankShift, offset = at & kSharedOffsetMask;
+  Cta& cta = rank == 0 ? w.cta() : *w.cluster().ctas[rank - 1];
+  const auto it = cta.mbarriers.find(offset);
+  if (it == cta.mbarriers.end()) return "waits at " + w.program().opcodes[i.opcode];
+  const MBarrier& m = it->second;
+  const bool parity = i.small & kParity;
+  const U64 operand = w.integer(i.s[1], lane);
+  char text[128];
+  std::snprintf(text, sizeof text, "waits for %s %llu of mbarrier 0x%x, which is in phase %llu ",
+                parity ? "parity" : "phase",
+                static_cast<unsigned long long>(parity ? operand & 1 : operand >> 32), offset,
+                static_cast<unsigned long long>(m.phase));
+  return text + what_is_missing(m);
+}
+
 template <bool patient>
 void decode_wait(Decoder& d) {
   U16 flags = patient ? kTry : 0;
@@ -338,6 +375,10 @@ void decode_wait(Decoder& d) {
   d.out.s[0] = d.address(d.arg(1), &d.out.offset, &space);
   d.out.s[1] = d.source(2, flags & kParity ? Type::u32 : Type::b64);
   if (d.count() == 4) d.source(3, Type::u32);  // time hint
+  if (patient) d.out.traits.wait = Wait::mbarrier;
+  d.out.traits.times_out = patient;
+  d.out.traits.describe_wait = describe_wait;
+  d.reads(space, 8);
   d.out.execute = wait;
 }
 
@@ -440,12 +481,8 @@ void complete_transactions(Cta& cta, U32 offset, std::int64_t bytes) {
   complete_if_ready(cta, it->second);
 }
 
-bool is_try_wait(const Instruction& i) {
-  return i.execute == wait && (i.small & kTry);
-}
-
-void add_mbarrier(DecodeTable& t) {
-  t["mbarrier"] = decode_mbarrier;
+void add_mbarrier(OpcodeTable& t) {
+  t["mbarrier"] = {decode_mbarrier, {OpClass::mbarrier}};
 }
 
 }  // namespace torchext::sim

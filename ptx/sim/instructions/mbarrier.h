@@ -21,6 +21,4 @@ void expect_transactions(MBarrier& barrier, std::int64_t bytes);
 // By offset, since the barrier may be gone (inval) or in another phase when the bytes land.
 void complete_transactions(Cta& cta, std::uint32_t offset, std::int64_t bytes);
 
-bool is_try_wait(const Instruction& i);
-
 }  // namespace torchext::sim

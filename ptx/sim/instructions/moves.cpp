@@ -148,8 +148,8 @@ void decode_mov(Decoder& d) {
 
 }  // namespace
 
-void add_moves(DecodeTable& t) {
-  t["mov"] = decode_mov;
+void add_moves(OpcodeTable& t) {
+  t["mov"] = {decode_mov, {OpClass::move}};
 }
 
 }  // namespace torchext::sim

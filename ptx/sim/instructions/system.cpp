@@ -1,4 +1,6 @@
 // Fences, setmaxnreg, griddepcontrol, nanosleep and other instructions about the machine itself.
+#include <algorithm>
+
 #include "../check/map_fences.h"
 #include "../frontend/decode.h"
 #include "lanes.h"
@@ -176,6 +178,13 @@ Step set_registers(Warp& w, const Instruction& i, U32 mask) {
   return Step::next;
 }
 
+std::string describe_registers(Warp& w, const Group& g) {
+  const Instruction& i = w.program().code[g.pc];
+  return "waits for registers: setmaxnreg to " + std::to_string(i.target) + " from " +
+         std::to_string(w.registers) + ", but the CTA's pool has " +
+         std::to_string(w.cta().register_pool) + " left";
+}
+
 void decode_setmaxnreg(Decoder& d) {
   d.out.small = d.take("inc");
   if (!d.out.small && !d.take("dec")) d.fail("expected .inc or .dec");
@@ -185,6 +194,11 @@ void decode_setmaxnreg(Decoder& d) {
   d.out.target = static_cast<U32>(d.immediate(0));
   if (d.out.target < 24 || d.out.target > 256 || d.out.target % 8 != 0)
     d.fail("the count must be a multiple of 8 from 24 to 256");
+  Program& program = d.builder().program();
+  program.most_registers = std::max(program.most_registers, d.out.target);
+  program.asks_for_registers |= d.out.small != 0;
+  if (d.out.small) d.out.traits.wait = Wait::registers;
+  d.out.traits.describe_wait = describe_registers;
   d.out.aligned = true;
   d.out.execute = set_registers;
 }
@@ -215,12 +229,12 @@ void decode_pmevent(Decoder& d) {
 
 }  // namespace
 
-void add_system(DecodeTable& t) {
-  t["fence"] = t["membar"] = decode_fence;
-  t["setmaxnreg"] = decode_setmaxnreg;
-  t["griddepcontrol"] = decode_griddepcontrol;
-  t["nanosleep"] = decode_nanosleep;
-  t["pmevent"] = decode_pmevent;
+void add_system(OpcodeTable& t) {
+  t["fence"] = t["membar"] = {decode_fence, {OpClass::fence}};
+  t["setmaxnreg"] = {decode_setmaxnreg, {OpClass::machine}};
+  t["griddepcontrol"] = {decode_griddepcontrol, {OpClass::machine}};
+  t["nanosleep"] = {decode_nanosleep, {OpClass::machine}};
+  t["pmevent"] = {decode_pmevent, {OpClass::machine}};
 }
 
 }  // namespace torchext::sim

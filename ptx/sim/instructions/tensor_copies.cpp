@@ -345,6 +345,7 @@ void take_map(Decoder& d, TensorCopy& c, const Arg& arg) {
 }  // namespace
 
 void decode_bulk_tensor(Decoder& d, bool reduce) {
+  d.is(OpClass::bulk_copy);
   TensorCopy c;
   if (d.take("prefetch")) {
     c.rank = take_rank(d);
@@ -354,6 +355,7 @@ void decode_bulk_tensor(Decoder& d, bool reduce) {
     d.take_cache_hints();
     d.finish(d.has_cache_policy ? 2 : 1);
     take_map(d, c, d.arg(0));
+    d.reads(Space::global, 0, Proxy::async);
     d.own(c);
     d.out.execute = prefetch;
     return;
@@ -388,6 +390,12 @@ void decode_bulk_tensor(Decoder& d, bool reduce) {
     c.barrier = d.address(d.arg(2), &c.barrier_offset, &space);
     if (c.multicast) c.mask = d.source(3, Type::u16);
   }
+  d.reads(c.store ? Space::shared : Space::global, 0, Proxy::async);
+  d.writes(c.store          ? Space::global
+           : c.own_cta_only ? Space::shared
+                            : Space::shared_cluster,
+           0, Proxy::async);
+  d.out.traits.completion = c.store ? Completion::bulk_group : Completion::mbarrier;
   d.own(c);
   d.out.execute = copy;
 }

@@ -82,6 +82,7 @@ void decode_replace(Decoder& d) {
   d.out.s[0] = d.address(d.arg(0), &d.out.offset, &r.space);
   d.out.s[1] = d.source(has_ordinal ? 2 : 1, type);
   d.own(r);
+  d.writes(r.space, 8);
   d.out.execute = replace;
 }
 
@@ -134,6 +135,9 @@ void decode_copy_and_fence(Decoder& d) {
   d.out.s[1] = d.address(d.arg(1), &from_offset, &from);
   d.own(from_offset);
   d.out.aligned = true;
+  d.is(OpClass::fence);
+  d.reads(Space::shared, kMapBytes);
+  d.writes(Space::global, kMapBytes);
   d.out.execute = copy_and_fence;
 }
 
@@ -145,8 +149,8 @@ void decode_tensormap(Decoder& d) {
 
 }  // namespace
 
-void add_tensormap(DecodeTable& t) {
-  t["tensormap"] = decode_tensormap;
+void add_tensormap(OpcodeTable& t) {
+  t["tensormap"] = {decode_tensormap, {OpClass::store, OpClass::fence}};
 }
 
 }  // namespace torchext::sim

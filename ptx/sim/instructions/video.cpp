@@ -318,13 +318,13 @@ void decode_video(Decoder& d) {
 
 }  // namespace
 
-void add_video(DecodeTable& t) {
-  t["vadd"] = t["vsub"] = t["vabsdiff"] = t["vmin"] = t["vmax"] = decode_video;
-  t["vshl"] = t["vshr"] = t["vmad"] = t["vset"] = decode_video;
-  t["vadd2"] = t["vsub2"] = t["vavrg2"] = t["vabsdiff2"] = decode_video;
-  t["vmin2"] = t["vmax2"] = t["vset2"] = decode_video;
-  t["vadd4"] = t["vsub4"] = t["vavrg4"] = t["vabsdiff4"] = decode_video;
-  t["vmin4"] = t["vmax4"] = t["vset4"] = decode_video;
+void add_video(OpcodeTable& t) {
+  t["vadd"] = t["vsub"] = t["vabsdiff"] = t["vmin"] = t["vmax"] = {decode_video, {OpClass::alu}};
+  t["vshl"] = t["vshr"] = t["vmad"] = t["vset"] = {decode_video, {OpClass::alu}};
+  t["vadd2"] = t["vsub2"] = t["vavrg2"] = t["vabsdiff2"] = {decode_video, {OpClass::alu}};
+  t["vmin2"] = t["vmax2"] = t["vset2"] = {decode_video, {OpClass::alu}};
+  t["vadd4"] = t["vsub4"] = t["vavrg4"] = t["vabsdiff4"] = {decode_video, {OpClass::alu}};
+  t["vmin4"] = t["vmax4"] = t["vset4"] = {decode_video, {OpClass::alu}};
 }
 
 }  // namespace torchext::sim

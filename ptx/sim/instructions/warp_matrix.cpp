@@ -79,30 +79,25 @@ using U64 = std::uint64_t;
 constexpr int kMostElements = 256;       // of C: m16n16, m32n8
 constexpr int kMostBytes = 16 * 64 * 2;  // of A or B: m16n8k16 f64
 
+// Which shapes there are; targets.cpp says for which target.
 struct Shapes {
   bool wmma;
   const char* type;
-  int least_target;
   MatrixShape shape;
 };
 const Shapes kShapes[] = {
-    {false, "f16", 75, {16, 8, 8}},   {false, "f16", 80, {16, 8, 16}},
-    {false, "bf16", 80, {16, 8, 8}},  {false, "bf16", 80, {16, 8, 16}},
-    {false, "tf32", 80, {16, 8, 4}},  {false, "tf32", 80, {16, 8, 8}},
-    {false, "fp8", 89, {16, 8, 16}},  {false, "fp8", 89, {16, 8, 32}},
-    {false, "8", 75, {8, 8, 16}},     {false, "8", 80, {16, 8, 16}},
-    {false, "8", 80, {16, 8, 32}},    {false, "4", 75, {8, 8, 32}},
-    {false, "4", 80, {16, 8, 32}},    {false, "4", 80, {16, 8, 64}},
-    {false, "b1", 75, {8, 8, 128}},   {false, "b1", 80, {16, 8, 128}},
-    {false, "b1", 80, {16, 8, 256}},  {false, "f64", 80, {8, 8, 4}},
-    {false, "f64", 90, {16, 8, 4}},   {false, "f64", 90, {16, 8, 8}},
-    {false, "f64", 90, {16, 8, 16}},  {true, "f16", 70, {16, 16, 16}},
-    {true, "f16", 70, {32, 8, 16}},   {true, "f16", 70, {8, 32, 16}},
-    {true, "bf16", 80, {16, 16, 16}}, {true, "bf16", 80, {32, 8, 16}},
-    {true, "bf16", 80, {8, 32, 16}},  {true, "8", 72, {16, 16, 16}},
-    {true, "8", 72, {32, 8, 16}},     {true, "8", 72, {8, 32, 16}},
-    {true, "tf32", 80, {16, 16, 8}},  {true, "f64", 80, {8, 8, 4}},
-    {true, "4", 75, {8, 8, 32}},      {true, "b1", 75, {8, 8, 128}},
+    {false, "f16", {16, 8, 8}},   {false, "f16", {16, 8, 16}}, {false, "bf16", {16, 8, 8}},
+    {false, "bf16", {16, 8, 16}}, {false, "tf32", {16, 8, 4}}, {false, "tf32", {16, 8, 8}},
+    {false, "fp8", {16, 8, 16}},  {false, "fp8", {16, 8, 32}}, {false, "8", {8, 8, 16}},
+    {false, "8", {16, 8, 16}},    {false, "8", {16, 8, 32}},   {false, "4", {8, 8, 32}},
+    {false, "4", {16, 8, 32}},    {false, "4", {16, 8, 64}},   {false, "b1", {8, 8, 128}},
+    {false, "b1", {16, 8, 128}},  {false, "b1", {16, 8, 256}}, {false, "f64", {8, 8, 4}},
+    {false, "f64", {16, 8, 4}},   {false, "f64", {16, 8, 8}},  {false, "f64", {16, 8, 16}},
+    {true, "f16", {16, 16, 16}},  {true, "f16", {32, 8, 16}},  {true, "f16", {8, 32, 16}},
+    {true, "bf16", {16, 16, 16}}, {true, "bf16", {32, 8, 16}}, {true, "bf16", {8, 32, 16}},
+    {true, "8", {16, 16, 16}},    {true, "8", {32, 8, 16}},    {true, "8", {8, 32, 16}},
+    {true, "tf32", {16, 16, 8}},  {true, "f64", {8, 8, 4}},    {true, "4", {8, 8, 32}},
+    {true, "b1", {8, 8, 128}},
 };
 
 std::string family_of(const std::string& type) {
@@ -129,10 +124,7 @@ void check_shape(Decoder& d, bool wmma, const std::string& type, const MatrixSha
   for (const Shapes& s : kShapes) {
     if (s.wmma != wmma || family_of(type) != s.type) continue;
     known = true;
-    if (!(s.shape == shape)) continue;
-    if (d.target() < s.least_target)
-      d.fail("this shape needs sm_" + std::to_string(s.least_target) + " or later");
-    return;
+    if (s.shape == shape) return;
   }
   d.fail(known ? "." + type + " does not come in this shape" : "unsupported operand type ." + type);
 }
@@ -288,11 +280,10 @@ void require_wmma_shape(Decoder& d, bool accumulator, const std::string& type,
                                       : type == "f64" && name == "f64";
     if (!fits) continue;
     for (const Shapes& s : kShapes) {
-      if (s.wmma && s.shape == shape && s.type == family_of(name) && d.target() >= s.least_target)
-        return;
+      if (s.wmma && s.shape == shape && s.type == family_of(name)) return;
     }
   }
-  d.fail("." + type + " does not come in this shape for sm_" + std::to_string(d.target()));
+  d.fail("." + type + " does not come in this shape");
 }
 
 WarpProduct take_product(Decoder& d, bool wmma) {
@@ -358,7 +349,6 @@ WarpProduct take_product(Decoder& d, bool wmma) {
   p.a_signed = a == "s8" || a == "s4";
   p.b_signed = b == "s8" || b == "s4";
   p.conjunction = operation == "and";
-  if (p.conjunction && d.target() < 80) d.fail(".and.popc needs sm_80 or later");
   return p;
 }
 
@@ -404,8 +394,8 @@ void decode_mma(Decoder& d) {
 
 }  // namespace
 
-void add_mma(DecodeTable& t) {
-  t["mma"] = decode_mma;
+void add_mma(OpcodeTable& t) {
+  t["mma"] = {decode_mma, {OpClass::mma}};
 }
 
 }  // namespace torchext::sim

@@ -372,6 +372,8 @@ void decode_mma_async(Decoder& d) {
     if (!s.a_in_registers) s.transpose_a = d.immediate(at++) != 0;
     s.transpose_b = d.immediate(at) != 0;
   }
+  d.reads(Space::shared, 0, Proxy::async);
+  d.out.traits.completion = Completion::wgmma_group;
   d.own(s);
   d.out.execute = issue;
 }
@@ -386,11 +388,14 @@ void decode_wgmma(Decoder& d) {
   if (is_wait) {
     d.finish(1);
     d.out.target = static_cast<U32>(d.immediate(0));
+    d.is(OpClass::async_group);
+    d.out.traits.wait = Wait::wgmma_group;
     d.out.execute = wait;
     return;
   }
   if (!is_fence && !is_commit) d.fail("unknown form");
   d.finish(0);
+  d.is(is_fence ? OpClass::fence : OpClass::async_group);
   d.out.execute = is_fence ? fence : commit;
 }
 
@@ -449,8 +454,8 @@ void compute(Warp& w, PendingWgmma& p) {
   p.done = true;
 }
 
-void add_wgmma(DecodeTable& t) {
-  t["wgmma"] = decode_wgmma;
+void add_wgmma(OpcodeTable& t) {
+  t["wgmma"] = {decode_wgmma, {OpClass::wgmma, OpClass::async_group, OpClass::fence}};
 }
 
 }  // namespace torchext::sim

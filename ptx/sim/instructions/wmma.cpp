@@ -206,6 +206,12 @@ void decode_tile(Decoder& d, bool load) {
                     : t.part == Tile::b ? (along_rows ? shape.n : shape.k)
                                         : (along_rows ? shape.n : shape.m);
   d.out.s[1] = d.count() == 3 ? d.source(2, Type::u32) : d.constant(static_cast<U64>(dense), 4);
+  d.is(OpClass::matrix_memory);
+  const auto bytes = static_cast<U32>(t.distinct() * size_of(held));
+  if (load)
+    d.reads(t.space, bytes);
+  else
+    d.writes(t.space, bytes);
   d.out.aligned = true;
   d.own(t);
   d.out.execute = load ? load_tile : store_tile;
@@ -224,8 +230,8 @@ void decode_wmma(Decoder& d) {
 
 }  // namespace
 
-void add_wmma(DecodeTable& t) {
-  t["wmma"] = decode_wmma;
+void add_wmma(OpcodeTable& t) {
+  t["wmma"] = {decode_wmma, {OpClass::mma, OpClass::matrix_memory}};
 }
 
 }  // namespace torchext::sim

@@ -217,12 +217,14 @@ void decode_call(Decoder& d) {
   }
   if (callee != nullptr) plan.direct = d.builder().callee(*callee);
   d.own(std::move(plan));
+  d.out.traits.flow = Flow::call;
   d.out.execute = call;
 }
 
 void decode_return(Decoder& d) {
   d.take("uni");
   d.finish(0);
+  d.out.traits.flow = Flow::ret;
   d.out.execute = leave;
 }
 
@@ -369,9 +371,9 @@ void Warp::leave(U32 mask) {
   settle_tokens();
 }
 
-void add_calls(DecodeTable& t) {
-  t["call"] = decode_call;
-  t["ret"] = decode_return;
+void add_calls(OpcodeTable& t) {
+  t["call"] = {decode_call, {OpClass::control}};
+  t["ret"] = {decode_return, {OpClass::control}};
 }
 
 }  // namespace torchext::sim

@@ -15,12 +15,9 @@ struct NamedBarrier;
 
 // collectives.cpp
 void decode_warp_barrier(Decoder& d);  // bar.warp.sync
-// The member mask of the lane at a warp collective that it waits in.
-std::uint32_t members_of(Warp& warp, const Instruction& i, int lane);
 
 // barriers.cpp
 void decode_cluster_barrier(Decoder& d);
-bool is_barrier(const Instruction& i);  // of a CTA or a cluster
 // Threads that count as arrived, and those that complete the barrier.
 struct Attendance {
   std::uint32_t arrived, expected;

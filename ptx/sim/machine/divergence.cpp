@@ -2,17 +2,22 @@
 // at the branch's immediate post-dominator.
 #include <algorithm>
 
-#include "collective.h"
 #include "machine.h"
 
 namespace torchext::sim {
+
+namespace {
+bool is_barrier(const Instruction& i) {  // of a CTA or a cluster
+  return i.traits.op_class == OpClass::barrier || i.traits.op_class == OpClass::cluster_barrier;
+}
+}  // namespace
 
 void Warp::branch(const Instruction& i, std::uint32_t taken) {
   Group& g = groups_[current_];
   const std::uint32_t rest = g.mask & ~taken;
   g.blocked = g.arrived = g.released = g.alone = g.give_up = false;
   if (rest == 0) {
-    g.pc = i.target;
+    g.pc = i.targets[0];
     return;
   }
   if (i.reconverge != ~0u && (g.tokens.empty() || g.tokens.back()->pc != i.reconverge ||
@@ -24,7 +29,7 @@ void Warp::branch(const Instruction& i, std::uint32_t taken) {
     g.tokens.push_back(std::move(token));
   }
   Group other = g;
-  other.pc = i.target;
+  other.pc = i.targets[0];
   other.mask = taken;
   g.mask = rest;
   ++g.pc;

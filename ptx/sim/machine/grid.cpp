@@ -30,15 +30,7 @@ std::uint32_t default_registers(const Program& program, const Dim3& block) {
   const std::uint64_t share = 65536 / std::max(1u, f.min_ctas);
   auto most = static_cast<std::uint32_t>(std::min<std::uint64_t>(256, share / threads));
   if (f.max_registers != 0) most = std::min(most, f.max_registers);
-  std::uint32_t asked = 0;
-  bool grows = false;
-  for (const Instruction& i : program.code) {
-    const std::string& opcode = program.opcodes[i.opcode];
-    if (opcode.rfind("setmaxnreg", 0) != 0) continue;
-    asked = std::max(asked, i.target);
-    grows |= opcode.rfind("setmaxnreg.inc", 0) == 0;
-  }
-  if (grows) most = std::min(most, asked);
+  if (program.asks_for_registers) most = std::min(most, program.most_registers);
   return std::max(16u, most / 8 * 8);
 }
 

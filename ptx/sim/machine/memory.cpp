@@ -251,7 +251,7 @@ void Warp::conflict(const Conflict& c, const Actor& actor, const Place& place, b
     return;
   }
   const OtherAccess other = other_access(*this, c, prefix_of(c.other_proxy));
-  const std::string op = program_.opcodes[program_.code[c.other_pc].opcode];
+  const OpClass other_class = program_.code[c.other_pc].traits.op_class;
   FindingKind kind = FindingKind::data_race;
   std::string message, remedy;
   if (c.kind == Conflict::same_value) {
@@ -274,14 +274,14 @@ void Warp::conflict(const Conflict& c, const Actor& actor, const Place& place, b
   } else if (c.kind == Conflict::overwritten) {
     kind = FindingKind::noncoherent_overwritten;
     message = "write to bytes that a non-coherent load has read";
-  } else if (write && !c.other_is_write && op.compare(0, 5, "wgmma") == 0) {
+  } else if (write && !c.other_is_write && other_class == OpClass::wgmma) {
     kind = FindingKind::wgmma_operand_in_flight;
     message = "write to shared memory that a wgmma may still read";
   } else if (write && !c.other_is_write && c.other_proxy == Proxy::tensormap) {
     kind = FindingKind::tensor_map_in_flight;
     message = "write to a tensor map that a tensor copy may still read";
   } else if (write && !c.other_is_write && c.other_proxy == Proxy::async &&
-             op.compare(0, 2, "cp") == 0) {
+             other_class == OpClass::bulk_copy) {
     kind = FindingKind::bulk_store_in_flight;
     message = "write to memory that a bulk copy may still read";
   } else {

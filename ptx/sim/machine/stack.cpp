@@ -100,10 +100,10 @@ bool Warp::cut_stack(int lane, U64 top) {
   return true;
 }
 
-void add_stack(DecodeTable& t) {
-  t["alloca"] = decode_alloca;
-  t["stacksave"] = decode_stacksave;
-  t["stackrestore"] = decode_stackrestore;
+void add_stack(OpcodeTable& t) {
+  t["alloca"] = {decode_alloca, {OpClass::move}};
+  t["stacksave"] = {decode_stacksave, {OpClass::move}};
+  t["stackrestore"] = {decode_stackrestore, {OpClass::move}};
 }
 
 }  // namespace torchext::sim

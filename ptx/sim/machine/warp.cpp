@@ -1,8 +1,8 @@
 // A warp's life: registers, choosing a group of lanes, executing instructions.
 #include <algorithm>
 #include <cstring>
+#include <stdexcept>
 
-#include "../instructions/mbarrier.h"
 #include "../instructions/wgmma_stream.h"
 #include "machine.h"
 
@@ -217,6 +217,8 @@ std::uint32_t Warp::run(std::uint32_t quantum) {
       step = i.execute(*this, i, mask);
     }
     if (step == Step::block) {
+      if (i.traits.wait == Wait::nothing && !i.aligned)
+        throw std::logic_error(program_.opcodes[i.opcode] + " blocks, and has no trait for it");
       if (const std::uint32_t others = groups_[current_].mask & ~mask) {  // have nothing to do here
         Group& rest = part(others);
         rest.arrived = rest.released = rest.alone = rest.give_up = false;
@@ -274,7 +276,7 @@ void Warp::look_after_parked(std::uint32_t executed) {
 bool Warp::time_out() {
   bool any = false;
   for (Group& g : groups_) {
-    if (!g.parked && g.blocked && is_try_wait(program_.code[g.pc])) g.give_up = any = true;
+    if (!g.parked && g.blocked && program_.code[g.pc].traits.times_out) g.give_up = any = true;
   }
   return any;
 }
@@ -296,7 +298,7 @@ bool Warp::repeats() {
       g.cycles |= !states_.insert(registers ^ at * 0xbf58476d1ce4e5b9ull).second;
       g.ran = false;
     }
-    const bool waits = g.parked || (g.blocked && !is_try_wait(program_.code[g.pc]));
+    const bool waits = g.parked || (g.blocked && !program_.code[g.pc].traits.times_out);
     all &= g.cycles || waits;
   }
   return all;

@@ -1,0 +1,79 @@
+// What an instruction is, for those who are not of its family: scheduler, checks, deadlock reports,
+// and a listener for time. Decoders set these; nobody else looks at an opcode's name.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+namespace torchext::sim {
+
+#define UNIT(name, text) name,
+enum class Unit : std::uint8_t {
+#include "traits.inc"
+};
+#undef UNIT
+
+#define CLASS(name, unit, text) name,
+enum class OpClass : std::uint8_t {
+#include "traits.inc"
+};
+#undef CLASS
+
+#define FLOW(name) name,
+enum class Flow : std::uint8_t {
+#include "traits.inc"
+};
+#undef FLOW
+
+#define WAIT(name) name,
+enum class Wait : std::uint8_t {
+#include "traits.inc"
+};
+#undef WAIT
+
+#define COMPLETION(name) name,
+enum class Completion : std::uint8_t {
+#include "traits.inc"
+};
+#undef COMPLETION
+
+enum class Space : std::uint8_t { generic, global, shared, shared_cluster, local, param, constant };
+
+// How memory is reached. noncoherent: ld.global.nc, through a cache that no store updates.
+enum class Proxy : std::uint8_t { generic, async, tensormap, noncoherent };
+
+// What an instruction does to memory itself, or has done asynchronously.
+struct MemoryUse {
+  bool reads = false, writes = false;
+  Proxy proxy = Proxy::generic;
+  Space from = Space::generic, to = Space::generic;  // of what it reads, and of what it writes
+  std::uint32_t bytes = 0;  // by each lane; 0: none, or known only when it executes
+};
+
+class Warp;
+struct Group;
+// Where and why lanes wait, in the words of a deadlock report: "waits at barrier 0, where ...".
+using DescribeWait = std::string (*)(Warp&, const Group&);
+
+struct Traits {
+  OpClass op_class = OpClass::hint;
+  Flow flow = Flow::next;
+  Wait wait = Wait::nothing;
+  Completion completion = Completion::at_once;
+  bool times_out = false;                // its wait may end in vain, with a predicate that says so
+  DescribeWait describe_wait = nullptr;  // if "waits at OPCODE" does not say it all
+  MemoryUse memory;
+
+  bool asynchronous() const { return completion != Completion::at_once; }
+};
+
+Unit unit_of(OpClass op_class);
+const char* name_of(Unit unit);
+const char* name_of(OpClass op_class);
+const char* name_of(Flow flow);
+const char* name_of(Wait wait);
+const char* name_of(Completion completion);
+const char* name_of(Proxy proxy);
+const char* name_of(Space space);
+
+}  // namespace torchext::sim
