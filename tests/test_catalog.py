@@ -1,0 +1,180 @@
+"""What holds of every op, on the samples of its catalog entry. A new op needs no line here."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import vmap
+from torch.fx.experimental.symbolic_shapes import (
+    DimDynamic,
+    ShapeEnv,
+    StatelessSymbolicContext,
+)
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+from torch.utils.flop_counter import FlopCounterMode
+
+from support.op_samples import assert_same, metadata, opcheck, overload
+from tests.hardware.gpu_check.op_calls import check
+from torchext import ops
+from torchext._catalog import CATALOG
+
+Tensor = torch.Tensor
+SAMPLES = [(name, label) for name, entry in CATALOG.items() for label in entry.samples]
+FIRST = [(name, next(iter(entry.samples))) for name, entry in CATALOG.items()]
+every_sample = pytest.mark.parametrize("name, label", SAMPLES)
+every_op = pytest.mark.parametrize("name, label", FIRST, ids=CATALOG)
+
+
+def op(name, sample):
+    """The overload that the sample is a call of."""
+    return overload(name, "out" if "out" in sample.kwargs else "default")
+
+
+def tensors(sample):
+    return [x for x in tree_leaves((sample.args, sample.kwargs)) if isinstance(x, Tensor)]
+
+
+def keeps_strides(sample):
+    """A clone, which has no padding between rows, is laid out as the sample is."""
+    return all(t.clone().stride() == t.stride() for t in tensors(sample))
+
+
+# opcheck clones its arguments: of each overload, a sample that this does not change.
+CHECKED = FIRST + [
+    (name, "accumulate")
+    for name, label in SAMPLES
+    if label == "accumulate" and keeps_strides(CATALOG[name].sample(label))
+]
+
+
+def test_every_op_has_an_entry():
+    assert set(CATALOG) == set(ops.OPS)
+    for name, entry in CATALOG.items():
+        assert entry.name == name and callable(entry.reference)
+
+
+@every_op
+def test_the_first_sample_is_ordinary(name, label):
+    sample = CATALOG[name].sample(label)
+    assert keeps_strides(sample) and "out" not in sample.kwargs
+    assert all(t.numel() for t in tensors(sample))
+
+
+@every_sample
+def test_kernels_equal_the_reference(name, label, device):
+    """To the bit, or within the entry's bound."""
+    entry = CATALOG[name]
+    given = entry.sample(label, device)
+    check(entry, getattr(ops, name)(*given.args, **given.kwargs), entry.expected(label))
+
+
+@every_sample
+def test_samples_are_the_same_on_every_device(name, label, device):
+    entry = CATALOG[name]
+    made, moved = tensors(entry.samples[label]()), tensors(entry.sample(label, device))
+    for x, y in zip(made, moved, strict=True):
+        assert x.stride() == y.stride() and x.storage_offset() == y.storage_offset()
+        torch.testing.assert_close(x.float(), y.cpu().float(), rtol=0, atol=0, equal_nan=True)
+
+
+@every_sample
+def test_fakes_equal_the_kernels(name, label, device):
+    """In shape, dtype, device and strides; quantizers' references too."""
+    given, function = CATALOG[name].sample(label, device), getattr(ops, name)
+    real = function(*given.args, **given.kwargs)
+    with FakeTensorMode() as mode:
+        args, kwargs = tree_map_only(Tensor, mode.from_tensor, (given.args, given.kwargs))
+        fake = function(*args, **kwargs)
+    assert metadata(fake) == metadata(real)
+    if isinstance(real, tuple):
+        assert [m[:3] for m in metadata(CATALOG[name].expected(label))] == [
+            m[:3] for m in metadata(real)
+        ]
+
+
+@every_op
+def test_fakes_keep_sizes_symbolic(name, label, device):
+    given = CATALOG[name].sample(label, device)
+
+    def symbolic(tensor):
+        dynamic = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * tensor.dim())
+        return mode.from_tensor(tensor, symbolic_context=dynamic)
+
+    with FakeTensorMode(shape_env=ShapeEnv()) as mode:
+        args, kwargs = tree_map_only(Tensor, symbolic, (given.args, given.kwargs))
+        fake = tree_leaves(overload(name)(*args, **kwargs))
+        assert all(isinstance(t.shape[-2], torch.SymInt) for t in fake if t.shape != (1, 1))
+        found = [(tuple(map(int, t.shape)), tuple(map(int, t.stride())), t.dtype) for t in fake]
+    real = overload(name)(*given.args, **given.kwargs)
+    assert found == [m[:3] for m in metadata(real)]
+
+
+@pytest.mark.parametrize("name, label", CHECKED)
+def test_opcheck(name, label, device):
+    given = CATALOG[name].sample(label, device)
+    opcheck(op(name, given), given.args, given.kwargs)
+
+
+@every_op
+def test_compile_to_one_graph(name, label, device):
+    torch._dynamo.reset()
+    function, given = getattr(ops, name), CATALOG[name].sample(label, device)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(function, fullgraph=True, backend=counter)
+    assert_same(compiled(*given.args, **given.kwargs), function(*given.args, **given.kwargs))
+    assert counter.frame_count == 1
+    torch._dynamo.reset()
+
+
+@pytest.mark.large  # batches say nothing of the kernels
+@every_op
+def test_vmap(name, label, device):
+    function, given = getattr(ops, name), CATALOG[name].sample(label, device)
+    leaves, spec = tree_flatten((given.args, given.kwargs))
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+
+    def call(*batch):
+        values = list(leaves)
+        for place, tensor in zip(places, batch, strict=True):
+            values[place] = tensor
+        args, kwargs = tree_unflatten(values, spec)
+        return function(*args, **kwargs)
+
+    one = tree_leaves(call(*(leaves[i] for i in places)))
+    two = tree_leaves(vmap(call)(*(torch.stack((leaves[i], leaves[i])) for i in places)))
+    for batched, single in zip(two, one, strict=True):
+        for element in batched:
+            torch.testing.assert_close(element.float(), single.float(), rtol=1e-5, atol=1e-4)
+
+
+@every_sample
+def test_flops(name, label, device):
+    entry = CATALOG[name]
+    given = entry.sample(label, device)
+    with FlopCounterMode(display=False) as counter:
+        getattr(ops, name)(*given.args, **given.kwargs)
+    assert counter.get_total_flops() == entry.flops(*entry.shape(*given.args, **given.kwargs))
+
+
+@every_op
+def test_least_traffic(name, label):
+    """The entry's formula is for aligned sizes; these tensors are a little larger."""
+    entry = CATALOG[name]
+    given = entry.sample(label)
+    outputs = tree_leaves(getattr(ops, name)(*given.args, **given.kwargs))
+    moved = sum(t.numel() * t.element_size() for t in (*tensors(given), *outputs))
+    expected = entry.bytes(*entry.shape(*given.args, **given.kwargs))
+    assert math.isclose(moved, expected, rel_tol=0.05) and moved >= 0.99 * expected
+
+
+@every_op
+def test_errors_name_op_and_argument(name, label, device):
+    """An operand of a dtype that no op takes; tests/test_errors.py has the other errors."""
+    given = CATALOG[name].sample(label, device)
+    wrong = given.args[0].double()
+    with pytest.raises(TypeError, match=rf"^{name}: (x|a|data) must be .*torch\.float64"):
+        getattr(ops, name)(wrong, *given.args[1:], **given.kwargs)

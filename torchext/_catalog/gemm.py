@@ -1,0 +1,64 @@
+"""The dense product."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from .entry import E5M2, Bound, Entry, operands, random, sample
+
+# FP8 tensor cores keep about 14 bits while they sum 128 products; BF16 rounds by 2^-9.
+# docs/numerics.md has the bound for each kernel, which tests/gemm checks.
+PRODUCT = Bound(relative=5e-3, worst=5e-2)
+
+
+def traffic(m: int, n: int, k: int, *, operand: int = 1, out: int = 2) -> float:
+    """operand: bytes per element of a and b. out: bytes per element of the output; twice the size
+    of an element that is read and written."""
+    return float(operand * (m + n) * k + out * m * n)
+
+
+def multiplications(m: int, n: int, k: int) -> float:
+    return 2.0 * m * n * k
+
+
+ENTRIES = (
+    Entry(
+        "fp8_gemm_nt",
+        samples={
+            "1d2d": lambda: sample(*operands("1d2d", 200, 272, 400)),
+            "1d1d": lambda: sample(*operands("1d1d", 200, 272, 400)),
+            "rowwise": lambda: sample(*operands("rowwise", 200, 272, 400), bias=random(272)),
+            "tensorwise": lambda: sample(*operands("tensorwise", 200, 272, 400)),
+            "long K": lambda: sample(*operands("1d2d", 200, 272, 1040)),
+            "one row": lambda: sample(*operands("1d2d", 1, 130, 129), bias=random(130)),
+            "2 SMs": lambda: sample(*operands("1d2d", 300, 400, 256), num_sms=2),
+            "fp16": lambda: sample(*operands("1d2d", 128, 128, 512), out_dtype=torch.float16),
+            "e5m2": lambda: sample(
+                *operands("1d2d", 67, 130, 300, dtype=E5M2, pow2_scale=True),
+                bias=random(130, dtype=torch.float32),
+                out_dtype=torch.float32,
+            ),
+            "out": lambda: sample(*operands("1d2d", 20, 40, 300), out=random(20, 60)[:, :40]),
+            "accumulate": lambda: sample(
+                *operands("1d1d", 136, 264, 384),
+                out=random(136, 264, dtype=torch.float32),
+                accumulate=True,
+            ),
+            "leading dimensions": lambda: sample(*operands("1d2d", (3, 4), 40, 200)),
+            "vector": lambda: sample(*operands("1d2d", (), 40, 200)),
+            "m = 0": lambda: sample(*operands("1d2d", 0, 40, 200)),
+            "n = 0": lambda: sample(*operands("1d2d", 12, 0, 200)),
+            "k = 0": lambda: sample(*operands("1d1d", 12, 40, 0)),
+        },
+        shape=lambda a, a_scale, b, b_scale, **_: (
+            math.prod(a.shape[:-1]),
+            b.shape[0],
+            a.shape[-1],
+        ),
+        bytes=traffic,
+        flops=multiplications,
+        bound=PRODUCT,
+    ),
+)

@@ -1,0 +1,94 @@
+"""Quantizers and dequantize: specified to the bit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from .entry import BITS, E5M2, Entry, Sample, random, sample
+
+
+def special() -> Tensor:
+    """Zeros, NaN, Inf, the largest FP32 numbers and subnormal ones, each in groups of their own."""
+    x = random(140, 400, dtype=torch.float32)
+    x[0] = 0
+    x[1, 5] = torch.nan
+    x[2, 133] = torch.inf
+    x[3] *= 1e38
+    x[4] *= 1e-40
+    x[130:, :128] = 0
+    return x
+
+
+# Every quantizer takes them.
+MATRICES: dict[str, Callable[[], Sample]] = {
+    "ragged": lambda: sample(random(200, 400)),
+    "e5m2, powers of two": lambda: sample(
+        random(67, 129, dtype=torch.float32), dtype=E5M2, pow2_scale=True
+    ),
+    "one row": lambda: sample(random(1, 300, dtype=torch.float16)),
+    "one element": lambda: sample(random(1, 1)),
+    "special numbers": lambda: sample(special()),
+    "every other element": lambda: sample(random(120, 300)[::2, ::3]),
+    "transposed": lambda: sample(random(129, 66, dtype=torch.float32).t()),
+    "stack": lambda: sample(random(2, 5, 200)),
+    "no rows": lambda: sample(random(0, 40)),
+    "no columns": lambda: sample(random(7, 0)),
+}
+# Those whose rows are all leading dimensions.
+ROWS = {"vector": lambda: sample(random(130)), "no elements": lambda: sample(random(0))}
+
+
+def entry(name: str, bytes_per_element: float, more: Mapping[str, Callable[[], Sample]]) -> Entry:
+    """bytes_per_element: of a BF16 input, scales of 4 bytes included."""
+    return Entry(
+        name,
+        samples={**MATRICES, **more},
+        shape=lambda x, **_: (math.prod(x.shape[:-1]), x.shape[-1]),
+        bytes=lambda rows, columns: bytes_per_element * rows * columns,
+        flops=lambda rows, columns: 0,
+        bound=BITS,
+    )
+
+
+def dequantized(
+    quantize: Callable[..., tuple[Tensor, Tensor]], *shape: int, to: torch.dtype, **options: Any
+) -> Callable[[], Sample]:
+    return lambda: sample(*quantize(random(*shape), **options), out_dtype=to)
+
+
+DEQUANTIZE = Entry(
+    "dequantize",
+    samples={
+        "1x128": dequantized(reference.quantize_1x128, 136, 272, to=torch.bfloat16),
+        "1x128, padded": dequantized(reference.quantize_1x128, 130, 300, to=torch.bfloat16),
+        "128x128": dequantized(reference.quantize_128x128, 130, 300, to=torch.bfloat16),
+        "rowwise": dequantized(reference.quantize_rowwise, 67, 129, to=torch.float32),
+        "tensorwise": dequantized(reference.quantize_tensorwise, 67, 129, to=torch.float16),
+        "e5m2": dequantized(reference.quantize_1x128, 5, 300, to=torch.float16, dtype=E5M2),
+        "one row": dequantized(reference.quantize_1x128, 1, 129, to=torch.float32),
+        "stack": dequantized(reference.quantize_1x128, 2, 5, 200, to=torch.float32),
+        "no rows": dequantized(reference.quantize_1x128, 0, 40, to=torch.bfloat16),
+        "no columns": dequantized(reference.quantize_1x128, 7, 0, to=torch.float32),
+    },
+    shape=lambda data, scale, **_: (math.prod(data.shape[:-1]), data.shape[-1]),
+    bytes=lambda rows, columns: (3 + 4 / 128) * rows * columns,
+    flops=lambda rows, columns: 0,
+    bound=BITS,
+)
+
+ENTRIES = (
+    entry("quantize_1x128", 3 + 4 / 128, ROWS),
+    entry("quantize_1x128_t", 3 + 4 / 128, ROWS),
+    entry("quantize_1x128_dual", 4 + 8 / 128, ROWS),
+    entry("quantize_128x128", 3.0, {}),
+    entry("quantize_128x128_dual", 4.0, {}),
+    entry("quantize_rowwise", 3.0, ROWS),
+    entry("quantize_tensorwise", 3.0, ROWS),
+    DEQUANTIZE,
+)
