@@ -6,7 +6,8 @@
 // The sums stay in the tensor cores' accumulators, 64 registers a thread, until the last K block.
 //
 // Contract: A, B and D contiguous, A and B at multiples of 16 bytes; K > 0 a multiple of 16, N of 2.
-// Ragged M, N and K are filled with zeros on the way in and left out on the way out.
+// M, N and K may be ragged: what lies outside of A and B counts as zero; nothing is stored outside
+// of D.
 #include <ptx/isa/fence.h>
 #include <ptx/isa/memory.h>
 #include <ptx/isa/wgmma.h>
@@ -15,7 +16,7 @@ constexpr int kTileM = 128, kTileN = 128;  // rows and columns of D
 constexpr int kTileK = 128;                // of a K block: 128 bytes, one swizzled row
 constexpr int kThreads = 256;              // two warpgroups
 
-static_assert(kTileM == 64 * (kThreads / 128), "a wgmma has 64 rows, a warpgroup each");
+static_assert(kTileM == 64 * (kThreads / 128), "each warpgroup multiplies 64 rows");
 static_assert(kTileN == 128, "a wgmma has 128 columns: wgmma_m64nNk32 with 64 accumulators");
 static_assert(kTileK == 128, "the swizzle and the wgmma descriptor are those of 128-byte rows");
 
@@ -46,7 +47,7 @@ __device__ __forceinline__ void multiply(const uint8_t* a_rows, const uint8_t* b
   const uint64_t b = ptx::wgmma_descriptor_k_major_128b(b_rows);
   for (float& x : sum) ptx::wgmma_pin(x);
   ptx::wgmma_fence();
-  for (int i = 0; i < kTileK / 32; ++i)  // 32 bytes of K further on are 2 in a descriptor
+  for (int i = 0; i < kTileK / 32; ++i)  // a descriptor counts 16 bytes: 32 of K are 2
     ptx::wgmma_m64nNk32(ptx::e4m3(), ptx::e4m3(), sum, a + 2 * i, b + 2 * i, accumulate || i > 0);
   ptx::wgmma_commit_group();
   ptx::wgmma_wait_group<0>();

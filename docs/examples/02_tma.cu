@@ -7,7 +7,7 @@
 // A slot is filled again, with the K block four further on, once both warpgroups have read it.
 //
 // Contract: A, B and D contiguous, at multiples of 16 bytes; K > 0 a multiple of 16 (TMA's row
-// pitch), N of 2. Ragged M, N and K: TMA fills what lies outside of A and B with zeros.
+// pitch), N of 2. M, N and K may be ragged: TMA fills what lies outside of A and B with zeros.
 #include <cuda.h>
 #include <ptx/isa/fence.h>
 #include <ptx/isa/mbarrier.h>
@@ -19,7 +19,7 @@ constexpr int kTileK = 128;                // of a K block: 128 bytes, one swizz
 constexpr int kStages = 4;                 // slots of the ring
 constexpr int kThreads = 256;              // two warpgroups
 
-static_assert(kTileM == 64 * (kThreads / 128), "a wgmma has 64 rows, a warpgroup each");
+static_assert(kTileM == 64 * (kThreads / 128), "each warpgroup multiplies 64 rows");
 static_assert(kTileN == 128, "a wgmma has 128 columns: wgmma_m64nNk32 with 64 accumulators");
 static_assert(kTileK == 128, "TMA and wgmma agree on 128-byte swizzle");
 
@@ -37,7 +37,7 @@ __device__ __forceinline__ void multiply(const uint8_t* a_rows, const uint8_t* b
   const uint64_t b = ptx::wgmma_descriptor_k_major_128b(b_rows);
   for (float& x : sum) ptx::wgmma_pin(x);
   ptx::wgmma_fence();
-  for (int i = 0; i < kTileK / 32; ++i)  // 32 bytes of K further on are 2 in a descriptor
+  for (int i = 0; i < kTileK / 32; ++i)  // a descriptor counts 16 bytes: 32 of K are 2
     ptx::wgmma_m64nNk32(ptx::e4m3(), ptx::e4m3(), sum, a + 2 * i, b + 2 * i, accumulate || i > 0);
   ptx::wgmma_commit_group();
   ptx::wgmma_wait_group<0>();

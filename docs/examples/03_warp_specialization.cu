@@ -9,7 +9,7 @@
 // free slot, and nobody for anything else.
 //
 // Contract: A, B and D contiguous, at multiples of 16 bytes; K > 0 a multiple of 16 (TMA's row
-// pitch), N of 2. Ragged M, N and K: TMA fills what lies outside of A and B with zeros.
+// pitch), N of 2. M, N and K may be ragged: TMA fills what lies outside of A and B with zeros.
 #include <cuda.h>
 #include <ptx/isa/elect.h>
 #include <ptx/isa/fence.h>
@@ -23,7 +23,7 @@ constexpr int kStages = 4;                 // slots of the ring
 constexpr int kConsumerWarps = 8;          // two warpgroups; the producer is the warp after them
 constexpr int kThreads = 32 * (kConsumerWarps + 1);
 
-static_assert(kTileM == 64 * (kConsumerWarps / 4), "a wgmma has 64 rows, a warpgroup each");
+static_assert(kTileM == 64 * (kConsumerWarps / 4), "each warpgroup multiplies 64 rows");
 static_assert(kTileN == 128, "a wgmma has 128 columns: wgmma_m64nNk32 with 64 accumulators");
 static_assert(kTileK == 128, "TMA and wgmma agree on 128-byte swizzle");
 
@@ -42,7 +42,7 @@ __device__ __forceinline__ void multiply(const uint8_t* a_rows, const uint8_t* b
   const uint64_t b = ptx::wgmma_descriptor_k_major_128b(b_rows);
   for (float& x : sum) ptx::wgmma_pin(x);
   ptx::wgmma_fence();
-  for (int i = 0; i < kTileK / 32; ++i)  // 32 bytes of K further on are 2 in a descriptor
+  for (int i = 0; i < kTileK / 32; ++i)  // a descriptor counts 16 bytes: 32 of K are 2
     ptx::wgmma_m64nNk32(ptx::e4m3(), ptx::e4m3(), sum, a + 2 * i, b + 2 * i, accumulate || i > 0);
   ptx::wgmma_commit_group();
   ptx::wgmma_wait_group<0>();
@@ -55,7 +55,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   extern __shared__ Shared shared[];
   const int first_row = blockIdx.y * kTileM, first_column = blockIdx.x * kTileN;
   const int k_blocks = (k + kTileK - 1) / kTileK;
-  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // tells the compiler: one role a warp
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // the shuffle says: equal in all lanes
 
   if (threadIdx.x == 0) {
     for (int slot = 0; slot < kStages; ++slot) {

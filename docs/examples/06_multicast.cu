@@ -12,8 +12,8 @@
 //
 // Contract: A, B and D contiguous, at multiples of 16 bytes; K > 0 a multiple of 16 and N of 4
 // (TMA's row pitch); a_scale [ceil(K / 128), M], b_scale [ceil(N / 128), ceil(K / 128)], contiguous.
-// Ragged M, N, K: TMA fills what lies outside with zeros on loads and leaves it out on stores. An
-// even number of CTAs.
+// M, N and K may be ragged: TMA loads zeros for what lies outside and does not store there. The
+// number of CTAs is even.
 #include <cuda.h>
 #include <ptx/isa/barrier.h>
 #include <ptx/isa/cluster.h>
@@ -32,7 +32,7 @@ constexpr int kConsumerWarps = 8;          // two warpgroups; the producer is th
 constexpr int kThreads = 32 * (kConsumerWarps + 1);
 constexpr int kBoxColumns = 32;  // a TMA store takes 64 rows of 32 floats, one swizzled row each
 
-static_assert(kTileM == 64 * (kConsumerWarps / 4), "a wgmma has 64 rows, a warpgroup each");
+static_assert(kTileM == 64 * (kConsumerWarps / 4), "each warpgroup multiplies 64 rows");
 static_assert(kTileN == 128, "a wgmma has 128 columns, and one b_scale for each K block");
 static_assert(kTileK == 128, "TMA and wgmma agree on 128-byte swizzle; a scale is for 128 of K");
 
@@ -45,7 +45,7 @@ struct alignas(1024) Shared {  // the swizzle repeats every 1024 bytes
 };
 static_assert(sizeof(Shared) <= 227 * 1024, "shared memory of a CTA");
 static_assert(kTileM % kCluster == 0 && kTileM / kCluster % 8 == 0,
-              "a CTA's share of A is whole atoms");
+              "each CTA loads whole swizzle atoms, 8 rows");
 
 // A role's place in the ring. Each slot's phase changes whenever the ring has gone round.
 struct RingPosition {
@@ -65,7 +65,7 @@ __device__ __forceinline__ void multiply(const uint8_t* a_rows, const uint8_t* b
   const uint64_t b = ptx::wgmma_descriptor_k_major_128b(b_rows);
   for (float& x : block) ptx::wgmma_pin(x);
   ptx::wgmma_fence();
-  for (int i = 0; i < kTileK / 32; ++i)  // 32 bytes of K further on are 2 in a descriptor
+  for (int i = 0; i < kTileK / 32; ++i)  // a descriptor counts 16 bytes: 32 of K are 2
     ptx::wgmma_m64nNk32(ptx::e4m3(), ptx::e4m3(), block, a + 2 * i, b + 2 * i, i > 0);
   ptx::wgmma_commit_group();
   ptx::wgmma_wait_group<0>();
@@ -81,7 +81,7 @@ extern "C" __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads
   const int n_pairs = (n_tiles + kCluster - 1) / kCluster;
   const int pairs = (m + kTileM - 1) / kTileM * n_pairs;
   const int rank = ptx::cluster_ctarank(), clusters = gridDim.x / kCluster;
-  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // tells the compiler: one role a warp
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // the shuffle says: equal in all lanes
 
   if (threadIdx.x == 0) {
     for (int slot = 0; slot < kStages; ++slot) {
