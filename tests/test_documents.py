@@ -101,3 +101,31 @@ def test_links_lead_somewhere(document):
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", path.read_text()):
         if "://" not in target:
             assert (path.parent / target).exists(), target
+
+
+# ---- the glossary ----
+
+GLOSSARY = (ROOT / "docs" / "glossary.md").read_text()
+ROW = re.compile(r"\| (?P<words>[^|]+) \| (?P<meaning>[^|]+\.) \| \[[^]]+\]\((?P<file>[^)]+)\) \|")
+ROWS = [match.groupdict() for match in map(ROW.fullmatch, GLOSSARY.splitlines()) if match]
+
+
+def test_the_readme_links_the_glossary():
+    assert "](docs/glossary.md)" in (ROOT / "README.md").read_text()
+
+
+def test_the_glossary_is_in_order():
+    """Every line of a table is a row; each section is sorted, and no word has two meanings."""
+    lines = [line for line in GLOSSARY.splitlines() if line.startswith("|")]
+    assert len(lines) == len(ROWS) + 2 * GLOSSARY.count("\n## ")
+    for section in GLOSSARY.split("\n## ")[1:]:
+        rows = [m["words"].lower() for m in map(ROW.fullmatch, section.splitlines()) if m]
+        assert rows and rows == sorted(rows)
+    words = [word for row in ROWS for word in row["words"].lower().split(", ")]
+    assert len(words) == len(set(words)) > 80
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row["words"])
+def test_the_file_beside_a_word_uses_it(row):
+    text = (ROOT / "docs" / row["file"]).read_text().lower().replace("_", " ")
+    assert any(word in text for word in row["words"].lower().replace("_", " ").split(", "))

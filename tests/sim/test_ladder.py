@@ -3,6 +3,7 @@ without findings; faults planted in what a step adds are found; README.md shows 
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -16,8 +17,9 @@ from torchext import sim
 from torchext.sim.compiler import CompileError, find_nvcc
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "docs" / "examples"
-sys.path.insert(0, str(EXAMPLES))
-import run as ladder  # noqa: E402
+_spec = importlib.util.spec_from_file_location("ladder", EXAMPLES / "run.py")
+ladder = sys.modules["ladder"] = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(ladder)
 
 SHAPES = [
     (200, 264, 272),  # ragged everywhere; six tiles of three K blocks, an odd number side by side

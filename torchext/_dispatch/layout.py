@@ -2,8 +2,8 @@
 for the repair of what a copy left without them.
 
 A tensor [..., K] is treated as a matrix whose M rows are all its leading dimensions, folded. FP8
-data keep a 16-byte pitch between rows (all that TMA asks); scales of 1x128 groups lie M-major, with
-the columns a multiple of four FP32 values apart.
+data have a row pitch of a multiple of 16 bytes (all that TMA asks); scales of 1x128 groups lie
+M-major, with the columns a multiple of four FP32 values apart.
 """
 
 from __future__ import annotations
