@@ -251,6 +251,7 @@ def counts(step: Step, report: sim.Report) -> dict[str, int]:
         "KiB of A and B": operand_bytes(step, report) // KIB,
         "`bar.sync`": executed(report, "bar.sync"),
         "`mbarrier.init`": executed(report, "mbarrier.init"),
+        "`ld.global`": executed(report, "ld.global"),
         "`st.global`": executed(report, "st.global"),
         "TMA stores": executed(report, "cp.async.bulk.tensor.2d.global"),
     }
