@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -18,7 +19,9 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_u
 from torch.utils.flop_counter import FlopCounterMode
 
 from support.op_samples import assert_same, metadata, opcheck, overload
+from tests.hardware.gpu_check import op_calls
 from tests.hardware.gpu_check.op_calls import check
+from tests.hardware.soak import __main__ as soak
 from torchext import ops
 from torchext._catalog import CATALOG
 
@@ -55,6 +58,25 @@ def test_every_op_has_an_entry():
     assert set(CATALOG) == set(ops.OPS)
     for name, entry in CATALOG.items():
         assert entry.name == name and callable(entry.reference)
+
+
+@pytest.fixture
+def new_op(monkeypatch):
+    """An entry of an op that no program names."""
+    entry = dataclasses.replace(CATALOG["quantize_1x128"], name="new_op")
+    monkeypatch.setitem(CATALOG, "new_op", entry)
+
+
+def test_gpu_check_calls_a_new_op(new_op):
+    labels = CATALOG["new_op"].samples
+    assert [call for call in op_calls.every_call() if "new_op" in call] == [
+        f"new_op {label}" for label in labels
+    ]
+
+
+def test_the_soak_refuses_a_new_op_without_a_job(new_op, capsys):
+    assert soak.main(["--device", "cpu", "--minutes", "0"]) == 2
+    assert "soak: every op" in (said := capsys.readouterr().err) and "(none draws new_op)" in said
 
 
 @every_op

@@ -1,35 +1,31 @@
 """Every CUDA kernel that ships, of every architecture, under three schedules in each completion
 mode: no finding, and the same bits every time. Quantizers must equal the CPU kernels; GEMMs, whose
-tensor cores round otherwise, an exact product within the bound of docs/numerics.md."""
+tensor cores round otherwise, an exact product within the bound of docs/numerics.md. Ops of the
+catalog that are not listed here run on their first sample."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 import torchext
+from tests.hardware.gpu_check.op_calls import check
 from torchext import gemm_selection, ops
+from torchext._catalog import CATALOG, Entry
 
 sim = pytest.importorskip("torchext.sim")
 
 RUNS = [(seed, mode) for seed in (0, 1, 2) for mode in ("eager", "late", "random")]
 WIDE = (torch.bfloat16, torch.float16, torch.float32)
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-QUANTIZERS = [
-    ops.quantize_1x128,
-    ops.quantize_1x128_t,
-    ops.quantize_1x128_dual,
-    ops.quantize_128x128,
-    ops.quantize_128x128_dual,
-    ops.quantize_rowwise,
-    ops.quantize_tensorwise,
-]
+QUANTIZERS = [getattr(ops, name) for name in CATALOG if name.startswith("quantize_")]
 Outputs = tuple[torch.Tensor, ...]
 
 
@@ -44,6 +40,7 @@ class Case:
     tile: str | None = None  # of Hopper's GEMMs, instead of the one that would be chosen
     split_k: int = 1
     cluster: int = 1
+    check: Callable[[Outputs], None] | None = None  # of the result, instead of the CPU kernel
 
     @contextmanager
     def forced(self) -> Iterator[None]:
@@ -94,7 +91,32 @@ def cases(capability: int) -> dict[str, Case]:
                         break  # one kernel for all: tests/gemm runs them
                 if capability == 90:
                     found |= hopper_family(name, a, b)
-    return found
+    return found | (other_ops(found) if capability == 90 else {})
+
+
+def other_ops(found: dict[str, Case]) -> dict[str, Case]:
+    """Ops of the catalog that no case calls yet, each on its first sample."""
+
+    def call(entry: Entry, label: str) -> Outputs:
+        given = entry.sample(label)
+        return outputs_of(getattr(ops, entry.name)(*given.args, **given.kwargs))
+
+    def holds(entry: Entry, label: str, outputs: Outputs) -> None:
+        check(entry, outputs, outputs_of(entry.expected(label)))
+
+    called = {case.split()[0] for case in found}
+    more = {}
+    for name, entry in CATALOG.items():
+        if name not in called:
+            label = next(iter(entry.samples))
+            more[f"{name} {label}"] = Case(
+                partial(call, entry, label), 2, check=partial(holds, entry, label)
+            )
+    return more
+
+
+def outputs_of(result: torch.Tensor | Outputs) -> Outputs:
+    return result if isinstance(result, tuple) else (result,)
 
 
 def hopper_family(granularity: str, a: Outputs, b: Outputs) -> dict[str, Case]:
@@ -143,6 +165,9 @@ def test_no_finding_and_the_same_bits(capability: int, name: str) -> None:
         if first is None:
             first = bits(outputs)
         assert all(map(torch.equal, bits(outputs), first)), f"{seed=} {mode=}: other bits"
+    if case.check is not None:
+        case.check(outputs)
+        return
     if "_quantize " in name and name.startswith("fp8_gemm_nt"):
         outputs, on_cpu = (
             (ops.dequantize(*o, out_dtype=torch.float32),) for o in (outputs, on_cpu)
@@ -154,6 +179,13 @@ def test_no_finding_and_the_same_bits(capability: int, name: str) -> None:
         assert (error <= row_size / (7 if "_quantize " in name else 64)).all()
     else:
         assert first is not None and all(map(torch.equal, bits(on_cpu), first))
+
+
+def test_a_new_op_of_the_catalog_gets_a_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert {name.split()[0] for _, name in CASES} == set(ops.OPS)
+    monkeypatch.setitem(CATALOG, "new_op", replace(CATALOG["dequantize"], name="new_op"))
+    found = {name: case for (capability, name), case in CASES.items() if capability == 90}
+    assert [name.split()[0] for name in other_ops(found)] == ["new_op"]
 
 
 @pytest.mark.parametrize("capability", FOLDERS)

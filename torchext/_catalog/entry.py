@@ -73,8 +73,8 @@ class Entry:
     """What every program needs to know of one op.
 
     samples: label -> function that makes the call's arguments, equal ones each time. Samples are
-        small enough for compute-sanitizer and the simulator. The first is of ordinary, ragged size,
-        has no `out`, and keeps its strides when it is cloned.
+        small enough for compute-sanitizer and the simulator. The first is ordinary and ragged, has
+        no `out`, defines every element of its result, and keeps its strides when it is cloned.
     shape: the arguments of a call -> the arguments of `bytes` and `flops`.
     bytes: least memory traffic in bytes: inputs read once, outputs written once.
     flops: two for each multiplication of a product.

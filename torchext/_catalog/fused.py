@@ -24,7 +24,8 @@ def samples(shrink: int, **more: Callable[[], Sample]) -> dict[str, Callable[[],
         return lambda: sample(*operands(granularity, rows, shrink * n, k), **options)
 
     return {
-        "1d2d": call("1d2d", 200, 272, 400),
+        "1d2d": call("1d2d", 68, 144, 272),
+        "several tiles": call("1d2d", 200, 272, 400),
         "1d1d": call("1d1d", 67, 130, 300),
         "rowwise with bias": call("rowwise", 40, 130, 272, bias=random(shrink * 130)),
         "e5m2, powers of two": call(

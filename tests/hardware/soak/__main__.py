@@ -14,6 +14,7 @@ from dataclasses import replace
 
 from benchmarks.selection import NoSelection, Selection
 
+from .jobs import ops_without_a_job
 from .operands import Lab
 from .runner import Soak
 
@@ -106,8 +107,16 @@ class Watchdog:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """0: no fault. 1: faults. 2: nothing to run on. 3: a round did not end."""
+    """0: no fault. 1: faults. 2: nothing to run on, or an op has no job. 3: a round did not end."""
     options = parse(arguments)
+    missing = ops_without_a_job()
+    if missing:
+        print(
+            "soak: every op of torchext._catalog must have a job"
+            f" (none draws {', '.join(missing)}); add one to tests/hardware/soak/jobs.py",
+            file=sys.stderr,
+        )
+        return 2
     try:
         lab = without(laboratory(options.device))
     except RuntimeError as error:

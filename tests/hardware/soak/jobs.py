@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from benchmarks import plain
-from benchmarks.problems import GemmProblem, difference, require
+from benchmarks.problems import difference, require
 from torchext import ops, reference
+from torchext._catalog import CATALOG, Bound
 
 from .operands import (
     E4M3,
@@ -67,7 +68,9 @@ def draw(lab: Lab, rng: random.Random) -> Job:
 
 def near(want: Tensor, got: Tensor) -> None:
     if want.numel() and want.abs().max() > 0:
-        require(difference(got, want), *GemmProblem.TOLERANCE)
+        bound = CATALOG["fp8_gemm_nt"].bound
+        assert isinstance(bound, Bound)
+        require(difference(got, want), bound.relative, bound.worst)
 
 
 def dense(lab: Lab, rng: random.Random) -> Job:
@@ -359,8 +362,11 @@ def k_grouped(lab: Lab, rng: random.Random) -> Job:
     return Job(name, call, expect, bound)
 
 
+ACTIVATIONS = ("swiglu", "gelu", "relu2")
+
+
 def fused(lab: Lab, rng: random.Random) -> Job:
-    op = rng.choice(("swiglu", "gelu", "relu2"))
+    op = rng.choice(ACTIVATIONS)
     m, n, k = shape(lab, rng, even_n=op == "swiglu")
     granularity = draw_granularity(rng)
     given = operands(lab, rng, (m, n, k), granularity)
@@ -407,8 +413,7 @@ def fused(lab: Lab, rng: random.Random) -> Job:
 
 # ---- quantizers ----
 
-QUANTIZERS = ("quantize_1x128", "quantize_1x128_t", "quantize_1x128_dual", "quantize_128x128",
-              "quantize_128x128_dual", "quantize_rowwise", "quantize_tensorwise")  # fmt: skip
+QUANTIZERS = tuple(name for name in CATALOG if name.startswith("quantize_"))
 
 
 def matrix(lab: Lab, rng: random.Random) -> Tensor:
@@ -454,3 +459,20 @@ def dequantize(lab: Lab, rng: random.Random) -> Job:
 # As often as they are listed.
 MAKERS = (dense, dense, dense, dense, contiguous, contiguous, masked, k_grouped, fused, fused,
           quantizer, quantizer, dequantize)  # fmt: skip
+
+# The ops whose calls each maker draws.
+OPS_OF: dict[Callable[[Lab, random.Random], Job], tuple[str, ...]] = {
+    dense: ("fp8_gemm_nt",),
+    contiguous: ("m_grouped_fp8_gemm_nt_contiguous",),
+    masked: ("m_grouped_fp8_gemm_nt_masked",),
+    k_grouped: ("k_grouped_fp8_gemm_nt",),
+    fused: tuple(f"fp8_gemm_nt_{activation}_quantize" for activation in ACTIVATIONS),
+    quantizer: QUANTIZERS,
+    dequantize: ("dequantize",),
+}
+
+
+def ops_without_a_job() -> list[str]:
+    """Ops of the catalog that no maker in MAKERS draws."""
+    drawn = {op for maker in MAKERS for op in OPS_OF[maker]}
+    return sorted(set(CATALOG) - drawn)
