@@ -317,6 +317,8 @@ def main(arguments: list[str] | None = None) -> int:
         "--shape", type=int, nargs=3, metavar=("M", "N", "K"), default=(200, 264, 656)
     )
     options = parser.parse_args(arguments)
+    if min(options.shape) < 1:
+        parser.error("--shape must be three numbers above 0")
     try:
         if options.what == "counts":
             print_counts()
