@@ -72,27 +72,27 @@ def test_numbers_take_the_type_of_the_parameter(type, value, expected):
 @pytest.mark.parametrize(
     "parameter, value, error, message",
     [
-        (".u32 value", 2**32, ValueError, r"4294967296 does not fit in u32 \(-2147483648 to"),
-        (".u32 value", -(2**31) - 1, ValueError, "does not fit in u32"),
-        (".s32 value", 2**31, ValueError, r"does not fit in s32 \(-2147483648 to 2147483647\)"),
-        (".u8 value", 256, ValueError, "does not fit in u8"),
-        (".u64 value", 2**64, ValueError, "does not fit in u64"),
-        (".u32 value", 1.0, TypeError, r"expected an integer \(u32\); got the float 1.0"),
-        (".u64 value", float("nan"), TypeError, r"expected an integer \(u64\)"),
-        (".f32 value", 1e39, ValueError, r"1e\+39 does not fit in f32"),
-        (".f16 value", 65520.0, ValueError, "does not fit in f16"),
-        (".f32 value", 2**24 + 1, ValueError, "f32 cannot hold the int 16777217 exactly"),
-        (".f64 value", 10**400, ValueError, "does not fit in f64"),
-        (".f32 value", True, TypeError, r"expected a number \(f32\); got the bool True"),
-        (".u64 .ptr .align 1 value", 0, TypeError, "expected a pointer .* got the Python int 0"),
-        (".u64 .ptr .global .align 4 value", 1.0, TypeError, "expected a pointer"),
-        (".align 4 .b8 value[4]", 1, TypeError, "a struct or an array of 4 bytes: pass sim.struct"),
+        (".u32 value", 2**32, ValueError, r"u32, -2147483648 to 4294967295 \(got 4294967296"),
+        (".u32 value", -(2**31) - 1, ValueError, "in the range of u32"),
+        (".s32 value", 2**31, ValueError, r"range of s32, -2147483648 to 2147483647 \("),
+        (".u8 value", 256, ValueError, "in the range of u8"),
+        (".u64 value", 2**64, ValueError, "in the range of u64"),
+        (".u32 value", 1.0, TypeError, r"must be an integer of type u32 \(got the float 1.0\)"),
+        (".u64 value", float("nan"), TypeError, "must be an integer of type u64"),
+        (".f32 value", 1e39, ValueError, r"range of f32 \(got 1e\+39\)"),
+        (".f16 value", 65520.0, ValueError, "in the range of f16"),
+        (".f32 value", 2**24 + 1, ValueError, r"int that f32 holds exactly \(got 16777217\)"),
+        (".f64 value", 10**400, ValueError, "in the range of f64"),
+        (".f32 value", True, TypeError, r"a number of type f32 \(got the bool True\)"),
+        (".u64 .ptr .align 1 value", 0, TypeError, r"must be a pointer: .* \(got the Python int 0"),
+        (".u64 .ptr .global .align 4 value", 1.0, TypeError, "must be a pointer"),
+        (".align 4 .b8 value[4]", 1, TypeError, "an array of 4 bytes .*; pass sim.struct"),
         (".align 8 .b8 value[8]", 1.0, TypeError, r"sim.struct\(np.float32\(0.5\)"),
-        (".u32 value", None, TypeError, "a number, .* got NoneType"),
+        (".u32 value", None, TypeError, r"a number, .* \(got NoneType"),
         (".u32 value", 1 + 2j, TypeError, "got complex"),
         (".u32 value", "5", TypeError, "got str"),
-        (".u32 value", np.int64(5), ValueError, "has 8 bytes; parameter value has 4"),
-        (".u32 value", np.zeros(1), ValueError, "has 8 bytes; parameter value has 4"),
+        (".u32 value", np.int64(5), ValueError, r"must have 4 bytes, .* value \(got 8\)"),
+        (".u32 value", np.zeros(1), ValueError, r"must have 4 bytes, .* value \(got 8\)"),
     ],
     ids=str,
 )  # fmt: skip
@@ -103,7 +103,7 @@ def test_numbers_that_do_not_fit_are_refused(parameter, value, error, message):
 
 
 def test_members_of_a_struct_need_a_type():
-    with pytest.raises(TypeError, match=r"sim.struct, member 1: a Python int has no C type"):
+    with pytest.raises(TypeError, match=r"sim.struct: member 1 must be a value with a C type"):
         sim.struct(np.zeros(4), 5)
     assert echo(".align 4 .b8 value[8]", sim.struct(np.int32(5), np.float32(1)), 8) == struct.pack(
         "<if", 5, 1
@@ -142,13 +142,13 @@ def test_text_with_a_byte_order_mark():
 @pytest.mark.parametrize(
     "data, message",
     [
-        (SCALE.encode("utf-16"), "UTF-16 text; save it as UTF-8"),
-        (SCALE.encode("utf-16-be"), "byte 0 of the file is 0x00"),
+        (SCALE.encode("utf-16"), r"UTF-16 text\); save it as UTF-8"),
+        (SCALE.encode("utf-16-be"), "byte 0x00, which no text has, at offset 0"),
         (b"\x7fELF\x02\x01" + bytes(99), "an ELF file .* pass the PTX itself"),
         (b"\x50\xed\x55\xba" + bytes(99), "a fatbin"),
         (SCALE.encode() + b"\x00", "which no text has"),
-        (b"\n \n", "the file is empty"),
-        (b"", "the file is empty"),
+        (b"\n \n", "got an empty file"),
+        (b"", "got an empty file"),
         (b"__global__ void k() {}\n", ""),
     ],
     ids=["UTF-16", "UTF-16 without a mark", "cubin", "fatbin", "zero", "blank", "empty", "CUDA"],
@@ -165,7 +165,7 @@ def test_files_that_are_no_ptx_are_named(tmp_path, capsys, data, message):
 
 def test_paths_that_cannot_be_read_are_named(tmp_path, capsys):
     for path, error, message in (
-        (tmp_path / "none.ptx", FileNotFoundError, "there is no file"),
+        (tmp_path / "none.ptx", FileNotFoundError, "there is no such file"),
         (tmp_path, IsADirectoryError, "is a folder"),
     ):
         with pytest.raises(error, match=message) as raised:
@@ -182,7 +182,7 @@ def test_a_missing_cuda_file_is_named_before_nvcc_starts(tmp_path, monkeypatch, 
     nvcc.chmod(0o755)
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     with pytest.raises(
-        FileNotFoundError, match=r"expected a CUDA file; .*none\.cu' does not exist"
+        FileNotFoundError, match=r"must be a CUDA file .*none\.cu', which does not exist"
     ):
         sim.compile_cuda(tmp_path / "none.cu")
     with pytest.raises(FileNotFoundError, match="is a folder"):

@@ -196,18 +196,22 @@ def test_scalars_without_a_type(tmp_path, capsys):
 @pytest.mark.parametrize(
     "old, new, message",
     [
-        ("kernel =", "kernal =", "expected the key 'kernel'"),
-        ("block = 128", "block = 128\nsize = 3", "unknown key 'size'; expected kernel, grid"),
+        ("kernel =", "kernal =", "must have the key 'kernel'"),
+        (
+            "block = 128",
+            "block = 128\nsize = 3",
+            r"keys must be among kernel, grid.*\(got 'size'\)",
+        ),
         ('dtype = "float32"', 'dtype = "float31"', r"\[arrays.x\]: dtype must be one of torch's"),
         ('fill = "arange"', 'fill = "random"', r"\[arrays.x\]: fill must be a number or one of"),
         ('access = "read"', 'access = "none"', r"\[arrays.x\]: access must be read"),
-        ('array = "y"', 'array = "z"', r"args\[1\]: there is no \[arrays.z\]"),
+        ('array = "y"', 'array = "z"', r"args\[1\]: array .*; there is no \[arrays.z\]"),
         ("scalar = 100", "scalar = -1", r"args\[3\]: "),
         ('type = "uint32"', 'type = "word"', r"args\[3\]: .*word"),
-        ("[[args]]", "[[args", r"spec\.toml: not TOML"),
+        ("[[args]]", "[[args", r"spec\.toml: the file must be TOML"),
         ("scalar = 100", 'scalar = "100"', r"args\[3\]: scalar must be a number"),
         ("block = 128", "block = 4096", "block"),
-        ('kernel = "scale"', 'kernel = "x"', "no kernel 'x'"),
+        ('kernel = "scale"', 'kernel = "x"', "a kernel of the module .got 'x'"),
     ],
 )
 def test_specifications_are_checked(tmp_path, capsys, old, new, message):
@@ -227,7 +231,7 @@ def test_missing_files(tmp_path, capsys):
 def test_without_nvcc(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     assert main([str(tmp_path / "k.cu")]) == 2
-    assert "expected nvcc in CUDA_HOME" in capsys.readouterr().err
+    assert "nvcc must be in CUDA_HOME" in capsys.readouterr().err
 
 
 def has_nvcc():

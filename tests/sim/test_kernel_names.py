@@ -83,10 +83,8 @@ def test_a_symbol_comes_before_a_plain_name():
 
 def test_names_that_fit_several_kernels_are_refused():
     two = module("_Z5scaleILi128EEvPfPffj", "_Z5scaleILi256EEvPfPffj")
-    with pytest.raises(
-        ValueError, match=r"there are 2 kernels 'scale'; .* 'void scale<128>\(.*256"
-    ):
+    with pytest.raises(ValueError, match=r"got 'scale', which 2 share.* 'void scale<128>\(.*256"):
         two.kernel("scale")
     assert two.kernel("scale<256>").name == "_Z5scaleILi256EEvPfPffj"
-    with pytest.raises(ValueError, match=r"no kernel 'scales'; the module has void scale<128>"):
+    with pytest.raises(ValueError, match=r"got 'scales'.*; the module has void scale<128>"):
         two.kernel("scales")

@@ -30,8 +30,8 @@ try:
     import numpy as _numpy  # noqa: F401  (torch does without; every module below needs it)
 except ImportError as error:
     raise ImportError(
-        f"torchext.sim: expected numpy; got: {error}; install it with `pip install numpy`, or "
-        "torchext with its extra, `pip install '.[sim]'`"
+        f"torchext.sim: numpy must be installed (got: {error}); run `pip install numpy`, or "
+        "install torchext with its extra `sim`: `pip install '.[sim]'`"
     ) from error
 
 from .arguments import Argument, output, pointer, read_only, struct, tensor_map

@@ -5,29 +5,30 @@ from __future__ import annotations
 import ctypes
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
 
 import numpy as np
 
 from torchext import _sim
 
-from .memory import Arena, View, is_array, view_of
+from .memory import Arena, Array, View, is_array, view_of
 from .numbers import TypedParameter, number_bytes
 
 
 class Argument(ABC):
-    """An argument of a kernel: bytes of a given size and alignment, known once memory is placed."""
+    """An argument of a kernel: bytes of a given size and alignment. Their value is known once the
+    launch has placed its memory."""
 
     size: int
     alignment: int
 
     @abstractmethod
     def register(self, arena: Arena, name: str) -> None:
-        """Adds the memory that the argument points to."""
+        """Adds the arrays that the argument points to to the arena."""
 
     @abstractmethod
     def to_bytes(self, arena: Arena) -> bytes:
-        """The argument's value."""
+        """The argument's value, with addresses in the arena."""
 
 
 class _Scalar(Argument):
@@ -48,7 +49,10 @@ class _Pointer(Argument):
 
     def __init__(self, view: View, access: str, name: str | None) -> None:
         if access != "read" and not view.writable:
-            raise ValueError("an array that numpy marks read-only cannot be an output")
+            raise ValueError(
+                f"torchext.sim.pointer: array must be writable for access {access!r} (got one that "
+                "numpy marks read-only); pass a copy"
+            )
         self.view, self.access, self._name = view, access, name
 
     def register(self, arena: Arena, name: str) -> None:
@@ -103,66 +107,70 @@ class _TensorMap(Argument):
     ) -> None:
         view = pointer.view
         self._pointer = pointer
-        self._arguments = {
-            "data_type": _TENSOR_MAP_TYPES[view.dtype],
-            "global_dim": view.shape[::-1],
-            "global_strides": [stride * view.itemsize for stride in view.strides[-2::-1]],
-            "box_dim": box[::-1],
-            "element_strides": element_strides[::-1],
-            "swizzle": _SWIZZLES[swizzle],
-            "oob_fill": _OOB_FILLS[oob_fill],
-        }
-        # Allocations are aligned on the device, so a view's alignment is that of its offset.
-        _sim.encode_tensor_map(global_address=4096 + view.offset, **self._arguments)
+        self._encode = partial(
+            _sim.encode_tensor_map,
+            data_type=_TENSOR_MAP_TYPES[view.dtype],
+            global_dim=view.shape[::-1],
+            global_strides=[stride * view.itemsize for stride in view.strides[-2::-1]],
+            box_dim=box[::-1],
+            element_strides=element_strides[::-1],
+            swizzle=_SWIZZLES[swizzle],
+            oob_fill=_OOB_FILLS[oob_fill],
+        )
+        # Raises for a rule that is broken. Allocations are aligned on the device, so the offset
+        # alone decides the alignment of the address.
+        self._encode(global_address=4096 + view.offset)
 
     def register(self, arena: Arena, name: str) -> None:
         self._pointer.register(arena, name)
 
     def to_bytes(self, arena: Arena) -> bytes:
-        address = arena.address_of(self._pointer.view)
-        packed: bytes = _sim.encode_tensor_map(global_address=address, **self._arguments)
-        return packed
+        return self._encode(global_address=arena.address_of(self._pointer.view))
 
 
-def pointer(array: Any, access: str = "read_write", name: str | None = None) -> Argument:
+def pointer(array: Array, access: str = "read_write", name: str | None = None) -> Argument:
     """A device pointer to a numpy array or torch CPU tensor.
 
     Args:
-        array: the array; views keep their offset in the allocation that they are part of.
-        access: "read", "write" (what the kernel does not write first must not be read: the bytes
-            start out as unwritten) or "read_write". A finding reports a store to "read".
-        name: what findings call the buffer; by default, the argument's position.
+        array: the array. A view keeps its offset in the allocation that it is part of.
+        access: "read" (a store is a finding), "write" (the bytes start out as unwritten, so a load
+            of a byte before the kernel has stored it is a finding) or "read_write".
+        name: the name of the buffer in findings. The default is the argument's position.
+
+    Raises:
+        TypeError: array is no array of numbers in CPU memory with non-negative strides.
+        ValueError: access is unknown, or asks to write an array that numpy marks read-only.
     """
     if access not in ("read", "write", "read_write"):
         raise ValueError(
-            f"torchext.sim.pointer: access must be read, write or read_write; got {access!r}"
+            f"torchext.sim.pointer: access must be read, write or read_write (got {access!r})"
         )
-    return _Pointer(view_of(array), access, name)
+    return _Pointer(view_of(array, "torchext.sim.pointer: array"), access, name)
 
 
-def read_only(array: Any, name: str | None = None) -> Argument:
-    """A pointer that the kernel must not write through."""
+def read_only(array: Array, name: str | None = None) -> Argument:
+    """`pointer(array, "read", name)`: the kernel must not write the array."""
     return pointer(array, "read", name)
 
 
-def output(array: Any, name: str | None = None) -> Argument:
-    """A pointer to memory that counts as unwritten until the kernel writes it."""
+def output(array: Array, name: str | None = None) -> Argument:
+    """`pointer(array, "write", name)`: bytes count as unwritten until the kernel writes them."""
     return pointer(array, "write", name)
 
 
-def struct(*members: Any) -> Argument:
+def struct(*members: object) -> Argument:
     """A struct passed by value, its members laid out as C does.
 
     Members are what `Module.launch` takes as arguments: arrays, typed scalars, tensor maps, bytes,
     structs.
     """
     return _Struct(
-        [argument_of(m, f"torchext.sim.struct, member {i}") for i, m in enumerate(members)]
+        [argument_of(m, f"torchext.sim.struct: member {i}") for i, m in enumerate(members)]
     )
 
 
 def tensor_map(
-    array: Any,
+    array: Array | Argument,
     *,
     box: Sequence[int],
     swizzle: int = 0,
@@ -175,62 +183,61 @@ def tensor_map(
         array: a numpy array or torch CPU tensor of 1 to 5 dimensions with a contiguous last one, or
             `read_only(...)` / `output(...)` of one. Its dtype becomes the map's data type; FP8 is
             uint8, as for the driver.
-        box: elements moved at a time, in the order of `array.shape` (last dimension last).
-        swizzle: 0, 32, 64 or 128 bytes.
+        box: elements that one instruction moves along each dimension, in the order of
+            `array.shape`.
+        swizzle: span of the swizzle in bytes: 0 (none), 32, 64 or 128.
         element_strides: step along each dimension of the box, in the order of `array.shape`.
         oob_fill: "zero" or "nan", for elements outside the array.
 
     Raises:
         TensorMapError: a rule of cuTensorMapEncodeTiled is broken; the message names it, with the
             driver's dimension order (innermost first).
-        TypeError, ValueError: what cannot be passed to it at all.
+        TypeError, ValueError: an argument that cuTensorMapEncodeTiled could not even be given.
     """
     where = "torchext.sim.tensor_map"
-    target = array if isinstance(array, _Pointer) else argument_of(array, where)
+    target = array if isinstance(array, _Pointer) else argument_of(array, f"{where}: array")
     if not isinstance(target, _Pointer):
         raise TypeError(
             f"{where}: array must be a numpy array, a torch tensor, or read_only(...) or "
-            f"output(...) of one; got {type(array).__name__}"
+            f"output(...) of one (got {type(array).__name__})"
         )
     view = target.view
     if view.dtype not in _TENSOR_MAP_TYPES:
         raise TypeError(
-            f"{where}: array must have one of the dtypes {', '.join(_TENSOR_MAP_TYPES)}; "
-            f"got {view.dtype}"
+            f"{where}: array must have one of the dtypes {', '.join(_TENSOR_MAP_TYPES)} "
+            f"(got {view.dtype})"
         )
     if not view.shape:
-        raise ValueError(f"{where}: array must have 1 to 5 dimensions; got a scalar")
+        raise ValueError(f"{where}: array must have 1 to 5 dimensions (got a scalar)")
     if view.strides[-1] != 1 and view.shape[-1] != 1:
         raise ValueError(
-            f"{where}: the last dimension of array must be contiguous; its stride is "
-            f"{view.strides[-1]} elements; pass the transposed view, or a contiguous copy"
+            f"{where}: the last dimension of array must be contiguous (got a stride of "
+            f"{view.strides[-1]} elements); pass the transposed view, or a contiguous copy"
         )
     steps = [1] * len(view.shape) if element_strides is None else list(element_strides)
     for name, values in (("box", box), ("element_strides", steps)):
         if len(values) != len(view.shape):
             raise ValueError(
                 f"{where}: {name} must have one number for each of the {len(view.shape)} "
-                f"dimensions of array; got {len(values)}"
+                f"dimensions of array (got {len(values)})"
             )
     if swizzle not in _SWIZZLES:
-        raise ValueError(f"{where}: swizzle must be 0, 32, 64 or 128 bytes; got {swizzle!r}")
+        raise ValueError(f"{where}: swizzle must be 0, 32, 64 or 128 bytes (got {swizzle!r})")
     if oob_fill not in _OOB_FILLS:
-        raise ValueError(f"{where}: oob_fill must be 'zero' or 'nan'; got {oob_fill!r}")
+        raise ValueError(f"{where}: oob_fill must be 'zero' or 'nan' (got {oob_fill!r})")
     return _TensorMap(target, tuple(box), swizzle, tuple(steps), oob_fill)
 
 
-def argument_of(value: Any, where: str, parameter: TypedParameter | None = None) -> Argument:
-    """`value` as an Argument; raises TypeError, in the name of `where`, if it cannot be one.
+def argument_of(value: object, what: str, parameter: TypedParameter | None = None) -> Argument:
+    """`value` as an Argument. A Python number takes the type of `parameter`, which it needs.
 
-    A Python number is converted to the type of `parameter`; it needs one.
+    Raises TypeError if `value` cannot be one; the message starts with `what`, such as
+    "torchext.sim.struct: member 1".
     """
     if isinstance(value, Argument):
         return value
     if is_array(value):
-        try:
-            view = view_of(value)
-        except TypeError as error:
-            raise TypeError(f"{where}: {error}") from None
+        view = view_of(value, what)
         return _Pointer(view, "read_write" if view.writable else "read", None)
     if isinstance(value, np.generic):
         return _Scalar(value.tobytes(), value.dtype.alignment)
@@ -239,9 +246,9 @@ def argument_of(value: Any, where: str, parameter: TypedParameter | None = None)
     if isinstance(value, bytes):
         return _Scalar(value, 1)
     if isinstance(value, int | float):
-        data = number_bytes(value, parameter, where)
+        data = number_bytes(value, parameter, what)
         return _Scalar(data, len(data))
     raise TypeError(
-        f"{where}: expected an array, a tensor, a number, a numpy or ctypes scalar, a tensor_map, "
-        f"a struct or bytes; got {type(value).__name__}"
+        f"{what} must be an array, a tensor, a number, a numpy or ctypes scalar, a tensor_map, a "
+        f"struct or bytes (got {type(value).__name__})"
     )

@@ -29,8 +29,8 @@ def find_nvcc() -> Path:
         if (home / "bin" / "nvcc").is_file():
             return home / "bin" / "nvcc"
     raise CompileError(
-        "torchext.sim: expected nvcc in CUDA_HOME, /usr/local/cuda* or PATH; found none. Install "
-        "the CUDA toolkit or, from PyPI, nvidia-cuda-nvcc, nvidia-cuda-crt, nvidia-nvvm, "
+        "torchext.sim.compile_cuda: nvcc must be in CUDA_HOME, /usr/local/cuda* or PATH (got none)"
+        "; install the CUDA toolkit or, from PyPI, nvidia-cuda-nvcc, nvidia-cuda-crt, nvidia-nvvm, "
         "nvidia-cuda-runtime and nvidia-cuda-cccl; a .ptx file needs no compiler"
     )
 
@@ -51,8 +51,10 @@ def compile_cuda(
     """
     nvcc = find_nvcc()
     if not Path(source).is_file():
-        what = "is a folder" if Path(source).is_dir() else "does not exist"
-        raise FileNotFoundError(f"torchext.sim: expected a CUDA file; {str(source)!r} {what}")
+        what = "which is a folder" if Path(source).is_dir() else "which does not exist"
+        raise FileNotFoundError(
+            f"torchext.sim.compile_cuda: source must be a CUDA file (got {str(source)!r}, {what})"
+        )
     with tempfile.TemporaryDirectory() as folder:
         ptx = Path(folder) / f"{Path(source).stem}.ptx" if keep is None else keep
         command = [

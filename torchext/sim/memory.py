@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, TypeAlias, TypeGuard, Union
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import torch
 
 try:
     from numpy.lib.array_utils import byte_bounds
 except ModuleNotFoundError:  # numpy 1
     from numpy import byte_bounds  # type: ignore[attr-defined,no-redef]
 
-# What lies between two buffers: wider than any plausible overshoot, and never touched, so that it
-# costs address space alone.
+Array: TypeAlias = Union[np.ndarray, "torch.Tensor"]
+
+# Bytes between two buffers. Accesses past a buffer land in the gap and are reported; it is wider
+# than any plausible overshoot. Nothing touches the gap, so it takes address space but no memory.
 GUARD_BYTES = 1 << 20
-ALIGNMENT = 256  # of cudaMalloc
+ALIGNMENT = 256  # bytes; cudaMalloc gives the same
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,7 @@ class View:
         writable: numpy may forbid writing.
     """
 
-    owner: Any
+    owner: Array
     base: int
     size: int
     offset: int
@@ -45,12 +50,12 @@ class View:
     writable: bool
 
 
-def is_array(value: Any) -> bool:
+def is_array(value: object) -> TypeGuard[Array]:
     """Whether `value` is a numpy array or a torch tensor."""
     return isinstance(value, np.ndarray) or _is_tensor(value)
 
 
-def _is_tensor(value: Any) -> bool:
+def _is_tensor(value: object) -> TypeGuard[torch.Tensor]:
     return hasattr(value, "untyped_storage") and hasattr(value, "data_ptr")
 
 
@@ -59,23 +64,29 @@ def _span(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
     return 0 if 0 in shape else 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
 
 
-def view_of(value: Any) -> View:
-    """The View of a numpy array or a torch CPU tensor; raises TypeError for anything else."""
+def view_of(value: object, what: str) -> View:
+    """The View of a numpy array or a torch CPU tensor.
+
+    Raises TypeError for anything else; the message starts with `what`, such as
+    "torchext.sim.pointer: array".
+    """
     if isinstance(value, np.ndarray):
-        return _numpy_view(value)
+        return _numpy_view(value, what)
     if not _is_tensor(value):
-        raise TypeError(f"expected a numpy array or a torch CPU tensor; got {type(value).__name__}")
+        raise TypeError(
+            f"{what} must be a numpy array or a torch CPU tensor (got {type(value).__name__})"
+        )
     if value.device.type != "cpu":
         raise TypeError(
-            f"expected a torch tensor on the CPU, where the simulator runs; got one on "
-            f"{value.device}; call .cpu() first"
+            f"{what} must be on the CPU, where the simulator runs (got a torch tensor on "
+            f"{value.device}); call .cpu() first"
         )
     storage, itemsize = value.untyped_storage(), value.element_size()
     return View(
         owner=value,
         base=storage.data_ptr(),
         size=storage.nbytes(),
-        offset=value.storage_offset() * itemsize,
+        offset=int(value.storage_offset()) * itemsize,
         extent=_span(tuple(value.shape), value.stride()) * itemsize,
         shape=tuple(value.shape),
         strides=tuple(value.stride()),
@@ -85,13 +96,13 @@ def view_of(value: Any) -> View:
     )
 
 
-def _numpy_view(value: np.ndarray) -> View:
+def _numpy_view(value: np.ndarray, what: str) -> View:
     if value.dtype.hasobject:
-        raise TypeError(f"expected an array of numbers; got dtype {value.dtype}")
+        raise TypeError(f"{what} must be an array of numbers (got dtype {value.dtype})")
     if any(stride < 0 or stride % value.itemsize for stride in value.strides):
         raise TypeError(
-            f"expected strides that are non-negative multiples of the element size, "
-            f"{value.itemsize} bytes; got {value.strides}; pass a copy"
+            f"{what} must have strides that are non-negative multiples of the element size, "
+            f"{value.itemsize} bytes (got {value.strides}); pass a copy"
         )
     root = value
     while isinstance(root.base, np.ndarray):
@@ -124,7 +135,7 @@ class _Range:
 class _Allocation:
     base: int
     size: int
-    owner: Any
+    owner: Array
     address: int = 0  # in the arena
     ranges: list[_Range] = field(default_factory=list)
 

@@ -71,7 +71,7 @@ def _dim3(name: str, value: int | Sequence[int]) -> tuple[int, int, int]:
     values = (value,) if isinstance(value, int) else tuple(value)
     if not 1 <= len(values) <= 3 or any(not 0 <= v < 1 << 32 for v in values):
         raise ValueError(
-            f"torchext.sim.Module.launch: {name} must be 1 to 3 numbers; got {value!r}"
+            f"torchext.sim.Module.launch: {name} must be 1 to 3 numbers (got {value!r})"
         )
     x, y, z = (*values, 1, 1)[:3]
     return x, y, z
@@ -88,7 +88,9 @@ def _named_text(ptx_text_or_path: str | Path, name: str | None) -> tuple[str, st
 def _texts_to_link(parts: Sequence[str | Path | Module], name: str | None) -> list[tuple[str, str]]:
     where = "torchext.sim.Module"
     if name is not None:
-        raise ValueError(f"{where}: linked modules keep their own names; got name={name!r}")
+        raise ValueError(
+            f"{where}: name must be None for linked modules, which keep theirs (got {name!r})"
+        )
     texts: list[tuple[str, str]] = []
     for part in parts:
         if isinstance(part, Module):
@@ -97,10 +99,13 @@ def _texts_to_link(parts: Sequence[str | Path | Module], name: str | None) -> li
             texts.append(_named_text(part, None))
         else:
             raise TypeError(
-                f"{where}: expected PTX texts, paths and modules to link; got {type(part).__name__}"
+                f"{where}: each module to link must be a PTX text, a path or a Module "
+                f"(got {type(part).__name__})"
             )
     if not texts:
-        raise ValueError(f"{where}: expected at least one module to link; got none")
+        raise ValueError(
+            f"{where}: ptx_text_or_path must name at least one module to link (got none)"
+        )
     return texts
 
 
@@ -139,8 +144,7 @@ class Module:
     @property
     def target(self) -> str:
         """The `.target` of the module, such as "sm_90a"."""
-        target: str = self._module.target
-        return target
+        return self._module.target
 
     def kernels(self) -> list[Kernel]:
         """The module's entry points, in the order of the text."""
@@ -157,7 +161,7 @@ class Module:
         Raises ValueError, listing them, if there is none or more than one.
         """
         kernels = {kernel.name: kernel for kernel in self.kernels()}
-        return kernels[names.find(name, list(kernels), "torchext.sim.Module")]
+        return kernels[names.find(name, list(kernels), "torchext.sim.Module.kernel")]
 
     def variables(self) -> list[Variable]:
         """The `.global` and `.const` variables of the module, in the order of the text."""
@@ -175,8 +179,8 @@ class Module:
             if variable.name == name:
                 return variable
         raise ValueError(
-            f"torchext.sim.Module: there is no variable {name!r}; the module has "
-            f"{', '.join(v.name for v in variables) or 'none'}"
+            f"torchext.sim.Module.variable: name must be a variable of the module (got {name!r}); "
+            f"the module has {', '.join(v.name for v in variables) or 'none'}"
         )
 
     def reset_variables(self) -> None:
@@ -239,7 +243,8 @@ class Module:
         where = f"torchext.sim.Module.launch of {name}"
         if len(args) != len(kernel.parameters):
             raise ValueError(
-                f"{where}: the kernel takes {len(kernel.parameters)} arguments; got {len(args)}"
+                f"{where}: args must have one entry for each of the kernel's "
+                f"{len(kernel.parameters)} parameters (got {len(args)})"
             )
         options = launch_options(
             where,
@@ -250,8 +255,8 @@ class Module:
             num_threads=num_threads,
             num_sms=num_sms,
             max_instructions=max_instructions,
+            non_portable_cluster=non_portable_cluster,
         )
-        options["non_portable_cluster"] = non_portable_cluster
         arguments = [
             argument_of(arg, f"{where}: argument {i}", parameter)
             for i, (arg, parameter) in enumerate(zip(args, kernel.parameters, strict=True))
@@ -259,8 +264,8 @@ class Module:
         for i, (argument, parameter) in enumerate(zip(arguments, kernel.parameters, strict=True)):
             if argument.size != parameter.size:
                 raise ValueError(
-                    f"{where}: argument {i} has {argument.size} bytes; parameter "
-                    f"{parameter.name} has {parameter.size}"
+                    f"{where}: argument {i} must have {parameter.size} bytes, the size of "
+                    f"parameter {parameter.name} (got {argument.size})"
                 )
         arena = Arena()
         for i, argument in enumerate(arguments):

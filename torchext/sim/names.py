@@ -9,14 +9,17 @@ from torchext import _sim
 
 
 def signature(symbol: str) -> str:
-    """Such as "void scale<128>(float*)" of "_Z5scaleILi128EEvPf"; other names unchanged."""
-    text: str = _sim.demangle(symbol)
-    return text
+    """The C++ signature of a symbol: "void scale<128>(float*)" of "_Z5scaleILi128EEvPf".
+
+    A name that is no C++ symbol is returned unchanged.
+    """
+    return _sim.demangle(symbol)
 
 
 def _spellings(symbol: str) -> set[str]:
-    """What a kernel may be called: with parameters, template arguments, namespaces, or without."""
-    full: str = _sim.short_name(symbol)
+    """The names that stand for a kernel: the symbol, the C++ signature, and the C++ name with or
+    without parameters, template arguments and namespaces."""
+    full = _sim.short_name(symbol)
     bare = full
     while (shorter := re.sub(r"<[^<>]*>|\[[^\[\]]*\]", "", bare)) != bare:
         bare = shorter
@@ -32,10 +35,10 @@ def find(name: str, symbols: Sequence[str], where: str) -> str:
         return found[0]
     if found:
         raise ValueError(
-            f"{where}: there are {len(found)} kernels {name!r}; expected one of "
-            + ", ".join(f"{signature(symbol)!r}" for symbol in found)
+            f"{where}: name must be that of one kernel (got {name!r}, which {len(found)} share); "
+            "use " + ", ".join(f"{signature(symbol)!r}" for symbol in found)
         )
     raise ValueError(
-        f"{where}: there is no kernel {name!r}; the module has "
+        f"{where}: name must be a kernel of the module (got {name!r}); the module has "
         f"{', '.join(signature(symbol) for symbol in symbols) or 'none'}"
     )

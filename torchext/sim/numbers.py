@@ -23,41 +23,42 @@ class TypedParameter(Protocol):
     def is_pointer(self) -> bool: ...
 
 
-def number_bytes(value: bool | int | float, parameter: TypedParameter | None, where: str) -> bytes:
-    """`value` in the type of `parameter`; None is a member of a struct, whose type nobody knows.
+def number_bytes(value: bool | int | float, parameter: TypedParameter | None, what: str) -> bytes:
+    """`value` in the type of `parameter`, which is None for a struct's members: PTX does not say
+    what type they have.
 
-    Raises TypeError for a kind of number that the parameter does not take, ValueError for one that
-    does not fit; both in the name of `where`.
+    Raises TypeError for a kind of number that the parameter does not take, and ValueError for a
+    number that does not fit. Messages start with `what`, such as "torchext.sim.struct: member 1".
     """
     kind = type(value).__name__
     if parameter is None or parameter.is_array:
         example = "np.float32(0.5)" if isinstance(value, float) else "np.int32(5)"
         if parameter is None:
-            remedy = f"a struct's members need one: write {example} or a ctypes value"
+            expected, remedy = "a value with a C type", f"write {example} or a ctypes value"
         else:
-            remedy = (
-                f"the parameter is a struct or an array of {parameter.size} bytes: pass "
-                f"sim.struct({example}, ...), a ctypes structure or bytes"
-            )
-        raise TypeError(f"{where}: a Python {kind} has no C type, and {remedy}")
+            expected = f"a struct or an array of {parameter.size} bytes"
+            remedy = f"pass sim.struct({example}, ...), a ctypes structure or bytes"
+        raise TypeError(f"{what} must be {expected} (got the Python {kind} {value!r}); {remedy}")
     if parameter.is_pointer:
         raise TypeError(
-            f"{where}: expected a pointer (an array, a tensor, or an address as np.uint64); got "
-            f"the Python {kind} {value!r}"
+            f"{what} must be a pointer: an array, a tensor, or an address as np.uint64 (got the "
+            f"Python {kind} {value!r})"
         )
     if parameter.type in _FLOATS:
-        return _float_bytes(value, parameter, where)
+        return _float_bytes(value, parameter, what)
     if parameter.type[0] in "usb" and parameter.type[1:].isdecimal():
-        return _integer_bytes(value, parameter, where)
+        return _integer_bytes(value, parameter, what)
     raise TypeError(
-        f"{where}: expected {parameter.size} bytes ({parameter.type}), as a numpy or ctypes value "
-        f"or as bytes; got the Python {kind} {value!r}"
+        f"{what} must be a numpy or ctypes value or bytes, {parameter.size} bytes of "
+        f"{parameter.type} (got the Python {kind} {value!r})"
     )
 
 
-def _float_bytes(value: bool | int | float, parameter: TypedParameter, where: str) -> bytes:
+def _float_bytes(value: bool | int | float, parameter: TypedParameter, what: str) -> bytes:
     if isinstance(value, bool):
-        raise TypeError(f"{where}: expected a number ({parameter.type}); got the bool {value!r}")
+        raise TypeError(
+            f"{what} must be a number of type {parameter.type} (got the bool {value!r})"
+        )
     convert = _FLOATS[parameter.type]
     with np.errstate(over="ignore"):
         try:
@@ -66,26 +67,26 @@ def _float_bytes(value: bool | int | float, parameter: TypedParameter, where: st
             number = convert(math.inf)
     infinite = isinstance(value, float) and math.isinf(value)
     if np.isinf(number) and not infinite:
-        raise ValueError(f"{where}: {value!r} does not fit in {parameter.type}")
+        raise ValueError(f"{what} must be in the range of {parameter.type} (got {value!r})")
     if isinstance(value, int) and int(number) != value:
         raise ValueError(
-            f"{where}: {parameter.type} cannot hold the int {value!r} exactly; pass a float to "
-            "have it rounded"
+            f"{what} must be an int that {parameter.type} holds exactly (got {value!r}); pass a "
+            "float to have it rounded"
         )
     return number.tobytes()
 
 
-def _integer_bytes(value: bool | int | float, parameter: TypedParameter, where: str) -> bytes:
+def _integer_bytes(value: bool | int | float, parameter: TypedParameter, what: str) -> bytes:
     if isinstance(value, float):
         raise TypeError(
-            f"{where}: expected an integer ({parameter.type}); got the float {value!r} (a numpy or "
-            "ctypes float passes its bits)"
+            f"{what} must be an integer of type {parameter.type} (got the float {value!r}); pass a "
+            "numpy or ctypes float to pass its bits"
         )
-    # Compilers declare signed integers as .u too, so that either range may be meant; .s is signed.
+    # Compilers declare signed integers as .u too, so .u takes both ranges. An .s is always signed.
     bits = 8 * parameter.size
     least, most = -(1 << bits - 1), (1 << bits - (parameter.type[0] == "s")) - 1
     if not least <= value <= most:
         raise ValueError(
-            f"{where}: {int(value)} does not fit in {parameter.type} ({least} to {most})"
+            f"{what} must be in the range of {parameter.type}, {least} to {most} (got {int(value)})"
         )
     return (int(value) & (1 << bits) - 1).to_bytes(parameter.size, "little")

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from torchext import _sim
 
-from .memory import view_of
+from .memory import Array, view_of
 
 _FORMATS = {
     "float8_e4m3fn": "e4m3", "float8_e5m2": "e5m2", "float16": "f16", "bfloat16": "bf16",
@@ -17,13 +15,13 @@ _FORMATS = {
 _UNITS = {"wgmma": 90, "mma.sync.sm_80": 80, "mma.sync.sm_89": 89, "mma.sync.sm_90": 90}
 
 
-def _codes(array: Any, where: str) -> tuple[np.ndarray, str, int]:
+def _codes(array: Array, what: str) -> tuple[np.ndarray, str, int]:
     """(bytes [rows, K * size], format, size of an element)."""
-    view = view_of(array)
+    view = view_of(array, what)
     if view.dtype not in _FORMATS or len(view.shape) != 2:
         raise ValueError(
-            f"{where} must be a matrix of {', '.join(_FORMATS)}; got {len(view.shape)} dimensions "
-            f"of {view.dtype}"
+            f"{what} must be a matrix of {', '.join(_FORMATS)} (got {len(view.shape)} dimensions "
+            f"of {view.dtype})"
         )
     if isinstance(array, np.ndarray):
         raw = np.ascontiguousarray(array).view(np.uint8)
@@ -35,7 +33,7 @@ def _codes(array: Any, where: str) -> tuple[np.ndarray, str, int]:
 
 
 def tensor_core_matmul(
-    a: Any, b: Any, *, unit: str = "wgmma", promote_every: int | None = None
+    a: Array, b: Array, *, unit: str = "wgmma", promote_every: int | None = None
 ) -> np.ndarray:
     """a @ b.T with the rounding of a tensor core and an FP32 accumulator.
 
@@ -43,9 +41,9 @@ def tensor_core_matmul(
         a: [M, K], b: [N, K], both float8 (of either kind), float16, bfloat16 or float32 (multiplied
             as TF32). Torch CPU tensors, or numpy arrays where numpy has the dtype.
         unit: "wgmma" (Hopper), or "mma.sync.sm_80", "mma.sync.sm_89", "mma.sync.sm_90".
-        promote_every: None accumulates all of K in the tensor core. A number, a multiple of 32,
-            adds the accumulator to a sum in FP32 (round to nearest even) and starts it anew every
-            so many elements of K, as DeepSeek-V3 and torchext do every 128.
+        promote_every: None accumulates all of K in the tensor core. A multiple of 32 is a number of
+            elements of K: after each so many, the accumulator is added to a sum in FP32 (rounded to
+            nearest even) and set to zero. DeepSeek-V3 and torchext do so every 128.
 
     Returns:
         float32 [M, N]. K is padded with zeros to whole instructions (32 bytes of K).
@@ -53,17 +51,17 @@ def tensor_core_matmul(
     """
     where = "torchext.sim.tensor_core_matmul"
     if unit not in _UNITS:
-        raise ValueError(f"{where}: unit must be one of {', '.join(_UNITS)}; got {unit!r}")
+        raise ValueError(f"{where}: unit must be one of {', '.join(_UNITS)} (got {unit!r})")
     if promote_every is not None and (promote_every < 32 or promote_every % 32):
-        raise ValueError(f"{where}: promote_every must be a multiple of 32; got {promote_every}")
+        raise ValueError(f"{where}: promote_every must be a multiple of 32 (got {promote_every})")
     (a_codes, a_format, size), (b_codes, b_format, b_size) = (
         _codes(a, f"{where}: a"),
         _codes(b, f"{where}: b"),
     )
     if size != b_size or a_codes.shape[1] != b_codes.shape[1]:
         raise ValueError(
-            f"{where}: a and b must have dtypes of one size and the same K; got "
-            f"{tuple(a.shape)} {a.dtype} and {tuple(b.shape)} {b.dtype}"
+            f"{where}: b must have the K of a, and a dtype of the same size (got "
+            f"{tuple(a.shape)} {a.dtype} and {tuple(b.shape)} {b.dtype})"
         )
     missing = -a_codes.shape[1] % 32
     a_codes, b_codes = (np.pad(codes, ((0, 0), (0, missing))) for codes in (a_codes, b_codes))

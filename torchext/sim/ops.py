@@ -1,4 +1,4 @@
-"""Ops under simulation: `torch.ops.torchext.*` on CPU tensors through launcher and PTX."""
+"""Simulated ops: `torch.ops.torchext.*` on CPU tensors, through the GPU's launcher and PTX."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import ctypes
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from torchext import _sim
 from torchext._dispatch.library import op_library
@@ -16,22 +15,22 @@ from .report import Report, report_from
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 CAPABILITIES = (75, 80, 86, 87, 89, 90)
-_active: list[Any] = []  # of _sim.OpSimulator, innermost last
+_active: list[_sim.OpSimulator] = []  # innermost last
 
 
 class Simulation:
-    """What `simulate()` yields: the reports of the launches so far."""
+    """The object that `simulate()` yields. It has the reports of all launches so far."""
 
-    def __init__(self, simulator: Any) -> None:
+    def __init__(self, simulator: _sim.OpSimulator) -> None:
         self._simulator = simulator
 
     @property
     def reports(self) -> list[Report]:
-        """One Report for each kernel launched, in order; those with errors also raised."""
+        """One Report for each kernel launch, in order, including launches whose op raised."""
         return [report_from(raw) for raw in self._simulator.launches()]
 
 
-def _install(simulator: Any) -> None:
+def _install(simulator: _sim.OpSimulator | None) -> None:
     library = op_library()
     library.torchext_set_simulator.argtypes = [ctypes.c_void_p]
     library.torchext_set_simulator.restype = None
@@ -39,8 +38,8 @@ def _install(simulator: Any) -> None:
 
 
 def _kernels(compute_capability: int) -> list[str]:
-    """The build's PTX that such a GPU can run, what suits it best first: that of its own
-    architecture, then of older ones; "90a" runs on 90 alone."""
+    """The build's PTX files that a GPU of this capability can run, best first: those for its own
+    architecture, then those for older ones. PTX for 90a runs on 90 only."""
     folders = [path for path in (_PACKAGE / "_ptx").glob("*") if path.is_dir()]
     usable = [
         (int(path.name.rstrip("a")), path)
@@ -65,22 +64,24 @@ def simulate(
     compute_capability: int = 90,
     ptx: Sequence[str | Path] | None = None,
 ) -> Iterator[Simulation]:
-    """Within it, torchext's ops on CPU tensors run their CUDA kernels on the simulator.
+    """Runs the CUDA kernels of torchext's ops on the simulator, within a `with` block.
 
-    The launchers (heuristics, tensor maps, shared memory, grid, cluster) and the PTX are those of a
-    GPU. An op whose kernel has errors raises RuntimeError with the report; notes are in `reports`
-    alone. The switch is process-wide: every thread's ops are simulated until the block ends. Blocks
-    nest.
+    Ops on CPU tensors take the launchers that a GPU takes (heuristics, tensor maps, shared memory,
+    grid, cluster), and the same PTX. An op whose kernel has errors raises RuntimeError with the
+    report; notes appear only in `reports`. The switch is process-wide: ops of every thread are
+    simulated until the block ends. Blocks may be nested.
 
     Args:
-        num_sms: of the simulated GPU, which persistent kernels fill.
+        num_sms: number of SMs of the simulated GPU. Persistent kernels launch as many CTAs.
         compute_capability: of the simulated GPU: 75, 80, 86, 87, 89 or 90. Launchers choose their
             kernels by it, as on a GPU.
-        ptx: files to take the kernels from instead of the build's: changed kernels of the same
-            names and parameters.
-        others: as in `Module.launch`.
+        ptx: PTX files to take the kernels from, instead of the build's. The kernels must have the
+            same names and parameters.
+        seed, completion, lane_order, checks, num_threads, max_instructions: as in `Module.launch`.
 
-    Raises RuntimeError where this build has no CUDA kernels to simulate.
+    Raises:
+        ValueError: an option has a value that is not allowed.
+        RuntimeError: this build has no CUDA kernels to simulate.
     """
     options = launch_options(
         "torchext.sim.simulate",
@@ -100,8 +101,8 @@ def simulate(
     files = _kernels(compute_capability) if ptx is None else [str(path) for path in ptx]
     if not files:
         raise RuntimeError(
-            "torchext.sim.simulate: this build of torchext has no PTX to simulate (no nvcc was "
-            "found when it was built); reinstall torchext where nvcc is on PATH or CUDA_HOME is set"
+            "torchext.sim.simulate: torchext must be built with nvcc (got a build without PTX); "
+            "reinstall torchext where nvcc is on PATH or CUDA_HOME is set"
         )
     simulator = _sim.OpSimulator(files, options, compute_capability)
     _active.append(simulator)

@@ -1,4 +1,4 @@
-"""Reads .ptx files, and says of others what they are."""
+"""Reads .ptx files. For a file of another kind, the error says what it is."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torchext import _sim
 
-# What else a path may lead to, by its first bytes.
+# Kinds of files that are not PTX, by their first bytes.
 _SIGNATURES = {
     b"\x7fELF": "an ELF file (a cubin, or a compiled program)",
     b"\x50\xed\x55\xba": "a fatbin",
@@ -28,24 +28,28 @@ def read_ptx(path: str | Path) -> str:
     try:
         data = Path(path).read_bytes()
     except FileNotFoundError:
-        raise FileNotFoundError(f"torchext.sim: there is no file {str(path)!r}") from None
+        raise FileNotFoundError(
+            f"torchext.sim: path must be a .ptx file (got {str(path)!r}); there is no such file"
+        ) from None
     except IsADirectoryError:
         raise IsADirectoryError(
-            f"torchext.sim: expected a .ptx file; {str(path)!r} is a folder"
+            f"torchext.sim: path must be a .ptx file (got {str(path)!r}, which is a folder)"
         ) from None
     except OSError as error:
-        raise type(error)(f"torchext.sim: cannot read {str(path)!r}: {error.strerror}") from None
+        raise type(error)(
+            f"torchext.sim: path must be readable (got {str(path)!r}: {error.strerror})"
+        ) from None
     for signature, what in _SIGNATURES.items():
         if data.startswith(signature):
             hint = "save it as UTF-8" if "text" in what else "pass the PTX itself (nvcc -ptx)"
-            raise _sim.PtxError(f"{path}: expected PTX text; the file is {what}; {hint}")
+            raise _sim.PtxError(f"{path}: the file must be PTX text (got {what}); {hint}")
     if control := _NOT_TEXT.search(data):
         raise _sim.PtxError(
-            f"{path}: expected PTX text; byte {control.start()} of the file is "
-            f"0x{control[0][0]:02x}, which no text has"
+            f"{path}: the file must be PTX text (got byte 0x{control[0][0]:02x}, which no text has,"
+            f" at offset {control.start()})"
         )
     if not data.strip():
-        raise _sim.PtxError(f"{path}: expected PTX text; the file is empty")
+        raise _sim.PtxError(f"{path}: the file must be PTX text (got an empty file)")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError:

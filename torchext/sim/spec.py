@@ -93,11 +93,11 @@ def _take(
 ) -> None:
     for key in required:
         if key not in table:
-            raise SpecError(f"{where}: expected the key '{key}'; got {', '.join(table) or 'none'}")
+            raise SpecError(f"{where} must have the key '{key}' (got {', '.join(table) or 'none'})")
     for key in table:
         if key not in (*required, *optional):
             raise SpecError(
-                f"{where}: unknown key '{key}'; expected {', '.join((*required, *optional))}"
+                f"{where}: keys must be among {', '.join((*required, *optional))} (got '{key}')"
             )
 
 
@@ -116,11 +116,15 @@ def _array(table: dict[str, Any], where: str, folder: Path) -> ArraySpec:
         _take(table, where, ("file",), shared)
         path = folder / table["file"]
         if not path.is_file():
-            raise SpecError(f"{where}: there is no file {path}")
+            raise SpecError(
+                f"{where}: file must be an .npy file (got {path}); there is no such file"
+            )
         try:
             stored = np.load(path, allow_pickle=False)
         except (ValueError, EOFError) as error:
-            raise SpecError(f"{where}: {path} is not an .npy file of numbers: {error}") from None
+            raise SpecError(
+                f"{where}: file must be an .npy file of numbers (got {path}: {error})"
+            ) from None
 
         def make() -> torch.Tensor:
             return torch.from_numpy(stored.copy())
@@ -129,10 +133,10 @@ def _array(table: dict[str, Any], where: str, folder: Path) -> ArraySpec:
         shape, fill = tuple(table["shape"]), table.get("fill", "zeros")
         dtype = getattr(torch, table["dtype"], None)
         if not isinstance(dtype, torch.dtype):
-            raise SpecError(f"{where}: dtype must be one of torch's; got '{table['dtype']}'")
+            raise SpecError(f"{where}: dtype must be one of torch's (got '{table['dtype']}')")
         if isinstance(fill, str) and fill not in _FILLS:
             raise SpecError(
-                f"{where}: fill must be a number or one of {', '.join(_FILLS)}; got '{fill}'"
+                f"{where}: fill must be a number or one of {', '.join(_FILLS)} (got '{fill}')"
             )
 
         def make() -> torch.Tensor:
@@ -142,7 +146,7 @@ def _array(table: dict[str, Any], where: str, folder: Path) -> ArraySpec:
 
     access = table.get("access", "read_write")
     if access not in ("read", "write", "read_write"):
-        raise SpecError(f"{where}: access must be read, write or read_write; got '{access}'")
+        raise SpecError(f"{where}: access must be read, write or read_write (got '{access}')")
     return ArraySpec(make, access, folder / table["save"] if "save" in table else None)
 
 
@@ -150,11 +154,13 @@ def _check_argument(entry: dict[str, Any], where: str, arrays: dict[str, ArraySp
     if "scalar" in entry:
         _take(entry, where, ("scalar",), ("type",))
         if not isinstance(entry["scalar"], int | float):
-            raise SpecError(f"{where}: scalar must be a number; got {entry['scalar']!r}")
+            raise SpecError(f"{where}: scalar must be a number (got {entry['scalar']!r})")
         try:
             np.dtype(entry.get("type", "float64")).type(entry["scalar"])
         except (TypeError, ValueError, OverflowError) as error:
-            raise SpecError(f"{where}: {error}") from None
+            raise SpecError(
+                f"{where}: scalar must be a value of its type (got {entry['scalar']!r}: {error})"
+            ) from None
         return
     if "array" in entry:
         _take(entry, where, ("array",), ())
@@ -162,7 +168,10 @@ def _check_argument(entry: dict[str, Any], where: str, arrays: dict[str, ArraySp
         _take(entry, where, ("tensor_map", "box"), ("swizzle", "element_strides", "oob_fill"))
     name = entry.get("array") or entry["tensor_map"]
     if name not in arrays:
-        raise SpecError(f"{where}: there is no [arrays.{name}]")
+        raise SpecError(
+            f"{where}: {'array' if 'array' in entry else 'tensor_map'} must name an array of the "
+            f"file (got {name!r}); there is no [arrays.{name}]"
+        )
 
 
 def _load_toml(text: str) -> dict[str, Any]:
@@ -173,12 +182,13 @@ def _load_toml(text: str) -> dict[str, Any]:
             import tomli as tomllib  # type: ignore[no-redef]
         except ModuleNotFoundError:
             raise SpecError(
-                "launch specifications need Python 3.11, or `pip install tomli` on 3.10"
+                "tomllib must be importable (got Python 3.10); use Python 3.11 or "
+                "`pip install tomli`"
             ) from None
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise SpecError(f"not TOML: {error}") from None
+        raise SpecError(f"the file must be TOML (got: {error})") from None
 
 
 def load_spec(path: Path) -> LaunchSpec:
@@ -186,7 +196,7 @@ def load_spec(path: Path) -> LaunchSpec:
     try:
         table = _load_toml(path.read_text("utf-8-sig"))
     except UnicodeDecodeError:
-        raise SpecError(f"{path}: expected TOML; the file is not UTF-8 text") from None
+        raise SpecError(f"{path}: the file must be TOML (got text that is not UTF-8)") from None
     except SpecError as error:
         raise SpecError(f"{path}: {error}") from None
     _take(

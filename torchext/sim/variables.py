@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike
 
+from torchext import _sim
+
 from .memory import is_array, view_of
 
 # numpy's dtype of a PTX type; what numpy lacks (bf16, packed types) is read as unsigned bits.
@@ -42,7 +44,7 @@ class Variable:
     size: int
     alignment: int
     address: int
-    _module: Any = field(repr=False, compare=False, default=None)  # owns the memory
+    _module: _sim.Module = field(repr=False, compare=False)  # owns the memory
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -59,12 +61,12 @@ class Variable:
             return data.view(self.dtype).reshape(self.shape)
         if self.size % np.dtype(dtype).itemsize:
             raise ValueError(
-                f"torchext.sim.Variable.get of {self.name}: {self.size} bytes are no whole number "
-                f"of {np.dtype(dtype)}"
+                f"torchext.sim.Variable.get of {self.name}: the size of dtype must divide the "
+                f"variable's {self.size} bytes (got {np.dtype(dtype)})"
             )
         return data.view(dtype)
 
-    def set(self, value: Any, *, offset: int | None = None) -> None:
+    def set(self, value: object, *, offset: int | None = None) -> None:
         """Writes the variable.
 
         Args:
@@ -82,21 +84,26 @@ class Variable:
         begin = 0 if offset is None else offset
         fits = len(data) == self.size if offset is None else 0 <= begin <= self.size - len(data)
         if not fits:
-            place = "" if offset is None else f" at offset {offset}"
+            where = f"torchext.sim.Variable.set of {self.name}"
+            if offset is None:
+                raise ValueError(
+                    f"{where}: value must have {self.size} bytes (got {len(data)}); pass offset= "
+                    "to write a part"
+                )
             raise ValueError(
-                f"torchext.sim.Variable.set of {self.name}: the variable has {self.size} bytes; "
-                f"got {len(data)}{place}" + ("; offset= writes a part" if offset is None else "")
+                f"{where}: value must lie within the variable's {self.size} bytes (got {len(data)} "
+                f"bytes at offset {offset})"
             )
         ctypes.memmove(self.address + begin, data, len(data))
 
-    def _bytes_of(self, value: Any) -> bytes:
+    def _bytes_of(self, value: object) -> bytes:
         if isinstance(value, bytes | bytearray | memoryview):
             return bytes(value)
         where = f"torchext.sim.Variable.set of {self.name}"
         if is_array(value) or isinstance(value, np.generic):
             if isinstance(value, np.generic):
                 value = np.asarray(value)
-            view = view_of(value)
+            view = view_of(value, f"{where}: value")
             untyped = self.type.startswith("b") and self.type[1:].isdigit()
             floating = "float" in view.dtype
             if not untyped and (view.itemsize, floating) != (
@@ -104,8 +111,8 @@ class Variable:
                 "f" in self.type,
             ):
                 raise TypeError(
-                    f"{where}: the variable is .{self.type}; got elements of {view.dtype}: convert "
-                    f"them first, or pass bytes"
+                    f"{where}: value must have elements of type .{self.type} (got {view.dtype}); "
+                    f"convert them first, or pass bytes"
                 )
             if isinstance(value, np.ndarray):
                 return value.tobytes()
@@ -116,13 +123,15 @@ class Variable:
             numbers.dtype.kind == "f" and self.dtype.kind != "f"
         ):
             raise TypeError(
-                f"{where}: the variable is .{self.type}; got {numbers.dtype} from "
-                f"{type(value).__name__}"
+                f"{where}: value must be numbers of type .{self.type} (got {numbers.dtype} from "
+                f"{type(value).__name__})"
             )
         if self.dtype.kind == "f":
             return numbers.astype(self.dtype).tobytes()
         limits = np.iinfo(self.dtype)
         for number in np.ravel(numbers).tolist():
             if not limits.min <= number <= limits.max:
-                raise OverflowError(f"{where}: {number} does not fit .{self.type}")
+                raise OverflowError(
+                    f"{where}: value must be in the range of .{self.type} (got {number})"
+                )
         return numbers.astype(self.dtype).tobytes()
