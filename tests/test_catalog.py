@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import random
 
 import pytest
 import torch
@@ -18,10 +19,13 @@ from torch.fx.experimental.symbolic_shapes import (
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.selection import NoSelection
 from support.op_samples import assert_same, metadata, opcheck, overload
 from tests.hardware.gpu_check import op_calls
 from tests.hardware.gpu_check.op_calls import check
 from tests.hardware.soak import __main__ as soak
+from tests.hardware.soak import jobs
+from tests.hardware.soak.operands import Lab
 from torchext import ops
 from torchext._catalog import CATALOG
 
@@ -74,7 +78,19 @@ def test_gpu_check_calls_a_new_op(new_op):
     ]
 
 
-def test_the_soak_refuses_a_new_op_without_a_job(new_op, capsys):
+def test_the_soak_draws_a_new_op(new_op, monkeypatch):
+    monkeypatch.setattr(ops, "new_op", ops.quantize_1x128, raising=False)
+    monkeypatch.setattr(jobs, "MAKERS", ())
+    monkeypatch.setattr(jobs, "ops_without_a_maker", lambda: ["new_op"])
+    job = jobs.draw(Lab("cpu", NoSelection()), random.Random(0))
+    assert job.name.startswith("new_op ")
+    outputs = job.call()
+    with pytest.raises(AttributeError, match="new_op"):  # torchext.reference has none
+        job.bound(outputs)
+
+
+def test_the_soak_refuses_an_op_without_a_job(monkeypatch, capsys):
+    monkeypatch.setattr(ops, "OPS", (*ops.OPS, "new_op"))
     assert soak.main(["--device", "cpu", "--minutes", "0"]) == 2
     assert "soak: every op" in (said := capsys.readouterr().err) and "(none draws new_op)" in said
 

@@ -112,8 +112,8 @@ def main(arguments: list[str] | None = None) -> int:
     missing = ops_without_a_job()
     if missing:
         print(
-            "soak: every op of torchext._catalog must have a job"
-            f" (none draws {', '.join(missing)}); add one to tests/hardware/soak/jobs.py",
+            "soak: every op must have a job"
+            f" (none draws {', '.join(missing)}); add an entry to torchext/_catalog",
             file=sys.stderr,
         )
         return 2

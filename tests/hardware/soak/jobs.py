@@ -18,6 +18,7 @@ from torch import Tensor
 
 from benchmarks import plain
 from benchmarks.problems import difference, require
+from tests.hardware.gpu_check.op_calls import check
 from torchext import ops, reference
 from torchext._catalog import CATALOG, Bound
 
@@ -60,6 +61,7 @@ def draw(lab: Lab, rng: random.Random) -> Job:
     """A job. All that is random about it comes from `rng`."""
     torch.manual_seed(rng.getrandbits(63))
     makers = [maker for maker in MAKERS if maker.__name__ not in lab.without]
+    makers += [sampled] * bool(ops_without_a_maker())
     return rng.choice(makers)(lab, rng)
 
 
@@ -456,6 +458,27 @@ def dequantize(lab: Lab, rng: random.Random) -> Job:
     return Job(f"dequantize of {op} {describe(x)} to {short(dtype)}", call, expect)
 
 
+# ---- ops without a maker of their own ----
+
+
+def sampled(lab: Lab, rng: random.Random) -> Job:
+    """A sample of the op's catalog entry, under its bound."""
+    entry = CATALOG[rng.choice(ops_without_a_maker())]
+    labels = [label for label, given in entry.each_sample() if "out" not in given.kwargs]
+    label = rng.choice(labels)
+    given = entry.sample(label, lab.torch_device)
+
+    def call() -> Outputs:
+        outputs = getattr(ops, entry.name)(*given.args, **given.kwargs)
+        return outputs if isinstance(outputs, tuple) else (outputs,)
+
+    def bound(outputs: Outputs) -> None:
+        expected = entry.expected(label)
+        check(entry, outputs, expected if isinstance(expected, tuple) else (expected,))
+
+    return Job(f"{entry.name} {label}", call, None, bound)
+
+
 # As often as they are listed.
 MAKERS = (dense, dense, dense, dense, contiguous, contiguous, masked, k_grouped, fused, fused,
           quantizer, quantizer, dequantize)  # fmt: skip
@@ -472,7 +495,10 @@ OPS_OF: dict[Callable[[Lab, random.Random], Job], tuple[str, ...]] = {
 }
 
 
+def ops_without_a_maker() -> list[str]:
+    return sorted(set(CATALOG) - {op for maker in MAKERS for op in OPS_OF[maker]})
+
+
 def ops_without_a_job() -> list[str]:
-    """Ops of the catalog that no maker in MAKERS draws."""
-    drawn = {op for maker in MAKERS for op in OPS_OF[maker]}
-    return sorted(set(CATALOG) - drawn)
+    """Ops that no maker draws and that have no catalog entry."""
+    return sorted(set(ops.OPS) - {op for maker in MAKERS for op in OPS_OF[maker]} - set(CATALOG))
