@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 BUILT := build/.built
 SOURCES := setup.py pyproject.toml $(shell find csrc ptx -type f -not -name '*.pyc' -not -name '*.md')
 
-.PHONY: all demo test lint format bench soak wheel gpu-check sass-report clean
+.PHONY: all demo check test test-cpu test-sim lint format bench soak wheel gpu-check sass-report clean
 all: $(BUILT)
 
 $(VENV)/.ready: pyproject.toml Makefile csrc/build/setup_venv.sh csrc/build/toolchain.py
@@ -23,24 +23,35 @@ $(BUILT): $(VENV)/.ready $(SOURCES)
 demo: $(BUILT)
 	$(BIN)/python -m torchext.demo
 
-# Everything on the CPU kernels, then the tests of ops and layers on the CUDA kernels' PTX: all of
-# them on Hopper's, those of products and a few others on the PTX of other generations.
+# Two tiers. `make check` (under 3 minutes on 2 cores, once built): lint, types and the tests that
+# are neither `slow` nor `alone`. `make test` (40 minutes on 2 cores, building included): all of it.
+WORKERS ?= $(shell nproc)
+PYTEST := $(BIN)/python -m pytest --durations=15 --durations-min=1
+# A worker for each core, and one thread of torch's in each worker.
+PARALLEL_PYTEST := OMP_NUM_THREADS=1 $(PYTEST) -n $(WORKERS) --dist worksteal
+
+check: $(BUILT) lint
+	$(PARALLEL_PYTEST) -m "not slow and not alone" $(PYTEST_ARGS)
+
+test: $(BUILT) lint test-cpu test-sim
+	$(BIN)/python tools/sass_report.py --check
+
+test-cpu: $(BUILT)
+	$(PARALLEL_PYTEST) -m "not alone" $(PYTEST_ARGS)
+	$(PYTEST) -m alone $(PYTEST_ARGS)
+
+# The tests of ops and layers on the CUDA kernels' PTX: all of them on Hopper's, those marked
+# `every_architecture` on the PTX of the other generations. Few SMs make launchers choose large tiles.
 OTHER_ARCHITECTURES := 89 80 75
-ARCHITECTURE_TESTS := $(addprefix tests/gemm/test_fp8_gemm.py::, test_shapes test_out \
-	test_every_code_is_decoded_exactly test_nan_in_the_data_alone) \
-	$(addprefix tests/gemm/test_grouped.py::, test_group_ids test_along_k) \
-	tests/gemm/test_fused.py::test_shapes \
-	tests/quantize/test_quantize.py::test_matrices tests/quantize/test_dequantize.py::test_granularities
-test: $(BUILT) lint
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+test-sim: $(BUILT)
 	@if ls torchext/_ptx/*/*.ptx >/dev/null 2>&1; then \
-	  $(BIN)/python -m pytest --device sim tests/gemm tests/quantize tests/nn tests/compat \
+	  $(PARALLEL_PYTEST) --device sim tests/gemm tests/quantize tests/nn tests/compat \
 	    tests/test_ops.py && \
 	  for arch in $(OTHER_ARCHITECTURES); do \
-	    $(BIN)/python -m pytest --device sim --sim-arch $$arch --sim-sms 3 $(ARCHITECTURE_TESTS) || exit; \
+	    $(PARALLEL_PYTEST) --device sim --sim-arch $$arch --sim-sms 3 -m every_architecture \
+	      tests/gemm tests/quantize || exit; \
 	  done; \
 	else echo 'no nvcc, so no CUDA kernels to simulate'; fi
-	$(BIN)/python tools/sass_report.py --check
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

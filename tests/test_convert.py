@@ -228,7 +228,7 @@ def _quantized() -> nn.Module:
         ),
         (lambda: nn.Linear(128, 4), ["part.weight"], "fewer than 128"),
     ],
-    ids=str,
+    ids=lambda value: None if callable(value) else str(value),
 )
 def test_what_stays_wide_is_listed_with_its_reason(make, names, reason):
     model = nn.Sequential()

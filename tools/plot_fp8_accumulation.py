@@ -37,9 +37,9 @@ def error(values: str, k: int, promote_every: int | None) -> float:
     a, b = (rng.standard_normal((ROWS, k)) for _ in range(2))
     if values == "positive":
         a, b = np.abs(a), np.abs(b)
-    a, b = (torch.from_numpy(x).to(torch.float8_e4m3fn) for x in (a, b))
-    exact = a.double().numpy() @ b.double().numpy().T
-    got = sim.tensor_core_matmul(a, b, promote_every=promote_every).astype(np.float64)
+    fp8_a, fp8_b = (torch.from_numpy(x).to(torch.float8_e4m3fn) for x in (a, b))
+    exact = fp8_a.double().numpy() @ fp8_b.double().numpy().T
+    got = sim.tensor_core_matmul(fp8_a, fp8_b, promote_every=promote_every).astype(np.float64)
     if values == "positive":
         return float(np.mean((exact - got) / exact))
     return float(np.sqrt(np.mean((got - exact) ** 2) / np.mean(exact**2)))

@@ -19,6 +19,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "csrc" / "build"))
@@ -273,7 +274,7 @@ def compare(table: dict[Key, Row], build: dict[Key, Row]) -> tuple[list[str], li
         f"{kernel} (sm_{sm}): is in the table, but not in the build"
         for kernel, sm in sorted(table.keys() - build.keys())
     ]
-    changes = []
+    changes: list[str] = []
     for key in sorted(table.keys() & build.keys()):
         old, new = table[key], build[key]
         where = f"{key[0]} (sm_{key[1]})"
@@ -330,7 +331,7 @@ def check(library: Path, table: Path) -> int:
     return 0
 
 
-def _list(title: str, lines: Iterable[str], stream, most: int = 60) -> None:
+def _list(title: str, lines: Iterable[str], stream: TextIO, most: int = 60) -> None:
     lines = list(lines)
     if lines:
         print(f"{title}:", *lines[:most], sep="\n  ", file=stream)

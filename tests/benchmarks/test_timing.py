@@ -9,6 +9,8 @@ import torch
 from benchmarks import timing
 from benchmarks.problems import Run
 
+pytestmark = pytest.mark.alone  # times
+
 
 def run(calls: list[str], name: str, seconds: float, before: float = 0.0) -> Run:
     def call() -> None:

@@ -26,6 +26,7 @@ SHAPES = [
 ]  # fmt: skip
 
 
+@pytest.mark.every_architecture
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_shapes(granularity, shape, device, tensor_core):
@@ -54,6 +55,7 @@ def test_error_of_normal_data_is_small(granularity, device, tensor_core):
     assert error < limit
 
 
+@pytest.mark.every_architecture
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("dtype", [E4M3, E5M2])
 def test_every_code_is_decoded_exactly(dtype, granularity, device):
@@ -150,6 +152,7 @@ def test_bias(out_dtype, bias_dtype, device, tensor_core):
         check(a, b, tensor_core, out_dtype=out_dtype, bias=bias)
 
 
+@pytest.mark.every_architecture
 @pytest.mark.parametrize("accumulate", [False, True])
 @pytest.mark.parametrize("out_dtype", WIDE)
 def test_out(out_dtype, accumulate, device, tensor_core):
@@ -260,6 +263,7 @@ def test_nan_goes_where_its_operand_goes_and_no_further(granularity, bad, device
     assert torch.equal(result.isnan().cpu(), expected)
 
 
+@pytest.mark.every_architecture
 @pytest.mark.parametrize(
     ("dtype", "code"),
     [(E4M3, 0x7F), (E4M3, 0xFF), (E5M2, 0x7D), (E5M2, 0xFE), (E5M2, 0x7C), (E5M2, 0xFC)],

@@ -116,6 +116,7 @@ def check(activation, a, b, tensor_core, *, bias=None, dtype=E4M3, pow2_scale=Fa
 SHAPES = [(1, 2, 1), (3, 6, 7), (16, 16, 130), (2, 600, 33), (130, 258, 200), (40, 256, 640)]
 
 
+@pytest.mark.every_architecture
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -143,6 +143,7 @@ IDS = {
 }
 
 
+@pytest.mark.every_architecture
 @pytest.mark.parametrize("case", IDS)
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_group_ids(granularity, case, device, tensor_core):
@@ -441,6 +442,7 @@ K_LENGTHS = [
 ]
 
 
+@pytest.mark.every_architecture
 @pytest.mark.parametrize("lengths", K_LENGTHS, ids=str)
 @pytest.mark.parametrize("out_dtype", WIDE)
 def test_along_k(out_dtype, lengths, device, tensor_core):

@@ -18,6 +18,7 @@ from tests.hardware.gpu_check.pytest_stage import TestRun as Run  # or pytest co
 from tests.hardware.gpu_check.pytest_stage import run_tests
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.alone  # limits of time
 
 CONFTEST = """
 def pytest_addoption(parser):

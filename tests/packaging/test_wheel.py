@@ -14,6 +14,7 @@ import pytest
 from support.cuda_stubs import write_stubs
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.alone  # builds in the tree, on every core
 OTHER_TORCH = "2.10.0"  # the oldest supported
 
 # What the other environment runs: every kind of op once, numbers included, on that torch.

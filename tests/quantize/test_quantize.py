@@ -201,6 +201,7 @@ def check_layout(name, x):
     assert [(tuple(t.shape), t.stride()) for t in outputs] == expected
 
 
+@pytest.mark.every_architecture
 @pytest.mark.parametrize("shape", MATRIX_SHAPES)
 @pytest.mark.parametrize("name", QUANTIZERS)
 def test_matrices(name, shape, device):
@@ -339,3 +340,16 @@ def test_every_instruction_set_gives_the_same_bits():
             capture_output=True, text=True, check=True,
         )  # fmt: skip
         assert run.stdout.strip() == digest(), capability
+
+
+def test_any_number_of_threads_gives_the_same_bits():
+    x = spread((1000, 700), torch.float32, "cpu")
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            results.append([part.float() for name in QUANTIZERS for part in quantize(name, x)])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(map(torch.equal, *results))

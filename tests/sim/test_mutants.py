@@ -10,6 +10,7 @@ import torch
 from support import mutants
 
 README = (mutants.ROOT / "ptx" / "sim" / "README.md").read_text()
+pytestmark = pytest.mark.slow  # nvcc and 18 runs for each
 
 
 @cache
