@@ -250,3 +250,9 @@ def test_version_is_the_projects():
 
 def test_the_package_is_marked_as_typed():
     assert (Path(torchext.__file__).parent / "py.typed").is_file()
+
+
+def test_every_folder_of_the_package_is_a_package() -> None:
+    """setup.py finds no other, so a wheel would lack its modules."""
+    folders = {file.parent for file in (ROOT / "torchext").rglob("*.py")}
+    assert folders and all((folder / "__init__.py").is_file() for folder in folders)

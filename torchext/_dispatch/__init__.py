@@ -1,0 +1,1 @@
+"""What torch's dispatcher knows of the ops: fake kernels, gradients, batching, flops, sharding."""
