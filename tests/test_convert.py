@@ -547,6 +547,7 @@ def test_a_model_without_linears():
     assert str(result) == "0 of 0 linear layers train in FP8"
 
 
+@pytest.mark.slow
 def test_compiled_model_gives_one_graph(device):
     torch._dynamo.reset()
     model = convert_to_fp8_training(

@@ -18,6 +18,7 @@ def small_batches(monkeypatch):
     monkeypatch.setattr("torchext.demo.__main__.LENGTH", 64)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_batches")
 @pytest.mark.large
 def test_short_run(device, tmp_path, capsys):

@@ -153,6 +153,7 @@ def test_compile_gemm_once_for_all_sizes(granularity, compiled, device):
     assert counter.frame_count == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", GROUPINGS)
 def test_compile_grouped_gemms_once_for_all_sizes(case, compiled, device):
     name, _, _ = grouped(case, 0, 0, 0, device=device)
@@ -224,6 +225,7 @@ def test_compile_gemm_with_the_gradient_of_bias(compiled, device):
     assert_same(gradient, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 @pytest.mark.large
 def test_compile_a_chain_with_inductor(device):

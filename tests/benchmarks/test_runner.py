@@ -33,6 +33,7 @@ def statuses(results: Results, contender: str) -> dict[str, str]:
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_wrong_crashing_and_hanging_ops_cost_only_themselves(staged):
     results = with_ceilings(staged)
     lines: list[str] = []
@@ -66,6 +67,7 @@ def test_wrong_crashing_and_hanging_ops_cost_only_themselves(staged):
     assert ok["milliseconds"]["samples"] >= 3 and ok["bytes_per_s"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 def test_a_contender_that_keeps_dying_is_not_asked_again(staged):
     cases = [Case("quantize", "quantize_tensorwise", "given", "", (n, 128)) for n in (1, 2, 3, 4)]
@@ -105,6 +107,7 @@ def test_a_worker_that_never_starts_ends_the_run(staged):
     assert not subject_ok(results)
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 def test_command_line_measures_everything_there_is(tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"

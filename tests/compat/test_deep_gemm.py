@@ -555,7 +555,7 @@ def test_errors_name_the_function(layout):
 # ---- torch.compile ----
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compile(backend, device, copies):
     """Casts, scales that are transposed, operands that are copied, an SM budget: one graph."""
 

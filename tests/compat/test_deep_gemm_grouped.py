@@ -398,7 +398,7 @@ def test_num_sms(num_sms, device, copies, monkeypatch):
         assert torch.equal(d, expected)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compile(backend, device, copies):
     """All of them in one graph."""
     found = calls(device)

@@ -153,7 +153,7 @@ def test_rounding_up_to_powers_of_two():
     assert deep_gemm.ceil_to_ue8m0(x).tolist() == expected
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_casts_compile(backend, device):
     def casts(x):
         return (

@@ -29,6 +29,7 @@ def soak(lab: Lab, seconds: float, draw=jobs.draw, seed: int = 7) -> Soak:
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_no_fault_under_the_simulator():
     available, reason = torchext.is_available("sim")
     if not available:
@@ -56,6 +57,7 @@ def test_the_watchdog_ends_what_hangs_and_nothing_after_it(monkeypatch):
     assert ended == [command_line.HUNG]
 
 
+@pytest.mark.slow
 def test_every_kind_of_job_is_drawn_and_right():
     lab = Lab("cpu", NoSelection())
     kinds = {}

@@ -21,7 +21,7 @@ from torchext.nn import Linear
 
 
 @main_recipes
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("shape", [(8, 200), (2, 5, 200)], ids=str)
 def test_compile_gives_one_graph_each_way(device, recipe, backend, shape):
     graphs = collections.Counter()

@@ -167,7 +167,7 @@ COMPILED_COPIES = {
 
 
 @main_recipes
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_saved_tensors_of_compiled_layers_may_be_copied(device, recipe, backend):
     sizes = {"aot_eager": [*SIZES[:3], (1, 40, 1), (0, 40, 24)], "inductor": SIZES[:1]}[backend]
     for m, k, n in sizes:

@@ -331,6 +331,7 @@ def digest():
     return total.hexdigest()
 
 
+@pytest.mark.slow
 def test_every_instruction_set_gives_the_same_bits():
     script = DIGEST.format(path=[p for p in sys.path if p], file=__file__)
     for capability in ("default", "avx2"):

@@ -7,7 +7,7 @@ from support.opcodes import HEADER, kinds
 from torchext import sim
 
 GRID = 8
-THREADS = pytest.mark.parametrize("num_threads", [1, 2, 4])
+THREADS = pytest.mark.parametrize("num_threads", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 
 
 def module(body: str) -> sim.Module:

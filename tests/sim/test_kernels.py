@@ -31,6 +31,8 @@ Outputs = tuple[torch.Tensor, ...]
 
 # Simulated GPUs, and the folders of _ptx whose kernels they launch first.
 FOLDERS = {90: ["90", "90a"], 89: ["89"], 80: ["80"], 75: ["75"]}
+# One process launches every kernel, on all cores; the last tests look at what the first launched.
+pytestmark = [pytest.mark.alone, pytest.mark.slow]
 
 
 @dataclass(frozen=True)

@@ -146,6 +146,7 @@ def bits(d) -> np.ndarray:
     return np.asarray(d).view(np.uint32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("number", ladder.STEPS)
 def test_every_schedule_gives_the_tensor_cores_bits(modules, number, shape):
@@ -162,6 +163,7 @@ def test_every_schedule_gives_the_tensor_cores_bits(modules, number, shape):
         np.testing.assert_array_equal(bits(d), bits(truth))
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault.step} {fault.name}")
 def test_faults_are_found(faulty_modules, fault):

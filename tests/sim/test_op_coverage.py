@@ -12,6 +12,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from torchext import _sim
 
 FOLDER = Path(__file__).resolve().parent
@@ -41,6 +43,7 @@ sys.exit(status)
 """
 
 
+@pytest.mark.slow
 def test_every_opcode_is_executed() -> None:
     decoded = {row["opcode"] for row in _sim.opcodes()}
     assert len(decoded) > 100
