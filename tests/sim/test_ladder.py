@@ -6,7 +6,6 @@ from __future__ import annotations
 import importlib.util
 import re
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +21,8 @@ ladder = sys.modules["ladder"] = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(ladder)
 
 SHAPES = [
-    (200, 264, 272),  # ragged everywhere; six tiles of three K blocks, an odd number side by side
+    # Ragged everywhere; six tiles of three K blocks, an odd number side by side.
+    pytest.param((200, 264, 272), marks=pytest.mark.slow),
     (60, 128, 656),  # one tile; the ring goes round, the last K block is ragged
     (1, 4, 16),  # the least that every step takes
 ]
@@ -111,35 +111,22 @@ FAULTY_SHAPE = (130, 140, 656)  # four tiles, or two pairs, of six K blocks
 NUM_SMS = 2  # one cluster, so that CTAs take several tiles
 
 
-@pytest.fixture(scope="module")
-def modules():
-    """Each step compiled, by its number."""
+@pytest.fixture
+def nvcc():
     try:
         find_nvcc()
     except CompileError as error:
         pytest.skip(str(error))
-    with ThreadPoolExecutor(2) as pool:
-        compiled = pool.map(ladder.compile_step, ladder.STEPS.values())
-        return dict(zip(ladder.STEPS, compiled, strict=True))
 
 
-@pytest.fixture(scope="module")
-def faulty_modules(modules, tmp_path_factory):
-    """Each fault's kernel, by the fault's name; compiled while the first ones are being tested."""
-    folder = tmp_path_factory.mktemp("faults")
-
-    def compile_fault(fault: Fault) -> sim.Module:
-        step = ladder.STEPS[fault.step]
-        text = step.source.read_text()
-        if text.count(fault.old) != 1:
-            raise ValueError(f"{step.source.name} must have this text once: {fault.old!r}")
-        source = folder / f"{fault.step} {fault.name}.cu"
-        source.write_text(text.replace(fault.old, fault.new))
-        return ladder.compile_step(step, source)
-
-    pool = ThreadPoolExecutor(2)
-    yield {fault.name: pool.submit(compile_fault, fault) for fault in FAULTS}
-    pool.shutdown(cancel_futures=True)
+def compile_fault(fault: Fault, folder: Path) -> sim.Module:
+    step = ladder.STEPS[fault.step]
+    text = step.source.read_text()
+    if text.count(fault.old) != 1:
+        raise ValueError(f"{step.source.name} must have this text once: {fault.old!r}")
+    source = folder / f"{step.name}.cu"
+    source.write_text(text.replace(fault.old, fault.new))
+    return ladder.compile_step(step, source)
 
 
 def bits(d) -> np.ndarray:
@@ -149,15 +136,15 @@ def bits(d) -> np.ndarray:
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("number", ladder.STEPS)
-def test_every_schedule_gives_the_tensor_cores_bits(modules, number, shape):
+def test_every_schedule_gives_the_tensor_cores_bits(nvcc, number, shape):
     step, p = ladder.STEPS[number], ladder.problem(*shape)
-    truth = ladder.expected(step, p)
+    module, truth = ladder.compile_step(step), ladder.expected(step, p)
     exact, bound = ladder.exact_and_bound(step, p)
     assert (np.abs(truth - exact) <= bound).all()
     runs = [(*run, "converged") for run in ladder.RUNS] + [(0, "random", "strict")]
     for seed, completion, lane_order in runs:
         options = {"seed": seed, "completion": completion, "lane_order": lane_order}
-        d, report = ladder.launch(step, modules[number], p, num_sms=NUM_SMS, **options)
+        d, report = ladder.launch(step, module, p, num_sms=NUM_SMS, **options)
         assert not report.findings, str(report)
         assert not report.unwritten
         np.testing.assert_array_equal(bits(d), bits(truth))
@@ -166,9 +153,9 @@ def test_every_schedule_gives_the_tensor_cores_bits(modules, number, shape):
 @pytest.mark.slow
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault.step} {fault.name}")
-def test_faults_are_found(faulty_modules, fault):
+def test_faults_are_found(nvcc, tmp_path, fault):
     step, p = ladder.STEPS[fault.step], ladder.problem(*FAULTY_SHAPE)
-    module, truth = faulty_modules[fault.name].result(), ladder.expected(step, p)
+    module, truth = compile_fault(fault, tmp_path), ladder.expected(step, p)
     found = []
     for seed in range(12 if fault.rare else 3):
         for completion in ("late", "eager", "random"):
@@ -202,7 +189,7 @@ def table(heading: str) -> dict[str, list[str]]:
 
 
 @pytest.mark.slow
-def test_the_counts_that_the_readme_shows(modules, capsys):
+def test_the_counts_that_the_readme_shows(nvcc, capsys):
     """Those of the source are exact; what the compiler decides may differ by a tenth."""
     ladder.print_counts()
     printed = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()]
@@ -217,7 +204,8 @@ def test_the_counts_that_the_readme_shows(modules, capsys):
             )
 
 
-def test_the_accuracy_that_the_readme_shows(modules, capsys):
+@pytest.mark.slow
+def test_the_accuracy_that_the_readme_shows(nvcc, capsys):
     ladder.print_accuracy()
     assert capsys.readouterr().out in (EXAMPLES / "README.md").read_text()
 
@@ -233,7 +221,7 @@ def test_the_pages_name_every_step_and_its_lines():
         assert f"`python docs/examples/run.py {number}`" in page and "](../../csrc/" in page
 
 
-def test_the_command_line(modules, capsys):
+def test_the_command_line(nvcc, capsys):
     assert ladder.main(["05", "--shape", "130", "132", "144"]) == 0
     assert capsys.readouterr().out.startswith(
         "05_persistent, 130 x 132 x 144: 9 runs, 0 with findings, 9 with the tensor core's bits; "
@@ -242,8 +230,9 @@ def test_the_command_line(modules, capsys):
     assert "N must be a multiple of 4 (got 126)" in capsys.readouterr().err
 
 
-def test_a_faulty_kernel_fails_the_command(faulty_modules, capsys, monkeypatch):
-    module = faulty_modules["no fence before the TMA store"].result()
+def test_a_faulty_kernel_fails_the_command(nvcc, tmp_path, capsys, monkeypatch):
+    (fault,) = [fault for fault in FAULTS if fault.name == "no fence before the TMA store"]
+    module = compile_fault(fault, tmp_path)
     monkeypatch.setattr(ladder, "compile_step", lambda step: module)
     assert ladder.main(["05", "--shape", "8", "128", "128"]) == 1
     assert "missing proxy fence" in capsys.readouterr().out
