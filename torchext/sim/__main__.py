@@ -1,8 +1,8 @@
 """`python -m torchext.sim`: compile a CUDA file, list its kernels, launch one under the checker.
 
-Exit status: 0 without errors (notes do not count), 1 with errors or outputs that depend on the
-schedule, 2 when there was nothing to run: a compiler error, malformed PTX, a specification that
-does not fit.
+Exit status: 0 if there are no errors (notes do not count), 1 if there are errors or outputs that
+depend on the schedule, 2 if nothing could be run: a compiler error, malformed PTX, or an invalid
+launch specification.
 """
 
 from __future__ import annotations
@@ -33,22 +33,35 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("source", type=Path, help="a .cu or a .ptx file")
-    parser.add_argument("--launch", type=Path, metavar="SPEC", help="run what this TOML file says")
     parser.add_argument(
-        "--arch", default="90a", help="N of compute_N, for a .cu file (%(default)s)"
+        "--launch", type=Path, metavar="SPEC", help="run the launch that this TOML file describes"
+    )
+    parser.add_argument(
+        "--arch", default="90a", help="compile a .cu file for compute_ARCH (%(default)s)"
     )
     parser.add_argument(
         "--format",
         choices=("text", "json"),
         default="text",
-        help="of what is printed (%(default)s)",
-    )
-    parser.add_argument("--keep-ptx", type=Path, metavar="FILE", help="leave the PTX here")
-    parser.add_argument(
-        "-I", "--include", action="append", default=[], metavar="DIR", help="for a .cu file"
+        help="format of the output (%(default)s)",
     )
     parser.add_argument(
-        "--nvcc-option", action="append", default=[], metavar="OPTION", help="for a .cu file"
+        "--keep-ptx", type=Path, metavar="FILE", help="write the PTX of a .cu file here"
+    )
+    parser.add_argument(
+        "-I",
+        "--include",
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="include path for a .cu file",
+    )
+    parser.add_argument(
+        "--nvcc-option",
+        action="append",
+        default=[],
+        metavar="OPTION",
+        help="nvcc option for a .cu file",
     )
     return parser
 
@@ -66,7 +79,7 @@ def _load(options: argparse.Namespace) -> Module:
 
 
 def _list(module: Module) -> tuple[dict[str, Any], int]:
-    """Every kernel with its parameters; status 2 if one has instructions that are not known."""
+    """All kernels with their parameters. The status is 2 if one has an unknown instruction."""
     kernels = []
     for kernel in module.kernels():
         error = None
@@ -106,7 +119,7 @@ def _print_list(listing: dict[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class _Run:
-    """One schedule of the kernel, and what it left in the arrays."""
+    """The report of one schedule of the kernel, and the arrays after it."""
 
     seed: int
     completion: str
@@ -116,7 +129,7 @@ class _Run:
 
 
 def _runs(module: Module, spec: LaunchSpec) -> Iterator[_Run]:
-    """Every seed in every completion mode."""
+    """Runs the kernel with every seed in every completion mode."""
     first: dict[str, torch.Tensor] | None = None
     for completion in spec.completion:
         for seed in spec.seeds:
@@ -141,7 +154,7 @@ def _faults(report: Report) -> set[tuple[str, int, int]]:
 
 
 def _launch(module: Module, spec: LaunchSpec, text: bool) -> tuple[dict[str, Any], int]:
-    """Runs all schedules; as text, prints each distinct fault once, when it is first seen."""
+    """Runs all schedules. With `text`, prints each distinct fault once, when it first occurs."""
     runs: list[_Run] = []
     seen: set[tuple[str, int, int]] = set()
     for run in _runs(module, spec):
@@ -193,7 +206,7 @@ def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def _storable(tensor: torch.Tensor) -> np.ndarray:
-    """As numpy, where it has the dtype; BF16 and FP8 as their codes."""
+    """The numpy array of a tensor. BF16 and FP8, which numpy lacks, become their codes."""
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.uint16).numpy()
     if tensor.dtype.itemsize == 1 and tensor.dtype.is_floating_point:

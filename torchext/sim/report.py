@@ -1,4 +1,4 @@
-"""What a simulated launch reports."""
+"""The report of a simulated launch, and its findings."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ class SimulationError(RuntimeError):
 
 @dataclass(frozen=True)
 class Finding:
-    """What the checker objects to in a kernel.
+    """A fault, or a note, that the checker found in a kernel.
 
     Attributes:
-        kind: its class, such as "data race" or "out of bounds"; docs/simulator.md lists them.
-        grade: "error", or "note": against the rules, but harmless on the GPUs that there are.
+        kind: such as "data race" or "out of bounds"; docs/simulator.md lists all kinds.
+        grade: "error", or "note" for what breaks PTX's rules but is harmless on existing GPUs.
         message: one sentence.
         kernel: the kernel's name.
-        module, ptx_line, opcode: the instruction, by its line in the PTX text; the module's name.
+        module, ptx_line, opcode: the name of the module, and the instruction's line in its text.
         source: the CUDA lines it comes from, as (file, line), innermost inlined function first and
             the kernel's own line last; empty where the PTX has no `-lineinfo`.
-        cta, warp, lanes: who executed it. `lanes` is empty when no thread did (a TMA, say).
-        address: of the access; shared memory counts from the CTA's window. 0 if there is none.
-        other, other_module, other_ptx_line, other_source: the access or event that it collides
-            with, if there is one.
-        other_cta, other_warp, other_lane: the thread of that access; None as far as it is not
-            known, or where there is no thread (a TMA, say).
+        cta, warp, lanes: where it executed. `lanes` is empty if no thread executed it, but TMA.
+        address: of the access; in shared memory, the offset in the CTA's window. 0 if none.
+        other, other_module, other_ptx_line, other_source: the other access or event that it
+            conflicts with, if there is one.
+        other_cta, other_warp, other_lane: the thread of the other access. None if it is not
+            known, or if no thread made the access, but TMA.
         remedy: the usual remedy, in one sentence.
-        seed: of the schedule that showed it.
+        seed: the seed of the schedule in which it was found.
     """
 
     kind: str
@@ -83,17 +83,17 @@ class Report:
 
     @property
     def errors(self) -> tuple[Finding, ...]:
-        """The findings that are faults."""
+        """The findings of grade "error"."""
         return tuple(finding for finding in self.findings if finding.grade == "error")
 
     @property
     def notes(self) -> tuple[Finding, ...]:
-        """The findings that are harmless on the GPUs that there are."""
+        """The findings of grade "note", which are harmless on existing GPUs."""
         return tuple(finding for finding in self.findings if finding.grade == "note")
 
     @property
     def ok(self) -> bool:
-        """Whether there are no errors; notes do not count."""
+        """True if there are no errors. Notes do not count."""
         return not self.errors
 
     def raise_for_findings(self) -> None:
@@ -102,7 +102,7 @@ class Report:
             raise SimulationError(self.text)
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as JSON has it: `ok` and every attribute but `text`, with lists for tuples."""
+        """The report as a dict for JSON: `ok` and every attribute except `text`."""
         fields = {k: v for k, v in asdict(self).items() if k != "text"}
         unwritten = [
             {"buffer": buffer, "bytes": count, "first_offset": first}
@@ -115,6 +115,6 @@ class Report:
 
 
 def report_from(raw: dict[str, Any]) -> Report:
-    """A Report of what torchext._sim returns."""
+    """The Report of what torchext._sim returns."""
     findings = tuple(Finding(**finding) for finding in raw["findings"])
     return Report(**{**raw, "findings": findings, "unwritten": tuple(raw["unwritten"])})

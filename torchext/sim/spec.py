@@ -15,8 +15,8 @@ fill = "normal"               # zeros, ones, normal, uniform, arange or a number
 access = "read"               # read, write or read_write (the default)
 
 [arrays.y]
-file = "y.npy"                # instead of shape, dtype and fill; beside the specification
-save = "y_out.npy"            # what the first run left in it
+file = "y.npy"                # instead of shape, dtype and fill; path from the TOML file
+save = "y_out.npy"            # write the array here after the first run
 
 [[args]]                      # one for each parameter, in order
 array = "x"
@@ -50,7 +50,7 @@ class SpecError(ValueError):
 
 @dataclass(frozen=True)
 class ArraySpec:
-    """A buffer: what it holds before a run, and who may touch it."""
+    """A buffer: its content before a run, and the kernel's access to it."""
 
     make: Callable[[], torch.Tensor]
     access: str
@@ -72,7 +72,7 @@ class LaunchSpec:
     args: list[dict[str, Any]] = field(repr=False)
 
     def arguments(self) -> tuple[list[Any], dict[str, torch.Tensor]]:
-        """(the kernel's arguments, the arrays that they point to), freshly filled."""
+        """(the kernel's arguments, the arrays that they point to); the arrays are filled anew."""
         tensors = {name: array.make() for name, array in self.arrays.items()}
         return [self._argument(entry, tensors) for entry in self.args], tensors
 

@@ -25,16 +25,16 @@ _DTYPES = {
 class Variable:
     """A `.global` or `.const` variable: what cudaMemcpyToSymbol and cudaMemcpyFromSymbol reach.
 
-    It belongs to its module and keeps its value from launch to launch, as on a GPU, whoever wrote
-    it: the initializer, a kernel, or `set`.
+    It belongs to its module and keeps its value from launch to launch, as on a GPU. Initializers,
+    kernels and `set` write it.
 
     Attributes:
         name: as PTX declares it.
         space: "global" or "const".
-        type: of an element: "f32", "u32"; "b8" for structs.
-        shape: of the array; () for a scalar. `.v2` and `.v4` add a last dimension.
+        type: PTX type of an element, such as "f32"; "b8" for structs.
+        shape: shape of the array; () for a scalar. `.v2` and `.v4` add a last dimension.
         size, alignment: in bytes.
-        address: what a pointer to it holds, for as long as the module lives.
+        address: the address of its first byte, valid as long as the module lives.
     """
 
     name: str
