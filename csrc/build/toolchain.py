@@ -1,14 +1,13 @@
 """Finds the CUDA compiler that the extension is built with, and whatever torch is installed.
 
-Used by setup.py and by the build backend (backend.py), with nothing but the standard library.
+Used by setup.py and by the build backend (backend.py), with nothing but the standard library. The
+rule is torchext/_toolchain.py's, loaded by its path: `import torchext` would want the built ops.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
-import sysconfig
-from dataclasses import dataclass
+import importlib.util
+import sys
 from pathlib import Path
 
 # NVIDIA's compiler on PyPI: `make` installs these where no nvcc is found. Together they lay a
@@ -21,43 +20,19 @@ PYPI_TOOLKIT = (
     "nvidia-cuda-cccl==13.0.*",
 )
 
+_RULE = Path(__file__).resolve().parents[2] / "torchext" / "_toolchain.py"
+_spec = importlib.util.spec_from_file_location("torchext_toolchain", _RULE)
+assert _spec is not None and _spec.loader is not None
+rule = importlib.util.module_from_spec(_spec)
+sys.modules[_spec.name] = rule  # dataclasses look their module up
+_spec.loader.exec_module(rule)
 
-@dataclass(frozen=True)
-class Toolkit:
-    """A CUDA toolkit: its root, and the folder that holds libcudart_static.a."""
-
-    home: Path
-    library_dir: Path
-
-    @property
-    def nvcc(self) -> Path:
-        return self.home / "bin" / "nvcc"
+installed_site_packages = rule.installed_site_packages
 
 
-def installed_site_packages() -> list[Path]:
-    """The interpreter's own site-packages, also from within an isolated build environment."""
-    return [Path(sysconfig.get_path(key)) for key in ("purelib", "platlib")]
-
-
-def _candidates() -> list[Path]:
-    homes = [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
-    if homes:  # an explicit choice is not second-guessed
-        return homes
-    homes = [Path("/usr/local/cuda"), *sorted(Path("/usr/local").glob("cuda-*"), reverse=True)]
-    on_path = shutil.which("nvcc")
-    if on_path:
-        homes.append(Path(on_path).resolve().parent.parent)
-    homes += [site / "nvidia" / "cu13" for site in installed_site_packages()]
-    return homes
-
-
-def find_toolkit() -> Toolkit | None:
-    """The first usable toolkit in: CUDA_HOME, /usr/local/cuda*, PATH, PyPI's packages; or None."""
-    for home in _candidates():
-        for library_dir in (home / "lib64", home / "lib", home / "targets/x86_64-linux/lib"):
-            if (home / "bin" / "nvcc").exists() and (library_dir / "libcudart_static.a").exists():
-                return Toolkit(home, library_dir)
-    return None
+def find_toolkit():
+    """The first toolkit that torchext can be built with, a rule.Toolkit, or None."""
+    return rule.find_toolkit(to_link=True)
 
 
 if __name__ == "__main__":  # for the Makefile: what pip still has to install to get a compiler

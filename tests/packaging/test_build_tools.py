@@ -123,7 +123,39 @@ def test_finds_the_layout_of_nvidias_packages(
     for file in ("bin/nvcc", "lib/libcudart_static.a"):
         (home / file).parent.mkdir(parents=True)
         (home / file).touch()
-    monkeypatch.setattr(toolchain, "_candidates", lambda: [tmp_path / "absent", home])
+    monkeypatch.setattr(toolchain.rule, "_candidates", lambda: [tmp_path / "absent", home])
     found = toolchain.find_toolkit()
     assert found is not None
     assert (found.nvcc, found.library_dir) == (home / "bin/nvcc", home / "lib")
+
+
+def test_the_build_and_the_simulator_have_one_rule(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The build alone passes over a toolkit that it could not link with."""
+    from torchext import _toolchain
+    from torchext.sim import compiler
+
+    assert Path(toolchain.rule.__file__) == Path(_toolchain.__file__)
+    assert compiler.find_toolkit is _toolchain.find_toolkit
+    compiles_only, links = tmp_path / "compiles", tmp_path / "links"
+    for home in (compiles_only, links):
+        (home / "bin").mkdir(parents=True)
+        (home / "bin" / "nvcc").touch()
+    (links / "lib64").mkdir()
+    (links / "lib64" / "libcudart_static.a").touch()
+    for rule in (toolchain.rule, _toolchain):
+        monkeypatch.setattr(rule, "_candidates", lambda: [tmp_path, compiles_only, links])
+    assert compiler.find_nvcc() == compiles_only / "bin" / "nvcc"
+    assert toolchain.find_toolkit().nvcc == links / "bin" / "nvcc"
+
+
+def test_packages_of_the_compiler_are_searched_newest_first(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    for folder in ("cu12", "cu13", "cudnn"):
+        (tmp_path / "nvidia" / folder).mkdir(parents=True)
+    monkeypatch.setattr(toolchain.rule, "installed_site_packages", lambda: [tmp_path])
+    assert toolchain.rule._candidates()[-2:] == [tmp_path / "nvidia/cu13", tmp_path / "nvidia/cu12"]

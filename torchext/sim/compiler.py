@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import subprocess
-import sysconfig
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from .._toolchain import find_toolkit
 from .module import Module
 
 
@@ -19,15 +17,9 @@ class CompileError(RuntimeError):
 
 def find_nvcc() -> Path:
     """nvcc of CUDA_HOME, else of /usr/local/cuda*, PATH, or the PyPI packages of the compiler."""
-    homes = [Path(os.environ[key]) for key in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(key)]
-    if not homes:
-        homes = [Path("/usr/local/cuda"), *sorted(Path("/usr/local").glob("cuda-*"), reverse=True)]
-        on_path = shutil.which("nvcc")
-        homes += [Path(on_path).resolve().parent.parent] if on_path else []
-        homes += sorted(Path(sysconfig.get_path("purelib")).glob("nvidia/cu*"), reverse=True)
-    for home in homes:
-        if (home / "bin" / "nvcc").is_file():
-            return home / "bin" / "nvcc"
+    toolkit = find_toolkit()
+    if toolkit is not None:
+        return toolkit.nvcc
     raise CompileError(
         "torchext.sim.compile_cuda: nvcc must be in CUDA_HOME, /usr/local/cuda* or PATH (got none)"
         "; install the CUDA toolkit or, from PyPI, nvidia-cuda-nvcc, nvidia-cuda-crt, nvidia-nvvm, "
