@@ -42,7 +42,7 @@ test-cpu: $(BUILT)
 
 # The tests of ops and layers on the CUDA kernels' PTX: all of them on Hopper's, those marked
 # `every_architecture` on the PTX of the other generations. Few SMs make launchers choose large tiles.
-OTHER_ARCHITECTURES := 89 80 75
+OTHER_ARCHITECTURES := $(shell sed -n 's/^TORCHEXT_PATH(.*, \([0-9]*\), 0)/\1/p' csrc/runtime/architectures.inc)
 test-sim: $(BUILT)
 	@if ls torchext/_ptx/*/*.ptx >/dev/null 2>&1; then \
 	  $(PARALLEL_PYTEST) --device sim tests/gemm tests/quantize tests/nn tests/compat \

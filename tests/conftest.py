@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import torchext
+from torchext import _architectures
 
 pytest.register_assert_rewrite("support")  # helpers' asserts explain themselves as tests' do
 
@@ -18,7 +19,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", choices=["cpu", "sim", "cuda"])
     parser.addoption("--sim-seed", type=int, default=0, help="schedule of the simulator")
     parser.addoption(
-        "--sim-arch", type=int, default=90, choices=[75, 80, 86, 89, 90],
+        "--sim-arch", type=int, default=90, choices=[*_architectures.simulated()],
         help="compute capability of the simulated GPU",
     )  # fmt: skip
     parser.addoption(

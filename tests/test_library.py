@@ -115,14 +115,23 @@ def test_sm90_needs_compute_capability_9_0(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("capability", "path"),
     [((7, 5), "plain"), ((8, 0), "sm80"), ((8, 6), "sm80"), ((8, 9), "sm89"), ((9, 0), "sm90"),
-     ((10, 0), "sm89"), ((12, 0), "sm89")],
+     ((10, 0), "sm80"), ((12, 0), "sm89")],
 )  # fmt: skip
 def test_cuda_names_the_kernels_that_a_gpu_takes(capability, path, monkeypatch, tmp_path):
     with_ptx(monkeypatch, tmp_path)
     with_gpu(monkeypatch, capability)
     available, reason = torchext.is_available("cuda")
     assert available
-    assert f"takes the {path} GEMM kernels" in reason
+    assert reason.endswith(f"takes the {path} GEMM kernels")
+
+
+@pytest.mark.parametrize(("capability", "path"), [((10, 7), "sm80"), ((13, 0), "sm89")])
+def test_cuda_says_that_it_does_not_know_a_gpu(capability, path, monkeypatch, tmp_path):
+    with_ptx(monkeypatch, tmp_path)
+    with_gpu(monkeypatch, capability)
+    available, reason = torchext.is_available("cuda")
+    assert available
+    assert f"takes the {path} GEMM kernels; this version of torchext does not know" in reason
 
 
 def test_a_gpu_before_turing_is_refused(monkeypatch, tmp_path):

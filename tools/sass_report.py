@@ -17,7 +17,6 @@ import sys
 import tempfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
@@ -25,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "csrc" / "build"))
 
 import sass  # noqa: E402
+from architectures import ARCHITECTURES, LIMITS  # noqa: E402
 from elf import Elf, KernelAttributes, dynamic_shared_bytes, kernel_attributes  # noqa: E402
 from toolchain import find_toolkit, installed_site_packages  # noqa: E402
 
@@ -65,30 +65,6 @@ All figures are read from machine code; nothing was run.
 - Other kernels: **loads** and **stores** of global memory by width in bits, as instructions.
 """
 
-# (architecture, tensor-core unit) -> multiply-adds a cycle and SM; see HEADER.
-PEAK = {("90", "QGMMA"): 4096, ("90", "HGMMA"): 2048, ("89", "QMMA"): 1024, ("80", "HMMA"): 1024}
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Limits of an SM. `reserved`: bytes of shared memory that the system takes per CTA."""
-
-    threads: int
-    ctas: int
-    shared_bytes: int
-    reserved: int = 1024
-
-
-# CUDA C++ Programming Guide, technical specifications per compute capability. All: 64K registers.
-LIMITS = {
-    "75": Limits(1024, 16, 64 << 10, reserved=0),
-    "80": Limits(2048, 32, 164 << 10),
-    "86": Limits(1536, 16, 100 << 10),
-    "89": Limits(1536, 24, 100 << 10),
-    "90": Limits(2048, 32, 228 << 10),
-}
-REGISTERS, WARP_REGISTER_UNIT = 65536, 256
-
 PRODUCTS = ("kernel", "sm", "threads", "regs", "spills", "local", "shared", "CTAs", "mma shape",
             "instr", "aside", "mma", "fp32", "loads", "barriers", "issue", "tensor",
             "issue/tensor")  # fmt: skip
@@ -107,15 +83,28 @@ class ReportError(Exception):
 
 def ctas_per_sm(architecture: str, threads: int, registers: int, shared_bytes: int) -> int | None:
     """shared_bytes: the system's share included."""
-    limits = LIMITS.get(architecture)
-    if limits is None:
+    gpu = ARCHITECTURES.get(int(architecture))
+    if gpu is None:
         return None
     warps = -(-threads // 32)
-    of_warp = -(-registers * 32 // WARP_REGISTER_UNIT) * WARP_REGISTER_UNIT
-    by = [limits.threads // (32 * warps), limits.ctas, REGISTERS // of_warp // warps]
+    unit = LIMITS["registers_per_warp_unit"]
+    of_warp = -(-registers * 32 // unit) * unit
+    by = [gpu.threads_per_sm // (32 * warps), gpu.ctas_per_sm]
+    by.append(LIMITS["registers_per_sm"] // of_warp // warps)
     if shared_bytes:
-        by.append(limits.shared_bytes // shared_bytes)
+        by.append(gpu.shared_per_sm // shared_bytes)
     return min(by)
+
+
+def peak(architecture: str, unit: str) -> int:
+    """Multiply-adds per cycle and SM of a tensor-core instruction; 0 where HEADER gives none: of
+    mma.sync, which does not reach the peak, on GPUs that have wgmma or tcgen05."""
+    gpu = ARCHITECTURES.get(int(architecture))
+    if gpu is None or (unit in ("QMMA", "HMMA") and (gpu.wgmma or gpu.tcgen05)):
+        return 0
+    if unit in ("QGMMA", "QMMA"):
+        return gpu.fp8_macs
+    return gpu.fp16_macs if unit in ("HGMMA", "HMMA") else 0
 
 
 def number(value: float | None) -> str:
@@ -134,8 +123,8 @@ def describe(
     """A kernel's row: of PRODUCTS if it has tensor-core instructions, else of OTHERS."""
     number_only = architecture.rstrip("af")
     whole = sass.count(code)
-    limits = LIMITS.get(number_only)
-    reserved = limits.reserved if limits else 0
+    gpu = ARCHITECTURES.get(int(number_only))
+    reserved = gpu.shared_per_sm - gpu.shared_per_block if gpu else 0
     shared = max(attributes.shared_bytes, reserved) + (dynamic or 0)
     threads = attributes.max_threads
     ctas = ctas_per_sm(number_only, threads, attributes.registers, shared) if threads else None
@@ -164,8 +153,8 @@ def describe(
             "barriers": str(whole["barriers"]),
             "TMA": str(whole["tma"]),
         }
-    peak = PEAK.get((number_only, loop.mma.unit))
-    tensor = loop.macs / peak if peak else None
+    rate = peak(number_only, loop.mma.unit)
+    tensor = loop.macs / rate if rate else None
     row["mma shape"] = f"{loop.mma.unit} {'x'.join(map(str, loop.mma.shape))}"
     row["instr"], row["aside"] = number(loop.counts["all"]), number(loop.aside)
     for column in ("mma", "fp32", "loads", "barriers"):

@@ -8,10 +8,8 @@ from typing import NamedTuple, overload
 
 import torch
 
+from ._architectures import architectures, path_of
 from ._dispatch.library import PACKAGE
-
-# csrc/runtime/device.h's Path: the kernels that a GPU runs where there are several for one job.
-PATHS = {"sm90": 90, "sm89": 89, "sm80": 80, "plain": 75}
 
 
 def get_include() -> str:
@@ -110,20 +108,24 @@ def _cuda() -> tuple[bool, str]:
     name = torch.cuda.get_device_name()
     major, minor = torch.cuda.get_device_capability()
     capability = 10 * major + minor
-    if capability < 75:
+    path = path_of(capability)
+    if path is None:
+        oldest = min(architectures())
         return False, (
-            f"{name} has compute capability {major}.{minor}; the CUDA kernels need 7.5 (Turing) or "
-            "later"
+            f"{name} has compute capability {major}.{minor}; the CUDA kernels need "
+            f"{oldest // 10}.{oldest % 10} or later"
         )
-    path = next(
-        path
-        for path, least in PATHS.items()
-        if (capability == least if path == "sm90" else capability >= least)
-    )
-    return True, (
+    reason = (
         f"CUDA kernels are built and torch sees {name}, of compute capability {major}.{minor}, "
         f"which takes the {path} GEMM kernels"
     )
+    if capability not in architectures():
+        reason += (
+            "; this version of torchext does not know that capability: it takes what the nearest "
+            f"earlier GPU of compute capability {major}.x takes or, where there is none, the "
+            "latest kernels that every later GPU can run"
+        )
+    return True, reason
 
 
 def _sm90() -> tuple[bool, str]:

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
+from ._architectures import paths
 from ._dispatch.library import op_library
-from .availability import PATHS
 
 _GRANULARITIES = ("1d2d", "1d1d", "rowwise")  # the order of csrc/gemm/gemm.h
 _OF_RECIPES = {"blockwise": "1d2d", "tensorwise": "rowwise"}  # torchext.Recipe's words
@@ -254,20 +254,21 @@ def forced(name: str, *, split_k: int = 1, cluster: int = 1) -> Iterator[None]:
 def forced_path(path: str) -> Iterator[None]:
     """Within it, every GPU, simulated or real, runs the kernels of one path: "sm90", "sm89", "sm80"
     or "plain"; ops raise on a GPU that cannot. Process-wide; for tests and benchmarks."""
-    if path not in PATHS:
+    numbers = paths()
+    if path not in numbers:
         raise ValueError(
-            f"forced_path: path must be one of {', '.join(map(repr, PATHS))} (got {path!r})"
+            f"forced_path: path must be one of {', '.join(map(repr, numbers))} (got {path!r})"
         )
     library = op_library()
     library.torchext_force_path.argtypes = [ctypes.c_int32]
     library.torchext_force_path.restype = None
     _forced_paths.append(path)
-    library.torchext_force_path(PATHS[path])
+    library.torchext_force_path(numbers[path])
     try:
         yield
     finally:
         _forced_paths.pop()
-        library.torchext_force_path(PATHS[_forced_paths[-1]] if _forced_paths else 0)
+        library.torchext_force_path(numbers[_forced_paths[-1]] if _forced_paths else 0)
 
 
 def _function(name: str) -> Any:

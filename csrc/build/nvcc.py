@@ -18,33 +18,45 @@ import sys
 import tempfile
 from pathlib import Path
 
+from architectures import ARCHITECTURES, TABLE
+
 FORBIDDEN_WARNINGS = ("C7508", "C7510", "C7518")
 BY_FOLDER = "--arch-by-folder"  # what setup.py passes; torch then adds no architectures of its own
 
-# What a portable kernel is compiled for: for each generation whose instructions make it another
-# kernel, N of its compute_N, and of each sm_N that gets machine code of it. (To quantizers, sm_80
-# has nothing new.) Machine code runs on later GPUs of the same major version: sm_86 takes sm_80's.
-PORTABLE = {"75": ("75", "80"), "89": ("89",), "90": ("90",)}
-WITH_OWN_FEATURES = ("90", "100")  # of which kernels of a folder smN use sm_Na's instructions
+
+def _portable() -> dict[str, tuple[str, ...]]:
+    reals: dict[str, tuple[str, ...]] = {}
+    for number, row in ARCHITECTURES.items():
+        if row.portable_from:
+            virtual = str(row.portable_from)
+            reals[virtual] = (*reals.get(virtual, ()), str(number))
+    return reals
+
+
+# What a portable kernel is compiled for: {N of compute_N: N of each sm_N with machine code of it}.
+# There is an entry for each generation whose instructions make another kernel of it; sm_80 has none
+# because it has nothing new for quantizers. Machine code runs on later GPUs of the same major
+# version: sm_86 takes sm_80's.
+PORTABLE = _portable()
 
 
 def architectures(source: Path) -> dict[str, tuple[str, ...]]:
-    """What a source is compiled for, as PORTABLE says it."""
+    """What a source is compiled for, in PORTABLE's form."""
     if match := re.fullmatch(r"sm(\d+)", source.parent.name):
-        number = match[1] + "a" if match[1] in WITH_OWN_FEATURES else match[1]
-        return {number: (number,)}
+        target = ARCHITECTURES[int(match[1])].target
+        return {target: (target,)}
     return PORTABLE
 
 
 def gencodes(source: Path) -> list[str]:
     """nvcc's options. The PTX of the last architecture goes along, for the driver to compile on
-    what is newer than all; not that of sm_Na, which no other GPU can run."""
+    GPUs newer than all; not that of sm_Na or sm_Nf, which no later generation can run."""
     numbers = architectures(source)
     *_, last = numbers
     options = []
     for virtual, real in numbers.items():
         codes = [f"sm_{number}" for number in real]
-        if virtual == last and not last.endswith("a"):
+        if virtual == last and last.isdecimal():
             codes.append(f"compute_{last}")
         listed = codes[0] if len(codes) == 1 else f"[{','.join(codes)}]"
         options.append(f"-gencode=arch=compute_{virtual},code={listed}")
@@ -57,7 +69,7 @@ def is_outdated(obj: Path) -> bool:
     if not listed.exists():
         return True
     _, _, read = listed.read_text().replace("\\\n", " ").partition(":")
-    files = [*read.split(), __file__]
+    files = [*read.split(), __file__, str(TABLE)]
     built = obj.stat().st_mtime
     return any(not os.path.exists(file) or os.path.getmtime(file) > built for file in files)
 

@@ -1,57 +1,93 @@
-// The limits of GPUs, one row a compute capability. Launchers choose kernels that fit them, and the
-// PTX simulator refuses launches that do not. No other header is needed.
-//
-// Sources: CUDA Programming Guide, "Compute Capabilities"; libcu++'s cuda::arch_traits;
-// cuda_occupancy.h of CUDA 13.0.
+// The GPUs: architectures.inc in C++, and the rule that gives each GPU its GEMM kernels. Launchers
+// choose kernels that fit a GPU's limits; the PTX simulator refuses launches that exceed them. No
+// other header of torchext is needed.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 namespace torchext {
 
+// Which kernels a GPU runs where a product has several. A path's number is the oldest capability
+// that can run it.
+enum class Path : std::int32_t {
+#define TORCHEXT_PATH(name, number, own) name = number,
+#include "architectures.inc"
+};
+
+struct PathRow {
+  Path path;
+  const char* name;
+  bool own;  // one capability alone runs it
+};
+constexpr PathRow kPaths[] = {
+#define TORCHEXT_PATH(name, number, own) {Path::name, #name, own},
+#include "architectures.inc"
+};
+
 struct Architecture {
-  int capability;                  // 90 for sm_90
-  std::uint32_t shared_per_sm;     // bytes
-  std::uint32_t shared_per_block;  // bytes, static and dynamic together, when opted into
-  std::uint32_t threads_per_sm;
-  std::uint32_t blocks_per_sm;
-  std::uint32_t ctas_per_cluster;      // that any GPU of the kind can run; 0: no clusters
-  std::uint32_t ctas_per_cluster_max;  // with cudaFuncAttributeNonPortableClusterSizeAllowed
+#define TORCHEXT_COLUMN(type, name) type name;
+#include "architectures.inc"
 };
-
-// From sm_80 on, the driver takes 1 KiB of each block's shared memory.
-// clang-format off
 constexpr Architecture kArchitectures[] = {
-    { 75,  64 << 10,  64 << 10, 1024, 16, 0,  0},
-    { 80, 164 << 10, 163 << 10, 2048, 32, 0,  0},
-    { 86, 100 << 10,  99 << 10, 1536, 16, 0,  0},
-    { 87, 164 << 10, 163 << 10, 1536, 16, 0,  0},
-    { 88, 100 << 10,  99 << 10, 1536, 16, 0,  0},
-    { 89, 100 << 10,  99 << 10, 1536, 24, 0,  0},
-    { 90, 228 << 10, 227 << 10, 2048, 32, 8, 16},
-    {100, 228 << 10, 227 << 10, 2048, 32, 8, 16},
-    {103, 228 << 10, 227 << 10, 2048, 32, 8, 16},
-    {110, 228 << 10, 227 << 10, 1536, 24, 8, 16},
-    {120, 100 << 10,  99 << 10, 1536, 24, 8,  8},
-    {121, 100 << 10,  99 << 10, 1536, 24, 8,  8},
+#define TORCHEXT_ARCHITECTURE(capability, path, target, ...) \
+  {capability, Path::path, #target, __VA_ARGS__},
+#include "architectures.inc"
 };
-// clang-format on
 
-// The same for all of these.
-constexpr std::uint32_t kSharedPerBlockByDefault = 48 << 10;  // static, or without opting in
-constexpr std::uint32_t kThreadsPerBlock = 1024;
-constexpr std::uint32_t kBlockLimits[3] = {1024, 1024, 64};
-constexpr std::uint32_t kGridLimits[3] = {0x7fffffff, 65535, 65535};
-constexpr std::uint32_t kRegistersPerBlock = 65536, kRegistersPerThread = 255;
+// The same for all GPUs.
+namespace limits {
+#define TORCHEXT_LIMIT(name, value) constexpr std::uint32_t name = value;
+#include "architectures.inc"
+constexpr std::uint32_t block[3] = {threads_per_block, threads_per_block, 64};
+constexpr std::uint32_t grid[3] = {0x7fffffff, 65535, 65535};
+}  // namespace limits
 
-// The row of a GPU, or of the oldest GPU that runs PTX of an older target; nullptr for a capability
-// later than all rows, or between them.
-constexpr const Architecture* architecture_of(int capability) {
-  if (capability < kArchitectures[0].capability) return &kArchitectures[0];
-  for (const Architecture& a : kArchitectures) {
+// CUDA 13, which compiles the kernels, knows no older GPU than the first row.
+constexpr int kOldestCapability = kArchitectures[0].capability;
+
+// The row of exactly that capability, or nullptr.
+constexpr const Architecture* find_architecture(int capability) {
+  for (const Architecture& a : kArchitectures)
     if (a.capability == capability) return &a;
-  }
   return nullptr;
 }
 
+// The same, and the oldest row for a capability before all rows: the GPU that runs PTX so old.
+constexpr const Architecture* architecture_of(int capability) {
+  return find_architecture(std::max(capability, kOldestCapability));
+}
+
+constexpr bool runs_on(const PathRow& path, int capability) {
+  return path.own ? capability == int(path.path) : capability >= int(path.path);
+}
+constexpr bool runs_on(Path path, int capability) {
+  for (const PathRow& row : kPaths)
+    if (row.path == path) return runs_on(row, capability);
+  return false;
+}
+
+// The GEMM kernels that a GPU takes. A capability without a row takes what the nearest earlier one
+// of its major version does (an sm_122 would be like sm_121); where there is none, or where that
+// path's kernels run on one capability alone, the latest path that every later GPU can run.
+constexpr Path path_of_capability(int capability) {
+  const Architecture* nearest = nullptr;
+  for (const Architecture& a : kArchitectures)
+    if (a.capability <= capability && a.capability / 10 == capability / 10) nearest = &a;
+  if (nearest != nullptr && runs_on(nearest->path, capability)) return nearest->path;
+  for (const PathRow& row : kPaths)
+    if (!row.own && runs_on(row, capability)) return row.path;
+  return kArchitectures[0].path;
+}
+
 }  // namespace torchext
+
+// For the Python package, which reads the table from the compiled library.
+
+// path_of_capability; 0 for a GPU older than the first row, which runs no kernel.
+extern "C" __attribute__((visibility("default"))) std::int32_t torchext_path_of_capability(
+    std::int32_t capability);
+
+// architectures.inc as JSON: {"paths": {name: number}, "limits": {name: value}, "architectures":
+// [{column: value}]}. The text lives as long as the library.
+extern "C" __attribute__((visibility("default"))) const char* torchext_architectures();

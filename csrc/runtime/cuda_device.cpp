@@ -122,7 +122,7 @@ class CudaDevice final : public Device {
   }
 
  private:
-  static constexpr uint32_t kDefaultSharedBytes = 48 * 1024;
+  static constexpr uint32_t kDefaultSharedBytes = limits::shared_per_block_default;
 
   cudaStream_t current_stream() const {
     TORCHEXT_CHECK(&aoti_torch_get_current_cuda_stream != nullptr,

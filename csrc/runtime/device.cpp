@@ -1,6 +1,7 @@
 // Decides where an op runs, and adapts the installed simulator to the Device interface.
 #include "device.h"
 
+#include <array>
 #include <atomic>
 
 #include "check.h"
@@ -11,11 +12,13 @@ namespace {
 std::atomic<const TorchextSimulator*> installed_simulator{nullptr};
 std::atomic<int32_t> forced_path{0};
 
-constexpr int kOldestCapability = 75;  // that CUDA 13, which compiles the kernels, knows
-
-bool runs(Path path, int capability) {
-  return path == Path::sm90 ? capability == 90 : capability >= int(path);
-}
+// path_of_capability of every capability that a table of this size covers: one load per launch.
+constexpr auto kPathOfCapability = [] {
+  std::array<Path, 256> paths{};
+  for (int capability = 0; capability < int(paths.size()); ++capability)
+    paths[capability] = path_of_capability(capability);
+  return paths;
+}();
 
 // Forwards a launch to the simulator and turns its findings into an exception.
 class SimulatedDevice final : public Device {
@@ -68,13 +71,12 @@ class SimulatedDevice final : public Device {
 Path path_of(const DeviceProperties& properties, const char* op) {
   const int capability = properties.compute_capability;
   if (const int32_t forced = forced_path.load(std::memory_order_relaxed)) {
-    TORCHEXT_CHECK(runs(Path(forced), capability), op, ": the kernels of path ", forced,
+    TORCHEXT_CHECK(runs_on(Path(forced), capability), op, ": the kernels of path ", forced,
                    ", which were asked for, do not run on sm_", capability);
     return Path(forced);
   }
-  for (const Path path : {Path::sm90, Path::sm89, Path::sm80})
-    if (runs(path, capability)) return path;
-  return Path::plain;
+  if (capability < int(kPathOfCapability.size())) return kPathOfCapability[capability];
+  return path_of_capability(capability);
 }
 
 Device* device_for(const Tensor& tensor, const char* op) {
@@ -90,8 +92,8 @@ Device* device_for(const Tensor& tensor, const char* op) {
     Device* device = cuda_device(tensor.get_device_index());
     const int capability = device->properties().compute_capability;
     TORCHEXT_CHECK(capability >= kOldestCapability, op, ": the GPU is sm_", capability,
-                   "; torchext's CUDA kernels run on sm_75 (Turing) and later; move the tensors to "
-                   "the CPU or keep this layer in plain torch");
+                   "; torchext's CUDA kernels run on sm_", kOldestCapability,
+                   " and later; move the tensors to the CPU or keep this layer in plain torch");
     return device;
   }
 }

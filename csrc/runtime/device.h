@@ -11,6 +11,7 @@
 #include <tuple>
 #include <utility>
 
+#include "architecture.h"
 #include "ptx/sim/api/op_interface.h"
 #include "tensor.h"
 
@@ -110,15 +111,8 @@ constexpr bool kBuiltWithCuda = true;
 constexpr bool kBuiltWithCuda = false;  // CUDA launchers are declared but not linked in
 #endif
 
-// The kernels that a GPU runs where there are several for one job: those written for its
-// generation, else those of the latest before it.
-enum class Path : int32_t {
-  sm90 = 90,   // Hopper alone
-  sm89 = 89,   // Ada, Blackwell and later: FP8 tensor cores through mma.sync
-  sm80 = 80,   // Ampere: 16-bit tensor cores
-  plain = 75,  // any: no tensor cores
-};
-// Of the GPU, or what torchext_force_path asks for; raises if the GPU cannot run that.
+// The path of this GPU (path_of_capability), or the one that torchext_force_path asks for; raises if
+// the GPU cannot run that one.
 Path path_of(const DeviceProperties& properties, const char* op);
 
 // nullptr: run the CPU kernel. Raises when `tensor` is on a GPU that this build cannot drive. Call
@@ -135,6 +129,5 @@ Device* cuda_device(int32_t index);
 extern "C" __attribute__((visibility("default"))) void torchext_set_simulator(
     const TorchextSimulator* simulator);
 
-// Has every GPU, or simulated GPU, take the kernels of one Path, for comparison; 0: as path_of
-// says.
+// Makes every GPU, simulated or real, run the kernels of one Path, for comparison; 0: of its own.
 extern "C" __attribute__((visibility("default"))) void torchext_force_path(int32_t path);

@@ -139,11 +139,23 @@ def test_an_indirect_branch_may_go_where_nothing_else_does():
         ("80", 128, 32, 100 * 1024, 1),
         ("89", 1024, 32, 1024, 1),
         ("75", 256, 64, 0, 4),
-        ("100", 128, 32, 0, None),
+        ("100", 128, 32, 0, 16),
+        ("95", 128, 32, 0, None),
     ],
 )
 def test_occupancy(architecture, threads, registers, shared, ctas):
     assert sass_report.ctas_per_sm(architecture, threads, registers, shared) == ctas
+
+
+@pytest.mark.parametrize(
+    ("architecture", "unit", "multiply_adds"),
+    [
+        ("90", "QGMMA", 4096), ("90", "HGMMA", 2048), ("89", "QMMA", 1024), ("80", "HMMA", 1024),
+        ("90", "HMMA", 0), ("80", "QMMA", 0), ("80", "IMMA", 0), ("95", "HMMA", 0),
+    ],
+)  # fmt: skip
+def test_peak_rates(architecture, unit, multiply_adds):
+    assert sass_report.peak(architecture, unit) == multiply_adds
 
 
 def report(text: str = PERSISTENT, registers: int = 168, name: str = TILE_64) -> dict:

@@ -17,7 +17,7 @@ import torch
 
 import torchext
 from tests.hardware.gpu_check.op_calls import check
-from torchext import gemm_selection, ops
+from torchext import _architectures, gemm_selection, ops
 from torchext._catalog import CATALOG, Entry
 
 sim = pytest.importorskip("torchext.sim")
@@ -29,8 +29,13 @@ QUANTIZERS = [getattr(ops, name) for name in CATALOG if name.startswith("quantiz
 Outputs = tuple[torch.Tensor, ...]
 
 
-# Simulated GPUs, and the folders of _ptx whose kernels they launch first.
-FOLDERS = {90: ["90", "90a"], 89: ["89"], 80: ["80"], 75: ["75"]}
+# Simulated GPUs, one for each path, and the folders of _ptx whose kernels they launch first: their
+# path's, and that of portable kernels where these are compiled anew for them.
+FOLDERS = {
+    number: sorted({row.target, *([str(number)] if row.portable_from == number else [])})
+    for number in _architectures.paths().values()
+    for row in [_architectures.architectures()[number]]
+}
 # One process launches every kernel, on all cores; the last tests look at what the first launched.
 pytestmark = [pytest.mark.alone, pytest.mark.slow]
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from support.op_samples import E4M3, E5M2
+from torchext import _architectures
 
 WIDE = [torch.bfloat16, torch.float16, torch.float32]
 SMALLEST_NORMAL = {E4M3: 2.0**-6, E5M2: 2.0**-14}
@@ -69,8 +70,7 @@ def tensor_core_of(config: pytest.Config) -> TensorCore | None:
     if where == "cuda":
         major, minor = torch.cuda.get_device_capability()
         capability = 10 * major + minor
-    path = "sm90" if capability == 90 else "sm89" if capability >= 89 else "sm80"
-    return TENSOR_CORES[path] if capability >= 80 else None
+    return TENSOR_CORES.get(_architectures.path_of(capability))
 
 
 QUANTIZERS = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from torchext import _sim
+from torchext._architectures import simulated
 
 from .memory import Array, view_of
 
@@ -12,7 +13,13 @@ _FORMATS = {
     "float8_e4m3fn": "e4m3", "float8_e5m2": "e5m2", "float16": "f16", "bfloat16": "bf16",
     "float32": "tf32",
 }  # fmt: skip
-_UNITS = {"wgmma": 90, "mma.sync.sm_80": 80, "mma.sync.sm_89": 89, "mma.sync.sm_90": 90}
+
+
+def _units() -> dict[str, int]:
+    """{unit: a compute capability that has it}."""
+    rows = simulated().values()
+    units = {"wgmma": next(row.capability for row in rows if row.wgmma)}
+    return units | {f"mma.sync.sm_{row.mma_rounding}": row.mma_rounding for row in rows}
 
 
 def _codes(array: Array, what: str) -> tuple[np.ndarray, str, int]:
@@ -50,8 +57,9 @@ def tensor_core_matmul(
         ptx/sim/numerics/tensor_core.h has the arithmetic and its sources.
     """
     where = "torchext.sim.tensor_core_matmul"
-    if unit not in _UNITS:
-        raise ValueError(f"{where}: unit must be one of {', '.join(_UNITS)} (got {unit!r})")
+    units = _units()
+    if unit not in units:
+        raise ValueError(f"{where}: unit must be one of {', '.join(units)} (got {unit!r})")
     if promote_every is not None and (promote_every < 32 or promote_every % 32):
         raise ValueError(f"{where}: promote_every must be a multiple of 32 (got {promote_every})")
     (a_codes, a_format, size), (b_codes, b_format, b_size) = (
@@ -69,7 +77,7 @@ def tensor_core_matmul(
     width = a_codes.shape[1] if promote_every is None else promote_every * size
     for k in range(0, a_codes.shape[1], max(width, 1)):
         part = _sim.mma(
-            unit.partition(".sm_")[0], _UNITS[unit], "f32",
+            unit.partition(".sm_")[0], units[unit], "f32",
             np.ascontiguousarray(a_codes[:, k : k + width]), a_format,
             np.ascontiguousarray(b_codes[:, k : k + width]), b_format,
             np.zeros_like(total), 32 // size,

@@ -8,13 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from torchext import _sim
+from torchext._architectures import architectures, simulated
 from torchext._dispatch.library import op_library
 
 from .options import launch_options
 from .report import Report, report_from
 
 _PACKAGE = Path(__file__).resolve().parent.parent
-CAPABILITIES = (75, 80, 86, 87, 89, 90)
 _active: list[_sim.OpSimulator] = []  # innermost last
 
 
@@ -42,9 +42,9 @@ def _kernels(compute_capability: int) -> list[str]:
     architecture, then those for older ones. PTX for 90a runs on 90 only."""
     folders = [path for path in (_PACKAGE / "_ptx").glob("*") if path.is_dir()]
     usable = [
-        (int(path.name.rstrip("a")), path)
+        (int(path.name.rstrip("af")), path)
         for path in folders
-        if path.name == f"{compute_capability}a"
+        if path.name == architectures()[compute_capability].target
         or (path.name.isdecimal() and int(path.name) <= compute_capability)
     ]
     usable.sort(key=lambda pair: (-pair[0], pair[1].name))
@@ -93,10 +93,10 @@ def simulate(
         num_sms=num_sms,
         max_instructions=max_instructions,
     )
-    if compute_capability not in CAPABILITIES:
+    if compute_capability not in simulated():
         raise ValueError(
             "torchext.sim.simulate: compute_capability must be one of "
-            f"{', '.join(map(str, CAPABILITIES))} (got {compute_capability!r})"
+            f"{', '.join(map(str, simulated()))} (got {compute_capability!r})"
         )
     files = _kernels(compute_capability) if ptx is None else [str(path) for path in ptx]
     if not files:

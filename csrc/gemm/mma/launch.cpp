@@ -12,8 +12,8 @@ using namespace mma;
 
 uint32_t shared_limit(int compute_capability) {
   const Architecture* architecture = architecture_of(compute_capability);
-  // A GPU that the table does not know yet: what every one since Ampere has.
-  return architecture != nullptr ? architecture->shared_per_block : 99 << 10;
+  // Every GPU of the table since Ampere has what sm_89 has, so one without a row is trusted with it.
+  return (architecture != nullptr ? architecture : architecture_of(89))->shared_per_block;
 }
 
 // One scale of b serves a tile's 128 columns, unless they straddle blocks of b's rows.

@@ -35,6 +35,8 @@
 
 namespace torchext::sm90 {
 
+constexpr uint32_t kSharedLimit = find_architecture(90)->shared_per_block;
+
 // setmaxnreg shares out anew the registers that the CTA was launched with. Each thread starts with
 // the SM's 65,536 over the number of threads, rounded down to a multiple of 8. A CTA that asked for
 // more than that in all would wait for ever.
@@ -42,7 +44,7 @@ template <class L>
 constexpr int kConsumerRegisters = L::kWarpgroups == 1 ? 248 : 232;
 constexpr int kProducerRegisters = 40;
 // For a producer and two consumers; one consumer asks for no more than it starts with.
-constexpr int kLaunchRegisters = 65536 / (3 * 128) / 8 * 8;
+constexpr int kLaunchRegisters = limits::registers_per_sm / (3 * 128) / 8 * 8;
 static_assert(kProducerRegisters + 2 * 232 <= 3 * kLaunchRegisters);
 
 // Readies barriers and the list of groups; from here on, what other kernels wrote may be read.
@@ -74,8 +76,8 @@ __device__ __forceinline__ void set_up(const GemmParams& p, Shared<L>& shared) {
 
 template <class L, class A, class B>
 __device__ __forceinline__ void fp8_gemm_nt(const GemmParams& p) {
-  static_assert(sizeof(Shared<L>) + kMaxGroups * sizeof(uint32_t) <= 227 * 1024,
-                "shared memory of an SM");
+  static_assert(sizeof(Shared<L>) + kMaxGroups * sizeof(uint32_t) <= kSharedLimit,
+                "shared memory of a block");
   extern __shared__ __align__(1024) uint8_t shared_bytes[];
   Shared<L>& shared = *reinterpret_cast<Shared<L>*>(shared_bytes);
   set_up<L>(p, shared);

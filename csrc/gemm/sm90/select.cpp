@@ -15,11 +15,11 @@
 namespace torchext::sm90 {
 namespace {
 
-// An SM of a Hopper GPU. Rates per cycle; the first is NVIDIA's (1,979 TFLOPS on 132 SMs at 1.83
-// GHz), shared memory has 32 banks of 4 bytes, the others are estimates, to be replaced by
-// measurements: how fast one SM can pull tiles through L2, how long it takes the first to come, how
-// fast all of them together pull from memory, what an epilogue and an exchange between CTAs cost.
-constexpr double kTensorMacs = 4096, kSharedBytes = 128;
+// An SM of a Hopper GPU. Rates per cycle: that of the tensor cores is NVIDIA's (architectures.inc),
+// shared memory has 32 banks of 4 bytes, the others are estimates, to be replaced by measurements:
+// how fast one SM can pull tiles through L2, how long it takes the first to come, how fast all of
+// them together pull from memory, what an epilogue and an exchange between CTAs cost.
+constexpr double kTensorMacs = find_architecture(90)->fp8_macs, kSharedBytes = 128;
 constexpr double kL2Bytes = 36, kMemoryBytes = 2400;
 constexpr double kStart = 2500, kTileOverhead = 500, kStoreBytes = 32;
 constexpr double kExchange = 1500, kExchangeBytes = 16;

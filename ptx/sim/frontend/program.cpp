@@ -176,11 +176,11 @@ void ProgramBuilder::lay_out() {
   for (const FunctionPlan& plan : plans_) {
     for (const Variable& v : plan.function->variables) place_shared(v);
   }
-  if (shared > kSharedPerBlockByDefault + kSharedBase) {
-    throw module_.error(plans_[0].function->source, plans_[0].function->line,
-                        std::to_string(shared - kSharedBase) +
-                            " bytes of static shared memory; at most " +
-                            std::to_string(kSharedPerBlockByDefault) + " (more must be dynamic)");
+  if (shared > limits::shared_per_block_default + kSharedBase) {
+    throw module_.error(
+        plans_[0].function->source, plans_[0].function->line,
+        std::to_string(shared - kSharedBase) + " bytes of static shared memory; at most " +
+            std::to_string(limits::shared_per_block_default) + " (more must be dynamic)");
   }
   p.shared_static_end = static_cast<std::uint32_t>(shared);
   p.shared_dynamic_begin = static_cast<std::uint32_t>(align_up(shared, dynamic_align));

@@ -7,6 +7,7 @@
 #include <thread>
 
 #include "../frontend/decode.h"
+#include "csrc/runtime/architecture.h"
 #include "launch_checks.h"
 #include "machine.h"
 
@@ -27,7 +28,7 @@ std::uint32_t default_registers(const Program& program, const Dim3& block) {
                           : f.max_threads[0] != 0    ? volume(f.max_threads)
                                                      : block.volume();
   threads = (threads + 31) / 32 * 32;
-  const std::uint64_t share = 65536 / std::max(1u, f.min_ctas);
+  const std::uint64_t share = limits::registers_per_sm / std::max(1u, f.min_ctas);
   auto most = static_cast<std::uint32_t>(std::min<std::uint64_t>(256, share / threads));
   if (f.max_registers != 0) most = std::min(most, f.max_registers);
   if (program.asks_for_registers) most = std::min(most, program.most_registers);

@@ -31,13 +31,13 @@ class Checker {
   }
 
   void check_dimensions() const {
-    check_extent("grid", options_.grid, kGridLimits);
-    check_extent("block", options_.block, kBlockLimits);
+    check_extent("grid", options_.grid, limits::grid);
+    check_extent("block", options_.block, limits::block);
     const std::uint64_t threads = options_.block.volume();
     const Function& f = program_.attributes;
-    if (threads > kThreadsPerBlock) {
+    if (threads > limits::threads_per_block) {
       refuse("the block has " + std::to_string(threads) + " threads; at most " +
-             std::to_string(kThreadsPerBlock));
+             std::to_string(limits::threads_per_block));
     }
     const Dim3 most{f.max_threads[0], f.max_threads[1], f.max_threads[2]};
     if (most.x != 0 && threads > most.volume()) {
@@ -94,7 +94,7 @@ class Checker {
     const std::uint32_t reserved = architecture_->shared_per_sm - architecture_->shared_per_block;
     const std::uint32_t shared = std::max(1u, shared_end - kSharedBase + reserved);
     return std::uint64_t{options_.num_sms} *
-           std::min({architecture_->blocks_per_sm, architecture_->threads_per_sm / threads,
+           std::min({architecture_->ctas_per_sm, architecture_->threads_per_sm / threads,
                      architecture_->shared_per_sm / shared});
   }
 

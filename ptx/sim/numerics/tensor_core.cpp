@@ -12,6 +12,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "csrc/runtime/architecture.h"
+
 namespace torchext::sim {
 namespace {
 
@@ -240,22 +242,26 @@ MmaModel wgmma_model(NumberFormat inputs, NumberFormat accumulator) {
 
 MmaModel mma_sync_model(int target, NumberFormat inputs, NumberFormat accumulator) {
   require_accumulator("mma.sync", inputs, accumulator);
-  // Turing multiplies f16 alone, and as Ampere does.
-  const bool turing = target == 75 && inputs == NumberFormat::f16;
-  const bool ampere = target == 80 || target == 86 || target == 87 || turing;
-  if (!ampere && target != 89 && target != 90) {
-    throw std::invalid_argument(
-        "the rounding of mma.sync is modeled for sm_75 (f16), sm_80, sm_86, sm_87, "
-        "sm_89 and sm_90, not for sm_" +
-        std::to_string(target));
+  const Architecture* gpu = find_architecture(target);
+  const int rounding = gpu != nullptr ? gpu->mma_rounding : 0;
+  const bool f16_alone = rounding != 0 && !gpu->bf16_mma;
+  if (rounding == 0 || (f16_alone && inputs != NumberFormat::f16)) {
+    std::string modeled;
+    for (const Architecture& a : kArchitectures) {
+      if (a.mma_rounding == 0) continue;
+      modeled += "sm_" + std::to_string(a.capability) + (a.bf16_mma ? ", " : " (f16), ");
+    }
+    throw std::invalid_argument("the rounding of mma.sync is modeled for " + modeled +
+                                "not for sm_" + std::to_string(target));
   }
+  const bool ampere = rounding == 80;
   if (ampere && is_fp8(inputs)) {
     throw std::invalid_argument("mma.sync multiplies FP8 from sm_89 on, not on sm_" +
                                 std::to_string(target));
   }
   const bool f16 = accumulator == NumberFormat::f16;
   const MmaResult result = f16 ? MmaResult::f16 : MmaResult::f32;
-  if (target == 90) {
+  if (rounding == 90) {
     const bool widened = is_fp8(inputs);
     return MmaModel{widened ? 16 : 32 / size_in_bytes(inputs), 25, f16 ? -21 : -133, result,
                     widened};

@@ -37,8 +37,8 @@ struct MmaModel {
 };
 
 // `inputs` is e4m3, e5m2, f16, bf16 or tf32; `accumulator` is f32 or f16.
-// `target` is the number in PTX's .target: 80, 86, 87, 89 or 90. Throw std::invalid_argument, with
-// the reason, for a combination that the hardware lacks.
+// `target` is the number in PTX's .target. They throw std::invalid_argument, with the reason, for a
+// combination that the hardware lacks or whose rounding is not known.
 MmaModel wgmma_model(NumberFormat inputs, NumberFormat accumulator);
 MmaModel mma_sync_model(int target, NumberFormat inputs, NumberFormat accumulator);
 
