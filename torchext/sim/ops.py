@@ -73,8 +73,8 @@ def simulate(
 
     Args:
         num_sms: number of SMs of the simulated GPU. Persistent kernels launch as many CTAs.
-        compute_capability: of the simulated GPU: 75, 80, 86, 87, 89 or 90. Launchers choose their
-            kernels by it, as on a GPU.
+        compute_capability: of the simulated GPU, 90 for 9.0; docs/architectures.md says which can
+            be simulated. Launchers choose their kernels by it, as on a GPU.
         ptx: PTX files to take the kernels from, instead of the build's. The kernels must have the
             same names and parameters.
         seed, completion, lane_order, checks, num_threads, max_instructions: as in `Module.launch`.
