@@ -178,19 +178,9 @@ py::dict decode_map(const std::string& map) {
 
 py::bytes replace_field(std::string map, const std::string& field, std::uint32_t ordinal,
                         std::uint64_t value) {
-  static const std::map<std::string, TensorMapField> table = {
-      {"global_address", TensorMapField::global_address},
-      {"rank", TensorMapField::rank},
-      {"box_dim", TensorMapField::box_dim},
-      {"global_dim", TensorMapField::global_dim},
-      {"global_stride", TensorMapField::global_stride},
-      {"element_stride", TensorMapField::element_stride},
-      {"elemtype", TensorMapField::elemtype},
-      {"interleave_layout", TensorMapField::interleave_layout},
-      {"swizzle_mode", TensorMapField::swizzle_mode},
-      {"fill_mode", TensorMapField::fill_mode}};
   if (map.size() != sizeof(TensorMap)) throw py::value_error("a tensor map has 128 bytes");
-  replace_tensor_map_field(map.data(), lookup(table, "field", field), ordinal, value);
+  replace_tensor_map_field(map.data(), lookup(tensor_map_field_names(), "field", field), ordinal,
+                           value);
   return py::bytes(map);
 }
 

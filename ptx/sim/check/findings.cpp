@@ -50,4 +50,10 @@ std::vector<Finding> FindingSink::take() {
   return std::move(findings_);
 }
 
+std::string hex(std::uint64_t value) {
+  char text[32];
+  std::snprintf(text, sizeof text, "0x%llx", static_cast<unsigned long long>(value));
+  return text;
+}
+
 }  // namespace torchext::sim

@@ -32,6 +32,7 @@ struct KindRow {
 const std::vector<KindRow>& finding_kinds();  // in the order of FindingKind
 const KindRow& row_of(FindingKind kind);
 const char* name_of(Grade grade);
+std::string hex(std::uint64_t value);  // "0x1f", for messages
 
 // The access or event that a finding is about besides its own.
 struct OtherAccess {

@@ -5,15 +5,15 @@
 #include <mutex>
 #include <string>
 
+#include "../numerics/tensor_map.h"
+
 namespace torchext::sim {
 
 namespace {
 
-constexpr std::uint32_t kMapBytes = 128, kMapAlignment = 64;
-
 std::vector<LastWrite> writes_of(const Place& place) {
   const std::lock_guard<SpinLock> lock(place.buffer->lock);
-  return place.shadow->last_writes(place.offset, kMapBytes);
+  return place.shadow->last_writes(place.offset, kTensorMapBytes);
 }
 
 // The narrowest scope that holds a thread of this CTA and the writer.
@@ -64,7 +64,7 @@ std::string missing(Warp& w, int lane, std::uint64_t address, const LastWrite& w
 }  // namespace
 
 bool resolve_tensor_map(Warp& w, int lane, std::uint64_t address, Place* place) {
-  if (address % kMapAlignment != 0) {
+  if (address % kTensorMapAlignment != 0) {
     w.finding(FindingKind::tensor_map, "the tensor map is not aligned to 64 bytes", 1u << lane,
               address);
     return false;
@@ -78,8 +78,9 @@ bool resolve_tensor_map(Warp& w, int lane, std::uint64_t address, Place* place) 
   }
   // Both halves lie in one buffer if both resolve: buffers are guarded.
   Place last;
-  return w.resolve(lane, Space::global, address, kMapAlignment, false, place) &&
-         w.resolve(lane, Space::global, address + kMapAlignment, kMapAlignment, false, &last);
+  return w.resolve(lane, Space::global, address, kTensorMapAlignment, false, place) &&
+         w.resolve(lane, Space::global, address + kTensorMapAlignment, kTensorMapAlignment, false,
+                   &last);
 }
 
 void acquire_tensor_map(Warp& w, int lane, std::uint64_t address, Scope scope) {
@@ -108,7 +109,7 @@ void read_tensor_map(Warp& w, int lane, const Place& place, std::uint64_t addres
   actor.agent = agent;
   actor.clock = clock;
   actor.proxy = Proxy::tensormap;
-  w.check_read(place, actor, kMapBytes, 1u << lane, address);
+  w.check_read(place, actor, kTensorMapBytes, 1u << lane, address);
   for (const LastWrite& write : writes_of(place)) {
     if (!w.known(lane)->knows(w.cluster().number, write.cluster, write.agent, write.clock) &&
         !(write.cluster == w.cluster().number && write.agent == w.agent(lane)))

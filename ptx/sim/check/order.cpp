@@ -33,6 +33,10 @@ void Warp::order_lanes(std::uint32_t mask) {
   dirty_ &= ~mask;
 }
 
+void Warp::order_if_converged(std::uint32_t mask) {
+  if (grid_.options.lane_order == LaunchOptions::converged) order_lanes(mask);
+}
+
 Knowledge Warp::release(std::uint32_t mask) {
   Knowledge k;
   if (!grid_.checks || mask == 0) return k;

@@ -1,7 +1,6 @@
 // The layout of a rendered report.
 #include "rendering.h"
 
-#include <cstdio>
 #include <set>
 #include <sstream>
 #include <vector>
@@ -53,12 +52,6 @@ std::string lanes_text(std::uint32_t mask) {
     lane = last + 1;
   }
   return (count == 1 ? "lane " : "lanes ") + ranges;
-}
-
-std::string hexadecimal(std::uint64_t value) {
-  char text[24];
-  std::snprintf(text, sizeof text, "0x%llx", static_cast<unsigned long long>(value));
-  return text;
 }
 
 std::string counted(std::uint64_t count, const char* noun) {
@@ -131,7 +124,7 @@ std::string render(const Report& report, const std::string& kernel, const Launch
     quote_both(out, map, f->ptx_line);
     out << "      = where: CTA (" << f->cta[0] << ", " << f->cta[1] << ", " << f->cta[2] << ")";
     if (f->lanes != 0) out << ", warp " << f->warp << ", " << lanes_text(f->lanes);
-    if (f->address != 0) out << ", address " << hexadecimal(f->address);
+    if (f->address != 0) out << ", address " << hex(f->address);
     out << '\n';
     render_other(out, *f, map);
     // Findings about the same instruction and other partners: each CUDA line once.

@@ -9,11 +9,6 @@ namespace torchext::sim {
 
 namespace {
 
-void visit_names(const Arg& arg, std::set<std::string>* names) {
-  if (arg.kind == Arg::name) names->insert(arg.text);
-  for (const Arg& a : arg.args) visit_names(a, names);
-}
-
 // The operand that says what a call calls.
 const Arg* target_of(const RawInstruction& i) {
   const std::size_t k = !i.args.empty() && i.args[0].kind == Arg::list ? 1 : 0;
@@ -22,11 +17,6 @@ const Arg* target_of(const RawInstruction& i) {
 
 bool is_call(const RawInstruction& i) {
   return i.parts[0] == "call" && target_of(i) != nullptr;
-}
-
-bool same_sizes(const std::vector<Variable>& a, const std::vector<Variable>& b) {
-  return std::equal(a.begin(), a.end(), b.begin(), b.end(),
-                    [](const Variable& x, const Variable& y) { return x.bytes == y.bytes; });
 }
 
 template <class T>
@@ -61,7 +51,7 @@ const std::vector<const Function*>& ProgramBuilder::address_taken() {
     for (const Variable& v : f.variables) add_references(v);
     for (const RawInstruction& i : f.code) {
       if (i.parts[0] == "call") continue;
-      for (const Arg& a : i.args) visit_names(a, &names);
+      for (const Arg& a : i.args) collect_names(a, &names);
     }
   }
   for (const std::string& name : names) {

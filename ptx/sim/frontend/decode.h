@@ -106,6 +106,11 @@ class Decoder {
   std::vector<std::string> modifiers_;
 };
 
+// Executes an instruction that changes nothing that the simulator models.
+inline Step no_operation(Warp&, const Instruction&, std::uint32_t) {
+  return Step::next;
+}
+
 // A row of the opcode table. What is left to know of an opcode is its minimum target (targets.cpp).
 struct Opcode {
   Opcode() = default;
@@ -151,7 +156,7 @@ struct Symbol {
   std::uint64_t bytes = 0;
   bool kernel_param = false;
   bool framed = false;  // address is an offset in the frame; `slot` holds the sum
-  Slot slot;
+  Slot slot{};
 };
 
 class ProgramBuilder {

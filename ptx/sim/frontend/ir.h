@@ -5,10 +5,12 @@
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "integers.h"
 #include "traits.h"
 
 namespace torchext::sim {
@@ -75,6 +77,9 @@ struct Arg {
   std::vector<Arg> args;  // vector, list, pair; memory: base, then what follows commas
 };
 
+// Adds the names of variables and functions in an operand to `names`.
+void collect_names(const Arg& arg, std::set<std::string>* names);
+
 // The bits of a real literal as a value of `type`, as ptxas converts it.
 std::uint64_t real_bits(const Arg& arg, Type type);
 
@@ -119,6 +124,9 @@ struct Variable {  // .shared, .global, .const, .local, .param
   };
   std::vector<Reference> references;  // addresses within the initializer
 };
+
+// Whether two lists of parameters have as many members of the same sizes.
+bool same_sizes(const std::vector<Variable>& a, const std::vector<Variable>& b);
 
 struct Function {
   std::string name;

@@ -19,4 +19,7 @@ struct Token {
 
 std::vector<Token> tokenize(const std::string& text, const std::string& module);
 
+// The parts of `text` between separators; "a..b" has an empty one.
+std::vector<std::string> split(const std::string& text, char separator);
+
 }  // namespace torchext::sim

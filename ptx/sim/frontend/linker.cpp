@@ -128,11 +128,6 @@ void keep_one_variable(ParsedModule& m, std::vector<Variable*>& same,
   }
 }
 
-bool same_sizes(const std::vector<Variable>& a, const std::vector<Variable>& b) {
-  return std::equal(a.begin(), a.end(), b.begin(), b.end(),
-                    [](const Variable& x, const Variable& y) { return x.bytes == y.bytes; });
-}
-
 void keep_one_function(ParsedModule& m, std::vector<Function*>& same,
                        std::set<const Function*>* drop) {
   Function* kept = nullptr;

@@ -36,7 +36,7 @@ std::shared_ptr<Module> Module::parse(const std::vector<SourceText>& texts) {
     k.line = f.line - m->parsed_->sources[f.source].lines_before;
     std::size_t at = 0;
     for (const Variable& v : f.params) {
-      at = (at + v.align - 1) / v.align * v.align;
+      at = align_up(at, v.align);
       k.params.push_back({v.name, v.bytes, v.align, at, name_of(v.type),
                           !v.dimensions.empty() || v.lanes > 1, v.pointer});
       at += v.bytes;

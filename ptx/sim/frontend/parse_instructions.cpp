@@ -7,16 +7,6 @@ namespace torchext::sim {
 
 namespace {
 
-void split(const std::string& opcode, std::vector<std::string>& parts) {
-  std::size_t start = 0;
-  for (;;) {
-    const std::size_t dot = opcode.find('.', start);
-    parts.push_back(opcode.substr(start, dot - start));
-    if (dot == std::string::npos) return;
-    start = dot + 1;
-  }
-}
-
 // Special registers of four elements, which an instruction may read as one.
 bool is_special_vector(const std::string& name) {
   for (const char* vector : {"%tid", "%ntid", "%ctaid", "%nctaid", "%clusterid", "%nclusterid",
@@ -145,7 +135,7 @@ void Parser::instruction() {
     ins.guard = static_cast<int>(*reg);
   }
   ins.opcode = take_word();
-  split(ins.opcode, ins.parts);
+  ins.parts = split(ins.opcode, '.');
   in_call_ = ins.parts[0] == "call";
   while (!accept(';')) {
     if (peek().kind == Token::end || peek().is('}')) fail("expected ';'");

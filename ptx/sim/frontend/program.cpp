@@ -1,7 +1,6 @@
 // A kernel and all it calls, decoded: register file, memory layout, constants, post-dominators.
 #include <algorithm>
 #include <cstring>
-#include <functional>
 #include <set>
 
 #include "../machine/calls.h"
@@ -45,15 +44,6 @@ OpcodeTable collect_opcodes() {
 // At the start of the register file: 256 bytes for a sink, 8 for carries.
 constexpr std::uint32_t kScratchBytes = 264;
 constexpr std::uint64_t kMostLocalBytes = 512 * 1024;  // of a thread, CUDA's limit
-
-std::uint64_t align_up(std::uint64_t value, std::uint64_t to) {
-  return (value + to - 1) / to * to;
-}
-
-void visit_names(const Arg& arg, const std::function<void(const std::string&)>& visit) {
-  if (arg.kind == Arg::name) visit(arg.text);
-  for (const Arg& a : arg.args) visit_names(a, visit);
-}
 
 }  // namespace
 
@@ -153,7 +143,7 @@ void ProgramBuilder::lay_out() {
   for (FunctionPlan& plan : plans_) {
     lay_out_function(plan, &local);
     for (const RawInstruction& i : plan.function->code) {
-      for (const Arg& a : i.args) visit_names(a, [&](const std::string& n) { used.insert(n); });
+      for (const Arg& a : i.args) collect_names(a, &used);
     }
   }
   p.local_bytes = static_cast<std::uint32_t>(align_up(local, 16));

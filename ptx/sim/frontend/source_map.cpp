@@ -2,7 +2,6 @@
 #include "source_map.h"
 
 #include <algorithm>
-#include <cstdio>
 #include <filesystem>
 #include <fstream>
 

@@ -10,6 +10,8 @@
 #include <unordered_map>
 #include <vector>
 
+#include "lexer.h"
+
 namespace torchext::sim {
 namespace {
 
@@ -116,16 +118,6 @@ const std::pair<const char*, int> kSpecialRegisters[] = {
     {"%clusterid", 90},           {"%nclusterid", 90},     {"%cluster_", 90},
     {"%is_explicit_cluster", 90}, {"%aggr_smem_size", 90}, {"%reserved_smem_offset_", 80},
 };
-
-std::vector<std::string> split(const std::string& text, char separator) {
-  std::vector<std::string> parts;
-  for (std::size_t at = 0; at <= text.size();) {
-    const std::size_t end = std::min(text.find(separator, at), text.size());
-    parts.push_back(text.substr(at, end - at));
-    at = end + 1;
-  }
-  return parts;
-}
 
 struct Form {
   std::vector<std::vector<std::string>> words;  // alternatives of each

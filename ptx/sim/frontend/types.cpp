@@ -77,4 +77,14 @@ int size_of(Type type) {
   return 0;
 }
 
+bool same_sizes(const std::vector<Variable>& a, const std::vector<Variable>& b) {
+  return std::equal(a.begin(), a.end(), b.begin(), b.end(),
+                    [](const Variable& x, const Variable& y) { return x.bytes == y.bytes; });
+}
+
+void collect_names(const Arg& arg, std::set<std::string>* names) {
+  if (arg.kind == Arg::name) names->insert(arg.text);
+  for (const Arg& a : arg.args) collect_names(a, names);
+}
+
 }  // namespace torchext::sim

@@ -14,9 +14,6 @@ void decode_async_store(Decoder& d, bool reduce);  // bulk_copies.cpp
 
 namespace {
 
-using U32 = std::uint32_t;
-using U64 = std::uint64_t;
-
 struct Atomic {
   Space space;
   Type type;
@@ -68,8 +65,7 @@ Step atomic(Warp& w, const Instruction& i, U32 mask) {
   const U32 total = a.bytes * a.elements;
   bool changed = false;
   for_lanes(mask, [&](int lane) {
-    const U64 base = w.integer(i.s[0], lane) + static_cast<U64>(i.offset);
-    const U64 address = i.s[0].bytes == 4 ? static_cast<U32>(base) : base;
+    const U64 address = w.address(i.s[0], i.offset, lane);
     Place place;
     std::uint8_t old[16] = {}, value[16] = {};
     if (w.resolve(lane, a.space, address, total, true, &place)) {

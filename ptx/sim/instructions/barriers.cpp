@@ -7,10 +7,6 @@ namespace torchext::sim {
 
 namespace {
 
-using U16 = std::uint16_t;
-using U32 = std::uint32_t;
-using U64 = std::uint64_t;
-
 enum : U16 { kSync, kArrive, kRedAnd, kRedOr, kRedPopc };
 
 // The thread count that a barrier without one stands for.

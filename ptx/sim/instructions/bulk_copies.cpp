@@ -12,15 +12,6 @@ namespace torchext::sim {
 
 namespace {
 
-using U16 = std::uint16_t;
-using U32 = std::uint32_t;
-using U64 = std::uint64_t;
-
-U64 operand_address(Warp& w, const Slot& s, std::int64_t offset, int lane) {
-  const U64 a = w.integer(s, lane) + static_cast<U64>(offset);
-  return s.bytes == 4 ? static_cast<U32>(a) : a;
-}
-
 struct BulkCopy {
   bool to_global = false, from_global = false, multicast = false, own_cta_only = false;
   Reduction reduction;
@@ -30,8 +21,8 @@ struct BulkCopy {
 
 void copy_one(Warp& w, const BulkCopy& c, int lane) {
   const auto bytes = static_cast<U32>(w.integer(c.size, lane));
-  const U64 to = operand_address(w, c.to, c.to_offset, lane);
-  const U64 from = operand_address(w, c.from, c.from_offset, lane);
+  const U64 to = w.address(c.to, c.to_offset, lane);
+  const U64 from = w.address(c.from, c.from_offset, lane);
   const U32 bit = 1u << lane;
   if (bytes == 0 || bytes % 16 != 0) {
     w.finding(FindingKind::misaligned_access,
@@ -73,8 +64,8 @@ void copy_one(Warp& w, const BulkCopy& c, int lane) {
   Cta* barrier_cta;
   U32 barrier_offset;
   MBarrier* m = find_mbarrier_for_async(w, lane, Space::shared_cluster,
-                                        operand_address(w, c.barrier, c.barrier_offset, lane),
-                                        &barrier_cta, &barrier_offset);
+                                        w.address(c.barrier, c.barrier_offset, lane), &barrier_cta,
+                                        &barrier_offset);
   if (m == nullptr) return;
   const auto offset = static_cast<std::size_t>(target.host - target.cta->shared.data());
   std::vector<Cta*> ctas{target.cta};
@@ -128,10 +119,6 @@ Step copy(Warp& w, const Instruction& i, U32 mask) {
   w.need(c.size, mask, "as a size");
   for_lanes(mask, [&](int lane) { copy_one(w, c, lane); });
   ++w.cluster().progress;
-  return Step::next;
-}
-
-Step nothing(Warp&, const Instruction&, U32) {
   return Step::next;
 }
 
@@ -201,14 +188,14 @@ Step async_store(Warp& w, const Instruction& i, U32 mask) {
   for (const Slot& s : i.list) w.need(s, mask, "as a value to store");
   const U32 total = t.bytes * t.elements;
   for_lanes(mask, [&](int lane) {
-    const U64 address = operand_address(w, i.s[0], i.offset, lane);
+    const U64 address = w.address(i.s[0], i.offset, lane);
     Place place;
     if (!w.resolve(lane, Space::shared_cluster, address, total, true, &place)) return;
     Cta* owner;
     U32 offset;
-    MBarrier* m = find_mbarrier_for_async(w, lane, Space::shared_cluster,
-                                          operand_address(w, t.barrier, t.barrier_offset, lane),
-                                          &owner, &offset);
+    MBarrier* m =
+        find_mbarrier_for_async(w, lane, Space::shared_cluster,
+                                w.address(t.barrier, t.barrier_offset, lane), &owner, &offset);
     if (m == nullptr) return;
     if (owner != place.cta) {
       w.finding(FindingKind::invalid_operand, "destination and mbarrier are in different CTAs",
@@ -296,7 +283,7 @@ void decode_bulk(Decoder& d, bool reduce) {
       d.take("global");
       d.take_cache_hints();
       d.finish(d.has_cache_policy ? 3 : 2);
-      d.out.execute = nothing;
+      d.out.execute = no_operation;
       return;
     }
   }

@@ -15,10 +15,6 @@ namespace torchext::sim {
 
 namespace {
 
-using U16 = std::uint16_t;
-using U32 = std::uint32_t;
-using U64 = std::uint64_t;
-
 // Where every collective keeps its member mask.
 constexpr std::size_t kMembers = 3;
 
@@ -51,7 +47,7 @@ class Meeting {
 using Hold = void (*)(Warp&, const Meeting&);
 
 void hold(Warp& w, const Meeting& m, Hold f) {
-  if (w.grid().options.lane_order == LaunchOptions::converged) w.order_lanes(m.lanes);
+  w.order_if_converged(m.lanes);
   f(w, m);
 }
 
@@ -202,14 +198,8 @@ void shuffle(Warp& w, const Meeting& m) {
   });
 }
 
-void decode_shfl(Decoder& d) {
-  const bool sync = d.take("sync");
-  const std::string mode = d.take_one_of({"up", "down", "bfly", "idx"});
-  if (mode.empty()) d.fail("no mode");
-  if (d.take_type() != Type::b32) d.fail("expected .b32");
-  d.finish(sync ? 5 : 4);
-  if (!sync) d.fail("shfl without .sync was removed in PTX 6.4");
-  d.out.small = mode == "up" ? kUp : mode == "down" ? kDown : mode == "bfly" ? kBfly : kIdx;
+// The destination "d" or "d|p".
+void take_result_and_predicate(Decoder& d) {
   const Arg& to = d.arg(0);
   d.out.d2.sink = true;
   d.out.d2.reg = 1;
@@ -219,6 +209,17 @@ void decode_shfl(Decoder& d) {
   } else {
     d.out.d = d.destination(to, 4);
   }
+}
+
+void decode_shfl(Decoder& d) {
+  const bool sync = d.take("sync");
+  const std::string mode = d.take_one_of({"up", "down", "bfly", "idx"});
+  if (mode.empty()) d.fail("no mode");
+  if (d.take_type() != Type::b32) d.fail("expected .b32");
+  d.finish(sync ? 5 : 4);
+  if (!sync) d.fail("shfl without .sync was removed in PTX 6.4");
+  d.out.small = mode == "up" ? kUp : mode == "down" ? kDown : mode == "bfly" ? kBfly : kIdx;
+  take_result_and_predicate(d);
   for (std::size_t k = 0; k < kMembers; ++k) d.out.s[k] = d.source(k + 1, Type::b32);
   set_collective(d, d.arg(4), collective<shuffle>);
 }
@@ -297,15 +298,7 @@ void decode_match(Decoder& d) {
   if (!d.take("sync")) d.fail("expected .sync");
   const Type type = d.take_type();
   d.finish(3);
-  const Arg& to = d.arg(0);
-  d.out.d2.sink = true;
-  d.out.d2.reg = 1;
-  if (to.kind == Arg::pair) {
-    d.out.d = d.destination(to.args[0], 4);
-    d.out.d2 = d.predicate_destination(to.args[1]);
-  } else {
-    d.out.d = d.destination(to, 4);
-  }
+  take_result_and_predicate(d);
   d.out.s[0] = d.source(1, type);
   set_collective(d, d.arg(2), collective<match>);
 }
@@ -354,7 +347,6 @@ void decode_redux(Decoder& d) {
   d.out.d = d.destination(0, 4);
   d.out.s[0] = d.source(1, type);
   if (size_of(type) != 4 || type == Type::f32) d.fail("not for this type");
-  using S32 = std::int32_t;
   const bool sign = is_signed(type);
   Execute execute = nullptr;
   if (op == "add")

@@ -9,12 +9,6 @@ namespace torchext::sim {
 
 namespace {
 
-using U16 = std::uint16_t;
-using U32 = std::uint32_t;
-using U64 = std::uint64_t;
-using S32 = std::int32_t;
-using S64 = std::int64_t;
-
 struct Eq {
   template <class T>
   bool operator()(T a, T b) const {
@@ -90,9 +84,6 @@ inline float widen(AsF16 v) {
 inline float widen(AsBf16 v) {
   return bf16_to_float(v.bits);
 }
-inline float flush(float v) {
-  return std::abs(v) < 1.17549435e-38f ? 0.0f * v : v;
-}
 
 // The value of an operand; .ftz takes subnormals for zeros.
 template <class T>
@@ -100,7 +91,7 @@ auto operand(T v, bool ftz) {
   if constexpr (std::is_same_v<T, AsF16>) {
     if (ftz && (v.bits & 0x7c00) == 0) v.bits &= 0x8000;
   } else if constexpr (std::is_same_v<T, float>) {
-    if (ftz) v = flush(v);
+    if (ftz) v = flush_subnormal(v);
   }
   return widen(v);
 }
@@ -418,7 +409,7 @@ Step select_by_sign(Warp& w, const Instruction& i, U32 mask) {
     bool first = static_cast<S32>(bits) >= 0;
     if (floating) {
       float c = float_from_bits(bits);
-      if (i.small) c = flush(c);
+      if (i.small) c = flush_subnormal(c);
       first = c >= 0;
     }
     not_negative |= static_cast<U32>(first) << l;

@@ -7,9 +7,6 @@ namespace torchext::sim {
 
 namespace {
 
-using U32 = std::uint32_t;
-using U64 = std::uint64_t;
-
 Step bra(Warp& w, const Instruction& i, U32 mask) {
   w.branch(i, mask);
   return Step::jump;
@@ -77,10 +74,6 @@ void decode_plain(Decoder& d) {
   d.out.execute = execute;
 }
 
-Step nothing(Warp&, const Instruction&, U32) {
-  return Step::next;
-}
-
 }  // namespace
 
 void add_control(OpcodeTable& t) {
@@ -88,7 +81,7 @@ void add_control(OpcodeTable& t) {
   t["brx"] = {decode_brx, {OpClass::control}};
   t["exit"] = {decode_plain<exit, Flow::exit>, {OpClass::control}};
   t["trap"] = {decode_plain<trap, Flow::trap>, {OpClass::control}};
-  t["brkpt"] = {decode_plain<nothing, Flow::next>, {OpClass::machine}};
+  t["brkpt"] = {decode_plain<no_operation, Flow::next>, {OpClass::machine}};
 }
 
 }  // namespace torchext::sim

@@ -10,10 +10,6 @@ namespace torchext::sim {
 
 namespace {
 
-using U16 = std::uint16_t;
-using U32 = std::uint32_t;
-using U64 = std::uint64_t;
-
 struct Conversion {
   Type to, from;
   CvtModifiers modifiers;
@@ -374,8 +370,6 @@ void decode_cvt(Decoder& d) {
   const bool exact_slots = d.out.d.bytes == (size_of(c.to) == 8 ? 8 : 4) &&
                            d.out.s[0].bytes == (size_of(c.from) == 8 ? 8 : 4);
   if (!exact_slots || c.sat || c.ftz) return;
-  using S32 = std::int32_t;
-  using S64 = std::int64_t;
   if (c.to == Type::u64 && c.from == Type::u32) d.out.execute = map1<U64, U32, Resize<U64, U32>>;
   if ((c.to == Type::s64 || c.to == Type::u64) && c.from == Type::s32)
     d.out.execute = map1<S64, S32, Resize<S64, S32>>;

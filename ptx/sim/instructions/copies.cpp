@@ -11,15 +11,6 @@ namespace torchext::sim {
 
 namespace {
 
-using U16 = std::uint16_t;
-using U32 = std::uint32_t;
-using U64 = std::uint64_t;
-
-U64 operand_address(Warp& w, const Slot& s, std::int64_t offset, int lane) {
-  const U64 a = w.integer(s, lane) + static_cast<U64>(offset);
-  return s.bytes == 4 ? static_cast<U32>(a) : a;
-}
-
 struct AsyncCopy {
   U32 bytes = 0;
   Slot to, from, size, ignore;
@@ -48,8 +39,8 @@ Step copy(Warp& w, const Instruction& i, U32 mask) {
   };
   std::vector<Piece> pieces;
   for_lanes(mask, [&](int lane) {
-    const U64 to = operand_address(w, c.to, c.to_offset, lane),
-              from = operand_address(w, c.from, c.from_offset, lane);
+    const U64 to = w.address(c.to, c.to_offset, lane),
+              from = w.address(c.from, c.from_offset, lane);
     U32 bytes = c.has_size ? static_cast<U32>(w.integer(c.size, lane)) : c.bytes;
     if (c.has_ignore && (w.predicate(c.ignore) >> lane) & 1) bytes = 0;
     if (bytes > c.bytes) {
@@ -169,7 +160,7 @@ Step arrive_later(Warp& w, const Instruction& i, U32 mask) {
     Cta* owner;
     U32 offset;
     MBarrier* m = find_mbarrier(w, lane, static_cast<Space>(i.small & 15),
-                                operand_address(w, i.s[0], i.offset, lane), &owner, &offset);
+                                w.address(i.s[0], i.offset, lane), &owner, &offset);
     if (m == nullptr) return;
     if (!(i.small & 16)) ++m->pending;
     Knowledge k = base;

@@ -12,10 +12,6 @@ namespace torchext::sim {
 
 namespace {
 
-using U16 = std::uint16_t;
-using U32 = std::uint32_t;
-using U64 = std::uint64_t;
-
 enum Mode : U16 {
   kRoundMask = 3,
   kFtz = 4,
@@ -33,9 +29,6 @@ Rounding rounding(U16 mode) {
 
 float canonical(float v) {
   return v != v ? float_from_bits(kCanonicalNanF32) : v;
-}
-float flush(float v) {
-  return std::fabs(v) < std::numeric_limits<float>::min() ? std::copysign(0.0f, v) : v;
 }
 
 // a + b rounded to odd: a following rounding to at most 51 bits then is as if there were no first.
@@ -90,12 +83,12 @@ float finish32(double exact_to_odd, U16 mode) {
   float v = (mode & kRoundMask) == 0
                 ? static_cast<float>(exact_to_odd)
                 : float_from_bits(encode_f32(exact_to_odd, {rounding(mode), false, false}));
-  if (mode & kFtz) v = flush(v);
+  if (mode & kFtz) v = flush_subnormal(v);
   if (mode & kSat) v = v != v ? 0.0f : v < 0 ? 0.0f : v > 1 ? 1.0f : v;
   return canonical(v);
 }
 float in32(float v, U16 mode) {
-  return mode & kFtz ? flush(v) : v;
+  return mode & kFtz ? flush_subnormal(v) : v;
 }
 
 struct Add32 {

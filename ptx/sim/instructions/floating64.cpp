@@ -14,8 +14,6 @@ namespace torchext::sim {
 
 namespace {
 
-using U32 = std::uint32_t;
-using U64 = std::uint64_t;
 using D = double;
 
 double canonical(double v) {

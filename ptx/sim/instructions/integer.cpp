@@ -1,7 +1,6 @@
 // Integer arithmetic: add, sub, mul, mad, div, rem, min, max, abs, neg, sad, carries, dot products,
 // bit counts and fields. Above 500 lines because PTX has so many of them, each a few lines.
 #include <algorithm>
-#include <limits>
 
 #include "../frontend/decode.h"
 #include "floating.h"
@@ -427,12 +426,6 @@ void decode_mad(Decoder& d) {
     const Type wide_type = bytes == 4 ? Type::u64 : Type::u32;
     d.out.d = d.destination(0, 2 * bytes);
     d.out.s[2] = d.source(3, wide_type);
-    using U16 = std::uint16_t;
-    using S16 = std::int16_t;
-    using U32 = std::uint32_t;
-    using S32 = std::int32_t;
-    using U64 = std::uint64_t;
-    using S64 = std::int64_t;
     d.out.execute = type == Type::u16   ? map3<U32, U16, U16, U32, MadWide<U32>>
                     : type == Type::s16 ? map3<S32, S16, S16, S32, MadWide<S32>>
                     : type == Type::u32 ? map3<U64, U32, U32, U64, MadWide<U64>>
@@ -536,8 +529,6 @@ struct Dp2a {
 
 template <template <class, class> class F, class U, class S, class U2, class S2>
 Execute dot(bool a_signed, bool b_signed) {
-  using U32 = std::uint32_t;
-  using S32 = std::int32_t;
   if (a_signed) {
     return b_signed ? map3<S32, U32, U32, S32, F<S, S2>> : map3<S32, U32, U32, S32, F<S, U2>>;
   }
@@ -555,10 +546,6 @@ void decode_dot(Decoder& d) {
   d.finish(4);
   d.out.d = d.destination(0, 4);
   for (std::size_t k = 0; k < 3; ++k) d.out.s[k] = d.source(k + 1, Type::b32);
-  using U8 = std::uint8_t;
-  using S8 = std::int8_t;
-  using U16 = std::uint16_t;
-  using S16 = std::int16_t;
   d.out.execute = !two  ? dot<Dp4a, U8, S8, U8, S8>(a, b)
                   : low ? dot<Dp2aLow, U16, S16, U8, S8>(a, b)
                         : dot<Dp2aHigh, U16, S16, U8, S8>(a, b);

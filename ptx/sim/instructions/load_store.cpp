@@ -23,11 +23,6 @@ struct Transfer {
   bool acquire = false, release = false, noncoherent = false;
 };
 
-std::uint64_t lane_address(Warp& w, const Instruction& i, int lane) {
-  const std::uint64_t base = w.integer(i.s[0], lane) + static_cast<std::uint64_t>(i.offset);
-  return i.s[0].bytes == 4 ? static_cast<std::uint32_t>(base) : base;
-}
-
 // An element as a register holds it: its bits above are its sign, or 0.
 std::uint64_t extended(const Transfer& t, const std::uint8_t* element) {
   std::uint64_t value = 0;
@@ -52,7 +47,7 @@ Step load(Warp& w, const Instruction& i, std::uint32_t mask) {
   for (std::uint32_t e = 0; e < t.elements; ++e) valid[e] = mask;
   LaneBits local[8];  // of lanes that `valid` leaves out
   for_lanes(mask, [&](int lane) {
-    const std::uint64_t address = lane_address(w, i, lane);
+    const std::uint64_t address = w.address(i.s[0], i.offset, lane);
     Place place;
     std::uint8_t data[32] = {};
     if (w.resolve(lane, t.space, address, total, false, &place)) {
@@ -91,7 +86,7 @@ Step store(Warp& w, const Instruction& i, std::uint32_t mask) {
   const bool strong = t.scope != Scope::none;
   bool changed = false;
   for_lanes(mask, [&](int lane) {
-    const std::uint64_t address = lane_address(w, i, lane);
+    const std::uint64_t address = w.address(i.s[0], i.offset, lane);
     std::uint8_t data[32];
     for (std::uint32_t e = 0; e < t.elements; ++e) {
       const std::uint64_t value = w.integer(i.list[e], lane);
@@ -305,15 +300,11 @@ void decode_getctarank(Decoder& d) {
 
 // ---- Hints: no effect on values -----------------------------------------------------------------
 
-Step nothing(Warp&, const Instruction&, std::uint32_t) {
-  return Step::next;
-}
-
 Step prefetch_map(Warp& w, const Instruction& i, std::uint32_t mask) {
   w.need(i.s[0], mask, "as a tensor map's address");
   for_lanes(mask, [&](int lane) {
     Place place;
-    resolve_tensor_map(w, lane, lane_address(w, i, lane), &place);
+    resolve_tensor_map(w, lane, w.address(i.s[0], i.offset, lane), &place);
   });
   return Step::next;
 }
@@ -333,13 +324,13 @@ void decode_prefetch(Decoder& d) {
   d.finish(1);
   d.out.s[0] = d.address(d.arg(0), &d.out.offset, &space);
   if (of_map) d.reads(Space::generic, 128, Proxy::tensormap);
-  d.out.execute = of_map ? prefetch_map : nothing;
+  d.out.execute = of_map ? prefetch_map : no_operation;
 }
 
 Step discard(Warp& w, const Instruction& i, std::uint32_t mask) {
   for_lanes(mask, [&](int lane) {
     Place place;
-    const std::uint64_t address = lane_address(w, i, lane);
+    const std::uint64_t address = w.address(i.s[0], i.offset, lane);
     if (w.resolve(lane, Space::global, address, 128, true, &place))
       w.check_write(place, w.actor(lane), 128, 1u << lane, address);
   });
@@ -360,7 +351,7 @@ void decode_applypriority(Decoder& d) {
   d.take_space();
   if (!d.take("L2::evict_normal")) d.fail("expected .L2::evict_normal");
   d.finish(2);
-  d.out.execute = nothing;
+  d.out.execute = no_operation;
 }
 
 Step policy(Warp& w, const Instruction& i, std::uint32_t mask) {

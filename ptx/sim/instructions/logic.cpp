@@ -6,12 +6,6 @@ namespace torchext::sim {
 
 namespace {
 
-using U16 = std::uint16_t;
-using U32 = std::uint32_t;
-using U64 = std::uint64_t;
-using S32 = std::int32_t;
-using S64 = std::int64_t;
-
 struct And {
   static constexpr Spread spread = Spread::bits;
   static constexpr std::size_t data = 2;

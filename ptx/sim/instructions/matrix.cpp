@@ -8,14 +8,6 @@ namespace torchext::sim {
 
 namespace {
 
-using U16 = std::uint16_t;
-using U32 = std::uint32_t;
-using U64 = std::uint64_t;
-
-void order(Warp& w, U32 mask) {
-  if (w.grid().options.lane_order == LaunchOptions::converged) w.order_lanes(mask);
-}
-
 // ---- ldmatrix, stmatrix -------------------------------------------------------------------------
 
 struct Matrices {
@@ -24,20 +16,15 @@ struct Matrices {
   bool transposed = false;
 };
 
-U64 row_address(Warp& w, const Instruction& i, int lane) {
-  const U64 a = w.integer(i.s[0], lane) + static_cast<U64>(i.offset);
-  return i.s[0].bytes == 4 ? static_cast<U32>(a) : a;
-}
-
 Step load_matrix(Warp& w, const Instruction& i, U32 mask) {
   const auto& m = *static_cast<const Matrices*>(i.extra);
   const U32 used = m.count == 4 ? ~0u : (1u << (8 * m.count)) - 1;
   w.need(i.s[0], mask & used, "as an address");
-  order(w, mask);
+  w.order_if_converged(mask);
   std::uint8_t rows[32][16] = {};
   for_lanes(mask & used, [&](int lane) {
     Place place;
-    const U64 address = row_address(w, i, lane);
+    const U64 address = w.address(i.s[0], i.offset, lane);
     if (!w.resolve(lane, m.space, address, 16, false, &place)) return;
     w.check_read(place, w.actor(lane), 16, 1u << lane, address);
     std::memcpy(rows[lane], place.host, 16);
@@ -56,7 +43,7 @@ Step load_matrix(Warp& w, const Instruction& i, U32 mask) {
     });
     w.set_valid(i.list[j], mask, mask);
   }
-  order(w, mask);
+  w.order_if_converged(mask);
   return Step::next;
 }
 
@@ -65,7 +52,7 @@ Step store_matrix(Warp& w, const Instruction& i, U32 mask) {
   const U32 used = m.count == 4 ? ~0u : (1u << (8 * m.count)) - 1;
   w.need(i.s[0], mask & used, "as an address");
   for (const Slot& s : i.list) w.need(s, mask, "as a value to store");
-  order(w, mask);
+  w.order_if_converged(mask);
   std::uint8_t rows[32][16] = {};
   for (U32 j = 0; j < m.count; ++j) {
     for_lanes(mask, [&](int lane) {
@@ -80,11 +67,11 @@ Step store_matrix(Warp& w, const Instruction& i, U32 mask) {
   }
   for_lanes(mask & used, [&](int lane) {
     Place place;
-    const U64 address = row_address(w, i, lane);
+    const U64 address = w.address(i.s[0], i.offset, lane);
     if (!w.resolve(lane, m.space, address, 16, true, &place)) return;
     w.write(place, w.actor(lane), rows[lane], 16, 1u << lane, address);
   });
-  order(w, mask);
+  w.order_if_converged(mask);
   ++w.cluster().progress;
   return Step::next;
 }
@@ -130,7 +117,7 @@ Step move_matrix(Warp& w, const Instruction& i, U32 mask) {
     w.put(i.d, lane, static_cast<U32>(matrix[c + 1][r]) << 16 | matrix[c][r]);
   });
   w.set_valid(i.d, mask, mask);
-  order(w, mask);
+  w.order_if_converged(mask);
   return Step::next;
 }
 

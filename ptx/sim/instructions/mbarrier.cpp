@@ -11,10 +11,6 @@ namespace torchext::sim {
 
 namespace {
 
-using U16 = std::uint16_t;
-using U32 = std::uint32_t;
-using U64 = std::uint64_t;
-
 constexpr std::int64_t kMaxTransactions = (1 << 20) - 1;
 
 std::string name_of(const Cta& cta, U32 offset) {
@@ -43,11 +39,6 @@ void complete_if_ready(Cta& cta, MBarrier& m) {
   ++cta.cluster.progress;
 }
 
-std::uint64_t address_of(Warp& w, const Instruction& i, int lane) {
-  const U64 a = w.integer(i.s[0], lane) + static_cast<U64>(i.offset);
-  return i.s[0].bytes == 4 ? static_cast<U32>(a) : a;
-}
-
 Space space_of(const Instruction& i) {
   return static_cast<Space>(i.small & 15);
 }
@@ -58,7 +49,7 @@ Step init(Warp& w, const Instruction& i, U32 mask) {
   w.need(i.s[0], mask, "as an address");
   w.need(i.s[1], mask, "as an arrival count");
   for_lanes(mask, [&](int lane) {
-    const U64 address = address_of(w, i, lane);
+    const U64 address = w.address(i.s[0], i.offset, lane);
     Place place;
     if (!w.resolve(lane, space_of(i), address, 8, true, &place)) return;
     if (place.cta != &w.cta()) {
@@ -110,7 +101,7 @@ Step inval(Warp& w, const Instruction& i, U32 mask) {
   for_lanes(mask, [&](int lane) {
     Cta* owner;
     U32 offset;
-    const U64 address = address_of(w, i, lane);
+    const U64 address = w.address(i.s[0], i.offset, lane);
     MBarrier* m = find_mbarrier(w, lane, space_of(i), address, &owner, &offset);
     if (m == nullptr) return;
     if (m->transactions != 0) {
@@ -175,7 +166,8 @@ Step arrive_at(Warp& w, const Instruction& i, U32 mask) {
   for_lanes(mask, [&](int lane) {
     Cta* owner;
     U32 offset;
-    MBarrier* m = find_mbarrier(w, lane, space_of(i), address_of(w, i, lane), &owner, &offset);
+    MBarrier* m =
+        find_mbarrier(w, lane, space_of(i), w.address(i.s[0], i.offset, lane), &owner, &offset);
     if (m == nullptr) return;
     const auto operand = static_cast<U32>(w.integer(i.s[1], lane));
     const U32 count = i.small & kExpect ? 1 : operand;
@@ -245,7 +237,8 @@ Step transactions(Warp& w, const Instruction& i, U32 mask) {
   for_lanes(mask, [&](int lane) {
     Cta* owner;
     U32 offset;
-    MBarrier* m = find_mbarrier(w, lane, space_of(i), address_of(w, i, lane), &owner, &offset);
+    MBarrier* m =
+        find_mbarrier(w, lane, space_of(i), w.address(i.s[0], i.offset, lane), &owner, &offset);
     if (m == nullptr) return;
     const auto bytes = static_cast<std::int64_t>(w.integer(i.s[1], lane));
     if (sign > 0)
@@ -283,7 +276,8 @@ Step wait(Warp& w, const Instruction& i, U32 mask) {
   for_lanes(mask, [&](int lane) {
     Cta* owner;
     U32 offset;
-    MBarrier* m = find_mbarrier(w, lane, space_of(i), address_of(w, i, lane), &owner, &offset);
+    MBarrier* m =
+        find_mbarrier(w, lane, space_of(i), w.address(i.s[0], i.offset, lane), &owner, &offset);
     if (m == nullptr) {
       complete |= 1u << lane;  // reported; let the kernel go on
       return;
@@ -342,7 +336,7 @@ std::string what_is_missing(const MBarrier& m) {
 std::string describe_wait(Warp& w, const Group& g) {
   const Instruction& i = w.program().code[g.pc];
   const auto lane = static_cast<int>(lane_of(g.mask));
-  const auto at = static_cast<U32>(address_of(w, i, lane));
+  const auto at = static_cast<U32>(w.address(i.s[0], i.offset, lane));
   const U32 rank = at >> kSharedRankShift, offset = at & kSharedOffsetMask;
   Cta& cta = rank == 0 ? w.cta() : *w.cluster().ctas[rank - 1];
   const auto it = cta.mbarriers.find(offset);

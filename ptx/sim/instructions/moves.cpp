@@ -6,10 +6,6 @@ namespace torchext::sim {
 
 namespace {
 
-using U16 = std::uint16_t;
-using U32 = std::uint32_t;
-using U64 = std::uint64_t;
-
 Step move(Warp& w, const Instruction& i, U32 mask) {
   each_lane(mask, [&](int l) { w.put(i.d, l, w.integer(i.s[0], l)); });
   w.copy_valid(i.d, mask, i.s[0]);

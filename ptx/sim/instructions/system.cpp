@@ -9,12 +9,6 @@ namespace torchext::sim {
 
 namespace {
 
-using U32 = std::uint32_t;
-
-Step nothing(Warp&, const Instruction&, U32) {
-  return Step::next;
-}
-
 // ---- fence, membar ------------------------------------------------------------------------------
 
 enum : std::uint16_t { kAcquires = 1, kReleases = 2 };
@@ -206,7 +200,7 @@ void decode_setmaxnreg(Decoder& d) {
 void decode_griddepcontrol(Decoder& d) {
   if (d.take_one_of({"launch_dependents", "wait"}).empty()) d.fail("unknown form");
   d.finish(0);
-  d.out.execute = nothing;  // one launch at a time: what came before is complete
+  d.out.execute = no_operation;  // one launch at a time: what came before is complete
 }
 
 Step sleep(Warp& w, const Instruction&, U32) {
@@ -224,7 +218,7 @@ void decode_nanosleep(Decoder& d) {
 void decode_pmevent(Decoder& d) {
   d.take("mask");
   d.finish(1);
-  d.out.execute = nothing;
+  d.out.execute = no_operation;
 }
 
 }  // namespace

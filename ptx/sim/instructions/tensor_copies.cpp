@@ -1,6 +1,5 @@
 // cp.async.bulk.tensor: loads (with multicast), stores, reductions and prefetches of boxes.
 #include <algorithm>
-#include <cstring>
 
 #include "../check/map_fences.h"
 #include "../frontend/decode.h"
@@ -13,10 +12,6 @@ namespace torchext::sim {
 
 namespace {
 
-using U16 = std::uint16_t;
-using U32 = std::uint32_t;
-using U64 = std::uint64_t;
-
 struct TensorCopy {
   U32 rank = 0;
   bool store = false, multicast = false, own_cta_only = false;
@@ -26,18 +21,13 @@ struct TensorCopy {
   Slot coordinates[kMaxTensorMapRank];
 };
 
-U64 operand_address(Warp& w, const Slot& s, std::int64_t offset, int lane) {
-  const U64 a = w.integer(s, lane) + static_cast<U64>(offset);
-  return s.bytes == 4 ? static_cast<U32>(a) : a;
-}
-
 // What reads the map on the lane's behalf: agent and clock.
 using MapReader = std::pair<U32, U32>;
 
 // `reader` is called if the map can change, and so has to be checked.
 template <class Reader>
 bool fetch_map(Warp& w, const TensorCopy& c, int lane, TensorMapFields* fields, Reader&& reader) {
-  const U64 address = operand_address(w, c.map, c.map_offset, lane);
+  const U64 address = w.address(c.map, c.map_offset, lane);
   Place place;
   if (!resolve_tensor_map(w, lane, address, &place)) return false;
   if (is_checked_map(place)) {
@@ -120,13 +110,13 @@ void load_box(Warp& w, const TensorCopy& c, int lane) {
     at[k] = static_cast<std::int32_t>(w.integer(c.coordinates[k], lane));
   const U32 bytes = box_bytes(f), span = box_span_bytes(f);
   Place place;
-  const U64 shared = operand_address(w, c.shared, c.shared_offset, lane);
+  const U64 shared = w.address(c.shared, c.shared_offset, lane);
   if (!resolve_shared(w, lane, shared, span, 128, !c.own_cta_only, &place)) return;
   Cta* barrier_cta;
   U32 barrier_offset;
   MBarrier* m = find_mbarrier_for_async(w, lane, Space::shared_cluster,
-                                        operand_address(w, c.barrier, c.barrier_offset, lane),
-                                        &barrier_cta, &barrier_offset);
+                                        w.address(c.barrier, c.barrier_offset, lane), &barrier_cta,
+                                        &barrier_offset);
   if (m == nullptr) return;
   const auto offset = static_cast<U32>(place.host - place.cta->shared.data());
 
@@ -227,7 +217,7 @@ bool store_box(Warp& w, const TensorCopy& c, int lane) {
   for (U32 k = 0; k < c.rank; ++k)
     at[k] = static_cast<std::int32_t>(w.integer(c.coordinates[k], lane));
   Place place;
-  const U64 shared = operand_address(w, c.shared, c.shared_offset, lane);
+  const U64 shared = w.address(c.shared, c.shared_offset, lane);
   if (!resolve_shared(w, lane, shared, box_span_bytes(f), 128, false, &place)) return false;
   const auto offset = static_cast<U32>(place.host - place.cta->shared.data());
   const Actor reader = copy_actor(w, lane, group.read_agent, group.current);
@@ -271,10 +261,8 @@ bool store_box(Warp& w, const TensorCopy& c, int lane) {
 }
 
 bool same_operands(Warp& w, const TensorCopy& c, int a, int b) {
-  bool same =
-      operand_address(w, c.map, c.map_offset, a) == operand_address(w, c.map, c.map_offset, b) &&
-      operand_address(w, c.shared, c.shared_offset, a) ==
-          operand_address(w, c.shared, c.shared_offset, b);
+  bool same = w.address(c.map, c.map_offset, a) == w.address(c.map, c.map_offset, b) &&
+              w.address(c.shared, c.shared_offset, a) == w.address(c.shared, c.shared_offset, b);
   for (U32 k = 0; k < c.rank; ++k)
     same &= w.integer(c.coordinates[k], a) == w.integer(c.coordinates[k], b);
   return same;

@@ -10,16 +10,6 @@ namespace torchext::sim {
 
 namespace {
 
-using U32 = std::uint32_t;
-using U64 = std::uint64_t;
-
-constexpr U32 kMapBytes = sizeof(TensorMap);
-
-U64 address_of(Warp& w, const Slot& base, std::int64_t offset, int lane) {
-  const U64 address = w.integer(base, lane) + static_cast<U64>(offset);
-  return base.bytes == 4 ? static_cast<U32>(address) : address;
-}
-
 struct Replace {
   TensorMapField field;
   Space space;
@@ -31,11 +21,11 @@ Step replace(Warp& w, const Instruction& i, U32 mask) {
   w.need(i.s[0], mask, "as an address");
   w.need(i.s[1], mask, "as the new value");
   for_lanes(mask, [&](int lane) {
-    const U64 address = address_of(w, i.s[0], i.offset, lane);
+    const U64 address = w.address(i.s[0], i.offset, lane);
     Place place;
-    if (!w.resolve(lane, r.space, address, kMapBytes, true, &place)) return;
-    w.check_read(place, w.actor(lane), kMapBytes, 1u << lane, address);
-    w.check_write(place, w.actor(lane), kMapBytes, 1u << lane, address);
+    if (!w.resolve(lane, r.space, address, kTensorMapBytes, true, &place)) return;
+    w.check_read(place, w.actor(lane), kTensorMapBytes, 1u << lane, address);
+    w.check_write(place, w.actor(lane), kTensorMapBytes, 1u << lane, address);
     try {
       replace_tensor_map_field(place.host, r.field, r.ordinal, w.integer(i.s[1], lane));
     } catch (const TensorMapError& e) {
@@ -48,22 +38,10 @@ Step replace(Warp& w, const Instruction& i, U32 mask) {
 
 void decode_replace(Decoder& d) {
   if (!d.take("tile")) d.fail("expected .tile");
-  static const std::pair<const char*, TensorMapField> kFields[] = {
-      {"global_address", TensorMapField::global_address},
-      {"rank", TensorMapField::rank},
-      {"box_dim", TensorMapField::box_dim},
-      {"global_dim", TensorMapField::global_dim},
-      {"global_stride", TensorMapField::global_stride},
-      {"element_stride", TensorMapField::element_stride},
-      {"elemtype", TensorMapField::elemtype},
-      {"interleave_layout", TensorMapField::interleave_layout},
-      {"swizzle_mode", TensorMapField::swizzle_mode},
-      {"fill_mode", TensorMapField::fill_mode},
-  };
   Replace r{};
   bool known = false;
-  for (const auto& [name, field] : kFields) {
-    if (!d.take(name)) continue;
+  for (const auto& [name, field] : tensor_map_field_names()) {
+    if (!d.take(name.c_str())) continue;
     r.field = field;
     known = true;
   }
@@ -93,24 +71,24 @@ Step copy_and_fence(Warp& w, const Instruction& i, U32 mask) {
   const bool converged = w.grid().options.lane_order == LaunchOptions::converged;
   if (converged) w.order_lanes(mask);
   const int lane = static_cast<int>(lane_of(mask));
-  const U64 to = address_of(w, i.s[0], i.offset, lane);
-  const U64 from = address_of(w, i.s[1], *static_cast<const std::int64_t*>(i.extra), lane);
+  const U64 to = w.address(i.s[0], i.offset, lane);
+  const U64 from = w.address(i.s[1], *static_cast<const std::int64_t*>(i.extra), lane);
   for_lanes(mask, [&](int other) {
-    if (address_of(w, i.s[0], i.offset, other) == to &&
-        address_of(w, i.s[1], *static_cast<const std::int64_t*>(i.extra), other) == from) {
+    if (w.address(i.s[0], i.offset, other) == to &&
+        w.address(i.s[1], *static_cast<const std::int64_t*>(i.extra), other) == from) {
       return;
     }
     w.finding(FindingKind::invalid_operand,
               "the lanes of tensormap.cp_fenceproxy disagree on an address", 1u << other, to);
   });
   Place target, source;
-  if (!w.resolve(lane, Space::global, to, kMapBytes, true, &target) ||
-      !w.resolve(lane, Space::shared, from, kMapBytes, false, &source)) {
+  if (!w.resolve(lane, Space::global, to, kTensorMapBytes, true, &target) ||
+      !w.resolve(lane, Space::shared, from, kTensorMapBytes, false, &source)) {
     return Step::next;
   }
-  w.check_read(source, w.actor(lane), kMapBytes, 1u << lane, from);
-  w.check_write(target, w.actor(lane), kMapBytes, 1u << lane, to);
-  std::memcpy(target.host, source.host, kMapBytes);
+  w.check_read(source, w.actor(lane), kTensorMapBytes, 1u << lane, from);
+  w.check_write(target, w.actor(lane), kTensorMapBytes, 1u << lane, to);
+  std::memcpy(target.host, source.host, kTensorMapBytes);
   if (converged) w.order_lanes(mask);
   const auto scope = static_cast<Scope>(i.target);
   w.release_maps(mask, scope);
@@ -128,7 +106,7 @@ void decode_copy_and_fence(Decoder& d) {
   d.out.target = static_cast<U32>(scope);
   if (!d.take("sync") || !d.take("aligned")) d.fail("expected .sync.aligned");
   d.finish(3);
-  if (d.immediate(2) != kMapBytes) d.fail("the size must be 128");
+  if (d.immediate(2) != kTensorMapBytes) d.fail("the size must be 128");
   Space to = Space::global, from = Space::shared;
   std::int64_t from_offset = 0;
   d.out.s[0] = d.address(d.arg(0), &d.out.offset, &to);
@@ -136,8 +114,8 @@ void decode_copy_and_fence(Decoder& d) {
   d.own(from_offset);
   d.out.aligned = true;
   d.is(OpClass::fence);
-  d.reads(Space::shared, kMapBytes);
-  d.writes(Space::global, kMapBytes);
+  d.reads(Space::shared, kTensorMapBytes);
+  d.writes(Space::global, kTensorMapBytes);
   d.out.execute = copy_and_fence;
 }
 

@@ -9,8 +9,6 @@ namespace torchext::sim {
 
 namespace {
 
-using U32 = std::uint32_t;
-using U64 = std::uint64_t;
 using Wide = __int128;  // holds every intermediate result: vshl makes up to 64 bits of a u32
 
 enum class VideoOp : std::uint8_t {

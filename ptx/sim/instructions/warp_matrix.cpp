@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <cfenv>
 #include <cmath>
-#include <cstdio>
 #include <cstring>
 #include <stdexcept>
 
@@ -71,10 +70,6 @@ MatrixShape take_shape(Decoder& d) {
 }
 
 namespace {
-
-using U16 = std::uint16_t;
-using U32 = std::uint32_t;
-using U64 = std::uint64_t;
 
 constexpr int kMostElements = 256;       // of C: m16n16, m32n8
 constexpr int kMostBytes = 16 * 64 * 2;  // of A or B: m16n8k16 f64
@@ -222,7 +217,7 @@ Step multiply_matrices(Warp& w, const Instruction& i, U32 mask) {
   for (auto r = static_cast<std::size_t>(p.registers_d()); r < i.list.size(); ++r)
     w.need(i.list[r], mask, "by a matrix product");
   need_whole_warp(w, mask);
-  if (w.grid().options.lane_order == LaunchOptions::converged) w.order_lanes(mask);
+  w.order_if_converged(mask);
   alignas(8) std::uint8_t a_image[kMostBytes], b_image[kMostBytes];
   gather<Register>(w, p.a_at, a, a_image);
   gather<Register>(w, p.b_at, b, b_image);

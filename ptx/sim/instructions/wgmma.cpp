@@ -27,10 +27,6 @@ struct WgmmaShape {
 
 namespace {
 
-using U16 = std::uint16_t;
-using U32 = std::uint32_t;
-using U64 = std::uint64_t;
-
 // PTX ISA, "Matrix Descriptor Format" and "Strides": offsets in bytes; the canonical layouts as
 // CUTLASS writes them down, in 16-byte units.
 struct Descriptor {
@@ -123,14 +119,14 @@ void decode_fragments(Warp& w, MmaOperand& out, const Instruction& i, const Wgmm
 
 Step fence(Warp& w, const Instruction&, U32 mask) {
   ++w.fence_count;
-  if (w.grid().options.lane_order == LaunchOptions::converged) w.order_lanes(mask);
+  w.order_if_converged(mask);
   return Step::next;
 }
 
 Step commit(Warp& w, const Instruction&, U32 mask) {
   ++w.wgmma_group;
   ++w.cluster().progress;  // another warp of the warpgroup may wait for this one's part
-  if (w.grid().options.lane_order == LaunchOptions::converged) w.order_lanes(mask);
+  w.order_if_converged(mask);
   return Step::next;
 }
 
@@ -157,7 +153,7 @@ Step wait(Warp& w, const Instruction& i, U32 mask) {
     }
   }
   pending.erase(pending.begin(), pending.begin() + static_cast<std::ptrdiff_t>(done));
-  if (w.grid().options.lane_order == LaunchOptions::converged) w.order_lanes(mask);
+  w.order_if_converged(mask);
   return Step::next;
 }
 
@@ -262,7 +258,7 @@ Step issue(Warp& w, const Instruction& i, U32 mask) {
   if (!uniform)
     w.finding(FindingKind::wgmma_disagreement, "the lanes pass different descriptors or scale-d",
               mask);
-  if (w.grid().options.lane_order == LaunchOptions::converged) w.order_lanes(mask);
+  w.order_if_converged(mask);
   if (w.wgmma_agent == 0) {
     w.wgmma_agent = w.cluster().new_agent();
     w.cluster().agent_names[w.wgmma_agent] =

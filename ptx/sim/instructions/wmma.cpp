@@ -11,9 +11,6 @@ namespace torchext::sim {
 
 namespace {
 
-using U32 = std::uint32_t;
-using U64 = std::uint64_t;
-
 // One fragment in memory.
 struct Tile {
   enum Part : std::uint8_t { a, b, c };
@@ -43,22 +40,18 @@ struct Tile {
   }
 };
 
-U64 base_address(Warp& w, const Instruction& i, int lane) {
-  const U64 at = w.integer(i.s[0], lane) + static_cast<U64>(i.offset);
-  return i.s[0].bytes == 4 ? static_cast<U32>(at) : at;
-}
-
 // Both manuals ask for more than hardware does: PTX for rows that are aligned to the fragment, CUDA
 // for 32 bytes and strides of 16. What breaks both is a finding.
 void check_operands(Warp& w, const Instruction& i, const Tile& t, U32 mask) {
   if (!w.grid().checks) return;
   need_whole_warp(w, mask);
   const auto first = static_cast<int>(lane_of(mask));
-  const U64 address = base_address(w, i, first);
+  const U64 address = w.address(i.s[0], i.offset, first);
   const auto stride = static_cast<U32>(w.integer(i.s[1], first));
   U32 differ = 0;
   for_lanes(mask, [&](int lane) {
-    if (base_address(w, i, lane) != address || static_cast<U32>(w.integer(i.s[1], lane)) != stride)
+    if (w.address(i.s[0], i.offset, lane) != address ||
+        static_cast<U32>(w.integer(i.s[1], lane)) != stride)
       differ |= 1u << lane;
   });
   if (differ != 0) {
@@ -84,7 +77,7 @@ void check_operands(Warp& w, const Instruction& i, const Tile& t, U32 mask) {
 // once: registers whose elements lie side by side, single elements otherwise.
 template <class F>
 void each_access(Warp& w, const Instruction& i, const Tile& t, int lane, F&& access) {
-  const U64 address = base_address(w, i, lane);
+  const U64 address = w.address(i.s[0], i.offset, lane);
   const U64 stride = static_cast<U32>(w.integer(i.s[1], lane));
   const int per = t.per();
   for (int r = 0; r < t.distinct(); ++r) {
@@ -108,16 +101,12 @@ bool resolve_tile(Warp& w, const Tile& t, int lane, U64 address, U32 bytes, bool
   return false;
 }
 
-void order(Warp& w, U32 mask) {
-  if (w.grid().options.lane_order == LaunchOptions::converged) w.order_lanes(mask);
-}
-
 Step load_tile(Warp& w, const Instruction& i, U32 mask) {
   const auto& t = *static_cast<const Tile*>(i.extra);
   w.need(i.s[0], mask, "as an address");
   w.need(i.s[1], mask, "as a stride");
   check_operands(w, i, t, mask);
-  order(w, mask);
+  w.order_if_converged(mask);
   for_lanes(mask, [&](int lane) {
     U64 values[8] = {};
     each_access(w, i, t, lane, [&](int r, int bit, U64 address, U32 bytes) {
@@ -132,7 +121,7 @@ Step load_tile(Warp& w, const Instruction& i, U32 mask) {
       w.put(i.list[static_cast<std::size_t>(r)], lane, values[r % t.distinct()]);
   });
   for (const Slot& s : i.list) w.set_valid(s, mask, mask);
-  order(w, mask);
+  w.order_if_converged(mask);
   return Step::next;
 }
 
@@ -142,7 +131,7 @@ Step store_tile(Warp& w, const Instruction& i, U32 mask) {
   w.need(i.s[1], mask, "as a stride");
   for (const Slot& s : i.list) w.need(s, mask, "as a value to store");
   check_operands(w, i, t, mask);
-  order(w, mask);
+  w.order_if_converged(mask);
   for_lanes(mask, [&](int lane) {
     each_access(w, i, t, lane, [&](int r, int bit, U64 address, U32 bytes) {
       Place place;
@@ -152,7 +141,7 @@ Step store_tile(Warp& w, const Instruction& i, U32 mask) {
       std::memcpy(place.host, &value, bytes);
     });
   });
-  order(w, mask);
+  w.order_if_converged(mask);
   ++w.cluster().progress;
   return Step::next;
 }

@@ -2,8 +2,6 @@
 #include "calls.h"
 
 #include <algorithm>
-#include <cinttypes>
-#include <cstdio>
 #include <cstring>
 
 #include "../check/exit_checks.h"
@@ -14,9 +12,6 @@
 namespace torchext::sim {
 
 namespace {
-
-using U32 = std::uint32_t;
-using U64 = std::uint64_t;
 
 // The bytes of a call's values, lane after lane of each.
 struct Values {
@@ -67,12 +62,6 @@ void scatter(Warp& w, const std::vector<CallValue>& to, const std::vector<CallVa
   }
 }
 
-std::string hex_address(U64 value) {
-  char text[32];
-  std::snprintf(text, sizeof text, "0x%" PRIx64, value);
-  return text;
-}
-
 const Callee* callee_at(Warp& w, const CallPlan& plan, int lane) {
   const U64 address = w.integer(plan.pointer, lane);
   const auto at = std::lower_bound(plan.candidates.begin(), plan.candidates.end(), address,
@@ -80,7 +69,7 @@ const Callee* callee_at(Warp& w, const CallPlan& plan, int lane) {
   if (at != plan.candidates.end() && (*at)->address == address) return *at;
   w.finding(FindingKind::invalid_call,
             address == 0 ? "call through a null pointer"
-                         : "call through " + hex_address(address) +
+                         : "call through " + hex(address) +
                                ", which is no function of this signature in the module",
             1u << lane);
   throw LaunchStopped{};

@@ -12,7 +12,7 @@ namespace {
 constexpr std::uint64_t kAlign = 16;
 
 std::uint64_t with_gap(std::uint64_t bytes) {
-  return (bytes + kAlign - 1) / kAlign * kAlign + kAlign;
+  return align_up(bytes, kAlign) + kAlign;
 }
 
 }  // namespace
@@ -21,7 +21,7 @@ std::uint8_t* DeviceHeap::data() {
   const std::lock_guard<std::mutex> lock(mutex_);
   if (storage_ == nullptr) {
     storage_.reset(new std::uint8_t[kBytes + kAlign]);
-    begin_ = (reinterpret_cast<std::uint64_t>(storage_.get()) + kAlign - 1) / kAlign * kAlign;
+    begin_ = align_up(reinterpret_cast<std::uint64_t>(storage_.get()), kAlign);
     next_ = begin_ + kAlign;  // what lies before the first block is the heap's too
   }
   return reinterpret_cast<std::uint8_t*>(begin_);

@@ -11,10 +11,6 @@ namespace {
 
 constexpr std::uint64_t kMostConstantBytes = 64 * 1024;
 
-std::uint64_t align_up(std::uint64_t value, std::uint64_t to) {
-  return (value + to - 1) / to * to;
-}
-
 }  // namespace
 
 const Function* ParsedModule::function(const std::string& name) const {

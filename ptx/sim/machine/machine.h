@@ -199,6 +199,11 @@ class Warp {
   std::uint64_t integer(const Slot& slot, int lane) const {
     return slot.bytes == 8 ? at<std::uint64_t>(slot)[lane] : at<std::uint32_t>(slot)[lane];
   }
+  // The address that `lane` has for [slot + offset]. It wraps at 32 bits in a 32-bit register.
+  std::uint64_t address(const Slot& slot, std::int64_t offset, int lane) const {
+    const std::uint64_t at = integer(slot, lane) + static_cast<std::uint64_t>(offset);
+    return slot.bytes == 4 ? static_cast<std::uint32_t>(at) : at;
+  }
   void put(const Slot& slot, int lane, std::uint64_t value) {
     if (slot.bytes == 8)
       at<std::uint64_t>(slot)[lane] = value;
@@ -261,7 +266,8 @@ class Warp {
     a.scope = scope;
     return a;
   }
-  void order_lanes(std::uint32_t mask);  // as bar.warp.sync does
+  void order_lanes(std::uint32_t mask);         // as bar.warp.sync does
+  void order_if_converged(std::uint32_t mask);  // order_lanes, unless the lane order is "strict"
   Knowledge release(std::uint32_t mask);
   void acquire(std::uint32_t mask, const Knowledge& knowledge);
   // What the lanes know becomes visible to the async proxy (`spaces`: bits of AsyncSpace), to

@@ -3,7 +3,6 @@
 #include "memory.h"
 
 #include <algorithm>
-#include <cstdio>
 #include <cstring>
 #include <stdexcept>
 
@@ -11,14 +10,6 @@
 #include "machine.h"
 
 namespace torchext::sim {
-
-namespace {
-std::string hex(std::uint64_t value) {
-  char text[32];
-  std::snprintf(text, sizeof text, "0x%llx", static_cast<unsigned long long>(value));
-  return text;
-}
-}  // namespace
 
 void Memory::add(const Buffer& b, bool checks, bool always_valid) {
   if (b.bytes == 0) return;
@@ -295,16 +286,19 @@ void Warp::conflict(const Conflict& c, const Actor& actor, const Place& place, b
   finding_at(actor.pc, kind, message, lanes, address, other, remedy);
 }
 
+// The result of `access`, which looks at the place's shadow. Several host threads share the shadow
+// of a buffer in global memory.
+template <class Access>
+static Conflict locked(const Place& place, Access&& access) {
+  if (place.buffer == nullptr) return access();
+  const std::lock_guard<SpinLock> lock(place.buffer->lock);
+  return access();
+}
+
 void Warp::check_read(const Place& place, const Actor& actor, std::uint32_t bytes,
                       std::uint32_t lanes, std::uint64_t address) {
   if (place.shadow == nullptr) return;
-  Conflict c;
-  if (place.buffer != nullptr) {
-    const std::lock_guard<SpinLock> lock(place.buffer->lock);
-    c = place.shadow->read(actor, place.offset, bytes);
-  } else {
-    c = place.shadow->read(actor, place.offset, bytes);
-  }
+  const Conflict c = locked(place, [&] { return place.shadow->read(actor, place.offset, bytes); });
   dirty_ |= lanes;
   if (c.kind != Conflict::none) conflict(c, actor, place, false, lanes, address);
 }
@@ -312,13 +306,7 @@ void Warp::check_read(const Place& place, const Actor& actor, std::uint32_t byte
 void Warp::check_write(const Place& place, const Actor& actor, std::uint32_t bytes,
                        std::uint32_t lanes, std::uint64_t address) {
   if (place.shadow == nullptr) return;
-  Conflict c;
-  if (place.buffer != nullptr) {
-    const std::lock_guard<SpinLock> lock(place.buffer->lock);
-    c = place.shadow->write(actor, place.offset, bytes);
-  } else {
-    c = place.shadow->write(actor, place.offset, bytes);
-  }
+  const Conflict c = locked(place, [&] { return place.shadow->write(actor, place.offset, bytes); });
   dirty_ |= lanes;
   if (c.kind != Conflict::none) conflict(c, actor, place, true, lanes, address);
 }
@@ -330,15 +318,11 @@ void Warp::write(const Place& place, const Actor& actor, const std::uint8_t* dat
     return;
   }
   const Stored stored{place.host, data};
-  Conflict c;
-  if (place.buffer != nullptr) {
-    const std::lock_guard<SpinLock> lock(place.buffer->lock);
-    c = place.shadow->write(actor, place.offset, bytes, &stored);
+  const Conflict c = locked(place, [&] {
+    const Conflict found = place.shadow->write(actor, place.offset, bytes, &stored);
     std::memcpy(place.host, data, bytes);
-  } else {
-    c = place.shadow->write(actor, place.offset, bytes, &stored);
-    std::memcpy(place.host, data, bytes);
-  }
+    return found;
+  });
   dirty_ |= lanes;
   if (c.kind != Conflict::none) conflict(c, actor, place, true, lanes, address);
 }

@@ -14,9 +14,6 @@ namespace torchext::sim {
 
 namespace {
 
-using U32 = std::uint32_t;
-using U64 = std::uint64_t;
-
 U64 argument(Warp& w, const CallPlan& c, std::size_t n, int lane) {
   const CallValue& v = c.arguments[n];
   if (v.kind == CallValue::in_register) return w.integer(v.slot, lane);
@@ -59,7 +56,7 @@ std::string format(Warp& w, int lane, const std::string& f, U64 arguments) {
   std::string out;
   U64 at = arguments;
   const auto next = [&](U32 bytes) {
-    at = (at + bytes - 1) / bytes * bytes;
+    at = align_up(at, bytes);
     U64 value = 0;
     for (U32 b = 0; b < bytes; ++b) {
       char c = 0;

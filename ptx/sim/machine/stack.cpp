@@ -10,9 +10,6 @@ namespace torchext::sim {
 
 namespace {
 
-using U32 = std::uint32_t;
-using U64 = std::uint64_t;
-
 // small: alignment
 Step take_stack(Warp& w, const Instruction& i, U32 mask) {
   w.need(i.s[0], mask, "as a size");
@@ -78,7 +75,7 @@ void decode_stackrestore(Decoder& d) {
 
 U32 Warp::grow_stack(int lane, U64 bytes, U32 align) {
   const auto l = static_cast<std::size_t>(lane);
-  const U64 begin = (U64{stack_top_[l]} + align - 1) / align * align, used = begin - kStackBase;
+  const U64 begin = align_up(stack_top_[l], align), used = begin - kStackBase;
   if (bytes > kStackBytes || used + bytes > kStackBytes) {
     finding(FindingKind::stack_overflow,
             "the thread's stack would hold " + std::to_string(used + bytes) + " bytes; it has " +

@@ -6,8 +6,10 @@
 // sign bit. Only `.ftz` is left to the caller, because it is a property of the f32 operand.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 
 namespace torchext::sim {
 
@@ -53,6 +55,11 @@ inline std::uint32_t bits_from_float(float value) {
   std::uint32_t bits;
   std::memcpy(&bits, &value, sizeof bits);
   return bits;
+}
+
+// PTX .ftz: a subnormal number becomes a zero of its sign.
+inline float flush_subnormal(float value) {
+  return std::fabs(value) < std::numeric_limits<float>::min() ? std::copysign(0.0f, value) : value;
 }
 
 // All codes of the formats of 8 and 16 bits, as floats. NaN codes decode to the canonical f32 NaN.

@@ -164,6 +164,22 @@ TensorMapFields decode_tensor_map(const void* tensor_map) {
   return f;
 }
 
+const std::map<std::string, TensorMapField>& tensor_map_field_names() {
+  static const std::map<std::string, TensorMapField> names = {
+      {"global_address", TensorMapField::global_address},
+      {"rank", TensorMapField::rank},
+      {"box_dim", TensorMapField::box_dim},
+      {"global_dim", TensorMapField::global_dim},
+      {"global_stride", TensorMapField::global_stride},
+      {"element_stride", TensorMapField::element_stride},
+      {"elemtype", TensorMapField::elemtype},
+      {"interleave_layout", TensorMapField::interleave_layout},
+      {"swizzle_mode", TensorMapField::swizzle_mode},
+      {"fill_mode", TensorMapField::fill_mode},
+  };
+  return names;
+}
+
 void replace_tensor_map_field(void* tensor_map, TensorMapField field, std::uint32_t ordinal,
                               std::uint64_t value) {
   static constexpr std::uint8_t kZero[sizeof(TensorMap)] = {};

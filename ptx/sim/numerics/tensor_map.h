@@ -7,7 +7,9 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <map>
 #include <stdexcept>
+#include <string>
 
 namespace torchext::sim {
 
@@ -53,8 +55,9 @@ struct TensorMapFields {
   TensorMapOobFill oob_fill = TensorMapOobFill::zero;
 };
 
-struct alignas(64) TensorMap {
-  std::uint8_t bytes[128];
+constexpr std::uint32_t kTensorMapBytes = 128, kTensorMapAlignment = 64;
+struct alignas(kTensorMapAlignment) TensorMap {
+  std::uint8_t bytes[kTensorMapBytes];
 };
 
 class TensorMapError : public std::invalid_argument {
@@ -89,6 +92,8 @@ enum class TensorMapField {
   swizzle_mode,
   fill_mode,
 };
+// Fields by the names that PTX gives them.
+const std::map<std::string, TensorMapField>& tensor_map_field_names();
 void replace_tensor_map_field(void* tensor_map, TensorMapField field, std::uint32_t ordinal,
                               std::uint64_t value);
 
