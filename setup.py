@@ -141,7 +141,7 @@ class BinaryWheel(bdist_wheel):
 
 setup(
     packages=find_packages(include=["torchext", "torchext.*"]),
-    package_data={"torchext": ["py.typed"]},
+    package_data={"torchext": ["py.typed", "_sim.pyi"]},
     ext_modules=[op_library(), simulator()],
     cmdclass={"build_ext": BuildExtension, "bdist_wheel": BinaryWheel},
 )

@@ -1,4 +1,4 @@
-// Python bindings of modules, launches and the simulation of ops.
+// Python bindings of modules, launches and simulated ops.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -34,7 +34,7 @@ Dim3 dim3_of(const std::array<std::uint32_t, 3>& d) {
   return Dim3{d[0], d[1], d[2]};
 }
 
-// The names are checked in torchext/sim/options.py.
+// torchext/sim/options.py has checked the names.
 LaunchOptions options_of(const py::dict& d) {
   LaunchOptions options;
   options.seed = d["seed"].cast<std::uint64_t>();
@@ -142,7 +142,7 @@ py::list variables(const PythonModule& self) {
   py::list list;
   for (const auto& entry : self.module->variables().entries) {
     const Variable& v = *entry->variable;
-    if (v.name[0] == '{') continue;  // declared in a function's body: no name outside it
+    if (v.name[0] == '{') continue;  // declared in a function's body, unknown outside it
     py::list shape;
     for (const std::uint64_t n : v.dimensions) shape.append(n);
     if (v.lanes > 1) shape.append(v.lanes);

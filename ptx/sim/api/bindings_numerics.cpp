@@ -1,5 +1,5 @@
-// Python bindings of number formats, tensor-core arithmetic and tensor maps: torchext._sim's part
-// that needs no kernel.
+// Python bindings of number formats, tensor-core arithmetic and tensor maps: the part of
+// torchext._sim that needs no kernel.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -87,7 +87,7 @@ py::array_t<float> decode(const std::string& format,
 
 using Bytes = py::array_t<std::uint8_t, py::array::c_style>;
 
-// D = A * B^T + C by a chain of instructions that take k_per_instruction of k each.
+// D = A * B^T + C as a chain of instructions, each of which takes k_per_instruction elements of k.
 py::array_t<float> mma(const std::string& instruction, int target, const std::string& accumulator,
                        const Bytes& a, const std::string& a_format, const Bytes& b,
                        const std::string& b_format, const py::array_t<float, py::array::c_style>& c,

@@ -1,5 +1,5 @@
-// The C interface between an op library and whatever executes its kernels on CPU tensors. Neither
-// side needs the other's headers: functions return 0, or another value with a message in `error`.
+// The C interface between an op library and a simulator that runs its kernels on CPU tensors.
+// Neither needs headers of the other. Functions return 0, or not 0 and a message in `error`.
 #pragma once
 
 #include <cstddef>
@@ -18,7 +18,7 @@ struct TorchextSimulator {
   void* context;
   int compute_capability;  // 90 for sm_90
   int sm_count;
-  // The arguments of cuTensorMapEncodeTiled, element strides all 1, no interleave, no OOB NaN fill.
+  // Arguments as of cuTensorMapEncodeTiled, with element strides 1, no interleave and zero fill.
   int (*encode_tensor_map)(void* context, void* map, const char* name, uint32_t element,
                            uint32_t rank, const void* address, const uint64_t* dims,
                            const uint64_t* strides_bytes, const uint32_t* box, uint32_t swizzle,

@@ -1,4 +1,4 @@
-// OpSimulator: the C callbacks, and where each kernel's PTX is.
+// OpSimulator: the C callbacks, and the search for a kernel's PTX.
 #include "op_simulator.h"
 
 #include <algorithm>
@@ -25,7 +25,7 @@ std::string read_file(const std::string& path) {
   return all.compare(0, 3, kByteOrderMark) == 0 ? all.substr(3) : all;
 }
 
-// The names after ".entry", without parsing what may never be launched.
+// The names of the kernels, found without parsing files that may never be launched.
 std::vector<std::string> entry_names(const std::string& ptx) {
   static const std::string kEntry = ".entry";
   static const char* kBlank = " \t\r\n";
@@ -39,8 +39,8 @@ std::vector<std::string> entry_names(const std::string& ptx) {
   return names;
 }
 
-// Ops may name one range twice (in-place updates): ranges that overlap become one, with the access
-// of both.
+// An op may pass a range twice, for an in-place update. Ranges that overlap are merged, with the
+// access of both.
 std::vector<Buffer> merged(std::vector<Buffer> buffers) {
   std::sort(buffers.begin(), buffers.end(),
             [](const Buffer& a, const Buffer& b) { return a.data < b.data; });
@@ -79,7 +79,7 @@ int guarded(char* error, std::size_t error_bytes, F&& f) {
 
 }  // namespace
 
-// A file of PTX, parsed when it is first needed.
+// A PTX file, parsed on first use.
 struct OpSimulator::Source {
   std::string path, text;
   std::vector<std::string> kernels;
@@ -93,14 +93,14 @@ struct OpSimulator::Source {
   }
 };
 
-// Files are kept, parsed, for the next simulation, unless they have changed since: to read and
-// parse a build's PTX takes longer than many a launch. (Device variables keep their values, as on a
-// GPU.)
+// Parsed files are kept for later simulations, as long as the files do not change: reading and
+// parsing the PTX of a build takes longer than many launches. Device variables keep their values,
+// as on a GPU.
 std::shared_ptr<OpSimulator::Source> OpSimulator::open(const std::string& path) {
   using Key = std::tuple<std::string, std::filesystem::file_time_type, std::uintmax_t>;
   static std::mutex mutex;
   static std::map<Key, std::shared_ptr<Source>> kept;
-  std::error_code missing;  // read_file says so better
+  std::error_code missing;  // read_file reports it
   const Key key{path, std::filesystem::last_write_time(path, missing),
                 std::filesystem::file_size(path, missing)};
   const std::lock_guard<std::mutex> lock(mutex);

@@ -1,5 +1,5 @@
-// Executes the kernels of an op library: finds each kernel's PTX among the files that the build
-// left, launches it, keeps the reports.
+// Runs the kernels of an op library: finds the PTX of each kernel among the files of the build,
+// launches it, and keeps the reports.
 #pragma once
 
 #include <map>
@@ -15,12 +15,12 @@ namespace torchext::sim {
 
 class OpSimulator {
  public:
-  // `options` holds what launches share (seed, completion, checks ...). Throws std::runtime_error
-  // if a file cannot be read.
+  // `options` has the options that all launches share (seed, completion, checks ...). Throws
+  // std::runtime_error if a file cannot be read.
   OpSimulator(const std::vector<std::string>& ptx_files, LaunchOptions options,
               int compute_capability);
 
-  // To be handed to torchext_set_simulator; valid as long as this object.
+  // The argument of torchext_set_simulator. It is valid as long as this object.
   const TorchextSimulator* interface() const { return &interface_; }
 
   struct Launch {

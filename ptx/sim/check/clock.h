@@ -1,8 +1,8 @@
-// Vector clocks: which accesses of which agent an agent knows to be done. Agents are the threads of
-// a cluster, then whatever works asynchronously on their behalf (an mbarrier's copies, a warp's
-// wgmma stream, a thread's bulk groups). Clocks are shared between lanes and never changed once
-// shared; knowledge of other clusters, which only strong accesses to global memory create, hangs
-// on as a map.
+// Vector clocks: for each agent, how many accesses of every other agent it knows to be done. Agents
+// are the threads of a cluster, followed by the asynchronous workers that act for them: an
+// mbarrier's copies, a warp's wgmma stream, a thread's bulk groups. Lanes share clocks; a shared
+// clock never changes. Only strong accesses to global memory create knowledge of other clusters,
+// which a separate map (`foreign`) holds.
 #pragma once
 
 #include <array>
@@ -44,7 +44,7 @@ struct VectorClock {
     merge(*merged, other);
     foreign = std::move(merged);
   }
-  // Whether it knows of this access of any cluster's; `own` is the cluster of `agents`.
+  // True if this clock includes the given access of any cluster. `own`: the cluster of `agents`.
   bool knows(std::uint32_t own, std::uint32_t cluster, std::uint32_t agent,
              std::uint32_t clock) const {
     if (cluster == own) return get(agent) >= clock;
@@ -69,8 +69,8 @@ struct VectorClock {
   }
 };
 
-// A counted pointer to a value that is never changed once shared, without the atomics of
-// shared_ptr: a cluster runs on one thread. T has includes, join and an empty value.
+// A reference-counted pointer to an immutable value. Its count is not atomic, unlike shared_ptr's,
+// because a cluster runs on one host thread. T must have includes, join and an empty value.
 template <class T>
 class Ref {
  public:
@@ -123,8 +123,8 @@ class Ref {
 };
 using ClockRef = Ref<VectorClock>;
 
-// How far a strong operation reaches. `none`: the operation is weak. One GPU: sys reaches as far as
-// gpu.
+// How far a strong operation reaches. `none` means that the operation is weak. With one GPU, sys
+// reaches as far as gpu.
 enum class Scope : std::uint8_t { none, cta, cluster, gpu, sys };
 constexpr std::size_t kScopeLevels = 3;  // cta, cluster, gpu
 inline std::size_t level_of(Scope scope) {
@@ -135,15 +135,15 @@ const char* name_of(Scope scope);  // ".cta"
 // The parts of memory that fence.proxy.async tells apart, as the fencing thread sees them.
 enum AsyncSpace : std::uint8_t { kOwnShared, kClusterShared, kGlobal, kAsyncSpaces };
 
-// Knowledge of a thread beyond happens-before; most threads have none.
+// What a thread knows beyond happens-before. Most threads have no views.
 struct Views {
-  // Accesses that fence.proxy.async made visible to the async proxy, and fence.proxy.alias to
-  // aliases.
+  // Accesses that fence.proxy.async made visible to the async proxy, and accesses that
+  // fence.proxy.alias made visible to aliases.
   ClockRef async[kAsyncSpaces], alias;
   // Accesses that a release fence offered to the tensormap proxy, by the fence's scope.
   ClockRef map_released[kScopeLevels];
-  // Accesses that a synchronization would have ordered, had both scopes been wide enough. It serves
-  // reports only.
+  // Accesses that a synchronization would have ordered if both scopes had been wide enough. Only
+  // reports read this.
   ClockRef refused;
   Scope released_at = Scope::none, acquired_at = Scope::none;
 
@@ -178,7 +178,7 @@ struct Knowledge {
     views = ViewsRef::join(views, other.views);
   }
 };
-// By the scope that it reaches: [0] within the CTA, [1] within the cluster, [2] anyone.
+// Knowledge by the readers it reaches: [0] this CTA, [1] this cluster, [2] every cluster.
 using Scoped = std::array<Knowledge, kScopeLevels>;
 
 }  // namespace torchext::sim

@@ -1,4 +1,4 @@
-// What lanes must have finished before they exit, and what their exit sets free.
+// Checks of work that lanes must have finished before they exit, and what their exit frees.
 #include "exit_checks.h"
 
 #include "../instructions/wgmma_stream.h"
@@ -7,11 +7,11 @@
 
 namespace torchext::sim {
 
-// PTX does not say what becomes of a copy whose CTA has gone. Its shared memory is free then, and
-// the next CTA that the SM takes gets it: a copy out of it may read that CTA's data, a copy into it
-// (and the mbarrier it signals) may overwrite them. Where no CTA of the launch can follow, the
-// bytes stay what they are until the grid ends, and a grid ends after its memory operations do:
-// that is a note. compute-sanitizer says nothing of either.
+// PTX does not define what happens to a copy whose CTA has exited. The SM gives the shared memory
+// to its next CTA: a copy out of it may then read that CTA's data, and a copy into it, or its
+// mbarrier signal, may overwrite that data. This is an error. If no CTA of the launch can follow,
+// the bytes keep their values until the grid ends, and a grid ends after its memory operations:
+// this is a note. compute-sanitizer reports neither.
 static const char* const kReused =
     "; the grid has more CTAs than the GPU holds at once, so that the next one gets this memory";
 

@@ -1,4 +1,4 @@
-// What lanes must have finished before they exit.
+// Checks of work that lanes must have finished before they exit.
 #pragma once
 
 #include <cstdint>

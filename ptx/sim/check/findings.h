@@ -1,4 +1,4 @@
-// What the checker reports: one struct per fault, collected across threads, one per kind and line.
+// The checker's findings: one struct per fault. Of equal faults, one per kind and line is kept.
 #pragma once
 
 #include <array>
@@ -34,11 +34,11 @@ const KindRow& row_of(FindingKind kind);
 const char* name_of(Grade grade);
 std::string hex(std::uint64_t value);  // "0x1f", for messages
 
-// The access or event that a finding is about besides its own.
+// The other access or event of a finding: the one that the instruction conflicts with.
 struct OtherAccess {
   std::string what;  // empty if there is none
   std::uint32_t ptx_line = 0;
-  std::optional<std::array<std::uint32_t, 3>> cta;  // as far as they are known
+  std::optional<std::array<std::uint32_t, 3>> cta;  // the parts that are known
   std::int32_t warp = -1, lane = -1;
 };
 
@@ -55,7 +55,7 @@ struct Finding {
   std::uint32_t lanes = 0;  // mask
   std::uint64_t address = 0;
   OtherAccess other;
-  std::string remedy;  // empty: the kind's
+  std::string remedy;  // if empty, the kind's remedy applies
   std::uint64_t seed = 0;
 
   Grade grade() const { return row_of(kind).grade; }

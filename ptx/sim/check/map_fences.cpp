@@ -16,7 +16,7 @@ std::vector<LastWrite> writes_of(const Place& place) {
   return place.shadow->last_writes(place.offset, kTensorMapBytes);
 }
 
-// The narrowest scope that holds a thread of this CTA and the writer.
+// The narrowest scope that includes both a thread of this CTA and the writer.
 Scope scope_to(const Warp& w, const LastWrite& write) {
   if (write.cluster != w.cluster().number) return Scope::gpu;
   const std::uint32_t per_cta = w.grid().warps_per_cta * 32;
@@ -24,7 +24,7 @@ Scope scope_to(const Warp& w, const LastWrite& write) {
   return thread && write.agent / per_cta != w.cta().rank ? Scope::cluster : Scope::cta;
 }
 
-// The widest scope at which a release of the write had reached those who ran the fence.
+// The widest scope of a release of the write that the thread running the fence knew of.
 Scope released_at(const Warp& w, const MapFence& fence, const LastWrite& write) {
   for (std::size_t level = kScopeLevels; level-- > 0;) {
     if (fence.views->map_released[level]->knows(w.cluster().number, write.cluster, write.agent,
@@ -34,7 +34,7 @@ Scope released_at(const Warp& w, const MapFence& fence, const LastWrite& write) 
   return Scope::none;
 }
 
-// What is missing between the write and lane's use of the map: "" if nothing is.
+// The fence that is missing between the write and the lane's use of the map; "" if none is.
 std::string missing(Warp& w, int lane, std::uint64_t address, const LastWrite& write) {
   const Scope needed = scope_to(w, write);
   std::string why = "no fence.proxy.tensormap::generic.acquire of its address";
@@ -76,7 +76,7 @@ bool resolve_tensor_map(Warp& w, int lane, std::uint64_t address, Place* place) 
               1u << lane, address);
     return false;
   }
-  // Both halves lie in one buffer if both resolve: buffers are guarded.
+  // If both halves resolve, they lie in one buffer: guard gaps separate buffers.
   Place last;
   return w.resolve(lane, Space::global, address, kTensorMapAlignment, false, place) &&
          w.resolve(lane, Space::global, address + kTensorMapAlignment, kTensorMapAlignment, false,
@@ -94,7 +94,7 @@ void acquire_tensor_map(Warp& w, int lane, std::uint64_t address, Scope scope) {
     fences.push_back(fence);
     return;
   }
-  // Who knows the older one of two equal fences may use the map too.
+  // Keep the older of two equal fences: a thread that knows only that one may use the map.
   const auto writes = writes_of(place);
   const bool equal =
       own->scope >= scope && std::all_of(writes.begin(), writes.end(), [&](const LastWrite& write) {
@@ -113,7 +113,7 @@ void read_tensor_map(Warp& w, int lane, const Place& place, std::uint64_t addres
   for (const LastWrite& write : writes_of(place)) {
     if (!w.known(lane)->knows(w.cluster().number, write.cluster, write.agent, write.clock) &&
         !(write.cluster == w.cluster().number && write.agent == w.agent(lane)))
-      continue;  // a race, and reported as one
+      continue;  // reported as a data race
     const std::string why = missing(w, lane, address, write);
     if (why.empty()) continue;
     const Instruction& other = w.program().code[write.pc];

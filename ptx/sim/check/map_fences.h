@@ -1,6 +1,6 @@
-// Tensor maps that lie in memory the kernel can write. They are read through the tensormap proxy:
-// who uses a map that was written in this launch needs a release fence behind the write,
-// synchronization, and an acquire fence of the map's address (PTX ISA, "fence.proxy.tensormap").
+// Tensor maps in memory that the kernel can write. Instructions read them through the tensormap
+// proxy. If the launch has written the map, a use needs a release fence after the write, then
+// synchronization, then an acquire fence of the map's address (PTX ISA, "fence.proxy.tensormap").
 #pragma once
 
 #include <cstdint>
@@ -9,18 +9,18 @@
 
 namespace torchext::sim {
 
-// fence.proxy.tensormap::generic.acquire of the map at this generic address.
+// Executes fence.proxy.tensormap::generic.acquire of the map at this generic address.
 void acquire_tensor_map(Warp& w, int lane, std::uint64_t address, Scope scope);
 
-// Whether a tensor map can lie at this generic address; reports it if not.
+// True if a tensor map can lie at this generic address. Reports a finding if it cannot.
 bool resolve_tensor_map(Warp& w, int lane, std::uint64_t address, Place* place);
 
-// A parameter or a constant cannot change; other maps are checked.
+// A map in a parameter or constant cannot change. Maps elsewhere are checked.
 inline bool is_checked_map(const Place& place) {
   return place.shadow != nullptr;
 }
 
-// Checks lane's use of a map, and records it as an access of `agent` at `clock`.
+// Checks the lane's use of a map, and records it as an access of `agent` at `clock`.
 void read_tensor_map(Warp& w, int lane, const Place& place, std::uint64_t address,
                      std::uint32_t agent, std::uint32_t clock);
 

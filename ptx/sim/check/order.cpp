@@ -94,7 +94,7 @@ void Warp::learn(std::uint32_t mask, std::uint32_t of, std::uint32_t upto) {
   });
 }
 
-// `change` gets each lane's views and what the lane knows, its own accesses included.
+// Calls change(views, known) for each lane; `known` includes the lane's own accesses.
 template <class Change>
 void Warp::change_views(std::uint32_t mask, Change&& change) {
   if (!grid_.checks) return;
@@ -130,7 +130,7 @@ void Warp::memory_fence(std::uint32_t mask, Scope scope, bool acquires, bool rel
   if (acquires) {
     const std::uint32_t taking = mask & acquired_lanes;
     for_lanes(taking, [&](int l) { acquire(1u << l, strong_acquired[l][level]); });
-    if (level == kScopeLevels - 1) {  // a wider fence may yet take in more
+    if (level == kScopeLevels - 1) {  // otherwise a later, wider fence may take in more
       for_lanes(taking, [&](int l) { strong_acquired[l] = {}; });
       acquired_lanes &= ~taking;
     }

@@ -1,4 +1,4 @@
-// From agents, which are numbered within their cluster, to CTAs of the grid, warps and lanes.
+// Converts agents, which are numbered within a cluster, to CTAs of the grid, warps and lanes.
 #include "other_access.h"
 
 #include "../machine/machine.h"
@@ -6,7 +6,7 @@
 namespace torchext::sim {
 namespace {
 
-// Threads come first among a cluster's agents, CTA by CTA; then whatever works on their behalf.
+// A cluster's agents are its threads, CTA by CTA, followed by the asynchronous workers.
 bool is_thread(const Grid& grid, std::uint32_t agent) {
   return agent < grid.cluster_size * grid.warps_per_cta * 32;
 }

@@ -1,5 +1,5 @@
-// The second access of a finding about order: where its thread is, and what would have ordered the
-// two.
+// The second access of a finding about order: which thread made it, and what would have ordered
+// the two accesses.
 #pragma once
 
 #include <cstdint>
@@ -12,10 +12,10 @@ namespace torchext::sim {
 
 class Warp;
 
-// The access that `conflict` found, as a report tells it. `proxy`: "async-proxy " or the like.
+// The access that `conflict` found, in a report's words. `proxy` is such as "async-proxy ".
 OtherAccess other_access(const Warp& warp, const Conflict& conflict, const std::string& proxy);
 
-// What orders the two accesses of a data race, in PTX's words and in CUDA's; "": the kind's remedy.
+// What would order two racing accesses, named in PTX and in CUDA. Empty: use the kind's remedy.
 std::string race_remedy(const Warp& warp, const Conflict& conflict, const Actor& actor);
 
 }  // namespace torchext::sim

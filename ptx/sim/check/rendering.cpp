@@ -70,7 +70,7 @@ void render_other(std::ostream& out, const Finding& f, const SourceMap& map) {
   quote_both(out, map, f.other.ptx_line);
 }
 
-// What tells apart the lines that a reader would look at.
+// Identifies the lines that a reader would look at.
 std::string place_of(const SourceMap& map, std::uint32_t ptx_line) {
   std::string place;
   for (const SourceFrame& frame : map.frames(ptx_line)) {
@@ -127,7 +127,7 @@ std::string render(const Report& report, const std::string& kernel, const Launch
     if (f->address != 0) out << ", address " << hex(f->address);
     out << '\n';
     render_other(out, *f, map);
-    // Findings about the same instruction and other partners: each CUDA line once.
+    // Several findings about one instruction: print each CUDA line once.
     auto next = f + 1;
     std::set<std::string> shown = {place_of(map, f->other.ptx_line)};
     int like_shown = 0;

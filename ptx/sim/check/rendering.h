@@ -9,8 +9,8 @@
 
 namespace torchext::sim {
 
-// `ptx`: the texts of the module, several if it is linked. CUDA lines are quoted where the source
-// file that -lineinfo names can be read.
+// `ptx` has the texts of the module; a linked module has several. A CUDA line is quoted if the
+// source file that -lineinfo names can be read.
 std::string render(const Report& report, const std::string& kernel, const LaunchOptions& options,
                    const std::vector<SourceText>& ptx);
 

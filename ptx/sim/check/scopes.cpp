@@ -29,7 +29,7 @@ ClockRef imported(const Shared& clocks, std::uint32_t cluster) {
   return ClockRef::make(std::move(clock));
 }
 
-// Neighbors are often the same clock.
+// Neighboring elements are often the same clock, which is then converted once.
 template <std::size_t n>
 void export_all(const ClockRef (&clocks)[n], std::uint32_t cluster, Shared (&out)[n]) {
   for (std::size_t k = 0; k < n; ++k)

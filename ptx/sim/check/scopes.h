@@ -1,6 +1,6 @@
-// What strong operations leave at an address for those who read it, as far as scopes let them: a
-// release and an acquire synchronize two threads only if the scope of each includes the other. What
-// they do not pass on because of it goes to Views::refused, for the report of the race.
+// The knowledge that strong operations publish at an address for later readers. A release and an
+// acquire synchronize two threads only if the scope of each includes the other thread. Knowledge
+// that a scope keeps back goes to Views::refused, for the report of the race.
 #pragma once
 
 #include <cstdint>
@@ -13,13 +13,13 @@
 
 namespace torchext::sim {
 
-// As known, but withheld: it orders nothing.
+// The same knowledge as refused: it orders nothing, but reports name it.
 Knowledge refused(const Knowledge& withheld, Scope released, Scope acquired);
 
-// One address, threads of one cluster.
+// Publications at one address between the threads of one cluster.
 class SyncCell {
  public:
-  // Of a thread of CTA `rank` with an operation of this scope.
+  // Called for an operation of this scope by a thread of CTA `rank`.
   void publish(std::uint32_t rank, const Scoped& knowledge, Scope scope);
   Knowledge observe(std::uint32_t rank, Scope scope) const;
 
@@ -32,12 +32,12 @@ class SyncCell {
   std::vector<FromCta> from_;  // by rank
 };
 
-// All addresses, threads of different clusters, which may run on different host threads. Clocks
-// travel as ForeignClocks, which are safe to share.
+// Publications at all addresses between threads of different clusters. Clusters may run on several
+// host threads, so clocks travel as ForeignClocks, which are safe to share.
 class GridSync {
  public:
   void publish(std::uint64_t address, std::uint32_t cluster, const Scoped& knowledge, Scope scope);
-  // Joins to *knowledge what other clusters have published.
+  // Joins what other clusters have published into *knowledge.
   void observe(std::uint64_t address, std::uint32_t cluster, Scope scope, Knowledge* knowledge);
 
  private:

@@ -1,5 +1,5 @@
-// Shadow memory: FastTrack-style epochs per granule (Flanagan and Freund, PLDI 2009), with reader
-// sets that hold a warp's lanes as one entry.
+// Shadow memory with one epoch per granule, after FastTrack (Flanagan and Freund, PLDI 2009). A set
+// of readers holds the lanes of one warp as one entry.
 #include "shadow.h"
 
 #include <algorithm>
@@ -15,13 +15,13 @@ enum Flag : std::uint16_t {
   kReadProxy = 0x180,  // a Proxy
   kReaderSet = 0x200,  // r_agent is an index into reader_sets_
   kSplit = 0x400,      // r_agent is an index into splits_
-  kStored = 0x800,     // the last write was in memory before the next access was checked
-  kAgreeing = 0x1000,  // writes that nothing orders stored the same value: agreeing_ has them
+  kStored = 0x800,     // the last write took effect before the next access was checked
+  kAgreeing = 0x1000,  // unordered writes stored the same value; agreeing_ lists them
 };
 constexpr int kReadScopeShift = 4, kReadProxyShift = 7;
 constexpr std::uint32_t kLanes = 32;
-constexpr std::uint8_t kAllBytes = 15;  // Cell::valid; of a split granule's parts, as of others
-// Enough for the warps of a full GPU; in a loop without end, the later stores go unrecorded.
+constexpr std::uint8_t kAllBytes = 15;  // Cell::valid of what is written, whole or in part
+// Enough for all warps of a GPU. Beyond that (an endless loop), equal stores go unrecorded.
 constexpr std::size_t kMostAgreeing = 16384;
 }  // namespace
 
@@ -52,7 +52,7 @@ bool Shadow::ordered(const Actor& a, std::uint32_t cluster, std::uint32_t agent,
   return a.known->knows(a.cluster, cluster, agent, clock);
 }
 
-// Both strong, and the scope of each includes the other's thread: no race, whatever their order.
+// True if both are strong and the scope of each includes the other's thread: never a race.
 bool Shadow::morally_strong(const Actor& a, std::uint32_t cluster, std::uint32_t agent,
                             Scope scope) {
   const Scope least = std::min(a.scope, scope);
@@ -63,7 +63,7 @@ bool Shadow::morally_strong(const Actor& a, std::uint32_t cluster, std::uint32_t
 
 AsyncSpace Shadow::async_space(std::uint32_t writer) const {
   if (owner_.threads == 0) return kGlobal;
-  // What works for a thread without being one, cp.async, writes its own CTA's memory.
+  // An agent that is no thread, such as cp.async's, writes the memory of its own CTA.
   const bool other_cta =
       writer < owner_.cluster_threads && writer - owner_.first_thread >= owner_.threads;
   return other_cta ? kClusterShared : kOwnShared;
@@ -93,11 +93,11 @@ bool Shadow::ordered_lanes(const Actor& a, const Accesses& r) {
   return true;
 }
 
-// Whether one of the writes of the value that is there comes before.
+// True if at least one of the writes of the present value comes before.
 bool Shadow::ordered_after_any(const Actor& a, const Cell& c, std::uint64_t offset) const {
   if (ordered(a, c.w_cluster, c.w_agent, c.w_clock)) return true;
   if (!(c.flags & kAgreeing)) return false;
-  const auto& others = agreeing_.at(offset);  // latest first: a thread that reads what it stored
+  const auto& others = agreeing_.at(offset);  // latest first: a thread often reads its own store
   return std::any_of(others.rbegin(), others.rend(), [&](Writers w) {
     for (std::uint32_t lanes = w.mask; lanes != 0; lanes &= lanes - 1) {
       w.mask = lanes & -lanes;
@@ -177,7 +177,7 @@ void Shadow::for_each_cell(std::uint64_t offset, std::uint64_t bytes, bool merge
         if (splits_[index][i].valid) c.valid = static_cast<std::uint8_t>(c.valid | 1 << i);
         agreeing |= (splits_[index][i].flags & kAgreeing) != 0;
       }
-      if (whole && merge && !agreeing) {  // four equal bytes again: they were all just written
+      if (whole && merge && !agreeing) {  // all four bytes were just written alike: merge them
         free_splits_.push_back(index);
         c = splits_[index][0];
       }
@@ -187,7 +187,7 @@ void Shadow::for_each_cell(std::uint64_t offset, std::uint64_t bytes, bool merge
 }
 
 void Shadow::record_reader(Cell& c, const Actor& actor) {
-  // Threads of one warp are neighboring agents, aligned to 32; async agents stand alone.
+  // The threads of a warp are 32 consecutive agents, aligned to 32. Other agents are single.
   const bool is_thread = actor.agent == actor.issuer;
   const std::uint32_t base = is_thread ? actor.agent / kLanes * kLanes : actor.agent;
   const std::uint32_t bit = is_thread ? 1u << (actor.agent % kLanes) : 1u;
@@ -231,7 +231,7 @@ void Shadow::record_reader(Cell& c, const Actor& actor) {
         r.mask |= bit;
         return;
       }
-      if (!is_thread || (r.mask == bit && r.clock < self.clock)) {  // the later one stands for both
+      if (!is_thread || (r.mask == bit && r.clock < self.clock)) {  // implies the earlier read
         r.clock = std::max(r.clock, self.clock);
         r.pc = self.pc;
         return;
@@ -251,7 +251,7 @@ void Shadow::read_cell(Cell& c, const Actor& actor, std::uint64_t offset, Confli
                     scope, c.w_cluster, c.w_agent, c.w_clock,
                     c.w_pc};
       };
-      // Of writes that agree, any one that comes before shows the value that all of them store.
+      // If equal writes are unordered, a read after any one of them sees the common value.
       if (actor.proxy == Proxy::noncoherent) {
         found(Conflict::noncoherent);
       } else if (!ordered_after_any(actor, c, offset) &&
@@ -312,7 +312,7 @@ void Shadow::write_cell(Cell& c, const Actor& actor, std::uint64_t offset, const
       }
     }
   }
-  if (agrees) {  // readers since have seen this value; the first writer goes on standing for all
+  if (agrees) {  // keep the reads and the first writer
     record_agreeing(c, actor, offset);
     return;
   }

@@ -1,5 +1,5 @@
-// Shadow memory: for every four bytes, who wrote them last and who has read them since, and which
-// bytes have been written at all. A granule that is accessed in part is split into single bytes.
+// Shadow memory. For every granule of four bytes it keeps the last write, the reads since then, and
+// which bytes have ever been written. A granule that is accessed in part is split into bytes.
 #pragma once
 
 #include <array>
@@ -19,25 +19,25 @@ struct Actor {
   std::uint32_t cluster = 0;
   std::uint32_t agent = 0;   // recorded in the shadow
   std::uint32_t clock = 0;   // recorded in the shadow
-  std::uint32_t issuer = 0;  // the thread whose earlier accesses are ordered before this one
+  std::uint32_t issuer = 0;  // thread whose earlier accesses come before this one
   std::uint32_t issuer_clock = 0;
   const VectorClock* known = nullptr;
   const Views* views = nullptr;
   std::uint32_t pc = 0;
-  std::uint32_t cta_threads = 1;  // agents of one CTA
+  std::uint32_t cta_threads = 1;  // number of threads of a CTA
   Proxy proxy = Proxy::generic;
-  Scope scope = Scope::none;  // of a strong access: relaxed, acquire, release, volatile or atomic
+  Scope scope = Scope::none;  // none: a weak access
 };
 
 struct Conflict {
-  // Those up to `overwritten` are notes.
+  // Kinds up to and including `overwritten` are notes.
   enum Kind : std::uint8_t {
     none,
-    same_value,   // writes that nothing orders, and that store the same bytes
+    same_value,   // unordered writes that store the same bytes
     overwritten,  // a write after a non-coherent load that is known to be done
     race,
     proxy,        // a generic write that no fence has made visible to the async proxy
-    noncoherent,  // a non-coherent load of bytes that the launch has written, or writes unordered
+    noncoherent,  // a non-coherent load of bytes that the launch writes
     uninitialized,
   };
   Kind kind = none;
@@ -48,20 +48,20 @@ struct Conflict {
   std::uint32_t other_cluster = 0, other_agent = 0, other_clock = 0, other_pc = 0;
 };
 
-// The CTA whose shared memory it is. Its threads' generic writes need
-// fence.proxy.async.shared::cta, other CTAs' need fence.proxy.async.shared::cluster, before the
-// async proxy may read them.
+// The CTA that owns a shared memory. Before the async proxy may read a generic write, a thread of
+// the CTA itself must have run fence.proxy.async.shared::cta, and a thread of another CTA
+// fence.proxy.async.shared::cluster.
 struct SharedOwner {
-  std::uint32_t first_thread = 0, threads = 0;  // agents of its CTA; none: global memory
+  std::uint32_t first_thread = 0, threads = 0;  // of its CTA; 0 threads: global memory
   std::uint32_t cluster_threads = 0;
 };
 
-// A write that some bytes hold.
+// The write that some bytes hold the value of.
 struct LastWrite {
   std::uint32_t cluster, agent, clock, pc;
 };
 
-// What a store that takes effect at once replaces, and by what.
+// The bytes in memory before and after a store that takes effect at once.
 struct Stored {
   const std::uint8_t* before;
   const std::uint8_t* after;
@@ -69,26 +69,26 @@ struct Stored {
 
 class Shadow {
  public:
-  // `valid`: the memory's content counts as written.
+  // `valid`: the initial content counts as written.
   Shadow(std::uint64_t bytes, bool valid, SharedOwner owner = {});
 
-  // Checks and records an access to [offset, offset + bytes). The first conflict is returned.
+  // Checks and records an access to [offset, offset + bytes). Returns the first conflict.
   Conflict read(const Actor& actor, std::uint64_t offset, std::uint64_t bytes);
-  // `stored`: for a write whose bytes are known, and in place before the next access is checked.
+  // `stored`: for a write whose bytes are in memory before the next access is checked.
   Conflict write(const Actor& actor, std::uint64_t offset, std::uint64_t bytes,
                  const Stored* stored = nullptr);
   void set_valid(std::uint64_t offset, std::uint64_t bytes);
-  // Forgets all accesses: the memory is another object's from now on, and not yet written.
+  // Forgets all accesses, because the memory now belongs to another object. Nothing is written yet.
   void restart(std::uint64_t offset, std::uint64_t bytes);
   bool is_valid(std::uint64_t offset, std::uint64_t bytes) const;
-  // Whether the last write to the granule at `offset` is this one.
+  // True if this is the last write to the granule at `offset`.
   bool last_write_is(std::uint64_t offset, std::uint32_t agent, std::uint32_t clock,
                      std::uint32_t pc) const;
-  // Which fence.proxy.async a generic write by this agent needs, before the async proxy reads it.
+  // The space of the fence.proxy.async that a generic write by this agent needs.
   AsyncSpace async_space(std::uint32_t writer) const;
-  // The distinct writes of this launch that the bytes hold.
+  // The distinct writes of this launch whose values the bytes hold.
   std::vector<LastWrite> last_writes(std::uint64_t offset, std::uint64_t bytes) const;
-  // Bytes that nobody has written; the first one's offset in *first.
+  // The number of bytes that nobody has written. *first becomes the offset of the first.
   std::uint64_t count_invalid(std::uint64_t* first) const;
 
  private:
@@ -139,8 +139,8 @@ class Shadow {
   std::vector<std::uint32_t> free_sets_;
   std::vector<std::array<Cell, 4>> splits_;
   std::vector<std::uint32_t> free_splits_;
-  // By offset, of cells with the flag kAgreeing: who else stored the value that is there, without
-  // an order. The cell keeps the first.
+  // For cells with the flag kAgreeing, by offset: the other, unordered writes of the same value.
+  // The cell itself keeps the first write.
   std::unordered_map<std::uint64_t, std::vector<Writers>> agreeing_;
 };
 

@@ -6,7 +6,7 @@
 namespace torchext::sim {
 
 namespace {
-// Shared memory's keys lie beyond every address of global memory.
+// Keys for shared memory lie above every address of global memory.
 std::uint64_t key_of(const Place& place, std::uint64_t address) {
   return place.cta != nullptr ? kSharedWindow | std::uint64_t{place.cta->rank} << 32 | place.offset
                               : address;
@@ -34,7 +34,7 @@ void strong_read(Warp& w, int lane, const Place& place, std::uint64_t address, S
     w.acquire(bit, observe(scope));
     return;
   }
-  // A later fence takes in what both its own scope and this one reach.
+  // A later fence acquires what both its own scope and this scope include.
   const bool no_scopes = place.cta != nullptr && w.grid().cluster_size == 1;
   Scope at = Scope::none;
   Knowledge k;

@@ -1,6 +1,6 @@
-// Strong accesses (relaxed, acquire, release, volatile, atomic) as synchronization: a release, or a
-// fence before a relaxed write, publishes what the lane knows at that address; an acquire, or a
-// fence after a relaxed read, takes it in; both as far as their scopes reach (scopes.h).
+// Strong accesses (relaxed, acquire, release, volatile, atomic) as synchronization. A release, or a
+// fence before a relaxed write, publishes at the address what the lane knows. An acquire, or a
+// fence after a relaxed read, takes it in. Scopes limit both (scopes.h).
 #pragma once
 
 #include <mutex>
@@ -9,9 +9,9 @@
 
 namespace torchext::sim {
 
-// Held for the whole of a strong access to global memory, so that its value, its record in the
-// shadow and the knowledge that goes with it change in one step, whichever host threads run the
-// CTAs. Empty for shared memory: a cluster has one host thread.
+// The lock for a whole strong access to global memory: its value, its shadow record and the
+// published knowledge change in one step even if other host threads run other CTAs. The lock is
+// empty for shared memory, because a cluster has one host thread.
 std::unique_lock<std::mutex> strong_step(Warp& warp, const Place& place, std::uint64_t address);
 
 void strong_read(Warp& warp, int lane, const Place& place, std::uint64_t address, Scope scope,

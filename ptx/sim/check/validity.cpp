@@ -1,4 +1,4 @@
-// Registers of which only some bits have been assigned.
+// Registers in which only some bits have been assigned.
 #include "validity.h"
 
 #include <string>
@@ -58,7 +58,7 @@ void Warp::need(const Slot& slot, std::uint32_t mask, const char* use, std::uint
             std::to_string(63 - __builtin_clzll(lacking)) + " of it were never assigned";
   }
   finding(FindingKind::uninitialized_register, what, missing);
-  set_valid(slot, missing, missing);  // say it once
+  set_valid(slot, missing, missing);  // report it only once
 }
 
 }  // namespace torchext::sim

@@ -1,7 +1,7 @@
-// Validity of parts of registers: which bits of a result depend on bits that nothing has assigned.
-// Most registers are assigned whole, and a mask of lanes says so (Warp::valid). Where a lane lacks
-// some bits, results follow them bit by bit, as Memcheck's do: copying, packing and masking invalid
-// bits is no fault; an address, a predicate or a stored byte that depends on them is.
+// Validity of register bits: which bits of a result depend on bits that nothing has assigned. Most
+// registers are assigned whole, and a mask of lanes says so (Warp::valid). Invalid bits of a lane
+// are followed bit by bit, as Memcheck does: it is no fault to copy, pack or mask invalid bits, but
+// an address, a predicate or a stored byte must not depend on them.
 #pragma once
 
 #include <cstddef>
@@ -14,12 +14,12 @@
 
 namespace torchext::sim {
 
-// How an instruction spreads invalid bits. A functor of lanes.h names its own as `spread`.
+// How invalid operand bits make result bits invalid. A functor of lanes.h states its `spread`.
 enum class Spread : std::uint8_t {
-  all,     // one invalid operand bit spoils the whole result
-  carry,   // it spoils its own place and all above, as in additions
-  halves,  // it spoils its own 16 bits
-  bits,    // a result bit is one operand bit, or depends on the operands' bits at one place
+  all,     // one invalid operand bit makes all result bits invalid
+  carry,   // it makes its own position and all higher ones invalid (addition)
+  halves,  // it makes the 16 bits of its half invalid
+  bits,    // each result bit depends on at most one bit of each operand
 };
 
 template <class F, class = void>
@@ -31,13 +31,13 @@ struct SpreadOf<F, std::void_t<decltype(F::spread)>> {
   static constexpr Spread value = F::spread;
 };
 
-// The valid bits of a result whose `count` operands have these invalid bits. Not for Spread::bits.
+// Valid bits of a result, given the invalid bits of its `count` operands. Not for Spread::bits.
 std::uint64_t spread_invalid(Spread spread, const std::uint64_t* invalid, std::size_t count);
 
-// Spread::bits: the bits of result(operands) that do not depend on invalid bits. The first `data`
-// operands are data; a shift count, selector or position behind them must be valid whole. Since
-// each result bit depends on at most one bit of each datum, it is enough to fill the invalid bits
-// of each with zeros and with ones.
+// For Spread::bits: the bits of result(operands) that do not depend on invalid bits. The first
+// `data` operands are data. The operands after them (shift counts, selectors, positions) must be
+// valid whole. Each result bit depends on at most one bit of each datum, so it is enough to try the
+// invalid bits of each datum as all zeros and as all ones.
 template <class Result>
 std::uint64_t settled_bits(const std::uint64_t* operand, const std::uint64_t* invalid,
                            std::size_t count, std::size_t data, Result&& result) {
@@ -72,7 +72,7 @@ std::uint64_t to_bits(T value) {
   return bits;
 }
 
-// A lane's bits for each lane of a result.
+// 64 bits for each lane.
 struct LaneBits {
   std::uint64_t of[32];
 };
@@ -85,8 +85,8 @@ R apply_to_bits(const Instruction& i, const std::uint64_t* x, std::index_sequenc
     return F()(from_bits<A>(x[k])...);
 }
 
-// The valid bits of R = F(A...), of operands s[0], s[1], ..., for instructions of lanes.h some lane
-// of which has an operand that is not valid whole.
+// The valid bits of R = F(A...) with the operands s[0], s[1], ... The functions of lanes.h call
+// this if an operand is not valid whole in some lane.
 template <class R, class F, class... A>
 __attribute__((noinline, cold)) void find_valid_bits(Warp& w, const Instruction& i,
                                                      std::uint32_t mask, LaneBits* bits) {

@@ -9,7 +9,7 @@ namespace torchext::sim {
 
 namespace {
 
-// The operand that says what a call calls.
+// The operand that names the function of a call.
 const Arg* target_of(const RawInstruction& i) {
   const std::size_t k = !i.args.empty() && i.args[0].kind == Arg::list ? 1 : 0;
   return k < i.args.size() ? &i.args[k] : nullptr;
@@ -37,8 +37,8 @@ const ProgramBuilder::FunctionPlan* ProgramBuilder::plan(const Function& f) cons
   return it == plan_of_.end() ? nullptr : &plans_[it->second];
 }
 
-// Functions whose address something in the module holds: a variable, or an operand that is no
-// call's target.
+// Functions whose address is taken: by the initializer of a variable, or by an operand other than
+// the target of a call.
 const std::vector<const Function*>& ProgramBuilder::address_taken() {
   if (knows_address_taken_) return address_taken_;
   knows_address_taken_ = true;
@@ -64,8 +64,8 @@ const std::vector<const Function*>& ProgramBuilder::address_taken() {
   return address_taken_;
 }
 
-// The functions that an indirect call may reach: those that .calltargets or a variable lists, or
-// all of a .callprototype's signature whose address is taken somewhere.
+// The functions that an indirect call may reach: those listed by .calltargets or by a variable, or
+// all functions with the signature of the .callprototype whose address is taken.
 std::vector<const Function*> ProgramBuilder::indirect_callees(const Function& f,
                                                               const RawInstruction& i) {
   std::vector<const Function*> found;

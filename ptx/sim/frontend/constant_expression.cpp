@@ -1,6 +1,6 @@
-// Numbers and constant expressions as PTX writes them (PTX ISA, "Constants"): 64-bit integers,
-// signed unless a U or their size says otherwise, and doubles. 0f... and 0d... are exact bits and
-// take part in no expression.
+// Numbers and constant expressions of PTX (PTX ISA, "Constants"): doubles, and 64-bit integers,
+// which are signed unless they end in U or need the 64th bit. 0f... and 0d... give exact bits and
+// cannot be part of an expression.
 #include <cstdlib>
 #include <cstring>
 
@@ -11,8 +11,8 @@ namespace torchext::sim {
 
 namespace {
 
-// An integer's Arg::text is "u" if it is unsigned; a real's, "d" for a double, "f" for 32 exact
-// bits in Arg::offset, "x" for 64 exact bits.
+// Arg::text gives the kind. Integer: "u" if unsigned. Real: "d" for a double, "f" for 32 exact bits
+// (in Arg::offset), "x" for 64 exact bits.
 Arg integer_constant(std::uint64_t bits, bool is_unsigned) {
   Arg arg;
   arg.kind = Arg::integer;
@@ -103,7 +103,7 @@ Arg TokenReader::number_literal() {
     std::memcpy(&single, &low, 4);
     Arg arg = real_constant(static_cast<double>(single));
     arg.text = "f";
-    arg.offset = static_cast<std::int64_t>(low);  // the bits of a NaN survive here alone
+    arg.offset = static_cast<std::int64_t>(low);  // a double would lose the bits of a NaN
     return arg;
   }
   if (prefix == 'd' || prefix == 'D') {
@@ -260,7 +260,7 @@ Arg TokenReader::combined(const std::string& op, const Arg& x, const Arg& y,
   if (op == "<=") return integer_constant(is_unsigned ? a <= b : sa <= sb, false);
   if (op == ">=") return integer_constant(is_unsigned ? a >= b : sa >= sb, false);
   if (b == 0) fail_at(line, "division by zero");
-  const bool overflows = !is_unsigned && sb == -1;  // the least integer has no negation
+  const bool overflows = !is_unsigned && sb == -1;  // the smallest integer has no negation
   if (op == "/")
     return integer_constant(is_unsigned ? a / b
                             : overflows ? ~a + 1

@@ -76,7 +76,7 @@ const std::pair<const char*, Special> kSpecials[] = {
     {"%current_graph_exec", Special::zero},  // no launch belongs to a graph
 };
 
-// %envreg0 to %envreg31 are the driver's; but for the grid's workspace it leaves them 0.
+// The driver sets %envreg0 to %envreg31. All are 0 except those with the grid's workspace.
 bool is_driver_register(const std::string& name) {
   if (name.compare(0, 7, "%envreg") != 0) return false;
   for (int i = 0; i < 32; ++i) {

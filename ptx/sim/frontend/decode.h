@@ -1,5 +1,5 @@
-// From parsed instructions to executable ones. Each instruction family registers a decoder for its
-// opcodes; a decoder takes the modifiers that it knows and fails on any that are left.
+// Turns parsed instructions into executable ones. Each instruction family registers a decoder for
+// its opcodes. A decoder takes the modifiers that it knows; any other modifier is an error.
 #pragma once
 
 #include <initializer_list>
@@ -35,15 +35,15 @@ class Decoder {
   void writes(Space space, std::uint32_t bytes, Proxy proxy = Proxy::generic);
   int target() const;  // 90 for sm_90a
 
-  // Modifiers. take: true if it was there; a type is taken in order of appearance.
+  // Modifiers. take returns true if it was there. Types are taken in order of appearance.
   bool take(const char* modifier);
   std::string take_one_of(std::initializer_list<const char*> modifiers);  // "" if none
-  // The one that comes first in the opcode; "" if none is there.
+  // The modifier that comes first in the opcode; "" if none is present.
   std::string take_first_of(std::initializer_list<const char*> modifiers);
   bool take_prefix(const char* prefix, std::string* rest);  // "m64n" -> "m64n128k32"
   Type take_type();                                         // fails if there is none
   Type take_type_if_any();
-  // Modifiers that change speed, not meaning.
+  // Takes modifiers that change speed and not results.
   void take_cache_hints();
   Scope take_scope();                  // Scope::none if there is none
   bool has_cache_policy = false;       // .L2::cache_hint: one more operand
@@ -66,13 +66,13 @@ class Decoder {
   Slot predicate_destination(const Arg& arg);
   Slot constant(std::uint64_t value, int bytes);
   std::uint64_t immediate(std::size_t i) const;  // fails unless it is an integer literal
-  // [base + offset]; which of arg.args follow the base is the caller's affair.
+  // [base + offset]. The caller handles any further elements of arg.args.
   Slot address(const Arg& arg, std::int64_t* offset, Space* space);
   bool is_register(const Arg& a) const { return a.kind == Arg::reg; }
   Type register_type(const Arg& a) const;
   std::uint32_t label(const Arg& arg) const;
   const Function::Table& branch_table(const Arg& arg) const;
-  // The innermost declaration of that name that this instruction sees; null if there is none.
+  // The innermost declaration of that name in scope at this instruction; null if there is none.
   template <class T>
   const T* in_scope(const std::vector<T>& all, const std::string& name) const {
     for (int scope = static_cast<int>(raw.scope); scope >= 0;
@@ -125,7 +125,7 @@ const OpcodeTable& opcode_table();  // program.cpp
 // The error message for an opcode, whose first part is `name`, that the table lacks.
 std::string why_unknown(const std::string& opcode, const std::string& name);  // absent.cpp
 
-// Each in the file of its name.
+// Each is defined in the file of its name.
 void add_control(OpcodeTable&);
 void add_calls(OpcodeTable&);
 void add_stack(OpcodeTable&);
@@ -208,7 +208,7 @@ class ProgramBuilder {
   std::map<std::string, std::uint32_t> opcode_index_;
 };
 
-// Storage for .global and .const variables. They keep their values between launches.
+// Storage of .global and .const variables, which keep their values between launches.
 struct DeviceVariables {
   struct Entry {
     std::string name;

@@ -5,10 +5,10 @@
 
 namespace torchext::sim {
 
-// "void scale<128>(float*)" of "_Z5scaleILi128EEvPf"; other names unchanged.
+// "_Z5scaleILi128EEvPf" gives "void scale<128>(float*)". Other names are returned unchanged.
 std::string demangled(const std::string& symbol);
 
-// Without result type and parameters: "scale<128>".
+// The same without result type and parameters: "scale<128>".
 std::string short_name(const std::string& symbol);
 
 }  // namespace torchext::sim

@@ -97,7 +97,7 @@ struct RegisterDecl {
   Type type;
 };
 
-// Who else may define the name, and which definition counts (linker.cpp).
+// Which other modules may define the name, and which definition wins (linker.cpp).
 enum class Linkage : std::uint8_t { internal, visible, weak, common, external };
 
 struct Variable {  // .shared, .global, .const, .local, .param
@@ -125,7 +125,7 @@ struct Variable {  // .shared, .global, .const, .local, .param
   std::vector<Reference> references;  // addresses within the initializer
 };
 
-// Whether two lists of parameters have as many members of the same sizes.
+// True if two lists of parameters have the same number of members, of the same sizes.
 bool same_sizes(const std::vector<Variable>& a, const std::vector<Variable>& b);
 
 struct Function {
@@ -191,15 +191,15 @@ struct ParsedModule {
 struct Instruction;
 
 enum class Step : std::uint8_t {
-  next,   // go on with the following instruction
-  jump,   // the group's pc has been set (or its lanes are gone)
-  block,  // nothing done: try again after something has changed
+  next,   // continue with the following instruction
+  jump,   // the group's pc has been set, or its lanes have exited
+  block,  // nothing was done; try again after something has changed
 };
 using Execute = Step (*)(Warp&, const Instruction&, std::uint32_t mask);
 
-// Where 32 lanes' values of one operand lie: in the warp's registers (bank 0) or among the
-// launch's constants (bank 1). Elements are 4 bytes, 8 for 64-bit registers; a predicate is one
-// 32-bit mask.
+// The place of one operand's 32 lane values: in the warp's registers (bank 0) or among the launch's
+// constants (bank 1). An element has 4 bytes, or 8 in a 64-bit register. A predicate is one 32-bit
+// mask.
 struct Slot {
   std::uint32_t offset = 0;
   std::uint32_t reg = 0;  // index of its validity mask; 0 is always valid
@@ -229,7 +229,7 @@ struct Instruction {
   Traits traits;
 };
 
-// Read-only registers that hold a value per lane, filled when a warp starts.
+// Special registers: a read-only value per lane, set when a warp starts.
 enum class Special : std::uint8_t {
   tid_x,
   tid_y,
@@ -286,7 +286,7 @@ enum class Special : std::uint8_t {
   count,
 };
 
-// A kernel with every function that it calls, ready to run.
+// A kernel and all functions that it calls, ready to run.
 struct Program {
   std::string kernel, module;
   int target_number = 0;

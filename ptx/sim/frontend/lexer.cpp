@@ -19,8 +19,8 @@ bool is_word(char c) {
          c == '.';
 }
 
-// Where the number that starts at `i` ends. What is no number (0x, 1.2.3, 5abc) is taken whole, so
-// that the error names all of it. '%' is no part: after a number it is an operator.
+// The end of the number that starts at `i`. Malformed numbers (0x, 1.2.3, 5abc) are taken whole, so
+// that the error shows all of them. '%' ends a number, because it is then an operator.
 std::size_t end_of_number(const std::string& text, std::size_t i) {
   const bool prefixed = text[i] == '0' && i + 1 < text.size() &&
                         std::isalpha(static_cast<unsigned char>(text[i + 1])) != 0 &&
@@ -37,7 +37,7 @@ std::size_t end_of_number(const std::string& text, std::size_t i) {
   return i;
 }
 
-// Where the word that starts at `i` ends. The type may touch a directive of storage: CUDA's FP16
+// The end of the word that starts at `i`. A type may follow .reg without a blank: CUDA's FP16
 // header writes ".reg.b16 r;".
 std::size_t end_of_word(const std::string& text, std::size_t i) {
   for (const char* storage : {".reg.", ".param.", ".local.", ".shared.", ".global.", ".const."}) {

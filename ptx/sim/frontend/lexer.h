@@ -1,5 +1,5 @@
-// Splits PTX into tokens. A dotted opcode, a %register and a "a::b" modifier are one word each; so
-// is a number, with its exponent's sign; so are the operators of two characters.
+// Splits PTX into tokens. Each of these is one token: a dotted opcode, a %register, an "a::b"
+// modifier, a number with the sign of its exponent, an operator of two characters.
 #pragma once
 
 #include <cstdint>

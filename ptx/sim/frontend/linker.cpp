@@ -1,4 +1,4 @@
-// Linking: names that modules keep to themselves, definitions, declarations, what is missing.
+// Linking: local names, definitions, declarations, and names that no module defines.
 #include "linker.h"
 
 #include <algorithm>
@@ -19,7 +19,7 @@ const std::string& renamed(const Names& names, const std::string& name) {
   return it == names.end() ? name : it->second;
 }
 
-// Labels are names too, but none is called as what its own module defines.
+// Labels are not renamed: a label never has the name of something that its module defines.
 void rename(Arg& arg, const Names& names) {
   if (arg.kind == Arg::name) arg.text = renamed(names, arg.text);
   for (Arg& a : arg.args) rename(a, names);
@@ -70,7 +70,7 @@ std::set<std::string> all_names(const ParsedModule& m) {
   return names;
 }
 
-// Makes the modules' own names differ from all others'.
+// Renames the local names of each module so that no two modules share one.
 void part_names(std::vector<ParsedModule>& modules) {
   std::set<std::string> taken = all_names(modules[0]);
   for (std::size_t n = 1; n < modules.size(); ++n) {
@@ -92,7 +92,7 @@ std::string place(const ParsedModule& m, std::uint32_t source, std::uint32_t lin
   return s.name + ":" + std::to_string(line - s.lines_before);
 }
 
-// Strong, weak, common: the first kind that is there gives the definition.
+// A strong definition wins over a weak one, and a weak one over a common one.
 int strength(Linkage linkage) {
   return linkage == Linkage::weak ? 1 : linkage == Linkage::common ? 2 : 0;
 }
@@ -169,7 +169,7 @@ void keep_definitions(ParsedModule& m, std::vector<T>& all, KeepOne&& keep_one) 
   all = std::move(kept);
 }
 
-// What a function or an initializer uses must be defined, or be the runtime's.
+// Names that functions and initializers use must be defined, or belong to the runtime.
 void find_missing(const ParsedModule& m) {
   std::set<std::string> missing;
   for (const Variable& v : m.variables) {
@@ -206,7 +206,7 @@ void find_missing(const ParsedModule& m) {
   }
 }
 
-// Tells the module's lines and files from those of the modules before it.
+// Offsets the module's line and file numbers by those of the modules before it.
 void place_behind(ParsedModule& m, std::uint32_t source, std::uint32_t lines, std::uint32_t files) {
   const auto place_variable = [&](Variable& v) {
     v.source = source;

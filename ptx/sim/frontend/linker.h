@@ -1,4 +1,4 @@
-// Several parsed modules into one, as nvlink makes one cubin of several.
+// Links several parsed modules into one, as nvlink links cubins.
 #pragma once
 
 #include <string>
@@ -8,9 +8,9 @@
 
 namespace torchext::sim {
 
-// Names that are neither .visible, .weak, .common nor .extern stay their module's own. Throws
-// PtxError, which names the modules, for what is defined twice or not at all, and for declarations
-// that disagree. Lines count on from module to module: ParsedModule::sources tells them apart.
+// A name that is not .visible, .weak, .common or .extern stays local to its module. Throws
+// PtxError, which names the modules, for a name that is defined twice or not at all, and for
+// declarations that disagree. Lines are numbered through all modules; sources separates them.
 ParsedModule link_modules(std::vector<ParsedModule> modules, const std::string& name);
 
 }  // namespace torchext::sim

@@ -70,7 +70,7 @@ Variable Parser::variable_head(Linkage how) {
   return v;
 }
 
-// .attribute(.managed), .attribute(.unified(1, 2)): where memory lives, which is all one here.
+// .attribute(.managed), .attribute(.unified(1, 2)) place memory, which makes no difference here.
 void Parser::skip_attribute() {
   expect('(');
   for (int depth = 1; depth > 0; take()) {
@@ -116,7 +116,7 @@ void Parser::declarator(Variable& v, bool parameter) {
     fail_at(v.line, "'" + v.name + "' has no size, and is not .extern");
 }
 
-// Braces nest as the array does; what they leave out is zero.
+// Braces nest like the array's dimensions. Elements that are left out are zero.
 void Parser::initializer(Variable& v, const std::vector<std::uint64_t>& counts, std::size_t level) {
   if (level == counts.size()) return element(v);
   const Nested nested(*this);
@@ -135,7 +135,7 @@ void Parser::initializer(Variable& v, const std::vector<std::uint64_t>& counts, 
     } while (accept(','));
   }
   expect('}');
-  // The outermost array stays as long as its text: it may be huge, and mostly zero.
+  // The outermost array is not padded: it may be huge, and mostly zero.
   if (level > 0) {
     if (counts[level] * each > 1u << 28) fail("the initializer of '" + v.name + "' is too large");
     v.initial.resize(begin + counts[level] * each);
@@ -213,7 +213,7 @@ std::vector<Variable> Parser::parameters(bool declare) {
   return result;
 }
 
-// In a function's body: a name that no other scope can collide with.
+// A unique name for a variable in a function's body, where scopes may reuse names.
 void Parser::declare_variable(Variable v) {
   const std::string unique =
       "{" + function_->name + ":" + std::to_string(function_->variables.size()) + "}" + v.name;
@@ -229,7 +229,7 @@ void Parser::registers() {
   const std::string type_word = take_word();
   Type type = type_named(type_word.substr(1));
   if (type == Type::none) fail("unknown register type '" + type_word + "'");
-  if (type == Type::b128) {  // two halves: every instruction that takes it moves them alike
+  if (type == Type::b128) {  // two 64-bit halves, which every instruction moves alike
     if (lanes != 1) fail("vectors of .b128 registers are not supported");
     type = Type::b64;
     lanes = 2;

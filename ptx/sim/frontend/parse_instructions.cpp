@@ -7,7 +7,7 @@ namespace torchext::sim {
 
 namespace {
 
-// Special registers of four elements, which an instruction may read as one.
+// Special registers of four elements, which an instruction may read as a vector.
 bool is_special_vector(const std::string& name) {
   for (const char* vector : {"%tid", "%ntid", "%ctaid", "%nctaid", "%clusterid", "%nclusterid",
                              "%cluster_ctaid", "%cluster_nctaid"}) {
@@ -173,7 +173,7 @@ Arg Parser::simple_operand() {
   if (accept('{')) return sequence(Arg::vector, '}');
   if (in_call_ && peek().is('(')) {
     take();
-    in_call_ = false;  // within the list, brackets are an expression's
+    in_call_ = false;  // inside the list, parentheses belong to expressions
     Arg list = sequence(Arg::list, ')');
     in_call_ = true;
     return list;
@@ -182,7 +182,7 @@ Arg Parser::simple_operand() {
     Arg arg;
     arg.kind = Arg::memory;
     arg.args.push_back(simple_operand());
-    std::swap(arg.offset, arg.args[0].offset);  // a name has taken its own
+    std::swap(arg.offset, arg.args[0].offset);  // the offset may follow a name
     arg.offset += displacement();
     while (accept(',')) arg.args.push_back(operand());
     expect(']');

@@ -52,7 +52,7 @@ void Parser::top_level() {
   }
 }
 
-// .target sm_90a, debug. Of several directives the last counts.
+// .target sm_90a, debug. The last of several directives counts.
 void Parser::target_directive() {
   take();
   module_.target = take_word();
@@ -81,7 +81,7 @@ void Parser::file_directive() {
   while (accept(',')) constant_integer();
 }
 
-// DWARF, which nothing here reads: .loc says where instructions come from.
+// Skips DWARF sections. The source lines come from .loc.
 void Parser::section() {
   take();
   while (!peek().is('{')) {
@@ -97,7 +97,7 @@ void Parser::section() {
   } while (depth > 0);
 }
 
-// Advice to ptxas, which changes no results: .pragma "nounroll";
+// .pragma "nounroll"; is advice to ptxas and changes no results.
 void Parser::pragma() {
   take();
   do {
@@ -176,7 +176,7 @@ void Parser::function_directive(Function& f) {
     f.max_registers = take_integer();
   else if (token.is(".maxnctapersm") || token.is(".maxclusterrank") || token.is(".abi_preserve") ||
            token.is(".abi_preserve_control"))
-    take_integer();  // limits of what ptxas and the launcher may do, not of what runs
+    take_integer();  // a limit for ptxas and the launcher, without effect on execution
   else if (token.is(".attribute"))
     skip_attribute();
   else if (token.is(".blocksareclusters"))

@@ -1,4 +1,4 @@
-// PTX text to ParsedModule: declarations, functions, instructions with register names resolved.
+// Parses PTX text to a ParsedModule: declarations, functions, instructions with registers resolved.
 #pragma once
 
 #include <string>
@@ -7,8 +7,8 @@
 
 namespace torchext::sim {
 
-// Throws PtxError, which names the line, for anything that is not well-formed PTX. Opcodes are
-// checked later, when a kernel is decoded.
+// Throws PtxError, which names the line, if the text is not well-formed PTX. Opcodes are checked
+// later, when a kernel is decoded.
 ParsedModule parse_ptx(const std::string& text, const std::string& name);
 
 }  // namespace torchext::sim

@@ -1,4 +1,4 @@
-// The recursive descent behind parse_ptx, in three files: parser.cpp (modules and functions),
+// The recursive-descent parser of parse_ptx, in three files: parser.cpp (modules and functions),
 // parse_declarations.cpp (variables, registers, initializers), parse_instructions.cpp (bodies,
 // operands).
 #pragma once
@@ -37,7 +37,7 @@ class Parser : TokenReader {
   void initializer(Variable& v, const std::vector<std::uint64_t>& counts, std::size_t level);
   void element(Variable& v);
   void address_element(Variable& v, int shift, int bytes);
-  // "(.param .u32 a, .reg .u64 b)"; a prototype's registers are declared nowhere.
+  // "(.param .u32 a, .reg .u64 b)". The registers of a prototype are not declared.
   std::vector<Variable> parameters(bool declare = true);
   void skip_attribute();
   void registers();
@@ -70,7 +70,7 @@ class Parser : TokenReader {
 
   ParsedModule module_;
   Function* function_ = nullptr;
-  // By scope: registers, registers of a vector, and the unique names of variables.
+  // For each scope: registers, registers of a vector, and the unique names of variables.
   std::vector<std::unordered_map<std::string, std::uint32_t>> registers_;
   std::vector<std::unordered_map<std::string, std::vector<std::uint32_t>>> vectors_;
   std::vector<std::unordered_map<std::string, std::string>> variables_;

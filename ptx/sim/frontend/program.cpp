@@ -330,9 +330,9 @@ void ProgramBuilder::track_wgmma_registers() {
   }
 }
 
-// Cooper, Harvey, Kennedy, "A Simple, Fast Dominance Algorithm", on the reversed graph. Lanes that
-// leave the function need nobody to wait for them, so a path that ends in an early return or a
-// trap counts only where it is all there is.
+// Cooper, Harvey, Kennedy, "A Simple, Fast Dominance Algorithm", on the reversed graph. No lane
+// waits for lanes that leave the function. So a path that ends in an early return or a trap counts
+// only if there is no other path.
 void ProgramBuilder::find_post_dominators(std::uint32_t begin, std::uint32_t end) {
   Program& p = *program_;
   struct Block {

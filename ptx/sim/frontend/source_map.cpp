@@ -84,7 +84,7 @@ std::vector<SourceFrame> SourceMap::frames(std::uint32_t number) const {
     if (file == files_.end() || l.line == 0) return frames;
     frames.push_back(SourceFrame{file->second, l.line});
     if (!l.inlined) return frames;
-    // The .loc of the call stands before, and says where the caller was inlined in turn.
+    // The .loc of the call comes before, and says where the caller itself was inlined.
     const auto caller = std::find_if(
         std::make_reverse_iterator(at), locations_.rend(), [&](const Location& candidate) {
           return candidate.module == l.module && candidate.file == l.at_file &&

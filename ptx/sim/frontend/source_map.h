@@ -1,4 +1,4 @@
-// From PTX lines to the CUDA lines they were compiled from: .file and .loc, inlining included.
+// Maps PTX lines to the CUDA lines they come from, by .file and .loc, through inlined functions.
 #pragma once
 
 #include <cstdint>
@@ -12,20 +12,20 @@
 namespace torchext::sim {
 
 struct SourceFrame {
-  std::string file;  // relative to the working directory where it lies below it
+  std::string file;  // relative, if below the working directory
   std::uint32_t line = 0;
 };
 
 class SourceMap {
  public:
-  // Lines count on from text to text, as in a linked module.
+  // Line numbers continue from text to text, as in a linked module.
   explicit SourceMap(const std::vector<SourceText>& texts);
 
   // The module, and the line in its own text.
   std::pair<std::string, std::uint32_t> place(std::uint32_t number) const;
   // Line `number` (from 1) without its indentation; empty if there is none.
   std::string text(std::uint32_t number) const;
-  // Where PTX line `number` comes from, innermost inlined function first; empty without -lineinfo.
+  // CUDA lines of PTX line `number`, innermost inlined function first; empty without -lineinfo.
   std::vector<SourceFrame> frames(std::uint32_t number) const;
 
  private:

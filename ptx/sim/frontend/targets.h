@@ -7,8 +7,8 @@
 
 namespace torchext::sim {
 
-// Throws PtxError, naming the line, what is needed and what the module has, if ptxas would refuse
-// the instruction for the target of its source.
+// Throws PtxError if ptxas would refuse the instruction for the module's target. The message names
+// the line, the target that is needed and the target that the module has.
 void check_target(const ParsedModule::Source& source, const RawInstruction& instruction);
 // The same for a kernel's directives.
 void check_target(const ParsedModule::Source& source, const Function& function);

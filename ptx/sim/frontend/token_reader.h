@@ -1,4 +1,4 @@
-// Walks over tokens: looking ahead, taking what is expected, reading numbers and constant
+// Reads tokens one after another: looks ahead, takes expected tokens, reads numbers and constant
 // expressions.
 #pragma once
 
@@ -61,12 +61,12 @@ class TokenReader {
 
   // What cannot begin a constant expression is no operand either.
   bool at_constant() const;
-  // An integer or a real, folded by the rules of PTX ISA "Constant Expressions".
+  // An integer or a real, evaluated by the rules of PTX ISA "Constant Expressions".
   Arg constant_expression();
-  Arg constant_term();              // products and what binds tighter: what may follow "name +"
+  Arg constant_term();              // a product or a factor, as may follow "name +"
   std::int64_t constant_integer();  // an expression that must be an integer
 
-  // Guards the recursive descent against input such as ten thousand brackets.
+  // Limits the depth of recursion, for input such as ten thousand brackets.
   class Nested {
    public:
     explicit Nested(TokenReader& reader) : reader_(reader) {

@@ -1,5 +1,5 @@
-// Instructions of PTX that the simulator refuses, and why. Everything else that it does not know is
-// not PTX of sm_75 to sm_90a.
+// PTX instructions that the simulator refuses, with the reason. All other instructions of sm_75 to
+// sm_90a are known.
 #include "../frontend/decode.h"
 
 namespace torchext::sim {

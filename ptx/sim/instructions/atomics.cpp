@@ -24,7 +24,7 @@ struct Atomic {
   Reduction reduction;
 };
 
-// PTX's f16x2 and bf16x2 reductions work on each half.
+// PTX reduces the two halves of f16x2 and bf16x2 separately.
 Reduction elementwise(const Atomic& a) {
   Reduction r = a.reduction;
   if (a.type == Type::f16x2)
@@ -36,13 +36,13 @@ Reduction elementwise(const Atomic& a) {
   return r;
 }
 
-// Whether anything depends on all that the memory held. A red that clears or sets bits leaves the
-// others alone: cooperative groups so prepare their barriers in memory that nothing has written.
+// True if the result depends on every bit that the memory held. A red that clears or sets bits does
+// not: cooperative groups initialize barriers with such a red in memory that nothing has written.
 bool observes(const Atomic& a) {
   return a.returns || (a.reduction.op != ReduceOp::bit_and && a.reduction.op != ReduceOp::bit_or);
 }
 
-// atom.add.f32 on global memory takes subnormals for zeros; on shared memory it does not.
+// atom.add.f32 flushes subnormals to zero in global memory, and not in shared memory.
 void add_flushing(std::uint8_t* to, const std::uint8_t* from, U32 bytes) {
   const auto flushed = [](float v) {
     return std::fabs(v) < std::numeric_limits<float>::min() ? std::copysign(0.0f, v) : v;
@@ -105,7 +105,7 @@ Step atomic(Warp& w, const Instruction& i, U32 mask) {
       } else {
         modify();
       }
-      if (written) {  // a comparison that fails is a read and releases nothing
+      if (written) {  // a failed comparison is a read and releases nothing
         w.check_write(place, w.actor(lane, a.scope), total, 1u << lane, address);
         strong_write(w, lane, place, address, a.scope, a.release);
       }

@@ -9,7 +9,7 @@ namespace {
 
 enum : U16 { kSync, kArrive, kRedAnd, kRedOr, kRedPopc };
 
-// The thread count that a barrier without one stands for.
+// The thread count of a barrier instruction that names none.
 U32 all_threads(const Cta& cta) {
   U32 n = 0;
   for (const auto& w : cta.warps) n += w->finished() ? 0 : 32;
@@ -37,7 +37,7 @@ Step barrier(Warp& w, const Instruction& i, U32 mask) {
     return Step::next;
   }
   w.need(i.s[0], mask, "as a barrier");
-  U32 elsewhere = 0;  // lanes that name another barrier, or another count
+  U32 elsewhere = 0;  // lanes with another barrier or another count
   for_lanes(mask, [&](int l) {
     const bool same = w.integer(i.s[0], l) == id && (!counted || w.integer(i.s[1], l) == count);
     elsewhere |= U32{!same} << l;
@@ -153,7 +153,7 @@ Step cluster_arrive(Warp& w, const Instruction& i, U32 mask) {
   }
   w.cluster_arrived |= mask;
   w.cluster_pending |= mask;
-  if (i.small) {  // .relaxed: releases only what a fence before it did
+  if (i.small) {  // .relaxed: releases only what an earlier fence released
     w.order_lanes(mask);
     for_lanes(mask & w.fenced_lanes, [&](int l) {
       const Scoped& k = w.fence_released[l];
@@ -211,8 +211,8 @@ void decode_cluster_barrier(Decoder& d) {
   d.out.execute = arrive ? cluster_arrive : cluster_wait;
 }
 
-// A barrier with a count counts warps: one whose lanes have all arrived counts 32 threads, also
-// where it never had as many or some have exited. One without waits for every thread there is.
+// A barrier with a thread count counts 32 for each warp whose live lanes have all arrived, even if
+// the warp has fewer threads. A barrier without a count waits for every thread of the CTA.
 Attendance attendance(const Cta& cta, const NamedBarrier& b) {
   Attendance a{b.again, b.expected};
   for (std::size_t n = 0; n < cta.warps.size(); ++n) {

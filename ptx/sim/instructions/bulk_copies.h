@@ -1,4 +1,4 @@
-// Bulk and tensor copies: decoders that copies.cpp's `cp` dispatches to.
+// Decoders of bulk and tensor copies, which the decoder of `cp` in copies.cpp calls.
 #pragma once
 
 namespace torchext::sim {

@@ -1,8 +1,8 @@
 // Warp collectives: shfl, vote, match, redux, elect, activemask, bar.warp.sync.
 //
-// Each lane passes a member mask of its own. Lanes of one mask meet once all live members are at an
-// instruction of the same kind, wherever it stands; lanes of different masks have nothing to do
-// with each other, even where they execute one instruction together.
+// Each lane passes its own member mask. Lanes with the same mask meet as soon as all live members
+// are at an instruction of the same kind, at whatever address. Lanes with different masks do not
+// affect each other, even if they execute the same instruction together.
 #include <algorithm>
 #include <cstdio>
 
@@ -15,16 +15,16 @@ namespace torchext::sim {
 
 namespace {
 
-// Where every collective keeps its member mask.
+// The operand in which every collective keeps its member mask.
 constexpr std::size_t kMembers = 3;
 
-// Lanes that execute a collective together, and where each does.
+// Lanes that execute a collective together, and the instruction of each.
 class Meeting {
  public:
   Meeting(U32 among, const Instruction& all) : lanes(among), all_(&all) {}
   Meeting(U32 among, const Instruction* const* each) : lanes(among), each_(each) {}
   const Instruction& at(int lane) const { return all_ != nullptr ? *all_ : *each_[lane]; }
-  // Calls f(instruction, lanes that are at it) for each.
+  // Calls f(instruction, lanes at it) for each instruction.
   template <class F>
   void each(F&& f) const {
     if (all_ != nullptr) return f(*all_, lanes);
@@ -55,7 +55,7 @@ bool same_kind(const Instruction& a, const Instruction& b) {
   return a.execute == b.execute && a.small == b.small && a.s[0].bytes == b.s[0].bytes;
 }
 
-// Lanes that differ in their masks, or whose partners are elsewhere.
+// Handles lanes with different masks, or with partners at another instruction.
 Step meet(Warp& w, const Instruction& i, U32 mask, Hold f) {
   U32 masks[32];
   const Instruction* at[32];
@@ -68,7 +68,7 @@ Step meet(Warp& w, const Instruction& i, U32 mask, Hold f) {
     waiting |= lanes;
   };
   come(i, mask);
-  for (const Group& g : w.groups()) {  // a group that waits has only lanes that its guard lets in
+  for (const Group& g : w.groups()) {  // all lanes of a waiting group have passed its guard
     const Instruction& other = w.program().code[g.pc];
     if (&g != &w.group() && g.blocked && !g.parked && !g.released && same_kind(other, i))
       come(other, g.mask);
@@ -366,7 +366,7 @@ void decode_redux(Decoder& d) {
   set_collective(d, d.arg(2), execute);
 }
 
-// Deterministic in hardware for a given member mask; here the lowest member.
+// Elects the lowest member. Hardware elects some member, always the same one for a mask.
 void elect(Warp& w, const Meeting& m) {
   const U32 leader = lane_of(m.lanes);
   m.each([&](const Instruction& i, U32 lanes) {
@@ -387,7 +387,7 @@ void decode_elect(Decoder& d) {
   set_collective(d, d.arg(1), collective<elect>);
 }
 
-// Orders lanes in the strict mode too.
+// Orders the lanes in both lane orders.
 void warp_barrier(Warp& w, const Meeting& m) {
   w.order_lanes(m.lanes);
 }

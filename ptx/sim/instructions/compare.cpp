@@ -85,7 +85,7 @@ inline float widen(AsBf16 v) {
   return bf16_to_float(v.bits);
 }
 
-// The value of an operand; .ftz takes subnormals for zeros.
+// The value of an operand. .ftz flushes subnormals to zero.
 template <class T>
 auto operand(T v, bool ftz) {
   if constexpr (std::is_same_v<T, AsF16>) {
@@ -134,7 +134,7 @@ Step set_predicates(Warp& w, const Instruction& i, U32 mask) {
   return Step::next;
 }
 
-// set: all ones (or 1.0f) where true
+// set: all ones (or 1.0f) if true, else 0
 template <class T, class F>
 Step set_register(Warp& w, const Instruction& i, U32 mask) {
   U32 valid = w.valid(i.s[0]) & w.valid(i.s[1]);
@@ -215,7 +215,7 @@ U16 take_combine(Decoder& d) {
   return mode.empty() ? kNone : mode == "and" ? kAnd : mode == "or" ? kOr : kXor;
 }
 
-// f16x2, bf16x2: the results of the halves, combined, and the lanes in which they are valid.
+// f16x2, bf16x2: the combined results of both halves, and the lanes in which they are valid.
 struct HalfResults {
   U32 low = 0, high = 0, low_valid = 0, high_valid = 0;
 };
@@ -251,7 +251,7 @@ Step set_pair(Warp& w, const Instruction& i, U32 mask) {
   return Step::next;
 }
 
-// set: all ones (or 1.0) in each half where true
+// set: all ones (or 1.0) in each half that is true
 template <class T, class F>
 Step set_halves(Warp& w, const Instruction& i, U32 mask) {
   const HalfResults r = compare_halves<T, F>(w, i, mask);
@@ -337,8 +337,8 @@ void decode_set(Decoder& d) {
   if (type == Type::f64) d.is(OpClass::fp64);
 }
 
-// Each lane takes s[0] where `first` says so, else s[1], and its valid bits with it. `decided`:
-// lanes in which what decides is valid.
+// Each lane copies s[0] if its bit of `first` is set, else s[1], together with the valid bits.
+// `decided`: lanes whose selecting operand is valid.
 void take_either(Warp& w, const Instruction& i, U32 mask, U32 first, U32 decided) {
   const U32 valid = decided & ((first & w.valid(i.s[0])) | (~first & w.valid(i.s[1])));
   LaneBits bits;

@@ -77,7 +77,7 @@ U64 encode_float(const Conversion& c, double v) {
   }
 }
 
-// Out of range clamps. NaN gives the highest bit alone where f64 or 64 bits are involved, else 0.
+// Clamps to the range. NaN gives only the highest bit set if f64 or 64 bits are involved, else 0.
 U64 to_integer(Type type, Type from, double v, Rounding rounding) {
   const int bits = 8 * size_of(type);
   if (v != v) return bits == 64 || from == Type::f64 ? U64{1} << (bits - 1) : 0;
@@ -120,7 +120,7 @@ U64 saturate_integer(int bits, bool to_signed, Type from, U64 value) {
   return value > high ? high : value;
 }
 
-// A 64-bit integer does not fit a double. Rounded to odd, it can be rounded once more, rightly.
+// A double cannot hold every 64-bit integer. Rounding to odd keeps a second rounding correct.
 double round_to_odd(U64 magnitude) {
   if (magnitude >> 53 == 0) return static_cast<double>(magnitude);
   const bool lost = (magnitude & 0x7ff) != 0;
@@ -162,7 +162,7 @@ U64 convert_one(const Conversion& c, U64 bits) {
 Step convert(Warp& w, const Instruction& i, U32 mask) {
   const auto& c = *static_cast<const Conversion*>(i.extra);
   const bool whole = (mask & ~w.valid(i.s[0])) == 0;
-  // Between integers without saturation a bit of the result is a bit of the source, or its sign.
+  // Without saturation, each bit of an integer result is a bit of the source, or its sign.
   const bool by_bit = !is_float(c.from) && !is_float(c.to) && !c.sat;
   const U64 width = low_bits(8 * size_of(c.from));
   LaneBits bits;
@@ -228,12 +228,12 @@ int element_bits(Type packed) {
   return 4 * size_of(packed);
 }
 
-// The valid bits of two elements side by side, each valid or not as a whole; what lies above is 0.
+// Valid bits of two packed elements, each wholly valid or not. Bits above them are 0.
 U64 pair_validity(bool low, bool high, int bits) {
   return (low ? low_bits(bits) : 0) | (high ? low_bits(bits) << bits : 0) | ~low_bits(2 * bits);
 }
 
-// d = {high: a, low: b} from two f32
+// d = {high: a, low: b}, from two f32
 Step pack_two(Warp& w, const Instruction& i, U32 mask) {
   const auto& c = *static_cast<const Conversion*>(i.extra);
   const int bits = element_bits(c.to);
@@ -314,7 +314,7 @@ void decode_pack(Decoder& d) {
   if (to.empty()) d.fail("expected a result of 2 to 16 bits");
   const int bits = std::stoi(to.substr(1));
   const Type from = d.take_type();
-  const bool more = d.take_type_if_any() != Type::none;  // .b32: the operand to shift in above
+  const bool more = d.take_type_if_any() != Type::none;  // .b32: a third operand, placed above
   d.finish(more ? 4 : 3);
   d.out.d = d.destination(0, 4);
   d.out.s[0] = d.source(1, from);

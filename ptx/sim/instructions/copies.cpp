@@ -1,5 +1,5 @@
-// cp.async: the per-thread asynchronous copies of sm_80, their groups and mbarrier arrival; and the
-// way to the bulk copies, whose opcodes begin with cp too.
+// cp.async: the per-thread asynchronous copies of sm_80, their groups and mbarrier arrival. The
+// decoder of `cp` also dispatches to the bulk copies.
 #include <cstring>
 
 #include "../frontend/decode.h"
@@ -18,7 +18,7 @@ struct AsyncCopy {
   bool has_size = false, has_ignore = false;
 };
 
-// A warp's copies share one agent: its lanes issue and wait for them together.
+// All copies of a warp share one agent, because its lanes issue and await them together.
 void need_agent(Warp& w) {
   if (w.cp_async.write_agent != 0) return;
   w.cp_async.write_agent = w.cluster().new_agent();
@@ -122,7 +122,7 @@ Step commit(Warp& w, const Instruction&, U32) {
   return Step::next;
 }
 
-// Groups up to a clock: done, or wanted and false.
+// True if all groups up to a clock are done. If not, marks them as awaited.
 bool groups_done(Warp& w, U32 upto) {
   bool ready = true;
   for (auto& [clock, work] : w.cp_async.work) {
@@ -139,7 +139,7 @@ bool groups_done(Warp& w, U32 upto) {
 Step wait(Warp& w, const Instruction& i, U32 mask) {
   CopyGroups& g = w.cp_async;
   const U32 committed = g.current - 1;
-  // wait_all takes in what has not been committed.
+  // wait_all includes copies that are not committed yet.
   const U32 upto = i.small ? g.current : committed > i.target ? committed - i.target : 0;
   if (!groups_done(w, upto)) return Step::block;
   if (i.small) {
@@ -152,7 +152,7 @@ Step wait(Warp& w, const Instruction& i, U32 mask) {
   return Step::next;
 }
 
-// Arrives when the lane's earlier copies are done. Without .noinc the phase waits for one more.
+// Arrives when the lane's earlier copies are done. Without .noinc the phase expects one more.
 Step arrive_later(Warp& w, const Instruction& i, U32 mask) {
   CopyGroups& g = w.cp_async;
   const Knowledge base = w.release(mask);

@@ -1,4 +1,4 @@
-// Runs, reductions, completion of bulk copies.
+// Bulk copies: runs of bytes, reductions, completion.
 #include "copy_engine.h"
 
 #include <algorithm>
@@ -177,7 +177,7 @@ CopyGroups& bulk_group(Warp& w, int lane) {
   return g;
 }
 
-// The source is taken in one step, the result delivered in another, as wait_group.read allows.
+// Reading the source and writing the result are separate steps, as wait_group.read allows.
 void start_grouped(Warp& w, int lane, CopyJob job, GlobalBuffer* target, std::string what) {
   CopyGroups& g = bulk_group(w, lane);
   g.open = true;

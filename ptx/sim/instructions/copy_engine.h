@@ -1,4 +1,4 @@
-// What bulk and tensor copies have in common: runs of bytes, their order and their completion.
+// The common part of bulk and tensor copies: runs of bytes, their order and their completion.
 #pragma once
 
 #include <memory>
@@ -11,7 +11,7 @@ namespace torchext::sim {
 
 enum class ReduceOp : std::uint8_t { none, add, min, max, inc, dec, bit_and, bit_or, bit_xor };
 
-// Element types that a reduction knows.
+// Reductions and their element types.
 struct Reduction {
   ReduceOp op = ReduceOp::none;
   Type type = Type::b8;
@@ -22,22 +22,22 @@ void reduce_bytes(const Reduction& r, std::uint8_t* to, const std::uint8_t* from
 
 struct CopyRun {
   std::uint8_t* to = nullptr;
-  const std::uint8_t* from = nullptr;  // nullptr: `fill`
+  const std::uint8_t* from = nullptr;  // nullptr: use `fill`
   std::uint32_t bytes = 0;
   std::uint32_t fill = 0;  // index into CopyJob::fills
 };
 
-// Copies the runs late, then signals. Moves data straight to a place in shared memory.
+// A copy: its runs execute later, then it signals.
 struct CopyJob {
   std::vector<CopyRun> runs;
   std::vector<std::vector<std::uint8_t>> fills;
   Reduction reduction;
 };
 
-// The async actor of a copy that `lane` issues.
+// The actor, in the async proxy, of a copy that `lane` issues.
 Actor copy_actor(Warp& w, int lane, std::uint32_t agent, std::uint32_t clock);
 
-// Load-like copies: the mbarrier at (cta, offset) hears of `bytes` when they have landed.
+// For copies into shared memory: when they are done, the mbarrier at (cta, offset) counts `bytes`.
 struct Signal {
   Cta* cta;
   std::uint32_t offset;
@@ -47,10 +47,10 @@ Signal make_signal(Cta& cta, std::uint32_t offset, const MBarrier& m);
 void start_signaled(Warp& w, CopyJob job, const Signal& signal, std::uint32_t bytes,
                     std::string what);
 
-// Store-like copies: part of the lane's current bulk group.
+// For copies out of shared memory, which belong to the lane's current bulk group.
 CopyGroups& bulk_group(Warp& w, int lane);
 void start_grouped(Warp& w, int lane, CopyJob job, GlobalBuffer* target, std::string what);
-// The copy that lane `leader` has just started belongs to this lane's bulk group too.
+// Adds the copy that lane `leader` has just started to this lane's bulk group.
 void join_group(Warp& w, int lane, int leader);
 
 // Host address of `bytes` bytes of global memory, or nullptr after a finding.

@@ -31,7 +31,7 @@ float canonical(float v) {
   return v != v ? float_from_bits(kCanonicalNanF32) : v;
 }
 
-// a + b rounded to odd: a following rounding to at most 51 bits then is as if there were no first.
+// a + b rounded to odd. Rounding that once more, to at most 51 bits, gives the correct result.
 double add_to_odd(double a, double b) {
   const double s = a + b;
   if (!std::isfinite(s)) return s;
@@ -112,7 +112,7 @@ struct Fma32 {
                     i.small);
   }
 };
-// The common forms: round to nearest, nothing flushed, nothing clamped.
+// The common forms: round to nearest, no .ftz, no .sat.
 struct PlainAdd {
   float operator()(float a, float b) const { return canonical(a + b); }
 };
@@ -130,7 +130,7 @@ struct Div32 {
     return finish32(div_to_odd(in32(a, i.small), in32(b, i.small)), i.small);
   }
 };
-struct ApproximateDiv32 {  // gives up on quotients by more than 2^126
+struct ApproximateDiv32 {  // gives a zero if |b| > 2^126
   float operator()(const Instruction& i, float a, float b, float) const {
     a = in32(a, i.small);
     if (std::isfinite(b) && std::fabs(b) > 0x1p126f)
@@ -151,7 +151,7 @@ struct Sqrt32 {
   }
 };
 
-// Approximate functions, at least as exact as the documented error.
+// Approximate functions. Their error is within the documented one.
 struct Rsqrt32 {
   float operator()(const Instruction& i, float a, float, float) const {
     a = in32(a, i.small);
@@ -301,7 +301,7 @@ struct Pair {
   }
 };
 template <U16 and_mask, U16 xor_mask>
-struct HSign {  // .ftz: f16 alone
+struct HSign {  // .ftz: f16 only
   U16 operator()(const Instruction& i, U16 a, U16, U16) const {
     if (i.small & kFtz) a = F16::input(a, kFtz);
     return static_cast<U16>((a & and_mask) ^ xor_mask);

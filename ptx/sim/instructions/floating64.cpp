@@ -77,8 +77,8 @@ struct Rsqrt {
   D operator()(D a) const { return canonical(1.0 / std::sqrt(a)); }
 };
 
-// .approx.ftz.f64 reads and writes the upper 32 bits alone: 20 bits of fraction; subnormals are
-// zeros.
+// .approx.ftz.f64 reads and writes only the upper 32 bits, with 20 bits of fraction. Subnormals
+// count as zeros.
 D upper_half(D v) {
   U64 bits;
   std::memcpy(&bits, &v, 8);

@@ -1,5 +1,5 @@
 // Integer arithmetic: add, sub, mul, mad, div, rem, min, max, abs, neg, sad, carries, dot products,
-// bit counts and fields. Above 500 lines because PTX has so many of them, each a few lines.
+// bit counts and fields. Longer than 500 lines because PTX has so many of them, each short.
 #include <algorithm>
 
 #include "../frontend/decode.h"
@@ -105,7 +105,7 @@ struct MadWide {
     return wrap_add(wrap_mul(static_cast<Wide>(a), static_cast<Wide>(b)), c);
   }
 };
-// Division by zero gives an unspecified value in PTX; all bits set, as hardware does.
+// PTX leaves division by zero unspecified. Hardware sets all bits, and so does this.
 struct Div {
   template <class T>
   T operator()(T a, T b) const {
@@ -281,7 +281,7 @@ void set_ternary(Decoder& d, Type type, Execute execute) {
   d.out.execute = execute;
 }
 
-// .sat: a product of s32, s32 and its sum with the third operand, clamped
+// .sat: the sum of an s32 product and the third operand, clamped
 template <class Product>
 constexpr Execute saturated =
     map3<std::int32_t, std::int32_t, std::int32_t, std::int32_t, AddSaturated<Product>>;
@@ -305,8 +305,8 @@ bool is_integer(Type t) {
   }
 }
 
-// add.cc and friends keep the carries, a bit per lane, at byte 256 of the register file, after the
-// scratch that sinks write to.
+// add.cc and its like keep the carries, one bit per lane, at byte 256 of the register file, after
+// the scratch bytes of sinks.
 std::uint32_t* carry(Warp& w) {
   Slot s;
   s.offset = 256;

@@ -1,4 +1,4 @@
-// Applying a function to every lane of up to four operands.
+// Applies a function to the operands of every lane.
 #pragma once
 
 #include <cstdint>
@@ -34,8 +34,8 @@ inline void each_lane(std::uint32_t mask, F&& f) {
   }
 }
 
-// Carries out `compute`, which may overwrite an operand, and says which bits of the result are
-// valid. F spreads invalid bits (validity.h) of s[0], s[1], ..., which have the types A.
+// Calls `compute`, which may overwrite an operand, and records which bits of the result are valid.
+// F says how invalid bits spread (validity.h) from s[0], s[1], ..., which have the types A.
 template <class R, class F, class... A, class Compute>
 inline void with_validity(Warp& w, const Instruction& i, std::uint32_t mask, Compute&& compute) {
   std::uint32_t valid = mask;
@@ -84,7 +84,7 @@ Step map3(Warp& w, const Instruction& i, std::uint32_t mask) {
   return Step::next;
 }
 
-// With the instruction at hand, for what its modifiers left in `small`.
+// As map3, but F also gets the instruction, whose `small` holds its modifiers.
 template <class R, class A, class B, class C, class F>
 Step map3i(Warp& w, const Instruction& i, std::uint32_t mask) {
   auto* d = w.at(i.d);

@@ -23,7 +23,7 @@ struct Transfer {
   bool acquire = false, release = false, noncoherent = false;
 };
 
-// An element as a register holds it: its bits above are its sign, or 0.
+// An element extended to a register, with its sign or with zeros.
 std::uint64_t extended(const Transfer& t, const std::uint8_t* element) {
   std::uint64_t value = 0;
   std::memcpy(&value, element, std::min<std::size_t>(t.bytes, 8));
@@ -45,7 +45,7 @@ Step load(Warp& w, const Instruction& i, std::uint32_t mask) {
   const std::uint32_t total = t.bytes * t.elements;
   std::uint32_t valid[8];
   for (std::uint32_t e = 0; e < t.elements; ++e) valid[e] = mask;
-  LaneBits local[8];  // of lanes that `valid` leaves out
+  LaneBits local[8];  // for lanes that `valid` leaves out
   for_lanes(mask, [&](int lane) {
     const std::uint64_t address = w.address(i.s[0], i.offset, lane);
     Place place;
@@ -107,7 +107,7 @@ Step store(Warp& w, const Instruction& i, std::uint32_t mask) {
       if (strong) strong_write(w, lane, place, address, t.scope, t.release);
     }
   });
-  if (changed) ++w.cluster().progress;  // a poll loop may store what is there already, or a local
+  if (changed) ++w.cluster().progress;  // equal bytes and local stores do not end a poll loop
   return Step::next;
 }
 
@@ -249,7 +249,7 @@ void decode_isspacep(Decoder& d) {
   d.out.execute = is_space;
 }
 
-// mapa: the address of the same variable in another CTA of the cluster. getctarank: the reverse.
+// mapa gives the address of a variable in another CTA of the cluster. getctarank is the reverse.
 Step map_address(Warp& w, const Instruction& i, std::uint32_t mask) {
   for_lanes(mask, [&](int lane) {
     const std::uint64_t a = w.integer(i.s[0], lane);

@@ -139,14 +139,14 @@ enum : U16 {
   kCtaScope = 1024,
 };
 
-// Without a scope, an arrival or a wait counts as .cluster, though PTX says .cta: CUTLASS and
-// others leave it out where CTAs signal each other.
+// An arrival or a wait without a scope counts as .cluster, although PTX says .cta, because CUTLASS
+// and others omit the scope where CTAs signal each other.
 void take_scope(Decoder& d, U16* flags) {
   const std::string scope = d.take_one_of({"cta", "cluster"});
   if (scope == "cta") *flags |= kCtaScope;
 }
 
-// What an arrival passes on to those who wait, who are threads of the barrier's CTA.
+// The knowledge that an arrival passes on. Only threads of the barrier's CTA can wait for it.
 void pass_on(Warp& w, const Cta& owner, MBarrier& m, bool cta_scope, const Scoped& knowledge) {
   const bool remote = &owner != &w.cta();
   if (!remote) {
@@ -213,7 +213,7 @@ void decode_arrive(Decoder& d, bool drop) {
   Space space = d.take_space();
   if (d.take_type() != Type::b64) d.fail("expected .b64");
   d.out.small = static_cast<U16>(flags | static_cast<U16>(space));
-  // The state operand may be left out for a remote barrier.
+  // A remote barrier may have no state operand.
   const bool has_state = d.arg(0).kind != Arg::memory;
   std::size_t k = has_state ? 1 : 0;
   if (has_state) {
@@ -272,14 +272,14 @@ Step wait(Warp& w, const Instruction& i, U32 mask) {
   w.need(i.s[1], mask, i.small & kParity ? "as a parity" : "as a state");
   Group& g = w.group();
   U32 complete = 0;
-  Knowledge own, all;  // by .cta and by .cluster
+  Knowledge own, all;  // for .cta and for .cluster
   for_lanes(mask, [&](int lane) {
     Cta* owner;
     U32 offset;
     MBarrier* m =
         find_mbarrier(w, lane, space_of(i), w.address(i.s[0], i.offset, lane), &owner, &offset);
     if (m == nullptr) {
-      complete |= 1u << lane;  // reported; let the kernel go on
+      complete |= 1u << lane;  // already reported; let the kernel continue
       return;
     }
     const U64 operand = w.integer(i.s[1], lane);
@@ -309,7 +309,7 @@ Step wait(Warp& w, const Instruction& i, U32 mask) {
   const Knowledge& reached = i.small & kCtaScope ? own : all;
   if (!(i.small & kRelaxed)) {
     if (complete != 0) w.acquire(complete, reached);
-  } else if (w.grid().checks) {  // for a later fence
+  } else if (w.grid().checks) {  // a later fence may acquire it
     for_lanes(complete, [&](int lane) {
       w.strong_acquired[lane][0].join(own);
       for (const std::size_t level : {1, 2}) w.strong_acquired[lane][level].join(reached);
@@ -321,7 +321,7 @@ Step wait(Warp& w, const Instruction& i, U32 mask) {
   return Step::next;
 }
 
-// Of the phase that the mbarrier is in.
+// What the current phase still needs.
 std::string what_is_missing(const MBarrier& m) {
   const std::string arrivals =
       std::to_string(m.pending) + " of " + std::to_string(m.expected) + " arrivals";
@@ -452,7 +452,7 @@ MBarrier* find_mbarrier_for_async(Warp& w, int lane, Space space, U64 address, C
                   " is signaled from the async proxy, but nothing fenced its "
                   "initialization",
               1u << lane, *offset, "mbarrier.init, line " + std::to_string(line), line);
-    m->fenced = true;  // say it once
+    m->fenced = true;  // report it only once
   }
   return m;
 }

@@ -7,18 +7,18 @@
 
 namespace torchext::sim {
 
-// The mbarrier at an address of the given space, or nullptr after a finding: no barrier there, not
-// aligned, exited CTA, or initialized in a way that this lane does not know of.
+// The mbarrier at an address of the given space. Returns nullptr after a finding: there is none,
+// the address is misaligned, the CTA has exited, or the lane does not know the initialization.
 MBarrier* find_mbarrier(Warp& warp, int lane, Space space, std::uint64_t address, Cta** owner,
                         std::uint32_t* offset);
-// The same, for an async-proxy use: asks for a fence after the initialization too.
+// The same for a use by the async proxy, which also needs a fence after the initialization.
 MBarrier* find_mbarrier_for_async(Warp& warp, int lane, Space space, std::uint64_t address,
                                   Cta** owner, std::uint32_t* offset);
 
 void arrive(Cta& cta, MBarrier& barrier, std::uint32_t count, const Knowledge& knowledge);
-// Adds to (expect) or takes from (complete) the phase's bytes.
+// Adds to the phase's pending bytes (expect) or subtracts from them (complete).
 void expect_transactions(MBarrier& barrier, std::int64_t bytes);
-// By offset, since the barrier may be gone (inval) or in another phase when the bytes land.
+// Takes an offset, because inval may have removed the barrier by the time the bytes arrive.
 void complete_transactions(Cta& cta, std::uint32_t offset, std::int64_t bytes);
 
 }  // namespace torchext::sim

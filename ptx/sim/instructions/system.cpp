@@ -33,8 +33,8 @@ Step async_fence(Warp& w, const Instruction& i, U32 mask) {
   return Step::next;
 }
 
-// fence.proxy.alias orders generic accesses through different addresses of the same memory, which
-// the simulator has none of.
+// fence.proxy.alias orders generic accesses through different addresses of the same memory. The
+// simulator has no such aliases.
 Step alias_fence(Warp& w, const Instruction&, U32 mask) {
   w.alias_fence(mask);
   return Step::next;
@@ -58,7 +58,7 @@ Step acquire_map(Warp& w, const Instruction& i, U32 mask) {
   return Step::next;
 }
 
-// A release fence for the initializations alone: a later relaxed arrival passes those on.
+// A release fence for the initializations only. A later relaxed arrival publishes them.
 Step mbarrier_fence(Warp& w, const Instruction&, U32 mask) {
   mark_mbarriers_fenced(w, mask);
   if (!w.grid().checks) return Step::next;
@@ -91,7 +91,7 @@ void decode_proxy_fence(Decoder& d) {
                                : static_cast<std::uint16_t>(cluster | global);
     d.finish(0);
     d.out.execute = async_fence;
-  } else if (d.take("async::generic")) {  // for shared memory alone
+  } else if (d.take("async::generic")) {  // only for shared memory
     if (d.take_one_of({"acquire", "release"}).empty()) d.fail("expected .acquire or .release");
     d.take_one_of({"sync_restrict::shared::cta", "sync_restrict::shared::cluster"});
     d.take_scope();
@@ -200,7 +200,7 @@ void decode_setmaxnreg(Decoder& d) {
 void decode_griddepcontrol(Decoder& d) {
   if (d.take_one_of({"launch_dependents", "wait"}).empty()) d.fail("unknown form");
   d.finish(0);
-  d.out.execute = no_operation;  // one launch at a time: what came before is complete
+  d.out.execute = no_operation;  // launches are serial: all earlier ones are complete
 }
 
 Step sleep(Warp& w, const Instruction&, U32) {

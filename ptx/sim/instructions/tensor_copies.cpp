@@ -21,10 +21,10 @@ struct TensorCopy {
   Slot coordinates[kMaxTensorMapRank];
 };
 
-// What reads the map on the lane's behalf: agent and clock.
+// The agent and clock that read the map for the lane.
 using MapReader = std::pair<U32, U32>;
 
-// `reader` is called if the map can change, and so has to be checked.
+// Calls `reader` if the map can change and must be checked.
 template <class Reader>
 bool fetch_map(Warp& w, const TensorCopy& c, int lane, TensorMapFields* fields, Reader&& reader) {
   const U64 address = w.address(c.map, c.map_offset, lane);
@@ -75,8 +75,8 @@ Type reduce_type(TensorMapDataType t) {
   }
 }
 
-// Every in-bounds run of the box must lie in one buffer; they are checked run by run, neighbors in
-// global memory together.
+// Every in-bounds run of the box must lie in one buffer. Runs that are adjacent in global memory
+// are checked together.
 struct GlobalRange {
   U64 begin = 0, end = 0;
 };
@@ -207,7 +207,7 @@ void load_box(Warp& w, const TensorCopy& c, int lane) {
   }
 }
 
-// Returns whether there is a copy now.
+// Returns true if it has started a copy.
 bool store_box(Warp& w, const TensorCopy& c, int lane) {
   TensorMapFields f;
   CopyGroups& group = bulk_group(w, lane);
@@ -268,8 +268,8 @@ bool same_operands(Warp& w, const TensorCopy& c, int a, int b) {
   return same;
 }
 
-// Lanes that agree on every operand make one store together: the machine code that ptxas (13.0)
-// makes of it issues one UTMASTG for each distinct value. CUTLASS's epilogues rely on it.
+// Lanes that agree on every operand make one store together: in the machine code of ptxas 13.0, a
+// warp issues one UTMASTG for each distinct set of operands. CUTLASS's epilogues rely on it.
 void store_boxes(Warp& w, const TensorCopy& c, U32 mask) {
   U32 leaders = 0;
   for_lanes(mask, [&](int lane) {
@@ -303,7 +303,7 @@ Step copy(Warp& w, const Instruction& i, U32 mask) {
   return Step::next;
 }
 
-// A hint as far as the box goes, but it reads the map.
+// Prefetching the box is only a hint, but the instruction reads the map.
 Step prefetch(Warp& w, const Instruction& i, U32 mask) {
   const auto& c = *static_cast<const TensorCopy*>(i.extra);
   w.need(c.map, mask, "as a tensor map's address");

@@ -9,7 +9,7 @@ namespace torchext::sim {
 
 namespace {
 
-using Wide = __int128;  // holds every intermediate result: vshl makes up to 64 bits of a u32
+using Wide = __int128;  // holds every intermediate result; vshl makes up to 64 bits
 
 enum class VideoOp : std::uint8_t {
   add,
@@ -37,7 +37,7 @@ struct Video {
   bool a_signed = false, b_signed = false, d_signed = false, saturate = false;
   // One lane.
   Field a, b, d;
-  bool merge = false;  // d is a part; the rest of it comes from c
+  bool merge = false;  // writes a part of d; the rest comes from c
   bool wrap = false;   // vshl, vshr: the amount modulo 32, not at most 32
   bool negate_product = false, negate_c = false, plus_one = false;
   int scale = 0;
@@ -90,7 +90,7 @@ Wide compute(const Video& v, Wide a, Wide b) {
       return a - b;
     case VideoOp::absolute_difference:
       return a > b ? a - b : b - a;
-    case VideoOp::average:  // halves are rounded away from zero
+    case VideoOp::average:  // a half rounds away from zero
       return a + b >= 0 ? (a + b + 1) >> 1 : (a + b) >> 1;
     case VideoOp::min:
       return std::min(a, b);

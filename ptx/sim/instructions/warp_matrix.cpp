@@ -74,7 +74,7 @@ namespace {
 constexpr int kMostElements = 256;       // of C: m16n16, m32n8
 constexpr int kMostBytes = 16 * 64 * 2;  // of A or B: m16n8k16 f64
 
-// Which shapes there are; targets.cpp says for which target.
+// The shapes that exist. targets.cpp says which target has them.
 struct Shapes {
   bool wmma;
   const char* type;
@@ -288,7 +288,7 @@ WarpProduct take_product(Decoder& d, bool wmma) {
   const std::string rounding = d.take_one_of({"rn", "rz", "rm", "rp"});
   const std::string operation = d.take_one_of({"xor", "and"});
   const bool counts = d.take("popc");
-  // D, A, B, C; wmma leaves out the f16 of A and B.
+  // D, A, B, C. wmma omits the types of A and B if they are f16.
   std::vector<std::string> types;
   std::string type;
   while (!(type = d.take_first_of({"f16", "bf16", "tf32", "f32", "f64", "e4m3", "e5m2", "s8", "u8",
@@ -326,7 +326,7 @@ WarpProduct take_product(Decoder& d, bool wmma) {
       d.fail("C and D must be .f16 or .f32");
     if (p.half_c != p.half_d && !(wmma && a == "f16"))
       d.fail("C and D of different types need wmma.mma and .f16 operands");
-    // With one of C and D in f32, the sum is f32's: C is widened before, D is rounded after.
+    // If C or D is f32, the sum is f32: C is widened first, D is rounded last.
     const bool half = p.half_c && p.half_d;
     try {
       p.model =

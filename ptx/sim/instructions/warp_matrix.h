@@ -1,5 +1,5 @@
-// Matrices held by a warp: where their elements lie in the lanes' registers, and the products that
-// mma.sync and wmma.mma make of them.
+// Matrices in the registers of a warp: which lane holds which element, and the products that
+// mma.sync and wmma.mma compute.
 #pragma once
 
 #include <cstddef>
@@ -12,15 +12,15 @@
 
 namespace torchext::sim {
 
-// The rows of A, or the columns of B: `rows` vectors of `k` elements. A register holds consecutive
-// elements along k. With g = lane / 4 and t = lane % 4, the lane holds of vector g (and g + 8, ...)
-// the elements from t * elements-per-register on (and from 4 registers' worth further on, ...).
-// PTX documents this for mma.sync; wmma's placement is what ptxas 13.0 makes of it for sm_80.
+// The rows of A, or the columns of B: `rows` vectors of `k` elements. A register holds `per`
+// elements that are consecutive along k. With g = lane / 4 and t = lane % 4, a lane holds elements
+// of the vectors g, g + 8, ...; its registers begin at the elements t * per, (t + 4) * per, ...
+// PTX documents this for mma.sync. For wmma, it is the placement in ptxas 13.0's code for sm_80.
 struct OperandLayout {
   int rows = 0, k = 0;
   int bits = 0;       // of an element; 64: a register pair of one element
-  bool is_b = false;  // 16 columns of B are two blocks of 8, 16 rows of A one of 16
-  int registers = 0;  // wmma holds an f16 operand up to four times over
+  bool is_b = false;  // B has two blocks of 8 columns where A has one of 16 rows
+  int registers = 0;  // wmma holds up to four copies of an f16 operand
   int per() const { return bits == 64 ? 1 : 32 / bits; }
   int distinct() const { return rows * k / 32 / per(); }
   // The vector and the first element along k of register r.
@@ -48,14 +48,14 @@ struct WarpProduct {
   bool a_signed = false, b_signed = false, saturate = false;
   bool conjunction = false;  // single_bits: count a & b, not a ^ b
   int rounding = 0;          // doubles: the <cfenv> mode
-  // Where the registers' values go, by register and lane: bytes into the images of A and B,
-  // elements of C.
+  // Where each register of each lane goes: byte offsets in the images of A and B, and element
+  // indices in C.
   std::vector<std::uint16_t> a_at, b_at, c_at;
   int registers_c() const { return half_c ? c.elements() / 2 : c.elements(); }
   int registers_d() const { return half_d ? c.elements() / 2 : c.elements(); }
 };
 
-// Takes the shape, the types and what else belongs to the product from an mma or a wmma.mma.
+// Takes the shape, the types and the other modifiers of an mma or a wmma.mma.
 WarpProduct take_product(Decoder& d, bool wmma);
 // The operands D, A, B, C into d.out.list, and d.out.execute.
 void decode_product(Decoder& d, const WarpProduct& product);

@@ -1,6 +1,6 @@
-// wgmma: fence, mma_async, commit_group, wait_group. Each warp computes its own 16 rows, once all
-// four have issued the wgmma: it reads what any of them had written by then. A group is complete
-// when all four warps' rows are, so whoever has waited may release the operands for all.
+// wgmma: fence, mma_async, commit_group, wait_group. Each warp computes its own 16 rows after all
+// four warps have issued the wgmma, and reads what any of them had written by then. A group is
+// complete when the rows of all four are, so a warp that has waited may release the operands.
 #include <algorithm>
 #include <cstring>
 
@@ -12,7 +12,7 @@
 
 namespace torchext::sim {
 
-// What a wgmma.mma_async says.
+// The operands of a wgmma.mma_async.
 struct WgmmaShape {
   int n = 0, k = 0;
   NumberFormat a_format = NumberFormat::e4m3, b_format = NumberFormat::e4m3;
@@ -27,8 +27,8 @@ struct WgmmaShape {
 
 namespace {
 
-// PTX ISA, "Matrix Descriptor Format" and "Strides": offsets in bytes; the canonical layouts as
-// CUTLASS writes them down, in 16-byte units.
+// See PTX ISA, "Matrix Descriptor Format" and "Strides". Offsets are in bytes. The canonical
+// layouts are those that CUTLASS describes, in 16-byte units.
 struct Descriptor {
   U32 start, leading, stride, base_offset, span;  // span: bytes of a swizzled row, 0 for none
   explicit Descriptor(U64 bits)
@@ -125,7 +125,7 @@ Step fence(Warp& w, const Instruction&, U32 mask) {
 
 Step commit(Warp& w, const Instruction&, U32 mask) {
   ++w.wgmma_group;
-  ++w.cluster().progress;  // another warp of the warpgroup may wait for this one's part
+  ++w.cluster().progress;  // another warp of the warpgroup may wait for this warp
   w.order_if_converged(mask);
   return Step::next;
 }
@@ -136,7 +136,7 @@ Step wait(Warp& w, const Instruction& i, U32 mask) {
   const auto& warps = w.cta().warps;
   const std::size_t last = std::min(first + 4, warps.size());
   for (std::size_t k = first; k < last; ++k) {
-    if (warps[k]->wgmma_group <= upto) return Step::block;  // has yet to issue its part
+    if (warps[k]->wgmma_group <= upto) return Step::block;  // this warp has not issued its part yet
   }
   for (std::size_t k = first; k < last; ++k) {
     for (auto& p : warps[k]->wgmma_pending) {
@@ -159,7 +159,7 @@ Step wait(Warp& w, const Instruction& i, U32 mask) {
 
 // ---- mma_async ----------------------------------------------------------------------------------
 
-// Checks the bytes that a wgmma reads, as known to `reader`.
+// Checks the bytes that a wgmma reads, with the knowledge of `reader`.
 void check_operands(Warp& w, const PendingWgmma& p, const Actor& reader) {
   const auto& shape = *static_cast<const WgmmaShape*>(p.instruction->extra);
   Place place;
@@ -183,13 +183,13 @@ void check_operands(Warp& w, const PendingWgmma& p, const Actor& reader) {
   for_each_chunk(p.b_descriptor, shape.transpose_b, 0, static_cast<U32>(shape.n), shape, check);
 }
 
-// All four warps have issued the wgmma: it may read its operands from now on.
+// Called when all four warps have issued the wgmma, which may read its operands from now on.
 void start(Warp& last, const WgmmaRecord& record) {
   const LaunchOptions& options = last.grid().options;
   Knowledge met;
   for (const auto& [w, p] : record.parts) met.join(p->knowledge);
   for (const auto& [w, p] : record.parts) {
-    // By the letter of PTX the warps do not wait for each other.
+    // PTX does not promise that the warps wait for each other.
     const Knowledge& known = options.lane_order == LaunchOptions::strict ? p->knowledge : met;
     Actor reader = w->actor(static_cast<int>(lane_of(p->lanes)));
     reader.agent = w->wgmma_agent;
@@ -204,7 +204,7 @@ void start(Warp& last, const WgmmaRecord& record) {
         options.completion == LaunchOptions::Eager ||
         (options.completion == LaunchOptions::Random && w->cluster().random.below(4) == 0);
     if (!now) continue;
-    for (auto& earlier : w->wgmma_pending) {  // in order: accumulators chain
+    for (auto& earlier : w->wgmma_pending) {  // in order, because accumulators chain
       if (!earlier->done) compute(*w, *earlier);
       if (earlier == p) break;
     }

@@ -1,5 +1,5 @@
-// A wgmma that a warp has issued: its quarter of the warpgroup's product, computed when a warp of
-// the warpgroup waits for it (or earlier).
+// The wgmmas that a warp has issued. Each is a quarter of the warpgroup's product, and is computed
+// when a warp of the warpgroup waits for it, or earlier.
 #pragma once
 
 #include <algorithm>
@@ -17,7 +17,7 @@ namespace torchext::sim {
 
 class Warp;
 
-struct WgmmaShape;  // wgmma.cpp: what the instruction says
+struct WgmmaShape;  // wgmma.cpp: the operands
 
 struct PendingWgmma {
   const Instruction* instruction = nullptr;
@@ -26,7 +26,7 @@ struct PendingWgmma {
   std::uint64_t a_descriptor = 0, b_descriptor = 0;
   bool accumulate = false;
   bool done = false;
-  // Of the warp when it issued.
+  // State of the warp when it issued the wgmma.
   std::uint32_t lanes = 0, clock = 0;
   Knowledge knowledge;
 };
@@ -39,13 +39,13 @@ struct WgmmaRecord {
   std::vector<std::pair<Warp*, std::shared_ptr<PendingWgmma>>> parts;
 };
 
-// What the warps of a warpgroup share.
+// State that the warps of a warpgroup share.
 struct Warpgroup {
   std::map<std::uint32_t, WgmmaRecord> open;     // by number in the sequence of wgmmas
   std::map<std::uint32_t, Knowledge> knowledge;  // by group: of all four warps at its last wgmma
   std::uint32_t waited_for[4] = {};              // last group, by warp
 
-  // What a warp learns of the others when it has waited for the groups up to `group`.
+  // What a warp knows of the other warps after it has waited for the groups up to `group`.
   Knowledge waited(std::uint32_t warp, std::uint32_t group) {
     waited_for[warp] = group;
     const auto last = knowledge.upper_bound(group);

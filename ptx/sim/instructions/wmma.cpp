@@ -1,5 +1,5 @@
-// wmma.load, wmma.store, wmma.mma: what nvcuda::wmma compiles to. PTX leaves open which lane holds
-// which element; warp_matrix.h says what is taken here.
+// wmma.load, wmma.store, wmma.mma, to which nvcuda::wmma compiles. PTX does not say which lane
+// holds which element; warp_matrix.h has the placement that is assumed.
 #include <algorithm>
 #include <cstring>
 
@@ -31,7 +31,7 @@ struct Tile {
     *row = part == a ? vector : k + e;
     *column = part == a ? k + e : vector;
   }
-  // Elements from the first of the matrix to element e of register r.
+  // Offset, in elements, of element e of register r from the start of the matrix.
   U64 index(int lane, int r, int e, U64 stride) const {
     int row, column;
     position(lane, r, e, &row, &column);
@@ -40,8 +40,8 @@ struct Tile {
   }
 };
 
-// Both manuals ask for more than hardware does: PTX for rows that are aligned to the fragment, CUDA
-// for 32 bytes and strides of 16. What breaks both is a finding.
+// Both manuals require more than hardware does: PTX wants rows aligned to the fragment, and CUDA
+// wants an alignment of 32 bytes and strides of 16. A finding is an access that breaks both.
 void check_operands(Warp& w, const Instruction& i, const Tile& t, U32 mask) {
   if (!w.grid().checks) return;
   need_whole_warp(w, mask);
@@ -73,8 +73,8 @@ void check_operands(Warp& w, const Instruction& i, const Tile& t, U32 mask) {
   }
 }
 
-// Calls access(register, first bit of it, address, bytes) for whatever one lane reads or writes at
-// once: registers whose elements lie side by side, single elements otherwise.
+// Calls access(register, its first bit, address, bytes) for each access of a lane: a register whose
+// elements are adjacent in memory is one access, otherwise each element is.
 template <class F>
 void each_access(Warp& w, const Instruction& i, const Tile& t, int lane, F&& access) {
   const U64 address = w.address(i.s[0], i.offset, lane);
@@ -211,7 +211,7 @@ void decode_wmma(Decoder& d) {
   if (d.take("store")) return decode_tile(d, false);
   if (!d.take("mma")) d.fail("expected .load, .store or .mma");
   if (!d.take("sync") || !d.take("aligned")) d.fail("expected .sync.aligned");
-  // Fragments have one place for each element, however the matrix lay in memory.
+  // The placement of elements does not depend on the layout of the matrix in memory.
   const std::string a = d.take_first_of({"row", "col"}), b = d.take_first_of({"row", "col"});
   if (a.empty() || b.empty()) d.fail("expected the layouts of A and B");
   decode_product(d, take_product(d, true));

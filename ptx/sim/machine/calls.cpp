@@ -1,4 +1,4 @@
-// call and ret: passing values, direct and indirect calls, what recursion saves and restores.
+// call and ret: passing values, direct and indirect calls, saving registers for recursion.
 #include "calls.h"
 
 #include <algorithm>
@@ -13,7 +13,7 @@ namespace torchext::sim {
 
 namespace {
 
-// The bytes of a call's values, lane after lane of each.
+// The bytes of a call's values: for each value, its lanes one after another.
 struct Values {
   std::vector<std::uint8_t> data, valid;
 };
@@ -36,7 +36,7 @@ void gather(Warp& w, const std::vector<CallValue>& from, U32 mask, Values* value
   }
 }
 
-// `sizes` are the values' own, of which `to` may hold fewer (none) or more.
+// `sizes` are the sizes of the values. A destination may be larger, or absent.
 void scatter(Warp& w, const std::vector<CallValue>& to, const std::vector<CallValue>& sizes,
              U32 mask, const Values& values) {
   std::size_t at = 0;
@@ -80,7 +80,7 @@ Step call(Warp& w, const Instruction& i, U32 mask) {
   const Callee* targets[32];
   if (plan.direct == nullptr) w.need(plan.pointer, mask, "as a function's address");
   for_lanes(mask, [&](int l) { targets[l] = plan.direct ? plan.direct : callee_at(w, plan, l); });
-  // Before the callee's registers are another activation's: it may be the caller.
+  // Read arguments before the callee's registers are saved: the callee may be the caller.
   std::vector<std::pair<U32, Values>> passed;
   for (U32 rest = mask; rest != 0;) {
     U32 same = 0;
@@ -129,7 +129,7 @@ void check_signature(Decoder& d, const std::vector<Variable>& params,
   }
 }
 
-// A variable's name without the scope that makes it unique.
+// A variable's name without the suffix that makes it unique.
 std::string plain_name(const std::string& name) {
   return name.substr(name[0] == '{' ? name.find('}') + 1 : 0);
 }
@@ -197,7 +197,7 @@ void decode_call(Decoder& d) {
   check_signature(d, *params, *returned, arguments.size(), results.size());
   for (std::size_t n = 0; n < arguments.size(); ++n)
     plan.arguments.push_back(actual(d, arguments[n], (*params)[n], false));
-  results.resize(returned->size());  // what the caller leaves out is dropped
+  results.resize(returned->size());  // results that the caller leaves out are dropped
   for (std::size_t n = 0; n < results.size(); ++n)
     plan.results.push_back(actual(d, results[n], (*returned)[n], true));
   if (callee != nullptr && !callee->has_body) {
@@ -231,7 +231,7 @@ LocalBytes Warp::local_bytes(int lane, const CallValue& v) {
   return {local.data() + at, local_valid.data() + at};
 }
 
-// Saves what the return gives back, and makes a frame.
+// Saves what the return will restore, and makes a frame.
 std::shared_ptr<const Activation> Warp::activate(const Callee& callee, U32 lanes) {
   if (!program_.uses_stack) return nullptr;
   auto saved = std::make_shared<Activation>();
@@ -299,7 +299,7 @@ void Warp::deactivate(const CallFrame& frame, U32 lanes) {
   }
 }
 
-// Each lane enters its own function; all meet again behind the call.
+// Each lane enters its own function. All lanes meet again after the call.
 void Warp::enter(const Callee* const* targets, U32 mask) {
   Group base = groups_[current_];
   base.blocked = base.arrived = base.released = base.alone = base.give_up = false;

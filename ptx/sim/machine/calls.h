@@ -1,9 +1,9 @@
-// Calls of device functions: where arguments and results lie, and what a return gives back.
+// Calls of device functions: where arguments and results lie, and what a return restores.
 //
-// A function's registers and local variables have one fixed place in a warp, which costs nothing to
-// enter. A function that may call itself, directly or through others, is "framed": its local
-// variables lie on the lane's stack, and a call saves its registers. The stack also holds what
-// alloca takes.
+// The registers and local variables of a function have a fixed place in the warp, so entering it is
+// free. A function that may call itself, directly or through others, is "framed": its local
+// variables lie on the lane's stack, and a call saves its registers. alloca takes memory from the
+// same stack.
 #pragma once
 
 #include <array>
@@ -17,14 +17,14 @@
 
 namespace torchext::sim {
 
-// Addresses of local memory from here on are on the lane's stack.
+// Addresses of local memory at or above this one lie on the lane's stack.
 constexpr std::uint32_t kStackBase = 0x0100'0000;
 constexpr std::uint32_t kStackBytes = 256 * 1024;
-// A framed call takes no less, so that endless recursion ends before the host's memory does.
+// The least size of a frame, so that endless recursion ends before the host's memory does.
 constexpr std::uint32_t kLeastFrame = 64;
 constexpr std::uint32_t kFrameAlign = 128;
 
-// Where one argument or result of a call lies, on either side of it.
+// Where one argument or result of a call lies, for the caller or for the callee.
 struct CallValue {
   enum Kind : std::uint8_t { none, in_register, in_local, in_frame };
   Kind kind = none;
@@ -53,7 +53,7 @@ struct CallPlan {  // Instruction::extra of a call
   std::vector<const Callee*> candidates;  // whose signature fits, by address
 };
 
-// A return restores from this the caller's stack, and the registers of the entered function.
+// From this, a return restores the caller's stack and the registers of the entered function.
 struct Activation {
   std::array<std::uint32_t, 32> stack_top, frame;
   std::vector<std::uint8_t> registers;

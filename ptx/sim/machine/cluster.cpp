@@ -16,7 +16,7 @@ Cta::Cta(Cluster& c, Dim3 i, std::uint32_t r)
       shadow(c.grid.shared_bytes, false,
              {r * c.grid.warps_per_cta * 32, c.grid.warps_per_cta * 32,
               c.grid.cluster_size * c.grid.warps_per_cta * 32}) {
-  if (c.grid.shared_begin == 0) {  // cooperative groups count on zeros there from sm_80 on
+  if (c.grid.shared_begin == 0) {  // cooperative groups expect zeros there on sm_80 and later
     std::fill_n(shared.begin(), kSharedBase, 0);
     shadow.set_valid(0, kSharedBase);
   }
@@ -55,7 +55,7 @@ Cluster::State Cluster::run(std::uint64_t budget) {
     const std::uint64_t progress_before = progress, spins_before = spins;
     std::uint64_t ran = 0;
     bool alive = false;
-    // A fresh order every round: rotation and direction are enough to interleave any two warps.
+    // A new order every round. A rotation and a direction suffice to interleave any two warps.
     const auto count = static_cast<std::uint32_t>(all_warps.size());
     const std::uint32_t start_at = random.below(count);
     const std::uint32_t stride = random.below(2) ? 1 : count - 1;
@@ -82,9 +82,9 @@ Cluster::State Cluster::run(std::uint64_t budget) {
       }
       idle_rounds_ = 0;
     } else if (progress == progress_before && spins != spins_before) {
-      // Polling. Late work is due once nothing else moves, then whoever waits in vain.
+      // Everything polls. Complete late work first, then end waits that may end in vain.
       if (++idle_rounds_ % 16 == 0 && (complete_some() || time_out() | unpark())) continue;
-      if (idle_rounds_ > 64) {  // maybe another cluster has the answer
+      if (idle_rounds_ > 64) {  // another cluster may have to run first
         time_out();
         return State::running;
       }
@@ -128,7 +128,7 @@ void Cluster::finish(AsyncWork& work) {
   if (work.finish) work.finish();
 }
 
-// Completes half or all of one piece of work that someone waits for, else of any. False: none.
+// Completes one piece of work, or only its reads; awaited work first. False if there is none.
 bool Cluster::complete_some() {
   pending_.erase(
       std::remove_if(pending_.begin(), pending_.end(), [](const auto& w) { return w->done; }),
@@ -144,15 +144,15 @@ bool Cluster::complete_some() {
   AsyncWork& work = *pending_[i];
   if (!work.read_done && work.read) {
     finish_read(work);
-    work.wanted = false;  // who needs the rest too says so when it tries again
+    work.wanted = false;  // a group that needs the rest sets it again
   } else {
     finish(work);
   }
   return true;
 }
 
-// Nothing can run. Makes something possible, in the order of what real hardware may do; false if
-// there is nothing left.
+// Called when nothing can run. Takes the first possible step that real hardware might take; false
+// if there is no step left.
 bool Cluster::stalled() {
   if (complete_some()) return true;
   const bool first = stalled_at_ != progress;

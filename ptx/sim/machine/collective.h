@@ -1,4 +1,4 @@
-// Instructions at which lanes, warps or CTAs meet: what the scheduler and the exit of threads need.
+// Instructions at which lanes, warps or CTAs meet, for the scheduler and for exiting threads.
 #pragma once
 
 #include <cstdint>

@@ -22,7 +22,7 @@ std::uint8_t* DeviceHeap::data() {
   if (storage_ == nullptr) {
     storage_.reset(new std::uint8_t[kBytes + kAlign]);
     begin_ = align_up(reinterpret_cast<std::uint64_t>(storage_.get()), kAlign);
-    next_ = begin_ + kAlign;  // what lies before the first block is the heap's too
+    next_ = begin_ + kAlign;  // the bytes before the first block belong to the heap
   }
   return reinterpret_cast<std::uint8_t*>(begin_);
 }
@@ -44,7 +44,7 @@ std::uint64_t DeviceHeap::allocate(std::uint64_t bytes, std::uint32_t pc) {
   return address;
 }
 
-// Forgets all freed blocks; then the first gap that is wide enough.
+// Forgets all freed blocks, then takes the first gap that is wide enough.
 std::uint64_t DeviceHeap::reuse(std::uint64_t bytes) {
   for (auto it = blocks_.begin(); it != blocks_.end();)
     it = it->second.live ? std::next(it) : blocks_.erase(it);

@@ -24,11 +24,11 @@ class DeviceHeap {
   };
 
   void start_launch();
-  // 0 if there is no room. Freed memory is used again only when nothing else is left, so that the
-  // use of a freed block is found.
+  // The address of a new block; 0 if there is no room. Freed memory is reused last, so that uses of
+  // a freed block are found.
   std::uint64_t allocate(std::uint64_t bytes, std::uint32_t pc);
   bool release(std::uint64_t begin, std::uint32_t pc);  // false if it has been freed already
-  // The block that an address lies in, or ends; false if there is none.
+  // Finds the block that contains an address or ends at it; false if there is none.
   bool find(std::uint64_t address, Block* block) const;
   bool may_access(std::uint64_t address, std::uint64_t bytes) const;
   std::string describe(std::uint64_t address, const Program& program) const;

@@ -1,4 +1,4 @@
-// Where .global and .const variables live, with their initial values; what names mean.
+// Places .global and .const variables, initializes them, and finds them by name.
 #include <algorithm>
 #include <cstring>
 

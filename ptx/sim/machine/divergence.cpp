@@ -1,5 +1,5 @@
-// Divergence and reconvergence: groups of lanes by pc, parted by branches, waiting for each other
-// at the branch's immediate post-dominator.
+// Divergence and reconvergence. A branch splits a group of lanes; the parts wait for each other at
+// the branch's immediate post-dominator.
 #include <algorithm>
 
 #include "machine.h"
@@ -67,8 +67,8 @@ void Warp::branch_each(const std::uint32_t (&targets)[32], std::uint32_t mask,
   groups_.insert(groups_.end(), parts.begin() + 1, parts.end());
 }
 
-// The current group has reached the pc where lanes of its innermost branch meet. True if it now
-// waits there; false if it may execute.
+// Called when the current group has reached the pc where the lanes of its innermost branch meet.
+// True if the group must wait there, false if it may execute.
 bool Warp::at_token() {
   Group* g = &groups_[current_];
   while (!g->tokens.empty() && g->tokens.back()->pc == g->pc &&
@@ -79,7 +79,7 @@ bool Warp::at_token() {
       g->parked = true;
       return true;
     }
-    // Everyone is here: one group goes on, without the token.
+    // All lanes are here: they continue as one group, without the token.
     const std::shared_ptr<Token> done = g->tokens.back();
     std::uint32_t mask = g->mask;
     Group merged = *g;
@@ -102,7 +102,7 @@ bool Warp::at_token() {
   return false;
 }
 
-// Groups that happen to stand at the same instruction with the same history become one.
+// Merges groups that are at the same instruction with the same tokens and calls.
 void Warp::merge_equal() {
   for (std::size_t i = 0; i < groups_.size();) {
     Group& g = groups_[current_];
@@ -129,7 +129,7 @@ void Warp::exit_lanes(std::uint32_t mask) {
     }
     g.mask &= ~mask;
   }
-  if (groups_[current_].mask != 0) ++groups_[current_].pc;  // guarded: the others go on
+  if (groups_[current_].mask != 0) ++groups_[current_].pc;  // lanes whose guard is false continue
   for (std::size_t i = 0; i < groups_.size();) {
     if (groups_[i].mask == 0)
       groups_.erase(groups_.begin() + static_cast<std::ptrdiff_t>(i));
@@ -140,7 +140,7 @@ void Warp::exit_lanes(std::uint32_t mask) {
   settle_tokens();
 }
 
-// Lets go of parked groups whose partners have all left.
+// Releases parked groups whose partners have all left.
 void Warp::settle_tokens() {
   for (std::size_t i = 0; i < groups_.size(); ++i) {
     Group& g = groups_[i];
@@ -152,7 +152,7 @@ void Warp::settle_tokens() {
   }
 }
 
-// Takes the group's lanes out of every token above the first `keep`.
+// Removes the group's lanes from every token after the first `keep`.
 void Warp::drop_from_tokens(Group& g, std::size_t keep) {
   while (g.tokens.size() > keep) {
     Token& token = *g.tokens.back();
@@ -170,7 +170,7 @@ bool Warp::passed_by(std::uint32_t mask) const {
 
 bool Warp::unpark() {
   bool any = false;
-  for (Group& g : groups_) {  // that has waited for lanes which have parked since
+  for (Group& g : groups_) {  // groups that waited for lanes which are now parked
     if (waits_for_warp(g) && !is_barrier(program_.code[g.pc]) && passed_by(g.mask))
       g.give_up = any = true;
   }
@@ -210,7 +210,7 @@ void Warp::absorb(std::uint32_t lanes) {
     return i != current_ && (g.mask & ~lanes) == 0 && g.pc == mine.pc && !g.parked &&
            g.calls == mine.calls;
   };
-  // They meet here although their branches would have met elsewhere.
+  // They meet here, although the tokens of their branches lie elsewhere.
   const auto& tokens = groups_[current_].tokens;
   std::size_t common = tokens.size();
   bool any = false;
@@ -237,8 +237,8 @@ void Warp::absorb(std::uint32_t lanes) {
   settle_tokens();
 }
 
-// True if the current group may execute this .aligned instruction; *mask: the lanes that do. Others
-// may be on their way to it (lanes that went on alone), or leave before a barrier.
+// True if the current group may execute this .aligned instruction with the lanes in *mask. Other
+// lanes may still come to it (lanes that went on alone), or may exit before a barrier.
 bool Warp::together(const Instruction& i, std::uint32_t* mask) {
   Group& g = groups_[current_];
   if (g.arrived || g.alone) return true;
@@ -263,7 +263,7 @@ bool Warp::together(const Instruction& i, std::uint32_t* mask) {
   return true;
 }
 
-// Where all lanes stand at .aligned instructions, and at more than one.
+// Handles the case that all lanes wait at .aligned instructions, and not all at the same one.
 bool Warp::let_go_alone() {
   bool any = false;
   for (const Group& g : groups_) {

@@ -19,8 +19,8 @@ namespace {
   throw std::invalid_argument("launch of '" + kernel + "': " + what);
 }
 
-// What ptxas gives each thread at the start: as much as the launch bounds allow in steps of eight,
-// but no more than the kernel asks of setmaxnreg where it asks for more later.
+// Registers that ptxas gives each thread at the start: as many as the launch bounds allow, in steps
+// of eight, but not above the largest count of a setmaxnreg if the kernel ever increases its count.
 std::uint32_t default_registers(const Program& program, const Dim3& block) {
   const Function& f = program.attributes;
   const auto volume = [](const std::uint32_t (&n)[3]) { return std::uint64_t{n[0]} * n[1] * n[2]; };
@@ -116,7 +116,7 @@ std::size_t Report::count(Grade grade) const {
       findings.begin(), findings.end(), [grade](const Finding& f) { return f.grade() == grade; }));
 }
 
-// Blocks of the device heap that the launch leaves, by the call that got them.
+// Notes the blocks of the device heap that the launch has not freed, by the call of malloc.
 void Grid::note_kept_blocks() {
   std::map<std::uint32_t, std::pair<std::uint64_t, std::uint64_t>> kept;  // pc: blocks, bytes
   for (const DeviceHeap::Block& block : heap_.kept()) {
@@ -153,10 +153,10 @@ Report Grid::run() {
   std::mutex counts_mutex;
   std::vector<std::uint64_t> counts(program->code.size(), 0);
   std::exception_ptr failure;
-  // A cluster that polls gives way to others; as many as a GPU holds are resident at once.
+  // A polling cluster yields to others. As many clusters are resident as the GPU holds at once.
   const std::uint32_t resident = std::max(1u, (options.num_sms + workers - 1) / workers);
-  // A deadlock is what all workers agree on: each puts here the count of global_progress at which
-  // all of its clusters were found to go round for ever, and whether it has tried what remains.
+  // All workers must agree that there is a deadlock. Each stores here the value of global_progress
+  // at which all of its clusters repeated, and whether it has tried every remaining step.
   enum : std::uint64_t { kBusy = ~0ull, kGone = ~1ull };
   const auto idle = [](std::uint64_t world, bool tried) { return world * 2 + tried; };
   std::vector<std::atomic<std::uint64_t>> verdicts(workers);
@@ -167,7 +167,7 @@ Report Grid::run() {
       const std::uint64_t v = verdict.load();
       return v == kGone || v == idle(world, true) || (!tried && v == idle(world, false));
     });
-    return agree && global_progress.load() == world;  // who has gone may have moved it first
+    return agree && global_progress.load() == world;  // an ended worker may have advanced it
   };
 
   const auto work = [&](unsigned me) {
@@ -207,7 +207,7 @@ Report Grid::run() {
         c->idle_at = polled && c->repeats() ? world : kBusy;
         Cluster& waiting = *c;
         clusters.push_back(std::move(c));
-        // It is waiting for another cluster, or merely long: let the next one start or go on.
+        // The cluster waits for another one, or runs long: let another cluster run.
         if (clusters.size() < resident) {
           const std::uint32_t n = next.fetch_add(1);
           if (n < total) {

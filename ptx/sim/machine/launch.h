@@ -39,7 +39,7 @@ struct ParsedModule;
 struct DeviceVariables;
 class DeviceHeap;
 
-// A parsed PTX file, or several linked. Thread-safe. Its .global variables keep their values
+// A parsed PTX file, or several linked ones. Thread-safe. The .global variables keep their values
 // between launches.
 class Module {
  public:
@@ -72,8 +72,8 @@ struct Dim3 {
   std::uint64_t volume() const { return std::uint64_t{x} * y * z; }
 };
 
-// Memory that a kernel may touch; global addresses are host addresses. What lies outside every
-// buffer is out of bounds. A Write buffer starts as never written.
+// Memory that a kernel may access. Global addresses are host addresses. An access outside every
+// buffer is out of bounds. The bytes of a Write buffer start as unwritten.
 struct Buffer {
   enum Access { Read, Write, ReadWrite };
   void* data = nullptr;
@@ -85,7 +85,7 @@ struct Buffer {
 struct LaunchOptions {
   Dim3 grid, block;
   Dim3 cluster{0, 0, 0};              // 0: the kernel's own, or 1
-  bool non_portable_cluster = false;  // more CTAs than every GPU of the kind can run
+  bool non_portable_cluster = false;  // allows more than 8 CTAs
   std::uint32_t dynamic_smem = 0;
   std::uint64_t seed = 0;
   // When asynchronous work completes: at once, not before something waits for it, or at random.
@@ -102,7 +102,7 @@ struct LaunchOptions {
   std::uint32_t max_findings = 32;         // of each grade
 };
 
-// A parameter's bytes, as many as the kernel declares.
+// The bytes of a parameter, as many as the kernel declares.
 using ParamBytes = std::vector<std::uint8_t>;
 
 struct Report {
@@ -115,7 +115,7 @@ struct Report {
     std::string buffer;
     std::uint64_t bytes, first_offset;
   };
-  std::vector<Unwritten> unwritten;  // Write buffers with bytes that no one wrote
+  std::vector<Unwritten> unwritten;  // Write buffers with bytes that nothing wrote
   bool findings_truncated = false;
   std::size_t count(Grade grade) const;
   bool ok() const { return count(Grade::error) == 0; }

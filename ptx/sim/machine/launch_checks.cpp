@@ -1,4 +1,4 @@
-// Launch limits: of the architecture, and of the kernel's own directives.
+// Launch limits of the architecture, and of the kernel's own directives.
 #include "launch_checks.h"
 
 #include <algorithm>
@@ -88,7 +88,7 @@ class Checker {
     return static_cast<std::uint32_t>(end);
   }
 
-  // Registers, which PTX does not fix, may make it fewer.
+  // Registers may allow fewer, but PTX does not fix their number.
   std::uint64_t most_resident_ctas(std::uint32_t shared_end) const {
     const auto threads = static_cast<std::uint32_t>((options_.block.volume() + 31) / 32 * 32);
     const std::uint32_t reserved = architecture_->shared_per_sm - architecture_->shared_per_block;

@@ -1,4 +1,4 @@
-// What CUDA checks before it starts a kernel.
+// The checks that CUDA makes before it starts a kernel.
 #pragma once
 
 #include "../frontend/ir.h"
@@ -12,7 +12,7 @@ struct LaunchShape {
   bool reuses_shared = false;      // more CTAs than the GPU holds at once
 };
 
-// Throws std::invalid_argument, with the limit that is exceeded, for a launch that the GPU refuses.
+// Throws std::invalid_argument, which names the limit, for a launch that the GPU would refuse.
 LaunchShape check_launch(const Program& program, const LaunchOptions& options);
 
 }  // namespace torchext::sim

@@ -1,5 +1,5 @@
-// The simulated machine: grid, cluster, CTA, warp. One Cluster runs on one host thread; Grid is
-// what clusters share.
+// The simulated machine: grid, cluster, CTA, warp. A Cluster runs on one host thread. The Grid is
+// shared by all clusters.
 #pragma once
 
 #include <array>
@@ -31,7 +31,7 @@ class Cta;
 class Warp;
 class Grid;
 
-// Stops the whole launch after a finding that nothing can follow (deadlock, trap).
+// Thrown to stop the whole launch, after a finding such as a deadlock or a trap.
 struct LaunchStopped {};
 
 class Random {  // splitmix64
@@ -51,13 +51,13 @@ class Random {  // splitmix64
   std::uint64_t state_;
 };
 
-// Where diverged lanes wait for each other: the immediate post-dominator of the branch that
-// parted them.
+// A point where diverged lanes wait for each other: the immediate post-dominator of the branch at
+// which they diverged.
 struct Token {
   std::uint32_t pc = 0;
   std::uint32_t expected = 0;  // lanes still in the region or parked
   std::uint32_t parked = 0;
-  std::size_t depth = 0;  // calls it lies within
+  std::size_t depth = 0;  // number of calls it lies within
 };
 
 // Lanes that share a pc.
@@ -65,20 +65,20 @@ struct Group {
   std::uint32_t pc = 0;
   std::uint32_t mask = 0;
   std::vector<std::shared_ptr<Token>> tokens;
-  std::vector<CallFrame> calls;  // to return from, innermost last
-  bool blocked = false;          // the instruction at pc wants to be tried again
-  bool parked = false;           // at tokens.back()
+  std::vector<CallFrame> calls;  // calls to return from, innermost last
+  bool blocked = false;          // the instruction at pc must be tried again
+  bool parked = false;           // waits at tokens.back()
   bool arrived = false;          // a barrier has counted this group already
-  bool released = false;         // the collective at pc has been done for it
+  bool released = false;         // the collective at pc is done for this group
   bool alone = false;            // may execute an .aligned instruction without the other lanes
-  bool give_up = false;          // has waited in vain: a try_wait may return false now
-  bool ran = false;              // since its state was last looked at (Warp::repeats)
-  bool cycles = false;           // it has come back to a state that it had been in
+  bool give_up = false;          // has waited in vain: a try_wait may now return false
+  bool ran = false;              // since Warp::repeats last looked at its state
+  bool cycles = false;           // it has returned to an earlier state
   std::uint64_t generation = 0;  // of the barrier it waits for
-  std::uint64_t blocked_at = 0;  // Cluster::progress then
+  std::uint64_t blocked_at = 0;  // Cluster::progress at that time
 };
 
-// Asynchronous work. `read` (optional) takes its source, `finish` delivers.
+// Asynchronous work. `read` (optional) reads its source, `finish` writes its result.
 struct AsyncWork {
   std::function<void()> read, finish;
   bool read_done = false, done = false;
@@ -91,16 +91,16 @@ struct MBarrier {
   std::int64_t pending = 0;    // arrivals missing in this phase
   std::int64_t transactions = 0;
   std::uint64_t phase = 0;
-  std::uint32_t agent = 0;  // stands for the copies of each phase: clock = phase + 1
+  std::uint32_t agent = 0;  // acts for the copies of each phase; its clock is phase + 1
   std::uint32_t init_agent = 0, init_clock = 0, init_pc = 0;
   bool fenced = false;                // fence.mbarrier_init or fence.proxy.async since init
-  std::uint32_t published_agent = 0;  // fence.mbarrier_init: whoever knows it knows the init
-  Knowledge arriving, completed;      // of the CTA's own threads, and of copies
-  Knowledge remote_arriving, remote_completed;  // of other CTAs' threads
+  std::uint32_t published_agent = 0;  // by fence.mbarrier_init; to know it is to know the init
+  Knowledge arriving, completed;      // by the CTA's own threads and by copies
+  Knowledge remote_arriving, remote_completed;  // by threads of other CTAs
   std::vector<std::weak_ptr<AsyncWork>> work;   // copies that signal it
-  // Tensor copies of this phase that read their maps from memory: agents and clocks.
+  // Agents and clocks of the tensor copies of this phase that read their map from memory.
   std::vector<std::pair<std::uint32_t, std::uint32_t>> map_reads;
-  // Phases, counted from 1: the last that a copy signals, and the last that a thread waited for.
+  // Phases, counted from 1: the last one that a copy signals, the last one that a thread awaited.
   std::uint64_t signaled = 0, waited = 0;
   std::uint32_t signaled_pc = 0;
 };
@@ -117,7 +117,7 @@ struct NamedBarrier {
   std::uint32_t result_and = 0, result_or = 0, result_count = 0;
 };
 
-// barrier.cluster. Who has arrived is with the warps: Warp::cluster_pending.
+// barrier.cluster. Warp::cluster_pending holds the lanes that have arrived.
 struct ClusterBarrier {
   Knowledge arriving, completed;
 };
@@ -129,15 +129,15 @@ struct CopyGroups {
   bool open = false;                              // the group being filled is not empty
   std::uint32_t read_waited = 0, waited = 0;      // groups up to this clock are known done
   std::uint32_t last_pc = 0;
-  // Reads of tensor maps in memory by the thread's loads. Its TMA unit takes them in order, so that
-  // one clock stands for all before it.
+  // Reads of tensor maps in memory by the thread's loads. A thread's loads read maps in order, so
+  // one clock covers all earlier reads.
   std::uint32_t map_agent = 0, map_clock = 0;
   std::map<std::uint32_t, std::uint32_t> map_clocks;  // at the commit of each group
   std::map<std::uint32_t, std::vector<std::shared_ptr<AsyncWork>>> work;  // by group
 };
 
-// A lane's acquire of a tensor map: who knows this much of the lane may use the map, as far as the
-// lane's views have its writes as released then.
+// A lane's acquire of a tensor map. A thread that knows the lane up to this clock may use the map,
+// for those writes that the lane's views then had as released.
 struct MapFence {
   std::uint32_t agent, clock;
   Scope scope;
@@ -146,7 +146,7 @@ struct MapFence {
 
 struct LaneBits;  // validity.h
 
-// Bytes of a lane's local memory, and which bits of them are valid.
+// Bytes of a lane's local memory, and the validity of their bits.
 struct LocalBytes {
   std::uint8_t *data, *valid;
 };
@@ -156,7 +156,7 @@ class Warp {
   Warp(Cta& cta, std::uint32_t index);
   ~Warp();
 
-  // Runs up to `quantum` instructions of one group; returns how many.
+  // Runs up to `quantum` instructions of one group and returns their number.
   std::uint32_t run(std::uint32_t quantum);
   bool runnable() const;  // some group might make progress
   bool finished() const { return live_ == 0; }
@@ -174,14 +174,14 @@ class Warp {
     auto* p = at<std::uint32_t>(slot);
     *p = (*p & ~mask) | (value & mask);
   }
-  // Lanes whose register has been assigned whole; set_valid leaves the others without a valid bit.
+  // Lanes whose register is valid whole. set_valid makes all bits of the other lanes invalid.
   std::uint32_t valid(const Slot& slot) const { return valid_[slot.reg]; }
   void set_valid(const Slot& slot, std::uint32_t mask, std::uint32_t value) {
     std::uint32_t& v = valid_[slot.reg];
     v = (v & ~mask) | (value & mask);
     if ((mask & ~value) != 0 && !partly_valid_.empty()) forget_valid_bits(slot, mask & ~value);
   }
-  // By bit (validity.cpp); bits beyond the register's width do not count.
+  // Valid bits of a lane (validity.cpp). Bits beyond the register's width do not count.
   std::uint64_t valid_bits(const Slot& slot, int lane) const {
     return (valid_[slot.reg] >> lane) & 1 ? ~std::uint64_t{0} : partly_valid_bits(slot, lane);
   }
@@ -193,7 +193,7 @@ class Warp {
       set_valid_bits(slot, mask, bits);
   }
   void copy_valid(const Slot& to, std::uint32_t mask, const Slot& from);
-  // Reports lanes of `mask` in which some of these bits of the register were never assigned.
+  // Reports the lanes of `mask` in which any of these bits of the register was never assigned.
   void need(const Slot& slot, std::uint32_t mask, const char* use,
             std::uint64_t bits = ~std::uint64_t{0});
   std::uint64_t integer(const Slot& slot, int lane) const {
@@ -241,17 +241,17 @@ class Warp {
   std::uint32_t stack_top(int lane) const { return stack_top_[static_cast<std::size_t>(lane)]; }
   void start_block(std::uint64_t address, std::uint64_t bytes);  // that malloc returns
   void exit_lanes(std::uint32_t mask);
-  // Makes a group of its own of the current one's `lanes`, at the same instruction; both meet again
-  // behind it. Returns the new group.
+  // Splits `lanes` off the current group into a new group at the same instruction, and returns it.
+  // The two merge again after the instruction.
   Group& part(std::uint32_t lanes) { return groups_[part(current_, lanes)]; }
   std::size_t part(std::size_t group, std::uint32_t lanes);
-  // Merges with the current group those among `lanes` that stand at its instruction.
+  // Moves those of `lanes` that are at the current group's instruction into that group.
   void absorb(std::uint32_t lanes);
   bool unpark();  // lets parked lanes run on alone; false if there are none
   bool waits_for_warp(const Group& g) const;  // for the other lanes, at an .aligned instruction
   bool let_go_alone();                        // lets such groups execute it alone
   bool time_out();                            // lets try_waits return false
-  bool repeats();                             // every group goes round and round, or waits
+  bool repeats();                             // true if every group waits or loops without change
   void forget_states();
 
   // Order (order.cpp).
@@ -270,15 +270,15 @@ class Warp {
   void order_if_converged(std::uint32_t mask);  // order_lanes, unless the lane order is "strict"
   Knowledge release(std::uint32_t mask);
   void acquire(std::uint32_t mask, const Knowledge& knowledge);
-  // What the lanes know becomes visible to the async proxy (`spaces`: bits of AsyncSpace), to
-  // aliases, or offered to the tensormap proxy.
+  // Makes what the lanes know visible to the async proxy (`spaces`: bits of AsyncSpace) or to
+  // aliases, or releases it to the tensormap proxy.
   void async_fence(std::uint32_t mask, std::uint32_t spaces);
   void alias_fence(std::uint32_t mask);
   void release_maps(std::uint32_t mask, Scope scope);
   void memory_fence(std::uint32_t mask, Scope scope, bool acquires = true, bool releases = true);
   void learn(std::uint32_t mask, std::uint32_t agent, std::uint32_t clock);
   void touched(std::uint32_t mask) { dirty_ |= mask; }
-  // Says that an instruction has looked at memory, or passed time, without changing anything.
+  // Notes that an instruction has read memory or waited, and has changed nothing.
   void polled();
   const ClockRef& known(int lane) const { return known_[lane]; }
   const ViewsRef& views(int lane) const { return views_[lane]; }
@@ -286,8 +286,8 @@ class Warp {
   void tick(std::uint32_t mask) {
     for (; mask; mask &= mask - 1) ++clock_[__builtin_ctz(mask)];
   }
-  Scoped fence_released[32];   // at the last memory fence: what a later strong write passes on
-  Scoped strong_acquired[32];  // what strong reads have seen: a later memory fence takes it in
+  Scoped fence_released[32];   // at the last memory fence; a later strong write publishes it
+  Scoped strong_acquired[32];  // seen by strong reads; a later memory fence acquires it
   std::uint32_t fenced_lanes = 0, acquired_lanes = 0;
 
   // Memory (memory.cpp).
@@ -297,7 +297,7 @@ class Warp {
                   std::uint64_t address);
   void check_write(const Place& place, const Actor& actor, std::uint32_t bytes, std::uint32_t lanes,
                    std::uint64_t address);
-  // Checks a store of `data`, and stores it, in one step.
+  // Checks a store of `data` and stores it, in one step.
   void write(const Place& place, const Actor& actor, const std::uint8_t* data, std::uint32_t bytes,
              std::uint32_t lanes, std::uint64_t address);
   void conflict(const Conflict& c, const Actor& actor, const Place& place, bool write,
@@ -317,8 +317,8 @@ class Warp {
   std::vector<std::uint32_t> register_fence;  // by tracked register: fence_count at last access
   std::vector<std::uint32_t> in_flight;       // by tracked register: pending wgmmas that use it
   std::uint32_t registers = 0;                // setmaxnreg
-  std::uint32_t cluster_arrived = 0;          // lanes that are to wait at barrier.cluster
-  std::uint32_t cluster_pending = 0;          // those among them whose barrier is not complete
+  std::uint32_t cluster_arrived = 0;          // lanes that wait, or will, at barrier.cluster
+  std::uint32_t cluster_pending = 0;          // those lanes whose barrier is not complete
 
  private:
   friend class Cluster;
@@ -327,7 +327,7 @@ class Warp {
   bool at_token();
   bool together(const Instruction& i, std::uint32_t* mask);
   bool passed_by(
-      std::uint32_t mask) const;  // others wait where the lanes of `mask` will come later
+      std::uint32_t mask) const;  // other lanes wait ahead, where those of `mask` come later
   void merge_equal();
   void look_after_parked(std::uint32_t executed);
   void drop_from_tokens(Group& g, std::size_t keep);
@@ -380,7 +380,7 @@ class Cta {
   std::uint32_t live_threads = 0;
   std::int64_t register_pool = 0;                 // free, in registers
   std::map<std::uint32_t, Warpgroup> warpgroups;  // those that use wgmma
-  // barrier.cluster.arrive.relaxed after a .cta fence: for this CTA's threads alone.
+  // From barrier.cluster.arrive.relaxed after a .cta fence: for this CTA's threads only.
   Knowledge cluster_arriving, cluster_completed;
   bool exited() const { return live_threads == 0; }
 };
@@ -398,7 +398,7 @@ class Cluster {
   std::uint32_t number;  // linear, in the grid
   Random random;
   std::vector<std::unique_ptr<Cta>> ctas;
-  std::uint64_t progress = 0;         // counts events that may unblock someone
+  std::uint64_t progress = 0;         // counts events that may unblock a group
   std::uint64_t spins = 0;            // failed polls
   std::vector<std::uint64_t> counts;  // executions, by pc
   std::uint64_t executed = 0;
@@ -406,7 +406,7 @@ class Cluster {
 
   std::uint32_t new_agent() { return agents_++; }
   void start(const std::shared_ptr<AsyncWork>& work);
-  // Completes the work as far as needed now.
+  // Completes the work, or only its reads.
   void finish_read(AsyncWork& work);
   void finish(AsyncWork& work);
   bool has_work() const { return !pending_.empty(); }
@@ -418,10 +418,10 @@ class Cluster {
   std::string describe_agent(std::uint32_t agent) const;
   std::map<std::uint32_t, std::string> agent_names;
   void report_deadlock();
-  // For a cluster that polls: true if nothing has changed in any cluster since each group of lanes
-  // was last in the very state that it is in now, so that it would go round for ever.
+  // For a cluster that polls. True if every group of lanes has returned to an earlier state and no
+  // cluster has changed anything since, so that the cluster would loop for ever.
   bool repeats();
-  std::uint64_t idle_at = ~0ull;  // Grid::global_progress when it was last found so
+  std::uint64_t idle_at = ~0ull;  // Grid::global_progress when it last repeated
   bool let_go_alone();
 
  private:
@@ -464,12 +464,12 @@ class Grid {
   std::atomic<std::uint64_t> global_progress{0};
 
   GridSync sync;  // strong accesses to global memory, between clusters
-  // One mutex for 32 bytes, which no aligned access crosses: a strong access is one step.
+  // One mutex per 32 bytes, which no aligned access crosses. It makes a strong access one step.
   std::mutex& strong_lock(std::uint64_t address) {
     return strong_locks_[address / 32 % strong_locks_.size()];
   }
 
-  // What cooperative groups keep of a grid: its size in bytes and its barrier.
+  // The grid workspace of cooperative groups: its size in bytes, and the grid's barrier.
   std::uint64_t workspace_address() const { return reinterpret_cast<std::uint64_t>(workspace_); }
   DeviceHeap& heap() const { return heap_; }
   void print(const std::string& text);

@@ -1,5 +1,5 @@
-// Address resolution: bounds, alignment, permissions; and the race and validity checks of an
-// access.
+// Resolves addresses (bounds, alignment, permissions), and checks an access for races and
+// validity.
 #include "memory.h"
 
 #include <algorithm>
@@ -198,7 +198,7 @@ const char* prefix_of(Proxy proxy) {
   }
 }
 
-// The fences that made the write visible elsewhere, and what its space needs: "" if there are none.
+// Says which fences made the write visible elsewhere, and which one its space needs; else "".
 std::string other_fences(const Views& views, std::uint32_t own, const Conflict& c,
                          AsyncSpace space) {
   static const char* const kNames[kAsyncSpaces] = {"fence.proxy.async.shared::cta",
@@ -219,7 +219,7 @@ std::string other_fences(const Views& views, std::uint32_t own, const Conflict& 
   return ": there is " + there + ", but " + what + " needs fence.proxy.async or " + kNames[space];
 }
 
-// Why scopes kept two CTAs' operations from being ordered, or "".
+// Says which scope was too narrow to order the operations of two CTAs; else "".
 std::string narrow_scopes(const Conflict& c, const Actor& actor) {
   if (actor.scope != Scope::none && c.other_scope != Scope::none) {
     return std::string(": scope too narrow, ") + name_of(actor.scope) + " here and " +
@@ -246,7 +246,7 @@ void Warp::conflict(const Conflict& c, const Actor& actor, const Place& place, b
   FindingKind kind = FindingKind::data_race;
   std::string message, remedy;
   if (c.kind == Conflict::same_value) {
-    // Lanes that one instruction stores for: the manual lets any of them win.
+    // Lanes that store in one instruction: PTX lets any of them win.
     if (c.other_pc == actor.pc && c.other_cluster == actor.cluster &&
         c.other_agent / 32 == actor.agent / 32)
       return;
@@ -286,8 +286,8 @@ void Warp::conflict(const Conflict& c, const Actor& actor, const Place& place, b
   finding_at(actor.pc, kind, message, lanes, address, other, remedy);
 }
 
-// The result of `access`, which looks at the place's shadow. Several host threads share the shadow
-// of a buffer in global memory.
+// Calls `access`, which uses the place's shadow. Host threads share the shadow of a buffer in
+// global memory, so that one is locked.
 template <class Access>
 static Conflict locked(const Place& place, Access&& access) {
   if (place.buffer == nullptr) return access();

@@ -1,4 +1,4 @@
-// Address spaces: buffers of global memory at their host addresses, windows for shared and local.
+// Address spaces: global buffers at their host addresses; windows for shared and local memory.
 #pragma once
 
 #include <atomic>
@@ -18,17 +18,17 @@ class DeviceHeap;
 // Generic addresses: shared and local memory lie far above every host address.
 constexpr std::uint64_t kSharedWindow = 0x0100'0000'0000'0000;
 constexpr std::uint64_t kLocalWindow = 0x0200'0000'0000'0000;
-// Addresses of functions; nothing can be loaded from there.
+// Addresses of functions. Nothing can be loaded from them.
 constexpr std::uint64_t kFunctionWindow = 0x0300'0000'0000'0000;
 constexpr std::uint64_t kWindowMask = 0xff00'0000'0000'0000;
 
-// A 32-bit shared address: bits 0-23 offset; bits 24-31 are 0 for the executing CTA, else the rank
-// in the cluster + 1 (what mapa returns).
+// A 32-bit shared address. Bits 0-23: offset. Bits 24-31: 0 for the executing CTA, otherwise the
+// rank in the cluster + 1, as mapa returns it.
 constexpr std::uint32_t kSharedOffsetMask = 0x00ff'ffff;
 constexpr int kSharedRankShift = 24;
 // The first kilobyte belongs to the system on sm_90; no variable lies there.
 constexpr std::uint32_t kSharedBase = 1024;
-// Where the part of it lies that cooperative groups use for tiles of several warps.
+// Its offset that cooperative groups use for tiles of several warps.
 constexpr std::uint32_t kReservedSharedSlot = 512;
 
 class SpinLock {
@@ -49,7 +49,7 @@ struct GlobalBuffer {
   std::unique_ptr<Shadow> shadow;  // none for read-only memory
   std::string name;
   SpinLock lock;               // of shadow
-  DeviceHeap* heap = nullptr;  // whose blocks alone may be accessed
+  DeviceHeap* heap = nullptr;  // if set, only its blocks may be accessed
 };
 
 // The place that an address denotes.

@@ -183,7 +183,7 @@ Step release(Warp& w, const Instruction& i, U32 mask) {
                 1u << l, address);
       return;
     }
-    Place place;  // as a store to all of it: no access may be on its way
+    Place place;  // free counts as a store to the whole block
     if (block.live && block.bytes != 0 && w.resolve(l, Space::global, address, 1, true, &place))
       w.check_write(place, w.actor(l), static_cast<U32>(block.bytes), 1u << l, address);
     if (!heap.release(address, w.pc())) {

@@ -1,4 +1,4 @@
-// Functions that the CUDA runtime links into every kernel: vprintf, __assertfail, malloc, free.
+// Functions that the CUDA runtime provides to kernels: vprintf, __assertfail, malloc, free.
 #pragma once
 
 #include <string>
@@ -8,7 +8,7 @@
 
 namespace torchext::sim {
 
-// Decodes a call of a function without a body; fails if it is none that the runtime provides.
+// Decodes a call of a function without a body. Fails if the runtime does not provide it.
 void decode_runtime_call(Decoder& d, const std::string& name, CallPlan plan);
 bool is_runtime_function(const std::string& name);
 

@@ -1,5 +1,5 @@
-// A lane's stack: frames of functions that may call themselves (calls.cpp), and alloca, stacksave,
-// stackrestore.
+// The stack of a lane, with the frames of functions that may call themselves (calls.cpp), and the
+// instructions alloca, stacksave, stackrestore.
 #include <algorithm>
 
 #include "../frontend/decode.h"

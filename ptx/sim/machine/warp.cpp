@@ -1,4 +1,4 @@
-// A warp's life: registers, choosing a group of lanes, executing instructions.
+// Runs a warp: sets its registers up, chooses a group of lanes, executes instructions.
 #include <algorithm>
 #include <cstring>
 #include <stdexcept>
@@ -108,7 +108,7 @@ std::uint64_t special_value(Special which, const Cta& cta, std::uint32_t thread,
     case Special::reserved_shared_end:
       return kSharedBase;
     default:
-      return 0;  // clocks are read by mov, when they are read
+      return 0;  // mov reads clocks at the time of the read
   }
 }
 
@@ -219,7 +219,7 @@ std::uint32_t Warp::run(std::uint32_t quantum) {
     if (step == Step::block) {
       if (i.traits.wait == Wait::nothing && !i.aligned)
         throw std::logic_error(program_.opcodes[i.opcode] + " blocks, and has no trait for it");
-      if (const std::uint32_t others = groups_[current_].mask & ~mask) {  // have nothing to do here
+      if (const std::uint32_t others = groups_[current_].mask & ~mask) {  // their guard is false
         Group& rest = part(others);
         rest.arrived = rest.released = rest.alone = rest.give_up = false;
         ++rest.pc;
@@ -229,7 +229,7 @@ std::uint32_t Warp::run(std::uint32_t quantum) {
       blocked.blocked_at = cluster_.progress;
       if (groups_.size() > 1 && runnable()) {
         current_ = pick_group();
-        ++executed;  // bounds a warp whose groups take turns
+        ++executed;  // counts too, so that the quantum ends
         continue;
       }
       break;
@@ -262,9 +262,9 @@ void Warp::polled() {
   ++polls_;
 }
 
-// Lanes that wait to reconverge may be what the others poll for: one that has left the loop in
-// which its warp waits for a lock, say. They go on alone once the others have only polled for a
-// while, or have gone on without them for long.
+// The other lanes may poll for lanes that wait to reconverge. For example, a lane may have left the
+// loop in which its warp waits for a lock. Such lanes go on alone once the others have only polled
+// for a while, or have run without them for long.
 void Warp::look_after_parked(std::uint32_t executed) {
   constexpr std::uint32_t kPolls = 16, kInstructions = 1 << 16;
   parked_for_ += executed;
@@ -281,8 +281,8 @@ bool Warp::time_out() {
   return any;
 }
 
-// While nothing changes in memory, a group of lanes that comes back to a state it has been in will
-// do so for ever. One that counts its polls, or looks at a clock, does not come back.
+// While memory does not change, a group of lanes that returns to an earlier state will do so for
+// ever. A group that counts its polls or reads a clock does not return to one.
 bool Warp::repeats() {
   std::uint64_t registers = 0xcbf29ce484222325ull;
   const auto mix = [&](std::uint64_t word) {
@@ -344,8 +344,8 @@ void Warp::finding_at(std::uint32_t at_pc, FindingKind kind, const std::string& 
   grid_.sink.add(std::move(f));
 }
 
-// Registers that some wgmma uses as accumulator or A fragment: not to be touched while one that
-// uses them is in flight, and any touch asks for a wgmma.fence before the next.
+// Registers that some wgmma uses as accumulator or A fragment. They must not be accessed while such
+// a wgmma is in flight, and after an access the next one needs a wgmma.fence.
 void Warp::check_tracked(const Instruction& i, std::uint32_t mask) {
   for (std::uint32_t reg : i.tracked) {
     if (in_flight[reg] != 0) {

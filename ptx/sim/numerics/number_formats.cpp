@@ -1,5 +1,5 @@
-// Encoders of number_formats.h: one rounding routine, and what each format does with NaN, infinity
-// and overflow.
+// The encoders of number_formats.h: one rounding routine, and the NaN, infinity and overflow of
+// each format.
 #include "number_formats.h"
 
 #include <cmath>
@@ -61,15 +61,15 @@ std::uint32_t encode(double value, const Layout& layout, CvtModifiers modifiers)
   int exponent = static_cast<int>(bits_of(value) >> 52 & 0x7ff) - 1023;
   std::uint64_t significand = bits_of(value) & ((std::uint64_t{1} << 52) - 1);
   if (exponent == -1023) {
-    exponent = -1022;  // subnormal in f64, and below half of anything in the formats here
+    exponent = -1022;  // subnormal in f64: rounds like zero in every format here
   } else {
     significand |= std::uint64_t{1} << 52;
   }
-  // Below min_exponent the unit in the last place stops shrinking.
+  // Below min_exponent, the unit in the last place no longer shrinks.
   const int unit = (exponent > layout.min_exponent ? exponent : layout.min_exponent);
   const int drop = 52 - layout.fraction_bits + (unit - exponent);
   std::uint64_t kept = drop > 62 ? 0 : significand >> drop;
-  int against_half = -1;  // of what is dropped, compared with half a unit
+  int against_half = -1;  // sign of (dropped part - half a unit)
   bool inexact = true;
   if (drop <= 62) {
     const std::uint64_t dropped = significand - (kept << drop);

@@ -80,7 +80,7 @@ inline float f16_to_float(std::uint16_t code) {
   return kDecodeTables.f16[code];
 }
 
-// Keeps a NaN's payload, as a shift does (PTX `cvt.f32.bf16` and `mov` agree on every other code).
+// Keeps the payload of a NaN, as a shift does. PTX `cvt.f32.bf16` differs only in NaN codes.
 inline float bf16_to_float(std::uint16_t code) {
   return float_from_bits(static_cast<std::uint32_t>(code) << 16);
 }
@@ -99,7 +99,7 @@ std::uint16_t encode_bf16(double value, CvtModifiers modifiers = {});
 std::uint32_t encode_tf32(double value, CvtModifiers modifiers = {});
 // f64 -> f32 with PTX's four rounding modes.
 std::uint32_t encode_f32(double value, CvtModifiers modifiers = {});
-// PTX has only .rn.satfinite for these two. Without satfinite, overflow is NaN in e4m3 (which has
+// For these two, PTX has only .rn.satfinite. Without satfinite, overflow is NaN in e4m3 (which has
 // no infinity) and infinity in e5m2.
 std::uint8_t encode_e4m3(double value, CvtModifiers modifiers = {Rounding::nearest_even, true});
 std::uint8_t encode_e5m2(double value, CvtModifiers modifiers = {Rounding::nearest_even, true});

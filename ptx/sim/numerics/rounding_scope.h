@@ -5,10 +5,10 @@
 
 namespace torchext::sim {
 
-// Between construction and destruction, f32 and f64 operations round by `mode` (FE_TONEAREST, ...);
-// before and after, to nearest. Operands must be loaded from memory that the compiler cannot see
-// through, and results stored there, so that no operation is moved out of the scope: the register
-// file is such memory.
+// From construction to destruction, f32 and f64 operations round by `mode` (FE_TONEAREST, ...).
+// Before and after, they round to nearest. The compiler must not move operations out of the scope,
+// so operands must come from memory that it cannot see through, such as the register file, and
+// results must go there.
 class RoundingScope {
  public:
   explicit RoundingScope(int mode) : directed_(mode != FE_TONEAREST) {

@@ -1,7 +1,7 @@
-// The arithmetic of tensor_core.h: models by instruction, one element for reading, and a loop over
-// tiles that compilers vectorize.
+// The arithmetic of tensor_core.h: the model of each instruction, a readable version for one
+// element, and a fast loop over tiles that compilers vectorize.
 //
-// The fast path is exact where it need not be readable: products of decoded values are exact (in
+// The fast path is exact for these reasons: products of decoded values are exact (in
 // f32 for FP8 and f16, in f64 for bf16 and tf32), scaling by a power of two is exact, conversion to
 // int32 truncates toward zero, and integer or f64 sums of those do not round.
 #include "tensor_core.h"

@@ -66,8 +66,8 @@ void decode_operand(MmaOperand& operand, NumberFormat format, const void* data, 
 void multiply_accumulate(const MmaModel& model, const MmaOperand& a, const MmaOperand& b,
                          float* accumulator, std::ptrdiff_t row_stride);
 
-// The same for one element, written for reading: the definition that the fast path is tested
-// against, and the path that NaN and infinity take.
+// The same for one element, written to be read. It is the definition against which the fast path is
+// tested, and it computes results with NaN and infinity.
 float multiply_accumulate_element(const MmaModel& model, const MmaOperand& a, int m,
                                   const MmaOperand& b, int n, float c);
 

@@ -1,4 +1,4 @@
-// The rules of cuTensorMapEncodeTiled, and the 128 bytes that stand for a CUtensorMap.
+// The rules of cuTensorMapEncodeTiled, and the 128 bytes that represent a CUtensorMap.
 #include "tensor_map.h"
 
 #include <cstring>
@@ -279,7 +279,7 @@ void encode_tensor_map(void* tensor_map, int data_type, std::uint32_t rank,
 }
 
 std::uint32_t box_elements(const TensorMapFields& f, int dimension) {
-  // The driver ignores the stride of dimension 0 where nothing is interleaved.
+  // The driver ignores the element stride of dimension 0 if there is no interleave.
   const std::uint32_t stride = dimension == 0 ? 1 : f.element_strides[dimension];
   return (f.box_dim[dimension] + stride - 1) / stride;
 }

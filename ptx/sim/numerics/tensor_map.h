@@ -1,7 +1,7 @@
-// Tensor maps: a stand-in for cuTensorMapEncodeTiled, and the addresses that TMA makes of one.
+// Tensor maps: a replacement for cuTensorMapEncodeTiled, and the addresses that TMA computes.
 //
-// The driver's CUtensorMap is opaque, so this one has a layout of its own in the same 128 bytes,
-// marked by a magic word. encode_tensor_map checks every rule that the CUDA driver API documents
+// The driver's CUtensorMap is opaque, so this one has its own layout in the same 128 bytes, with a
+// magic word. encode_tensor_map checks every rule that the CUDA driver API documents
 // for Hopper and names the argument and the rule that it breaks.
 #pragma once
 
@@ -73,13 +73,13 @@ void encode_tensor_map(void* tensor_map, int data_type, std::uint32_t rank,
                        const std::uint32_t* element_strides, int interleave, int swizzle,
                        int l2_promotion, int oob_fill);
 
-// Throws TensorMapError if the 128 bytes are no tensor map of ours or, after
+// Throws TensorMapError if the 128 bytes are not such a tensor map or, after
 // replace_tensor_map_field, break one of the rules.
 TensorMapFields decode_tensor_map(const void* tensor_map);
 
-// The fields of PTX `tensormap.replace.tile`, which writes one of them. `value` is as PTX has it:
-// rank counts from 0, and elemtype is numbered by the PTX ISA, not by CUtensorMapDataType. 128 zero
-// bytes count as a map with nothing set yet. Throws TensorMapError.
+// The fields that PTX `tensormap.replace.tile` can write. `value` has PTX's encoding: rank is the
+// rank minus 1, and elemtype has the numbers of the PTX ISA, not of CUtensorMapDataType. 128 zero
+// bytes count as a map without any field set. Throws TensorMapError.
 enum class TensorMapField {
   global_address,
   rank,
@@ -111,12 +111,12 @@ inline std::uint32_t swizzle_address(TensorMapSwizzle swizzle, std::uint32_t add
   return address ^ (((address >> 7) & mask) << 4);
 }
 
-// Bytes that are contiguous in shared and in global memory and alike in being in bounds.
+// Bytes that are contiguous in shared and global memory, and all in bounds or all out of bounds.
 struct BoxRun {
   std::uint32_t shared_address;  // swizzled
   std::uint32_t bytes;
   std::uint64_t global_address;  // 0 where out of bounds
-  bool in_bounds;                // if not: a load fills (oob_fill_bytes), a store skips
+  bool in_bounds;                // if not, a load fills (oob_fill_bytes) and a store skips
 };
 
 // Calls visit(const BoxRun&) for every run of the box whose first element is at `coordinates`
