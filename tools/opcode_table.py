@@ -1,0 +1,57 @@
+"""The opcode table of ptx/sim/README.md, made from the simulator's own.
+
+python tools/opcode_table.py            prints it
+python tools/opcode_table.py --write    puts it into the README
+"""
+
+import re
+import sys
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from torchext import _sim
+
+SIMULATOR = Path(__file__).resolve().parents[1] / "ptx" / "sim"
+README = SIMULATOR / "README.md"
+TRAITS = SIMULATOR / "frontend" / "traits.inc"
+BEGIN = "<!-- begin: python tools/opcode_table.py --write -->\n"
+END = "<!-- end -->\n"
+
+
+def table() -> str:
+    """Opcodes by family file, then what their classes mean, as Markdown."""
+    lines = [
+        "| file | opcodes | class | unit | least target |",
+        "| :-- | :-- | :-- | :-- | :-- |",
+    ]
+
+    def facts(row: dict[str, Any]) -> tuple[str, str, str, str]:
+        return row["file"], ", ".join(row["classes"]), ", ".join(row["units"]), row["target"]
+
+    for (file, classes, units, target), rows in groupby(sorted(_sim.opcodes(), key=facts), facts):
+        opcodes = ", ".join(sorted(row["opcode"] for row in rows))
+        lines.append(f"| `{file}` | {opcodes} | {classes} | {units} | {target or 'any'} |")
+    lines += ["", "| unit | class | instructions |", "| :-- | :-- | :-- |"]
+    for name, unit, text in re.findall(r'^CLASS\((\w+), (\w+), "(.+)"\)', TRAITS.read_text(), re.M):
+        lines.append(f"| {unit} | {name} | {text} |")
+    return "\n".join(lines) + "\n"
+
+
+def with_table(readme: str) -> str:
+    """The README's text with the table between its markers."""
+    before, rest = readme.split(BEGIN)
+    return before + BEGIN + table() + END + rest.split(END, 1)[1]
+
+
+def main() -> None:
+    if sys.argv[1:] == ["--write"]:
+        README.write_text(with_table(README.read_text()))
+    elif sys.argv[1:]:
+        sys.exit(__doc__)
+    else:
+        print(table(), end="")
+
+
+if __name__ == "__main__":
+    main()
