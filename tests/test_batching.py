@@ -24,7 +24,7 @@ from support.op_samples import (
     random,
 )
 from torchext import Recipe, ops
-from torchext.nn.linear_op import op_options
+from torchext.ops.linear import op_options
 
 pytestmark = pytest.mark.large  # batches say nothing of the kernels
 

@@ -390,12 +390,12 @@ def test_what_cannot_become_wide_again_is_left_as_it_was():
 
     for subclass in (Own(128, 128), parametrizations.weight_norm(Linear(128, 128))):
         model = nn.Sequential(Linear(128, 128), subclass)
-        with pytest.raises(TypeError, match=r"revert_to_linear: 1: .* subclass"):
+        with pytest.raises(TypeError, match=r"revert_to_linear: 1 must be .* subclass"):
             revert_to_linear(model)
         assert type(model[0]) is Linear
         with pytest.raises(TypeError, match=r"Linear.revert_: .* subclass"):
             subclass.revert_()
-    with pytest.raises(TypeError, match=r"revert_to_linear: model: expected .* got 'model'"):
+    with pytest.raises(TypeError, match=r"revert_to_linear: model must be .* \(got 'model'\)"):
         revert_to_linear("model")
 
 
@@ -529,9 +529,12 @@ def test_pruned_layers_stay_pruned(device):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (("model",), "model: expected a torch.nn.Module; got 'model'"),
-        ((nn.Identity(), "rowwise"), "recipe: expected a torchext.Recipe.*got 'rowwise'"),
-        ((nn.Identity(), None, "lm_head"), "module_filter_fn: expected a function.*got 'lm_head'"),
+        (("model",), r"model must be a torch\.nn\.Module \(got 'model'\)"),
+        ((nn.Identity(), "rowwise"), r"recipe must be a torchext\.Recipe \(got 'rowwise'\)"),
+        (
+            (nn.Identity(), None, "lm_head"),
+            r"module_filter_fn must be a function.*\(got 'lm_head'\)",
+        ),
     ],
     ids=["model", "recipe", "filter"],
 )

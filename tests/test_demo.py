@@ -58,7 +58,7 @@ def test_gap_is_of_the_last_held_out_loss():
 def test_steps_must_be_positive(capsys):
     with pytest.raises(SystemExit):
         main(["--steps", "0"])
-    assert "--steps: expected at least 1; got 0" in capsys.readouterr().err
+    assert "--steps must be at least 1 (got 0)" in capsys.readouterr().err
 
 
 def test_text_is_the_same_each_time_and_split_by_file():
@@ -74,7 +74,9 @@ def test_text_is_the_same_each_time_and_split_by_file():
 
 def test_no_sources_on_disk_is_an_error(monkeypatch, tmp_path):
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
-    with pytest.raises(FileNotFoundError, match=r"standard library as \.py files in .*found 0"):
+    with pytest.raises(
+        FileNotFoundError, match=r"standard library as \.py files in .*\(got 0 files\)"
+    ):
         standard_library()
 
 

@@ -26,7 +26,7 @@ from torchext import ops, reference
 
 
 def registered_ops():
-    """The public ones: an underscore marks the twins that fall through autograd."""
+    """The public ones: an underscore marks aliases and private ops."""
     names = {name.split(".")[0] for name in torch._C._dispatch_get_all_op_names()}
     prefix = "torchext::"
     public = {n.removeprefix(prefix) for n in names if n.startswith(prefix)}

@@ -329,7 +329,7 @@ def test_bias_changes_nothing_but_the_gradient(device):
 
 
 def test_ops_themselves_have_the_gradients_of_their_functions(device):
-    """And, where none is asked, end in the twins that the functions call."""
+    """And, where none is asked, end in the aliases that the functions call."""
     a, a_scale, b, b_scale = quantized("1d2d", 20, 40, 300, device=device)
     bias = random(40, device=device).requires_grad_()
     for name, arguments, options, tensor in (
@@ -347,7 +347,7 @@ def test_ops_themselves_have_the_gradients_of_their_functions(device):
 
 
 def test_fakes_under_inference_mode(device):
-    """Inference tensors have no autograd keys: their calls do not end in a twin."""
+    """Inference tensors have no autograd keys: their calls do not end in an alias."""
     with torch.inference_mode():
         operands = quantized("1d2d", 12, 40, 200, device=device)
         with FakeTensorMode() as mode:

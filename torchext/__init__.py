@@ -9,6 +9,7 @@ for DeepGEMM. `torchext.is_available()` tells what works on this machine.
 from __future__ import annotations
 
 import importlib as _importlib
+import logging as _logging
 from typing import Any as _Any
 
 from . import nn, ops
@@ -20,6 +21,9 @@ from .nn.weight_cache import fixed_weights
 from .recipe import Recipe
 
 __version__ = "0.1.0"
+
+# Silent unless the user configures logging; records conversions, forced kernels and the library.
+_logging.getLogger("torchext").addHandler(_logging.NullHandler())
 
 # Loaded when asked for: the simulator needs numpy and an extension of its own.
 _LAZY = ("compat", "reference", "sim")

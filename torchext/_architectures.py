@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
-from ._dispatch.library import op_library
-
-
-@cache
-def _library() -> ctypes.CDLL:
-    library = op_library()
-    library.torchext_architectures.argtypes = []
-    library.torchext_architectures.restype = ctypes.c_char_p
-    library.torchext_path_of_capability.argtypes = [ctypes.c_int32]
-    library.torchext_path_of_capability.restype = ctypes.c_int32
-    return library
+from ._dispatch.c_api import c_function
 
 
 @cache
 def _table() -> dict[str, Any]:
-    return json.loads(_library().torchext_architectures())
+    return json.loads(c_function("torchext_architectures")())
 
 
 def paths() -> dict[str, int]:
@@ -50,5 +39,5 @@ def simulated() -> dict[int, SimpleNamespace]:
 
 def path_of(capability: int) -> str | None:
     """The GEMM kernels that such a GPU takes; None for one older than all that torchext knows."""
-    number = _library().torchext_path_of_capability(capability)
+    number = c_function("torchext_path_of_capability")(capability)
     return next((name for name, oldest in paths().items() if oldest == number), None)

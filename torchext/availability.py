@@ -9,7 +9,7 @@ from typing import NamedTuple, overload
 import torch
 
 from ._architectures import architectures, path_of
-from ._dispatch.library import PACKAGE
+from ._dispatch import library
 
 
 def get_include() -> str:
@@ -17,12 +17,13 @@ def get_include() -> str:
 
     In an installed wheel it is `torchext/include`; in a checkout, the checkout itself.
     """
-    for folder in (PACKAGE.parent, PACKAGE / "include"):
+    for folder in (library.PACKAGE.parent, library.PACKAGE / "include"):
         if (folder / "ptx" / "isa" / "wgmma.h").is_file():
             return str(folder)
+    folder = library.PACKAGE / "include" / "ptx" / "isa"
     raise FileNotFoundError(
-        f"torchext.get_include: expected the headers in {PACKAGE / 'include' / 'ptx' / 'isa'}; "
-        "they are not there; reinstall torchext"
+        f"torchext.get_include: the headers must be in {folder} (got no such folder); reinstall "
+        "torchext"
     )
 
 
@@ -84,17 +85,12 @@ def is_available(feature: str | None = None) -> Availability | Availabilities:
     return Availability(*check())
 
 
-def _has_ptx() -> bool:
-    # The build lays the PTX of every CUDA kernel here, and nothing when it found no nvcc.
-    return any((PACKAGE / "_ptx").glob("*/*.ptx"))
-
-
 def _cpu() -> tuple[bool, str]:
     return True, "CPU kernels are part of every build"
 
 
 def _cuda() -> tuple[bool, str]:
-    if not _has_ptx():
+    if not library.has_ptx():
         return False, (
             "this build of torchext has no CUDA kernels (no nvcc was found when it was built); "
             "reinstall torchext where nvcc is on PATH or CUDA_HOME is set"
@@ -147,7 +143,7 @@ def _sim() -> tuple[bool, str]:
             "the simulator (torchext._sim) was not built for this Python; reinstall torchext from "
             "source with this Python"
         )
-    if not _has_ptx():
+    if not library.has_ptx():
         return False, (
             "this build of torchext has no PTX to simulate (no nvcc was found when it was built); "
             "reinstall torchext where nvcc is on PATH or CUDA_HOME is set"

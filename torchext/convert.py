@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable
 
@@ -14,6 +15,7 @@ from ._dispatch.layout import GROUP
 from .nn import Linear
 from .recipe import Recipe
 
+_log = logging.getLogger("torchext")
 ModuleFilter = Callable[[torch.nn.Module, str], bool]
 
 _HEAD_NAMES = {"lm_head", "output", "head", "classifier", "score", "embed_out", "unembed", "logits"}
@@ -69,6 +71,15 @@ def convert_to_fp8_training(
     result = ConversionResult(
         model, tuple(converted), ReadOnlyDict(skipped), *survey(model, skipped)
     )
+    _log.info(
+        "convert_to_fp8_training: converted %d of %d linear layers of %s, recipe %s",
+        len(converted),
+        len(converted) + len(skipped),
+        type(model).__name__,
+        recipe or Recipe.deepseek_v3(),
+    )
+    for fqn, reason in skipped.items():
+        _log.debug("convert_to_fp8_training: skipped %s: %s", fqn, reason)
     if result.fp8_elements == 0:
         warnings.warn(_nothing_converted(result), stacklevel=2)
     return result
@@ -86,17 +97,21 @@ def revert_to_linear(model: torch.nn.Module) -> tuple[str, ...]:
     of torchext.nn.Linear, or such a layer that is parametrized.
     """
     if not isinstance(model, torch.nn.Module):
-        raise TypeError(f"revert_to_linear: model: expected a torch.nn.Module; got {model!r}")
+        raise TypeError(
+            f"revert_to_linear: model must be a torch.nn.Module (got {model!r}); pass the model "
+            "that was converted"
+        )
     layers = {fqn: m for fqn, m in model.named_modules() if isinstance(m, Linear)}
     for fqn, layer in layers.items():
         if type(layer) is not Linear:
             raise TypeError(
-                f"revert_to_linear: {fqn}: expected a torchext.nn.Linear; got its subclass "
-                f"{type(layer).__name__}, whose own behavior would be lost; remove its "
+                f"revert_to_linear: {fqn} must be a torchext.nn.Linear (got its subclass "
+                f"{type(layer).__name__}, whose own behavior would be lost); remove its "
                 "parametrizations, or replace it, first"
             )
     for layer in layers.values():
         layer.revert_()
+    _log.info("revert_to_linear: %d layers of %s", len(layers), type(model).__name__)
     return tuple(layers)
 
 
@@ -114,15 +129,18 @@ def _nothing_converted(result: ConversionResult) -> str:
 def _check_arguments(
     model: torch.nn.Module, recipe: Recipe | None, module_filter_fn: ModuleFilter | None
 ) -> None:
-    def refuse(name: str, expected: str, got: object) -> None:
-        raise TypeError(f"convert_to_fp8_training: {name}: expected {expected}; got {got!r}")
+    def refuse(name: str, expected: str, got: object, remedy: str) -> None:
+        raise TypeError(
+            f"convert_to_fp8_training: {name} must be {expected} (got {got!r}); {remedy}"
+        )
 
     if not isinstance(model, torch.nn.Module):
-        refuse("model", "a torch.nn.Module", model)
+        refuse("model", "a torch.nn.Module", model, "pass the model to convert")
     if recipe is not None and not isinstance(recipe, Recipe):
-        refuse("recipe", "a torchext.Recipe, for example Recipe.deepseek_v3()", recipe)
+        refuse("recipe", "a torchext.Recipe", recipe, "pass, for example, Recipe.deepseek_v3()")
     if module_filter_fn is not None and not callable(module_filter_fn):
-        refuse("module_filter_fn", "a function (module, name) -> bool", module_filter_fn)
+        expected = "a function (module, name) -> bool"
+        refuse("module_filter_fn", expected, module_filter_fn, "omit it for the default filter")
 
 
 def _why_impossible(linear: torch.nn.Linear) -> str | None:

@@ -1,15 +1,16 @@
-"""Which Hopper kernel an FP8 GEMM runs, and why.
+"""Which kernel an FP8 GEMM runs, and why.
 
 `explain_gemm` shows what the library would choose for a problem: from a table measured on a GPU
 where it has the problem, else by a cost model (csrc/gemm/sm90/select.cpp) whose terms it lists for
-every tile that is compiled. Nothing here needs a GPU. `forced` overrules the choice, for tests,
-benchmarks and the tuner.
+every tile that is compiled. Nothing here needs a GPU. `forced` overrules the choice of a Hopper
+tile and `forced_path` that of the architecture's kernels, for tests, benchmarks and the tuner.
 """
 
 from __future__ import annotations
 
 import ctypes
 import json
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -18,13 +19,14 @@ from typing import Any
 import torch
 
 from ._architectures import paths
-from ._dispatch.library import op_library
+from ._dispatch.c_api import c_function
 
 _GRANULARITIES = ("1d2d", "1d1d", "rowwise")  # the order of csrc/gemm/gemm.h
 _OF_RECIPES = {"blockwise": "1d2d", "tensorwise": "rowwise"}  # torchext.Recipe's words
 _GROUPINGS = ("none", "offsets", "group_ids", "masked", "along_k")
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _forced_paths: list[str] = []
+_log = logging.getLogger("torchext")
 
 
 @dataclass(frozen=True)
@@ -190,22 +192,23 @@ def explain_gemm(
         )
     explain = _function("torchext_explain_gemm")
     arguments = (
-        *(ctypes.c_int64(size) for size in (m, n, k)),
-        ctypes.c_int(_GRANULARITIES.index(granularity)),
-        ctypes.c_bool(a_dtype == torch.float8_e5m2),
-        ctypes.c_bool(b_dtype == torch.float8_e5m2),
-        ctypes.c_int64(out_dtype.itemsize),
-        ctypes.c_bool(accumulate),
-        ctypes.c_int(_GROUPINGS.index(grouping)),
-        ctypes.c_int64(groups),
-        ctypes.c_int64(expected_m),
-        ctypes.c_int(num_sms),
-        ctypes.c_int(sm_count),
+        m,
+        n,
+        k,
+        _GRANULARITIES.index(granularity),
+        a_dtype == torch.float8_e5m2,
+        b_dtype == torch.float8_e5m2,
+        out_dtype.itemsize,
+        accumulate,
+        _GROUPINGS.index(grouping),
+        groups,
+        expected_m,
+        num_sms,
+        sm_count,
     )
-    explain.restype = ctypes.c_int64
-    size = explain(*arguments, None, ctypes.c_int64(0))
+    size = explain(*arguments, None, 0)
     text = ctypes.create_string_buffer(size)
-    explain(*arguments, text, ctypes.c_int64(size))
+    explain(*arguments, text, size)
     answer = json.loads(text.value)
     candidates = tuple(Candidate(**candidate) for candidate in answer["candidates"])
     chosen = tuple(answer[key] for key in ("name", "split_k", "cluster"))
@@ -242,12 +245,13 @@ def forced(name: str, *, split_k: int = 1, cluster: int = 1) -> Iterator[None]:
     A product that the tile cannot compute raises ValueError.
     """
     force = _function("torchext_force_gemm")
-    force.restype = None
-    force(ctypes.c_char_p(name.encode()), ctypes.c_int(split_k), ctypes.c_int(cluster))
+    force(name.encode(), split_k, cluster)
+    _log.debug("Hopper GEMMs use the tile %s, split_k=%d, cluster=%d", name, split_k, cluster)
     try:
         yield
     finally:
-        force(None, ctypes.c_int(0), ctypes.c_int(0))
+        force(None, 0, 0)
+        _log.debug("Hopper GEMMs choose their tile again")
 
 
 @contextmanager
@@ -259,24 +263,24 @@ def forced_path(path: str) -> Iterator[None]:
         raise ValueError(
             f"forced_path: path must be one of {', '.join(map(repr, numbers))} (got {path!r})"
         )
-    library = op_library()
-    library.torchext_force_path.argtypes = [ctypes.c_int32]
-    library.torchext_force_path.restype = None
+    force = c_function("torchext_force_path")
     _forced_paths.append(path)
-    library.torchext_force_path(numbers[path])
+    force(numbers[path])
+    _log.debug("GEMMs run the %s kernels", path)
     try:
         yield
     finally:
         _forced_paths.pop()
-        library.torchext_force_path(numbers[_forced_paths[-1]] if _forced_paths else 0)
+        force(numbers[_forced_paths[-1]] if _forced_paths else 0)
+        _log.debug("GEMMs run the kernels of %s", _forced_paths[-1] if _forced_paths else "the GPU")
 
 
 def _function(name: str) -> Any:
-    library = op_library()
-    if not hasattr(library, name):
+    try:
+        return c_function(name)
+    except AttributeError:
         raise RuntimeError(
-            "torchext.gemm_selection: this build of torchext has no CUDA kernels to choose from "
-            "(no nvcc was found when it was built); reinstall torchext where nvcc is on PATH or "
-            "CUDA_HOME is set"
-        )
-    return getattr(library, name)
+            "torchext.gemm_selection: this build of torchext must have CUDA kernels to choose from "
+            "(got none: no nvcc was found when it was built); reinstall torchext where nvcc is on "
+            "PATH or CUDA_HOME is set"
+        ) from None

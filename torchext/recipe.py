@@ -48,19 +48,22 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.granularity not in GRANULARITIES:
             raise ValueError(
-                f"Recipe: granularity: expected one of {', '.join(GRANULARITIES)}; got "
-                f"{self.granularity!r}; Recipe.deepseek_v3() is a good first choice"
+                f"Recipe: granularity must be one of {', '.join(GRANULARITIES)} (got "
+                f"{self.granularity!r}); Recipe.deepseek_v3() is a good first choice"
             )
         for name in ("input_dtype", "weight_dtype", "grad_dtype"):
             dtype = getattr(self, name)
             if dtype not in _FP8_DTYPES:
                 raise TypeError(
-                    f"Recipe: {name}: expected torch.float8_e4m3fn or torch.float8_e5m2; got "
-                    f"{dtype!r}; it is the format that operands are quantized to (a layer's output "
-                    "has its input's dtype, or autocast's)"
+                    f"Recipe: {name} must be torch.float8_e4m3fn or torch.float8_e5m2 (got "
+                    f"{dtype!r}); it is the format that operands are quantized to (a layer's "
+                    "output has its input's dtype, or autocast's)"
                 )
         if not isinstance(self.pow2_scale, bool):
-            raise TypeError(f"Recipe: pow2_scale: expected True or False; got {self.pow2_scale!r}")
+            raise TypeError(
+                f"Recipe: pow2_scale must be True or False (got {self.pow2_scale!r}); pass "
+                "bool(pow2_scale)"
+            )
 
     @classmethod
     def deepseek_v3(cls, *, pow2_scale: bool = False) -> Recipe:

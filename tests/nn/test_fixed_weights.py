@@ -122,7 +122,7 @@ def test_fixed_weights_of_several_recipes(device):
 def test_fixed_weights_wants_a_module():
     with (
         pytest.raises(
-            TypeError, match=r"fixed_weights: model: expected a torch\.nn\.Module; got list"
+            TypeError, match=r"fixed_weights: model must be a torch\.nn\.Module \(got list"
         ),
         fixed_weights([Linear(8, 8)]),
     ):

@@ -144,7 +144,7 @@ def test_wrong_shape_is_refused_like_torch_does(device, shape):
     linear = normal_linear(device)
     x = torch.ones(shape, device=device)
     with pytest.raises(
-        RuntimeError, match=r"torchext\.nn\.Linear: input: expected .*\[\.\.\., 200\]"
+        RuntimeError, match=r"torchext\.nn\.Linear: input must have shape \[\.\.\., 200\]"
     ):
         linear(x)
     with pytest.raises(RuntimeError):
@@ -153,14 +153,14 @@ def test_wrong_shape_is_refused_like_torch_does(device, shape):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int32, torch.float8_e4m3fn], ids=str)
 def test_wrong_dtype_is_refused(device, dtype):
-    with pytest.raises(TypeError, match="input: expected torch.float32, .* got " + str(dtype)):
+    with pytest.raises(TypeError, match=r"input must be torch\.float32, .* \(got " + str(dtype)):
         normal_linear(device)(torch.zeros(3, 200, device=device).to(dtype))
-    with pytest.raises(TypeError, match=r"weight: expected torch\.float32, .* got torch.float64"):
+    with pytest.raises(TypeError, match=r"weight must be torch\.float32, .* \(got torch.float64"):
         normal_linear(device).double()(torch.zeros(3, 200, device=device))
 
 
 def test_wrong_device_is_refused(device):
-    with pytest.raises(RuntimeError, match=r"input: expected device .* got meta"):
+    with pytest.raises(RuntimeError, match=r"input must be on device .* \(got meta"):
         normal_linear(device)(torch.zeros(3, 200, device="meta"))
 
 
@@ -246,7 +246,7 @@ def test_second_gradient_is_refused(device):
     linear = normal_linear(device)
     x = normal(4, 200, device=device, grad=True)
     (dx,) = torch.autograd.grad(linear(x).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"backward: expected .* \(create_graph=True\)"):
+    with pytest.raises(RuntimeError, match=r"backward must be .* create_graph=True\)"):
         dx.square().sum().backward()
     (once,) = torch.autograd.grad(linear(x).sum(), x)
     assert torch.equal(dx, once)
@@ -292,7 +292,7 @@ def test_factory_arguments():
     linear = Linear(8, 16, False, "meta", torch.bfloat16, recipe=Recipe.rowwise())
     assert linear.bias is None and linear.recipe == Recipe.rowwise()
     assert linear.weight.is_meta and linear.weight.dtype == torch.bfloat16
-    with pytest.raises(TypeError, match=r"recipe: expected a torchext\.Recipe; got 'rowwise'"):
+    with pytest.raises(TypeError, match=r"recipe must be a torchext\.Recipe \(got 'rowwise'"):
         Linear(8, 16, recipe="rowwise")
 
 
@@ -325,7 +325,7 @@ def test_from_linear_shares_parameters_and_hooks(device):
     linear.weight = torch.nn.Parameter(torch.zeros_like(plain.weight))
     linear.register_forward_hook(lambda module, args, output: None)
     assert linear.weight is not plain.weight and len(plain._forward_hooks) == 1
-    with pytest.raises(TypeError, match=r"expected a torch\.nn\.Linear; got .*Bilinear"):
+    with pytest.raises(TypeError, match=r"linear must be a torch\.nn\.Linear \(got .*Bilinear"):
         Linear.from_linear(torch.nn.Bilinear(2, 2, 2))
 
 

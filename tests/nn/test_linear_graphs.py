@@ -28,7 +28,7 @@ from support.linear_testing import (
     train_step,
 )
 from torchext.nn import Linear
-from torchext.nn.linear_op import linear_op
+from torchext.ops.linear import linear_op
 
 pytestmark = [
     pytest.mark.large,  # graphs say nothing of the kernels
@@ -246,7 +246,7 @@ def test_export_under_autocast(device):
 
 
 def test_export_refuses_a_shape_that_does_not_fit(device):
-    with pytest.raises(Exception, match=r"input: expected shape \[\.\.\., 200\]"):
+    with pytest.raises(Exception, match=r"input must have shape \[\.\.\., 200\]"):
         export(Model(device).up, (torch.zeros(3, 199, device=device),), strict=False)
 
 

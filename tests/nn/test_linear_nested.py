@@ -112,9 +112,9 @@ def test_compiled(device):
 def test_what_cannot_be_is_refused(device):
     linear = normal_linear(device)
     parts = [normal(n, 200, device=device) for n in (3, 5)]
-    with pytest.raises(TypeError, match=r"input: expected a nested tensor of layout torch\.jagged"):
+    with pytest.raises(TypeError, match=r"input must be a nested tensor of layout torch\.jagged"):
         linear(torch.nested.nested_tensor(parts))
-    with pytest.raises(RuntimeError, match="input: expected a last dimension of in_features"):
+    with pytest.raises(RuntimeError, match="input must have a last dimension of in_features"):
         linear(jagged(parts).transpose(1, 2))
-    with pytest.raises(RuntimeError, match=r"input: expected shape \[\.\.\., 200\]"):
+    with pytest.raises(RuntimeError, match=r"input must have shape \[\.\.\., 200\]"):
         linear(jagged([part[:, :150] for part in parts]))

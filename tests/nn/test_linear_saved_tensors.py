@@ -13,7 +13,7 @@ from torch import Tensor
 from support.linear_testing import every_recipe, main_recipes, normal, normal_linear
 from support.op_samples import opcheck
 from torchext import ops
-from torchext.nn.linear_function import quantize_activation, quantize_weight
+from torchext.ops.linear_function import quantize_activation, quantize_weight
 from torchext.recipe import GRANULARITIES
 
 pytestmark = pytest.mark.large  # layouts say nothing of the kernels

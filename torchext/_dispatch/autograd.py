@@ -1,17 +1,17 @@
 """Autograd for ops that need Python kernels for it, at little cost to calls that ask no gradient.
 
 A Python kernel on an autograd key costs every call microseconds, whether it needs a gradient or
-not, and the stable ABI has no way to write such a kernel in C++. So each of these ops has a twin
-(csrc/ops.cpp): the same kernels under the name with an underscore in front, its autograd keys
-falling through. The op's autograd kernel ends in the twin; `torchext.ops` and `torchext.nn` call
-the twin themselves where no gradient is asked, and graphs that were traced below autograd hold it.
+not, and the stable ABI has no way to write such a kernel in C++. So each of these ops has a
+below-autograd alias (csrc/ops.cpp): the same kernels under the name with an underscore in front,
+whose autograd keys fall through. The op's autograd kernel ends in the alias. `torchext.ops` calls
+the alias where no gradient is asked, and graphs that were traced below autograd hold it.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,25 +22,27 @@ from . import library  # noqa: F401  (loads the ops that are registered on here)
 
 _ops = torch.ops.torchext
 _IMPL = torch.library.Library("torchext", "IMPL")
-_FALL_THROUGH = torch.library.fallthrough_kernel
-
-Fake = TypeVar("Fake", bound=Callable[..., Any])
 
 
-def register_fake_with_twin(name: str, overload: str = "default") -> Callable[[Fake], Fake]:
-    """Registers the decorated function, whose arguments have the schema's names, for both."""
-    suffix = "" if overload == "default" else f".{overload}"
-    names = _argument_names(name, overload)
+class Gradient(NamedTuple):
+    """The gradient of an op with respect to one tensor argument, and to no other.
 
-    def register(fake: Fake) -> Fake:
-        def fake_of_twin(*arguments: Any, **options: Any) -> Any:
-            return fake(**dict(zip(names, arguments, strict=False)), **options)
+    Attributes:
+        argument: the argument's name.
+        formula: formula(grad, shape of the argument, *the arguments that `saved` names) returns the
+            gradient, in any dtype.
+        saved: names of the tensor arguments that the formula needs.
+    """
 
-        torch.library.register_fake(f"torchext::{name}{suffix}", fake)
-        torch.library.register_fake(f"torchext::_{name}{suffix}", fake_of_twin)
-        return fake
+    argument: str
+    formula: Callable[..., Tensor]
+    saved: tuple[str, ...] = ()
 
-    return register
+
+def fall_through(name: str, key: str) -> None:
+    """Gives an op no kernel for `key`. At the Autograd key, fresh outputs then require no gradient,
+    at no cost."""
+    _IMPL.impl(name, torch.library.fallthrough_kernel, key)
 
 
 def asks_gradient(tensor: Tensor | None) -> bool:
@@ -79,30 +81,28 @@ def recorded_outside(op: Any, *operands: Any, **options: Any) -> Any:
         return op(*operands, **options)
 
 
-def register_gradient(
-    name: str, argument: str, gradient: Callable[..., Tensor], saved: tuple[str, ...] = ()
-) -> None:
-    """Gives an op a gradient with respect to its tensor `argument`, and to no other.
+def register_gradient(name: str, gradient: Gradient) -> None:
+    """Gives an op its Gradient, and makes its alias fall through.
 
-    gradient(grad, shape of the argument, *the arguments that `saved` names) returns it, in any
-    dtype. (torch.library.register_autograd takes no keyword-only tensors.)
+    (torch.library.register_autograd takes no keyword-only tensors.)
     """
-    op, twin = getattr(_ops, name).default, getattr(_ops, f"_{name}").default
+    argument, formula, saved = gradient
+    op, alias = getattr(_ops, name).default, getattr(_ops, f"_{name}").default
     names = _argument_names(name)
     position = names.index(argument)
 
     def autograd(*operands: Any, **options: Any) -> Tensor:
         tensor = operands[position] if position < len(operands) else options.get(argument)
         if not asks_gradient(tensor):
-            return twin(*operands, **options)
+            return alias(*operands, **options)
         given = dict(zip(names, operands, strict=False)) | options
         transformed = torch._C._are_functorch_transforms_active()
-        run = functools.partial(recorded_outside, op) if transformed else twin
-        call = (run, operands, options, gradient, f"{name}: {argument}")
+        run = functools.partial(recorded_outside, op) if transformed else alias
+        call = (run, operands, options, formula, f"{name}: {argument}")
         return apply(_Differentiable, tensor, call, *map(given.get, saved))
 
     _IMPL.impl(name, autograd, "Autograd")
-    _IMPL.impl(f"_{name}", _FALL_THROUGH, "Autograd")
+    fall_through(f"_{name}", "Autograd")
 
 
 class _Differentiable(torch.autograd.Function):
@@ -110,7 +110,7 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, call: tuple[Any, ...], *saved: Tensor | None) -> Tensor:
-        run, operands, options, ctx.gradient, ctx.argument = call
+        run, operands, options, ctx.formula, ctx.argument = call
         ctx.save_for_backward(*saved)
         ctx.shape, ctx.dtype = tensor.shape, tensor.dtype
         return run(*operands, **options)
@@ -118,7 +118,7 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
-        gradient = ctx.gradient(grads[0], ctx.shape, *saved)
+        gradient = ctx.formula(grads[0], ctx.shape, *saved)
         return gradient.to(ctx.dtype), None, *(None for _ in saved)
 
     @staticmethod
@@ -133,7 +133,7 @@ def register_out(name: str) -> Callable[..., None]:
     """Makes the overload `out` refuse gradients, as every out= function of torch does, and tell
     autograd of the write. Returns what `torchext.ops` calls for it, which dispatches but once.
     """
-    op, twin = getattr(_ops, name).out, getattr(_ops, f"_{name}").out
+    op, alias = getattr(_ops, name).out, getattr(_ops, f"_{name}").out
 
     def write(*operands: Any, out: Tensor, **options: Any) -> None:
         if torch.is_grad_enabled():
@@ -141,16 +141,15 @@ def register_out(name: str) -> Callable[..., None]:
                 if getattr(tensor, "requires_grad", False):
                     raise RuntimeError(
                         f"{name}: {argument} must not require a gradient when out= is given (got "
-                        "requires_grad=True); detach it, call under torch.no_grad(), or leave out= "
-                        "away"
+                        "requires_grad=True); detach it, call under torch.no_grad(), or omit out="
                     )
         torch.autograd.graph.increment_version(out)
-        twin(*operands, out=out, **options)
+        alias(*operands, out=out, **options)
 
-    _IMPL.impl(f"{name}.out", _FALL_THROUGH, "Autograd")
+    fall_through(f"{name}.out", "Autograd")
     _IMPL.impl(f"{name}.out", write, "ADInplaceOrView")
     for key in ("Autograd", "ADInplaceOrView"):
-        _IMPL.impl(f"_{name}.out", _FALL_THROUGH, key)
+        fall_through(f"_{name}.out", key)
 
     def call(*operands: Any, **options: Any) -> None:
         # Dynamo cannot trace increment_version; torch.func's transforms hand it on by level.
@@ -162,6 +161,5 @@ def register_out(name: str) -> Callable[..., None]:
     return call
 
 
-def _argument_names(name: str, overload: str = "default") -> list[str]:
-    schema = getattr(getattr(_ops, name), overload)._schema
-    return [argument.name for argument in schema.arguments]
+def _argument_names(name: str) -> list[str]:
+    return [argument.name for argument in getattr(_ops, name).default._schema.arguments]

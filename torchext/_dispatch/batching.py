@@ -1,9 +1,9 @@
-"""What torch.vmap makes of the ops: batching rules.
+"""Batching rules: what torch.vmap and batched gradients compute for an op.
 
 Where every row of the result depends on its own row of one batched tensor, the batch is one more
-leading dimension. Everywhere else (operands that are batched both, scales of whole tensors, sums
-over rows) the op runs for each element of the batch. Scales and FP8 values are the same either way,
-and elements keep the layout that products read.
+leading dimension. Everywhere else (two batched operands, scales of whole tensors, sums over rows)
+the op runs once for each element of the batch. Scales and FP8 values are the same either way, and
+elements keep the layout that products read.
 
 PyTorch has two kinds of batched tensors: torch.func's, and those of batched gradients
 (`is_grads_batched=True`, torch.autograd.functional's `vectorize=True`). The rules serve both.
@@ -20,7 +20,6 @@ from torch._functorch.autograd_function import custom_function_call_vmap_helper
 from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch.utils._pytree import tree_map
 
-from ..recipe import GRANULARITIES
 from . import library  # noqa: F401  (loads the ops)
 from .layout import laid_out, round_up
 
@@ -38,7 +37,8 @@ BatchDims = tuple[int | None, ...]
 Rule = Callable[..., tuple[Any, Any]]
 
 
-def _register(name: str, rule: Rule, overload: str = "default") -> None:
+def register_batching(name: str, overload: str, rule: Rule) -> None:
+    """Gives the overload of an op its batching rule, for both kinds of batched tensors."""
     op = getattr(getattr(_ops, name), overload)
     arguments = op._schema.arguments
     names = [argument.name for argument in arguments]
@@ -164,7 +164,7 @@ def each_quantized(call: Call, size: int, dims: BatchDims, *operands: Any) -> tu
 # ---- all at once ----
 
 
-def _quantize_rows(dims_of_element: int) -> Rule:
+def quantize_rows(dims_of_element: int) -> Rule:
     """Each row, or each matrix, is quantized by itself."""
 
     def rule(call: Call, size: int, dims: BatchDims, x: Tensor, *options: Any) -> tuple[Any, Any]:
@@ -180,7 +180,7 @@ def _quantize_rows(dims_of_element: int) -> Rule:
     return rule
 
 
-def _multiply_rows(
+def multiply_rows(
     call: Call, size: int, dims: BatchDims, a: Tensor, a_scale: Tensor, *rest: Any
 ) -> tuple[Any, Any]:
     a_dim, scale_dim, *others = dims
@@ -191,8 +191,8 @@ def _multiply_rows(
         or a.dim() < 2
         or _element_shape(a, a_dim)[:-1] != _element_shape(a_scale, scale_dim)[:-1]
     ):
-        return _each_product(call, size, dims, a, a_scale, *rest)
-    pair = _as_products_read(a.movedim(a_dim, 0), a_scale.movedim(scale_dim, 0))
+        return each_product(call, size, dims, a, a_scale, *rest)
+    pair = as_products_read(a.movedim(a_dim, 0), a_scale.movedim(scale_dim, 0))
     return call(*pair, *rest), 0
 
 
@@ -200,26 +200,10 @@ def _element_shape(x: Tensor, dim: int) -> list[int]:
     return [size for d, size in enumerate(x.shape) if d != dim]
 
 
-def _layer(granularity: int) -> Rule:
-    """x @ w.T or dy @ w: the weight, the same for all, leaves the rows independent.
-
-    `granularity` is that argument's position.
-    """
-
-    def rule(call: Call, size: int, dims: BatchDims, *operands: Any) -> tuple[Any, Any]:
-        rows = operands[0]
-        alone = dims[0] is not None and all(dim is None for dim in dims[1:])
-        if not alone or rows.dim() < 2 or GRANULARITIES[operands[granularity]] == "tensorwise":
-            return each(call, size, dims, *operands)
-        return call(rows.movedim(dims[0], 0), *operands[1:]), 0
-
-    return rule
-
-
 # ---- layouts ----
 
 
-def _as_products_read(data: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+def as_products_read(data: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """A quantized pair, or a copy of it where a batch has taken its layout away."""
     if data.dim() == 0 or scale.dim() == 0:
         return data, scale  # the op refuses them
@@ -231,7 +215,7 @@ def _product_of(loop: Rule) -> Rule:
 
     def rule(call: Call, size: int, dims: BatchDims, *operands: Any) -> tuple[Any, Any]:
         def product(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, *rest: Any) -> Any:
-            pairs = *_as_products_read(a, a_scale), *_as_products_read(b, b_scale)
+            pairs = *as_products_read(a, a_scale), *as_products_read(b, b_scale)
             return call(*pairs, *rest)
 
         return loop(product, size, dims, *operands)
@@ -239,59 +223,5 @@ def _product_of(loop: Rule) -> Rule:
     return rule
 
 
-def _each_product_with_kept(
-    call: Call, size: int, dims: BatchDims, *operands: Any
-) -> tuple[Any, Any]:
-    """Of what backward kept, which has a layout of its own (csrc/linear/kept.h)."""
-
-    def product(a: Tensor, a_scale: Tensor, *rest: Any) -> Any:
-        return call(*_as_products_read(a, a_scale), *rest)
-
-    return each(product, size, dims, *operands)
-
-
-_each_product = _product_of(each)
-_each_quantized_product = _product_of(each_quantized)
-
-
-# ---- the rules ----
-
-_RULES: dict[str, Rule] = {
-    "quantize_1x128": _quantize_rows(1),
-    "quantize_1x128_t": each_quantized,
-    "quantize_1x128_dual": each_quantized,
-    "quantize_128x128": _quantize_rows(2),
-    "quantize_128x128_dual": _quantize_rows(2),
-    "quantize_rowwise": _quantize_rows(1),
-    "quantize_tensorwise": each_quantized,
-    "dequantize": each,
-    "_dequantize": each,
-    "fp8_gemm_nt": _multiply_rows,
-    "_fp8_gemm_nt": _multiply_rows,
-    "_quantize_kept": each_quantized,
-    "_quantize_128x128_kept": each_quantized,
-    "_fp8_gemm_nt_kept": _each_product_with_kept,
-    "_linear": _layer(granularity=3),
-    "_linear_dgrad": _layer(granularity=2),
-    "_linear_wgrad": each,
-}
-for _activation in ("swiglu", "gelu", "relu2"):
-    _RULES[f"fp8_gemm_nt_{_activation}_quantize"] = _each_quantized_product
-for _name in (
-    "m_grouped_fp8_gemm_nt_contiguous",
-    "m_grouped_fp8_gemm_nt_masked",
-    "k_grouped_fp8_gemm_nt",
-):
-    _RULES[_name] = _each_product
-for _name in ("m_grouped_fp8_gemm_nt_contiguous", "m_grouped_fp8_gemm_nt_masked"):
-    _RULES[f"_{_name}"] = _each_product
-for _name, _rule in _RULES.items():
-    _register(_name, _rule)
-for _name in (
-    "fp8_gemm_nt",
-    "m_grouped_fp8_gemm_nt_contiguous",
-    "m_grouped_fp8_gemm_nt_masked",
-    "k_grouped_fp8_gemm_nt",
-):
-    _register(_name, _each_product, "out")
-    _register(f"_{_name}", _each_product, "out")
+each_product = _product_of(each)
+each_quantized_product = _product_of(each_quantized)

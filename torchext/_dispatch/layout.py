@@ -25,6 +25,13 @@ def round_up(a: int, b: int) -> int:
     return ceil_div(a, b) * b
 
 
+def leading_sizes(x: Tensor) -> tuple[int, ...]:
+    """All sizes of x [..., K] but the last."""
+    if x.dim() == 0:
+        raise ValueError("torchext: a tensor must have shape [..., K] (got 0 dimensions)")
+    return tuple(x.shape[:-1])
+
+
 def folded_strides(leading: Sequence[int], row: int, column: int) -> list[int]:
     """Strides of [*leading, columns] whose rows, folded, are `row` elements apart."""
     strides = [column]

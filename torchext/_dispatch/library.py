@@ -2,38 +2,43 @@
 
 from __future__ import annotations
 
-import ctypes
+import logging
 from pathlib import Path
 
 import torch
 
 PACKAGE = Path(__file__).resolve().parent.parent
+PATH = PACKAGE / "_C.so"
+_log = logging.getLogger("torchext")
 
 
-def load(path: Path = PACKAGE / "_C.so") -> None:
+def has_ptx() -> bool:
+    """Whether this build has CUDA kernels: it stores their PTX in a folder of the package."""
+    return any((PACKAGE / "_ptx").glob("*/*.ptx"))
+
+
+def load(path: Path = PATH) -> None:
     """Registers `torch.ops.torchext.*`.
 
     Raises ImportError when the library was not built, or when this torch cannot load it.
     """
     if not path.is_file():
         raise ImportError(
-            f"torchext: its compiled ops are missing: expected {path}. Build them with "
+            f"torchext: the compiled ops must be in {path} (got no such file); build them with "
             "`pip install .` (or, in a checkout, `python setup.py build_ext --inplace`); a C++ "
-            "compiler is enough, nvcc adds the CUDA kernels."
+            "compiler is enough, nvcc adds the CUDA kernels"
         )
     try:
         torch.ops.load_library(path)
     except OSError as error:
         raise ImportError(
-            f"torchext: torch {torch.__version__} cannot load {path.name}: {error}. Expected "
-            "torch >= 2.10; upgrade torch, or rebuild torchext on this machine with "
-            "`pip install .`."
+            f"torchext: torch must be 2.10 or later and able to load {path.name} (got torch "
+            f"{torch.__version__}: {error}); upgrade torch, or rebuild torchext on this machine "
+            "with `pip install .`"
         ) from error
-
-
-def op_library() -> ctypes.CDLL:
-    """The compiled ops as a C library: some of its functions are no ops (the simulator's seam)."""
-    return ctypes.CDLL(str(PACKAGE / "_C.so"))
+    if _log.isEnabledFor(logging.INFO):
+        kernels = "with CUDA kernels" if has_ptx() else "without CUDA kernels"
+        _log.info("loaded %s, built %s, into torch %s", path, kernels, torch.__version__)
 
 
 load()

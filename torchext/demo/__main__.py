@@ -82,7 +82,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     options = parser.parse_args(arguments)
     if options.steps < 1:
-        parser.error(f"--steps: expected at least 1; got {options.steps}")
+        parser.error(f"--steps must be at least 1 (got {options.steps})")
     return options
 
 

@@ -35,8 +35,8 @@ def standard_library() -> Corpus:
     )
     if len(files) < 100:
         raise FileNotFoundError(
-            f"torchext.demo: text: expected Python's standard library as .py files in {root}; "
-            f"found {len(files)} of them; run it with a Python that has its sources on disk"
+            f"torchext.demo: text must be Python's standard library as .py files in {root} (got "
+            f"{len(files)} files); run it with a Python that has its sources on disk"
         )
     texts = [torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8) for path in files]
     held_out = [text for i, text in enumerate(texts) if i % 10 == 0]

@@ -1,4 +1,4 @@
-"""Where a layer goes through its op (linear_op.py) instead of its own path: under what composes
+"""Where a layer goes through its op (../ops/linear.py) instead of its own path: under what composes
 modules, and cannot look into an autograd function or be shown a cached weight.
 
 docs/composition.md lists what works, and what refuses.
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.fx import Proxy
 
-from .linear_op import linear_op
+from ..ops.linear import linear_op
 
 if TYPE_CHECKING:
     from .linear import Linear
@@ -107,8 +107,8 @@ def _traced_symbolically(layer: Linear, input: Any, weight: Tensor, bias: Tensor
             return tracer.create_proxy("call_module", path, (input,), {})
     if type(weight) is Tensor:
         raise RuntimeError(
-            "torchext.nn.Linear: torch.fx: expected parameters; got a computed weight "
-            "(a parametrization, or torch.nn.utils.weight_norm), which the graph would hold as it "
-            "is now; trace with a torch.fx.Tracer whose is_leaf_module is true of this layer"
+            "torchext.nn.Linear: weight must be a parameter under torch.fx (got a computed one, of "
+            "a parametrization or torch.nn.utils.weight_norm, which the graph would hold as it is "
+            "now); trace with a torch.fx.Tracer whose is_leaf_module is true of this layer"
         )
     return linear_op(input, weight, bias, layer.recipe)

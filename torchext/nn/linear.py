@@ -7,14 +7,16 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import profiler
 from torch.fx import Proxy
 from torch.nn import Parameter
 
+from ..ops.linear_function import LinearFunction, Operand, apply_eagerly, linear
+from ..ops.linear_operands import bias_fits, fit, layer_error, misfit
+from ..ops.linear_ranges import open_range
 from ..recipe import Recipe
 from .composition import composed, is_composed, is_composed_in_graph
-from .linear_function import LinearFunction, Operand, apply_eagerly, linear
 from .nested import rows_of_nested
-from .operands import fit, misfit
 from .weight_cache import WeightCache
 
 
@@ -65,9 +67,9 @@ class Linear(torch.nn.Linear):
         """
         if type(linear) is not torch.nn.Linear:
             raise TypeError(
-                "Linear.from_linear: linear: expected a torch.nn.Linear; got "
-                f"{type(linear).__module__}.{type(linear).__qualname__}; pass its weights to a new "
-                "torchext.nn.Linear by load_state_dict"
+                "Linear.from_linear: linear must be a torch.nn.Linear (got "
+                f"{type(linear).__module__}.{type(linear).__qualname__}); pass its weights to a "
+                "new torchext.nn.Linear by load_state_dict"
             )
         new = torch.nn.Linear.__new__(torch.nn.Linear)
         # A level deep: parameters and hooks are shared, the dictionaries that list them are not.
@@ -100,8 +102,8 @@ class Linear(torch.nn.Linear):
         """
         if type(self) is not Linear:
             raise TypeError(
-                f"Linear.revert_: expected a torchext.nn.Linear; got its subclass "
-                f"{type(self).__name__}, whose own behavior would be lost; remove its "
+                "Linear.revert_: the layer must be a torchext.nn.Linear (got its subclass "
+                f"{type(self).__name__}, whose own behavior would be lost); remove its "
                 "parametrizations, or replace it, first"
             )
         for name in Linear.__annotations__:  # what this class keeps beside torch.nn.Linear
@@ -136,29 +138,39 @@ class Linear(torch.nn.Linear):
             y = composed(self, input, weight, bias)
             if y is not None:
                 return y if rewrap is None else rewrap(y)
-        if not fit(input, weight, bias):
+        # A compiled graph would find a bias that does not fit only when it runs.
+        if not fit(input, weight, bias) or (compiling and not bias_fits(weight, bias)):
             raise misfit(input, weight, bias)
-        quantized_weight = None if compiling else self._quantized_weight(weight, input)
-        out_dtype = _output_dtype(input)
-        if _needs_graph(input, weight, bias):
-            inputs = (input, weight, bias, self.recipe, out_dtype, quantized_weight)
-            y = LinearFunction.apply(*inputs) if compiling else apply_eagerly(*inputs)
-        else:
-            y = linear(
-                input,
-                weight,
-                bias,
-                recipe=self.recipe,
-                out_dtype=out_dtype,
-                quantized_weight=quantized_weight,
-            )[0]
+        opened = None
+        if not compiling and profiler._is_profiler_enabled:
+            opened = open_range("forward", self.recipe)
+        try:
+            quantized_weight = None if compiling else self._quantized_weight(weight, input)
+            out_dtype = _output_dtype(input)
+            if _needs_graph(input, weight, bias):
+                inputs = (input, weight, bias, self.recipe, out_dtype, quantized_weight)
+                y = LinearFunction.apply(*inputs) if compiling else apply_eagerly(*inputs)
+            else:
+                y = linear(
+                    input,
+                    weight,
+                    bias,
+                    recipe=self.recipe,
+                    out_dtype=out_dtype,
+                    quantized_weight=quantized_weight,
+                )[0]
+        except RuntimeError as error:
+            raise layer_error(error, input, weight, bias) from None
+        finally:
+            if opened is not None:
+                opened.__exit__(None, None, None)
         return y if rewrap is None else rewrap(y)
 
     def __prepare_scriptable__(self) -> NoReturn:
         """torch.jit.script asks for a module that it can compile, and puts it into the model."""
         raise NotImplementedError(
-            "torchext.nn.Linear: torch.jit.script: expected a module written in TorchScript; an "
-            "FP8 layer is not; use torch.jit.trace, whose traces can be trained and saved, or "
+            "torchext.nn.Linear: a module for torch.jit.script must be written in TorchScript (got "
+            "an FP8 layer); use torch.jit.trace, whose traces can be trained and saved, or "
             "torch.export"
         )
 
@@ -195,8 +207,8 @@ def _checked_recipe(recipe: Recipe | None) -> Recipe:
         return Recipe.deepseek_v3()
     if not isinstance(recipe, Recipe):
         raise TypeError(
-            f"torchext.nn.Linear: recipe: expected a torchext.Recipe; got {recipe!r}; for example "
-            "Recipe.deepseek_v3()"
+            f"torchext.nn.Linear: recipe must be a torchext.Recipe (got {recipe!r}); pass, for "
+            "example, Recipe.deepseek_v3()"
         )
     return recipe
 

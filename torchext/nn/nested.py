@@ -22,14 +22,14 @@ def rows_of_nested(input: Tensor) -> tuple[Tensor, Rewrap] | None:
         return None
     if not isinstance(input, NestedTensor):
         raise TypeError(
-            "torchext.nn.Linear: input: expected a nested tensor of layout torch.jagged; got "
-            f"{input.layout}; make it with torch.nested.nested_tensor(..., layout=torch.jagged)"
+            "torchext.nn.Linear: input must be a nested tensor of layout torch.jagged (got "
+            f"{input.layout}); make it with torch.nested.nested_tensor(..., layout=torch.jagged)"
         )
     ragged = input._ragged_idx
     if ragged == input.dim() - 1:
         raise RuntimeError(
-            "torchext.nn.Linear: input: expected a last dimension of in_features; got a ragged "
-            "one; transpose the nested tensor"
+            "torchext.nn.Linear: input must have a last dimension of in_features (got a ragged "
+            "one); transpose the nested tensor"
         )
     values, offsets, lengths = input.values(), input.offsets(), input.lengths()
     rows, index, dim = values, None, ragged - 1

@@ -9,7 +9,6 @@ vouches for the parameters, and an FP8 weight is reused, on any device, without 
 
 from __future__ import annotations
 
-import ctypes
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,13 +22,11 @@ from torch.utils._python_dispatch import (
     _get_current_dispatch_mode_stack,
 )
 
-from .._dispatch.library import op_library
+from .._dispatch.c_api import c_function
+from ..ops.linear_function import Operand, quantize_weight
 from ..recipe import Recipe
-from .linear_function import Operand, quantize_weight
 
-_content_hash = op_library().torchext_content_hash  # ctypes lets the interpreter lock go
-_content_hash.argtypes = [ctypes.c_void_p, ctypes.c_int64]
-_content_hash.restype = ctypes.c_uint64
+_content_hash = c_function("torchext_content_hash")  # releases the interpreter lock
 
 _lock = threading.Lock()  # of _fixed, and of WeightCache.fixed
 _fixed: set[WeightCache] = set()  # that some `fixed_weights` context holds
@@ -210,8 +207,8 @@ def fixed_weights(model: torch.nn.Module) -> Iterator[None]:
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(
-            f"torchext.fixed_weights: model: expected a torch.nn.Module; got {type(model).__name__}"
-            "; pass the model whose layers are to keep their FP8 weights"
+            "torchext.fixed_weights: model must be a torch.nn.Module (got "
+            f"{type(model).__name__}); pass the model whose layers are to keep their FP8 weights"
         )
     caches = [
         cache

@@ -35,6 +35,7 @@ integers. (`torchext.nn.Linear` carries gradients around them.)
 
 from __future__ import annotations
 
+from .._dispatch.declaration import DECLARATIONS
 from .fused import (
     fp8_gemm_nt_gelu_quantize,
     fp8_gemm_nt_relu2_quantize,
@@ -77,5 +78,5 @@ __all__ = [
     "restore_layout",
 ]
 
-# Each is registered as torch.ops.torchext.NAME.
-OPS = tuple(name for name in __all__ if name != "restore_layout")
+# The public ops: each is registered as torch.ops.torchext.NAME, too.
+OPS = tuple(name for name in __all__ if name in DECLARATIONS)

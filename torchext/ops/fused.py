@@ -5,13 +5,39 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._dispatch import gemm_registrations  # noqa: F401  (loads the ops, their fake kernels and gradients)
+from .._dispatch.batching import each_quantized_product
+from .._dispatch.declaration import declare
 from .._dispatch.errors import python_error
+from .._dispatch.flops import product_flops
+from .._dispatch.layout import empty_data, empty_group_scale
 
-# Overloads, resolved once: a call costs one Python frame above the dispatcher.
-_fp8_gemm_nt_swiglu_quantize = torch.ops.torchext.fp8_gemm_nt_swiglu_quantize.default
-_fp8_gemm_nt_gelu_quantize = torch.ops.torchext.fp8_gemm_nt_gelu_quantize.default
-_fp8_gemm_nt_relu2_quantize = torch.ops.torchext.fp8_gemm_nt_relu2_quantize.default
+
+def _empty_quantized(a: Tensor, columns: int, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+    leading = tuple(a.shape[:-1])
+    data = empty_data(a, leading, columns, dtype or torch.float8_e4m3fn)
+    return data, empty_group_scale(a, leading, columns)
+
+
+def _fake_swiglu(
+    a: Tensor,
+    a_scale: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    *,
+    bias: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    pow2_scale: bool = False,
+    num_sms: int = 0,
+) -> tuple[Tensor, Tensor]:
+    return _empty_quantized(a, b.shape[0] // 2, dtype)
+
+
+_fp8_gemm_nt_swiglu_quantize = declare(
+    "fp8_gemm_nt_swiglu_quantize",
+    fake=_fake_swiglu,
+    flops=product_flops,
+    batching=each_quantized_product,
+).op
 
 
 def fp8_gemm_nt_swiglu_quantize(
@@ -57,6 +83,29 @@ def fp8_gemm_nt_swiglu_quantize(
         )
     except RuntimeError as error:
         raise python_error(error) from None
+
+
+def _fake_gelu(
+    a: Tensor,
+    a_scale: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    *,
+    tanh_approximation: bool = False,
+    bias: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    pow2_scale: bool = False,
+    num_sms: int = 0,
+) -> tuple[Tensor, Tensor]:
+    return _empty_quantized(a, b.shape[0], dtype)
+
+
+_fp8_gemm_nt_gelu_quantize = declare(
+    "fp8_gemm_nt_gelu_quantize",
+    fake=_fake_gelu,
+    flops=product_flops,
+    batching=each_quantized_product,
+).op
 
 
 def fp8_gemm_nt_gelu_quantize(
@@ -110,6 +159,28 @@ def fp8_gemm_nt_gelu_quantize(
         )
     except RuntimeError as error:
         raise python_error(error) from None
+
+
+def _fake_relu2(
+    a: Tensor,
+    a_scale: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    *,
+    bias: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    pow2_scale: bool = False,
+    num_sms: int = 0,
+) -> tuple[Tensor, Tensor]:
+    return _empty_quantized(a, b.shape[0], dtype)
+
+
+_fp8_gemm_nt_relu2_quantize = declare(
+    "fp8_gemm_nt_relu2_quantize",
+    fake=_fake_relu2,
+    flops=product_flops,
+    batching=each_quantized_product,
+).op
 
 
 def fp8_gemm_nt_relu2_quantize(

@@ -2,16 +2,45 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from .._dispatch.autograd import asks_gradient
+from .._dispatch.autograd import Gradient, asks_gradient
+from .._dispatch.batching import multiply_rows
+from .._dispatch.declaration import declare
 from .._dispatch.errors import python_error
-from .._dispatch.registrations import write_fp8_gemm_nt  # loads the ops
+from .._dispatch.flops import product_flops
+from .._dispatch.layout import leading_sizes
 
-# Overloads, resolved once: a call costs one Python frame above the dispatcher.
-_fp8_gemm_nt = torch.ops.torchext.fp8_gemm_nt.default
-_fp8_gemm_nt_twin = torch.ops.torchext._fp8_gemm_nt.default
+
+def _fake(
+    a: Tensor,
+    a_scale: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    *,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    num_sms: int = 0,
+) -> Tensor:
+    return a.new_empty((*leading_sizes(a), b.shape[0]), dtype=out_dtype or torch.bfloat16)
+
+
+def _gradient_of_bias(grad: Tensor, bias_shape: torch.Size) -> Tensor:
+    rows = grad.reshape(math.prod(grad.shape[:-1]), grad.shape[-1])
+    return rows.sum(0, dtype=torch.float32)
+
+
+_fp8_gemm_nt, _fp8_gemm_nt_alias, _write_fp8_gemm_nt = declare(
+    "fp8_gemm_nt",
+    fake=_fake,
+    flops=product_flops,
+    batching=multiply_rows,
+    gradient=Gradient("bias", _gradient_of_bias),
+    out=True,
+)
 
 
 def fp8_gemm_nt(
@@ -75,7 +104,7 @@ def fp8_gemm_nt(
                     "None); pass out=, or leave accumulate=False"
                 )
             if not asks_gradient(bias):
-                return _fp8_gemm_nt_twin(a, a_scale, b, b_scale, bias, out_dtype, num_sms)
+                return _fp8_gemm_nt_alias(a, a_scale, b, b_scale, bias, out_dtype, num_sms)
             return _fp8_gemm_nt(
                 a, a_scale, b, b_scale, bias=bias, out_dtype=out_dtype, num_sms=num_sms
             )
@@ -84,7 +113,7 @@ def fp8_gemm_nt(
                 f"fp8_gemm_nt: out_dtype must be None or out's own {out.dtype} when out is given "
                 f"(got {out_dtype}); omit it, or pass an out of that dtype"
             )
-        write_fp8_gemm_nt(
+        _write_fp8_gemm_nt(
             a, a_scale, b, b_scale, out=out, accumulate=accumulate, bias=bias, num_sms=num_sms
         )
         return out

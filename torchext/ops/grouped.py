@@ -11,20 +11,53 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._dispatch.autograd import asks_gradient
+from .._dispatch.autograd import Gradient, asks_gradient
+from .._dispatch.batching import each_product
+from .._dispatch.declaration import declare
 from .._dispatch.errors import python_error
-from .._dispatch.gemm_registrations import (  # loads the ops
-    write_contiguous,
-    write_k_grouped,
-    write_masked,
-)
+from .._dispatch.flops import product_flops
 
-# Overloads, resolved once: a call costs one Python frame above the dispatcher.
-_m_contiguous = torch.ops.torchext.m_grouped_fp8_gemm_nt_contiguous.default
-_m_contiguous_twin = torch.ops.torchext._m_grouped_fp8_gemm_nt_contiguous.default
-_m_masked = torch.ops.torchext.m_grouped_fp8_gemm_nt_masked.default
-_m_masked_twin = torch.ops.torchext._m_grouped_fp8_gemm_nt_masked.default
-_k_grouped = torch.ops.torchext.k_grouped_fp8_gemm_nt.default
+
+def _fake_contiguous(
+    a: Tensor,
+    a_scale: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    offsets: Tensor | None = None,
+    *,
+    group_ids: Tensor | None = None,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    num_sms: int = 0,
+) -> Tensor:
+    return a.new_empty((a.shape[0], b.shape[1]), dtype=out_dtype or torch.bfloat16)
+
+
+def _sum_runs(grad: Tensor, starts: Tensor) -> Tensor:
+    """Row g: the sum of grad's rows from starts[g] up to starts[g + 1], in FP32. Deterministic, and
+    waits for nothing."""
+    return torch.segment_reduce(grad.float(), "sum", offsets=starts, axis=0, unsafe=True)
+
+
+def _sum_groups(
+    grad: Tensor, bias_shape: torch.Size, offsets: Tensor | None, group_ids: Tensor | None
+) -> Tensor:
+    if offsets is not None:
+        return _sum_runs(grad, torch.nn.functional.pad(offsets, (1, 0)))
+    assert group_ids is not None  # the op has checked that it is one of the two
+    ids, order = group_ids.sort(stable=True)
+    numbers = torch.arange(bias_shape[0] + 1, dtype=ids.dtype, device=ids.device)
+    return _sum_runs(grad[order], torch.searchsorted(ids, numbers))
+
+
+_contiguous, _contiguous_alias, _write_contiguous = declare(
+    "m_grouped_fp8_gemm_nt_contiguous",
+    fake=_fake_contiguous,
+    flops=product_flops,
+    batching=each_product,
+    gradient=Gradient("bias", _sum_groups, saved=("offsets", "group_ids")),
+    out=True,
+)
 
 
 def m_grouped_fp8_gemm_nt_contiguous(
@@ -91,10 +124,10 @@ def m_grouped_fp8_gemm_nt_contiguous(
         if out is None:
             _check_accumulate("m_grouped_fp8_gemm_nt_contiguous", accumulate)
             if not asks_gradient(bias):
-                return _m_contiguous_twin(
+                return _contiguous_alias(
                     *(a, a_scale, b, b_scale, offsets, group_ids, bias, out_dtype, num_sms)
                 )
-            return _m_contiguous(
+            return _contiguous(
                 a,
                 a_scale,
                 b,
@@ -106,7 +139,7 @@ def m_grouped_fp8_gemm_nt_contiguous(
                 num_sms=num_sms,
             )
         _check_out_dtype("m_grouped_fp8_gemm_nt_contiguous", out, out_dtype)
-        write_contiguous(
+        _write_contiguous(
             a,
             a_scale,
             b,
@@ -121,6 +154,37 @@ def m_grouped_fp8_gemm_nt_contiguous(
         return out
     except RuntimeError as error:
         raise python_error(error) from None
+
+
+def _fake_masked(
+    a: Tensor,
+    a_scale: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    masked_m: Tensor,
+    *,
+    expected_m: int = 0,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    num_sms: int = 0,
+) -> Tensor:
+    shape = (a.shape[0], a.shape[1], b.shape[1])
+    return a.new_empty(shape, dtype=out_dtype or torch.bfloat16)
+
+
+def _sum_counted(grad: Tensor, bias_shape: torch.Size, masked_m: Tensor) -> Tensor:
+    computed = torch.arange(grad.shape[1], device=grad.device) < masked_m[:, None]
+    return grad.float().where(computed[:, :, None], 0).sum(1)
+
+
+_masked, _masked_alias, _write_masked = declare(
+    "m_grouped_fp8_gemm_nt_masked",
+    fake=_fake_masked,
+    flops=product_flops,
+    batching=each_product,
+    gradient=Gradient("bias", _sum_counted, saved=("masked_m",)),
+    out=True,
+)
 
 
 def m_grouped_fp8_gemm_nt_masked(
@@ -184,10 +248,10 @@ def m_grouped_fp8_gemm_nt_masked(
         if out is None:
             _check_accumulate("m_grouped_fp8_gemm_nt_masked", accumulate)
             if not asks_gradient(bias):
-                return _m_masked_twin(
+                return _masked_alias(
                     *(a, a_scale, b, b_scale, masked_m, expected_m, bias, out_dtype, num_sms)
                 )
-            return _m_masked(
+            return _masked(
                 a,
                 a_scale,
                 b,
@@ -199,7 +263,7 @@ def m_grouped_fp8_gemm_nt_masked(
                 num_sms=num_sms,
             )
         _check_out_dtype("m_grouped_fp8_gemm_nt_masked", out, out_dtype)
-        write_masked(
+        _write_masked(
             a,
             a_scale,
             b,
@@ -214,6 +278,29 @@ def m_grouped_fp8_gemm_nt_masked(
         return out
     except RuntimeError as error:
         raise python_error(error) from None
+
+
+def _fake_k_grouped(
+    a: Tensor,
+    a_scale: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    offsets: Tensor,
+    *,
+    out_dtype: torch.dtype | None = None,
+    num_sms: int = 0,
+) -> Tensor:
+    shape = (offsets.shape[0], a.shape[0], b.shape[0])
+    return a.new_empty(shape, dtype=out_dtype or torch.bfloat16)
+
+
+_k_grouped, _, _write_k_grouped = declare(
+    "k_grouped_fp8_gemm_nt",
+    fake=_fake_k_grouped,
+    flops=product_flops,
+    batching=each_product,
+    out=True,
+)
 
 
 def k_grouped_fp8_gemm_nt(
@@ -268,7 +355,7 @@ def k_grouped_fp8_gemm_nt(
             _check_accumulate("k_grouped_fp8_gemm_nt", accumulate)
             return _k_grouped(a, a_scale, b, b_scale, offsets, out_dtype=out_dtype, num_sms=num_sms)
         _check_out_dtype("k_grouped_fp8_gemm_nt", out, out_dtype)
-        write_k_grouped(
+        _write_k_grouped(
             a, a_scale, b, b_scale, offsets, out=out, accumulate=accumulate, num_sms=num_sms
         )
         return out

@@ -1,28 +1,34 @@
-"""Quantization to FP8 and back, part of `torchext.ops`."""
+"""Quantization to FP8 and back, part of `torchext.ops`.
+
+Quantizers have no gradient: their outputs never require one, like those of a cast to integers.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._dispatch import registrations  # noqa: F401  (loads the ops, their fake kernels and gradients)
-from .._dispatch.autograd import asks_gradient
+from .._dispatch.autograd import Gradient, asks_gradient
+from .._dispatch.batching import each, each_quantized, quantize_rows
+from .._dispatch.declaration import declare
 from .._dispatch.errors import python_error
-from .._dispatch.layout import fits_data, laid_out
+from .._dispatch.layout import (
+    GROUP,
+    ceil_div,
+    empty_block_scale,
+    empty_contiguous,
+    empty_data,
+    empty_group_scale,
+    fits_data,
+    laid_out,
+    leading_sizes,
+)
 
-# Overloads, resolved once: a call costs one Python frame above the dispatcher.
-_quantize_1x128 = torch.ops.torchext.quantize_1x128.default
-_quantize_1x128_t = torch.ops.torchext.quantize_1x128_t.default
-_quantize_1x128_dual = torch.ops.torchext.quantize_1x128_dual.default
-_quantize_128x128 = torch.ops.torchext.quantize_128x128.default
-_quantize_128x128_dual = torch.ops.torchext.quantize_128x128_dual.default
-_quantize_rowwise = torch.ops.torchext.quantize_rowwise.default
-_quantize_tensorwise = torch.ops.torchext.quantize_tensorwise.default
-_dequantize = torch.ops.torchext.dequantize.default
-_dequantize_twin = torch.ops.torchext._dequantize.default
+Dtype = torch.dtype | None
 
 
 def _quantize(
@@ -35,6 +41,19 @@ def _quantize(
         return op(x, dtype=dtype, pow2_scale=pow2_scale)
     except RuntimeError as error:
         raise python_error(error) from None
+
+
+def _fake_1x128(
+    x: Tensor, *, dtype: Dtype = None, pow2_scale: bool = False
+) -> tuple[Tensor, Tensor]:
+    leading, columns = leading_sizes(x), x.shape[-1]
+    data = empty_data(x, leading, columns, dtype or torch.float8_e4m3fn)
+    return data, empty_group_scale(x, leading, columns)
+
+
+_quantize_1x128 = declare(
+    "quantize_1x128", fake=_fake_1x128, flops=None, batching=quantize_rows(1)
+).op
 
 
 def quantize_1x128(
@@ -62,6 +81,19 @@ def quantize_1x128(
     return _quantize(_quantize_1x128, x, dtype, pow2_scale)
 
 
+def _fake_1x128_t(
+    x: Tensor, *, dtype: Dtype = None, pow2_scale: bool = False
+) -> tuple[Tensor, Tensor]:
+    rows, columns = math.prod(leading_sizes(x)), x.shape[-1]
+    data_t = empty_data(x, (columns,), rows, dtype or torch.float8_e4m3fn)
+    return data_t, empty_group_scale(x, (columns,), rows)
+
+
+_quantize_1x128_t = declare(
+    "quantize_1x128_t", fake=_fake_1x128_t, flops=None, batching=each_quantized
+).op
+
+
 def quantize_1x128_t(
     x: Tensor, *, dtype: torch.dtype | None = None, pow2_scale: bool = False
 ) -> tuple[Tensor, Tensor]:
@@ -85,6 +117,17 @@ def quantize_1x128_t(
         TypeError: x or dtype is of another dtype.
     """
     return _quantize(_quantize_1x128_t, x, dtype, pow2_scale)
+
+
+def _fake_1x128_dual(
+    x: Tensor, *, dtype: Dtype = None, pow2_scale: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return *_fake_1x128(x, dtype=dtype), *_fake_1x128_t(x, dtype=dtype)
+
+
+_quantize_1x128_dual = declare(
+    "quantize_1x128_dual", fake=_fake_1x128_dual, flops=None, batching=each_quantized
+).op
 
 
 def quantize_1x128_dual(
@@ -111,13 +154,25 @@ def quantize_1x128_dual(
     return _quantize(_quantize_1x128_dual, x, dtype, pow2_scale)
 
 
+def _fake_128x128(
+    x: Tensor, *, dtype: Dtype = None, pow2_scale: bool = False
+) -> tuple[Tensor, Tensor]:
+    data = empty_data(x, x.shape[:-1], x.shape[-1], dtype or torch.float8_e4m3fn)
+    return data, empty_block_scale(x)
+
+
+_quantize_128x128 = declare(
+    "quantize_128x128", fake=_fake_128x128, flops=None, batching=quantize_rows(2)
+).op
+
+
 def quantize_128x128(
     x: Tensor, *, dtype: torch.dtype | None = None, pow2_scale: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Quantizes matrices to FP8 with one scale for every block of 128 rows and 128 columns.
 
-    The layout of weights, and of `weight` and `weight_scale_inv` in DeepSeek-V3 checkpoints. Of
-    several matrices, the weights of experts, say, each is quantized by itself.
+    The layout of weights, and of `weight` and `weight_scale_inv` in DeepSeek-V3 checkpoints. Each
+    of several matrices, such as the weights of experts, is quantized by itself.
 
     Args:
         x: [..., N, K], bfloat16, float16 or float32, of any strides.
@@ -134,6 +189,19 @@ def quantize_128x128(
         TypeError: x or dtype is of another dtype.
     """
     return _quantize(_quantize_128x128, x, dtype, pow2_scale)
+
+
+def _fake_128x128_dual(
+    x: Tensor, *, dtype: Dtype = None, pow2_scale: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    *leading, rows, columns = x.shape
+    data_t = empty_data(x, (*leading, columns), rows, dtype or torch.float8_e4m3fn)
+    return *_fake_128x128(x, dtype=dtype), data_t
+
+
+_quantize_128x128_dual = declare(
+    "quantize_128x128_dual", fake=_fake_128x128_dual, flops=None, batching=quantize_rows(2)
+).op
 
 
 def quantize_128x128_dual(
@@ -160,6 +228,19 @@ def quantize_128x128_dual(
     return _quantize(_quantize_128x128_dual, x, dtype, pow2_scale)
 
 
+def _fake_rowwise(
+    x: Tensor, *, dtype: Dtype = None, pow2_scale: bool = False
+) -> tuple[Tensor, Tensor]:
+    leading = leading_sizes(x)
+    data = empty_data(x, leading, x.shape[-1], dtype or torch.float8_e4m3fn)
+    return data, empty_contiguous(x, leading, 1, torch.float32)
+
+
+_quantize_rowwise = declare(
+    "quantize_rowwise", fake=_fake_rowwise, flops=None, batching=quantize_rows(1)
+).op
+
+
 def quantize_rowwise(
     x: Tensor, *, dtype: torch.dtype | None = None, pow2_scale: bool = False
 ) -> tuple[Tensor, Tensor]:
@@ -179,6 +260,18 @@ def quantize_rowwise(
         TypeError: x or dtype is of another dtype.
     """
     return _quantize(_quantize_rowwise, x, dtype, pow2_scale)
+
+
+def _fake_tensorwise(
+    x: Tensor, *, dtype: Dtype = None, pow2_scale: bool = False
+) -> tuple[Tensor, Tensor]:
+    data = empty_data(x, leading_sizes(x), x.shape[-1], dtype or torch.float8_e4m3fn)
+    return data, x.new_empty((1, 1), dtype=torch.float32)
+
+
+_quantize_tensorwise = declare(
+    "quantize_tensorwise", fake=_fake_tensorwise, flops=None, batching=each_quantized
+).op
 
 
 def quantize_tensorwise(
@@ -247,6 +340,40 @@ def restore_layout(data: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     return laid_out(data, scale)
 
 
+def _fake_dequantize(data: Tensor, scale: Tensor, *, out_dtype: torch.dtype) -> Tensor:
+    return empty_contiguous(data, leading_sizes(data), data.shape[-1], out_dtype)
+
+
+def _gradient_of_scale(grad: Tensor, scale_shape: torch.Size, data: Tensor) -> Tensor:
+    """y = data * scale, so a scale's gradient is the sum of grad * data over its group, in FP32."""
+    columns, scale_columns = data.shape[-1], scale_shape[-1]
+    rows, scale_rows = math.prod(data.shape[:-1]), math.prod(scale_shape[:-1])
+    product = (grad.float() * data.float()).reshape(rows, columns)
+    if scale_columns != columns:
+        product = _sum_groups(product, scale_columns)
+    if scale_rows != rows:
+        product = _sum_groups(product.t(), scale_rows).t()
+    return product.reshape(scale_shape)
+
+
+def _sum_groups(matrix: Tensor, groups: int) -> Tensor:
+    """Sums the columns of `matrix` in groups of 128, the last one ragged, or all in one group."""
+    rows, columns = matrix.shape
+    if groups == 1:
+        return matrix.sum(1, keepdim=True)
+    padding = ceil_div(columns, GROUP) * GROUP - columns
+    return torch.nn.functional.pad(matrix, (0, padding)).view(rows, groups, GROUP).sum(2)
+
+
+_dequantize, _dequantize_alias, _ = declare(
+    "dequantize",
+    fake=_fake_dequantize,
+    flops=None,
+    batching=each,
+    gradient=Gradient("scale", _gradient_of_scale, saved=("data",)),
+)
+
+
 def dequantize(data: Tensor, scale: Tensor, *, out_dtype: torch.dtype) -> Tensor:
     """`data * scale`, rounded to FP32 and then, to nearest even, to `out_dtype`.
 
@@ -269,7 +396,7 @@ def dequantize(data: Tensor, scale: Tensor, *, out_dtype: torch.dtype) -> Tensor
     """
     try:
         if not asks_gradient(scale):
-            return _dequantize_twin(data, scale, out_dtype)
+            return _dequantize_alias(data, scale, out_dtype)
         return _dequantize(data, scale, out_dtype=out_dtype)
     except RuntimeError as error:
         raise python_error(error) from None

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from torchext import _sim
 from torchext._architectures import architectures, simulated
-from torchext._dispatch.library import op_library
+from torchext._dispatch.c_api import c_function
 
 from .options import launch_options
 from .report import Report, report_from
@@ -31,10 +30,7 @@ class Simulation:
 
 
 def _install(simulator: _sim.OpSimulator | None) -> None:
-    library = op_library()
-    library.torchext_set_simulator.argtypes = [ctypes.c_void_p]
-    library.torchext_set_simulator.restype = None
-    library.torchext_set_simulator(None if simulator is None else simulator.interface)
+    c_function("torchext_set_simulator")(None if simulator is None else simulator.interface)
 
 
 def _kernels(compute_capability: int) -> list[str]:

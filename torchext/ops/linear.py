@@ -1,14 +1,20 @@
-"""The layer as one op, `torchext::_linear`, and its gradients as two more (csrc/linear).
+"""torchext.nn.Linear as one op, `torchext::_linear`, and its gradients as two more (csrc/linear).
 
-Whatever looks at a model as a list of ops sees a layer whole: graphs of torch.export, torch.fx and
+Whatever treats a model as a list of ops sees a layer whole: graphs of torch.export, torch.fx and
 TorchScript, the transforms of torch.func, and tensor subclasses such as DTensor. The op has the
 bits of the layer's own path (linear_function.py), which caches the FP8 weight, and which
-torch.compile inlines. Batching rules, flop formulas and shardings: ../_dispatch.
+torch.compile inlines.
+
+Every rank of a DTensor quantizes its own shard, by itself. Where a scale spans a sharded dimension
+(that of a whole tensor, that of a row along K, or that of a block that a shard cuts), it differs
+from the scale of the unsharded tensor, and with it the rounding.
 """
 
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -17,14 +23,14 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 
-from .._dispatch import registrations  # noqa: F401  (loads the ops)
 from .._dispatch.autograd import apply, recorded_outside
-from .._dispatch.errors import python_error
+from .._dispatch.batching import BatchDims, Call, Rule, each
+from .._dispatch.declaration import Sharding, declare
 from ..recipe import GRANULARITIES, Recipe
 from .linear_function import apply_eagerly, gradient_of_bias, refuse_second_gradient
-from .operands import fit, misfit
+from .linear_operands import bias_fits, fit, layer_error, misfit
 
-_IMPL = torch.library.Library("torchext", "IMPL")
+# The ops as kernels call them; `declare` below registers the kernels.
 _linear = torch.ops.torchext._linear.default
 _dgrad = torch.ops.torchext._linear_dgrad.default
 _wgrad = torch.ops.torchext._linear_wgrad.default
@@ -41,7 +47,7 @@ def linear_op(input: Tensor, weight: Tensor, bias: Tensor | None, recipe: Recipe
     try:
         return _linear(input, weight, bias, *op_options(recipe))
     except RuntimeError as error:
-        raise python_error(error) from None
+        raise layer_error(error, input, weight, bias) from None
 
 
 def op_options(recipe: Recipe) -> tuple[Any, ...]:
@@ -64,22 +70,20 @@ def _recipe(granularity: int, *dtypes_and_scale: Any) -> Recipe:
 # ---- fake kernels ----
 
 
-@torch.library.register_fake("torchext::_linear")
-def _(input: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
-    if not fit(input, weight, bias):  # a graph would find out only when it runs
+def _fake_linear(input: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
+    if not (fit(input, weight, bias) and bias_fits(weight, bias)):
+        # A graph would find out only when it runs.
         raise misfit(input, weight, bias)
     *_, out_dtype = _with_out_dtype(options)
     shape = (*input.shape[:-1], weight.shape[0])
     return input.new_empty(shape, dtype=out_dtype or input.dtype)
 
 
-@torch.library.register_fake("torchext::_linear_dgrad")
-def _(dy: Tensor, weight: Tensor, *options: Any) -> Tensor:
+def _fake_dgrad(dy: Tensor, weight: Tensor, *options: Any) -> Tensor:
     return dy.new_empty((*dy.shape[:-1], weight.shape[1]), dtype=options[-1])
 
 
-@torch.library.register_fake("torchext::_linear_wgrad")
-def _(dy: Tensor, input: Tensor, *options: Any) -> Tensor:
+def _fake_wgrad(dy: Tensor, input: Tensor, *options: Any) -> Tensor:
     return dy.new_empty((dy.shape[-1], input.shape[-1]), dtype=options[-1])
 
 
@@ -100,13 +104,13 @@ def _asks_derivative(*tensors: Tensor | None) -> bool:
 def _autograd(input: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
     if input.is_nested:
         raise TypeError(
-            "torchext.nn.Linear: input: expected a dense tensor in a graph that holds the layer's "
-            "op; got a nested one; pass its values(), or call the layer itself"
+            "torchext.nn.Linear: input must be a dense tensor in a graph that holds the layer's op "
+            "(got a nested one); pass its values(), or call the layer itself"
         )
     if not _asks_derivative(input, weight, bias):
         with torch._C._AutoDispatchBelowAutograd():
             return _linear(input, weight, bias, *options)
-    if not fit(input, weight, bias):
+    if not (fit(input, weight, bias) and bias_fits(weight, bias)):
         raise misfit(input, weight, bias)
     *recipe, out_dtype = _with_out_dtype(options)
     whole = all(t is None or type(t) in _TRANSPARENT for t in (input, weight, bias))
@@ -155,9 +159,9 @@ class _Linear(torch.autograd.Function):
 
 def _refuse_forward_derivative() -> NoReturn:
     raise NotImplementedError(
-        "torchext.nn.Linear: forward: expected tensors without tangents; got a forward-mode "
-        "derivative (torch.func.jvp, linearize, jacfwd, hessian or torch.autograd.forward_ad), and "
-        "FP8 GEMMs have no jvp; use reverse mode (torch.func.grad, vjp, jacrev), or "
+        "torchext.nn.Linear: input and parameters must have no tangent (got one, of "
+        "torch.func.jvp, linearize, jacfwd, hessian or torch.autograd.forward_ad): FP8 GEMMs have "
+        "no jvp; use reverse mode (torch.func.grad, vjp, jacrev), or "
         "torch.nn.Linear for this layer"
     )
 
@@ -203,30 +207,123 @@ def _autograd_of_gradient(op: Any) -> Any:
     return autograd
 
 
-def _impl(name: str, kernel: Any, key: str) -> None:
-    # Dynamo sees Python kernels where an op is called in code that it does not compile.
-    _IMPL.impl(name, torch._disable_dynamo(kernel), key)
-
-
-_impl("_linear", _autograd, "Autograd")
-_impl("_linear_dgrad", _autograd_of_gradient(_dgrad), "Autograd")
-_impl("_linear_wgrad", _autograd_of_gradient(_wgrad), "Autograd")
-
-
 # ---- autocast ----
 
 
-def _autocast(device: str, key: torch._C.DispatchKey) -> Any:
+def _autocast(device: str, *arguments: Any) -> Tensor:
     """As under autocast torch.nn.functional.linear has, a result of autocast's dtype."""
-
-    def kernel(*arguments: Any) -> Tensor:
-        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
-            *operands, out_dtype = *arguments[:3], *_with_out_dtype(arguments[3:])
-            return _linear(*operands, out_dtype or torch.get_autocast_dtype(device))
-
-    return kernel
+    *operands, out_dtype = *arguments[:3], *_with_out_dtype(arguments[3:])
+    return _linear(*operands, out_dtype or torch.get_autocast_dtype(device))
 
 
-for _device, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
-    _kernel = _autocast(_device, getattr(torch._C.DispatchKey, _key))
-    _impl("_linear", _kernel, _key)
+# ---- flop formulas ----
+
+
+def _linear_flops(input_shape: Any, weight_shape: Any, *_: Any, **options: Any) -> int:
+    return 2 * math.prod(input_shape) * weight_shape[0]
+
+
+def _dgrad_flops(dy_shape: Any, weight_shape: Any, *_: Any, **options: Any) -> int:
+    return 2 * math.prod(dy_shape) * weight_shape[1]
+
+
+def _wgrad_flops(dy_shape: Any, input_shape: Any, *_: Any, **options: Any) -> int:
+    return 2 * math.prod(dy_shape) * input_shape[-1]
+
+
+# ---- batching ----
+
+
+def _batch_rows(granularity: int) -> Rule:
+    """x @ w.T or dy @ w: the weight, the same for all, leaves the rows independent.
+
+    `granularity` is that argument's position.
+    """
+
+    def rule(call: Call, size: int, dims: BatchDims, *operands: Any) -> tuple[Any, Any]:
+        rows = operands[0]
+        alone = dims[0] is not None and all(dim is None for dim in dims[1:])
+        if not alone or rows.dim() < 2 or GRANULARITIES[operands[granularity]] == "tensorwise":
+            return each(call, size, dims, *operands)
+        return call(rows.movedim(dims[0], 0), *operands[1:]), 0
+
+    return rule
+
+
+# ---- sharding: `placements` is the module torch.distributed.tensor ----
+
+
+def _sharding(output: Any, inputs: Sequence[Any], options: Sequence[object]) -> Sharding:
+    return [output], [*inputs, *(None for _ in options)]
+
+
+def _shard_linear(
+    placements: Any, input: Any, weight: Any, bias: Any, *options: object
+) -> list[Sharding]:
+    shard, partial, whole = placements.Shard, placements.Partial(), placements.Replicate()
+    last = input.ndim - 1
+
+    def sharding(output: Any, input: Any, weight: Any, bias_placement: Any) -> Sharding:
+        bias_or_none = None if bias is None else bias_placement
+        return _sharding(output, (input, weight, bias_or_none), options)
+
+    return [
+        sharding(whole, whole, whole, whole),
+        # column-wise: each rank has some of the output's features
+        sharding(shard(last), whole, shard(0), shard(0)),
+        # row-wise: each has some of the input's, and the bias is to be added once
+        sharding(partial, shard(last), shard(1), partial),
+        # sequence and data parallel: each has some of the rows
+        *(sharding(shard(dim), shard(dim), whole, whole) for dim in range(last)),
+    ]
+
+
+def _shard_dgrad(placements: Any, dy: Any, weight: Any, *options: object) -> list[Sharding]:
+    shard, partial, whole = placements.Shard, placements.Partial(), placements.Replicate()
+    last = dy.ndim - 1
+    return [
+        _sharding(whole, (whole, whole), options),
+        _sharding(partial, (shard(last), shard(0)), options),
+        _sharding(shard(last), (whole, shard(1)), options),
+        *(_sharding(shard(dim), (shard(dim), whole), options) for dim in range(last)),
+    ]
+
+
+def _shard_wgrad(placements: Any, dy: Any, input: Any, *options: object) -> list[Sharding]:
+    shard, partial, whole = placements.Shard, placements.Partial(), placements.Replicate()
+    last = dy.ndim - 1
+    return [
+        _sharding(whole, (whole, whole), options),
+        _sharding(shard(0), (shard(last), whole), options),
+        _sharding(shard(1), (whole, shard(last)), options),
+        *(_sharding(partial, (shard(dim), shard(dim)), options) for dim in range(last)),
+    ]
+
+
+# ---- declarations ----
+
+declare(
+    "_linear",
+    fake=_fake_linear,
+    flops=_linear_flops,
+    batching=_batch_rows(granularity=3),
+    gradient=_autograd,
+    autocast=_autocast,
+    sharding=_shard_linear,
+)
+declare(
+    "_linear_dgrad",
+    fake=_fake_dgrad,
+    flops=_dgrad_flops,
+    batching=_batch_rows(granularity=2),
+    gradient=_autograd_of_gradient(_dgrad),
+    sharding=_shard_dgrad,
+)
+declare(
+    "_linear_wgrad",
+    fake=_fake_wgrad,
+    flops=_wgrad_flops,
+    batching=each,
+    gradient=_autograd_of_gradient(_wgrad),
+    sharding=_shard_wgrad,
+)

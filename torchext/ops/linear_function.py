@@ -7,10 +7,10 @@ and over M in wgrad, so it is needed as [M, K] and as [K, M]; likewise w and dy:
     dgrad  dx [M, K] = dy   [M, N] @ (w_t [K, N]).T
     wgrad  dw [N, K] = dy_t [N, M] @ (x_t [K, M]).T
 
-What stays for backward is x_t and w_t, one byte an element; x itself is let go. Whatever copies
-them in between (offloading to the CPU, saved-tensor hooks) may lose the layout that products ask
-for. So backward restores it; a compiled backward graph, whose strides are fixed when it is
-compiled, gets dense tensors instead (csrc/linear/kept.h).
+Backward keeps x_t and w_t, one byte for each element, and lets x itself go. A copy of them in
+between (offloading to the CPU, saved-tensor hooks) may lose the layout that products require, so
+backward restores it. A compiled backward graph, whose strides are fixed when it is compiled, gets
+dense tensors instead (csrc/linear/kept.h).
 """
 
 from __future__ import annotations
@@ -20,24 +20,33 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import profiler
 
-from .._dispatch import registrations  # noqa: F401  (loads the ops)
+from .._dispatch.declaration import DECLARATIONS
 from .._dispatch.layout import laid_out
 from ..recipe import GRANULARITIES, Recipe
+from . import gemm, quantize  # noqa: F401  (declare the ops)
+from . import kept as _kept  # noqa: F401  (likewise)
+from .linear_operands import named_after_layer
+from .linear_ranges import open_range
 
-_ops = torch.ops.torchext
-# Overloads, resolved once. The product is the twin without autograd: this file is its autograd.
-_quantize_1x128 = _ops.quantize_1x128.default
-_quantize_1x128_t = _ops.quantize_1x128_t.default
-_quantize_1x128_dual = _ops.quantize_1x128_dual.default
-_quantize_128x128 = _ops.quantize_128x128.default
-_quantize_128x128_dual = _ops.quantize_128x128_dual.default
-_quantize_rowwise = _ops.quantize_rowwise.default
-_quantize_tensorwise = _ops.quantize_tensorwise.default
-_fp8_gemm_nt = _ops._fp8_gemm_nt.default
-_quantize_kept = _ops._quantize_kept.default
-_quantize_128x128_kept = _ops._quantize_128x128_kept.default
-_fp8_gemm_nt_kept = _ops._fp8_gemm_nt_kept.default
+
+def _op(name: str) -> Any:
+    return DECLARATIONS[name].handles.op
+
+
+# Overloads, resolved once. Calls raise the ops' errors, which the layer names after itself.
+_quantize_1x128 = _op("quantize_1x128")
+_quantize_1x128_t = _op("quantize_1x128_t")
+_quantize_1x128_dual = _op("quantize_1x128_dual")
+_quantize_128x128 = _op("quantize_128x128")
+_quantize_128x128_dual = _op("quantize_128x128_dual")
+_quantize_rowwise = _op("quantize_rowwise")
+_quantize_tensorwise = _op("quantize_tensorwise")
+_fp8_gemm_nt = DECLARATIONS["fp8_gemm_nt"].handles.alias  # this file is its autograd
+_quantize_kept = _op("_quantize_kept")
+_quantize_128x128_kept = _op("_quantize_128x128_kept")
+_fp8_gemm_nt_kept = _op("_fp8_gemm_nt_kept")
 
 
 class Operand(NamedTuple):
@@ -125,7 +134,7 @@ def _quantizer_options(dtype: torch.dtype, recipe: Recipe) -> dict[str, Any]:
 
 
 def _product(*operands: Tensor | None, out_dtype: torch.dtype) -> Tensor:
-    """The product of a, a_scale, b, b_scale and, unless it is left away or None, bias."""
+    """The product of a, a_scale, b, b_scale and, unless omitted or None, bias."""
     if out_dtype is torch.bfloat16:  # the default, see _quantizer_options
         return _fp8_gemm_nt(*operands)
     return _fp8_gemm_nt(*operands, out_dtype=out_dtype)
@@ -213,10 +222,20 @@ class LinearFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-            with torch.no_grad():
-                return _differentiable_once(grad, _gradients(ctx, grad))
-        return _gradients(ctx, grad)
+        compiling = torch.compiler.is_compiling()
+        opened = None
+        if not compiling and profiler._is_profiler_enabled:
+            opened = open_range("backward", ctx.recipe)
+        try:
+            if torch.is_grad_enabled() and not compiling:  # create_graph=True
+                with torch.no_grad():
+                    return _differentiable_once(grad, _gradients(ctx, grad))
+            return _gradients(ctx, grad)
+        except RuntimeError as error:
+            raise named_after_layer(error) from None
+        finally:
+            if opened is not None:
+                opened.__exit__(None, None, None)
 
 
 # LinearFunction.apply, a Python function, less what it does for torch.func's transforms: under them
@@ -254,14 +273,14 @@ def gradient_of_bias(dy: Tensor, dtype: torch.dtype) -> Tensor:
 
 def refuse_second_gradient() -> NoReturn:
     raise RuntimeError(
-        "torchext.nn.Linear: backward: expected to be differentiated once; its gradient was "
-        "differentiated again (create_graph=True), and FP8 GEMMs have no second gradient; use "
-        "torch.nn.Linear for layers under a gradient penalty or a Hessian"
+        "torchext.nn.Linear: backward must be differentiated once (got a second derivative, of "
+        "create_graph=True): FP8 GEMMs have no second gradient; use torch.nn.Linear for layers "
+        "under a gradient penalty or a Hessian"
     )
 
 
 class _SecondGradient(torch.autograd.Function):
-    """A one that refuses to be differentiated, by dy or at all."""
+    """The number one as a tensor that refuses to be differentiated, by dy or at all."""
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, dy: Tensor) -> Tensor:

@@ -1,0 +1,42 @@
+"""The C functions of the compiled library that are no ops, each with its C signature."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_bool, c_char_p, c_int, c_int32, c_int64, c_uint64, c_void_p
+from typing import Any
+
+from .library import PATH
+
+# Name: (result, *arguments). The comment names the file that defines it, and the arguments.
+_SIGNATURES: dict[str, tuple[Any, ...]] = {
+    # csrc/runtime/content_hash.cpp: (data, bytes)
+    "torchext_content_hash": (c_uint64, c_void_p, c_int64),
+    # csrc/runtime/device.h: (path, 0 for none)
+    "torchext_force_path": (None, c_int32),
+    # csrc/runtime/device.h: (simulator's interface, null for none)
+    "torchext_set_simulator": (None, c_void_p),
+    # csrc/runtime/architecture.h: the table as JSON; (capability) -> path
+    "torchext_architectures": (c_char_p,),
+    "torchext_path_of_capability": (c_int32, c_int32),
+    # csrc/gemm/sm90/select.cpp, in builds with CUDA kernels: (m, n, k, granularity, a_e5m2, b_e5m2,
+    # out_bytes, accumulate, grouping, groups, group_rows, num_sms, sm_count, text, size)
+    "torchext_explain_gemm": (
+        c_int64,
+        *(c_int64, c_int64, c_int64, c_int, c_bool, c_bool, c_int64, c_bool, c_int),
+        *(c_int64, c_int64, c_int, c_int, c_char_p, c_int64),
+    ),
+    # csrc/gemm/sm90/select.cpp, in builds with CUDA kernels: (tile or null, split_k, cluster)
+    "torchext_force_gemm": (None, c_char_p, c_int, c_int),
+}
+
+
+def c_function(name: str) -> Any:
+    """The C function `name`, with its types set. ctypes releases the interpreter lock in calls.
+
+    Raises AttributeError where this build lacks it.
+    """
+    result, *arguments = _SIGNATURES[name]
+    function = getattr(ctypes.CDLL(str(PATH)), name)
+    function.restype, function.argtypes = result, arguments
+    return function
