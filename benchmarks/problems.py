@@ -1,7 +1,8 @@
 """The data of a case, shared by its contenders, its float64 reference, and its work in numbers.
 
 Data is random, never zero: zeros hide unwritten outputs and run faster. Every operand of a product
-is quantized once, by benchmarks.plain, so that all contenders multiply the same FP8 numbers.
+is quantized once, by torchext.reference, so that all contenders multiply the same FP8 numbers.
+torchext is imported where it is needed: without it the linear suite still measures peers.
 """
 
 from __future__ import annotations
@@ -10,13 +11,43 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from . import cases, plain
+from . import cases
 from .cases import Case
+
+if TYPE_CHECKING:
+    from torchext._catalog import Entry
+
+GROUP = 128
+
+
+def round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def quantize(op: str, x: Tensor) -> Any:
+    from torchext import reference
+
+    return getattr(reference, op)(x)
+
+
+def dequantize(data: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Exact in float64; otherwise in FP32, rounded to dtype."""
+    from torchext import reference
+
+    wide = scale.double() if dtype == torch.float64 else scale
+    return reference.dequantize(data, wide, out_dtype=dtype)
+
+
+def entry(op: str) -> Entry:
+    """The op's catalog entry: least traffic and error bound."""
+    from torchext._catalog import CATALOG
+
+    return CATALOG[op]
 
 
 class UnsupportedError(Exception):
@@ -81,8 +112,8 @@ def random_matrix(rows: int, columns: int, device: str, dtype: torch.dtype) -> T
     """N(0, 1) times powers of two that differ between rows and 128-column groups."""
     x = torch.randn(rows, columns, device=device)
     row = torch.randint(-2, 3, (rows, 1), device=device)
-    group = torch.randint(-2, 3, (1, -(-columns // plain.GROUP)), device=device)
-    exponent = row + group.repeat_interleave(plain.GROUP, 1)[:, :columns]
+    group = torch.randint(-2, 3, (1, -(-columns // GROUP)), device=device)
+    exponent = row + group.repeat_interleave(GROUP, 1)[:, :columns]
     return (x * torch.exp2(exponent)).to(dtype)
 
 
@@ -101,36 +132,24 @@ class Problem:
 class QuantizeProblem(Problem):
     """x [rows, columns] in BF16; for dequantize, its 1x128 quantization."""
 
-    # Bytes per element with BF16 in: input read once, outputs written once, scales of 4 bytes.
-    BYTES: ClassVar[dict[str, float]] = {
-        "quantize_1x128": 3 + 4 / 128,
-        "quantize_1x128_t": 3 + 4 / 128,
-        "quantize_1x128_dual": 4 + 8 / 128,
-        "quantize_128x128": 3.0,
-        "quantize_128x128_dual": 4.0,
-        "quantize_rowwise": 3.0,
-        "quantize_tensorwise": 3.0,
-        "dequantize": 3 + 4 / 128,
-    }
-
     def __init__(self, case: Case, device: str):
         super().__init__(case, device)
         rows, columns = case.shape
-        self.bytes = self.BYTES[case.op] * rows * columns
+        self.bytes = entry(case.op).bytes(rows, columns)
         self.x = random_matrix(rows, columns, device, torch.bfloat16)
 
     @cached_property
     def quantized(self) -> tuple[Tensor, Tensor]:
-        return plain.quantize_1x128(self.x)
+        return quantize("quantize_1x128", self.x)
 
     @cached_property
     def expected(self) -> tuple[Tensor, ...]:
         if self.case.op == "dequantize":
-            return (plain.dequantize(*self.quantized, torch.bfloat16),)
-        return getattr(plain, self.case.op)(self.x)
+            return (dequantize(*self.quantized, torch.bfloat16),)
+        return quantize(self.case.op, self.x)
 
     def check_bits(self, result: object) -> dict:
-        """Equal to plain PyTorch's to the last bit, as DESIGN.md promises of torchext."""
+        """Equal to torchext.reference to the last bit."""
         outputs = result if isinstance(result, tuple) else (result,)
         if len(outputs) != len(self.expected):
             raise WrongResultError(f"expected {len(self.expected)} outputs, got {len(outputs)}", {})
@@ -146,12 +165,12 @@ class QuantizeProblem(Problem):
             if unequal:
                 differing[f"output_{i}_elements"] = unequal
         if differing:
-            raise WrongResultError(f"bits differ from plain PyTorch's: {differing}", differing)
+            raise WrongResultError(f"bits differ from torchext.reference: {differing}", differing)
         return {"relative": 0.0, "worst": 0.0}
 
     def check_close(self, data: Tensor, scale: Tensor, transposed: bool = False) -> dict:
         """Dequantized again, within 4 % of x: e4m3 rounds by 2.6 % RMS."""
-        back = plain.dequantize(data, scale)
+        back = dequantize(data, scale)
         return require(difference(back, self.x.t() if transposed else self.x), 0.04)
 
 
@@ -159,11 +178,14 @@ def _bits(x: Tensor) -> Tensor:
     return x.contiguous().view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[x.element_size()])
 
 
+def product_tolerance() -> tuple[float, float]:
+    bound: Any = entry("fp8_gemm_nt").bound
+    return bound.relative, bound.worst
+
+
 class GemmProblem(Problem):
     """left [rows, inner] @ right [cols, inner].T, in BF16 and quantized as the op asks."""
 
-    # FP8 tensor cores keep about 14 bits while they sum 128 products; BF16 rounds by 2^-9.
-    TOLERANCE = (5e-3, 5e-2)
     # Without promotion to FP32 the sum over all of K keeps those 14 bits only.
     UNPROMOTED_TOLERANCE = (5e-2, 5e-1)
 
@@ -180,34 +202,32 @@ class GemmProblem(Problem):
     def traffic(self, operand: int) -> float:
         """Bytes: operands read once, output written once (read too, where it accumulates)."""
         out = 8 if self.case.op == cases.WGRAD_ACCUMULATE else 2
-        inputs = operand * (self.rows + self.cols) * self.inner
-        return float(inputs + out * self.rows * self.cols)
+        shape = (self.rows, self.cols, self.inner)
+        return entry("fp8_gemm_nt").bytes(*shape, operand=operand, out=out)
 
     @cached_property
     def left_fp8(self) -> tuple[Tensor, Tensor]:
-        return self._left_quantizer(self.left)
+        return quantize(self._left_quantizer, self.left)
 
     @cached_property
     def right_fp8(self) -> tuple[Tensor, Tensor]:
-        return self._right_quantizer(self.right)
+        return quantize(self._right_quantizer, self.right)
 
     @property
-    def _left_quantizer(self) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    def _left_quantizer(self) -> str:
         return {
-            cases.FPROP_ROWWISE: plain.quantize_rowwise,
-            cases.FPROP_TENSORWISE: plain.quantize_tensorwise,
-        }.get(self.case.op, plain.quantize_1x128)
+            cases.FPROP_ROWWISE: "quantize_rowwise",
+            cases.FPROP_TENSORWISE: "quantize_tensorwise",
+        }.get(self.case.op, "quantize_1x128")
 
     @property
-    def _right_quantizer(self) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-        return plain.quantize_128x128 if self.case.op == cases.FPROP else self._left_quantizer
+    def _right_quantizer(self) -> str:
+        return "quantize_128x128" if self.case.op == cases.FPROP else self._left_quantizer
 
     @cached_property
     def expected_fp8(self) -> Tensor:
         """Float64 product of the dequantized operands."""
-        left, right = (
-            plain.dequantize(*pair, torch.float64) for pair in (self.left_fp8, self.right_fp8)
-        )
+        left, right = (dequantize(*pair, torch.float64) for pair in (self.left_fp8, self.right_fp8))
         return left @ right.t()
 
     @cached_property
@@ -217,12 +237,12 @@ class GemmProblem(Problem):
 
     def check_fp8(self, result: object, promoted: bool = True) -> dict:
         assert isinstance(result, Tensor)
-        tolerance = self.TOLERANCE if promoted else self.UNPROMOTED_TOLERANCE
+        tolerance = product_tolerance() if promoted else self.UNPROMOTED_TOLERANCE
         return require(difference(result, self.expected_fp8), *tolerance)
 
     def check_unquantized(self, result: object) -> dict:
         assert isinstance(result, Tensor)
-        return require(difference(result, self.expected), *self.TOLERANCE)
+        return require(difference(result, self.expected), *product_tolerance())
 
 
 class GroupedProblem(Problem):
@@ -238,22 +258,25 @@ class GroupedProblem(Problem):
         self.groups, m, self.n, k = case.shape
         self.along_k = case.op == cases.ALONG_K
         self.expected = k if self.along_k else m  # length of a group
-        step = 1 if case.op == cases.MASKED else plain.GROUP
+        step = 1 if case.op == cases.MASKED else GROUP
         self.lengths = [
             max(step, round(self.expected * (0.7 + 0.6 * x) / step) * step)
             for x in torch.rand(self.groups).tolist()
         ]
         total = sum(self.lengths)
-        self.room = plain.round_up(self.expected * 3 // 2, plain.GROUP)  # masked
+        self.room = round_up(self.expected * 3 // 2, GROUP)  # masked
         self.rows: int = m if self.along_k else total
         self.k: int = total if self.along_k else k
         if case.op == cases.MASKED:
             self.rows = self.groups * self.room
-        out = self.groups * m * self.n * 8 if self.along_k else total * self.n * 2
         weights = self.n if self.along_k else self.groups * self.n
-        used = m if self.along_k else total
         self.flops = 2.0 * total * self.n * (m if self.along_k else k)
-        self.bytes = float(used * self.k + weights * self.k + out)
+        if self.along_k:
+            shape = (m, self.n, total, self.groups)
+            self.bytes = entry("k_grouped_fp8_gemm_nt").bytes(*shape, out=8)
+        else:
+            op = f"m_grouped_fp8_gemm_nt_{case.op}"
+            self.bytes = entry(op).bytes(total, self.n, k, self.groups)
         self.left = random_matrix(self.rows, self.k, device, self.dtype)
         self.right = random_matrix(weights, self.k, device, self.dtype)
 
@@ -285,7 +308,7 @@ class GroupedProblem(Problem):
     @cached_property
     def left_fp8(self) -> tuple[Tensor, Tensor]:
         """Masked: data [groups, room, k], scales likewise."""
-        data, scale = plain.quantize_1x128(self.left)
+        data, scale = quantize("quantize_1x128", self.left)
         if self.case.op != cases.MASKED:
             return data, scale
         size = (self.groups, self.room)
@@ -295,10 +318,8 @@ class GroupedProblem(Problem):
     def right_fp8(self) -> tuple[Tensor, Tensor]:
         """Of rows: data [groups, n, k], scales [groups, n / 128, k / 128]."""
         if self.along_k:
-            return plain.quantize_1x128(self.right)
-        pairs = [plain.quantize_128x128(part) for part in self.right.split(self.n)]
-        data, scale = (torch.stack(parts) for parts in zip(*pairs, strict=True))
-        return data, scale
+            return quantize("quantize_1x128", self.right)
+        return quantize("quantize_128x128", self.right.unflatten(0, (self.groups, self.n)))
 
     def product(self, left: Tensor, right: Tensor) -> list[Tensor]:
         """Each group's, of matrices."""
@@ -317,11 +338,11 @@ class GroupedProblem(Problem):
 
     def dequantized(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         left, scale = self.left_fp8
-        a = plain.dequantize(left.reshape(-1, self.k), scale.reshape(self.rows, -1), dtype)
+        a = dequantize(left.reshape(-1, self.k), scale.reshape(self.rows, -1), dtype)
         right, scale = self.right_fp8
         if self.along_k:
-            return a, plain.dequantize(right, scale, dtype)
-        b = [plain.dequantize(right[g], scale[g], dtype) for g in range(self.groups)]
+            return a, dequantize(right, scale, dtype)
+        b = [dequantize(right[g], scale[g], dtype) for g in range(self.groups)]
         return a, torch.cat(b)
 
     @cached_property
@@ -336,7 +357,7 @@ class GroupedProblem(Problem):
 
     def _check(self, result: object, expected: list[Tensor]) -> dict:
         errors = [
-            require(difference(got, want), *GemmProblem.TOLERANCE, what=f"group {g}")
+            require(difference(got, want), *product_tolerance(), what=f"group {g}")
             for g, (got, want) in enumerate(zip(self.results(result), expected, strict=True))
         ]
         return max(errors, key=lambda error: error["relative"])

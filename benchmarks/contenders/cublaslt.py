@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import cases, plain
-from ..problems import GemmProblem, Run, UnsupportedError
+from .. import cases
+from ..problems import GemmProblem, Run, UnsupportedError, round_up
 from . import Contender
 
 
@@ -25,7 +25,7 @@ def dense_columns(scale: Tensor) -> Tensor:
 def padded_blocks(scale: Tensor) -> Tensor:
     """128x128 scales [N/128, K/128] as [round_up(K/128, 4), N/128] with strides (1, L4)."""
     n_blocks, k_blocks = scale.shape
-    padded = scale.new_ones(n_blocks, plain.round_up(k_blocks, 4))
+    padded = scale.new_ones(n_blocks, round_up(k_blocks, 4))
     padded[:, :k_blocks] = scale
     return padded.t()
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import cases, plain
+from .. import cases
 from ..problems import (
     GemmProblem,
     GroupedProblem,
@@ -18,6 +18,7 @@ from ..problems import (
     UnsupportedError,
 )
 from . import Contender
+from . import plain_fp8 as plain
 
 
 def require(device: str) -> str:

@@ -7,19 +7,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import plain
 from benchmarks.cases import GROUPED, Case
 from benchmarks.contenders import deepgemm
+from benchmarks.contenders.plain_fp8 import dequantize, round_up
 from benchmarks.problems import PROBLEMS
 
 
 def columns_aligned(scale: Tensor) -> None:
     """[..., rows, groups], rows adjacent and columns 16 bytes apart: no copy is needed."""
-    assert scale.stride(-2) == 1 and scale.stride(-1) == plain.round_up(scale.shape[-2], 4)
+    assert scale.stride(-2) == 1 and scale.stride(-1) == round_up(scale.shape[-2], 4)
 
 
 def spread(pair: tuple[Tensor, Tensor]) -> Tensor:
-    return plain.dequantize(*pair)
+    return dequantize(*pair)
 
 
 @pytest.fixture

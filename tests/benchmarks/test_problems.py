@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import plain
 from benchmarks.cases import GEMMS, GROUPED, LINEARS, QUANTIZERS, Case
 from benchmarks.contenders import contenders_for
+from benchmarks.contenders import plain_fp8 as plain
 from benchmarks.contenders.cublaslt import dense_columns, padded_blocks
 from benchmarks.problems import PROBLEMS, WrongResultError, difference, require
 from torchext import ops
@@ -147,13 +147,22 @@ def test_gradients_are_checked_one_by_one():
 
 
 def test_traffic_is_counted_as_published():
-    bytes_of = PROBLEMS["quantize"].BYTES
-    assert round(bytes_of["quantize_1x128"], 2) == 3.03
-    assert round(bytes_of["quantize_1x128_dual"], 2) == 4.06
-    assert bytes_of["quantize_128x128"] == 3
+    def per_element(op: str) -> float:
+        return PROBLEMS["quantize"](case("quantize", op, (128, 256)), "cpu").bytes / (128 * 256)
+
+    assert round(per_element("quantize_1x128"), 2) == 3.03
+    assert round(per_element("quantize_1x128_dual"), 2) == 4.06
+    assert per_element("quantize_128x128") == 3
     gemm = PROBLEMS["gemm"](case("gemm", "fprop", (16, 32, 48)), "cpu")
     assert gemm.bytes == 16 * 48 + 32 * 48 + 2 * 16 * 32
     assert gemm.flops == 2 * 16 * 32 * 48
+    assert gemm.traffic(operand=2) == 2 * (16 * 48 + 32 * 48) + 2 * 16 * 32
+    added = PROBLEMS["gemm"](case("gemm", "wgrad_accumulate", (16, 32, 48)), "cpu")
+    assert added.bytes == 32 * 16 + 48 * 16 + 8 * 32 * 48
+    rows = PROBLEMS["grouped"](case("grouped", "contiguous", (2, 300, 32, 48)), "cpu")
+    assert rows.bytes == rows.rows * 48 + 2 * 32 * 48 + 2 * rows.rows * 32
+    columns = PROBLEMS["grouped"](case("grouped", "along_k", (2, 16, 24, 300)), "cpu")
+    assert columns.bytes == (16 + 24) * columns.k + 8 * 2 * 16 * 24
 
 
 def test_scale_layouts_of_cublaslt():

@@ -90,11 +90,12 @@ def test_no_time_is_said_of_every_measurement(staged):
 def test_absent_packages_are_named_with_the_reason(staged):
     (staged / "torchext.py").write_text("raise ImportError('no compiled ops here')")
     results = with_ceilings(staged)
-    Runner(results, "cpu", quantize_cases("quantize_1x128"), staged / "log", rounds=3).run()
+    cases = [Case("linear", "forward", "given", "", (24, 32, 128))]
+    Runner(results, "cpu", cases, staged / "log", rounds=3).run()
     known = {(c["suite"], c["name"]): c for c in results.data["contenders"]}
-    assert known["quantize", "torchext"]["reason"] == "ImportError: no compiled ops here"
+    assert known["linear", "torchext"]["reason"] == "ImportError: no compiled ops here"
     assert statuses(results, "torchext") == {}
-    assert statuses(results, "plain") == {"quantize_1x128": "ok"}
+    assert statuses(results, "plain") == statuses(results, "fp32") == {"forward": "ok"}
     assert not subject_ok(results)
 
 

@@ -12,9 +12,9 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 # A torchext of a few lines: what the harness must cope with, on demand of an op's name.
 FAKE_TORCHEXT = '''
 """Right, wrong, fatal and endless stand-ins for ops."""
-import contextlib, os, time
+import collections, contextlib, os, sys, time, types
 import torch
-from benchmarks import plain
+from benchmarks.contenders import plain_fp8 as plain
 from benchmarks.contenders.plain_torch import Fp8Linear
 __version__ = "0.0.fake"
 
@@ -38,6 +38,20 @@ class ops:
         return product.bfloat16() if out is None else out.add_(product)
     def m_grouped_fp8_gemm_nt_contiguous(a, sa, b, sb, offsets):
         raise RuntimeError("no groups")
+
+class reference:
+    def dequantize(data, scale, *, out_dtype):
+        return plain.dequantize(data, scale, out_dtype)
+
+for name in vars(plain):
+    if name.startswith("quantize_"):
+        setattr(reference, name, staticmethod(getattr(plain, name)))
+
+bound = types.SimpleNamespace(relative=5e-3, worst=5e-2)
+entry = types.SimpleNamespace(bytes=lambda *shape, **options: 1e6, bound=bound)
+_catalog = types.ModuleType("torchext._catalog")
+_catalog.CATALOG = collections.defaultdict(lambda: entry)
+sys.modules["torchext._catalog"] = _catalog  # `from torchext._catalog import CATALOG`
 
 class nn:
     class Linear(Fp8Linear):

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import plain
+from benchmarks.problems import dequantize as dequantized
 from benchmarks.problems import difference, require
 from tests.hardware.gpu_check.op_calls import check
 from torchext import ops, reference
@@ -403,7 +403,7 @@ def fused(lab: Lab, rng: random.Random) -> Job:
         want = unfused().double()
         if want.numel() and want.abs().max() > 0:
             data, scale = outputs
-            require(difference(plain.dequantize(data, scale, torch.float64), want), relative)
+            require(difference(dequantized(data, scale, torch.float64), want), relative)
 
     name = f"fp8_gemm_nt_{op}_quantize {m}x{n}x{k} {kinds(given)} {granularity} {options} {extra}"
     name += f" bias={bias is not None} num_sms={num_sms}"
@@ -447,7 +447,7 @@ def quantizer(lab: Lab, rng: random.Random) -> Job:
 def dequantize(lab: Lab, rng: random.Random) -> Job:
     op, x = rng.choice(("quantize_1x128", "quantize_128x128", "quantize_rowwise")), matrix(lab, rng)
     dtype = rng.choice((torch.bfloat16, torch.float16, torch.float32))
-    data, scale = getattr(plain, op)(torch.nan_to_num(x.float(), posinf=1.0))
+    data, scale = getattr(reference, op)(torch.nan_to_num(x.float(), posinf=1.0))
 
     def call() -> Outputs:
         return (ops.dequantize(data, scale, out_dtype=dtype),)

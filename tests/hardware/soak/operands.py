@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks import plain
+from benchmarks.problems import dequantize as dequantized
+from benchmarks.problems import round_up
 from benchmarks.selection import Product, Selection
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -74,7 +75,7 @@ def sms(lab: Lab, rng: random.Random) -> int:
 
 def fp8(lab: Lab, rows: int, k: int, dtype: torch.dtype) -> Tensor:
     """[rows, k], pitched as the quantizers' results are."""
-    x = torch.randn(rows, plain.round_up(max(k, 1), 16), device=lab.torch_device)
+    x = torch.randn(rows, round_up(max(k, 1), 16), device=lab.torch_device)
     return x.mul_(2).to(dtype)[:, :k]
 
 
@@ -85,7 +86,7 @@ def positive(lab: Lab, *size: int) -> Tensor:
 def group_scale(lab: Lab, rows: int, k: int) -> Tensor:
     """1x128 scales, M-major."""
     groups = -(-k // GROUP)
-    return positive(lab, groups, plain.round_up(rows, 4)).t()[:rows]
+    return positive(lab, groups, round_up(rows, 4)).t()[:rows]
 
 
 @dataclass
@@ -121,22 +122,22 @@ class Operands:
 
     def product(self) -> Tensor:
         """In float64."""
-        a = plain.dequantize(self.a, self.a_scale, torch.float64)
-        return a @ plain.dequantize(self.b, self.b_scale, torch.float64).t()
+        a = dequantized(self.a, self.a_scale, torch.float64)
+        return a @ dequantized(self.b, self.b_scale, torch.float64).t()
 
 
 def pitched(data: Tensor) -> Tensor:
     rows, k = data.shape
-    fresh = torch.zeros(
-        rows, plain.round_up(max(k, 1), 16), dtype=torch.uint8, device=data.device
-    ).view(data.dtype)[:, :k]
+    fresh = torch.zeros(rows, round_up(max(k, 1), 16), dtype=torch.uint8, device=data.device).view(
+        data.dtype
+    )[:, :k]
     fresh.view(torch.uint8)[:, :] = data.view(torch.uint8)
     return fresh
 
 
 def m_major(scale: Tensor) -> Tensor:
     rows, groups = scale.shape
-    return scale.new_ones(groups, plain.round_up(rows, 4)).t()[:rows].copy_(scale)
+    return scale.new_ones(groups, round_up(rows, 4)).t()[:rows].copy_(scale)
 
 
 def operands(
@@ -180,7 +181,7 @@ class Guarded:
         self.dtype, self.device = dtype, lab.torch_device
         step = 16 // dtype.itemsize
         # Rows that TMA can store, or ones that it cannot.
-        self.pitch = plain.round_up(self.columns, step) + rng.choice((0, step, 1))
+        self.pitch = round_up(self.columns, step) + rng.choice((0, step, 1))
         count = self.rows
         for number in self.batch:
             count *= number

@@ -1,8 +1,8 @@
-"""The quantizers in plain PyTorch: what the benchmarks check against, and what a user could write.
+"""The contender "plain" of the quantizers: what a user could write in PyTorch, for speed.
 
-Independent of torchext on purpose. Layouts and numbers are those of `torchext.ops`, for finite
-input and float8_e4m3fn: scale = amax / 448 (1 where amax = 0), data = x / scale rounded to nearest
-even.
+Layouts and numbers are those of `torchext.ops`, for finite input and float8_e4m3fn: scale =
+amax / 448 (1 where amax = 0), data = x / scale rounded to nearest even. torchext.reference is the
+standard of correctness.
 """
 
 from __future__ import annotations
