@@ -1,9 +1,11 @@
 """torchext: FP8 mixed-precision training and inference kernels for PyTorch.
 
-`torchext.convert_to_fp8_training(model)` replaces a model's `nn.Linear`s; `torchext.nn` has the
-layers, `torchext.ops` the ops, `torchext.reference` what each op computes, in plain PyTorch,
-`torchext.sim` runs the compiled CUDA kernels on a CPU, and `torchext.compat.deep_gemm` stands in
-for DeepGEMM. `torchext.is_available()` tells what works on this machine.
+- `torchext.convert_to_fp8_training(model)` makes a model's `nn.Linear`s train in FP8.
+- `torchext.nn` has the layers, `torchext.ops` the ops.
+- `torchext.reference` computes what each op computes, in plain PyTorch.
+- `torchext.sim` runs CUDA kernels on a CPU and checks them.
+- `torchext.compat.deep_gemm` stands in for DeepGEMM.
+- `torchext.is_available()` tells what works on this machine.
 """
 
 from __future__ import annotations
@@ -22,10 +24,11 @@ from .recipe import Recipe
 
 __version__ = "0.1.0"
 
-# Silent unless the user configures logging; records conversions, forced kernels and the library.
+# Silent unless the user configures logging. Logged are conversions, forced kernels and the path of
+# the loaded library.
 _logging.getLogger("torchext").addHandler(_logging.NullHandler())
 
-# Loaded when asked for: the simulator needs numpy and an extension of its own.
+# Imported at first use: the simulator needs numpy and its own extension module.
 _LAZY = ("compat", "reference", "sim")
 
 __all__ = [

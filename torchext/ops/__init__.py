@@ -1,36 +1,38 @@
-"""The ops as typed functions: quantization to FP8; FP8 matrix products, dense, grouped and fused.
+"""The ops as typed functions: quantization to FP8, and FP8 GEMMs: dense, grouped and fused.
 
-Each is the function of the same name under `torch.ops.torchext`, with its errors as ValueError and
-TypeError (the op itself, and so a compiled graph, can only raise a RuntimeError, which names that
-class at its end). They run on CPU and CUDA tensors, under `torch.compile(fullgraph=True)` and CUDA
-graphs, and are deterministic; CPU and CUDA give the same bits for every quantizer and for
-`dequantize`.
+Each function calls the op of the same name under `torch.ops.torchext`. The function raises
+ValueError and TypeError; the op itself, and so a compiled graph, can only raise a RuntimeError,
+whose message ends with the name of that class. The ops run on CPU and CUDA tensors, under
+`torch.compile(fullgraph=True)` and in CUDA graphs, and are deterministic. CPU and CUDA give the
+same bits for every quantizer and for `dequantize`.
 
-Quantized tensors. `(data, scale)` stands for `data.float() * scale`: data are FP8, scale is the
-FP32 multiplier that dequantizes. FP8 is `torch.float8_e4m3fn` (largest value 448) unless
-`dtype=torch.float8_e5m2` (57344) is asked for. For every group of elements that share a scale
+Quantized tensors. The pair `(data, scale)` represents `data.float() * scale`: data are FP8, scale
+is the FP32 multiplier that dequantizes. FP8 is `torch.float8_e4m3fn` (largest value 448) unless the
+caller passes `dtype=torch.float8_e5m2` (57344). For all elements that share a scale:
 
-    scale = amax / largest          amax = max |x| over the group; FP32, rounded to nearest even
+    scale = amax / largest          amax = max |x| over these elements; FP32, round to nearest even
     data  = fp8(x / scale)          round to nearest even, saturating
 
-- A group of zeros has scale 1; a scale is never below the smallest normal FP32, 2**-126.
-- With `pow2_scale=True` a scale is rounded up to a power of two.
-- NaN or Inf anywhere in a group makes its scale NaN, so that whatever is computed from the group is
-  NaN and a training loop's overflow check sees it.
+- If all of these elements are zero, scale is 1. A scale is never below 2**-126, the smallest normal
+  FP32 number.
+- With `pow2_scale=True`, a scale is rounded up to a power of two.
+- A NaN or Inf among these elements makes their scale NaN. So everything computed from them is NaN,
+  and a training loop's overflow check sees it.
 
 Layout. "Rows" below are all leading dimensions, folded: M = x.shape[:-1].numel(). Rows of data lie
-P = round_up(K, 16) bytes apart, which is what TMA asks for; so 2-D data have strides (P, 1), and
-data are contiguous only where K is a multiple of 16. Scales of 1x128 groups are M-major: 2-D
-strides (1, round_up(M, 4)). A 1-D x is one row. Empty inputs give empty outputs. Inputs are read in
-place, whatever their strides, if their rows fold: all rows lie one stride apart, as in a 2-D x, or
-wherever `x.view(-1, K)` works. Others are refused, since they would have to be copied.
+P = round_up(K, 16) bytes apart, because TMA requires a multiple of 16 bytes. So 2-D data have
+strides (P, 1), and are contiguous only if K is a multiple of 16. Scales of 1x128 groups are
+M-major: 2-D scales have strides (1, round_up(M, 4)). A 1-D x is one row. Empty inputs give empty
+outputs. Inputs may have any strides, and are read in place, if their rows fold: if one stride
+separates all rows, as in every 2-D x, and wherever `x.view(-1, K)` works. Other inputs raise a
+ValueError, since they would have to be copied.
 
 Copies. `clone`, `contiguous`, `cpu`, pickle, safetensors and the like keep a quantized tensor's
-values, and in general lose its layout: the products refuse the copy. `restore_layout` gives it its
-layout back.
+values but in general lose its layout, and the GEMMs refuse such a copy. `restore_layout` restores
+the layout.
 
-Gradients. Outputs of the quantizers require none: the gradient stops there, as at a cast to
-integers. (`torchext.nn.Linear` carries gradients around them.)
+Gradients. Outputs of the quantizers never require a gradient, like those of a cast to integers.
+`torchext.nn.Linear` computes its gradients itself.
 """
 
 from __future__ import annotations
@@ -78,5 +80,5 @@ __all__ = [
     "restore_layout",
 ]
 
-# The public ops: each is registered as torch.ops.torchext.NAME, too.
+# The public ops: each is also registered as torch.ops.torchext.NAME.
 OPS = tuple(name for name in __all__ if name in DECLARATIONS)

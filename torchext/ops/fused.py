@@ -1,4 +1,4 @@
-"""FP8 matrix products that apply an activation and quantize; part of `torchext.ops`."""
+"""FP8 GEMMs that apply an activation and quantize the result; part of `torchext.ops`."""
 
 from __future__ import annotations
 
@@ -51,31 +51,31 @@ def fp8_gemm_nt_swiglu_quantize(
     pow2_scale: bool = False,
     num_sms: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """The gate-up product of an MLP, SwiGLU, and quantization, in one kernel.
+    """The gate-up GEMM of an MLP, SwiGLU and quantization in one kernel.
 
-    With gate, up = (dequantized a @ dequantized b.T (+ bias)).chunk(2, dim=-1), in FP32:
-    `quantize_1x128(silu(gate) * up)`. The product itself is never rounded and never in memory.
-    Error bounds: docs/numerics.md.
+    Returns `quantize_1x128(silu(gate) * up)` with
+    gate, up = (dequantized a @ dequantized b.T (+ bias)).chunk(2, dim=-1) in FP32. The GEMM's
+    result is neither rounded nor written to memory. Error bounds: docs/numerics.md.
 
     Outputs require no gradient, like those of a quantizer.
 
     Args:
         a, a_scale, b_scale: as for `fp8_gemm_nt`, of any granularity.
-        b: [2 * I, K], FP8: the I rows of the gate, then those of up (the order of vLLM's
-            `gate_up_proj` and of Hugging Face's, where it is one weight).
+        b: [2 * I, K], FP8: the I rows of the gate, then the I rows of up. This is the order of
+            `gate_up_proj` in vLLM, and in Hugging Face models that hold both in one weight.
         bias: [2 * I], bfloat16, float16 or float32, contiguous.
-        dtype: torch.float8_e4m3fn (None) or torch.float8_e5m2.
+        dtype: dtype of the returned data: torch.float8_e4m3fn (None) or torch.float8_e5m2.
         pow2_scale: round scales up to powers of two.
         num_sms: as for `fp8_gemm_nt`.
 
     Returns:
-        data: [..., I], FP8, and
-        scale: [..., ceil(I / 128)], float32: laid out as `quantize_1x128` returns them.
+        data: [..., I], FP8, with the strides of `quantize_1x128`'s data.
+        scale: [..., ceil(I / 128)], float32, M-major, with the strides of `quantize_1x128`'s scale.
 
     Raises:
-        ValueError: as `fp8_gemm_nt` does; a b of an odd number of rows.
-        TypeError: an operand, scale, bias or dtype of another dtype.
-        RuntimeError: a GPU that this build has no kernels for.
+        ValueError: as for `fp8_gemm_nt`; b has an odd number of rows.
+        TypeError: an operand, scale or bias has another dtype; `dtype` is not an FP8 dtype.
+        RuntimeError: this build has no kernels for the GPU.
     """
     try:
         return _fp8_gemm_nt_swiglu_quantize(
@@ -120,30 +120,31 @@ def fp8_gemm_nt_gelu_quantize(
     pow2_scale: bool = False,
     num_sms: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """A product, GELU, and quantization, in one kernel.
+    """A GEMM, GELU and quantization in one kernel.
 
-    With x = dequantized a @ dequantized b.T (+ bias), in FP32: `quantize_1x128(gelu(x))`. The
-    product itself is never rounded and never in memory. Error bounds: docs/numerics.md.
+    Returns `quantize_1x128(gelu(x))` with x = dequantized a @ dequantized b.T (+ bias) in FP32. x
+    is neither rounded nor written to memory. Error bounds: docs/numerics.md.
 
     Outputs require no gradient, like those of a quantizer.
 
     Args:
         a, a_scale, b, b_scale: as for `fp8_gemm_nt`, of any granularity.
-        tanh_approximation: x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 * x**3))), PyTorch's
-            `approximate="tanh"`, instead of x / 2 * (1 + erf(x / sqrt(2))).
+        tanh_approximation: if True, gelu(x) is PyTorch's `approximate="tanh"`,
+            x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 * x**3))), instead of
+            x / 2 * (1 + erf(x / sqrt(2))).
         bias: [N], bfloat16, float16 or float32, contiguous.
-        dtype: torch.float8_e4m3fn (None) or torch.float8_e5m2.
+        dtype: dtype of the returned data: torch.float8_e4m3fn (None) or torch.float8_e5m2.
         pow2_scale: round scales up to powers of two.
         num_sms: as for `fp8_gemm_nt`.
 
     Returns:
-        data: [..., N], FP8, and
-        scale: [..., ceil(N / 128)], float32: laid out as `quantize_1x128` returns them.
+        data: [..., N], FP8, with the strides of `quantize_1x128`'s data.
+        scale: [..., ceil(N / 128)], float32, M-major, with the strides of `quantize_1x128`'s scale.
 
     Raises:
-        ValueError: as `fp8_gemm_nt` does.
-        TypeError: an operand, scale, bias or dtype of another dtype.
-        RuntimeError: a GPU that this build has no kernels for.
+        ValueError: as for `fp8_gemm_nt`.
+        TypeError: an operand, scale or bias has another dtype; `dtype` is not an FP8 dtype.
+        RuntimeError: this build has no kernels for the GPU.
     """
     try:
         return _fp8_gemm_nt_gelu_quantize(
@@ -194,28 +195,28 @@ def fp8_gemm_nt_relu2_quantize(
     pow2_scale: bool = False,
     num_sms: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """A product, squared ReLU, and quantization, in one kernel.
+    """A GEMM, squared ReLU and quantization in one kernel.
 
-    With x = dequantized a @ dequantized b.T (+ bias), in FP32: `quantize_1x128(relu(x)**2)`. The
-    product itself is never rounded and never in memory. Error bounds: docs/numerics.md.
+    Returns `quantize_1x128(relu(x)**2)` with x = dequantized a @ dequantized b.T (+ bias) in FP32.
+    x is neither rounded nor written to memory. Error bounds: docs/numerics.md.
 
     Outputs require no gradient, like those of a quantizer.
 
     Args:
         a, a_scale, b, b_scale: as for `fp8_gemm_nt`, of any granularity.
         bias: [N], bfloat16, float16 or float32, contiguous.
-        dtype: torch.float8_e4m3fn (None) or torch.float8_e5m2.
+        dtype: dtype of the returned data: torch.float8_e4m3fn (None) or torch.float8_e5m2.
         pow2_scale: round scales up to powers of two.
         num_sms: as for `fp8_gemm_nt`.
 
     Returns:
-        data: [..., N], FP8, and
-        scale: [..., ceil(N / 128)], float32: laid out as `quantize_1x128` returns them.
+        data: [..., N], FP8, with the strides of `quantize_1x128`'s data.
+        scale: [..., ceil(N / 128)], float32, M-major, with the strides of `quantize_1x128`'s scale.
 
     Raises:
-        ValueError: as `fp8_gemm_nt` does.
-        TypeError: an operand, scale, bias or dtype of another dtype.
-        RuntimeError: a GPU that this build has no kernels for.
+        ValueError: as for `fp8_gemm_nt`.
+        TypeError: an operand, scale or bias has another dtype; `dtype` is not an FP8 dtype.
+        RuntimeError: this build has no kernels for the GPU.
     """
     try:
         return _fp8_gemm_nt_relu2_quantize(

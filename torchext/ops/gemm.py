@@ -1,4 +1,4 @@
-"""The dense FP8 matrix product, part of `torchext.ops`."""
+"""The dense FP8 GEMM, part of `torchext.ops`."""
 
 from __future__ import annotations
 
@@ -55,46 +55,48 @@ def fp8_gemm_nt(
     out_dtype: torch.dtype | None = None,
     num_sms: int = 0,
 ) -> Tensor:
-    """The matrix product of FP8 operands: dequantized a @ dequantized b.T (+ bias).
+    """The GEMM of FP8 operands: dequantized a @ dequantized b.T (+ bias).
 
-    The granularity comes from the scales' shapes:
+    The shapes of the scales determine the granularity:
 
         a_scale               b_scale
         [..., ceil(K / 128)]  [ceil(N / 128), ceil(K / 128)]   1D2D: 1x128 by 128x128
         [..., ceil(K / 128)]  [N, ceil(K / 128)]               1D1D: 1x128 by 1x128
         [..., 1] or [1, 1]    [N, 1] or [1, 1]                 row-wise, tensor-wise
 
-    FP8 products accumulate on tensor cores over at most 128 of K, then in FP32 with the scales
-    applied; bias is added in FP32; the result is rounded once. Error bounds: docs/numerics.md.
+    Tensor cores sum FP8 products over at most 128 elements of K. These sums are added, and scales
+    and bias are applied, in FP32; the result is rounded once. Error bounds: docs/numerics.md.
 
-    It has a gradient with respect to `bias` (summed in FP32) when `out` is None, and none with
-    respect to the quantized operands and their scales: `torchext.nn.Linear` computes dgrad and
-    wgrad as products of their own.
+    If `out` is None, the op has a gradient with respect to `bias` (summed in FP32). It has none
+    with respect to the quantized operands and their scales: `torchext.nn.Linear` computes dgrad and
+    wgrad by separate GEMMs.
 
     Args:
-        a: [..., K], torch.float8_e4m3fn or torch.float8_e5m2. Rows, leading dimensions folded,
-            are contiguous and a multiple of 16 bytes apart, from a 16-byte aligned address: as
-            the quantizers return them. Any K.
-        a_scale: float32. Per 1x128 group it must be M-major: rows adjacent, groups a multiple of
-            four elements apart, 16-byte aligned, as the quantizers return it.
-        b: [N, K], FP8, laid out like a; e4m3 and e5m2 mix.
-        b_scale: float32. Per 1x128 group, laid out like a_scale.
-        out: write here instead: [..., N], bfloat16, float16 or float32, contiguous rows.
-        accumulate: add the product to `out`: the sum is taken in FP32 and rounded once.
+        a: [..., K], torch.float8_e4m3fn or torch.float8_e5m2; any K. Its rows, with leading
+            dimensions folded, are contiguous and a multiple of 16 bytes apart, and it starts at a
+            16-byte aligned address, as the quantizers return it.
+        a_scale: float32. For 1x128 groups it must be M-major and 16-byte aligned, as the quantizers
+            return it: stride 1 between rows, and between scale groups a multiple of four elements.
+        b: [N, K], FP8, laid out like a. One operand may be e4m3 and the other e5m2.
+        b_scale: float32. For 1x128 groups it is laid out like a_scale.
+        out: [..., N], bfloat16, float16 or float32, with contiguous rows; the result is written to
+            it.
+        accumulate: add the GEMM's result to `out`. The sum is computed in FP32 and rounded once.
         bias: [N], bfloat16, float16 or float32, contiguous.
-        out_dtype: bfloat16 (None), float16 or float32. With `out`, whose dtype decides, None.
-        num_sms: how many SMs the CUDA kernel may occupy; 0 for all. Other work can run on the rest.
+        out_dtype: bfloat16 (None), float16 or float32. With `out`: None, or the dtype of `out`.
+        num_sms: the number of SMs that the CUDA kernel may occupy, so that other work can run on
+            the rest; 0 for all.
 
     Returns:
-        [..., N], contiguous, of out_dtype; or `out`.
+        `out` if it is given, else a contiguous [..., N] tensor of dtype out_dtype.
 
     Raises:
-        ValueError: shapes that do not fit together; a pitch, alignment or scale layout that TMA
-            cannot load; different devices; num_sms < 0; `accumulate` without `out`; an out_dtype
-            that is not out's.
-        TypeError: an operand, scale, bias or output of another dtype.
-        RuntimeError: a GPU that this build has no kernels for; out= where `out` or `bias` requires
-            a gradient.
+        ValueError: the shapes do not fit together; TMA cannot load a tensor with this row pitch,
+            alignment or scale layout; the tensors are on different devices; num_sms < 0;
+            `accumulate` is given without `out`; out_dtype is not the dtype of `out`.
+        TypeError: an operand, scale, bias or output has another dtype.
+        RuntimeError: this build has no kernels for the GPU; `out` is given, and it or `bias`
+            requires a gradient.
     """
     try:
         if out is None:

@@ -1,9 +1,9 @@
-"""FP8 matrix products in groups, part of `torchext.ops`: the layers of a mixture of experts.
+"""Grouped FP8 GEMMs, for the layers of a mixture of experts; part of `torchext.ops`.
 
-Group boundaries are an int32 tensor on the operands' device. Only the kernel reads them, so calls
-never synchronize, and can be captured into a CUDA graph and replayed with other groups. On the CPU
-an index out of range raises a ValueError. A GPU cannot raise: the result for such a group is
-unspecified, though memory outside the tensors is never touched.
+Group boundaries are an int32 tensor on the operands' device. Only the kernel reads them. So calls
+never synchronize, and a call that is captured into a CUDA graph can be replayed with other groups.
+On the CPU an index out of range raises a ValueError. A GPU cannot raise: the result for such a
+group is unspecified, but the kernel never accesses memory outside the tensors.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def _fake_contiguous(
 
 
 def _sum_runs(grad: Tensor, starts: Tensor) -> Tensor:
-    """Row g: the sum of grad's rows from starts[g] up to starts[g + 1], in FP32. Deterministic, and
-    waits for nothing."""
+    """Row g is the FP32 sum of grad's rows from starts[g] up to starts[g + 1]. Deterministic, and
+    does not synchronize with the device."""
     return torch.segment_reduce(grad.float(), "sum", offsets=starts, axis=0, unsafe=True)
 
 
@@ -44,7 +44,7 @@ def _sum_groups(
 ) -> Tensor:
     if offsets is not None:
         return _sum_runs(grad, torch.nn.functional.pad(offsets, (1, 0)))
-    assert group_ids is not None  # the op has checked that it is one of the two
+    assert group_ids is not None  # the op has checked that one of the two is given
     ids, order = group_ids.sort(stable=True)
     numbers = torch.arange(bias_shape[0] + 1, dtype=ids.dtype, device=ids.device)
     return _sum_runs(grad[order], torch.searchsorted(ids, numbers))
@@ -74,51 +74,52 @@ def m_grouped_fp8_gemm_nt_contiguous(
     out_dtype: torch.dtype | None = None,
     num_sms: int = 0,
 ) -> Tensor:
-    """Rows of `a`, in groups, each group times its own matrix: fprop and dgrad of experts.
+    """Multiplies each group of rows of `a` by the group's own matrix: fprop and dgrad of experts.
 
-    out[r] = dequantized a[r] @ dequantized b[g].T (+ bias[g]) for each row r of group g. Groups are
-    given in one of two ways, and may be of any length, 0 included, on any row:
+    out[r] = dequantized a[r] @ dequantized b[g].T (+ bias[g]) for each row r of group g. A group
+    may start at any row and have any length, including 0. Groups are given in one of two ways:
 
         offsets     group g is the rows from offsets[g - 1] (from 0 for g = 0) up to offsets[g];
                     rows from offsets[-1] on belong to no group
-        group_ids   row r belongs to group group_ids[r], or, where that is negative, to none; ids
+        group_ids   row r belongs to group group_ids[r], or to no group if that is negative; ids
                     need not be sorted
 
-    Rows of no group are not computed. In a new output they hold whatever its memory held before,
-    NaN perhaps; an `out` keeps what it has there: pass torch.zeros(...) for zeros.
+    Rows of no group are not computed. In a new output they are uninitialized memory, which may be
+    NaN. An `out` keeps the values that it has there: pass torch.zeros(...) for zeros.
 
-    Granularities, as `fp8_gemm_nt`'s, by the shapes of the scales:
+    The shapes of the scales determine the granularity, as for `fp8_gemm_nt`:
 
         a_scale             b_scale
         [M, ceil(K / 128)]  [G, ceil(N / 128), ceil(K / 128)]  1D2D: `quantize_128x128(b)`
         [M, ceil(K / 128)]  [G, N, ceil(K / 128)]              1D1D: `quantize_1x128(b)`
         [M, 1] or [1, 1]    [G, N, 1], [G, 1, 1] or [1, 1]     row-wise, tensor-wise
 
-    It has a gradient with respect to `bias` (summed over each group in FP32) when `out` is None.
-    Arithmetic and error bounds are `fp8_gemm_nt`'s.
+    If `out` is None, the op has a gradient with respect to `bias` (summed over each group in FP32).
+    Arithmetic and error bounds are those of `fp8_gemm_nt`.
 
     Args:
         a: [M, K], FP8, laid out as the quantizers return it.
         a_scale: float32, laid out as for `fp8_gemm_nt`.
         b: [G, N, K], FP8, whose rows fold into [G * N, K], as the quantizers return it.
-        b_scale: float32. Of 1D1D, M-major over all G * N rows, as `quantize_1x128` returns it.
+        b_scale: float32. For 1D1D, M-major over all G * N rows, as `quantize_1x128` returns it.
         offsets: [G], int32, ascending, at most M.
         group_ids: [M], int32, below G.
-        out: write here instead: [M, N], bfloat16, float16 or float32, contiguous rows.
-        accumulate: add the product to `out`: the sum is taken in FP32 and rounded once.
+        out: [M, N], bfloat16, float16 or float32, with contiguous rows; the result is written to
+            it.
+        accumulate: add the GEMM's result to `out`. The sum is computed in FP32 and rounded once.
         bias: [G, N], bfloat16, float16 or float32, contiguous.
-        out_dtype: bfloat16 (None), float16 or float32. With `out`, whose dtype decides, None.
-        num_sms: how many SMs the CUDA kernel may occupy; 0 for all.
+        out_dtype: bfloat16 (None), float16 or float32. With `out`: None, or the dtype of `out`.
+        num_sms: the number of SMs that the CUDA kernel may occupy; 0 for all.
 
     Returns:
-        [M, N], contiguous, of out_dtype; or `out`.
+        `out` if it is given, else a contiguous [M, N] tensor of dtype out_dtype.
 
     Raises:
-        ValueError: offsets and group_ids, or neither; on the CPU, an index out of range; otherwise
-            as `fp8_gemm_nt` does.
-        TypeError: an operand, scale, index, bias or output of another dtype.
-        RuntimeError: a GPU that this build has no kernels for; out= where `out` or `bias` requires
-            a gradient.
+        ValueError: both offsets and group_ids are given, or neither; on the CPU, an index is out of
+            range; otherwise as for `fp8_gemm_nt`.
+        TypeError: an operand, scale, index, bias or output has another dtype.
+        RuntimeError: this build has no kernels for the GPU; `out` is given, and it or `bias`
+            requires a gradient.
     """
     try:
         if out is None:
@@ -201,48 +202,50 @@ def m_grouped_fp8_gemm_nt_masked(
     out_dtype: torch.dtype | None = None,
     num_sms: int = 0,
 ) -> Tensor:
-    """The first masked_m[g] rows of each a[g] times b[g]: decoding, where each expert has room for
-    M tokens and only the device knows how many came.
+    """Multiplies the first masked_m[g] rows of each a[g] by b[g].
+
+    This is for decoding, where each expert has room for M tokens and only the device knows how many
+    tokens the expert received.
 
     out[g, r] = dequantized a[g, r] @ dequantized b[g].T (+ bias[g]) for r < masked_m[g]. Other rows
-    are not computed. In a new output they hold whatever its memory held before, NaN perhaps; an
-    `out` keeps what it has there.
+    are not computed. In a new output they are uninitialized memory, which may be NaN. An `out`
+    keeps the values that it has there.
 
-    Granularities, as `fp8_gemm_nt`'s, by the shapes of the scales:
+    The shapes of the scales determine the granularity, as for `fp8_gemm_nt`:
 
         a_scale                a's scales come from    b_scale
         [G, M, ceil(K / 128)]  `quantize_1x128(a)`     [G, ceil(N / 128), ceil(K / 128)]  1D2D
         [G, M, ceil(K / 128)]  `quantize_1x128(a)`     [G, N, ceil(K / 128)]              1D1D
         [G, M, 1] or [1, 1]    `quantize_rowwise(a)`   [G, N, 1], [G, 1, 1] or [1, 1]
 
-    It has a gradient with respect to `bias` when `out` is None. Arithmetic and error bounds are
-    `fp8_gemm_nt`'s.
+    If `out` is None, the op has a gradient with respect to `bias` (summed in FP32). Arithmetic and
+    error bounds are those of `fp8_gemm_nt`.
 
     Args:
         a: [G, M, K], FP8, whose rows fold into [G * M, K], as the quantizers return it.
-        a_scale: float32. Per 1x128 group, M-major over all G * M rows, as `quantize_1x128` returns
+        a_scale: float32. For 1x128 groups, M-major over all G * M rows, as `quantize_1x128` returns
             it: strides (M, 1, round_up(G * M, 4)).
         b: [G, N, K], FP8, whose rows fold into [G * N, K], as the quantizers return it.
-        b_scale: float32. Of 1D1D, M-major over all G * N rows, as `quantize_1x128` returns it.
-        masked_m: [G], int32, from 0 to M.
-        expected_m: how many rows a group is likely to have, which helps to choose a kernel and
-            changes no result beyond its rounding; 0 if unknown.
-        out: write here instead: [G, M, N], bfloat16, float16 or float32, rows contiguous and one
-            stride apart.
-        accumulate: add the product to `out`: the sum is taken in FP32 and rounded once.
+        b_scale: float32. For 1D1D, M-major over all G * N rows, as `quantize_1x128` returns it.
+        masked_m: [G], int32, each from 0 to M: the number of rows to compute in each group.
+        expected_m: the number of rows that a group is likely to have; 0 if unknown. It helps to
+            choose a kernel, and changes results only in their rounding.
+        out: [G, M, N], bfloat16, float16 or float32, with contiguous rows and one stride between
+            all of them; the result is written to it.
+        accumulate: add the GEMM's result to `out`. The sum is computed in FP32 and rounded once.
         bias: [G, N], bfloat16, float16 or float32, contiguous.
-        out_dtype: bfloat16 (None), float16 or float32. With `out`, whose dtype decides, None.
-        num_sms: how many SMs the CUDA kernel may occupy; 0 for all.
+        out_dtype: bfloat16 (None), float16 or float32. With `out`: None, or the dtype of `out`.
+        num_sms: the number of SMs that the CUDA kernel may occupy; 0 for all.
 
     Returns:
-        [G, M, N], contiguous, of out_dtype; or `out`.
+        `out` if it is given, else a contiguous [G, M, N] tensor of dtype out_dtype.
 
     Raises:
-        ValueError: on the CPU, a count out of range; expected_m < 0; otherwise as `fp8_gemm_nt`
-            does.
-        TypeError: an operand, scale, count, bias or output of another dtype.
-        RuntimeError: a GPU that this build has no kernels for; out= where `out` or `bias` requires
-            a gradient.
+        ValueError: on the CPU, a count is out of range; expected_m < 0; otherwise as for
+            `fp8_gemm_nt`.
+        TypeError: an operand, scale, count, bias or output has another dtype.
+        RuntimeError: this build has no kernels for the GPU; `out` is given, and it or `bias`
+            requires a gradient.
     """
     try:
         if out is None:
@@ -315,40 +318,42 @@ def k_grouped_fp8_gemm_nt(
     out_dtype: torch.dtype | None = None,
     num_sms: int = 0,
 ) -> Tensor:
-    """One product for each group of columns of `a` and `b`: wgrad of experts.
+    """One GEMM for each group of columns of `a` and `b`: wgrad of experts.
 
     out[g] = dequantized a[:, s:e] @ dequantized b[:, s:e].T, with s = offsets[g - 1] (0 for g = 0)
-    and e = offsets[g]. K is the tokens, sorted by expert; a group may have any number of them.
-    Columns from offsets[-1] on belong to no group. An empty group gives zeros, or, with
+    and e = offsets[g]. The columns are tokens, sorted by expert; a group may have any number of
+    them. Columns from offsets[-1] on belong to no group. An empty group gives zeros or, with
     `accumulate`, leaves out[g] as it is.
 
-    Scales are those of 1x128 groups of the whole K, which `quantize_1x128_t` of all tokens at once
-    gives: groups of scales and groups of tokens are independent of each other. Where a block of 128
-    tokens is shared by several experts, each uses its scale with its own tokens. So a NaN or Inf in
-    one expert's tokens, which makes the block's scale and all of its data NaN, reaches every expert
-    that shares the block; a NaN in the data alone reaches its own expert only.
+    Scales belong to 1x128 scale groups of all K columns, as `quantize_1x128_t` of all tokens
+    returns them: the boundaries of scale groups do not depend on those of the experts. If several
+    experts have tokens in one scale group, each uses that group's scale for its own tokens.
+    Therefore a NaN or Inf that is quantized with one expert's tokens reaches every expert in the
+    scale group, because it makes the scale and all of the group's data NaN. A NaN in the FP8 data
+    alone reaches only its own expert.
 
-    It has no gradient. Arithmetic and error bounds are `fp8_gemm_nt`'s.
+    The op has no gradient. Arithmetic and error bounds are those of `fp8_gemm_nt`.
 
     Args:
         a: [M, K], FP8, laid out as the quantizers return it.
         a_scale: [M, ceil(K / 128)], float32, M-major, as the quantizers return it.
-        b: [N, K], FP8; e4m3 and e5m2 mix.
+        b: [N, K], FP8, laid out like a. One operand may be e4m3 and the other e5m2.
         b_scale: [N, ceil(K / 128)], float32, M-major.
         offsets: [G], int32, ascending, at most K.
-        out: write here instead: [G, M, N], bfloat16, float16 or float32, contiguous rows.
-        accumulate: add the product to `out`: the sum is taken in FP32 and rounded once.
-        out_dtype: bfloat16 (None), float16 or float32. With `out`, whose dtype decides, None.
-        num_sms: how many SMs the CUDA kernel may occupy; 0 for all.
+        out: [G, M, N], bfloat16, float16 or float32, with contiguous rows; the result is written
+            to it.
+        accumulate: add the GEMM's result to `out`. The sum is computed in FP32 and rounded once.
+        out_dtype: bfloat16 (None), float16 or float32. With `out`: None, or the dtype of `out`.
+        num_sms: the number of SMs that the CUDA kernel may occupy; 0 for all.
 
     Returns:
-        [G, M, N], contiguous, of out_dtype; or `out`.
+        `out` if it is given, else a contiguous [G, M, N] tensor of dtype out_dtype.
 
     Raises:
-        ValueError: on the CPU, offsets out of range; scales of another granularity; otherwise as
-            `fp8_gemm_nt` does.
-        TypeError: an operand, scale, index or output of another dtype.
-        RuntimeError: a GPU that this build has no kernels for; an `out` that requires a gradient.
+        ValueError: on the CPU, offsets are out of range; the scales have another granularity;
+            otherwise as for `fp8_gemm_nt`.
+        TypeError: an operand, scale, index or output has another dtype.
+        RuntimeError: this build has no kernels for the GPU; `out` requires a gradient.
     """
     try:
         if out is None:
@@ -364,7 +369,7 @@ def k_grouped_fp8_gemm_nt(
 
 
 def _check_accumulate(op: str, accumulate: bool) -> None:
-    """Without `out`, there is nothing to accumulate into."""
+    """Refuses `accumulate` without an `out` to add to."""
     if accumulate:
         raise ValueError(
             f"{op}: out must be the tensor to add to when accumulate=True (got None); pass out=, "
@@ -373,7 +378,7 @@ def _check_accumulate(op: str, accumulate: bool) -> None:
 
 
 def _check_out_dtype(op: str, out: Tensor, out_dtype: torch.dtype | None) -> None:
-    """With `out`, its dtype decides."""
+    """Refuses an out_dtype that is not the dtype of `out`."""
     if out_dtype is not None and out_dtype != out.dtype:
         raise ValueError(
             f"{op}: out_dtype must be None or out's own {out.dtype} when out is given (got "

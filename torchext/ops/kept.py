@@ -1,6 +1,7 @@
-"""Quantizers and product for what a compiled linear layer keeps for backward; private ops.
+"""Private ops that quantize and multiply the operands that a compiled layer keeps for backward.
 
-Their layout is csrc/linear/kept.h's: dense tensors, since a compiled graph fixes strides.
+These operands have the layout of csrc/linear/kept.h: dense tensors, because a compiled graph fixes
+strides.
 """
 
 from __future__ import annotations

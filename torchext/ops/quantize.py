@@ -1,6 +1,6 @@
 """Quantization to FP8 and back, part of `torchext.ops`.
 
-Quantizers have no gradient: their outputs never require one, like those of a cast to integers.
+Outputs of quantizers never require a gradient, like those of a cast to integers.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Dtype = torch.dtype | None
 def _quantize(
     op: Callable[..., Any], x: Tensor, dtype: torch.dtype | None, pow2_scale: bool
 ) -> Any:
-    # A keyword argument costs a quarter of a microsecond, or more; so defaults are not passed.
+    # Defaults are not passed: each keyword argument costs a quarter of a microsecond, or more.
     try:
         if dtype is None and pow2_scale is False:
             return op(x)
@@ -61,7 +61,7 @@ def quantize_1x128(
 ) -> tuple[Tensor, Tensor]:
     """Quantizes `x` to FP8 with one scale for every 128 consecutive elements of a row.
 
-    The layout of activations and of gradients in fprop and dgrad (DeepSeek-V3, section 3.3.2).
+    For activations in fprop and gradients in dgrad (DeepSeek-V3, section 3.3.2).
 
     Args:
         x: [..., K], bfloat16, float16 or float32, of any strides that let its rows fold.
@@ -76,7 +76,7 @@ def quantize_1x128(
 
     Raises:
         ValueError: x is a scalar, or its rows do not fold.
-        TypeError: x or dtype is of another dtype.
+        TypeError: x has another dtype, or `dtype` is not an FP8 dtype.
     """
     return _quantize(_quantize_1x128, x, dtype, pow2_scale)
 
@@ -99,12 +99,11 @@ def quantize_1x128_t(
 ) -> tuple[Tensor, Tensor]:
     """Quantizes `x` transposed, with one scale for every 128 consecutive rows of a column.
 
-    Equal, to the bit, to `quantize_1x128(x.flatten(0, -2).t())` without the copy: the operands of
-    wgrad, whose K is the number of tokens.
+    For wgrad, which sums over tokens. The result has the same bits as that of
+    `quantize_1x128(x.flatten(0, -2).t())`, but x is not copied.
 
     Args:
-        x: [..., K], bfloat16, float16 or float32, of any strides that let its rows fold
-            into M.
+        x: [..., K], bfloat16, float16 or float32, of any strides that let its rows fold into M.
         dtype: torch.float8_e4m3fn (None) or torch.float8_e5m2.
         pow2_scale: round scales up to powers of two.
 
@@ -114,7 +113,7 @@ def quantize_1x128_t(
 
     Raises:
         ValueError: x is a scalar, or its rows do not fold.
-        TypeError: x or dtype is of another dtype.
+        TypeError: x has another dtype, or `dtype` is not an FP8 dtype.
     """
     return _quantize(_quantize_1x128_t, x, dtype, pow2_scale)
 
@@ -135,8 +134,8 @@ def quantize_1x128_dual(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`quantize_1x128` and `quantize_1x128_t` from one read of `x`.
 
-    What a training step needs of an activation or a gradient: the rows now, for fprop or dgrad, and
-    the transpose for wgrad.
+    A training step needs both for an activation or a gradient: `data` for fprop or dgrad, and
+    `data_t` for wgrad.
 
     Args:
         x: [..., K], bfloat16, float16 or float32, of any strides that let its rows fold into M.
@@ -149,7 +148,7 @@ def quantize_1x128_dual(
 
     Raises:
         ValueError: x is a scalar, or its rows do not fold.
-        TypeError: x or dtype is of another dtype.
+        TypeError: x has another dtype, or `dtype` is not an FP8 dtype.
     """
     return _quantize(_quantize_1x128_dual, x, dtype, pow2_scale)
 
@@ -171,8 +170,8 @@ def quantize_128x128(
 ) -> tuple[Tensor, Tensor]:
     """Quantizes matrices to FP8 with one scale for every block of 128 rows and 128 columns.
 
-    The layout of weights, and of `weight` and `weight_scale_inv` in DeepSeek-V3 checkpoints. Each
-    of several matrices, such as the weights of experts, is quantized by itself.
+    For weights; `weight` and `weight_scale_inv` of DeepSeek-V3 checkpoints have these blocks.
+    Several matrices, such as the weights of experts, are quantized independently of each other.
 
     Args:
         x: [..., N, K], bfloat16, float16 or float32, of any strides.
@@ -180,13 +179,14 @@ def quantize_128x128(
         pow2_scale: round scales up to powers of two.
 
     Returns:
-        data: [..., N, K], FP8, strides (round_up(K, 16), 1), leading dimensions folded into rows.
+        data: [..., N, K], FP8. Strides (P, 1) for a 2-D x, (N*P, P, 1) for [B, N, K], and so on,
+            with P = round_up(K, 16).
         scale: [..., ceil(N / 128), ceil(K / 128)], float32, contiguous. Blocks at the right and
             lower edges of a matrix may be smaller.
 
     Raises:
         ValueError: x has fewer than two dimensions.
-        TypeError: x or dtype is of another dtype.
+        TypeError: x has another dtype, or `dtype` is not an FP8 dtype.
     """
     return _quantize(_quantize_128x128, x, dtype, pow2_scale)
 
@@ -209,8 +209,8 @@ def quantize_128x128_dual(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`quantize_128x128` of `x` and of its transpose, `x.mT`, from one read of `x`.
 
-    Blocks are square, so both share their FP8 values and their scales: the transpose's scale is
-    `scale.mT`. A weight needs `data` in fprop and `data_t` in dgrad.
+    Blocks are square, so `data` and `data_t` hold the same FP8 values, and the scale of `data_t` is
+    `scale.mT`. A weight's fprop reads `data`, its dgrad `data_t`.
 
     Args:
         x: [..., N, K], bfloat16, float16 or float32, of any strides.
@@ -219,11 +219,12 @@ def quantize_128x128_dual(
 
     Returns:
         data, scale: as `quantize_128x128` returns them.
-        data_t: [..., K, N], FP8, strides (round_up(N, 16), 1), leading dimensions folded into rows.
+        data_t: [..., K, N], FP8. Strides (P, 1) for a 2-D x, (K*P, P, 1) for [B, N, K], and so on,
+            with P = round_up(N, 16).
 
     Raises:
         ValueError: x has fewer than two dimensions.
-        TypeError: x or dtype is of another dtype.
+        TypeError: x has another dtype, or `dtype` is not an FP8 dtype.
     """
     return _quantize(_quantize_128x128_dual, x, dtype, pow2_scale)
 
@@ -244,7 +245,7 @@ _quantize_rowwise = declare(
 def quantize_rowwise(
     x: Tensor, *, dtype: torch.dtype | None = None, pow2_scale: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Quantizes `x` to FP8 with one scale a row.
+    """Quantizes `x` to FP8 with one scale for each row.
 
     Args:
         x: [..., K], bfloat16, float16 or float32, of any strides that let its rows fold.
@@ -252,12 +253,12 @@ def quantize_rowwise(
         pow2_scale: round scales up to powers of two.
 
     Returns:
-        data: [..., K], FP8, strides as `quantize_1x128`'s.
+        data: [..., K], FP8, with the strides of `quantize_1x128`'s data.
         scale: [..., 1], float32, contiguous.
 
     Raises:
         ValueError: x is a scalar, or its rows do not fold.
-        TypeError: x or dtype is of another dtype.
+        TypeError: x has another dtype, or `dtype` is not an FP8 dtype.
     """
     return _quantize(_quantize_rowwise, x, dtype, pow2_scale)
 
@@ -277,7 +278,7 @@ _quantize_tensorwise = declare(
 def quantize_tensorwise(
     x: Tensor, *, dtype: torch.dtype | None = None, pow2_scale: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Quantizes `x` to FP8 with one scale in all.
+    """Quantizes `x` to FP8 with one scale for the whole tensor.
 
     Args:
         x: [..., K], bfloat16, float16 or float32, of any strides that let its rows fold.
@@ -285,41 +286,46 @@ def quantize_tensorwise(
         pow2_scale: round the scale up to a power of two.
 
     Returns:
-        data: [..., K], FP8, strides as `quantize_1x128`'s.
+        data: [..., K], FP8, with the strides of `quantize_1x128`'s data.
         scale: [1, 1], float32.
 
     Raises:
         ValueError: x is a scalar, or its rows do not fold.
-        TypeError: x or dtype is of another dtype.
+        TypeError: x has another dtype, or `dtype` is not an FP8 dtype.
     """
     return _quantize(_quantize_tensorwise, x, dtype, pow2_scale)
 
 
 def restore_layout(data: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """A quantized pair in the layout that the products ask for, whatever copied it before.
+    """Returns a quantized pair with the layout that the GEMMs require.
 
-    For pairs that were cloned, made contiguous, moved between devices, sent, or saved and loaded.
-    Works for every granularity and for transposes; values, shapes and dtypes stay as they are.
-    Neither is copied where it has the layout already. The copy of a scale passes gradients on.
+    For pairs that were cloned, made contiguous, moved between devices, sent, or saved and loaded,
+    all of which may lose the layout. Works for every granularity and for transposed pairs. Values,
+    shapes and dtypes do not change. A tensor that already has the layout is returned uncopied. A
+    copied scale keeps its gradient.
 
     Args:
-        data: [..., K], torch.float8_e4m3fn or torch.float8_e5m2, of any strides; M rows.
-        scale: float32, of any strides: [..., ceil(K / 128)] of 1x128 groups, [..., 1] of rows,
-            [1, 1] of all, or of blocks [ceil(M / 128), ceil(K / 128)] or, of several matrices
-            [..., N, K], [..., ceil(N / 128), ceil(K / 128)].
+        data: [..., K], torch.float8_e4m3fn or torch.float8_e5m2, of any strides. M is the number of
+            rows, with all leading dimensions folded.
+        scale: float32, of any strides, with the shape of one of these granularities:
+            1x128 groups: [..., ceil(K / 128)];
+            128x128 blocks: [ceil(M / 128), ceil(K / 128)] or, for several matrices [..., N, K],
+            [..., ceil(N / 128), ceil(K / 128)];
+            row-wise: [..., 1];
+            tensor-wise: [1, 1].
 
     Returns:
-        data: rows a multiple of 16 bytes apart, 16-byte aligned.
-        scale: of 1x128 groups, M-major: strides (1, round_up(M, 4)) for a 2-D one.
+        data: a 16-byte aligned tensor whose rows are a multiple of 16 bytes apart.
+        scale: for 1x128 groups M-major, with strides (1, round_up(M, 4)) if it is 2-D.
 
     Raises:
-        ValueError: scale's shape fits data in none of these ways; different devices.
-        TypeError: data or scale is of another dtype.
+        ValueError: scale's shape fits data in none of these ways, or the devices differ.
+        TypeError: data or scale has another dtype.
     """
     if data.dtype not in (torch.float8_e4m3fn, torch.float8_e5m2):
         raise TypeError(
             "restore_layout: data must be torch.float8_e4m3fn or torch.float8_e5m2 (got "
-            f"{data.dtype}); if these are the bytes of FP8 data, pass data.view(its dtype)"
+            f"{data.dtype}); view bytes of FP8 data as their dtype, data.view(torch.float8_e4m3fn)"
         )
     if scale.dtype != torch.float32:
         raise TypeError(
@@ -333,9 +339,9 @@ def restore_layout(data: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         )
     if not fits_data(data, scale):
         raise ValueError(
-            f"restore_layout: scale must have a shape that a quantizer gives data of shape "
+            f"restore_layout: scale must have a shape that a quantizer returns with data of shape "
             f"{list(data.shape)} (got {list(scale.shape)}); pass the scale that was made with "
-            "data, transposed if data is a transpose in 128x128 blocks"
+            "data, or scale.mT with the data_t of a 128x128 quantizer"
         )
     return laid_out(data, scale)
 
@@ -345,7 +351,7 @@ def _fake_dequantize(data: Tensor, scale: Tensor, *, out_dtype: torch.dtype) -> 
 
 
 def _gradient_of_scale(grad: Tensor, scale_shape: torch.Size, data: Tensor) -> Tensor:
-    """y = data * scale, so a scale's gradient is the sum of grad * data over its group, in FP32."""
+    """The FP32 sum of grad * data over the elements that share the scale, as y = data * scale."""
     columns, scale_columns = data.shape[-1], scale_shape[-1]
     rows, scale_rows = math.prod(data.shape[:-1]), math.prod(scale_shape[:-1])
     product = (grad.float() * data.float()).reshape(rows, columns)
@@ -357,7 +363,7 @@ def _gradient_of_scale(grad: Tensor, scale_shape: torch.Size, data: Tensor) -> T
 
 
 def _sum_groups(matrix: Tensor, groups: int) -> Tensor:
-    """Sums the columns of `matrix` in groups of 128, the last one ragged, or all in one group."""
+    """Sums the columns of `matrix` in groups of 128 (the last may be shorter), or in one group."""
     rows, columns = matrix.shape
     if groups == 1:
         return matrix.sum(1, keepdim=True)
@@ -377,22 +383,23 @@ _dequantize, _dequantize_alias, _ = declare(
 def dequantize(data: Tensor, scale: Tensor, *, out_dtype: torch.dtype) -> Tensor:
     """`data * scale`, rounded to FP32 and then, to nearest even, to `out_dtype`.
 
-    The shape of `scale` tells which elements share a scale. It has a gradient with respect to
-    `scale` (float32; the sum of grad * data over each group) and none with respect to `data`.
+    The shape of `scale` determines which elements share a scale. The op has a gradient with respect
+    to `scale` (float32: the sum of grad * data over the elements that share the scale), and none
+    with respect to `data`.
 
     Args:
-        data: [..., K], torch.float8_e4m3fn or torch.float8_e5m2; M rows.
-        scale: float32, of any strides, as a quantizer made it: [..., ceil(K / 128)],
-            [ceil(M / 128), ceil(K / 128)], [..., 1] or [1, 1].
+        data: [..., K], torch.float8_e4m3fn or torch.float8_e5m2, whose rows fold into M rows.
+        scale: float32, of any strides, with the shape that a quantizer returns:
+            [..., ceil(K / 128)], [ceil(M / 128), ceil(K / 128)], [..., 1] or [1, 1].
         out_dtype: torch.bfloat16, torch.float16 or torch.float32.
 
     Returns:
         [..., K], out_dtype, contiguous.
 
     Raises:
-        ValueError: scale's shape fits data in none of these ways; rows do not fold; different
-            devices.
-        TypeError: data, scale or out_dtype is of another dtype.
+        ValueError: scale's shape fits data in none of these ways; data's rows do not fold; the
+            devices differ.
+        TypeError: data, scale or out_dtype has another dtype.
     """
     try:
         if not asks_gradient(scale):
