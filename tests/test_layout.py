@@ -185,7 +185,7 @@ def test_products_name_the_remedy(device):
 def test_what_is_no_quantized_pair_is_refused(device):
     data, scale = ops.quantize_1x128(_random(9, 200, device=device))
     with pytest.raises(
-        TypeError, match=r"restore_layout: data must be .*uint8\); if these are the"
+        TypeError, match=r"restore_layout: data must be .*uint8\); view bytes of FP8 data"
     ):
         ops.restore_layout(data.view(torch.uint8), scale)
     with pytest.raises(

@@ -1,13 +1,13 @@
 """torchext.nn.Linear as one op, `torchext::_linear`, and its gradients as two more (csrc/linear).
 
-Whatever treats a model as a list of ops sees a layer whole: graphs of torch.export, torch.fx and
-TorchScript, the transforms of torch.func, and tensor subclasses such as DTensor. The op has the
-bits of the layer's own path (linear_function.py), which caches the FP8 weight, and which
-torch.compile inlines.
+Everything that treats a model as a list of ops sees one op for each layer: graphs of torch.export,
+torch.fx and TorchScript, the transforms of torch.func, and tensor subclasses such as DTensor. The
+op computes the same bits as the layer's own path (linear_function.py), which caches the FP8 weight
+and which torch.compile inlines.
 
-Every rank of a DTensor quantizes its own shard, by itself. Where a scale spans a sharded dimension
-(that of a whole tensor, that of a row along K, or that of a block that a shard cuts), it differs
-from the scale of the unsharded tensor, and with it the rounding.
+Every rank of a DTensor quantizes its own shard independently. If a scale spans a sharded dimension
+(a tensor-wise scale, a row-wise scale with K sharded, or the scale of a block that a shard cuts),
+then the scale, and with it the rounding, differs from that of the unsharded tensor.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ _DEF = torch.library.Library("torchext", "FRAGMENT")
 _DEF.define("_second_gradient(Tensor grad, SymInt[] size, ScalarType dtype) -> Tensor")
 _second_gradient = torch.ops.torchext._second_gradient.default
 
-# Tensors whose values are one tensor's: what LinearFunction saves of them is what it is for them.
+# Classes for which LinearFunction saves what it would save for a plain tensor.
 _TRANSPARENT = (Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor)
 
 
 def linear_op(input: Tensor, weight: Tensor, bias: Tensor | None, recipe: Recipe) -> Tensor:
-    """y = x @ weight.T + bias by the op, of x's dtype or autocast's."""
+    """y = x @ weight.T + bias by the op. y has x's dtype or, under autocast, autocast's."""
     try:
         return _linear(input, weight, bias, *op_options(recipe))
     except RuntimeError as error:
@@ -63,7 +63,7 @@ def op_options(recipe: Recipe) -> tuple[Any, ...]:
 
 @functools.lru_cache
 def _recipe(granularity: int, *dtypes_and_scale: Any) -> Recipe:
-    """The recipe that op_options has taken apart."""
+    """The recipe from the arguments that op_options made of it."""
     return Recipe(GRANULARITIES[granularity], *dtypes_and_scale)
 
 
@@ -72,7 +72,7 @@ def _recipe(granularity: int, *dtypes_and_scale: Any) -> Recipe:
 
 def _fake_linear(input: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
     if not (fit(input, weight, bias) and bias_fits(weight, bias)):
-        # A graph would find out only when it runs.
+        # Otherwise a graph would fail only when it runs.
         raise misfit(input, weight, bias)
     *_, out_dtype = _with_out_dtype(options)
     shape = (*input.shape[:-1], weight.shape[0])
@@ -88,7 +88,7 @@ def _fake_wgrad(dy: Tensor, input: Tensor, *options: Any) -> Tensor:
 
 
 def _with_out_dtype(options: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The op's options; the dispatcher leaves an out_dtype of None out."""
+    """The op's options with out_dtype, which the dispatcher omits if it is None."""
     return options if len(options) == 6 else (*options, None)
 
 
@@ -96,7 +96,7 @@ def _with_out_dtype(options: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _asks_derivative(*tensors: Tensor | None) -> bool:
-    if forward_ad._current_level >= 0:  # jvp below refuses what has a tangent
+    if forward_ad._current_level >= 0:  # jvp below refuses inputs with a tangent
         return True
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
@@ -122,9 +122,9 @@ def _autograd(input: Tensor, weight: Tensor, bias: Tensor | None, *options: Any)
 
 
 class _Linear(torch.autograd.Function):
-    """The op with gradients that are ops: what transforms and subclasses can follow into backward.
+    """The op with gradients that are ops, which transforms and tensor subclasses can interpret.
 
-    It keeps x and the weight as they are, not in FP8.
+    For backward it keeps x and the weight themselves, not FP8 copies.
     """
 
     @staticmethod
@@ -176,7 +176,7 @@ class _Gradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        # An op, so that a compiler may trace, and never run, what it makes of every graph.
+        # An op, so that a compiler can trace it; it raises only when it runs.
         second = (_second_gradient(grads[0], *operand) for operand in ctx.operands)
         return None, *second, *(None for _ in ctx.needs_input_grad[3:])
 
@@ -211,7 +211,7 @@ def _autograd_of_gradient(op: Any) -> Any:
 
 
 def _autocast(device: str, *arguments: Any) -> Tensor:
-    """As under autocast torch.nn.functional.linear has, a result of autocast's dtype."""
+    """Gives the result autocast's dtype, as torch.nn.functional.linear does under autocast."""
     *operands, out_dtype = *arguments[:3], *_with_out_dtype(arguments[3:])
     return _linear(*operands, out_dtype or torch.get_autocast_dtype(device))
 
@@ -235,9 +235,9 @@ def _wgrad_flops(dy_shape: Any, input_shape: Any, *_: Any, **options: Any) -> in
 
 
 def _batch_rows(granularity: int) -> Rule:
-    """x @ w.T or dy @ w: the weight, the same for all, leaves the rows independent.
+    """Rule for x @ w.T and dy @ w: if the weight is not batched, rows are independent.
 
-    `granularity` is that argument's position.
+    `granularity` is the position of the op's argument of that name.
     """
 
     def rule(call: Call, size: int, dims: BatchDims, *operands: Any) -> tuple[Any, Any]:
@@ -250,7 +250,7 @@ def _batch_rows(granularity: int) -> Rule:
     return rule
 
 
-# ---- sharding: `placements` is the module torch.distributed.tensor ----
+# ---- sharding rules: `placements` is the module torch.distributed.tensor ----
 
 
 def _sharding(output: Any, inputs: Sequence[Any], options: Sequence[object]) -> Sharding:
@@ -269,11 +269,11 @@ def _shard_linear(
 
     return [
         sharding(whole, whole, whole, whole),
-        # column-wise: each rank has some of the output's features
+        # column-wise: each rank has some of the output features
         sharding(shard(last), whole, shard(0), shard(0)),
-        # row-wise: each has some of the input's, and the bias is to be added once
+        # row-wise: each rank has some of the input features; the bias must be added once
         sharding(partial, shard(last), shard(1), partial),
-        # sequence and data parallel: each has some of the rows
+        # sequence and data parallel: each rank has some of the rows
         *(sharding(shard(dim), shard(dim), whole, whole) for dim in range(last)),
     ]
 

@@ -1,4 +1,4 @@
-"""The three FP8 GEMMs of a linear layer as one autograd function, whatever the recipe.
+"""The three FP8 GEMMs of a linear layer as one autograd function, for every recipe.
 
 Every operand is quantized along the dimension that its GEMM sums over. x is summed over K in fprop
 and over M in wgrad, so it is needed as [M, K] and as [K, M]; likewise w and dy:
@@ -7,10 +7,10 @@ and over M in wgrad, so it is needed as [M, K] and as [K, M]; likewise w and dy:
     dgrad  dx [M, K] = dy   [M, N] @ (w_t [K, N]).T
     wgrad  dw [N, K] = dy_t [N, M] @ (x_t [K, M]).T
 
-Backward keeps x_t and w_t, one byte for each element, and lets x itself go. A copy of them in
-between (offloading to the CPU, saved-tensor hooks) may lose the layout that products require, so
-backward restores it. A compiled backward graph, whose strides are fixed when it is compiled, gets
-dense tensors instead (csrc/linear/kept.h).
+Backward keeps x_t and w_t, one byte for each element, and does not keep x. x_t and w_t may be
+copied between forward and backward (CPU offloading, saved-tensor hooks). A copy can lose the layout
+that GEMMs require, so backward restores it. A compiled backward graph, whose strides are fixed when
+it is compiled, gets dense tensors instead (csrc/linear/kept.h).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def _op(name: str) -> Any:
     return DECLARATIONS[name].handles.op
 
 
-# Overloads, resolved once. Calls raise the ops' errors, which the layer names after itself.
+# Overloads, resolved once. Their errors name the op; named_after_layer makes them name the layer.
 _quantize_1x128 = _op("quantize_1x128")
 _quantize_1x128_t = _op("quantize_1x128_t")
 _quantize_1x128_dual = _op("quantize_1x128_dual")
@@ -50,10 +50,10 @@ _fp8_gemm_nt_kept = _op("_fp8_gemm_nt_kept")
 
 
 class Operand(NamedTuple):
-    """A quantized matrix as one GEMM reads it (`data`), as another does (`data_t`), or both.
+    """A quantized matrix (`data`, `scale`), its transpose (`data_t`, `scale_t`), or both.
 
-    `data_t` and `scale_t` are what backward keeps; in a compiled graph, as _fp8_gemm_nt_kept reads
-    them.
+    Backward keeps the transpose. In a compiled graph it has the layout that _fp8_gemm_nt_kept
+    reads.
     """
 
     data: Tensor | None
@@ -71,9 +71,13 @@ def quantize_activation(
     transposed: bool,
     kept: bool = False,
 ) -> Operand:
-    """x [..., K], an input or a gradient, as such if `plain` and as [K, M] if `transposed`.
+    """Quantizes x [..., K], an input or a gradient.
 
-    Its rows must fold. `kept`: a compiled graph keeps what is transposed.
+    Args:
+        x: its rows must fold.
+        plain: make `data`, with the shape of x.
+        transposed: make `data_t` [K, M].
+        kept: `data_t` is kept by a compiled graph.
     """
     if kept and transposed:
         return _quantize_and_keep(x, dtype, recipe)
@@ -90,7 +94,10 @@ def quantize_activation(
 def quantize_weight(
     weight: Tensor, recipe: Recipe, *, transposed: bool, kept: bool = False
 ) -> Operand:
-    """weight [N, K] as [N, K] and, if `transposed`, as [K, N]; `kept` as in quantize_activation."""
+    """Quantizes weight [N, K]: `data` [N, K] and, if `transposed`, `data_t` [K, N].
+
+    `kept` as in quantize_activation.
+    """
     dtype = recipe.weight_dtype
     if recipe.granularity != "blockwise":
         if kept and transposed:
@@ -115,7 +122,8 @@ def _quantize_and_keep(x: Tensor, dtype: torch.dtype, recipe: Recipe) -> Operand
 def _quantize_coarsely(
     x: Tensor, dtype: torch.dtype, recipe: Recipe, *, plain: bool, transposed: bool
 ) -> Operand:
-    # Tensor-wise too, the transpose is quantized from x: the same values, laid out as GEMMs read.
+    # The transpose is quantized from x tensor-wise, too. That gives the values of `data`, in the
+    # layout that GEMMs read.
     op = _quantize_rowwise if recipe.granularity == "rowwise" else _quantize_tensorwise
     options = _quantizer_options(dtype, recipe)
     data, scale = op(x, **options) if plain else (None, None)
@@ -124,7 +132,7 @@ def _quantize_coarsely(
 
 
 def _quantizer_options(dtype: torch.dtype, recipe: Recipe) -> dict[str, Any]:
-    # Without the defaults: the dispatcher takes up to a microsecond for a keyword argument.
+    # Defaults are omitted: the dispatcher takes up to a microsecond for each keyword argument.
     options: dict[str, Any] = {}
     if dtype is not torch.float8_e4m3fn:
         options["dtype"] = dtype
@@ -134,7 +142,7 @@ def _quantizer_options(dtype: torch.dtype, recipe: Recipe) -> dict[str, Any]:
 
 
 def _product(*operands: Tensor | None, out_dtype: torch.dtype) -> Tensor:
-    """The product of a, a_scale, b, b_scale and, unless omitted or None, bias."""
+    """The GEMM of a, a_scale, b, b_scale and, unless it is omitted or None, bias."""
     if out_dtype is torch.bfloat16:  # the default, see _quantizer_options
         return _fp8_gemm_nt(*operands)
     return _fp8_gemm_nt(*operands, out_dtype=out_dtype)
@@ -143,7 +151,7 @@ def _product(*operands: Tensor | None, out_dtype: torch.dtype) -> Tensor:
 def _product_with_saved(
     a: Tensor | None, a_scale: Tensor | None, b: Tensor, b_scale: Tensor, *, out_dtype: torch.dtype
 ) -> Tensor:
-    """The product with an operand that was saved for backward, and may be a copy."""
+    """The GEMM with an operand b that was saved for backward, and may have been copied since."""
     return _product(a, a_scale, *laid_out(b, b_scale), out_dtype=out_dtype)
 
 
@@ -153,7 +161,7 @@ def _as_matrix(x: Tensor) -> Tensor:
 
 
 def _foldable(x: Tensor) -> Tensor:
-    """x as it is where its rows surely fold, as the ops ask, else as a matrix."""
+    """x if its rows are known to fold, as the ops require, else x as a matrix."""
     return x if x.dim() == 2 or x.is_contiguous() else _as_matrix(x)
 
 
@@ -168,16 +176,16 @@ def linear(
     needs_dx: bool = False,
     needs_dw: bool = False,
 ) -> tuple[Tensor, Operand, Operand]:
-    """y = x @ weight.T + bias, and the operands x and weight as backward needs them.
+    """y = x @ weight.T + bias, and the quantized x and weight, which backward needs.
 
     Args:
         x: [..., K].
         weight, bias: [N, K] and [N].
         recipe: how the operands are quantized.
-        out_dtype: of y.
-        quantized_weight: quantize_weight's result, or None to quantize here.
-        needs_dx: there may be a backward with respect to x: make w_t for it.
-        needs_dw: there may be one with respect to the weight: make x_t for it.
+        out_dtype: the dtype of y.
+        quantized_weight: quantize_weight's result, or None to quantize the weight here.
+        needs_dx: backward may compute dx: make w_t for it.
+        needs_dw: backward may compute dw: make x_t for it.
     """
     rows = _foldable(x)
     kept = torch.compiler.is_compiling()
@@ -238,13 +246,14 @@ class LinearFunction(torch.autograd.Function):
                 opened.__exit__(None, None, None)
 
 
-# LinearFunction.apply, a Python function, less what it does for torch.func's transforms: under them
-# a layer takes its op. Not for Dynamo, which knows the original.
+# LinearFunction.apply is a Python function that handles torch.func's transforms. This skips it:
+# under transforms a layer calls its op instead. Dynamo must call LinearFunction.apply, which it
+# recognizes.
 apply_eagerly = super(torch.autograd.Function, LinearFunction).apply  # type: ignore[misc]
 
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """(dx, dw, db), each None unless it is needed, and None for forward's other arguments."""
+    """(dx, dw, db), each None unless it is needed, then None for each other argument of forward."""
     needs_dx, needs_dw, needs_db = ctx.needs_input_grad[:3]
     w_t, w_t_scale, x_t, x_t_scale = ctx.saved_tensors
     x_dtype, weight_dtype, bias_dtype = ctx.dtypes
@@ -267,7 +276,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def gradient_of_bias(dy: Tensor, dtype: torch.dtype) -> Tensor:
-    """The sum over all rows of dy [..., N], taken in FP32."""
+    """The sum over all rows of dy [..., N], computed in FP32 and rounded to `dtype`."""
     return _as_matrix(dy).sum(0, dtype=torch.float32).to(dtype)
 
 
@@ -280,7 +289,7 @@ def refuse_second_gradient() -> NoReturn:
 
 
 class _SecondGradient(torch.autograd.Function):
-    """The number one as a tensor that refuses to be differentiated, by dy or at all."""
+    """Returns the number one as a tensor that refuses to be differentiated."""
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, dy: Tensor) -> Tensor:
@@ -292,9 +301,9 @@ class _SecondGradient(torch.autograd.Function):
 
 
 def _differentiable_once(dy: Tensor, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    # Without a graph of their own the gradients would count as constants, and a penalty on them
-    # would train nothing, silently. The anchor gives them one even where dy is constant; a product,
-    # unlike a function of them all, does so for each of a batch of gradients, too.
+    # Without an autograd graph the gradients would count as constants, and a penalty on them would
+    # silently train nothing. The anchor gives them a graph even if dy is constant. Multiplying each
+    # by `one`, unlike one function of all of them, also works for batched gradients.
     with torch.enable_grad():
         one = _SecondGradient.apply(torch.empty(0, requires_grad=True), dy)
         return tuple(None if grad is None else grad * one for grad in grads)

@@ -1,4 +1,4 @@
-"""Which inputs and parameters torchext.nn.Linear takes, and its errors for others."""
+"""Checks of the inputs and parameters of torchext.nn.Linear, and its error messages."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _WIDE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def fit(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether the layer takes the operands, by shape, device and dtype.
+    """Whether the layer accepts the operands' shapes, devices and dtypes.
 
-    The shape and device of bias are left to the product, which looks at them anyway.
+    The GEMM checks the shape and device of bias.
     """
     return (
         input.dim() > 0
@@ -35,11 +35,11 @@ def bias_fits(weight: Tensor, bias: Tensor | None) -> bool:
 
 
 def misfit(input: Tensor, weight: Tensor, bias: Tensor | None) -> Exception:
-    """The error for operands of which `fit` or `bias_fits` is false."""
+    """The error for operands for which `fit` or `bias_fits` is false."""
     if input.dim() == 0 or input.shape[-1] != weight.shape[1]:
         return RuntimeError(
             f"torchext.nn.Linear: input must have shape [..., {weight.shape[1]}] for a weight of "
-            f"shape {list(weight.shape)} (got {list(input.shape)}); its last dimension must be "
+            f"shape {list(weight.shape)} (got {list(input.shape)}); make its last dimension "
             "in_features"
         )
     if input.device != weight.device:
@@ -62,25 +62,29 @@ def misfit(input: Tensor, weight: Tensor, bias: Tensor | None) -> Exception:
         )
     return RuntimeError(
         f"torchext.nn.Linear: bias must have shape [{weight.shape[0]}] for a weight of shape "
-        f"{list(weight.shape)} (got {list(bias.shape)}); it has a value for each of out_features"
+        f"{list(weight.shape)} (got {list(bias.shape)}); pass one value for each of out_features"
     )
 
 
 def layer_error(
     error: RuntimeError, input: Tensor, weight: Tensor, bias: Tensor | None
 ) -> Exception:
-    """`error`, of an op that the layer's forward called, as an error of the layer."""
+    """`error`, which an op raised in the layer's forward, as an error of the layer."""
     if bias_fits(weight, bias):
         return named_after_layer(error)
     return misfit(input, weight, bias)
 
 
 def named_after_layer(error: RuntimeError) -> Exception:
-    """`error` of an op as the class that it names, with the layer in front; others unchanged."""
+    """An op's `error` as the class that its message names, with the layer's name in front.
+
+    Errors whose message names no class are returned unchanged.
+    """
     converted = python_error(error)
     if converted is error:
         return error
-    # The layer's bias is the op's; other arguments of ops are made by the layer.
+    # The user passed bias, so the op's name in front of it is noise. The layer made all other
+    # arguments of the op.
     message = re.sub(r"^\w+: (?=bias )", "", str(converted))
     if not message.startswith("torchext.nn.Linear"):
         message = f"torchext.nn.Linear: {message}"

@@ -389,7 +389,7 @@ def dequantize(data: Tensor, scale: Tensor, *, out_dtype: torch.dtype) -> Tensor
 
     Args:
         data: [..., K], torch.float8_e4m3fn or torch.float8_e5m2, whose rows fold into M rows.
-        scale: float32, of any strides, with the shape that a quantizer returns:
+        scale: float32, whose leading dimensions fold, with the shape that a quantizer returns:
             [..., ceil(K / 128)], [ceil(M / 128), ceil(K / 128)], [..., 1] or [1, 1].
         out_dtype: torch.bfloat16, torch.float16 or torch.float32.
 
@@ -397,8 +397,8 @@ def dequantize(data: Tensor, scale: Tensor, *, out_dtype: torch.dtype) -> Tensor
         [..., K], out_dtype, contiguous.
 
     Raises:
-        ValueError: scale's shape fits data in none of these ways; data's rows do not fold; the
-            devices differ.
+        ValueError: scale's shape fits data in none of these ways; the rows of data or of scale do
+            not fold; the devices differ.
         TypeError: data, scale or out_dtype has another dtype.
     """
     try:
