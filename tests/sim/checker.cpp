@@ -1,5 +1,5 @@
-// Unit tests of the checker's core, without a machine: vector clocks, scopes, shadow memory and the
-// spread of invalid bits. Prints every expectation that fails and returns how many there were.
+// Unit tests of the checker's core, without the simulated machine: vector clocks, scopes, shadow
+// memory, the spread of invalid bits. Prints every expectation that fails and returns their number.
 #include <cstdio>
 
 #include "../../ptx/sim/check/scopes.h"
@@ -36,7 +36,7 @@ void test_clocks_join() {
   EXPECT(a.includes(b) && !b.includes(a));
   EXPECT(a.get(99) == 0);
   a.raise(4, 2);
-  a.raise(4, 1);  // an earlier clock changes nothing
+  a.raise(4, 1);  // a lower value changes nothing
   EXPECT((a.agents == AgentClocks{3, 5, 7, 0, 2}));
 }
 
@@ -47,15 +47,15 @@ void test_clocks_of_other_clusters() {
   a.join_foreign(of_other);
   EXPECT(a.knows(own, own, 0, 1) && !a.knows(own, own, 0, 2));
   EXPECT(a.knows(own, other, 2, 9) && !a.knows(own, other, 2, 10));
-  EXPECT(!a.knows(own, other, 3, 1));  // an agent that the clock has not heard of
-  EXPECT(!a.knows(own, third, 0, 1));  // a cluster that it has not heard of
+  EXPECT(!a.knows(own, other, 3, 1));  // an agent that the clock does not know
+  EXPECT(!a.knows(own, third, 0, 1));  // a cluster that it does not know
   ForeignClocks more{{other, std::make_shared<AgentClocks>(AgentClocks{2, 6})},
                      {third, std::make_shared<AgentClocks>(AgentClocks{1})}};
   VectorClock before = a;
   a.join_foreign(more);
   EXPECT(a.knows(own, other, 0, 4) && a.knows(own, other, 1, 6) && a.knows(own, other, 2, 9));
   EXPECT(a.knows(own, third, 0, 1));
-  EXPECT(!before.knows(own, other, 1, 6));  // what was shared has not changed
+  EXPECT(!before.knows(own, other, 1, 6));  // the copy made before the join has not changed
 }
 
 void test_refs_share() {
@@ -112,7 +112,7 @@ void test_scopes_between_clusters() {
 
 // ---- Shadow memory ----
 
-// A thread of a CTA of 64 threads, one cluster.
+// A thread; CTAs have 64 threads, and there is one cluster.
 struct Thread {
   explicit Thread(std::uint32_t number) : agent(number) {}
   std::uint32_t agent, clock = 1;
@@ -148,7 +148,7 @@ void test_epochs() {
   EXPECT(race.other_agent == 0 && race.other_pc == 100);
   reader.learn(writer);
   EXPECT(shadow.read(reader.actor(), 16, 4).kind == Conflict::none);
-  ++writer.clock;  // a later write by the same thread is not known yet
+  ++writer.clock;  // the reader does not know a later write by the same thread
   shadow.write(writer.actor(), 16, 4);
   EXPECT(shadow.read(reader.actor(), 16, 4).kind == Conflict::race);
 }
@@ -158,7 +158,7 @@ void test_a_write_after_reads_by_several_warps() {
   Thread writer{0}, first{32}, second{65};
   EXPECT(shadow.read(first.actor(), 0, 4).kind == Conflict::none);
   EXPECT(shadow.read(second.actor(), 0, 4).kind == Conflict::none);
-  writer.learn(first);  // and not the second
+  writer.learn(first);  // but not from the second
   const Conflict race = shadow.write(writer.actor(), 0, 4);
   EXPECT(race.kind == Conflict::race && !race.other_is_write && race.other_agent == 65);
   Shadow again(64, true);
@@ -209,7 +209,7 @@ void test_stores_of_one_value() {
   EXPECT(shadow.write(a.actor(), 0, 4, &first).kind == Conflict::none);
   EXPECT(shadow.write(b.actor(), 0, 4, &same).kind == Conflict::same_value);
   Thread reader{50};
-  reader.learn(b);  // one of the agreeing writes is enough
+  reader.learn(b);  // knowing one of the two equal writes is enough
   EXPECT(shadow.read(reader.actor(), 0, 4).kind == Conflict::none);
   EXPECT(shadow.write(b.actor(), 0, 4, &other).kind == Conflict::race);
 }

@@ -5,7 +5,7 @@
 
 namespace cg = cooperative_groups;
 
-// Each CTA adds the numbers that the others wrote in the round before.
+// Each CTA adds up the numbers that all CTAs wrote in the previous round.
 extern "C" __global__ void rounds(int* data, int* out, int count) {
   const cg::grid_group grid = cg::this_grid();
   const int me = blockIdx.x, ctas = gridDim.x;

@@ -1,4 +1,4 @@
-// Kernels that use what CUDA's headers offer, for test_cuda_features.py: wmma, intrinsics for
+// Kernels that use features of CUDA's headers, for test_cuda_features.py: wmma, intrinsics for
 // rounding and for lanes of 32-bit words, cooperative groups, 16-byte atomics.
 #include <cooperative_groups.h>
 #include <cooperative_groups/memcpy_async.h>
@@ -11,8 +11,8 @@
 namespace cg = cooperative_groups;
 using namespace nvcuda;
 
-// d = alpha * a * b + d, m and n multiples of 16 * warps; a by rows, b by columns. The tiles of a
-// are staged in shared memory, and the fragment is edited element by element.
+// d = alpha * a * b + d; m and n are multiples of 16 * warps, a is row-major, b column-major. Tiles
+// of a are staged in shared memory; the accumulator fragment is edited element by element.
 template <class T>
 __device__ void wmma_gemm(const T* a, const T* b, float* d, float alpha, int n, int k) {
   __shared__ __align__(32) T stage[16 * 24];
@@ -82,7 +82,7 @@ extern "C" __global__ void words(const unsigned* a, const unsigned* b, unsigned*
 #undef PUT
 }
 
-// The functions of FP16 whose last bits the header mends with PTX of its own.
+// The FP16 functions whose last bits the header corrects with PTX of its own.
 extern "C" __global__ void halves(const __half* a, __half2* out) {
   const int t = threadIdx.x, n = blockDim.x;
   const __half x = a[t];
@@ -101,7 +101,7 @@ extern "C" __global__ void halves(const __half* a, __half2* out) {
 #undef PUT
 }
 
-// Each thread adds its left neighbor's number of the step before, `steps` times, across the grid.
+// `steps` times, each thread of the grid adds the number of its left neighbor in the previous step.
 extern "C" __global__ void grid_steps(int* now, int* next, int steps) {
   const auto grid = cg::this_grid();
   const unsigned i = grid.thread_rank(), n = grid.size();

@@ -1,4 +1,4 @@
-"""Instructions that are PTX and not simulated: refused by name, with the reason."""
+"""PTX instructions that the simulator lacks: it refuses each by name and says why."""
 
 import numpy as np
 import pytest

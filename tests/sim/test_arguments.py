@@ -1,4 +1,4 @@
-"""Arguments of a simulated launch: Python numbers, .ptx and .cu files as people have them."""
+"""Arguments of a simulated launch: Python numbers, and .ptx and .cu files in their usual forms."""
 
 import ctypes
 import struct
@@ -14,7 +14,7 @@ from torchext import sim
 from torchext.sim.__main__ import main as command_line
 
 
-# Stores the bytes of its parameter.
+# Launches a kernel that stores the bytes of its parameter, and returns them.
 def echo(parameter: str, value, size: int) -> bytes:
     words = "\n".join(
         f"ld.param.u8 %h1, [value+{i}];\nst.global.u8 [%rd1+{i}], %h1;" for i in range(size)

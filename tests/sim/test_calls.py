@@ -146,7 +146,7 @@ def test_values(function, code, value):
 
 
 def test_two_results():
-    """ptxas takes several results only where it makes the whole program."""
+    """ptxas accepts several results only when it compiles the whole program at once."""
     function = ".func (.reg .u32 r, .reg .u32 s) f() { mov.u32 r, 5; mov.u32 s, 6; ret; }"
     report, out = run(text_of("call (%r3, %r2), f;\nst.global.u32 [%rd1], %r2;", function), block=1)
     assert report.ok, str(report)
@@ -215,7 +215,7 @@ def test_recursion_through_a_pointer():
 
 
 def test_each_activation_has_its_own_local_variables():
-    """g(n, p): stores n at p, calls g(n - 1, its own variable), returns n plus what came back."""
+    """g(n, p) stores n at p, calls g(n - 1, address of its own variable), adds n to the result."""
     function = """.func (.reg .u32 r) g(.reg .u32 n, .reg .u64 p)
     { .local .align 4 .u32 mine; .reg .u64 at; .reg .u32 x; .reg .pred q;
     st.u32 [p], n; mov.u32 r, 0; setp.eq.u32 q, n, 0; @q bra END;

@@ -188,7 +188,7 @@ def test_notes_leave_the_exit_status_alone(tmp_path, capsys):
 
 def test_scalars_without_a_type(tmp_path, capsys):
     spec = SCALE_SPEC.replace('    type = "float32"\n', "").replace('    type = "uint32"\n', "")
-    assert spec.count("type =") == 2  # the arrays'
+    assert spec.count("type =") == 2  # those of the two arrays
     assert run(tmp_path, SCALE, spec) == 0
     np.testing.assert_array_equal(np.load(tmp_path / "y.npy"), 3 * np.arange(100, dtype=np.float32))
 
@@ -256,7 +256,7 @@ def test_compiler_errors_are_passed_on(tmp_path, capsys):
 @needs_nvcc
 @pytest.mark.parametrize("mended", [False, True])
 def test_the_worked_example(capsys, mended):
-    """docs/simulator.md shows this: right numbers on every run, and a missing fence."""
+    """The example of docs/simulator.md: a missing fence, though every run gives right numbers."""
     folder = ROOT / "docs" / "examples"
     arguments = [str(folder / "tile_gemm.cu"), "-I", str(ROOT)]
     arguments += ["--launch", str(folder / "tile_gemm.toml")]

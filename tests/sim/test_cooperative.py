@@ -38,7 +38,8 @@ def test_a_grid_knows_its_workspace(module):
 
 
 def test_a_grid_that_does_not_fit_the_gpu_deadlocks(module):
-    """CUDA refuses such a launch; CTAs that wait for others which cannot start are a deadlock."""
+    """CUDA refuses such a launch. The simulator reports a deadlock: CTAs wait for CTAs that cannot
+    start."""
     data, out = np.zeros(8, np.int32), np.zeros(4, np.int32)
     report = module.launch(
         "rounds", grid=4, block=32, args=[data, out, np.int32(1)], num_sms=2, num_threads=1

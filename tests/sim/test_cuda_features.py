@@ -1,5 +1,5 @@
-"""What CUDA's headers make of wmma, rounding and SIMD intrinsics, cooperative groups and 16-byte
-atomics, compiled by nvcc for several targets (cuda_features.cu)."""
+"""The PTX of CUDA's headers for wmma, rounding and SIMD intrinsics, cooperative groups and 16-byte
+atomics; nvcc compiles cuda_features.cu for several targets."""
 
 from fractions import Fraction
 from pathlib import Path
@@ -64,7 +64,7 @@ def test_rounding_intrinsics(module):
 
 
 def lanewise(f, count, signed):
-    """f on each lane of two words, put together again."""
+    """A function of two 32-bit words that applies f to each of their `count` lanes."""
     bits = 32 // count
 
     def word(x, y):

@@ -1,4 +1,4 @@
-"""malloc and free in device code: what they give, and what goes wrong with them."""
+"""malloc and free in device code: what they return, and the findings for their misuse."""
 
 import numpy as np
 import pytest

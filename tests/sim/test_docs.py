@@ -18,7 +18,7 @@ def blocks() -> list[str]:
 
 
 def without_ptx_numbers(text: str) -> str:
-    """PTX lines, registers and counts change with nvcc; CUDA lines must be right."""
+    """Removes what depends on the version of nvcc: PTX lines, registers and counts."""
     text = re.sub(r"%([a-z]+)\d+", r"%\1N", text)
     text = re.sub(r"(\.ptx:|, line |^ *)\d+(?=\n|:| \| *(?:cp|st)\.)", r"\1N", text, flags=re.M)
     return re.sub(r"[\d,]+ warp-instructions|0x[0-9a-f]+", "N", text)

@@ -20,7 +20,7 @@ def test_each_kind_has_one_row():
         assert remedy.endswith(".") and example, name
 
 
-# One thread stores shared memory by a bulk copy, and does not wait for it.
+# One thread copies shared to global memory by a bulk copy, and does not wait for the copy.
 STORE = """
     .shared .align 16 .b8 tile[{bytes}];
     ld.param.u64 %rd1, [out];
@@ -62,7 +62,7 @@ def test_a_store_outstanding_at_exit_is_a_note(after, completion):
         (32, 16, 1, False),  # an SM holds 32 CTAs
         (33, 16, 1, True),
         (33, 16, 2, False),
-        (4, 45 * 1024, 1, False),  # with the driver's 1 KiB each, 4 of them fill 228 KiB
+        (4, 45 * 1024, 1, False),  # an SM's 228 KiB hold 4, each with 1 KiB for the driver
         (5, 45 * 1024, 1, True),
     ],
 )
@@ -85,7 +85,7 @@ def test_errors_come_before_notes():
 
 
 def test_the_manual_lists_every_kind():
-    """docs/simulator.md's table is `_sim.finding_kinds()`."""
+    """The table of docs/simulator.md has one row for each of `_sim.finding_kinds()`."""
     text = (ROOT / "docs" / "simulator.md").read_text()
     rows = re.findall(r"^\| (.+?) \| (error|note) \| (.+) \|$", text, re.MULTILINE)
     assert rows == [(name, grade, example) for name, (grade, _, example) in KINDS.items()]
@@ -93,7 +93,7 @@ def test_the_manual_lists_every_kind():
 
 # ---- several stores of one value ----------------------------------------------------------------
 
-# A word that threads store to: global memory from %rd1 on, or shared memory from %r5 on.
+# Threads store to the same words: global memory at %rd1, or shared memory at %r5.
 PREPARE = """
     .shared .align 16 .b8 words[64];
     ld.param.u64 %rd1, [out];
@@ -164,7 +164,7 @@ DIFFERENT = {
         "and.b32 %r6, %r3, 1;\nmov.b64 %rd2, {%r4, %r6};\nst.global.u64 [%rd1], %rd2;"
     ),
     "then another": "st.global.u32 [%rd1], %r4;\nst.global.u32 [%rd1], 8;",
-    # A reader that may see the old value.
+    # The reader may see the old value.
     "reader": (
         "setp.eq.u32 %p1, %r3, 0;\n@%p1 st.global.u32 [%rd1], %r4;\n"
         "@!%p1 ld.global.u32 %r6, [%rd1];"
@@ -182,7 +182,7 @@ DIFFERENT = {
         "@%p2 bar.sync 1, 64;\n"
         "setp.eq.u32 %p3, %r3, 2;\n@%p3 st.shared.u32 [%r5], 8;"
     ),
-    # Equal by chance: what the memory held before the launch.
+    # The stored value happens to equal what the memory held before the launch.
     "a read of the value that is there": (
         "setp.eq.u32 %p1, %r3, 0;\n@%p1 st.global.u32 [%rd1], 0;\n@!%p1 ld.global.u32 %r6, [%rd1];"
     ),
@@ -197,7 +197,7 @@ def test_races_that_matter_stay_errors(name):
 
 
 def test_a_reader_after_one_of_the_writers_sees_the_value():
-    """Warps 0 and 1 agree, warp 2 meets only warp 1."""
+    """Warps 0 and 1 store the same value; a barrier orders warp 2 after warp 1 only."""
     code = """
         setp.lt.u32 %p1, %r3, 2;
         setp.ne.u32 %p2, %r3, 0;
@@ -209,7 +209,7 @@ def test_a_reader_after_one_of_the_writers_sees_the_value():
     for seed in range(12):
         report, _ = stores(code, block=96, seed=seed)
         assert not {error.kind for error in report.errors} - {"data race"}
-        # Where warp 0 stores last of all, its store may come after the read: still the same value.
+        # Warp 0 may store after the read; the read sees the same value in either case.
         assert report.ok, f"seed {seed}: {report}"
 
 

@@ -1,4 +1,4 @@
-"""CTAs that synchronize by atomics: the same verdict on any number of host threads."""
+"""CTAs that synchronize by atomics: any number of host threads gives the same verdict."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,11 @@ THREADS = pytest.mark.parametrize("num_threads", [1, 2, pytest.param(4, marks=py
 
 
 def module(body: str) -> sim.Module:
-    """%rd1: words for synchronization; %rd2: data; %r1: the CTA's number; %r2: the thread's."""
+    """A module whose kernel runs `body`.
+
+    %rd1: address of the words for synchronization; %rd2: address of the data; %r1: the CTA's
+    number; %r2: the thread's number; %r3: the number of CTAs.
+    """
     return sim.Module(
         HEADER.format(target="sm_90a")
         + ".visible .entry kernel(.param .u64 sync, .param .u64 data)\n{\n.reg .pred %p<8>;\n"
@@ -38,7 +42,7 @@ LOCKS = {
     "volatile": SPIN.format(take="atom.global.cas.b32 %r4, [%rd1], 0, 1;")
     + "membar.gl;\n" + INCREMENT + "membar.gl;\nst.volatile.global.u32 [%rd1], 0;",
 }  # fmt: skip
-# The CTA that comes last adds what the others have written.
+# The last CTA to arrive adds up what all have written.
 LAST = """
     mul.wide.u32 %rd3, %r1, 4;
     add.s64 %rd3, %rd2, %rd3;
@@ -70,7 +74,7 @@ ADD:
     st.global.u32 [%rd2], %r7;
 END:
 """
-# Each CTA waits for all others, then reads what its neighbor has written.
+# Each CTA waits for all others, then reads what its neighbor wrote.
 MEET = """
     setp.ne.u32 %p1, %r2, 0;
     mul.wide.u32 %rd3, %r1, 4;
@@ -94,7 +98,8 @@ MET:
     @!%p3 ld.global.u32 %r8, [%rd4+4];
     @!%p3 red.global.add.u32 [%rd2], %r8;
 """
-# Producers put numbers into slots that tickets name; a consumer takes them as they come.
+# Each producer takes a ticket and writes its number to the slot of that ticket; CTA 0 consumes the
+# slots in order.
 QUEUE = """
     setp.ne.u32 %p1, %r2, 0;
     @%p1 bra END;

@@ -1,4 +1,4 @@
-"""Initial values of .global and .const variables, byte for byte. ptxas takes every text."""
+"""Initial values of .global and .const variables, byte for byte. ptxas accepts every text."""
 
 import struct
 
@@ -78,7 +78,7 @@ def test_addresses(element, value, space):
 
 
 def test_addresses_in_bytes():
-    """How nvcc writes a struct that holds a pointer."""
+    """nvcc initializes a struct that holds a pointer byte by byte, with masks of the address."""
     masked = ", ".join(f"0xFF{'00' * i}(generic(table)+8)" for i in range(8))
     pointers = f".global .align 8 .u8 s[24] = {{1, 0, 0, 0, 0, 0, 0, 0, {masked}, 7}};"
     code = """ld.global.u64 %rd3, [s+8];\nld.u32 %r2, [%rd3];\nld.global.u8 %r3, [s+16];

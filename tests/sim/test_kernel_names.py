@@ -1,4 +1,4 @@
-"""Kernels by C++ names: as listed, and as people call them."""
+"""Kernels may be named as the listing shows them, or by the shorter C++ names that people use."""
 
 import numpy as np
 import pytest

@@ -1,7 +1,7 @@
-"""Every CUDA kernel that ships, of every architecture, under three schedules in each completion
-mode: no finding, and the same bits every time. Quantizers must equal the CPU kernels; GEMMs, whose
-tensor cores round otherwise, an exact product within the bound of docs/numerics.md. Ops of the
-catalog that are not listed here run on their first sample."""
+"""Every CUDA kernel that ships, for every architecture, runs under three schedules in each
+completion mode, without a finding and with the same bits every time. Quantizers must give the bits
+of the CPU kernels. GEMMs, whose tensor cores round differently, must be near the CPU's result;
+tests/gemm has the exact bound. Ops of the catalog without a case here run on their first sample."""
 
 from __future__ import annotations
 
@@ -29,25 +29,26 @@ QUANTIZERS = [getattr(ops, name) for name in CATALOG if name.startswith("quantiz
 Outputs = tuple[torch.Tensor, ...]
 
 
-# Simulated GPUs, one for each path, and the folders of _ptx whose kernels they launch first: their
-# path's, and that of portable kernels where these are compiled anew for them.
+# Simulated GPUs, one for each path, and the folders of _ptx of which each must launch all kernels:
+# the folder of its path, and that of the portable kernels if these are compiled anew for this GPU.
 FOLDERS = {
     number: sorted({row.target, *([str(number)] if row.portable_from == number else [])})
     for number in _architectures.paths().values()
     for row in [_architectures.architectures()[number]]
 }
-# One process launches every kernel, on all cores; the last tests look at what the first launched.
+# One process runs all these tests, with no other beside it, since it uses all cores: the last tests
+# check which kernels the first ones launched.
 pytestmark = [pytest.mark.alone, pytest.mark.slow]
 
 
 @dataclass(frozen=True)
 class Case:
     run: Callable[[], Outputs]
-    num_sms: int = 132  # few: large tiles
-    tile: str | None = None  # of Hopper's GEMMs, instead of the one that would be chosen
+    num_sms: int = 132  # a small number gives large tiles
+    tile: str | None = None  # forces this tile of Hopper's GEMMs
     split_k: int = 1
     cluster: int = 1
-    check: Callable[[Outputs], None] | None = None  # of the result, instead of the CPU kernel
+    check: Callable[[Outputs], None] | None = None  # replaces the comparison with the CPU kernel
 
     @contextmanager
     def forced(self) -> Iterator[None]:
@@ -64,7 +65,7 @@ def cases(capability: int) -> dict[str, Case]:
     generator = torch.Generator().manual_seed(0)
     wide = torch.randn(140, 200, generator=generator)
     wide *= torch.logspace(-4, 2, 140)[:, None]
-    for fp8 in FP8 if capability != 80 else ():  # 8.0 takes the quantizers of 7.5
+    for fp8 in FP8 if capability != 80 else ():  # 8.0 runs the quantizers of 7.5
         for dtype in WIDE:
             x = wide.to(dtype)
             for op in QUANTIZERS:
@@ -95,14 +96,14 @@ def cases(capability: int) -> dict[str, Case]:
                             num_sms,
                         )
                     if capability != 90:
-                        break  # one kernel for all: tests/gemm runs them
+                        break  # one kernel serves all output dtypes, which tests/gemm runs
                 if capability == 90:
                     found |= hopper_family(name, a, b)
     return found | (other_ops(found) if capability == 90 else {})
 
 
 def other_ops(found: dict[str, Case]) -> dict[str, Case]:
-    """Ops of the catalog that no case calls yet, each on its first sample."""
+    """Cases for the ops of the catalog that no case in `found` calls, each on its first sample."""
 
     def call(entry: Entry, label: str) -> Outputs:
         given = entry.sample(label)
@@ -127,8 +128,8 @@ def outputs_of(result: torch.Tensor | Outputs) -> Outputs:
 
 
 def hopper_family(granularity: str, a: Outputs, b: Outputs) -> dict[str, Case]:
-    """Every tile of Hopper's GEMM, alone and in clusters, on so few SMs that a CTA has several
-    tiles and goes round its ring; and every tile that activates and quantizes."""
+    """Every tile of Hopper's GEMM, alone and in clusters, on so few SMs that each CTA computes
+    several tiles and reuses its ring; and every tile of the fused activations."""
     found: dict[str, Case] = {}
     formats = (a[0].dtype, b[0].dtype)
     label = f"{granularity} {formats[0]} {formats[1]}"
@@ -182,7 +183,8 @@ def test_no_finding_and_the_same_bits(capability: int, name: str) -> None:
     if name.startswith("fp8_gemm_nt"):
         error = (outputs[0].double() - on_cpu[0].double()).abs()
         row_size = on_cpu[0].double().abs().amax(1, keepdim=True)
-        # Coarse: tests/gemm has the bound. What is quantized may differ by a step of e4m3.
+        # A coarse limit; tests/gemm has the exact bound. Quantized outputs may be one step of e4m3
+        # off.
         assert (error <= row_size / (7 if "_quantize " in name else 64)).all()
     else:
         assert first is not None and all(map(torch.equal, bits(on_cpu), first))
@@ -197,7 +199,7 @@ def test_a_new_op_of_the_catalog_gets_a_case(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("capability", FOLDERS)
 def test_every_kernel_was_launched(capability: int) -> None:
-    """Runs after the above, and with all of them."""
+    """Needs the above tests to have run in this process, all of them."""
     package = Path(torchext.__file__).parent
     files = [file for name in FOLDERS[capability] for file in (package / "_ptx" / name).glob("*")]
     text = "".join(file.read_text() for file in files)

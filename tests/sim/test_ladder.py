@@ -1,5 +1,6 @@
-"""The ladder of docs/examples: every step gives the tensor core's bits under every schedule,
-without findings; faults planted in what a step adds are found; README.md shows what was counted."""
+"""The ladder of docs/examples. Every step gives the tensor core's bits under every schedule,
+without findings; faults planted in the lines that a step adds are found; the README has the counts
+that the program prints."""
 
 from __future__ import annotations
 
@@ -21,23 +22,23 @@ ladder = sys.modules["ladder"] = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(ladder)
 
 SHAPES = [
-    # Ragged everywhere; six tiles of three K blocks, an odd number side by side.
+    # M, N and K are ragged; six tiles of three K blocks, with an odd number of tiles along N.
     pytest.param((200, 264, 272), marks=pytest.mark.slow),
-    (60, 128, 656),  # one tile; the ring goes round, the last K block is ragged
-    (1, 4, 16),  # the least that every step takes
+    (60, 128, 656),  # one tile; K blocks fill the ring more than once; the last K block is ragged
+    (1, 4, 16),  # the smallest shape that every step accepts
 ]
 
 
 @dataclass(frozen=True)
 class Fault:
-    """An edit of a step's kernel, and what must come of it in every run."""
+    """An edit of a step's kernel, and what every run with it must show."""
 
     name: str
     step: str
     old: str
     new: str
-    kinds: tuple[str, ...]  # findings, one of which each run must have; none: numbers are wrong
-    rare: bool = False  # found under some schedules only
+    kinds: tuple[str, ...]  # each run must have one of these; if empty, numbers must be wrong
+    rare: bool = False  # only some schedules find it
 
 
 MULTIPLY_THEN_RELEASE = """\
@@ -108,7 +109,7 @@ FAULTS = [
           ("exited CTA",), rare=True),
 ]  # fmt: skip
 FAULTY_SHAPE = (130, 140, 656)  # four tiles, or two pairs, of six K blocks
-NUM_SMS = 2  # one cluster, so that CTAs take several tiles
+NUM_SMS = 2  # one cluster, so that each CTA computes several tiles
 
 
 @pytest.fixture
@@ -182,7 +183,7 @@ def test_the_contract_is_checked(number, shape, message):
 
 
 def table(heading: str) -> dict[str, list[str]]:
-    """The rows of README.md's table under this heading, by their first cell."""
+    """The rows of the README's table under this heading: {first cell: other cells}."""
     text = (EXAMPLES / "README.md").read_text().partition(f"## {heading}\n")[2]
     rows = [line.strip("| ").split(" | ") for line in text.split("\n\n")[1].splitlines()]
     return {row[0]: row[1:] for row in rows if not row[0].startswith("-")}
@@ -190,7 +191,7 @@ def table(heading: str) -> dict[str, list[str]]:
 
 @pytest.mark.slow
 def test_the_counts_that_the_readme_shows(nvcc, capsys):
-    """Those of the source are exact; what the compiler decides may differ by a tenth."""
+    """Counts of the source must be equal; those that depend on the compiler may differ by 10 %."""
     ladder.print_counts()
     printed = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()]
     shown = table("Counts")

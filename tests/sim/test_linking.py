@@ -1,4 +1,4 @@
-"""Several modules linked into one: what names mean, what is refused, where findings lie."""
+"""Several modules linked into one: how names resolve, what is refused, where findings point."""
 
 import re
 import subprocess
@@ -67,7 +67,7 @@ def test_variables_of_another_module():
 
 
 def test_own_names_stay_apart():
-    """Both modules have a function, a variable, shared memory and static locals of one name."""
+    """Both modules have a function, a variable, shared memory and static locals of equal names."""
     own = """.global .align 4 .u32 v = {value};\n.shared .align 4 .u32 s;
     .func (.param .b32 r) g(.param .b32 a) {{ .global .align 4 .u32 here = {value};
     .reg .b32 x, y; ld.global.u32 x, [v]; ld.global.u32 y, [here]; add.u32 x, x, y;
@@ -162,7 +162,7 @@ def test_one_module_says_what_to_link():
 
 
 def test_findings_name_the_module_and_its_line(tmp_path):
-    """A race between a store of one module and a load of the other."""
+    """A store of one module races with a load of the other."""
     shared = ".visible .global .align 4 .u32 cell;\n"
     load = function("\nld.global.u32 x, [cell];", before=".extern .global .align 4 .u32 cell;\n")
     kernel = text_of("st.global.u32 [cell], %r1;\n" + CALL + STORE, shared + DECLARED)

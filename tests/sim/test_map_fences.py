@@ -11,8 +11,8 @@ from torchext import sim
 
 README = (Path(__file__).parents[2] / "ptx" / "sim" / "README.md").read_text()
 
-# A warp copies the map that it got as a parameter to shared memory, one lane changes it there, and
-# the warp moves it to global memory, as grouped GEMMs do; then lane 0 loads a box with it.
+# As in grouped GEMMs: a warp copies a map from its parameters to shared memory, one lane changes
+# this copy, and the warp copies it to global memory. Then lane 0 loads a box with it.
 PARAMS = (
     ".param .align 64 .b8 base[128], .param .u64 scratch, .param .u64 other, .param .u64 out, "
     ".param .u64 flag"
@@ -60,7 +60,7 @@ CP_FENCE = """
         [%rd2], [%rd4], 128;
 FENCED:
 """
-# By generic stores instead: each lane a word.
+# The same with generic stores: each lane stores one word of the map.
 STORES = """
     @%p4 bra STORED;
     ld.shared.u32 %r7, [%r6];
@@ -289,7 +289,7 @@ def test_changed_after_the_load_was_waited_for(mode):
 
 @MODES
 def test_cutlass_waits_for_the_last_load_alone(mode):
-    """One thread's copies are taken in order: the last one's barrier stands for all."""
+    """The simulator lets one thread's copies finish in order: the barrier of the last is enough."""
     body = TO_SHARED + CP_FENCE + ACQUIRE + "@%p1 bra STARTED;\n" + load() + load(barrier=1)
     body += wait(1) + "STARTED:\nbar.warp.sync -1;\n" + AGAIN
     body += "@%p1 bra USED;\n" + wait(0, "W2") + "USED:\n"

@@ -69,7 +69,7 @@ def test_out_of_bounds_reads_like_a_compiler_error():
 
 
 def test_guard_gaps_catch_a_long_overshoot():
-    """Buffers lie far apart: an index off by whole buffers hits no other."""
+    """Buffers lie so far apart that an index which is off by several buffers hits no other."""
     x, y = np.ones(4096, np.float32), np.zeros(4096, np.float32)
     report = scale(x, sim.output(y), n=5 * 4096)
     assert {f.kind for f in report.findings} == {"out of bounds"}
@@ -201,7 +201,7 @@ def test_lanes_that_agree_make_one_tensor_store(completion):
         ("fence.mbarrier_init.release.cluster;", "", set()),
         ("fence.acq_rel.cluster;", "ld.shared::cluster.u32 %r7, [%r6];", set()),
         ("", "", {"mbarrier misuse"}),
-        # That fence is for the initialization alone: the number is not published by it.
+        # This fence publishes the initialization of the mbarrier only, not the stored number.
         (
             "fence.mbarrier_init.release.cluster;",
             "ld.shared::cluster.u32 %r7, [%r6];",

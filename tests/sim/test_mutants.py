@@ -10,7 +10,7 @@ import torch
 from support import mutants
 
 README = (mutants.ROOT / "ptx" / "sim" / "README.md").read_text()
-pytestmark = pytest.mark.slow  # nvcc and 18 runs for each
+pytestmark = pytest.mark.slow  # each fault takes a run of nvcc and 18 launches
 
 
 @cache
@@ -20,7 +20,7 @@ def truth(problem: str) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("problem", mutants.PROBLEMS)
 def test_the_unchanged_kernel_passes(problem: str) -> None:
-    """So that it is the edits that are caught, not the way they are run."""
+    """Shows that the findings come from the edits, not from the way in which they are run."""
     outcome = mutants.examine(None, mutants.PROBLEMS[problem], truth(problem))
     assert outcome == mutants.Outcome(kinds=(), caught=0, by_checker=0, wrong=0)
 

@@ -64,7 +64,7 @@ def run(body, grid=1, block=64, **options):
 @pytest.mark.parametrize("name", LOADS)
 @pytest.mark.parametrize("write", WRITES)
 def test_of_what_the_launch_has_written(name, write):
-    """By another thread, with every synchronization that ordinary loads need."""
+    """Another thread wrote, with all synchronization that an ordinary load needs."""
     report = run(WRITES[write] + BARRIER + load(name, "%rd5"))
     assert kinds(report) == {"non-coherent load"}, str(report)
     assert not report.ok
@@ -93,7 +93,7 @@ def test_of_the_neighbors_of_what_is_written():
 @pytest.mark.parametrize("name", LOADS)
 @pytest.mark.parametrize("write", WRITES)
 def test_overwritten_once_every_load_is_done(name, write):
-    """True to the letter only: nobody can have read a stale value."""
+    """A breach of the letter of PTX only, hence a note: no thread can have read a stale value."""
     report = run(load(name, "%rd5") + BARRIER + WRITES[write])
     assert kinds(report) == {"overwritten after a non-coherent load"}, str(report)
     assert report.ok

@@ -1,4 +1,4 @@
-"""PTX number formats against torch and against a search of every format's code table."""
+"""PTX number formats against torch, and against a search in the table of each format's codes."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ def all_codes(name: str) -> np.ndarray:
 
 
 def table(name: str) -> tuple[np.ndarray, np.ndarray]:
-    """The non-negative finite values of a format, ascending, and their codes."""
+    """(values, codes) of the non-negative finite values of a format, in ascending order."""
     codes = all_codes(name)
     codes = codes[: len(codes) // 2]
     values = _sim.decode(name, codes)
@@ -30,7 +30,7 @@ def table(name: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def samples(name: str) -> np.ndarray:
-    """Every value, every midpoint, and the neighbors of both, as float32."""
+    """Every value of the format, every midpoint, and the float32 neighbors of both."""
     values, _ = table(name)
     top = values[-1]
     points = np.concatenate(
@@ -60,7 +60,7 @@ def test_decoding_agrees_with_torch(name):
 def test_nearest_even_agrees_with_torch(name):
     dtype, codes_dtype = TORCH[name]
     x = samples(name)
-    saturate = name == "e4m3"  # torch saturates this format alone
+    saturate = name == "e4m3"  # the only format that torch saturates
     expected = torch.from_numpy(x).float().to(dtype).view(codes_dtype).numpy()
     np.testing.assert_array_equal(_sim.encode(name, x, satfinite=saturate), expected)
 

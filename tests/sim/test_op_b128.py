@@ -22,7 +22,7 @@ def test_moves():
     np.testing.assert_array_equal(again, A)
 
 
-THROUGH = {  # a thread's own 16 bytes
+THROUGH = {  # each thread stores and loads 16 bytes of its own
     "global": "mov.b128 %v, %w;",
     "shared": ".shared .align 16 .b8 buffer[512];\nmov.u64 %rd2, buffer;\n"
     "mad.wide.u32 %rd2, %r1, 16, %rd2;\nst.shared.b128 [%rd2], %w;\nld.shared.b128 %v, [%rd2];",

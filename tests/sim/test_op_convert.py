@@ -15,7 +15,7 @@ INTS = {
 
 
 def through(source: str, destination: str, values, modifiers=""):
-    """cvt between types of any width; 8-bit ones live in 16-bit registers."""
+    """Converts with cvt between integers of any width; 8-bit values are in 16-bit registers."""
     return lanes(f"cvt{modifiers}.{destination}.{source} %z, %a;", INTS.get(destination), values)
 
 

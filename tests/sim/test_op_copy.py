@@ -293,7 +293,7 @@ MAP = ".param .align 64 .b8 map[128], .param .u64 out"
 
 
 def load_box(array, box, coordinates, swizzle=0, completion="late", **options):
-    """`coordinates` are innermost first; returns the box's image in shared memory."""
+    """Loads a box by TMA; returns its bytes in shared memory. `coordinates`: innermost first."""
     rank = array.ndim
     words = int(np.prod(box)) * array.itemsize // 4
     listed = ", ".join(str(c) for c in coordinates)

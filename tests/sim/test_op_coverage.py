@@ -1,7 +1,7 @@
 """Every opcode that the simulator decodes is executed by a unit test.
 
-The tests run once more, in one process of their own, where every report is looked at: so the answer
-does not depend on which tests the outer run selects, nor on how it distributes them.
+These unit tests run once more in a process of their own, which looks at every report. So the answer
+depends neither on which tests the outer run selects nor on how it distributes them.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ def test_round_to_nearest(op, f):
 
 
 def round_exactly(value: Fraction, mode: str) -> np.float32:
-    """A rational, finite and normal in f32, rounded by PTX mode."""
+    """Rounds a rational to f32 by a PTX rounding mode; the result must be finite and normal."""
     near = np.float32(float(value))
     below = near if Fraction(float(near)) <= value else np.nextafter(near, np.float32(-np.inf))
     above = near if Fraction(float(near)) >= value else np.nextafter(near, np.float32(np.inf))
@@ -240,7 +240,8 @@ def test_half_relu_sat_and_functions():
 
 
 def test_half_fma_rounds_once():
-    # In f32 the sum is a tie that rounds to even; the true value lies just above.
+    # Rounded to f32 first, the sum would be a tie in f16, which rounds to even; the exact sum is
+    # just above the tie.
     a, b, c = np.float16(1.001), np.float16(1.001), np.float16(2.0**-24)
     exact = Fraction(float(a)) * Fraction(float(b)) + Fraction(float(c))
     near = [np.float16(float(exact)), np.nextafter(np.float16(float(exact)), np.float16(9))]
@@ -267,7 +268,7 @@ def test_division_in_f32():
         for form in ("approx", "full", "approx.ftz", "full.ftz"):
             got = lanes(f"div.{form}.f32 %z, %a, %b;", np.float32, a, b)
             np.testing.assert_allclose(got, a / b, rtol=2.0**-21, atol=1e-37, err_msg=form)
-    # .approx gives up where the reciprocal of the divisor would be subnormal.
+    # .approx gives 0 (for Inf / x a NaN) where the reciprocal of the divisor is subnormal.
     large = np.array([2.0**127, -(2.0**127), 2.0**127, 2.0**126] * 8, np.float32)
     x = np.array([2.0**127, 2.0**127, np.inf, 2.0**126] * 8, np.float32)
     got = lanes("div.approx.f32 %z, %a, %b;", np.float32, x, large)[:4]

@@ -1,4 +1,5 @@
-"""f64 arithmetic in four rounding modes against rationals, and what compilers refine."""
+"""f64 arithmetic in four rounding modes against rationals, and the approximations of f64 that
+compilers refine."""
 
 from fractions import Fraction
 from math import inf, isqrt, nan, nextafter
@@ -22,7 +23,7 @@ def numbers(seed: int, count: int = 96) -> np.ndarray:
 
 A, B, C = numbers(1), numbers(2), numbers(3)
 with np.errstate(over="ignore"):
-    C[::4] = -A[::4] * B[::4]  # cancels all but the rounding of the product
+    C[::4] = -A[::4] * B[::4]  # c cancels the product up to its rounding error
 C[~np.isfinite(C)] = 1.0
 EXACT = {
     "add": (2, lambda a, b, c: a + b),
@@ -41,7 +42,7 @@ def test_rounding(op, mode):
     inputs = [A, B, C][:count]
     got = lanes(f"{op}.{mode}.f64 %z{''.join(f', %{n}' for n in 'abc'[:count])};", float, *inputs)
     rows = [[Fraction(float(v)) for v in row] for row in zip(A, B, C, strict=True)]
-    zero = -0.0 if mode == "rm" else 0.0  # of x - x
+    zero = -0.0 if mode == "rm" else 0.0  # the sign of x - x
     want = np.array([rounded(f(*row), mode, zero) for row in rows])
     np.testing.assert_array_equal(got.view(np.uint64), want.view(np.uint64))
 
@@ -96,7 +97,7 @@ def test_min_max():
 
 
 def test_gross_reciprocals():
-    """.approx.ftz: from 20 bits of fraction to 20 bits; subnormals are zeros."""
+    """rcp and rsqrt.approx.ftz read and give 20 bits of fraction; subnormals count as zero."""
     x = np.concatenate([A[np.abs(A) >= 2.0**-1022], [0.0, -0.0, inf, -inf, LEAST, -LEAST, nan]])
     with np.errstate(all="ignore"):
         for op, f in (("rcp", lambda v: 1 / v), ("rsqrt", lambda v: 1 / np.sqrt(v))):

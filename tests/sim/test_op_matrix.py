@@ -1,4 +1,4 @@
-"""ldmatrix, stmatrix, movmatrix, mma.sync and wgmma, with the faults of each."""
+"""ldmatrix, stmatrix, movmatrix, mma.sync and wgmma, and the findings for the misuse of each."""
 
 import numpy as np
 import pytest
@@ -69,7 +69,10 @@ def test_movmatrix():
 
 
 def fragment(matrix: np.ndarray, registers: int) -> list[np.ndarray]:
-    """The 32-bit registers of a row-major [rows, k] operand: mma's A (16 rows) or B (8 columns)."""
+    """The 32-bit registers that hold a row-major [rows, k] operand of mma.
+
+    A has 16 rows; B, given transposed, has 8. Each register is an array with a word for each lane.
+    """
     per = 4 // matrix.itemsize
     out = []
     rows = matrix.shape[0]
@@ -101,7 +104,7 @@ def as_numpy(tensor: torch.Tensor) -> np.ndarray:
 ])  # fmt: skip
 def test_mma(a_type, b_type, k, target):
     torch.manual_seed(0)
-    small = torch.randint(-8, 8, (24, k)).float()  # sums stay exact
+    small = torch.randint(-8, 8, (24, k)).float()  # small enough that sums are exact
     a = small[:16].to(FLOATS[a_type][0])
     b = small[16:].to(FLOATS[b_type][0])
     registers = k * FLOATS[a_type][1] // 16
@@ -111,7 +114,7 @@ def test_mma(a_type, b_type, k, target):
     b_names = ["%e", "%f"][:registers] if registers == 2 else ["%c"]
     inputs = fragment(as_numpy(a), 2 * registers) + fragment(as_numpy(b), registers)
     code, names = "", "abcdefg"
-    # The accumulators come from a formula, so that the operands fit the harness.
+    # The accumulators are in constant memory: `lanes` has too few inputs for all registers.
     for r in range(4):
         rows, columns = LANE // 4 + 8 * (r >> 1), 2 * (LANE % 4) + (r & 1)
         table = ", ".join(
@@ -168,7 +171,7 @@ def test_half_accumulator():
 
 # ---- wgmma -------------------------------------------------------------------------------------
 
-# in: A's image, then B's; both go to shared memory as they are. out: [64, n] f32.
+# in: the bytes of A, then of B, as shared memory is to hold them. out: [64, n] f32.
 WGMMA = """
     .shared .align 1024 .b8 tile[{bytes}];
     ld.param.u64 %rd1, [in];
@@ -224,9 +227,12 @@ def swizzled(image: np.ndarray, swizzle: int) -> np.ndarray:
 
 
 def k_major_image(matrix: np.ndarray, swizzle: int) -> tuple[np.ndarray, str]:
-    """[rows, 32 bytes] as K-major core matrices; with a swizzle, rows of that many bytes."""
+    """(bytes, layout) of a K-major operand [rows, 32 bytes] in shared memory.
+
+    Without a swizzle it is core matrices; with one, each row is padded to `swizzle` bytes.
+    """
     rows = matrix.view(np.uint8).reshape(matrix.shape[0], 32)
-    if swizzle == 0:  # 8 x 16-byte cores; the two along K are 128 bytes apart, 8-row groups 256
+    if swizzle == 0:  # cores of 8 rows x 16 bytes: 128 bytes apart along K, 256 along rows
         image = rows.reshape(-1, 8, 2, 16).transpose(0, 2, 1, 3).reshape(-1)
         return image, layout(128, 256, 0)
     padded = np.zeros((len(rows), swizzle), np.uint8)
@@ -235,10 +241,13 @@ def k_major_image(matrix: np.ndarray, swizzle: int) -> tuple[np.ndarray, str]:
 
 
 def mn_major_image(matrix: np.ndarray, swizzle: int) -> tuple[np.ndarray, str]:
-    """[rows, 16] of 16 bits, transposed: K outermost, rows contiguous in atoms of the swizzle."""
+    """(bytes, layout) of an MN-major operand in shared memory, from a matrix [rows, 16] of 16 bits.
+
+    K is outermost; rows are contiguous within an atom of `swizzle` bytes.
+    """
     rows = matrix.T.copy().view(np.uint8).reshape(16, -1)  # [k, 2 * rows bytes]
     width = rows.shape[1]
-    if swizzle == 0:  # 16-byte chunks along MN `stride` apart, 8-k groups `leading` apart
+    if swizzle == 0:  # 16-byte chunks along MN are `stride` apart, groups of 8 k `leading`
         image = rows.reshape(2, 8, width // 16, 16).transpose(0, 2, 1, 3).reshape(-1)
         return image, layout(128 * width // 16, 128, 0)
     image = rows.reshape(2, 8, width // swizzle, swizzle).transpose(2, 0, 1, 3).reshape(-1)
@@ -389,13 +398,13 @@ SCHEDULES = [(seed, completion) for seed in range(3) for completion in COMPLETIO
 
 @pytest.mark.parametrize("seed,completion", SCHEDULES)
 def test_a_wgmma_reads_what_all_four_warps_have_written(seed, completion):
-    """With no barrier: each fences its own writes, and all four meet at the wgmma."""
+    """No barrier is needed: each warp fences its own writes, and the wgmma joins all four."""
     report, got, want = wgmma(barrier="", seed=seed, completion=completion)
     assert report.ok, str(report)
     np.testing.assert_array_equal(got, want)
     report, _, _ = wgmma(barrier="", proxy_fence="", seed=seed, completion=completion)
     assert kinds(report) == {"missing proxy fence"}
-    # By the letter of PTX they do not meet.
+    # By the letter of PTX a wgmma does not order the four warps.
     report, _, _ = wgmma(barrier="", seed=seed, completion=completion, lane_order="strict")
     assert "data race" in kinds(report)
 
@@ -417,7 +426,7 @@ SCALE = """
     (READ, WAIT + FREE, True), ("", READ + WAIT + FREE, False), (READ, FREE + WAIT, False),
 ])  # fmt: skip
 def test_who_has_waited_knows_what_the_others_read_before(read, wait, ordered, seed, completion):
-    """One thread overwrites a scale that all have read before they issued the wgmma."""
+    """One thread overwrites a scale that all threads read before they issued the wgmma."""
     report, _, _ = wgmma(
         proxy_fence=SCALE, insert=(read, ""), wait=wait, seed=seed, completion=completion
     )

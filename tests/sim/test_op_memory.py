@@ -1,4 +1,4 @@
-"""ld, st, cvta, isspacep, prefetch, policies, local and constant memory, atomics, ldmatrix kin."""
+"""ld, st, cvta, isspacep, prefetch, cache policies, local and constant memory, atomics."""
 
 import numpy as np
 import pytest
@@ -302,7 +302,7 @@ def test_misaligned_and_null():
 
 
 def test_f32_atomics_flush_in_global_memory_alone():
-    """PTX ISA, atom: subnormals are zeros there, on both sides of the sum."""
+    """PTX ISA, atom: in global memory, subnormal inputs and results of an f32 sum become zero."""
     least, normal = np.float32(1e-45), np.float32(1.17549435e-38)
     body = """
         .shared .align 4 .f32 cell;
@@ -327,7 +327,8 @@ def test_f32_atomics_flush_in_global_memory_alone():
 
 @pytest.mark.parametrize("op,identity", [("and", "0"), ("or", "0xffffffff")])
 def test_clearing_or_setting_unwritten_bits_reads_nothing(op, identity):
-    """Cooperative groups prepare the barriers of tiles so; a result, or another sum, does read."""
+    """Cooperative groups initialize the barriers of tiles this way. An atomic that returns the old
+    value, or any other reduction, does read."""
     body = f"""
         .shared .align 4 .b32 cell;
         red.release.cta.shared.{op}.b32 [cell], {identity};

@@ -10,7 +10,7 @@ LANE = np.arange(32)
 
 
 def operand_words(values: np.ndarray, bits: int) -> np.ndarray:
-    """[register, lane] of a row-major [rows, k] operand as PTX documents mma's fragments."""
+    """Words [register, lane] of a row-major [rows, k] operand, as PTX documents mma's fragments."""
     rows, k = values.shape
     per = 1 if bits == 64 else 32 // bits
     along = k // (4 * per)
@@ -30,7 +30,7 @@ def operand_words(values: np.ndarray, bits: int) -> np.ndarray:
 
 
 def run(shape, a, b, c, types, *, bits, op="", suffix="", target="sm_80"):
-    """D of one mma; c and the result are [m, n]."""
+    """Executes one mma and returns its D [m, n]; a is [m, k], b [n, k], c [m, n]."""
     m, n = c.shape
     wide = bits == 64
     kind, size = ("f64", 8) if wide else ("b32", 4)
@@ -115,7 +115,7 @@ def test_bits(shape, op, f):
 ])  # fmt: skip
 @pytest.mark.parametrize("mode", ["", ".rz", ".rm", ".rp"])
 def test_f64(shape, target, mode):
-    """A chain of fused multiply-adds along K; exact sums tell nothing of the order."""
+    """The result is a chain of FMAs along K. Sums must be inexact: exact ones hide the order."""
     m, n, k = (int(v) for v in shape[1:].replace("n", " ").replace("k", " ").split())
     rng = np.random.default_rng(1)
     a, b, c = (rng.standard_normal(size) for size in ((m, k), (n, k), (m, n)))

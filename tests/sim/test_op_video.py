@@ -132,7 +132,7 @@ def test_vset(how):
 
 
 def lanewise(f, count, d, a, b, *, sat=False, add=False, write=None, first=None, other=None):
-    """What an instruction of 2 or 4 lanes gives, as a function of its operands."""
+    """A function of the operands that gives the result of an instruction of 2 or 4 lanes."""
     bits = 32 // count
     write = range(count) if write is None else write
     first = range(count) if first is None else first

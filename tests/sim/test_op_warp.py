@@ -25,7 +25,7 @@ def test_shfl(mode, source, n):
 
 
 def test_shfl_segments_and_predicate():
-    # Width 8: mask 0x18 in bits 8 to 12.
+    # The mask of width 8 is 0x18, in bits 8 to 12 of the operand.
     got, inside = lanes(
         "shfl.sync.down.b32 %z|%p, %a, 3, 0x181f, -1;\nselp.u32 %y, 1, 0, %p;",
         [np.uint32, np.uint32], A,
@@ -90,7 +90,7 @@ def test_elect_takes_one_lane():
 
 @pytest.mark.parametrize("seed", range(4))
 def test_collective_in_a_branch_gathers_its_members(seed):
-    # The two halves meet at one shfl although they come by different branches.
+    # The two halves of the warp reach one shfl through different branches.
     code = """
         setp.lt.u32 %p, %a, 16;
         mov.u32 %t0, %a;
@@ -158,7 +158,7 @@ def test_loops_diverge_and_reconverge(seed):
 
     steps, mask = lanes(code, [np.uint32, np.uint32], a, seed=seed)
     np.testing.assert_array_equal(steps, [collatz(int(n)) for n in a])
-    assert (mask == 0xFFFFFFFF).all()  # the lanes are together again
+    assert (mask == 0xFFFFFFFF).all()  # the lanes have reconverged
 
 
 def test_early_return_does_not_hold_up_the_others():

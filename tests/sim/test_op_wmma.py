@@ -19,7 +19,7 @@ def sizes(shape: str) -> tuple[int, ...]:
 
 
 def integers(type_: str, rows: int, columns: int, seed: int) -> np.ndarray:
-    """Small enough that every sum is exact; the whole range of integer types."""
+    """Random integers, small enough for exact sums; integer types use their whole range."""
     low, high = {
         "s8": (-128, 128), "u8": (0, 256), "s4": (-8, 8), "u4": (0, 16), "b1": (0, 2),
         "s32": (-1000, 1000),
@@ -28,7 +28,7 @@ def integers(type_: str, rows: int, columns: int, seed: int) -> np.ndarray:
 
 
 def stored(values: np.ndarray, type_: str) -> np.ndarray:
-    """As memory holds a matrix, elements along the last axis side by side."""
+    """The matrix in the form in which memory holds it: elements of the last axis are adjacent."""
     if type_ in TORCH:
         code = torch.from_numpy(values).to(TORCH[type_])
         return code.view(torch.int16 if code.element_size() == 2 else torch.int32).numpy()
@@ -43,7 +43,7 @@ def stored(values: np.ndarray, type_: str) -> np.ndarray:
 
 
 def image(values: np.ndarray, type_: str, rows_contiguous: bool, pad: int) -> tuple:
-    """The matrix with `pad` elements after each row or column, and the stride."""
+    """(array, stride): the matrix in memory with `pad` elements after each row or column."""
     lines = values if rows_contiguous else values.T
     stride = lines.shape[1] + pad
     padded = np.zeros((lines.shape[0], stride), values.dtype)
@@ -52,7 +52,7 @@ def image(values: np.ndarray, type_: str, rows_contiguous: bool, pad: int) -> tu
 
 
 def registers(type_: str, elements: int, *, operand: bool) -> tuple[int, str, str]:
-    """How many, their kind, and the prefix of their names in a fragment."""
+    """(count, type, prefix of the names) of the registers of a fragment."""
     if operand and type_ == "f16":
         return 8, "b32", "%h"
     if type_ == "f64":
@@ -188,7 +188,8 @@ def test_saturation():
     ("m8n32k16", lambda g, t, e: (2 * t + (e & 1), g + 8 * (e >> 1))),
 ])  # fmt: skip
 def test_accumulators_lie_where_ptxas_puts_them(shape, place):
-    """As in the SASS that ptxas 13.0 makes for sm_80: code that edits fragments relies on it."""
+    """The places are those of the SASS that ptxas 13.0 makes for sm_80. Code that edits fragments
+    relies on them."""
     m, n, _ = sizes(shape)
     values = "\n".join(f"mad.lo.u32 %w{e}, %r1, 8, {e};" for e in range(8))
     body = f"""
@@ -236,7 +237,7 @@ def test_misuse_is_found(prepare, stride, block, kind):
     ("", 32, "uninitialized memory"),
 ])  # fmt: skip
 def test_shared_tiles_are_checked(fill, block, kind):
-    """A warp's own stores come before its load; another warp's do not."""
+    """A warp's load is ordered after its own stores, not after another warp's."""
     body = f"""
         .shared .align 32 .b8 tile[512];
         .reg .b32 %w<8>;

@@ -1,4 +1,5 @@
-"""The grammar of PTX: constant expressions, operands, directives, names. ptxas takes every text."""
+"""The grammar of PTX: constant expressions, operands, directives, names. ptxas accepts every
+text."""
 
 import numpy as np
 import pytest
@@ -74,7 +75,7 @@ def test_floating_point_literals(literal, value):
     bits = value_of(f"mov.f32 %f1, {literal};\nmov.b32 %r2, %f1;")
     assert bits.view(np.float32) == np.float32(value)
     wide = value_of(f"mov.f64 %d1, {literal};\nmov.b64 %rd2, %d1;", dtype=np.uint64)
-    # ptxas takes the 32 bits of 0f as the low half of a double.
+    # ptxas uses the 32 bits of a 0f constant as the low half of the double.
     expected = np.uint64(0x3FC00000) if literal.startswith("0f") else np.float64(value)
     assert wide == expected.view(np.uint64)
 
@@ -265,7 +266,7 @@ def test_directives_of_a_module(before):
 def test_bodies(code):
     before = '.file 1 "a.cu"\n'
     text = text_of(f"{code}\n{STORE}", before)
-    if "function_name" not in code:  # its label lies in DWARF sections
+    if "function_name" not in code:  # the label is in the DWARF sections
         assert ptxas_accepts(text) == ""
     report, out = run(text)
     assert {f.kind for f in report.findings} <= {"data race"}, str(report)

@@ -1,4 +1,4 @@
-"""fence.proxy.*: each makes writes visible to one proxy, for one state space, and no other."""
+"""fence.proxy.*: each makes writes in one state space visible to one proxy, and to no other."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import pytest
 from support.opcodes import kernel, kinds
 from torchext import sim
 
-# The generic writes that each makes visible to the async proxy.
+# For each fence, the generic writes that it makes visible to the async proxy.
 FENCES = {
     "fence.proxy.async": {"shared", "global"},
     "fence.proxy.async.shared::cta": {"shared"},
@@ -179,7 +179,7 @@ END:
     fenced(report, "global" in FENCES[fence])
 
 
-# CTA 0 writes the shared memory of CTA 1, which stores it in bulk.
+# CTA 0 writes to the shared memory of CTA 1, which stores it by a bulk copy.
 REMOTE = (
     SETUP
     + """
@@ -217,7 +217,7 @@ def test_another_ctas_shared_memory(fence, fine):
         assert "shared memory of another CTA needs" in str(report)
 
 
-# CTA 0 writes global memory and raises a flag; CTA 1 loads it in bulk.
+# CTA 0 writes global memory and raises a flag; CTA 1 loads the data by a bulk copy.
 BETWEEN = (
     SETUP
     + """

@@ -1,4 +1,4 @@
-"""setmaxnreg: the registers that a kernel starts with, and the pool of its CTA."""
+"""setmaxnreg: how many registers a kernel starts with, and the register pool of its CTA."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,8 @@ from torchext import sim
 
 
 def launch(roles, attributes=""):
-    """One warpgroup a role; a role is the setmaxnreg instructions that it executes, or "exit"."""
+    """Launches one warpgroup for each role. A role lists what the warpgroup executes: setmaxnreg
+    instructions ("dec 40"), or "exit"."""
     body = []
     for number, role in enumerate(roles):
         body += [f"setp.eq.u32 %p1, %r1, {number};", f"@!%p1 bra NEXT{number};"]
@@ -63,7 +64,7 @@ def test_what_a_kernel_starts_with(attributes, start):
 
 def test_the_pool_is_what_the_cta_started_with():
     assert launch([["dec 40"], ["inc 232"], ["inc 232"]]).ok
-    for down in (40, 32):  # 3 x 168 are 504 registers; an SM's 65,536 would be 512
+    for down in (40, 32):  # the pool is 3 x 168 = 504 registers, not the 512 of a whole SM
         report = launch([[f"dec {down}"], ["inc 240"], ["inc 240"]])
         (finding,) = report.findings
         assert finding.kind == "deadlock"
@@ -71,7 +72,7 @@ def test_the_pool_is_what_the_cta_started_with():
 
 
 def test_a_warp_that_exits_leaves_nothing():
-    """PTX gives registers back by setmaxnreg.dec; of an exit it says nothing."""
+    """PTX documents that setmaxnreg.dec returns registers to the pool, not that an exit does."""
     report = launch([["exit"], ["inc 232"], ["inc 168"]])
     (finding,) = report.findings
     assert finding.kind == "deadlock"

@@ -1,4 +1,4 @@
-"""What a report says of the other access, and how to mend a race."""
+"""What a report says about the other access of a race, and about the remedy."""
 
 import numpy as np
 import pytest
@@ -45,7 +45,7 @@ def test_warps_of_a_cta():
 
 @pytest.mark.parametrize("cluster", [None, (2, 1, 1), (1, 3, 1)])
 def test_ctas_of_a_grid(cluster):
-    """All CTAs store their own number; the report names both."""
+    """Each CTA stores its own number to one address; the report names both CTAs."""
     code = "mad.lo.u32 %r6, %r3, 4, %r2;\nst.global.u32 [%rd1], %r6;"
     finding, text = race(code, grid=(4, 3), block=1, cluster=cluster, seed=3)
     assert finding.other_cta is not None and finding.other_cta != finding.cta

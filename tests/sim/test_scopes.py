@@ -5,7 +5,8 @@ import pytest
 
 from support.opcodes import kernel, kinds
 
-# Thread 0 of CTA 0 writes data[0] and raises a flag; thread 0 of the others waits for it and reads.
+# Thread 0 of CTA 0 writes data[0] and sets a flag; thread 0 of each other CTA waits for the flag,
+# then reads data[0].
 # %r9 is the CTA's number.
 WHO = """
     ld.param.u64 %rd1, [data];
@@ -23,7 +24,7 @@ PARAMS = ".param .u64 data, .param .u64 flag"
 
 
 def between_ctas(write, read, spin="ld.relaxed.gpu.global.u32"):
-    """`read` is what spins, and after a bar what follows."""
+    """`read` is "LOAD|AFTER": the load that polls the flag, and the code that follows the loop."""
     load, _, fence = read.partition("|")
     return kernel(
         WHO
@@ -77,7 +78,7 @@ LOADS = {
 def release(name, scope):
     return (
         STORES[name].replace("[%rd2], %r2;", "[%rd2], %r2;").replace("{s}", scope)
-    )  # any value but 0
+    )  # the flag is any value but 0
 
 
 def acquire(name, scope):
@@ -127,7 +128,7 @@ def test_cluster_scope_orders_a_cluster(store, load):
 @pytest.mark.parametrize("store", STORES)
 @pytest.mark.parametrize("load", LOADS)
 def test_cta_scope_orders_a_cta(store, load):
-    """The same between two warps of one CTA: .cta is enough, and not within a cluster."""
+    """Scope .cta is enough between two warps of one CTA, but not between the CTAs of a cluster."""
     text = between_ctas(release(store, "cta"), acquire(load, "cta"))
     report, _ = run(text, cluster=2)
     assert "scope too narrow" in str(report)
@@ -199,7 +200,7 @@ def test_an_acquire_fence_releases_nothing_and_the_reverse():
 
 
 def test_a_narrow_fence_after_a_wide_one_keeps_what_the_wide_one_released():
-    """The data's fence is .gpu; a .cta fence for something else comes between it and the flag."""
+    """A .gpu fence follows the data; a .cta fence for other data comes between it and the flag."""
     module = between_ctas(
         "fence.acq_rel.gpu;\nfence.acq_rel.cta;\nst.relaxed.gpu.global.u32 [%rd2], %r2;",
         "LOAD %r4, [%rd2];|fence.acq_rel.cta;\nfence.acq_rel.gpu;",
@@ -252,7 +253,7 @@ def test_one_narrow_side_is_enough_for_a_race():
 
 
 def test_the_report_survives_a_barrier():
-    """One thread synchronizes for its CTA; the race is another's, and still names the scopes."""
+    """One thread synchronizes for its CTA, another thread races: the report names the scopes."""
     module = kernel(
         """
     ld.param.u64 %rd1, [data];
@@ -290,7 +291,7 @@ DONE:
 
 # ---- barriers of a cluster ----------------------------------------------------------------------
 
-# CTA 0 writes its own shared memory and signals CTA 1, which reads it there.
+# CTA 0 writes its own shared memory and signals CTA 1, which reads it remotely.
 REMOTE = """
     .shared .align 8 .b8 word[8];
     .shared .align 8 .b8 bar[8];

@@ -1,4 +1,4 @@
-"""torchext.sim.simulate: ops on CPU tensors through launcher and PTX."""
+"""torchext.sim.simulate: ops on CPU tensors run the launcher and the kernel's PTX."""
 
 import pytest
 import torch

@@ -25,7 +25,7 @@ def parameters(function: ast.FunctionDef) -> list[str]:
 
 
 def signature_parameters(function: object) -> list[str]:
-    """As pybind11's docstring has them: `arg0` where the binding names none."""
+    """The parameters in pybind11's docstring: `arg0`, `arg1`, ... if the binding names none."""
     first = (getattr(function, "__doc__", None) or "").splitlines()[0]
     return [name for name in re.findall(r"(\w+): (?=\S)", first) if name != "self"]
 

@@ -1,4 +1,4 @@
-"""Instructions need their minimum target, and launches keep to the limits of the GPU."""
+"""Instructions need their minimum target, and launches must keep to the limits of the GPU."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TARGETS = (
     "sm_75", "sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_90a", "sm_100", "sm_100a", "sm_103a",
     "sm_120", "sm_120a",
 )  # fmt: skip
-FORBIDDEN = {  # by the title of a section in target_examples.txt
+FORBIDDEN = {  # {title of a section in target_examples.txt: targets that refuse it}
     **{name: {t for t in TARGETS if int(re.sub(r"\D", "", t)) < int(name[3:])}
        for name in ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100")},
     "sm_90a and later a": {*TARGETS} - {"sm_90a", "sm_100a", "sm_103a", "sm_120a"},
@@ -32,7 +32,7 @@ REGISTERS = (
 
 
 def examples() -> list[tuple[str, str]]:
-    """(section, instruction) of target_examples.txt."""
+    """The pairs (section, instruction) of target_examples.txt."""
     section, found = "", []
     for line in Path(__file__).with_name("target_examples.txt").read_text().splitlines():
         if line.startswith("# "):
@@ -242,7 +242,7 @@ def test_directives_of_the_kernel():
 
 
 def test_ops_run_on_the_simulated_gpu():
-    """sm_80's kernels on a GPU with less shared memory: the launcher keeps to what that one has."""
+    """sm_80's kernels on a GPU with less shared memory: the launcher keeps to that GPU's limit."""
     import torch
 
     import torchext

@@ -1,7 +1,8 @@
 """Tensor-core arithmetic, bit for bit, against two published models of the hardware.
 
-`mmaemu` (recorded and replayed on an H100 and an RTX 4060 by its author) covers FP8 into f32,
-`mmasim` (Microsoft's MMA-Sim) every other pair of formats. Neither shares code with ours.
+`mmaemu` covers FP8 with f32 accumulators; its author recorded and replayed it on an H100 and an RTX
+4060. `mmasim` (Microsoft's MMA-Sim) covers every other pair of formats. Neither shares code with
+this project.
 """
 
 import itertools
@@ -27,9 +28,9 @@ ARCH = {75: "Turing", 80: "Ampere", 89: "Ada Lovelace", 90: "Hopper"}
 
 
 def random_codes(rng, shape, name, kind):
-    """Bytes [rows, K * size] of finite values, by the kind of difficulty they pose."""
+    """Random bytes [rows, K * size] of finite values; `kind` names what makes them difficult."""
     rows, k = shape
-    if kind == "any code":  # subnormals, zeros of both signs, the whole exponent range
+    if kind == "any code":  # subnormals, zeros of both signs, and the whole range of exponents
         raw = rng.integers(0, 256, (rows, k * SIZE[name]), dtype=np.uint8)
         tensor = torch.from_numpy(raw).view(DTYPE[name])
         finite = torch.isfinite(tensor.float())
@@ -105,7 +106,7 @@ WGMMA_CASES = [
 
 
 def random_c(rng, shape, acc):
-    """Addends that matter: zeros, subnormals, and numbers near the products."""
+    """Addends C that affect rounding: zeros, subnormals, and numbers as large as the products."""
     c = rng.standard_normal(shape) * 2.0 ** rng.integers(-20, 6, shape)
     c *= rng.random(shape) < 0.8
     if acc == "f16":
@@ -148,7 +149,7 @@ def test_mma_sync_agrees_with_mmasim(target, name, acc, k, kind):
 @pytest.mark.parametrize("acc", ["f32", "f16"])
 @pytest.mark.parametrize("name", ["e4m3", "e5m2"])
 def test_hopper_mma_sync_widens_fp8(name, acc):
-    """The SASS of sm_90: two HMMA.16816, over the registers' low and high halves, then FADD."""
+    """The SASS of sm_90 is two HMMA.16816, for registers' low and high halves, and an FADD."""
     rng = np.random.default_rng(7)
     a, b = random_codes(rng, (16, 32), name, "spread"), random_codes(rng, (8, 32), name, "spread")
     c = random_c(rng, (16, 8), acc)
@@ -182,7 +183,8 @@ def test_zeros_bound_the_alignment(target, block, grid, small, expected):
     """A zero C aligns to 2^-132 (sm_80, sm_89) or 2^-133 (sm_90): bits below `grid` are dropped.
 
     One large product and block - 1 small ones sum to about the smallest f32 subnormal. Small
-    products of 2^grid count, and lift the sum over it; of 1.5 * 2^grid the half is dropped.
+    products of 2^grid are kept, and the sum reaches that subnormal. Products of 1.5 * 2^grid lose
+    the 0.5, and the sum stays below it.
     """
     few = block - 1
     large = 2.0 ** (-149 - grid) - (few * 2 // 3 if small == 1.0 else few + few // 2 - 1)
@@ -201,7 +203,8 @@ def test_zeros_bound_the_alignment(target, block, grid, small, expected):
 
 @pytest.mark.parametrize("target, unit", [(80, -45), (90, -47)])
 def test_zeros_bound_the_alignment_of_f16(target, unit):
-    """2^-25 is a tie in f16: what is added decides it, unless aligning to 2^-20 or -21 drops it."""
+    """2^-25 is a tie in f16. The small addend breaks the tie unless the alignment drops the addend:
+    to 2^-20 (sm_80) or 2^-21 (sm_90)."""
     for exponent, expected in ((unit, 0.0), (unit + 1, 2.0**-24)):
         a = torch.zeros(1, 8)
         b = torch.zeros(1, 8)
@@ -233,7 +236,7 @@ def test_nan_and_infinity(a0, b0, c, expected, acc):
     addend = torch.ones(2, 3)
     addend[0, 0] = c
     got = ours(a.to(DTYPE["e5m2"]), "e5m2", b.to(DTYPE["e5m2"]), "e5m2", addend, k=32, acc=acc)
-    assert got[1, 1] == 33  # untouched by the special values
+    assert got[1, 1] == 33  # this element involves no special value
     if np.isnan(expected):
         assert got[0, 0].view(torch.int32) == 0x7FFFFFFF
     else:
@@ -256,7 +259,7 @@ def test_zero_results_are_positive():
 def test_accumulator_overflow():
     a = torch.full((1, 32), 448.0).to(DTYPE["e4m3"])
     got = ours(a, "e4m3", a, "e4m3", torch.tensor([[3.4e38]]), k=32)
-    # Truncation to 13 fraction bits keeps a C this large finite: the products vanish below it.
+    # Truncation to 13 fraction bits drops the products, which are far below C; C stays finite.
     assert got.item() == pytest.approx(3.4e38, rel=2**-13) and got.item() < 3.4e38
     got = ours(a, "e4m3", a, "e4m3", torch.zeros(1, 1), k=32, acc="f16")
     assert got.item() == INF

@@ -10,7 +10,7 @@ SIZE = {U8: 1, U16: 2, F16: 2, F32: 4, F64: 8, BF16: 2}
 
 
 def encode(**changes):
-    """A legal map of a 100 x 64 x 3 tensor of f16, with changes."""
+    """Encodes a legal map of a 100 x 64 x 3 tensor of f16, with `changes` to the arguments."""
     arguments = dict(
         data_type=F16, global_address=0x10000, global_dim=[100, 64, 3],
         global_strides=[208, 208 * 64], box_dim=[64, 32, 1], element_strides=[1, 1, 1],
@@ -74,7 +74,7 @@ def test_other_bytes_are_no_tensor_map():
 
 
 def test_replacing_every_field_makes_a_map_from_zeros():
-    """What Triton's device-side descriptors do: zero 128 bytes, then tensormap.replace."""
+    """Triton makes descriptors on the device this way: zero 128 bytes, then tensormap.replace."""
     packed = bytes(128)
     writes = [
         ("global_address", 0, 0x20000),
@@ -107,10 +107,10 @@ def test_replacing_every_field_makes_a_map_from_zeros():
 
 
 def expected_image(tensor, corner, box, element_strides, span):
-    """The box by index arithmetic: {offset in shared memory: value of that byte}, C order.
+    """The box by index arithmetic, in C order: {offset in shared memory: value of that byte}.
 
-    The swizzle is written as the PTX ISA draws it: in every 128-byte line, chunk j moves to j XOR
-    the line's number (modulo 8, 4 or 2).
+    The swizzle follows the drawings of the PTX ISA: in every 128-byte line, chunk j moves to
+    j XOR (the line's number modulo 8, 4 or 2).
     """
     element = tensor.dtype.itemsize
     counts = [box[0]] + [-(-b // s) for b, s in zip(box[1:], element_strides[1:], strict=True)]
@@ -173,7 +173,7 @@ def test_boxes(rank, swizzle, data_type, dtype):
 
 
 def test_the_swizzle_follows_the_address_not_the_box():
-    """A box that starts 256 bytes into the 1024-byte pattern is permuted from line 2 on."""
+    """A box that begins 256 bytes into the 1024-byte pattern starts with line 2's permutation."""
     packed = encode(box_dim=[64, 2, 1])
     chunks = [address for address, _, _ in _sim.box_runs(packed, [0, 0, 0], 1024 + 256)]
     assert chunks[:3] == [1280 + 32, 1280 + 48, 1280]

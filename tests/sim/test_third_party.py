@@ -1,4 +1,4 @@
-"""PTX of other people's making: CUB and libcu++ (third_party.cu) through nvcc, and Triton's
+"""PTX of other projects: CUB and libcu++, which nvcc compiles (third_party.cu), and Triton's
 (triton_ptx/, with the script that makes it)."""
 
 from pathlib import Path
@@ -58,14 +58,15 @@ def test_block_scan(launch):
     x = np.ones(256, np.int32)
     check(launch("block_scan", 256, [x]))
     expected = np.ones(256, np.int64)
-    for _ in range(3):  # three seeds, each in place
+    for _ in range(3):  # three seeds: each launch scans x in place
         expected = np.cumsum(expected)
     np.testing.assert_array_equal(x, expected)
 
 
 @pytest.mark.parametrize("fenced", [True, False])
 def test_memcpy_async(launch, fenced):
-    """Right either way; without a fence after init() the barrier is not for the async proxy."""
+    """Results are right in both cases. Without the fence after init(), the async proxy need not see
+    the initialized barrier: a finding."""
     x = np.random.default_rng(2).integers(0, 2**31, (2, 256, 4), dtype=np.int32)
     y = np.zeros_like(x)
     name = "reverse_fenced" if fenced else "reverse_unfenced"
@@ -103,7 +104,7 @@ def test_triton_fp8_matmul(completion, seed):
     generator = torch.Generator().manual_seed(1)
     a, b = (torch.randn(rows, k, generator=generator).to(torch.float8_e4m3fn) for rows in (m, n))
     c = torch.zeros(m, n, dtype=torch.float16)
-    scratch = np.zeros(4 * 3 * 128, np.uint8)  # three maps for each of the four CTAs
+    scratch = np.zeros(4 * 3 * 128, np.uint8)  # each of the four CTAs has three maps
     sizes = [np.int32(x) for x in (m, n, k)]
     args = [sim.read_only(a), sim.read_only(b), sim.output(c), *sizes, scratch, NO_SCRATCH]
     report = triton_module("matmul_fp8_sm90").launch(

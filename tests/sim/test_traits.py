@@ -1,4 +1,4 @@
-"""What the simulator knows of each opcode: its row in the table, and the traits of instructions."""
+"""What the simulator knows about an opcode: its row in the table, and its instructions' traits."""
 
 from pathlib import Path
 

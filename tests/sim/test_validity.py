@@ -1,4 +1,4 @@
-"""Registers of which only some bits have been assigned: which uses are right, which are faults.
+"""Registers with some bits never assigned: which uses are legal, and which are findings.
 
 %h0, %r0, %f0 and %rd0 are never assigned. %r1 is the thread's number; %h1, %f1 and %rd1 hold it in
 other types. %rd9 is the address of the thread's 8 bytes of output."""
@@ -177,7 +177,7 @@ def test_the_finding_names_the_bits():
 
 
 def test_triton_casts_one_value_to_fp8():
-    """x.to(tl.float8e4nv) with one element a thread: the other half of the pair is not assigned."""
+    """x.to(tl.float8e4nv), one element per thread: the pair's other input is never assigned."""
     out = torch.zeros(32, dtype=torch.uint8)
     code = """
         ld.param.u64 %rd1, [out];

@@ -142,7 +142,7 @@ def test_an_unknown_variable_lists_the_others(module):
 
 
 def test_pointers_to_variables():
-    """A variable that holds another's address, set by the host; a store to it reaches the other."""
+    """The host puts the address of x into the variable `to`; a store through `to` reaches x."""
     before = ".visible .global .align 8 .u64 to;\n.visible .global .align 4 .u32 x[2];"
     module = sim.Module(text_of("ld.global.u64 %rd3, [to];\nst.u32 [%rd3], 7;", before))
     module.variable("to").set(module.variable("x").address + 4)

@@ -1,4 +1,5 @@
-"""Member masks by lane: parts of a warp that meet at .sync instructions, each by itself."""
+"""Member masks that differ by lane: each part of a warp synchronizes by itself at .sync
+instructions."""
 
 import numpy as np
 import pytest
@@ -9,8 +10,8 @@ LANE = np.arange(32)
 A = random_bits(np.uint32)[:32]
 SEEDS = range(3)
 
-# How a warp is cut into parts: PTX that computes each lane's member mask in %t7, and the part of
-# each lane.
+# Ways to cut a warp into parts: (PTX that computes each lane's member mask in %t7, number of each
+# lane's part).
 CUTS = {
     f"tiles of {n}": (
         f"and.b32 %t6, %tid_, {32 - n};\nmov.u32 %t7, {(1 << n) - 1};\nshl.b32 %t7, %t7, %t6;\n",
@@ -46,7 +47,7 @@ def parts_of(part):
 
 
 def by_part(part, f):
-    """f(the lanes of a part) for each lane's own part."""
+    """For each lane, f(lanes of its part)."""
     out = np.zeros(32, np.uint32)
     for members in parts_of(part):
         out[members] = f(members)
@@ -113,7 +114,7 @@ def expected(op, part):
 def code_of(op, cut):
     setup, part = CUTS[cut]
     before, code, _ = OPS[op]
-    # The first lane of each part, for shfl: the lowest bit of its mask.
+    # shfl reads the first lane of each part, which is the lowest bit of the mask.
     leader = "brev.b32 %t3, %t7;\nclz.b32 %t3, %t3;\n"
     if "leader" in code:
         before += leader
@@ -132,7 +133,7 @@ def test_parts_that_execute_together(op, cut):
 @pytest.mark.parametrize("cut", ["tiles of 2", "tiles of 8", "every third lane"])
 @pytest.mark.parametrize("op", ["shfl", "ballot", "match.any", "redux.add", "elect"])
 def test_members_come_from_different_branches(op, cut, bit, seed):
-    """Lanes with and without `bit` stand at different instructions of one kind."""
+    """Lanes with `bit` and lanes without it wait at two different instructions of one kind."""
     before, code, part = code_of(op, cut)
     got = lanes(before + DIVERGED.format(code=code, bit=bit), np.uint32, A, seed=seed)
     np.testing.assert_array_equal(got, expected(op, part))
@@ -160,7 +161,7 @@ def test_the_whole_warp_may_meet_at_two_instructions(seed):
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_tiles_loop_for_as_long_as_each_needs(seed):
-    """Each tile of four sums its lanes by butterflies, as often as its number says."""
+    """Tile n of four lanes sums its lanes by butterflies n + 1 times."""
     setup, part = CUTS["tiles of 4"]
     code = (
         setup
@@ -186,7 +187,7 @@ def test_tiles_loop_for_as_long_as_each_needs(seed):
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_parts_that_wait_for_members_elsewhere_do_not_hold_up_the_others(seed):
-    """Tiles of 8 in a branch of 16 to 31: that of 24 waits for lane 15, which comes last."""
+    """Lanes 16 to 23 are a part; lanes 24 to 31 are another, which also waits for lane 15."""
     code = """
         mov.u32 %z, 0;
         setp.lt.u32 %p, %tid_, 16;
@@ -224,7 +225,7 @@ def test_lanes_that_have_exited_are_not_waited_for():
 
 
 def test_lanes_that_a_guard_turns_away_go_on():
-    """The upper half of each pair skips the vote that the lower half waits in."""
+    """The odd lanes skip the vote that the even lanes wait for."""
     code = """
         and.b32 %t0, %tid_, 1;
         setp.eq.u32 %p, %t0, 0;

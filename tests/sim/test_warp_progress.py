@@ -1,4 +1,4 @@
-"""Threads of a warp go on by themselves: locks, flags, early exits, barriers that count threads."""
+"""Threads of a warp progress independently: locks, flags, exits, barriers that count threads."""
 
 import numpy as np
 import pytest
@@ -30,7 +30,7 @@ def zeros(n=1):
     return np.zeros(n, np.int32)
 
 
-# ---- locks: each takes %rd1, adds one to %rd2 and gives %rd1 back --------------------------------
+# ---- locks: each thread locks %rd1, adds one to %rd2, unlocks %rd1 -------------------------------
 
 CRITICAL = """
     membar.gl;
@@ -77,7 +77,7 @@ def test_each_thread_takes_a_lock(lock, block):
 
 @pytest.mark.parametrize("lock", ["cas", "ticket"])
 def test_the_warp_is_together_behind_a_lock(lock):
-    """At the next barrier at the latest: the product of matrices needs all lanes."""
+    """The warp reconverges at the next barrier at the latest: mma.sync needs all lanes."""
     code = LOCKS[lock] + """
     bar.sync 0;
     mov.u32 %r10, 0;
@@ -103,7 +103,7 @@ def test_a_lock_without_a_fence_is_a_race():
 
 # ---- flags among the lanes of a warp -------------------------------------------------------------
 
-# Lane n waits for lane n - 1, or n + 1, to have written its slot.
+# Lane n waits until lane n - 1 (or n + 1) has written its slot.
 CHAIN = """
     .shared .align 4 .b8 slots[128];
     mov.u32 %t0, slots;
@@ -243,7 +243,7 @@ DONE:
 @pytest.mark.parametrize("barrier", BARRIERS)
 @pytest.mark.parametrize("leave", LEAVE)
 def test_threads_leave_before_a_barrier(leave, barrier, block, n):
-    """The others are ordered by it, whatever the block's size and whoever is gone."""
+    """The barrier orders the remaining threads, whatever the CTA's size and whichever have left."""
     code = NEIGHBOUR.format(
         leave=LEAVE[leave].format(n=n),
         barrier=BARRIERS[barrier].format(n=n, padded=-(-n // 32) * 32),
@@ -267,7 +267,8 @@ def test_barrier_reductions_count_the_threads_there_are(block):
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_lanes_arrive_at_a_barrier_one_branch_after_the_other(seed):
-    """Two instructions of a barrier that is not .aligned, and a named one of a ragged warp."""
+    """Two instructions of one barrier without .aligned, with and without a thread count; the last
+    warp is not full."""
     code = """
         .shared .align 4 .b8 slots[160];
         mov.u32 %t0, slots;
@@ -291,7 +292,7 @@ def test_lanes_arrive_at_a_barrier_one_branch_after_the_other(seed):
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_each_half_of_a_block_has_a_barrier_of_its_own(seed):
-    """The number of the barrier differs within a warp."""
+    """Lanes of one warp wait at barriers of different numbers."""
     code = """
         .shared .align 4 .b8 slots[384];
         mov.u32 %t0, slots;

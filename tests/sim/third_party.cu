@@ -1,4 +1,4 @@
-// Kernels made of other people's code, for test_third_party.py: CUB's collectives and libcu++'s
+// Kernels that call other projects' code, for test_third_party.py: CUB's collectives and libcu++'s
 // asynchronous copy, both of which come with the CUDA toolkit.
 #include <cuda/barrier>
 #include <cuda/ptx>

@@ -1,9 +1,9 @@
 """Makes a CUDA build of torch importable on a machine without CUDA's gigabytes of libraries.
 
-torch's own libraries are linked to cuBLAS, cuDNN and the like, and the loader wants every symbol
-they name to exist. `write_stubs` builds shared libraries with those sonames, symbols and symbol
-versions. Every function in them answers "no device", which is what torch asks at most when it runs
-on the CPU.
+torch's own libraries are linked to cuBLAS, cuDNN and others, and the loader requires every symbol
+that they name. `write_stubs` builds shared libraries with those sonames, symbols and symbol
+versions. Every function in them returns the error "no device". That is enough: on the CPU, torch
+asks CUDA for nothing more than whether there is a device.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def _run(*command: str) -> str:
 
 
 def write_stubs(torch_lib: Path, folder: Path) -> None:
-    """Builds in `folder` a stub for each CUDA library that the libraries in `torch_lib` need."""
+    """Builds, in `folder`, a stub for each CUDA library that the libraries in `torch_lib` need."""
     folder.mkdir(parents=True, exist_ok=True)
     libraries = sorted(torch_lib.glob("*.so*"))
     present = {library.name for library in libraries}
@@ -49,7 +49,7 @@ def write_stubs(torch_lib: Path, folder: Path) -> None:
         if library_of_version.get(version) in symbols:
             symbols[library_of_version[version]][version].add(name)
         elif not version and re.match(r"cu|nccl|nv", name):
-            symbols[missing[0]][None].add(name)  # unversioned: any library will do
+            symbols[missing[0]][None].add(name)  # has no version: any stub may define it
     for library, versions in symbols.items():
         _build(folder, library, versions)
 

@@ -10,11 +10,11 @@ LARGEST = sys.float_info.max
 
 
 def rounded(value: Fraction, mode: str, zero: float = 0.0) -> float:
-    """A rational as f64 by PTX's mode; `zero`: what an exact zero is."""
+    """A rational rounded to f64 by a PTX rounding mode; `zero` is the result for an exact zero."""
     if value == 0:
         return zero
     try:
-        near = value.numerator / value.denominator  # correctly rounded, as Python promises
+        near = value.numerator / value.denominator  # Python rounds this division correctly
     except OverflowError:
         near = inf if value > 0 else -inf
     if near in (inf, -inf):
@@ -30,12 +30,12 @@ def rounded(value: Fraction, mode: str, zero: float = 0.0) -> float:
 
 
 def extract(value: int, at: int, bits: int, signed: bool) -> int:
-    """The field of `bits` bits that begins at bit `at`."""
+    """The value of the field of `bits` bits that begins at bit `at` of `value`."""
     part = value >> at & (1 << bits) - 1
     return part - (1 << bits) if signed and part >> (bits - 1) else part
 
 
 def saturate(value: int, signed: bool, bits: int) -> int:
-    """The nearest integer that a field of `bits` bits holds."""
+    """The integer nearest to `value` that a field of `bits` bits can hold."""
     low = -(1 << (bits - 1)) if signed else 0
     return min(max(value, low), low + (1 << bits) - 1)

@@ -1,7 +1,7 @@
 """Parses and launches damaged PTX: `PYTHONPATH=tests python -m support.fuzz_ptx SEED COUNT`.
 
-A program of its own, so that a crash is an exit status. Every damaged text must give a report or an
-exception of the documented kinds; the last line says how many gave which.
+It is a program of its own so that a crash shows as an exit status. Every damaged text must give a
+report or one of the documented exceptions; the last line of output counts the outcomes.
 """
 
 import re
@@ -47,7 +47,7 @@ def damage(rng: np.random.Generator, tokens: list[str]) -> str:
 
 
 def arguments_for(kernel: sim.Kernel) -> list:
-    """An argument of the right size for each parameter: buffers for pointers, a map, numbers."""
+    """An argument of the right size for each parameter: buffers for pointers, maps, numbers."""
     data = np.zeros((32, 32), np.float32)
     made = []
     for parameter in kernel.parameters:
@@ -66,7 +66,7 @@ def arguments_for(kernel: sim.Kernel) -> list:
 
 
 def run(rng: np.random.Generator) -> str:
-    """What became of one damaged text."""
+    """Parses and launches one damaged text; returns the name of the outcome."""
     texts = list(SOURCES)
     text = damage(rng, SOURCES[texts[rng.integers(len(texts))]])
     try:
@@ -95,7 +95,7 @@ def main() -> None:
     seed, count = int(sys.argv[1]), int(sys.argv[2])
     outcomes: Counter[str] = Counter()
     for index in range(seed, seed + count):
-        print(index, file=sys.stderr, flush=True)  # the last one printed is the one that crashed
+        print(index, file=sys.stderr, flush=True)  # names the text of a crash
         outcomes[run(np.random.default_rng(index))] += 1
     print(dict(outcomes))
 

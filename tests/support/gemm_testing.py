@@ -1,5 +1,5 @@
-"""What the tests of FP8 products share: operands of every granularity, and the bounds that
-docs/numerics.md derives on the distance of a result from the float64 product."""
+"""Helpers for tests of FP8 GEMMs: operands of every granularity, and the bounds of docs/numerics.md
+on the distance between a result and the float64 result."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ops = torch.ops.torchext
 
 @dataclass(frozen=True)
 class Operand:
-    """A quantized matrix, and, in float64 on the CPU, its data and the scale of each element."""
+    """A quantized matrix (data, scale); its data and each element's scale in float64 on the CPU."""
 
     data: torch.Tensor
     scale: torch.Tensor
@@ -51,18 +51,21 @@ class Operand:
         return Operand(data, scale, values, scales[:rows, :columns].expand(rows, columns))
 
     def rows(self, index):
-        """Some of its rows, of `values` and `scales` alone."""
+        """The operand with some rows of `values` and `scales`; `data` and `scale` stay whole."""
         return replace(self, values=self.values[index], scales=self.scales[index])
 
     def columns(self, begin, end):
-        """With zeros instead of other columns: a kernel's blocks of K are those of the whole."""
+        """The operand with zeros outside these columns of `values`.
+
+        Its K blocks are those of the whole matrix, as they are in the kernel.
+        """
         values = torch.zeros_like(self.values)
         values[:, begin:end] = self.values[:, begin:end]
         return replace(self, values=values)
 
 
 def tensor_core_of(config: pytest.Config) -> TensorCore | None:
-    """What sums FP8 products: a TensorCore, maybe simulated; None where FP32 arithmetic does."""
+    """The (maybe simulated) tensor core that sums FP8 products; None if FP32 arithmetic does."""
     where = config.getoption("--device")
     if where == "cpu":
         return None
@@ -82,8 +85,10 @@ QUANTIZERS = {
 
 
 def unquantized(granularity, shape, *, scaled=True):
-    """N(0, 1), the rows and the groups of K (of either operand, differently) scaled by powers of
-    two so that a scale applied in the wrong place cannot go unseen."""
+    """Random normal values times random powers of two for each row and each scale group along K.
+
+    The two operands get different powers, so that a scale applied in the wrong place is visible.
+    """
 
     def sizes(*shape):
         return 2.0 ** torch.randint(-3, 2, shape) if scaled else torch.ones(shape)
@@ -110,15 +115,18 @@ def operands(granularity, m, n, k, device, *, dtypes=(E4M3, E4M3), scaled=True):
 
 @dataclass(frozen=True)
 class TensorCore:
-    """How one rounds: the products of a step, and the place, relative to the largest magnitude
-    involved, below which each product, the sum so far and the new sum are truncated."""
+    """How a tensor core rounds.
+
+    step: how many products one step adds. lost: the largest truncation error of each product, of
+    the sum so far and of the new sum, relative to the largest magnitude in the step.
+    """
 
     step: int
     lost: float
 
     @property
     def lost_in_a_block(self):
-        """Of 128 of K, with 2 % for what the errors add to the sums."""
+        """The relative error of one K block, with 2 % for the growth of sums by earlier errors."""
         return 1.02 * (128 // self.step) * (self.step + 2) * self.lost
 
 
@@ -131,14 +139,15 @@ TENSOR_CORES = {
 
 
 def tensor_core_error(a, b, unit):
-    """The most that the tensor core loses of each output, summed over the blocks of 128 of K.
+    """The largest error of each output by the tensor core, summed over the K blocks.
 
-    Hopper's: a step of 32 of K aligns its non-zero products and the sum so far to the largest
-    exponent among them, truncates each to 13 fraction bits, adds them exactly, and truncates the
-    sum likewise: at most 34 errors of 2**-13 times the largest magnitude involved. Exponents are
-    not normalized, so a subnormal operand counts as the smallest normal one. Four steps a block,
-    and 2 % for what the errors add to the sums: 0.017 times the largest product or partial sum of
-    the block. The others': docs/numerics.md.
+    On Hopper, one step covers 32 elements of K. It aligns the non-zero products and the sum so far
+    to the largest exponent among them, truncates each to 13 fraction bits, adds them exactly, and
+    truncates the sum to 13 bits: at most 34 errors of 2**-13 times the largest magnitude in the
+    step. Exponents are not normalized, so a subnormal operand counts as the smallest normal number.
+    A K block has four steps; 2 % more cover the growth of sums by earlier errors. The bound is
+    0.017 times the largest product or partial sum of the block. docs/numerics.md has the bounds of
+    the other tensor cores.
     """
     m, n, k = a.values.shape[0], b.values.shape[0], a.values.shape[1]
     lost = torch.zeros(m, n, dtype=torch.float64)
@@ -149,7 +158,7 @@ def tensor_core_error(a, b, unit):
             torch.where(q == 0, 0.0, q.abs().clamp(min=SMALLEST_NORMAL[x.data.dtype]))
             for q, x in ((qa, a), (qb, b))
         ]
-        few_rows = lifted[0].split(32)  # what memory allows
+        few_rows = lifted[0].split(32)  # 32 rows at a time, to save memory
         largest = torch.cat([(rows[:, None] * lifted[1]).amax(2) for rows in few_rows])
         for end in range(unit.step, qa.shape[1] + unit.step, unit.step):
             largest = largest.maximum((qa[:, :end] @ qb[:, :end].t()).abs())
@@ -158,11 +167,11 @@ def tensor_core_error(a, b, unit):
 
 
 def sum_error(a, b, *, tensor_core, addends=(), terms=None):
-    """The largest error of a product before it is rounded, with float64 operands.
+    """The largest error of a GEMM before its result is rounded, from float64 operands.
 
-    sum |a b| * (terms + 4) * 2**-24    FP32: scales and sums, in any order; terms: K
-    + tensor_core_error                 not where FP32 arithmetic sums
-    + (|a @ b| + |addends|) * 2**-23    bias and old output are added in FP32
+    sum |a b| * (terms + 4) * 2**-24    FP32 scales and sums, in any order; `terms` is K by default
+    + tensor_core_error                 unless FP32 arithmetic sums
+    + (|a @ b| + |addends|) * 2**-23    additions of bias and old output in FP32
     """
     da, db = a.dequantized, b.dequantized
     terms = da.shape[1] if terms is None else terms
@@ -178,9 +187,11 @@ def sum_error(a, b, *, tensor_core, addends=(), terms=None):
 def assert_within_bound(
     result, a, b, *, tensor_core, bias=None, old=None, terms=None, out_dtype=None
 ):
-    """That `result` is a @ b.T (+ bias) (+ old) as closely as docs/numerics.md promises: within
-    sum_error and the rounding of (|exact| + sum_error) to the output's dtype, which is at least
-    half its least subnormal."""
+    """Asserts that `result` is a @ b.T (+ bias) (+ old) as closely as docs/numerics.md promises.
+
+    The bound is sum_error plus the rounding of (|exact| + sum_error) to the output's dtype. The
+    rounding is at least half the smallest subnormal of that dtype.
+    """
     out_dtype = out_dtype or result.dtype
     exact = a.dequantized @ b.dequantized.t()
     addends = [
@@ -198,7 +209,7 @@ def assert_within_bound(
 
 
 def check(a, b, tensor_core, *, out_dtype=torch.bfloat16, bias=None, out=None, accumulate=False):
-    """Runs fp8_gemm_nt, compares with the exact result, and returns what the op made of it."""
+    """Runs fp8_gemm_nt, compares its result with the exact one, and returns its result."""
     old = out.clone() if accumulate else None
     if out is None:
         result = ops.fp8_gemm_nt(*a.quantized, *b.quantized, bias=bias, out_dtype=out_dtype)

@@ -34,7 +34,7 @@ DONE:
 """
 )
 
-# The same with one thread and its arguments in a struct { float* y; float a; unsigned n; }
+# The same for one thread, with the arguments in a struct { float* y; float a; unsigned n; }
 STRUCT = (
     HEADER
     + """
@@ -230,7 +230,7 @@ STORE = (
 )
 
 # Two CTAs of a cluster: each initializes an mbarrier, stores a number, and arrives at the other's
-# mbarrier; then waits for its own. FENCE and READ are replaced by the tests.
+# mbarrier; then it waits for its own. Tests replace FENCE and READ.
 PEERS = (
     HEADER
     + """
@@ -265,7 +265,7 @@ WAIT:
 """
 )
 
-# Calls through a table, recursion, alloca, malloc, initializers, expressions.
+# A kernel with calls through a table, recursion, alloca, malloc, initializers and expressions.
 CALLS = (
     HEADER
     + """

@@ -1,4 +1,4 @@
-"""What the tests of torchext.nn.Linear share: recipes, op counts, saved tensors, SQNR."""
+"""Helpers for tests of torchext.nn.Linear: recipes, op counts, saved tensors, SQNR."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ QUANTIZE_ACTIVATION = ("quantize_1x128", "quantize_1x128_t", "quantize_1x128_dua
 class OpCounter(TorchDispatchMode):
     """Counts calls of torch.ops.torchext.*, and of ATen's matrix products, by name.
 
-    Twins that fall through autograd, named with an underscore, count as their public ops.
+    A below-autograd alias, which has an underscore in front, counts as its public op.
     """
 
     def __init__(self) -> None:
@@ -54,7 +54,7 @@ class OpCounter(TorchDispatchMode):
 
 @contextmanager
 def saved_tensors() -> Iterator[list[Tensor]]:
-    """What autograd keeps for backward while the context is open."""
+    """The list of tensors that autograd saves for backward while the context is open."""
     saved: list[Tensor] = []
 
     def pack(tensor: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ def saved_tensors() -> Iterator[list[Tensor]]:
 
 
 def sqnr(reference: Tensor, value: Tensor) -> float:
-    """Signal to quantization noise in dB."""
+    """The signal-to-quantization-noise ratio of `value` in dB."""
     reference, value = reference.double(), value.double()
     noise = (reference - value).square().sum()
     return (10 * torch.log10(reference.square().sum() / noise)).item()
@@ -102,7 +102,7 @@ def train_step(linear: torch.nn.Module, x: Tensor) -> Tensor:
 
 
 def assert_quantized_afresh(linear: Linear, x: Tensor, times: int = 1) -> None:
-    """The next forward quantizes the weight `times` times, and is that of a new layer."""
+    """Asserts that the next forward quantizes the weight `times` times and equals a new layer's."""
     with OpCounter() as counter:
         y = linear(x)
     assert counter.of(*QUANTIZE_WEIGHT) == times

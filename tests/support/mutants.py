@@ -1,9 +1,9 @@
-"""Faults planted in shipping kernels, and what the simulator makes of each.
+"""Faults planted in shipping kernels, and how the simulator catches each.
 
-A mutant is an edit of a kernel's source: the kernels themselves carry no test switches, and an edit
-whose text is no longer there fails loudly. Each mutant is compiled to PTX and run through the op,
-in every completion mode and under several seeds; in every run the checker must object, or the
-numbers must be wrong. `python tests/support/mutants.py` prints the table of ptx/sim/README.md.
+A planted fault (`Mutant`) is an edit of a kernel's source, so the kernels need no test switches. An
+edit whose text is no longer there fails loudly. Each edited kernel is compiled to PTX and run by
+its op, in every completion mode and under several seeds; every run must have a finding or wrong
+numbers. `python tests/support/mutants.py` prints the table of ptx/sim/README.md.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ BLOCKS = "csrc/quantize/cuda/blocks.cu"
 
 
 def _kernel(tile: str, granularity: str = "1d2d", op: str = "", output: str = "kStored") -> str:
-    """The text of a .cu file that has one of Hopper's GEMM kernels: `tile` is a line of tiles.h."""
+    """The text of a .cu file with one of Hopper's GEMM kernels; `tile` is a line of tiles.h."""
     table = {"kStored": "", "kGated": "_gated"}[output]
     upper = granularity.replace("d", "D")
     return f"""
@@ -58,13 +58,13 @@ TORCHEXT_MMA_KERNEL(mma89_fp8_gemm_nt_1d2d_e4m3_e4m3_128x128x128, Sm89, k1D2D, e
 
 @dataclass(frozen=True)
 class Problem:
-    """A call that a mutant must spoil: what to compile, and what to run on which SMs."""
+    """A call that planted faults must spoil: what to compile, and what to run on which SMs."""
 
-    source: str  # text of a .cu file beside the kernel, or the path of the kernel's own
+    source: str  # text of a .cu file to put beside the kernel, or path of a .cu file
     run: Callable[[], tuple[torch.Tensor, ...]]
-    num_sms: int = 2  # few, so that CTAs go round their rings and reuse their buffers
-    capability: int = 90  # of the simulated GPU
-    tile: str | None = None  # of Hopper's GEMM
+    num_sms: int = 2  # few, so that CTAs reuse the slots of their rings and their buffers
+    capability: int = 90  # of the simulated GPU: 10 * major + minor
+    tile: str | None = None  # forces this tile of Hopper's GEMM
     split_k: int = 1
     cluster: int = 1
 
@@ -118,7 +118,7 @@ def _blocks() -> tuple[torch.Tensor, ...]:
 
 
 def _along_k() -> tuple[torch.Tensor, ...]:
-    """Groups that part in the middle of a block of 128: its columns are masked."""
+    """Groups along K whose ends lie inside a K block, so that some of its columns are masked."""
     generator = torch.Generator().manual_seed(9)
     a, b = (
         _plain(ops.quantize_1x128, torch.randn(rows, 400, generator=generator))
@@ -129,7 +129,7 @@ def _along_k() -> tuple[torch.Tensor, ...]:
 
 
 def _groups() -> tuple[torch.Tensor, ...]:
-    """Groups of rows that fill tiles of 256 rows in part."""
+    """Groups of rows that fill tiles of 256 rows only in part."""
     generator = torch.Generator().manual_seed(10)
     a = _plain(ops.quantize_1x128, torch.randn(600, 200, generator=generator))
     b = _plain(ops.quantize_128x128, torch.randn(3, 136, 200, generator=generator))
@@ -147,7 +147,7 @@ def _swiglu() -> tuple[torch.Tensor, ...]:
 PROBLEMS = {
     # Four tiles, eight K blocks.
     "by TMA": Problem(_kernel(PLAIN), _gemm(256, 256, 1024), tile=PLAIN),
-    # Four boxes a tile, where there is space for two.
+    # A tile has four boxes, but the buffers hold two.
     "in FP32": Problem(_kernel(PLAIN), _gemm(256, 256, 256, torch.float32), tile=PLAIN),
     # Rows of out are not 16-byte aligned.
     "by threads": Problem(_kernel(PLAIN), _gemm(70, 101, 300), tile=PLAIN),
@@ -352,10 +352,10 @@ def _compile(problem: Problem, edit: tuple[str, str, str] | None, folder: Path) 
 
 @dataclass(frozen=True)
 class Outcome:
-    kinds: tuple[str, ...]  # of findings, notes too, over all runs, the most frequent first
+    kinds: tuple[str, ...]  # of findings and notes over all runs, the most frequent first
     caught: int  # runs with a finding or with wrong numbers
     by_checker: int  # runs with a finding
-    wrong: int | None  # runs with wrong numbers, of those that could be made without checks
+    wrong: int | None  # unchecked runs with wrong numbers; None: unsafe to run unchecked
 
 
 def _bits(outputs: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
@@ -363,7 +363,7 @@ def _bits(outputs: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
 
 
 def _run(problem: Problem, ptx: Path, seed: int, mode: str, checks: bool):
-    """(outputs or None, kinds of findings)"""
+    """(outputs, or None if the run failed; kinds of findings)"""
     options = {"seed": seed, "completion": mode, "num_sms": problem.num_sms, "num_threads": 1}
     options["compute_capability"] = problem.capability
     with sim.simulate(ptx=[ptx], checks=checks, **options) as simulation:
@@ -371,12 +371,12 @@ def _run(problem: Problem, ptx: Path, seed: int, mode: str, checks: bool):
             outputs = problem.outputs()
         except RuntimeError:
             if not simulation.reports or simulation.reports[-1].ok:
-                raise  # the simulator broke: that is no way to catch a mutant
+                raise  # the simulator failed, which does not count as catching the fault
             outputs = None
     return outputs, [finding.kind for report in simulation.reports for finding in report.findings]
 
 
-# Kinds after which a kernel may not be let run unchecked.
+# A kernel with findings of these kinds must not run unchecked.
 UNSAFE = {"out of bounds", "misaligned access", "deadlock", "read-only memory", "tensor map"}
 
 
@@ -406,13 +406,13 @@ def _same(outputs: tuple[torch.Tensor, ...], truth: list[torch.Tensor] | None) -
 
 
 def truth_of(problem: Problem) -> list[torch.Tensor]:
-    """What the shipping kernel gives."""
+    """The output bits of the shipping kernel."""
     with sim.simulate(num_sms=problem.num_sms, compute_capability=problem.capability):
         return _bits(problem.outputs())
 
 
 def row(mutant: Mutant, outcome: Outcome) -> str:
-    """A row of the table: | mutant | kernel | caught by | right numbers |"""
+    """A row of the table: | planted fault | kernel | caught by | right numbers |"""
     kernel = Path(mutant.file).name if mutant.file.startswith("ptx") else Path(mutant.file).stem
     by = ", ".join(outcome.kinds) or "numbers"
     if outcome.wrong is None:

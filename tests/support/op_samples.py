@@ -1,4 +1,4 @@
-"""Inputs that the tests of the ops share."""
+"""Inputs and comparisons for tests of the ops."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def overload(name, which="default"):
 
 
 def metadata(outputs):
-    """Everything that a fake kernel promises."""
+    """Everything that a fake kernel promises: shape, strides, dtype and device of each output."""
     return [(tuple(t.shape), t.stride(), t.dtype, t.device) for t in tree_leaves(outputs)]
 
 
@@ -41,8 +41,10 @@ def random(*shape, device, dtype=torch.bfloat16):
 
 
 def quantized(granularity, m, n, k, *, device, leading=None, groups=None):
-    """a, a_scale, b, b_scale for fp8_gemm_nt; a's rows have the shape `leading` if it is given, and
-    b is as many matrices as `groups` says."""
+    """a, a_scale, b, b_scale for fp8_gemm_nt.
+
+    a is [*leading, k], or [m, k] without `leading`; b is [n, k], or [groups, n, k] with `groups`.
+    """
     x = random(*((m,) if leading is None else leading), k, device=device)
     w = random(*(() if groups is None else (groups,)), n, k, device=device)
     quantize_a, quantize_b = {
@@ -58,8 +60,10 @@ GRANULARITIES = ["1d2d", "1d1d", "rowwise", "tensorwise"]
 
 
 def grouped(case, m, n, k, *, device, granularity="1d2d"):
-    """The name of a grouped op and the tensors that it takes, by position and by keyword: three
-    groups that hold all m rows (masked: of m each) or all k columns."""
+    """(name of a grouped op, its tensors by position, its tensors by keyword).
+
+    Three groups share the m rows (case "masked": each has m rows) or the k columns ("along k").
+    """
 
     def index(*values):
         return torch.tensor(values, dtype=torch.int32, device=device)
@@ -88,15 +92,17 @@ FUSED = [
 
 
 def assert_same(first, second):
-    """Asserts that two results agree in everything that fakes promise, and to the bit."""
+    """Asserts that two results agree in everything that fake kernels promise, and in every bit."""
     assert metadata(first) == metadata(second)
     for x, y in zip(tree_leaves(first), tree_leaves(second), strict=True):
         torch.testing.assert_close(x.float(), y.float(), rtol=0, atol=0, equal_nan=True)
 
 
 def opcheck(op, args, kwargs=None):
-    """torch.library.opcheck for ops of FP8 tensors: its schema test compares a tensor before and
-    after with torch.allclose, which torch has not got for FP8."""
+    """torch.library.opcheck for ops with FP8 tensors.
+
+    Its schema test compares tensors by torch.allclose, which torch lacks for FP8.
+    """
     allclose = torch.allclose
 
     def allclose_fp8(x, y, **options):

@@ -1,4 +1,4 @@
-"""Kernels around a single instruction, for the tests of the simulator's opcodes."""
+"""Kernels around a few instructions, for tests of the simulator's opcodes."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ def register_type(dtype: np.dtype) -> str:
 
 
 def lanes(code: str, out, *inputs, block: int | None = None, target: str = "sm_90a", **options):
-    """Runs `code` on one thread an element: inputs in %a, %b, %c, ...; the result is %z.
+    """Runs `code` with one thread per element and returns the results; asserts no error is found.
 
-    `out` is a dtype or a list of them (%z, %y, %x). %p, %q are predicates; %t0-%t7 32-bit and
-    %u0-%u7 64-bit scratch registers. Returns one array or a list; asserts that nothing was found.
+    Inputs are in %a, %b, %c, ...; `code` leaves the result in %z. `out` is the result's dtype; a
+    list of dtypes gives a list of results, from %z, %y, %x, ... Scratch registers: predicates %p
+    and %q, 16-bit %h0-%h7, 32-bit %t0-%t7, 64-bit %u0-%u7. %tid_ is the thread's number.
     """
     report, results = lanes_report(code, out, *inputs, block=block, target=target, **options)
     assert report.ok, str(report)
@@ -75,7 +76,7 @@ def lanes_report(code, out, *inputs, block=None, target="sm_90a", **options):
 
 
 def kernel(body: str, params: str = ".param .u64 out", target: str = "sm_90a") -> sim.Module:
-    """A module with one kernel named `kernel`: registers %r, %rd, %f, %p, %h of each kind."""
+    """A module with one kernel named `kernel`, which declares registers %p, %h, %r, %f and %rd."""
     return sim.Module(
         HEADER.format(target=target)
         + f".visible .entry kernel({params})\n{{\n"
@@ -91,7 +92,7 @@ def kinds(report) -> set[str]:
 
 
 def line_with(text: str, pattern: str) -> int:
-    """The number, from 1, of the first line that matches."""
+    """The number of the first line that matches; the first line of the text is 1."""
     for number, line in enumerate(text.splitlines(), 1):
         if re.search(pattern, line):
             return number

@@ -1,4 +1,4 @@
-"""Small PTX texts for the tests of grammar, modules and calls, checked against ptxas."""
+"""Small PTX texts for tests of grammar, modules and calls, which ptxas can check."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ REGISTERS = (
 def text_of(
     code: str, before: str = "", attributes: str = "", params: str = ".param .u64 out"
 ) -> str:
-    """A module with kernel `k`: `out` is in %rd1, %r1 is the thread's number."""
+    """The text of a module with kernel `k`: %rd1 is the address `out`, %r1 the thread's number."""
     return (
         f"{HEADER}{before}\n.visible .entry k({params})\n{attributes}\n{{\n{REGISTERS}"
         f"ld.param.u64 %rd1, [out];\nmov.u32 %r1, %tid.x;\n{code}\nret;\n}}\n"
@@ -29,7 +29,7 @@ def text_of(
 
 
 def ptxas_accepts(text: str, arch: str = "sm_90a") -> str:
-    """Empty if ptxas takes the text or is not there, else what it says."""
+    """The messages of ptxas if it refuses the text; "" if it accepts it or is not installed."""
     ptxas = shutil.which("ptxas")
     if ptxas is None:
         return ""
@@ -50,7 +50,7 @@ def run(text: str, words: int = 32, dtype=np.uint32, block: int = 32, grid: int 
 
 
 def value_of(code: str, before: str = "", dtype=np.uint32, **options):
-    """What thread 0 leaves in %r2 (%rd2 for 8 bytes); asserts that there is no finding."""
+    """The value that thread 0 leaves in %r2 (%rd2 for 8 bytes); asserts that there is no error."""
     wide = np.dtype(dtype).itemsize == 8
     store = "st.global.u64 [%rd1], %rd2;" if wide else "st.global.u32 [%rd1], %r2;"
     text = text_of(f"{code}\n{store}", before, **options)

@@ -1,5 +1,5 @@
-"""The quantizers again, in numpy and by other means than any kernel's: FP8 values are looked up in
-the list of all FP8 values, and ties are found among the exact midpoints between them."""
+"""The quantizers in numpy, by a method that no kernel uses: a search in the list of all FP8 values.
+Ties are found among the exact midpoints between these values."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Format:
         return np.float32(self.values[-1])
 
     def encode(self, x: np.ndarray) -> np.ndarray:
-        """Codes of x (no NaN): nearest, ties to the even code, saturating; the sign is kept."""
+        """Codes of x (no NaN): rounds to nearest, ties to even codes; saturates; keeps the sign."""
         magnitude = np.abs(x.astype(np.float64))
         code = np.searchsorted(self.midpoints, magnitude, side="left")  # midpoints below magnitude
         tie = np.isin(magnitude, self.midpoints)
@@ -74,7 +74,7 @@ def scale_of(group: np.ndarray, largest: np.float32, pow2: bool) -> np.float32:
 def quantize(
     x: np.ndarray, rows: int | None, columns: int | None, fp8: Format, pow2: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(codes, scales) of an FP32 matrix with one scale for every rows x columns (None: all)."""
+    """(codes, scales) of an FP32 matrix with one scale per rows x columns elements (None: all)."""
     rows, columns = rows or max(x.shape[0], 1), columns or max(x.shape[1], 1)
     codes = np.empty(x.shape, np.uint8)
     scales = np.empty((-(-x.shape[0] // rows), -(-x.shape[1] // columns)), np.float32)
@@ -89,7 +89,7 @@ def quantize(
 
 
 def expected(name: str, x: np.ndarray, fp8: Format, pow2: bool) -> list[np.ndarray]:
-    """What the op of that name returns for a matrix."""
+    """The codes and scales that the op `name` must return for the matrix x."""
     if name == "quantize_1x128":
         return [*quantize(x, 1, GROUP, fp8, pow2)]
     if name == "quantize_1x128_t":

@@ -1,4 +1,4 @@
-"""A copy of the benchmarks and of the hardware programs beside a fake torchext. Needs no GPU."""
+"""A copy of the benchmarks and of tests/hardware beside a fake torchext. Needs no GPU."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
-# A torchext of a few lines: what the harness must cope with, on demand of an op's name.
+# A torchext of a few lines. Each op does one thing that the harness must cope with.
 FAKE_TORCHEXT = '''
 """Right, wrong, fatal and endless stand-ins for ops."""
 import collections, contextlib, os, sys, time, types
@@ -68,7 +68,7 @@ def convert_to_fp8_training(model, module_filter_fn):
 
 @pytest.fixture
 def staged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the benchmarks and a fake torchext, which becomes the working directory."""
+    """A folder with the benchmarks and a fake torchext; it becomes the working directory."""
     ignore = shutil.ignore_patterns("__pycache__", "results")
     for folder in ("benchmarks", "tests/hardware"):
         shutil.copytree(REPOSITORY / folder, tmp_path / folder, ignore=ignore)

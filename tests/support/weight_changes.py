@@ -1,4 +1,4 @@
-"""Ways to change a layer's weight, with and without PyTorch's knowledge; copies of a layer."""
+"""Ways to change a layer's weight, recorded by PyTorch or not, and ways to copy a layer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def square_linear(device: torch.device) -> Linear:
 
 
 def kept(device: torch.device) -> int:
-    """How often a weight that did not change is quantized by a forward: on CUDA nobody looks."""
+    """How often a forward quantizes an unchanged weight: on CUDA, no cache looks for changes."""
     return 1 if device.type == "cuda" else 0
 
 
@@ -36,7 +36,7 @@ def copies_of(linear: Linear) -> list[Linear]:
 
 
 class WritesThroughData(torch.optim.Optimizer):
-    """An optimizer in the old style: autograd's version counter does not see it."""
+    """An optimizer of the old style: it writes to `.data` and so bypasses the version counter."""
 
     def __init__(self, params):
         super().__init__(params, {})
@@ -104,7 +104,7 @@ def _recipe(linear: Linear) -> None:
     linear.recipe = Recipe.deepseek_v3(pow2_scale=True)
 
 
-# What PyTorch tells of, in one way or another. A fused step leaves the version counter alone.
+# Changes that PyTorch records in some way. A fused step leaves the version counter alone.
 RECORDED = [
     halve,
     _swap_data,
@@ -167,7 +167,7 @@ def _opposite_deltas(linear: Linear) -> None:
     linear.weight.data[0, 1] -= 100
 
 
-# What leaves no trace: not on the version counter, the address or the optimizer.
+# Changes that leave no trace: the version counter, the address and the optimizer do not show them.
 UNRECORDED = [
     _merge_lora,
     _copy_ema,

@@ -1,4 +1,4 @@
-"""Compiles the Triton kernels whose PTX lies beside this file. No GPU needed:
+"""Compiles the Triton kernels whose PTX is beside this file. Needs no GPU:
 
     pip install triton==3.9.0
     python tests/sim/triton_ptx/make.py
