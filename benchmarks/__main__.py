@@ -32,7 +32,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="the most important cases, few rounds")
     parser.add_argument("--budget", type=float, default=float("inf"), metavar="SECONDS")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/<date>-<hardware>")
-    parser.add_argument("--warm-up", type=int, metavar="JOBS", help="only have peers compile")
+    parser.add_argument("--warm-up", type=int, metavar="JOBS", help="only let peers compile")
     return parser.parse_args(arguments)
 
 
@@ -42,7 +42,7 @@ def default_folder(environment: dict) -> Path:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """0: torchext did all it was asked to, correctly. 1: it did not. 2: nothing could be run."""
+    """Exit status 0: torchext ran every case correctly. 1: it did not. 2: nothing could be run."""
     options = parse(arguments)
     if options.device is None:
         import torch

@@ -1,7 +1,7 @@
-"""The declarative table of what is measured: models, layers, numbers of rows, in order of worth.
+"""The table of what is measured: ops, models, layers and numbers of rows, with their priorities.
 
-A `Case` is one piece of work that every contender does on the same data. Cases come back sorted by
-priority, so that a run that is cut short has measured the ones that matter most.
+A `Case` is one op on one shape; every contender runs it on the same data. `select` sorts cases by
+priority, so that a run that is cut short has measured the most important ones.
 """
 
 from __future__ import annotations
@@ -54,25 +54,26 @@ QUANTIZERS = (
     "dequantize",
 )
 
-# Products of a layer with m rows of input, weight [n, k]. fprop: Y[m, n], 1x128 by 128x128 scales.
-# wgrad: dW[n, k], 1x128 by 1x128, stored in BF16, or added to FP32. dgrad is fprop with n and k
-# exchanged, and no case of its own.
+# GEMMs of a layer: m rows of input, a weight [n, k]. fprop: Y[m, n], scales 1x128 by 128x128.
+# wgrad: dW[n, k], scales 1x128 by 1x128, stored in BF16 or added to FP32. dgrad has no case: it is
+# fprop with n and k exchanged.
 FPROP, FPROP_ROWWISE, FPROP_TENSORWISE = "fprop", "fprop_rowwise", "fprop_tensorwise"
 WGRAD, WGRAD_ACCUMULATE = "wgrad", "wgrad_accumulate"
 GEMMS = (FPROP, FPROP_ROWWISE, FPROP_TENSORWISE, WGRAD, WGRAD_ACCUMULATE)
 
-# Products of experts, (groups, m, n, k). contiguous, masked: about m rows of input for each of
-# `groups` weights [n, k], one after the other (in multiples of 128, as DeepGEMM asks), or at the
-# head of a longer buffer each. k: wgrad of each expert, [m, n], from about k tokens, added to FP32.
+# GEMMs of experts; shape (groups, m, n, k). contiguous, masked: each of `groups` weights [n, k] has
+# about m rows of input. contiguous: groups lie one after another, with lengths that are multiples
+# of 128, as DeepGEMM requires. masked: each group fills the first rows of a longer buffer. along_k:
+# the wgrad [m, n] of each expert, from about k tokens, added to FP32.
 CONTIGUOUS, MASKED, ALONG_K = "contiguous", "masked", "along_k"
 GROUPED = (CONTIGUOUS, MASKED, ALONG_K)
 
-# forward: no gradient wanted, weight quantized beforehand. forward_backward: a training step's
-# share, with the weight quantized anew.
+# forward: no gradient; the weight was quantized before. forward_backward: the layer's part of a
+# training step; the weight is quantized again.
 FORWARD, FORWARD_BACKWARD = "forward", "forward_backward"
 LINEARS = (FORWARD, FORWARD_BACKWARD)
 
-# Number of rows m -> priority of a DeepSeek-V3 fprop with it.
+# Number of rows m -> priority of a DeepSeek-V3 fprop with m rows.
 ROWS = {
     **{m: 0 for m in (64, 4096)},
     **{m: 1 for m in (1, 16, 128, 512, 2048, 8192)},
@@ -80,16 +81,17 @@ ROWS = {
 }
 
 
-# (m, layer) whose energy is read, a second for each contender: training, and two of decoding.
+# (m, layer) whose energy is measured, which takes a second for each contender: all layers in
+# training, and two in decoding.
 ENERGY = {
     *((4096, layer.name) for layer in LAYERS if layer.model == "deepseek-v3"),
     (64, "gate_up_proj"),
     (64, "down_proj"),
 }
 
-# The experts of DeepSeek-V3, hidden size 7168, 2048 each: gate-up and down projection.
+# The experts of DeepSeek-V3: model width 7168, an expert's width 2048.
 EXPERTS = (("experts_gate_up", 4096, 7168), ("experts_down", 7168, 2048))
-# (groups, rows of a group) -> priority. Prefill: many rows; decoding: few.
+# (groups, rows in a group) -> priority. Prefill has many rows, decoding few.
 CONTIGUOUS_GROUPS = {(8, 4096): 0, (4, 8192): 1, (32, 256): 1}
 MASKED_GROUPS = {(32, 16): 0, (8, 128): 1, (4, 256): 1, (2, 512): 2, (1, 1024): 2}
 ALONG_K_GROUPS = {(8, 4096): 0, (4, 8192): 1}
@@ -97,8 +99,8 @@ ALONG_K_GROUPS = {(8, 4096): 0, (4, 8192): 1}
 
 @dataclass(frozen=True)
 class Case:
-    """One piece of work; `shape` is (rows, columns) for quantizers, (groups, m, n, k) for grouped
-    products, else (m, n, k)."""
+    """One op on one shape; `shape` is (rows, columns) for quantizers, (groups, m, n, k) for grouped
+    GEMMs, else (m, n, k)."""
 
     suite: str
     op: str
@@ -106,8 +108,8 @@ class Case:
     layer: str
     shape: tuple[int, ...]
     priority: int = 1
-    host: bool = False  # also time the host's share of a call
-    energy: bool = False  # also read the energy counter, where there is one
+    host: bool = False  # also measure the host time of a call
+    energy: bool = False  # also measure energy, if the GPU has a counter
 
     @property
     def name(self) -> str:
@@ -188,7 +190,7 @@ def cpu_cases() -> list[Case]:
 
 
 def explicit_cases(m: int, n: int, k: int) -> list[Case]:
-    """Everything there is, for one shape given by hand."""
+    """Every op, for one shape from the command line."""
     return [
         *(Case("quantize", op, "given", "", (m, k)) for op in QUANTIZERS),
         *(Case("gemm", op, "given", "", (m, n, k)) for op in GEMMS),
@@ -202,8 +204,9 @@ def select(
 ) -> list[Case]:
     """The cases to run, most important first.
 
-    `shapes`: names of models, which narrow the device's table, or shapes `MxNxK`, which take its
-    place. `quick` keeps priority 0.
+    shapes: names of models, which select cases of the device's table, or shapes `MxNxK`, for which
+    every op is run. quick: only cases of priority 0, unless a shape is given. Raises ValueError for
+    an unknown name.
     """
     given = [re.fullmatch(r"(\d+)x(\d+)x(\d+)", shape) for shape in shapes]
     table = cuda_cases() if device == "cuda" else cpu_cases()

@@ -1,5 +1,5 @@
-"""What was measured on: hardware, driver, versions, commit. `python -m benchmarks.environment`
-prints it as JSON."""
+"""Hardware, driver, versions and commit of a run. `python -m benchmarks.environment` prints them as
+JSON."""
 
 from __future__ import annotations
 
@@ -43,18 +43,18 @@ def describe(device: str) -> dict:
 def _torchext() -> dict:
     try:
         import torchext
-    except Exception as error:  # whatever keeps it from loading belongs in the results
+    except Exception as error:  # any error at import belongs in the results
         return {"torchext": None, "torchext_reason": f"{type(error).__name__}: {error}"}
     return {"torchext": torchext.__version__}
 
 
 def gpu_name() -> str | None:
-    """Without torch and without starting CUDA."""
+    """The name of GPU 0, found without torch and without starting CUDA; None if there is none."""
     return _output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader", "--id=0")
 
 
 def slug(name: str) -> str:
-    """`name` fit for a folder."""
+    """`name` as part of a folder's name: lower case, digits and hyphens."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
@@ -88,7 +88,7 @@ def _cpu_model() -> str:
 
 
 def _output(*command: str) -> str | None:
-    """What `command` prints; None where it cannot run."""
+    """The output of `command`, or None if it cannot run or fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):

@@ -1,8 +1,8 @@
 """The project's goals for speed, as data, and their verdicts: met, not met, or not measured.
 
-A goal takes the figures of torchext (and, where it compares, of a peer on the same case) and holds
-one statistic of them against a bound. A verdict says how many of the cases it should rest on were
-measured.
+A goal computes a figure for each case, from torchext's measurement and, if it compares, from a
+peer's measurement of the same case. One statistic of these figures must satisfy a bound. A verdict
+says how many of the goal's cases were measured.
 """
 
 from __future__ import annotations
@@ -40,13 +40,14 @@ def geometric_mean(values: list[float]) -> float:
 
 @dataclass(frozen=True)
 class Goal:
-    """statistic(figure over the cases that `covers` accepts) must be `at_least` or `at_most`."""
+    """The statistic of `figure`, over the cases that `covers` accepts, must satisfy the bound
+    `at_least` or `at_most`."""
 
     name: str
     text: str
     device: str
     covers: Callable[[Case], bool]
-    figure: Callable[[dict, dict, dict], float]  # of torchext, the peer, the ceilings
+    figure: Callable[[dict, dict, dict], float]  # takes torchext's record, the peer's, ceilings
     statistic: Callable[[list[float]], float]
     peer: str | None = None
     at_least: float | None = None
@@ -58,7 +59,8 @@ def _deepseek(op: str, rows: range = range(1, 1 << 20)) -> Callable[[Case], bool
 
 
 def _large(case: Case) -> bool:
-    """Arithmetic bound with room to spare: 1,000 FLOP for every byte of FP8 in, BF16 out."""
+    """Whether an fprop is clearly compute bound: at least 1,000 FLOP for each byte moved (FP8 in,
+    BF16 out)."""
     if case.op != cases.FPROP:
         return False
     m, n, k = case.shape
@@ -217,8 +219,9 @@ def evaluate(data: dict) -> list[dict]:
 
 
 def verdict(goal: Goal, data: dict) -> dict:
-    """The goal's verdict: `value` is the statistic over `measured` of the `of` cases that the goal
-    covers, `at` the case that decides a minimum or maximum."""
+    """The goal's verdict. `value`: the statistic over the cases that were measured. `measured`,
+    `of`: how many cases were measured, and how many the goal covers. `at`: the case that has the
+    minimum or maximum."""
     table = cases.cuda_cases() if goal.device == "cuda" else cases.cpu_cases()
     bound = f">= {goal.at_least:g}" if goal.at_least is not None else f"<= {goal.at_most:g}"
     figures = dict(_figures(goal, data))
@@ -256,4 +259,4 @@ def _figures(goal: Goal, data: dict) -> Iterator[tuple[str, float]]:
         try:
             yield name, goal.figure(subject, peer, data["ceilings"])
         except KeyError:
-            continue  # measured, but not this figure: no energy counter, no ceiling
+            continue  # the record lacks this figure: there was no energy counter or no ceiling

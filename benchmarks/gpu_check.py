@@ -1,4 +1,4 @@
-"""Old name of tests.hardware.gpu_check."""
+"""The former name of tests.hardware.gpu_check, kept as an alias."""
 
 import runpy
 import warnings

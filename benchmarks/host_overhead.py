@@ -1,11 +1,11 @@
-"""Host time of a call: of every op, of a Linear forward, and of torch's own for comparison.
+"""Host time of a call, for every op and for a Linear forward, beside torch's addmm and Linear.
 
     python -m benchmarks.host_overhead [--device cuda]
 
-`measure(device)` gives the same as a dictionary. On a CPU the operands have no rows, so that a call
-checks, allocates and dispatches as ever and its kernel returns at once. That is not all of a GPU's
-host time: there the operands have rows, and tensor maps and launches are counted with the rest,
-while the GPU works behind the host's back.
+`measure(device)` returns the figures as a dictionary. On a CPU the operands have no rows: a call
+checks, allocates and dispatches as usual, and its kernel returns at once. On a GPU the operands
+have rows, so that the time includes tensor maps and launches; the GPU's own work runs
+asynchronously and does not count.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from torchext import ops
 
 FEATURES = 128
 ROWS = {"cpu": 0, "cuda": 16}
-CALLS_IN_A_BATCH = 100  # few enough for the queue of a stream that the host never waits for it
+CALLS_IN_A_BATCH = 100  # fits into a stream's queue, so that the host never waits for the GPU
 
 
 def measure(device: str = "cpu", rounds: int = 50) -> dict[str, float]:
-    """Call -> microseconds of the host, the median over `rounds` batches, taken in turns.
+    """Name of a call -> host time in microseconds: the median over `rounds` interleaved batches.
 
-    It is CPU time of the calling thread, so that other work on the machine does not count.
+    Time is CPU time of the calling thread, so that other work on the machine does not count.
 
-    Keys: "torch.*" for comparison; "ops.NAME" for the functions of torchext.ops, with a word after
-    it for their variants; "op NAME" for torch.ops.torchext.NAME.default; "Linear forward, training"
-    and so on for torchext.nn.Linear.
+    Keys: "torch.*" for comparison; "ops.NAME" for the functions of torchext.ops, followed by a word
+    for variants; "op NAME" for torch.ops.torchext.NAME.default; "Linear forward, training" and so
+    on for torchext.nn.Linear.
     """
     calls = _calls(device)
     samples: dict[str, list[float]] = {name: [] for name in calls}

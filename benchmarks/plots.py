@@ -1,5 +1,5 @@
-"""Plots of results.json: gemm.png (TFLOPS by M, every peer), layers.png (grouped products, Linear),
-quantize.png."""
+"""Plots of results.json: gemm.png (TFLOPS by M, for every peer), layers.png (grouped GEMMs and
+Linear) and quantize.png."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ import matplotlib.pyplot as plt
 from . import cases
 from .contenders import SUBJECT
 
-# Okabe and Ito's colors, told apart by color-blind readers; torchext always has the first.
+# Okabe and Ito's colors, which color-blind readers can tell apart; torchext always has the first.
 COLORS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "os^Dv<>"
 
 
 def draw(data: dict, folder: Path) -> Iterator[Path]:
-    """Writes the plots that `data` has figures for; yields their paths."""
+    """Writes the plots for which `data` has figures, and yields their paths."""
     records = [r for r in data["measurements"] if r["status"] == "ok" and not r["host"]]
     for name, plot in (("gemm", _gemm), ("layers", _layers), ("quantize", _quantize)):
         figure = plot(records, data["ceilings"])
@@ -48,7 +48,7 @@ def _names(records: list[dict]) -> list[str]:
 
 
 def _gemm(records: list[dict], ceilings: dict) -> plt.Figure | None:
-    """One panel a layer with more than one M: fprop's TFLOPS by M."""
+    """TFLOPS of fprop by M, with a panel for each layer that has more than two values of M."""
     records = _of("gemm", records)
     fprops = [record for record in records if record["op"] == cases.FPROP]
     layers: dict[tuple[str, str], list[dict]] = {}
@@ -101,7 +101,8 @@ def _quantize(records: list[dict], ceilings: dict) -> plt.Figure | None:
 def _bars(
     suites: list[list[dict]], key: str, unit: float, label: str, ceiling: float | None
 ) -> plt.Figure | None:
-    """A panel a suite; in it one group of horizontal bars a case, one bar a contender."""
+    """Horizontal bars: a panel for each suite, a group of bars for each case, a bar for each
+    contender."""
     suites = [records for records in suites if records]
     if not suites:
         return None

@@ -1,8 +1,8 @@
-"""The data of a case, shared by its contenders, its float64 reference, and its work in numbers.
+"""Problems: the data of a case, its float64 reference, and its numbers of FLOP and bytes.
 
-Data is random, never zero: zeros hide unwritten outputs and run faster. Every operand of a product
-is quantized once, by torchext.reference, so that all contenders multiply the same FP8 numbers.
-torchext is imported where it is needed: without it the linear suite still measures peers.
+Data is random, never all zeros: zeros hide unwritten outputs and run faster. torchext.reference
+quantizes each operand once, so that all contenders multiply the same FP8 numbers. Functions import
+torchext when they need it, so that the linear suite can measure peers without it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def quantize(op: str, x: Tensor) -> Any:
 
 
 def dequantize(data: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Exact in float64; otherwise in FP32, rounded to dtype."""
+    """Dequantized data: exact if `dtype` is float64, else rounded from FP32 to `dtype`."""
     from torchext import reference
 
     wide = scale.double() if dtype == torch.float64 else scale
@@ -44,18 +44,18 @@ def dequantize(data: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) 
 
 
 def entry(op: str) -> Entry:
-    """The op's catalog entry: least traffic and error bound."""
+    """The op's catalog entry, which has its least traffic and error bound."""
     from torchext._catalog import CATALOG
 
     return CATALOG[op]
 
 
 class UnsupportedError(Exception):
-    """A contender does not do this case; the message says why."""
+    """A contender cannot run this case; the message says why."""
 
 
 class WrongResultError(Exception):
-    """A contender's result is not what the reference says."""
+    """A contender's result differs too much from the reference; `error` has the figures."""
 
     def __init__(self, message: str, error: dict):
         super().__init__(message)
@@ -66,9 +66,9 @@ class WrongResultError(Exception):
 class Run:
     """One contender on one case.
 
-    call: the timed work. check: takes call's result, returns its error or raises WrongResultError.
-    before: untimed, ahead of every call. bytes: least memory traffic, where the case's own
-    figure does not hold.
+    call: the timed work. check: takes the result of `call` and returns its error, or raises
+    WrongResultError. before: runs before every call, untimed. bytes: least memory traffic, if it
+    differs from the problem's.
     """
 
     call: Callable[[], object]
@@ -78,11 +78,11 @@ class Run:
 
 
 def difference(result: Tensor, expected: Tensor) -> dict:
-    """relative: |result - expected| / |expected|, Frobenius norms. worst: max over the elements of
-    |result - expected| / (rms(expected) + |expected|).
+    """{"relative", "worst"}: the error of `result`.
 
-    The norm sees a loss of accuracy everywhere; the maximum sees one wrong element, and lets the
-    rounding of large ones be.
+    relative: |result - expected| / |expected|, Frobenius norms; shows a loss of accuracy in all
+    elements. worst: the maximum over the elements of |result - expected| / (rms(expected) +
+    |expected|); shows a single wrong element, and tolerates the rounding of large elements.
     """
     if result.shape != expected.shape:
         raise WrongResultError(
@@ -98,7 +98,7 @@ def difference(result: Tensor, expected: Tensor) -> dict:
 
 
 def require(error: dict, relative: float, worst: float = math.inf, what: str = "result") -> dict:
-    """`error`, or WrongResultError where it passes a bound or is NaN."""
+    """Returns `error`; raises WrongResultError if it exceeds a bound or is NaN."""
     if not (error["relative"] <= relative and error["worst"] <= worst):
         raise WrongResultError(
             f"{what}: relative error {error['relative']:.2e} (bound {relative:.0e}), worst element"
@@ -109,7 +109,7 @@ def require(error: dict, relative: float, worst: float = math.inf, what: str = "
 
 
 def random_matrix(rows: int, columns: int, device: str, dtype: torch.dtype) -> Tensor:
-    """N(0, 1) times powers of two that differ between rows and 128-column groups."""
+    """N(0, 1) times powers of two that differ between rows and between groups of 128 columns."""
     x = torch.randn(rows, columns, device=device)
     row = torch.randint(-2, 3, (rows, 1), device=device)
     group = torch.randint(-2, 3, (1, -(-columns // GROUP)), device=device)
@@ -118,7 +118,7 @@ def random_matrix(rows: int, columns: int, device: str, dtype: torch.dtype) -> T
 
 
 class Problem:
-    """Base: the case, the device, and what the case costs at least."""
+    """Base class: case, device, and the FLOP and least bytes of a call (None: not counted)."""
 
     def __init__(self, case: Case, device: str):
         self.case = case
@@ -130,7 +130,7 @@ class Problem:
 
 
 class QuantizeProblem(Problem):
-    """x [rows, columns] in BF16; for dequantize, its 1x128 quantization."""
+    """Input of a quantizer: x [rows, columns] in BF16. Input of dequantize: x quantized 1x128."""
 
     def __init__(self, case: Case, device: str):
         super().__init__(case, device)
@@ -149,7 +149,7 @@ class QuantizeProblem(Problem):
         return quantize(self.case.op, self.x)
 
     def check_bits(self, result: object) -> dict:
-        """Equal to torchext.reference to the last bit."""
+        """Every bit equals torchext.reference."""
         outputs = result if isinstance(result, tuple) else (result,)
         if len(outputs) != len(self.expected):
             raise WrongResultError(f"expected {len(self.expected)} outputs, got {len(outputs)}", {})
@@ -169,7 +169,7 @@ class QuantizeProblem(Problem):
         return {"relative": 0.0, "worst": 0.0}
 
     def check_close(self, data: Tensor, scale: Tensor, transposed: bool = False) -> dict:
-        """Dequantized again, within 4 % of x: e4m3 rounds by 2.6 % RMS."""
+        """The dequantized result is within 4 % of x; rounding to e4m3 costs 2.6 % RMS."""
         back = dequantize(data, scale)
         return require(difference(back, self.x.t() if transposed else self.x), 0.04)
 
@@ -184,9 +184,9 @@ def product_tolerance() -> tuple[float, float]:
 
 
 class GemmProblem(Problem):
-    """left [rows, inner] @ right [cols, inner].T, in BF16 and quantized as the op asks."""
+    """left [rows, inner] @ right [cols, inner].T; operands with and without quantization."""
 
-    # Without promotion to FP32 the sum over all of K keeps those 14 bits only.
+    # Without promotion to FP32, the tensor core keeps only 14 bits of the sum over K.
     UNPROMOTED_TOLERANCE = (5e-2, 5e-1)
 
     def __init__(self, case: Case, device: str):
@@ -200,7 +200,10 @@ class GemmProblem(Problem):
         self.right = random_matrix(self.cols, self.inner, device, self.dtype)
 
     def traffic(self, operand: int) -> float:
-        """Bytes: operands read once, output written once (read too, where it accumulates)."""
+        """Least bytes: operands read once, output written once, and read once if it accumulates.
+
+        operand: bytes of an operand's element.
+        """
         out = 8 if self.case.op == cases.WGRAD_ACCUMULATE else 2
         shape = (self.rows, self.cols, self.inner)
         return entry("fp8_gemm_nt").bytes(*shape, operand=operand, out=out)
@@ -226,13 +229,13 @@ class GemmProblem(Problem):
 
     @cached_property
     def expected_fp8(self) -> Tensor:
-        """Float64 product of the dequantized operands."""
+        """The product of the dequantized operands, in float64."""
         left, right = (dequantize(*pair, torch.float64) for pair in (self.left_fp8, self.right_fp8))
         return left @ right.t()
 
     @cached_property
     def expected(self) -> Tensor:
-        """Float64 product of the operands before quantization."""
+        """The product of the unquantized operands, in float64."""
         return self.left.double() @ self.right.double().t()
 
     def check_fp8(self, result: object, promoted: bool = True) -> dict:
@@ -246,11 +249,14 @@ class GemmProblem(Problem):
 
 
 class GroupedProblem(Problem):
-    """Products of experts. Rows: a [rows, k] with b[g] [n, k], 1x128 by 128x128, in BF16. Along K:
-    a [m, tokens], b [n, tokens], both 1x128, added to FP32.
+    """Grouped GEMMs of experts.
 
-    lengths: of the groups, random about the case's, some 30 % more or less; multiples of 128 where
-    groups lie one after the other. A masked group has room for half as many rows again.
+    Groups of rows (contiguous, masked): a [rows, k] times b[g] [n, k], scales 1x128 by 128x128,
+    output in BF16. Along K: a [m, tokens] times b [n, tokens], scales 1x128, added to FP32.
+
+    lengths: rows, or tokens, of each group: random, up to 30 % above or below the case's length,
+    and multiples of 128 if groups lie one after another. room: the rows of a masked group's slice,
+    1.5 times the case's length, rounded up to 128.
     """
 
     def __init__(self, case: Case, device: str):
@@ -282,7 +288,7 @@ class GroupedProblem(Problem):
 
     @property
     def parts(self) -> list[slice]:
-        """Each group's columns, if along K, else its rows."""
+        """The columns of each group if grouped along K, else its rows."""
         if self.case.op == cases.MASKED:
             return [slice(g * self.room, g * self.room + n) for g, n in enumerate(self.lengths)]
         ends = [sum(self.lengths[: g + 1]) for g in range(self.groups)]
@@ -293,7 +299,7 @@ class GroupedProblem(Problem):
 
     @property
     def offsets(self) -> Tensor:
-        """Running ends."""
+        """The column, or row, after the last one of each group."""
         return self.index([part.stop for part in self.parts])
 
     @property
@@ -307,7 +313,7 @@ class GroupedProblem(Problem):
 
     @cached_property
     def left_fp8(self) -> tuple[Tensor, Tensor]:
-        """Masked: data [groups, room, k], scales likewise."""
+        """(data, scales) of a. Masked: [groups, room, k] and [groups, room, k / 128]."""
         data, scale = quantize("quantize_1x128", self.left)
         if self.case.op != cases.MASKED:
             return data, scale
@@ -316,20 +322,20 @@ class GroupedProblem(Problem):
 
     @cached_property
     def right_fp8(self) -> tuple[Tensor, Tensor]:
-        """Of rows: data [groups, n, k], scales [groups, n / 128, k / 128]."""
+        """(data, scales) of b. Groups of rows: [groups, n, k] and [groups, n / 128, k / 128]."""
         if self.along_k:
             return quantize("quantize_1x128", self.right)
         return quantize("quantize_128x128", self.right.unflatten(0, (self.groups, self.n)))
 
     def product(self, left: Tensor, right: Tensor) -> list[Tensor]:
-        """Each group's, of matrices."""
+        """The product of each group's part of two matrices."""
         if self.along_k:
             return [left[:, part] @ right[:, part].t() for part in self.parts]
         of_group = right.split(self.n)
         return [left[part] @ of_group[g].t() for g, part in enumerate(self.parts)]
 
     def results(self, result: object) -> list[Tensor]:
-        """Each group's part of what a contender returns."""
+        """Each group's part of a contender's result."""
         assert isinstance(result, Tensor)
         if self.along_k:
             return list(result)
@@ -364,10 +370,10 @@ class GroupedProblem(Problem):
 
 
 class LinearProblem(Problem):
-    """x [m, k], weight [n, k], gradient of the output [m, n]; BF16 on a GPU, FP32 on a CPU."""
+    """A linear layer: x [m, k], weight [n, k], gradient [m, n]; BF16 on a GPU, FP32 on a CPU."""
 
     FP8_TOLERANCE = 10 ** (-25 / 20)  # an SQNR of 25 dB
-    E5M2_TOLERANCE = 0.12  # gradients in e5m2, or one scale for a whole row or tensor
+    E5M2_TOLERANCE = 0.12  # for gradients in e5m2, and for one scale per row or tensor
     UNQUANTIZED_TOLERANCE = 1e-2
 
     def __init__(self, case: Case, device: str):
@@ -381,7 +387,7 @@ class LinearProblem(Problem):
 
     @cached_property
     def expected(self) -> tuple[Tensor, ...]:
-        """Float64 output and, with backward, the gradients of x and of the weight."""
+        """The output and, with backward, the gradients of x and of the weight, in float64."""
         x, weight = self.x.double(), self.weight.double()
         output = x @ weight.t()
         if not self.backward:
@@ -390,8 +396,10 @@ class LinearProblem(Problem):
         return output, grad @ weight, grad.t() @ x
 
     def run(self, model: Callable[[Tensor], Tensor], weight: Tensor, tolerance: float) -> Run:
-        """`model` under this case's load; `weight` is its parameter, to be taken as changed by an
-        optimizer before every forward_backward, so that caches of its quantization are refreshed.
+        """A Run that calls `model`, whose parameter is `weight`.
+
+        Before every forward_backward, the weight is written with equal values. This counts as an
+        optimizer's change, so that a layer that caches the quantized weight quantizes it again.
         """
         x = self.x.clone().requires_grad_(self.backward)
 

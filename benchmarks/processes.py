@@ -1,6 +1,7 @@
-"""Child processes that cannot take their parent down: own process group, time limits, logs.
+"""Child processes with their own process group, time limits and logs, so that a child that hangs or
+crashes does not take its parent down.
 
-A kernel that deadlocks leaves its process beyond reason; the whole group is killed.
+A process whose kernel deadlocks may react to nothing but SIGKILL, which its whole group gets.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 EVENTS_FD = "BENCHMARK_EVENTS_FD"
-# A group of its own, to be killed as one; not a session of its own, so that whoever ends this
-# process's session ends the children too.
+# A process group for each child, so that the child and its children can be killed together. Not a
+# session: ending this process's session must end the children too.
 OWN_GROUP: dict[str, Any] = (
     {"process_group": 0} if sys.version_info >= (3, 11) else {"start_new_session": True}
 )
@@ -28,7 +29,7 @@ OWN_GROUP: dict[str, Any] = (
 
 @dataclass
 class Outcome:
-    """returncode: None when the process was killed at its time limit."""
+    """How a process ended. returncode: None if it was killed at its time limit."""
 
     returncode: int | None
     seconds: float
@@ -51,7 +52,8 @@ def describe_exit(returncode: int | None, seconds: float) -> str:
 
 
 def kill_group(process: subprocess.Popen) -> None:
-    """SIGKILL to the process and all it started. Waits 10 s at most: a driver may not let go."""
+    """Sends SIGKILL to the process and its children. Waits at most 10 s: a process inside the GPU's
+    driver may not end."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:
@@ -69,7 +71,7 @@ def run(
     cwd: Path | None = None,
     env: Mapping[str, str] | None = None,
 ) -> Outcome:
-    """Runs `command`, output appended to `log`."""
+    """Runs `command` and appends its output to `log`; kills it after `limit_s` seconds."""
     start = time.monotonic()
     with log.open("a") as output:
         process = subprocess.Popen(
@@ -91,7 +93,8 @@ def run(
 
 
 class EventProcess:
-    """A child that reports events as JSON lines through the file descriptor named by EVENTS_FD."""
+    """A child that reports events as JSON lines through a file descriptor, whose number is in the
+    environment variable EVENTS_FD."""
 
     def __init__(
         self,
@@ -120,11 +123,11 @@ class EventProcess:
         os.close(writer)
 
     def next_event(self, limit_s: float) -> dict | None:
-        """The next event, None once the process has ended; TimeoutError after `limit_s`."""
+        """The next event; None once the process has ended. Raises TimeoutError after `limit_s`."""
         deadline = time.monotonic() + limit_s
         while b"\n" not in self._buffer:
-            # A grandchild may hold the pipe open after the child's death, so end-of-file is not
-            # the only sign.
+            # The child's death also ends the events: a grandchild may hold the pipe open, so that
+            # there is no end of file.
             ended = self._process.poll() is not None
             wait = 0.0 if ended else max(0.0, min(0.5, deadline - time.monotonic()))
             readable, _, _ = select.select([self._reader], [], [], wait)
@@ -136,7 +139,7 @@ class EventProcess:
                 return None
             if time.monotonic() >= deadline:
                 raise TimeoutError(f"no progress in {limit_s:.0f} s")
-            if readable:  # end of file, but the process lives: do not spin
+            if readable:  # end of file, but the process lives: avoid busy waiting
                 time.sleep(0.05)
         line, _, self._buffer = self._buffer.partition(b"\n")
         return json.loads(line)
@@ -146,6 +149,6 @@ class EventProcess:
         return self._process.poll()
 
     def close(self) -> None:
-        """Kills what is left of it."""
+        """Kills the child and its children, and closes the pipe."""
         kill_group(self._process)
         os.close(self._reader)

@@ -1,5 +1,5 @@
-"""report.md: the tables a person reads, from results.json. `python -m benchmarks.report FOLDER`
-makes it, and the plots, again."""
+"""Writes report.md, the tables for people, from results.json. `python -m benchmarks.report FOLDER`
+writes it and the plots again."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def markdown(data: dict) -> str:
 
 
 def table(header: Iterable[str], rows: Iterable[Iterable[object]], numeric_from: int = 1) -> str:
-    """A Markdown table; columns from `numeric_from` on are aligned right."""
+    """A Markdown table. Columns from index `numeric_from` on are aligned right."""
     header = list(header)
     rule = [":--" if i < numeric_from else "--:" for i in range(len(header))]
     lines = [header, rule, *(["" if cell is None else str(cell) for cell in row] for row in rows)]
@@ -210,7 +210,7 @@ def _energy(data: dict) -> str:
 
 
 def _failures(data: dict) -> str:
-    """Everything that went wrong or was left out, except for want of time."""
+    """Measurements that failed or were skipped; for those that ran out of time, only a count."""
     rows = [
         (record["case"], record["contender"], record["status"], record["reason"])
         for record in data["measurements"]
@@ -223,7 +223,7 @@ def _failures(data: dict) -> str:
         header = ("case", "contender", "status", "reason")
         parts.append(table(header, rows, numeric_from=4))
     if late:
-        parts.append(f"{late} measurements were left out for want of time.")
+        parts.append(f"{late} measurements were skipped because time ran out.")
     return "## Not measured\n\n" + "\n\n".join(parts) if parts else ""
 
 

@@ -1,6 +1,7 @@
-"""results.json: one dictionary, rewritten after every step so that a run cut short still counts.
+"""results.json: one dictionary, rewritten after every step, so that a run that is cut short leaves
+its results.
 
-Schema: docs/benchmarks.md. Paths of this machine are replaced before anything is written.
+Schema: docs/benchmarks.md. `write` replaces paths of this machine by short names.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ SCHEMA = 1
 
 
 class Results:
-    """`data` is the dictionary; `write` stores it, whole or not at all."""
+    """data: the dictionary. `write` replaces the file atomically."""
 
     def __init__(self, path: Path, data: dict | None = None):
         self.path = path
-        self.private: list[tuple[str, str]] = []  # further (path, name) for scrub
+        self.private: list[tuple[str, str]] = []  # more (path, name) pairs to replace, see scrub
         self.data = data or {
             "schema": SCHEMA,
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -34,7 +35,7 @@ class Results:
 
     @staticmethod
     def open(path: Path) -> Results:
-        """Those of an earlier step, to be added to; fresh ones where there are none."""
+        """The results that an earlier step wrote to `path`, or new ones if there are none."""
         return Results(path, json.loads(path.read_text()) if path.exists() else None)
 
     def write(self) -> None:
@@ -46,7 +47,7 @@ class Results:
 
 
 def finite(value: Any) -> Any:
-    """`value` with NaN and infinities as strings: JSON has none."""
+    """`value` with NaN and infinities as strings, since JSON cannot hold them."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

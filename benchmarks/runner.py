@@ -1,7 +1,7 @@
-"""The supervisor of benchmarks.worker: who measures what, within a time budget, whatever breaks.
+"""The supervisor of benchmarks.worker: distributes cases and contenders within a time budget.
 
-A worker that hangs or dies costs the one measurement it was at: that is recorded as failed, and a
-new worker takes up the rest. A contender that has ended two workers is not asked again.
+If a worker hangs or dies, its current measurement is recorded as failed and a new worker continues
+with the rest. A contender that has ended two workers is not run again.
 """
 
 from __future__ import annotations
@@ -28,10 +28,12 @@ WRITE_EVERY_S = 2.0
 class Runner:
     """Measures `cases` on `device` into `results`.
 
-    peers: names of contenders beside torchext; None for all. rounds: samples a contender and case.
-    budget_s: seconds for everything; what is left over then is recorded as skipped. case_limit_s: a
-    call and its check, or the timing of a case, that takes longer has hung; compiling may. mode:
-    "measure", or "warm-up", which only makes the first calls of contenders that compile.
+    peers: names of contenders beside torchext; None for all. rounds: samples for each contender and
+    case. budget_s: seconds for everything; cases that remain are recorded as skipped. case_limit_s:
+    seconds for a call with its check, and for the timing of a case; a worker that takes longer
+    counts as hung. First calls that compile have a longer limit (worker.COMPILE_LIMIT_S). mode:
+    "measure", or "warm-up", which only makes the first calls of contenders that compile. progress:
+    is called with a line for each measurement.
     """
 
     def __init__(
@@ -83,7 +85,7 @@ class Runner:
         return self.deadline - time.monotonic()
 
     def work(self) -> list[tuple[Case, list[str]]]:
-        """What has no record yet."""
+        """Cases with the contenders that have no record yet."""
         pending = [
             (
                 case,
@@ -99,7 +101,7 @@ class Runner:
         return [(case, names) for case, names in pending if names]
 
     def run_worker(self, work: list[tuple[Case, list[str]]]) -> bool:
-        """One worker's life. False: there is no point in starting another."""
+        """Starts a worker and takes its events until it ends. False: do not start another."""
         plan = {
             "device": self.device,
             "mode": self.mode,
@@ -131,7 +133,7 @@ class Runner:
             process.close()
 
     def handle(self, event: dict) -> dict | None:
-        """Takes an event in. Returns it if it says what the worker is busy with from now on."""
+        """Processes an event. Returns the event if it says what the worker does next, else None."""
         kind = event["event"]
         if kind in ("begin", "timing"):
             return event
@@ -155,7 +157,7 @@ class Runner:
         return None
 
     def know(self, contender: dict) -> None:
-        """Notes a contender's version, or why it cannot run."""
+        """Records a contender's version, or the reason why it cannot run."""
         known = self.results.data["contenders"]
         key = (contender["suite"], contender["name"])
         known[:] = [other for other in known if (other["suite"], other["name"]) != key]
@@ -164,7 +166,7 @@ class Runner:
             self.unavailable[key] = contender["reason"]
 
     def blame(self, busy: dict, reason: str) -> bool:
-        """Records what the worker was at when it ended. False: it never got to work."""
+        """Records what the worker was doing when it ended as failed. False: it had not started."""
         self.progress(f"worker ended: {reason}")
         if "event" not in busy:
             self.results.data.setdefault("failures", []).append(f"benchmark worker: {reason}")
@@ -193,7 +195,7 @@ class Runner:
             return
         for case, names in self.work():
             if case.suite == suite and name in names:
-                self.record(case, name, "skipped", f"it had ended {STRIKES} workers by then")
+                self.record(case, name, "skipped", f"it had already ended {STRIKES} workers")
 
     def record(self, case: Case, contender: str, status: str, reason: str) -> None:
         values = {**case.as_dict(), "case": case.name, "contender": contender}
@@ -209,7 +211,7 @@ def warm_up(
     peers: list[str] | None,
     budget_s: float,
 ) -> None:
-    """Has contenders that compile at their first call do so, `jobs` processes side by side."""
+    """Makes the first calls of contenders that compile, in `jobs` processes at the same time."""
     runners = [
         Runner(
             Results(log),  # never written in this mode
@@ -230,7 +232,7 @@ def warm_up(
 
 
 def one_line(record: dict) -> str:
-    """A measurement for the terminal."""
+    """A measurement as a line for the terminal."""
     start = f"{record['case']:<64} {record['contender']:<17}"
     if record["status"] != "ok":
         return f"{start} {record['status']}: {record['reason']}"
@@ -243,7 +245,7 @@ def one_line(record: dict) -> str:
 
 
 def subject_ok(results: Results) -> bool:
-    """torchext ran, and nothing it was asked for failed or came out wrong."""
+    """Whether torchext ran, with no failed and no wrong result."""
     bad = [
         record
         for record in results.data["measurements"]

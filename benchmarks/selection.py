@@ -1,5 +1,5 @@
-"""Which of the Hopper GEMM's configurations a product runs in: all there are, what its cost model
-expects of each, one at random, or one that is forced."""
+"""Configurations of the Hopper GEMM: lists them with the cost model's cycles, draws one at random,
+and forces one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Configuration:
 
 @dataclass(frozen=True)
 class Product:
-    """What a choice of configuration depends on; as torchext.explain_gemm takes it."""
+    """What the choice of a configuration depends on: the arguments of torchext.explain_gemm."""
 
     m: int
     n: int
@@ -40,7 +40,7 @@ class Product:
 
 
 class Selection:
-    """By torchext.gemm_selection, for a GPU of `sm_count` SMs."""
+    """Uses torchext.gemm_selection, for a GPU of `sm_count` SMs."""
 
     def __init__(self, sm_count: int):
         from torchext import gemm_selection
@@ -54,27 +54,27 @@ class Selection:
         return self._selection.explain_gemm(*sizes, **options, sm_count=self._sm_count)
 
     def expected_cycles(self, product: Product) -> dict[Configuration, float]:
-        """Of every configuration that may compute `product`, as the cost model sees it."""
+        """Every configuration that can compute `product` -> cycles by the cost model."""
         return {
             Configuration(c.name, c.split_k, c.cluster): c.cycles
             for c in self._explain(product).candidates
         }
 
     def splits(self, product: Product) -> int:
-        """In how many parts K is summed when nothing is forced."""
+        """The number of parts into which K is split if no configuration is forced."""
         return self._explain(product).chosen.split_k
 
     def plainest(self, product: Product, split_k: int = 1) -> Configuration | None:
-        """The simplest configuration that adds up K in as many parts: by no cluster but for them,
-        nor by swapped operands, in the smallest tile."""
+        """The simplest configuration that splits K into `split_k` parts: the smallest cluster, then
+        operands that are not swapped, then the first name. None if there is none."""
         alike = [c for c in self.expected_cycles(product) if c.split_k == split_k]
         return min(alike, key=lambda c: (c.cluster, "swap" in c.name, c.name), default=None)
 
     def draw(
         self, product: Product, rng: random.Random
     ) -> tuple[Configuration | None, Configuration | None]:
-        """A configuration at random, or None: the library's own choice; and the one that a product
-        of its rows alone must run in to come out with the same bits."""
+        """A random configuration, or None for the library's choice; and the simplest configuration
+        in which a GEMM of a part of the rows gives the same bits."""
         chosen, split_k = None, self.splits(product)
         if rng.random() < 0.75:
             chosen = rng.choice(sorted(self.expected_cycles(product), key=str))
@@ -90,7 +90,7 @@ class Selection:
 
 
 class NoSelection(Selection):
-    """Where there is nothing to choose: everywhere but on Hopper's kernels."""
+    """For devices other than Hopper, whose GEMM has no configurations to choose from."""
 
     def __init__(self) -> None:
         pass

@@ -1,4 +1,4 @@
-"""Old name of tests.hardware.soak."""
+"""The former name of tests.hardware.soak, kept as an alias."""
 
 import runpy
 import warnings

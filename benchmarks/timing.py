@@ -1,7 +1,7 @@
-"""Stop-watches: interleaved device times, host times, energy, and the two ceilings.
+"""Measures interleaved device times, host times, energy, and the two ceilings of a roofline.
 
-Contenders take turns, one call each a round and in rotating order, so that clocks and temperature
-drift for all alike and a ratio compares neighbors.
+Contenders take turns, one call each in every round and in rotating order. A drift of clocks or
+temperature then affects all contenders alike.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def summarize(samples: list[float]) -> dict:
 def interleave(
     runs: dict[str, Run], device: str, rounds: int, seconds: float
 ) -> dict[str, list[float]]:
-    """Seconds of each call of each run: `rounds` rounds, or as many as fit into `seconds` (3 at
-    least)."""
+    """Seconds of each call of each run, over `rounds` rounds, or as many as fit in `seconds`, at
+    least 3."""
     stopwatch = CudaStopwatch() if device == "cuda" else CpuStopwatch()
     for run in runs.values():
         for _ in range(WARM_UPS):
@@ -57,7 +57,7 @@ class CpuStopwatch:
         self._cost: dict[int, float] = {}
 
     def sample(self, run: Run) -> Callable[[], float]:
-        """Calls `run` once; the returned function gives the seconds, after finish()."""
+        """Calls `run` once. The returned function gives the seconds; call it after finish()."""
         if run.before:
             run.before()
         start = time.perf_counter()
@@ -66,7 +66,7 @@ class CpuStopwatch:
         return lambda: elapsed
 
     def learn(self, run: Run) -> None:
-        """Notes what a sample of `run` costs."""
+        """Measures the seconds that a sample of `run` takes, everything included."""
         start = time.perf_counter()
         self.sample(run)
         self._cost[id(run)] = time.perf_counter() - start
@@ -79,13 +79,13 @@ class CpuStopwatch:
 
 
 class CudaStopwatch(CpuStopwatch):
-    """CUDA events around a call whose inputs have left the L2 cache.
+    """CUDA events around a call whose inputs are not in the L2 cache.
 
-    Ahead of the first event the GPU clears a buffer four times the L2 and then spins for as long as
-    the host needs to launch the call, so that the events enclose device work only.
+    Before the first event the GPU clears a buffer of four times the L2's size. It then spins for as
+    long as the host needs to launch the call, so that only device work lies between the events.
     """
 
-    CYCLES_PER_SECOND = 2e9  # no Hopper clocks higher; the spin may be longer than needed
+    CYCLES_PER_SECOND = 2e9  # above any Hopper's clock, so that the spin is never too short
 
     def __init__(self) -> None:
         super().__init__()
@@ -123,7 +123,7 @@ class CudaStopwatch(CpuStopwatch):
 
 
 def host_microseconds(run: Run, batches: int = 9, calls: int = 100) -> float:
-    """Time the host spends in one call, median over batches; the GPU works behind its back."""
+    """Host microseconds of one call, as a median over batches. The GPU works asynchronously."""
     means = []
     for _ in range(batches + 1):
         torch.cuda.synchronize()
@@ -136,9 +136,9 @@ def host_microseconds(run: Run, batches: int = 9, calls: int = 100) -> float:
 
 
 class Nvml:
-    """The energy counter of the current GPU, from NVML, the driver's own library.
+    """The energy counter of the current GPU, read through NVML, the driver's library.
 
-    Raises OSError or RuntimeError where there is no such library, GPU or counter.
+    Raises OSError or RuntimeError if the library, the GPU or the counter is missing.
     """
 
     def __init__(self) -> None:
@@ -156,23 +156,24 @@ class Nvml:
             raise RuntimeError(f"{function}: NVML status {status}")
 
     def millijoules(self) -> int:
-        """Since the driver was loaded. Ticks every 100 ms or so."""
+        """Millijoules since the driver was loaded. The counter advances about every 100 ms."""
         value = ctypes.c_ulonglong()
         self._call("nvmlDeviceGetTotalEnergyConsumption", self._handle, ctypes.byref(value))
         return value.value
 
 
 class EnergyMeter:
-    """Joules of a call, back to back, the GPU's idle power included."""
+    """Joules of a call among back-to-back calls, including the GPU's idle power."""
 
     SECONDS = 1.0
-    LIMIT_S = 10.0  # a counter that never ticks
+    LIMIT_S = 10.0  # after this time without a change, the counter counts as stopped
 
     def __init__(self, millijoules: Callable[[], int] | None = None):
         self._millijoules = millijoules or Nvml().millijoules
 
     def joules(self, run: Run) -> float:
-        """From one tick of the counter to another, SECONDS later at least, calls all the while."""
+        """Joules of a call, measured between two changes of the counter that lie at least SECONDS
+        apart, with calls all the time."""
         calls = self._calls_in(run, 0.005)
         self._until_tick(run, calls, 0.0)
         before = self._millijoules()
@@ -188,7 +189,10 @@ class EnergyMeter:
         return max(1, min(1000, int(3 * seconds / (time.perf_counter() - start))))
 
     def _until_tick(self, run: Run, calls: int, seconds: float) -> int:
-        """Calls, `calls` between two looks at the counter, until it ticks after `seconds`."""
+        """Calls `run` until the counter changes after at least `seconds`; returns how often.
+
+        calls: the number of calls between two readings of the counter.
+        """
         start, count, last = time.perf_counter(), 0, self._millijoules()
         while True:
             for _ in range(calls):
@@ -204,11 +208,11 @@ class EnergyMeter:
 
 
 def measure_ceilings(device: str) -> dict:
-    """What this machine can do at best, measured: the roofline's two lines.
+    """The machine's measured peak rates: the two lines of a roofline.
 
-    copy_bytes_per_s: a large copy, bytes read plus bytes written. gemm_flops_per_s: a large product
-    on random data, BF16 on a GPU, FP32 on a CPU. fp8_flops_per_s: what shares are taken of: twice
-    the BF16 rate on a GPU; on a CPU, which has no FP8 units, the FP32 rate.
+    copy_bytes_per_s: a large copy, bytes read plus bytes written. gemm_flops_per_s: a large GEMM on
+    random data, in BF16 on a GPU, in FP32 on a CPU. fp8_flops_per_s: the rate that reports take
+    shares of: twice the BF16 rate on a GPU; on a CPU, which has no FP8 units, the FP32 rate.
     """
     megabytes, size = (2048, 8192) if device == "cuda" else (256, 1536)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32

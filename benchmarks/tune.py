@@ -1,10 +1,12 @@
-"""Times every configuration of the Hopper GEMM at the DeepSeek-V3 shapes, and writes the table that
-its selector compiles in, csrc/gemm/sm90/tuned.inc: where the cost model's choice is not the best.
+"""Times every configuration of the Hopper GEMM at the DeepSeek-V3 shapes, and writes
+csrc/gemm/sm90/tuned.inc: the shapes at which another configuration is faster than the cost model's
+choice. The table is compiled into the selector.
 
-    python -m benchmarks.tune                 on an otherwise idle GPU; then build again
+    python -m benchmarks.tune                 on a GPU that is otherwise idle; then build again
 
 The table has a line `TUNED(granularity, m_low, m_high, n, k, "configuration", split_k, cluster)`
-for a range of m. m stands for all from the next smaller one measured: tiles round it up.
+for a range of m. A measured m stands for all m above the next smaller measured one, because tiles
+round m up.
 """
 
 from __future__ import annotations
@@ -31,8 +33,8 @@ OPS = {"1d2d": cases.FPROP, "1d1d": cases.WGRAD, "rowwise": cases.FPROP_ROWWISE}
 ROWS = (1, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096,
         6144, 8192)  # fmt: skip
 TOKENS = (1024, 2048, 4096, 8192)  # K of a wgrad
-GOOD_ENOUGH = 1.02  # times the best: the cost model's choice stands
-HOPELESS = 3.0  # times the fewest expected cycles: not worth timing
+GOOD_ENOUGH = 1.02  # the cost model's choice stands within this factor of the best time
+HOPELESS = 3.0  # above this multiple of the fewest expected cycles, nothing is timed
 ROUNDS, FINAL_ROUNDS, FINALISTS = 5, 30, 5
 SECONDS_PER_PRODUCT = 5.0
 
@@ -88,7 +90,7 @@ def render(entries: Iterable[Entry], facts: Sequence[str]) -> str:
 
 
 def products(granularities: Iterable[str]) -> Iterator[list[Product]]:
-    """Lists of products that differ in m alone, m ascending."""
+    """Lists of GEMMs that differ in m only, by ascending m."""
     layers = [layer for layer in cases.LAYERS if layer.model == "deepseek-v3"]
     for granularity in granularities:
         for layer in layers:
@@ -101,7 +103,7 @@ def products(granularities: Iterable[str]) -> Iterator[list[Product]]:
 
 
 def verdict(product: Product, selection: Selection, timer: Timer) -> Configuration | None:
-    """The configuration to be preferred to the cost model's choice, if any."""
+    """The configuration that beats the cost model's choice, or None if the choice stands."""
     expected = selection.expected_cycles(product)
     least = min(expected.values())
     choice = min(expected, key=lambda c: expected[c])
@@ -118,7 +120,7 @@ def verdict(product: Product, selection: Selection, timer: Timer) -> Configurati
 
 
 def merge(group: Sequence[tuple[Product, Configuration | None]]) -> list[Entry]:
-    """The verdicts on products of ascending m as ranges."""
+    """The verdicts on GEMMs of ascending m, merged into ranges of m."""
     entries: list[Entry] = []
     previous = 0
     for product, best in group:
@@ -143,7 +145,7 @@ def tune(
     deadline: float,
     say: Callable[[str], None],
 ) -> list[Entry]:
-    """The new table. What is not reached by `deadline` keeps its old lines."""
+    """The new table. Shapes that are not reached by `deadline` keep their old lines."""
     entries: list[Entry] = []
     kept = list(old)
     for group in groups:
@@ -161,11 +163,11 @@ def tune(
 
 
 class WrongConfigurationError(Exception):
-    """A configuration's result is not what it must be: nothing to tune, but to mend."""
+    """A configuration's result is wrong, which must be fixed before tuning."""
 
 
 class GpuTimer:
-    """Medians of interleaved calls, results checked at first."""
+    """Median seconds of interleaved calls, after each configuration's result has been checked."""
 
     def __init__(self, selection: Selection):
         self.selection = selection
@@ -173,7 +175,7 @@ class GpuTimer:
 
     def problem(self, product: Product) -> GemmProblem:
         if self._problem is None or self._problem[0] != product:
-            self._problem = None  # frees the last one's memory first
+            self._problem = None  # frees the previous memory before allocating more
             p = product
             size = (p.k, p.m, p.n) if p.granularity == "1d1d" else (p.m, p.n, p.k)
             case = cases.Case("gemm", OPS[p.granularity], "tuned", "", size)
@@ -219,7 +221,7 @@ def facts_of(environment: dict) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """0: the table is written. 1: a configuration is wrong. 2: no Hopper GPU."""
+    """Exit status 0: the table was written. 1: a configuration is wrong. 2: no Hopper GPU."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tune", description=__doc__)
     parser.add_argument("--granularity", nargs="+", choices=tuple(NAMES), default=list(NAMES))
     parser.add_argument("--out", type=Path, default=TABLE)

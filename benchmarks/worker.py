@@ -1,14 +1,15 @@
-"""The process that measures. It may crash or hang; benchmarks.runner, which started it, goes on.
+"""The process that measures. It may crash or hang without harm to its parent, benchmarks.runner.
 
-stdin: a plan, {"device", "mode", "rounds", "case_limit_s", "peers", "ceilings" (to be measured?),
+stdin: a plan, {"device", "mode", "rounds", "case_limit_s", "peers", "ceilings" (whether to measure
+them),
 "work": [{"case", "contenders"}]}.
 Events go out as JSON lines through the inherited file descriptor BENCHMARK_EVENTS_FD:
 
-    contender    name, suite, version or reason          who can run here
-    begin        case, contender, limit_s                about to prepare, call and check it
-    timing       case, contenders, limit_s               about to time them side by side
+    contender    name, suite, version or reason          whether it can run here
+    begin        case, contender, limit_s                next: prepare, call and check it
+    timing       case, contenders, limit_s               next: time them side by side
     record       a measurement (see docs/benchmarks.md)  measured, wrong, failed or skipped
-    ceilings     the roofline's two lines
+    ceilings     values                                  the roofline's two lines
     done
 """
 
@@ -30,7 +31,7 @@ from .problems import PROBLEMS, Problem, Run, UnsupportedError, WrongResultError
 COMPILE_LIMIT_S = 150.0
 CEILINGS_LIMIT_S = 60.0
 SECONDS_PER_CASE = {"cpu": 20.0, "cuda": 4.0}
-DEAD_CONTEXT = 71  # exit status: the CUDA context is beyond use
+DEAD_CONTEXT = 71  # exit status if the CUDA context no longer works
 
 
 class Worker:
@@ -44,7 +45,7 @@ class Worker:
         if self.device == "cuda":
             try:
                 self._meter = timing.EnergyMeter()
-            except (OSError, RuntimeError) as error:  # no NVML, no counter: said in the records
+            except (OSError, RuntimeError) as error:  # NVML or the counter is missing
                 self._meter_missing = _reason(error)
 
     def emit(self, event: str, **fields: object) -> None:
@@ -78,7 +79,7 @@ class Worker:
         self.emit("begin", case=None, contender=contender.name, limit_s=COMPILE_LIMIT_S)
         try:
             self.emit("contender", **who, version=contender.require(self.device))
-        except Exception as error:  # whatever a foreign package raises when it cannot be used
+        except Exception as error:  # an unusable package may raise anything
             self.emit("contender", **who, reason=_reason(error))
             return False
         return True
@@ -147,7 +148,8 @@ class Worker:
         self.emit("record", values=values | fields)
 
     def exit_if_context_is_dead(self) -> None:
-        """After an illegal access every further CUDA call fails: a new process has to take over."""
+        """Ends the process if CUDA calls fail, as all do after an illegal access; the runner starts
+        another."""
         if self.device != "cuda":
             return
         try:

@@ -1,5 +1,5 @@
-"""Who is measured. Each module is a plug-in: it lists `CONTENDERS`, and imports what it needs only
-when asked, so that an absent package costs nothing but a line in the results.
+"""The libraries that are measured. Each module lists its `CONTENDERS` and imports its library only
+when a contender is used; if the library is absent, the results say so and the run goes on.
 
 To add a peer, add a module here and its name to `PLUGINS`.
 """
@@ -19,11 +19,12 @@ SUBJECT = "torchext"  # the contender that the others are compared with
 
 @dataclass(frozen=True)
 class Contender:
-    """name: the same work by the same library has the same name in every suite.
+    """A library, or one of its variants, in one suite.
 
-    require: given the device, returns the version of what will run, or raises with the reason why
-    it cannot. prepare: given a Problem, returns a Run, or raises UnsupportedError. compiles: its
-    first calls compile kernels, so they are worth making ahead of time and may take minutes.
+    name: the same in every suite. require: takes the device and returns the library's version, or
+    raises an error that says why the library cannot run. prepare: takes a Problem and returns a
+    Run, or raises UnsupportedError. compiles: True if first calls compile kernels, which may take
+    minutes; such calls are made before the measurement.
     """
 
     name: str
@@ -43,7 +44,10 @@ def all_contenders() -> list[Contender]:
 
 
 def contenders_for(device: str, names: list[str] | None = None) -> list[Contender]:
-    """Those that run on `device`; with `names`, of those only the named ones and the subject."""
+    """The contenders that run on `device`; with `names`, only those named and torchext.
+
+    Raises ValueError for an unknown name.
+    """
     everyone = all_contenders()
     known = sorted({contender.name for contender in everyone})
     for name in names or ():

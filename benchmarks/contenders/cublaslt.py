@@ -1,4 +1,4 @@
-"""torch.nn.functional.scaled_mm: cuBLASLt's FP8 products, with the scales laid out as it asks."""
+"""cuBLASLt's FP8 GEMMs through torch.nn.functional.scaled_mm, with scales in its layouts."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def require(device: str) -> str:
 
 
 def dense_columns(scale: Tensor) -> Tensor:
-    """1x128 scales [rows, groups] with strides (1, rows): torchext's without their padding."""
+    """1x128 scales [rows, groups] with strides (1, rows): torchext's layout without its padding."""
     return scale.t().contiguous().t()
 
 
 def padded_blocks(scale: Tensor) -> Tensor:
-    """128x128 scales [N/128, K/128] as [round_up(K/128, 4), N/128] with strides (1, L4)."""
+    """128x128 scales [N/128, K/128] as [L4, N/128], strides (1, L4); L4 = round_up(K/128, 4)."""
     n_blocks, k_blocks = scale.shape
     padded = scale.new_ones(n_blocks, round_up(k_blocks, 4))
     padded[:, :k_blocks] = scale
@@ -50,7 +50,8 @@ def gemm(problem: GemmProblem) -> Run:
         recipes = (ScalingType.TensorWise, ScalingType.TensorWise)
     else:
         raise UnsupportedError("scaled_mm stores its result and cannot accumulate")
-    # Blockwise promotes to FP32 by itself; for the others this is how torchao and vLLM call it.
+    # Blockwise GEMMs promote to FP32 in any case. For the others, torchao and vLLM use fast
+    # accumulation too.
     fast = op in (cases.FPROP_ROWWISE, cases.FPROP_TENSORWISE)
     return Run(
         lambda: F.scaled_mm(

@@ -1,4 +1,4 @@
-"""DeepGEMM's SM90 FP8 GEMMs (package deep_gemm). It compiles each kernel at its first call."""
+"""DeepGEMM's SM90 FP8 GEMMs (package deep_gemm), which compiles each kernel at its first call."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from . import Contender
 def require(device: str) -> str:
     from importlib.metadata import PackageNotFoundError, version
 
-    import deep_gemm  # noqa: F401  (raises where its library does not load)
+    import deep_gemm  # noqa: F401  (raises if its library does not load)
 
     for distribution in ("sgl-deep-gemm", "deep-gemm", "deep_gemm"):
         try:
@@ -25,7 +25,7 @@ def require(device: str) -> str:
 def gemm(problem: GemmProblem) -> Run:
     import deep_gemm
 
-    # M-major padded scales are DeepGEMM's own layout too: the call transforms nothing.
+    # torchext's M-major padded scales are DeepGEMM's layout too, so the call transforms nothing.
     left, right = problem.left_fp8, problem.right_fp8
     shape, device = (problem.rows, problem.cols), problem.device
     if problem.case.op == cases.FPROP:
@@ -70,7 +70,7 @@ def grouped(problem: GroupedProblem) -> Run:
         return Run(contiguous, problem.check_fp8)
     counts, expected = problem.counts, problem.expected
     data, scale = left
-    # M-major group by group, or each call would first transpose them.
+    # M-major within each group; otherwise every call would transpose the scales first.
     left = data, scale.transpose(1, 2).contiguous().transpose(1, 2)
 
     def masked() -> torch.Tensor:
@@ -83,7 +83,7 @@ def grouped(problem: GroupedProblem) -> Run:
 
 
 def _along_k(problem: GroupedProblem) -> Run:
-    """It takes each group's columns as a matrix of their own, one behind the other."""
+    """wgrad of experts. DeepGEMM takes one contiguous matrix of columns per group, concatenated."""
     import deep_gemm
 
     left, right = (

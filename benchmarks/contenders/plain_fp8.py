@@ -1,8 +1,8 @@
-"""The contender "plain" of the quantizers: what a user could write in PyTorch, for speed.
+"""Quantizers in plain PyTorch, written for speed as a user might write them: contender "plain".
 
-Layouts and numbers are those of `torchext.ops`, for finite input and float8_e4m3fn: scale =
-amax / 448 (1 where amax = 0), data = x / scale rounded to nearest even. torchext.reference is the
-standard of correctness.
+Layouts and numbers equal those of `torchext.ops` for finite input and float8_e4m3fn: scale =
+amax / 448 (1 if amax = 0), data = x / scale rounded to nearest even. Results are compared with
+torchext.reference, not with this module.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def _scale(amax: Tensor) -> Tensor:
 
 
 def _pitched(data: Tensor) -> Tensor:
-    """Rows round_up(columns, 16) bytes apart, as TMA asks."""
+    """`data` with a row pitch of round_up(columns, 16) bytes, as TMA requires."""
     columns = data.shape[1]
     if columns % 16 == 0:
         return data.contiguous()
@@ -76,7 +76,7 @@ def quantize_tensorwise(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def expand_scale(scale: Tensor, rows: int, columns: int) -> Tensor:
-    """The scale of every element: [rows, columns], from any granularity."""
+    """Scales of any granularity, broadcastable to [rows, columns]: one value for each element."""
 
     def along(scale: Tensor, dim: int, size: int) -> Tensor:
         if scale.shape[dim] in (1, size):

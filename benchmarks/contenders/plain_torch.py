@@ -1,4 +1,4 @@
-"""Plain PyTorch: the same FP8 work op by op ("plain"), and no FP8 at all ("bf16", "fp32")."""
+"""Plain PyTorch: the same FP8 work op by op ("plain"), and without FP8 ("bf16", "fp32")."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _product(left: Quantized, right: Quantized, dtype: torch.dtype) -> Tensor:
 
 
 def fp8_gemm(problem: GemmProblem) -> Run:
-    """Operands dequantized to FP32, then one FP32 product."""
+    """Dequantizes the operands to FP32, then runs one FP32 GEMM."""
     if problem.case.op == cases.WGRAD_ACCUMULATE:
         out = torch.empty(problem.rows, problem.cols, device=problem.device)
         return Run(
@@ -57,7 +57,7 @@ def fp8_gemm(problem: GemmProblem) -> Run:
 def unquantized_gemm(problem: GemmProblem) -> Run:
     """What nn.Linear does: F.linear in the problem's dtype."""
     if problem.case.op == cases.WGRAD_ACCUMULATE and problem.device == "cuda":
-        raise UnsupportedError("nn.Linear has no BF16 product that accumulates in FP32")
+        raise UnsupportedError("nn.Linear has no BF16 GEMM that accumulates in FP32")
     return Run(
         lambda: F.linear(problem.left, problem.right),
         problem.check_unquantized,
@@ -66,7 +66,7 @@ def unquantized_gemm(problem: GemmProblem) -> Run:
 
 
 def fp8_grouped(problem: GroupedProblem) -> Run:
-    """Operands dequantized to FP32, then an FP32 product a group."""
+    """Dequantizes the operands to FP32, then runs an FP32 GEMM for each group."""
 
     def call() -> Tensor:
         products = problem.product(*problem.dequantized(torch.float32))
@@ -81,16 +81,16 @@ def fp8_grouped(problem: GroupedProblem) -> Run:
 
 
 def unquantized_grouped(problem: GroupedProblem) -> Run:
-    """torch's own grouped product, in BF16."""
+    """torch's grouped GEMM in BF16."""
     if problem.case.op != cases.CONTIGUOUS or not hasattr(F, "grouped_mm"):
-        raise UnsupportedError("torch has a grouped BF16 product of contiguous groups only")
+        raise UnsupportedError("torch's grouped BF16 GEMM takes contiguous groups only")
     right = problem.right.unflatten(0, (problem.groups, problem.n)).transpose(1, 2)
     offsets = problem.offsets
     return Run(lambda: F.grouped_mm(problem.left, right, offs=offsets), problem.check_unquantized)
 
 
 class _Fp8Linear(torch.autograd.Function):
-    """fprop, dgrad and wgrad on operands that went through FP8, as torchext.nn.Linear's do."""
+    """fprop, dgrad and wgrad on FP8 operands, with the granularities of torchext.nn.Linear."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:  # type: ignore[override]

@@ -1,5 +1,5 @@
-"""torchao's FP8 training: Float8Linear under torch.compile (it is meant to be compiled), its
-blockwise prototype, and that prototype's Triton quantizers."""
+"""torchao's FP8 training: Float8Linear under torch.compile, for which it is made, the blockwise
+prototype, and the prototype's Triton quantizers."""
 
 from __future__ import annotations
 
@@ -48,7 +48,8 @@ def float8_linear(recipe: str) -> Callable[[LinearProblem], Run]:
 
         config = Float8LinearConfig.from_recipe_name(recipe)
         model = convert_to_float8_training(_linear(problem), config=config)
-        # One graph a case: past its limit (8) Dynamo would run the rest of the cases uncompiled.
+        # Each case compiles a graph. Beyond its default limit of 8, Dynamo would run the remaining
+        # cases uncompiled.
         torch._dynamo.config.recompile_limit = 1000
         compiled = torch.compile(model, dynamic=False)
         return problem.run(compiled, model.weight, problem.E5M2_TOLERANCE)
@@ -60,7 +61,7 @@ def blockwise_linear(problem: LinearProblem) -> Run:
     from torchao.prototype.blockwise_fp8_training.linear import Float8BlockwiseLinear
 
     if problem.case.op == cases.FORWARD:
-        raise UnsupportedError("the prototype is for training: it always prepares a backward")
+        raise UnsupportedError("the prototype is for training: it always prepares backward")
     model = Float8BlockwiseLinear.from_float(_linear(problem))
     return problem.run(model, model.weight, problem.FP8_TOLERANCE)
 

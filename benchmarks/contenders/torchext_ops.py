@@ -1,4 +1,4 @@
-"""torchext itself: its quantizers, its GEMMs, its Linear."""
+"""torchext: its quantizers, GEMMs and Linear."""
 
 from __future__ import annotations
 
@@ -82,16 +82,17 @@ def linear(problem: LinearProblem) -> Run:
     with torch.no_grad():
         converted.weight.copy_(problem.weight)
     run = problem.run(model, converted.weight, problem.FP8_TOLERANCE)
-    if not problem.backward:  # inference: each weight is quantized once
+    if not problem.backward:  # inference quantizes each weight once
         held = contextlib.ExitStack()
         held.enter_context(torchext.fixed_weights(model))
-        vars(model)["held"] = held  # for as long as the model lives
+        vars(model)["held"] = held  # keeps the context open while the model lives
         return run
 
     def new_step() -> None:
         assert run.before is not None
         run.before()
-        converted.refresh_weight()  # the optimizer of this case leaves all bits alone
+        # new_step of LinearProblem.run changes no bits, so the layer would reuse the FP8 weight.
+        converted.refresh_weight()
 
     return dataclasses.replace(run, before=new_step)
 
