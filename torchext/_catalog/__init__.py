@@ -1,7 +1,8 @@
-"""One entry per op: inputs that hurt, reference, least memory traffic, flops and error bound.
+"""One entry for each op: inputs that find bugs, reference, memory traffic, flops and error bound.
 
-Tests, benchmarks, soak and gpu_check iterate over CATALOG, so an op that has an entry is covered by
-all of them. Nothing in torchext imports this package; it ships so that a machine with a GPU has it.
+Tests, benchmarks, soak and gpu_check iterate over CATALOG, so all of them cover every op with an
+entry. Nothing else in torchext imports this package. It is part of the wheel, so that gpu_check
+finds it on a machine with a GPU.
 """
 
 from . import fused, gemm, grouped, quantize

@@ -1,4 +1,4 @@
-"""What a catalog entry is, and the random tensors that entries are made of."""
+"""The classes of a catalog entry, and the random tensors that entries use."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map_only
 from .. import reference
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
-# The quantizers of the left and of the right operand of a product.
+# The quantizers of a GEMM's operands a and b.
 GRANULARITIES = {
     "1d2d": (reference.quantize_1x128, reference.quantize_128x128),
     "1d1d": (reference.quantize_1x128, reference.quantize_1x128),
@@ -34,10 +34,12 @@ BITS = Bits.BITS
 
 @dataclass(frozen=True)
 class Bound:
-    """Largest error of a result, both figures as benchmarks.problems.difference defines them.
+    """The largest error that a result may have. A quantized result is dequantized first.
 
-    relative: |result - expected| / |expected|, Frobenius norms. worst: the largest
-    |element - expected| / (RMS of expected + |expected|). A quantized result is dequantized first.
+    benchmarks.problems.difference computes both numbers.
+
+    relative: |result - expected| / |expected|, in Frobenius norms.
+    worst: the largest |element - expected| / (RMS of expected + |expected|) of all elements.
     """
 
     relative: float
@@ -52,7 +54,7 @@ class Sample:
     kwargs: dict[str, Any]
 
     def to(self, device: torch.device | str) -> Sample:
-        """The same on another device, strides included."""
+        """The same arguments, with the same strides, on another device."""
         args, kwargs = tree_map_only(Tensor, lambda t: _to(t, device), (self.args, self.kwargs))
         return Sample(args, kwargs)
 
@@ -70,14 +72,15 @@ def _to(tensor: Tensor, device: torch.device | str) -> Tensor:
 
 @dataclass(frozen=True)
 class Entry:
-    """What every program needs to know of one op.
+    """What tests, benchmarks, soak and gpu_check need to know about one op.
 
-    samples: label -> function that makes the call's arguments, equal ones each time. Samples are
-        small enough for compute-sanitizer and the simulator. The first is ordinary and ragged, has
-        no `out`, defines every element of its result, and keeps its strides when it is cloned.
+    samples: label -> function that makes the arguments of a call, with equal values each time.
+        Samples are small enough for compute-sanitizer and the simulator. The first is ordinary, has
+        ragged sizes and no `out`, defines every element of its result, and keeps its strides when
+        it is cloned.
     shape: the arguments of a call -> the arguments of `bytes` and `flops`.
-    bytes: least memory traffic in bytes: inputs read once, outputs written once.
-    flops: two for each multiplication of a product.
+    bytes: least memory traffic in bytes, if inputs are read once and outputs written once.
+    flops: two for each multiplication of a GEMM.
     bound: BITS, or the largest error against `reference`.
     """
 
@@ -100,8 +103,11 @@ class Entry:
             yield label, self.sample(label, device)
 
     def expected(self, label: str) -> Any:
-        """What `reference` returns, on the CPU. Products are in float64, whatever dtype the call
-        asks for; elements that the op leaves undefined are NaN."""
+        """What `reference` returns for a sample, on the CPU.
+
+        GEMMs give float64, whatever out_dtype the sample has. Elements that the op leaves undefined
+        are NaN.
+        """
         given = self.samples[label]()
         kwargs = {k: v for k, v in given.kwargs.items() if k != "num_sms"}
         if self.bound is not BITS:
@@ -115,7 +121,7 @@ class Entry:
 
 
 def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """N(0, 1), the same for the same shape."""
+    """Numbers from N(0, 1), the same for the same shape."""
     seed = 1
     for size in shape:
         seed = seed * 10007 + size
@@ -136,7 +142,7 @@ def operands(
     groups: int | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """a [*rows, k] and b [n, k], or `groups` matrices b, each followed by its scale."""
+    """a, a_scale, b, b_scale, with a [*rows, k] and b [n, k], or [groups, n, k] if grouped."""
     leading = (rows,) if isinstance(rows, int) else rows
     quantize_a, quantize_b = GRANULARITIES[granularity]
     b = random(*(() if groups is None else (groups,)), n, k)

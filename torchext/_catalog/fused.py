@@ -1,4 +1,4 @@
-"""Products whose epilogue applies an activation and quantizes."""
+"""GEMMs whose epilogue applies an activation and quantizes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ QUANTIZED = Bound(relative=0.02)
 
 
 def samples(shrink: int, **more: Callable[[], Sample]) -> dict[str, Callable[[], Sample]]:
-    """shrink: columns of the product for each column of the result."""
+    """shrink: columns of the GEMM for each column of the result (2 for SwiGLU)."""
 
     def call(
         granularity: str, rows: int | tuple[int, ...], n: int, k: int, **options: Any

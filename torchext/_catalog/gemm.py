@@ -1,4 +1,4 @@
-"""The dense product."""
+"""The dense GEMM."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ import torch
 
 from .entry import E5M2, Bound, Entry, operands, random, sample
 
-# FP8 tensor cores keep about 14 bits while they sum 128 products; BF16 rounds by 2^-9.
-# docs/numerics.md has the bound for each kernel, which tests/gemm checks.
+# FP8 tensor cores keep about 14 bits while they sum 128 products, and rounding to BF16 adds a
+# relative error of up to 2^-9. tests/gemm checks the tighter bounds of docs/numerics.md.
 PRODUCT = Bound(relative=5e-3, worst=5e-2)
 
 
 def traffic(m: int, n: int, k: int, *, operand: int = 1, out: int = 2) -> float:
-    """operand: bytes per element of a and b. out: bytes per element of the output; twice the size
-    of an element that is read and written."""
+    """Bytes read and written.
+
+    operand: bytes per element of a and b.
+    out: bytes per element of the output; twice its size if it is also read (`accumulate`).
+    """
     return float(operand * (m + n) * k + out * m * n)
 
 

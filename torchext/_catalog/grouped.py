@@ -1,4 +1,4 @@
-"""Products of groups of rows, each with a matrix of its own, and of groups of columns."""
+"""The grouped GEMMs: over groups of rows, each with its own matrix, and over groups of columns."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .gemm import PRODUCT
 
 
 def rows_traffic(rows: int, n: int, k: int, groups: int, *, out: int = 2) -> float:
-    """rows: those that belong to a group. out: as in gemm.traffic."""
+    """rows: the number of rows that belong to a group. out: as in gemm.traffic."""
     return float(rows * k + groups * n * k + out * rows * n)
 
 
@@ -33,7 +33,7 @@ def columns_multiplications(m: int, n: int, k: int, groups: int) -> float:
 def contiguous(
     granularity: str, rows: int, n: int, k: int, *, groups: int, **options: Any
 ) -> Callable[[], Sample]:
-    """Lists among the options become index tensors."""
+    """Options that are lists become index tensors."""
     tensors = {
         name: index(*value) if isinstance(value, list) else value for name, value in options.items()
     }

@@ -1,4 +1,4 @@
-"""Quantizers and dequantize: specified to the bit."""
+"""Quantizers and dequantize, whose results are specified to the bit."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .entry import BITS, E5M2, Entry, Sample, random, sample
 
 
 def special() -> Tensor:
-    """Zeros, NaN, Inf, the largest FP32 numbers and subnormal ones, each in groups of their own."""
+    """Zeros, a NaN, an Inf, huge and subnormal FP32 numbers, each kind in its own scale groups."""
     x = random(140, 400, dtype=torch.float32)
     x[0] = 0
     x[1, 5] = torch.nan
@@ -25,7 +25,7 @@ def special() -> Tensor:
     return x
 
 
-# Every quantizer takes them.
+# Inputs for every quantizer.
 MATRICES: dict[str, Callable[[], Sample]] = {
     "ragged": lambda: sample(random(200, 400)),
     "e5m2, powers of two": lambda: sample(
@@ -40,12 +40,12 @@ MATRICES: dict[str, Callable[[], Sample]] = {
     "no rows": lambda: sample(random(0, 40)),
     "no columns": lambda: sample(random(7, 0)),
 }
-# Those whose rows are all leading dimensions.
+# More inputs for quantizers that accept one dimension.
 ROWS = {"vector": lambda: sample(random(130)), "no elements": lambda: sample(random(0))}
 
 
 def entry(name: str, bytes_per_element: float, more: Mapping[str, Callable[[], Sample]]) -> Entry:
-    """bytes_per_element: of a BF16 input, scales of 4 bytes included."""
+    """bytes_per_element: bytes moved for each element of a BF16 input, scales included."""
     return Entry(
         name,
         samples={**MATRICES, **more},

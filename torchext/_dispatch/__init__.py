@@ -1,1 +1,1 @@
-"""What torch's dispatcher knows of the ops: fake kernels, gradients, batching, flops, sharding."""
+"""Registers with torch, for each op: fake kernel, gradient, batching, flops and sharding rule."""

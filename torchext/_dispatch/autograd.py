@@ -1,10 +1,11 @@
-"""Autograd for ops that need Python kernels for it, at little cost to calls that ask no gradient.
+"""Gradients of ops, at little cost to calls that need none.
 
-A Python kernel on an autograd key costs every call microseconds, whether it needs a gradient or
-not, and the stable ABI has no way to write such a kernel in C++. So each of these ops has a
-below-autograd alias (csrc/ops.cpp): the same kernels under the name with an underscore in front,
-whose autograd keys fall through. The op's autograd kernel ends in the alias. `torchext.ops` calls
-the alias where no gradient is asked, and graphs that were traced below autograd hold it.
+A Python kernel on an autograd key costs every call microseconds, whether the call needs a gradient
+or not, and the stable ABI has no way to write such a kernel in C++. So each op with a gradient has
+a below-autograd alias (csrc/ops.cpp): the same kernels, under the op's name with an underscore in
+front, whose autograd keys fall through. The op's autograd kernel calls the alias in the end.
+`torchext.ops` calls the alias directly if no gradient is needed. Graphs that were traced below
+autograd contain the alias.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ class Gradient(NamedTuple):
 
     Attributes:
         argument: the argument's name.
-        formula: formula(grad, shape of the argument, *the arguments that `saved` names) returns the
-            gradient, in any dtype.
+        formula: called as formula(gradient of the output, shape of the argument, *saved arguments).
+            It returns the argument's gradient, in any dtype.
         saved: names of the tensor arguments that the formula needs.
     """
 
@@ -40,28 +41,31 @@ class Gradient(NamedTuple):
 
 
 def fall_through(name: str, key: str) -> None:
-    """Gives an op no kernel for `key`. At the Autograd key, fresh outputs then require no gradient,
-    at no cost."""
+    """Makes calls of an op skip `key`, at no cost. At the Autograd key, new outputs then require no
+    gradient."""
     _IMPL.impl(name, torch.library.fallthrough_kernel, key)
 
 
 def asks_gradient(tensor: Tensor | None) -> bool:
-    """Whether a call must record that it used `tensor`; True for what is no tensor at all, so that
-    the op refuses it, and wherever `tensor` alone does not tell: it may have a tangent, and under
-    torch.func's transforms another level may record it."""
+    """Whether a call must go through autograd to record that it used `tensor`.
+
+    True whenever `tensor` alone does not tell: under forward-mode autograd it may have a tangent,
+    and under torch.func's transforms another level may record it. Also true for an object that is
+    no tensor, which the op then refuses.
+    """
     if tensor is None:
         return False
     if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
         return True
-    return torch.is_grad_enabled() and getattr(tensor, "requires_grad", True)  # of no tensor
+    return torch.is_grad_enabled() and getattr(tensor, "requires_grad", True)
 
 
 def apply(function: type[torch.autograd.Function], *inputs: Any) -> Tensor:
-    """`function.apply`, a Python function, less the two microseconds that it spends on what only
-    functorch's transforms need. Not for Dynamo, which knows the original.
+    """Does what `function.apply` does, without the two microseconds that it spends on functorch.
 
-    Under a transform it is for kernels of autograd keys, which see one level of tensors as if there
-    were no others.
+    Do not use it in code that Dynamo traces: Dynamo recognizes only the original. Under a
+    functorch transform, use it only in kernels of autograd keys, which see one level of wrapped
+    tensors at a time.
     """
     direct = super(torch.autograd.Function, function).apply  # type: ignore[misc]
     if torch._C._are_functorch_transforms_active():
@@ -71,10 +75,10 @@ def apply(function: type[torch.autograd.Function], *inputs: Any) -> Tensor:
 
 
 def recorded_outside(op: Any, *operands: Any, **options: Any) -> Any:
-    """op(...) in the `forward` of a function that records it at this level of torch.func's
-    transforms; outer levels, if any, record it themselves."""
+    """Calls `op` in the `forward` of an autograd function that records it at this level of
+    torch.func's transforms. Outer levels, if any, record the call themselves."""
     with (
-        torch.enable_grad(),  # which autograd.Function has switched off, for outer levels too
+        torch.enable_grad(),  # autograd.Function has disabled it, also for outer levels
         forward_ad._set_fwd_grad_enabled(True),
         torch._C._AutoDispatchBelowAutograd(),
     ):
@@ -82,9 +86,9 @@ def recorded_outside(op: Any, *operands: Any, **options: Any) -> Any:
 
 
 def register_gradient(name: str, gradient: Gradient) -> None:
-    """Gives an op its Gradient, and makes its alias fall through.
+    """Gives an op its Gradient, and makes its alias fall through at the Autograd key.
 
-    (torch.library.register_autograd takes no keyword-only tensors.)
+    torch.library.register_autograd cannot be used: it takes no keyword-only tensors.
     """
     argument, formula, saved = gradient
     op, alias = getattr(_ops, name).default, getattr(_ops, f"_{name}").default
@@ -106,7 +110,7 @@ def register_gradient(name: str, gradient: Gradient) -> None:
 
 
 class _Differentiable(torch.autograd.Function):
-    """An op seen from the one argument that it has a gradient for."""
+    """An op as a function of the one argument that it has a gradient for."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, call: tuple[Any, ...], *saved: Tensor | None) -> Tensor:
@@ -124,14 +128,16 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
         raise NotImplementedError(
-            f"{ctx.argument} must have no tangent (got one, of torch.func.jvp, jacfwd or "
+            f"{ctx.argument} must have no tangent (got one, from torch.func.jvp, jacfwd or "
             "torch.autograd.forward_ad): the op has no forward-mode derivative; use reverse mode"
         )
 
 
 def register_out(name: str) -> Callable[..., None]:
-    """Makes the overload `out` refuse gradients, as every out= function of torch does, and tell
-    autograd of the write. Returns what `torchext.ops` calls for it, which dispatches but once.
+    """Makes the overload `out` refuse gradients, as torch's out= functions do, and report its write
+    to autograd.
+
+    Returns the function that `torchext.ops` calls for it, which goes through the dispatcher once.
     """
     op, alias = getattr(_ops, name).out, getattr(_ops, f"_{name}").out
 
@@ -152,7 +158,8 @@ def register_out(name: str) -> Callable[..., None]:
         fall_through(f"_{name}.out", key)
 
     def call(*operands: Any, **options: Any) -> None:
-        # Dynamo cannot trace increment_version; torch.func's transforms hand it on by level.
+        # Dynamo cannot trace increment_version, and under torch.func's transforms each level must
+        # handle it, which the op's dispatch does.
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             op(*operands, **options)
         else:

@@ -1,12 +1,12 @@
 """Batching rules: what torch.vmap and batched gradients compute for an op.
 
-Where every row of the result depends on its own row of one batched tensor, the batch is one more
-leading dimension. Everywhere else (two batched operands, scales of whole tensors, sums over rows)
-the op runs once for each element of the batch. Scales and FP8 values are the same either way, and
-elements keep the layout that products read.
+If each row of the result depends on one row of a single batched tensor, the op runs once and treats
+the batch as one more leading dimension. Otherwise (two batched operands, tensor-wise scales, sums
+over rows) the op runs once for each element of the batch. Scales and FP8 values are the same in
+both cases, and elements keep the layout that GEMMs read.
 
-PyTorch has two kinds of batched tensors: torch.func's, and those of batched gradients
-(`is_grads_batched=True`, torch.autograd.functional's `vectorize=True`). The rules serve both.
+PyTorch has two kinds of batched tensors: those of torch.func, and those of batched gradients
+(`is_grads_batched=True`, `vectorize=True` in torch.autograd.functional). The rules serve both.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .layout import laid_out, round_up
 _ops = torch.ops.torchext
 _IMPL = torch.library.Library("torchext", "IMPL")
 
-# Arguments that must be contiguous, which an element of a batch may not be.
+# Arguments that must be contiguous. An element of a batch may not be, and is then copied.
 _DENSE = ("bias", "offsets", "group_ids", "masked_m")
 
 # Calls the op with all of its arguments by position.
@@ -61,7 +61,7 @@ def register_batching(name: str, overload: str, rule: Rule) -> None:
         return [given.get(argument.name, argument.default_value) for argument in arguments]
 
     def batched(*operands: Any, **options: Any) -> Any:
-        # torch.library.register_vmap would do, if it took tensors by keyword.
+        # torch.library.register_vmap cannot be used: it takes no keyword-only tensors.
         interpreter: Any = retrieve_current_functorch_interpreter()
         bound = bind(operands, options)
         result = custom_function_call_vmap_helper(interpreter, apply_rule, call, *bound)
@@ -76,7 +76,7 @@ def register_batching(name: str, overload: str, rule: Rule) -> None:
 
 
 def _apply_to_gradients(rule: Rule, call: Call, operands: list[Any]) -> Any:
-    """Applies a rule to the batched tensors that autograd makes for batched gradients."""
+    """Applies a rule to batched tensors of the kind that autograd makes for batched gradients."""
     level = torch._C._vmapmode_increment_nesting() - 1  # the innermost batch
     torch._C._vmapmode_decrement_nesting()
     physical = [
@@ -85,7 +85,7 @@ def _apply_to_gradients(rule: Rule, call: Call, operands: list[Any]) -> Any:
     batched = [p is not t for p, t in zip(physical, operands, strict=True)]
     size = max(t.shape[0] for t, is_batched in zip(physical, batched, strict=True) if is_batched)
     dims = tuple(0 if is_batched else None for is_batched in batched)
-    # A tensor of an outer batch alone has come back with a dimension of 1 for this one.
+    # A tensor that only an outer level batches has got a dimension of size 1 for this level.
     spread = [
         t.expand(size, *t.shape[1:]) if is_batched else t
         for t, is_batched in zip(physical, batched, strict=True)
@@ -104,7 +104,7 @@ def _is_batched_gradient(t: Any) -> bool:
     return isinstance(t, Tensor) and torch._C._functorch.is_legacy_batchedtensor(t)
 
 
-# ---- one element after the other ----
+# ---- one call for each element ----
 
 
 def _each(
@@ -121,14 +121,14 @@ def _each(
         results.append(call(*element))
     if isinstance(results[0], Tensor):
         return stack(results), 0
-    if results[0] is None:  # of an op that writes into its argument
+    if results[0] is None:  # the op writes into its argument
         return (), ()
     stacked = tuple(stack(column) for column in zip(*results, strict=True))
     return stacked, tuple(0 for _ in stacked)
 
 
 def _of_none(call: Call, dims: BatchDims, *operands: Any) -> tuple[Any, Any]:
-    """The result for an empty batch: shaped as by an element of zeros."""
+    """The result for an empty batch. A call with zeros gives the shape of its elements."""
     element = (
         operand
         if dim is None
@@ -143,7 +143,7 @@ def _of_none(call: Call, dims: BatchDims, *operands: Any) -> tuple[Any, Any]:
 
 
 def _stack_as_laid_out(elements: list[Tensor]) -> Tensor:
-    """[batch, ...] in which each element has the strides and the alignment that it had."""
+    """Stacks elements into [batch, ...] so that each keeps its strides and 16-byte alignment."""
     first = elements[0]
     extent = 1 + sum((n - 1) * s for n, s in zip(first.shape, first.stride(), strict=True))
     span = round_up(extent if first.numel() else 0, 16 // first.itemsize)
@@ -161,11 +161,11 @@ def each_quantized(call: Call, size: int, dims: BatchDims, *operands: Any) -> tu
     return _each(call, size, dims, *operands, stack=_stack_as_laid_out)
 
 
-# ---- all at once ----
+# ---- one call for the whole batch ----
 
 
 def quantize_rows(dims_of_element: int) -> Rule:
-    """Each row, or each matrix, is quantized by itself."""
+    """Rule for a quantizer that quantizes each row (1 dimension) or each matrix (2) by itself."""
 
     def rule(call: Call, size: int, dims: BatchDims, x: Tensor, *options: Any) -> tuple[Any, Any]:
         if x.dim() - 1 < dims_of_element:  # the op refuses the element
@@ -173,7 +173,7 @@ def quantize_rows(dims_of_element: int) -> Rule:
         assert dims[0] is not None
         x = x.movedim(dims[0], 0)
         if dims_of_element == 1:
-            x = x.contiguous()  # as foldable rows
+            x = x.contiguous()  # so that its rows fold
         results = call(x, *options)
         return results, tuple(0 for _ in results)
 
@@ -204,14 +204,14 @@ def _element_shape(x: Tensor, dim: int) -> list[int]:
 
 
 def as_products_read(data: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """A quantized pair, or a copy of it where a batch has taken its layout away."""
+    """A quantized pair with the layout that GEMMs read, copied if batching has changed it."""
     if data.dim() == 0 or scale.dim() == 0:
         return data, scale  # the op refuses them
     return laid_out(data, scale)
 
 
 def _product_of(loop: Rule) -> Rule:
-    """`loop` over products, whose operands are elements of what may have been stacked anyhow."""
+    """The rule `loop` for a GEMM, whose operands first get the layout that it reads."""
 
     def rule(call: Call, size: int, dims: BatchDims, *operands: Any) -> tuple[Any, Any]:
         def product(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, *rest: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The C functions of the compiled library that are no ops, each with its C signature."""
+"""The compiled library's plain C functions, which are not ops, with their C signatures."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from .library import PATH
 
-# Name: (result, *arguments). The comment names the file that defines it, and the arguments.
+# Name: (result, *arguments). Each comment names the defining file and the arguments.
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
     # csrc/runtime/content_hash.cpp: (data, bytes)
     "torchext_content_hash": (c_uint64, c_void_p, c_int64),
@@ -32,9 +32,9 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
 
 
 def c_function(name: str) -> Any:
-    """The C function `name`, with its types set. ctypes releases the interpreter lock in calls.
+    """The C function `name` with its signature set. ctypes releases the interpreter lock in calls.
 
-    Raises AttributeError where this build lacks it.
+    Raises AttributeError if this build lacks the function.
     """
     result, *arguments = _SIGNATURES[name]
     function = getattr(ctypes.CDLL(str(PATH)), name)

@@ -1,9 +1,9 @@
-"""`declare`: what torch must know of an op beyond its kernels, in one place for each op.
+"""`declare` registers with torch everything about an op except its schema and kernels.
 
-csrc/ops.cpp has an op's schema and kernels. One call of `declare`, beside the op's typed function
-in `torchext.ops`, has the rest: fake kernel, gradient, `.out`, flop formula, batching rule,
-autocast and sharding rule. It registers them for the op, for its below-autograd alias (autograd.py)
-and for the overload `.out`. sharding.py registers sharding rules later, with the first DTensor.
+Those are in csrc/ops.cpp. Beside each op's typed function in `torchext.ops`, one call of `declare`
+gives the rest: fake kernel, gradient, `.out`, flop formula, batching rule, autocast and sharding
+rule. `declare` registers them for the op, for its below-autograd alias (autograd.py) and for the
+overload `.out`. sharding.py registers sharding rules later, with the first DTensor.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from .batching import Rule, each_product, register_batching
 _ops = torch.ops.torchext
 _IMPL = torch.library.Library("torchext", "IMPL")
 
-# Placements of the output, and of the arguments; None for an argument that is no tensor.
+# Placements of the output, and of each argument; None for an argument that is no tensor.
 Sharding = tuple[list[Any], list[Any]]
 
 
 class Handles(NamedTuple):
-    """What a typed function calls: overloads, resolved once.
+    """The overloads that an op's typed function calls, resolved once.
 
     Attributes:
         op: torch.ops.torchext.NAME.default.
-        alias: the below-autograd alias, to be called where no gradient is asked; None without one.
-        write: the overload `.out`, with its checks; None without one.
+        alias: the below-autograd alias, for calls that need no gradient; None if the op has none.
+        write: the overload `.out`, with its checks; None if the op has none.
     """
 
     op: Any
@@ -45,7 +45,8 @@ class Declaration(NamedTuple):
 
     Attributes:
         handles: what its typed function calls.
-        overloads: the names that csrc/ops.cpp defines for it: the op, its alias, both with `.out`.
+        overloads: the names that csrc/ops.cpp defines for the op: itself, its alias, and each of
+            both with `.out`.
         multiplies: whether it has a flop formula.
         sharding: its sharding rule, or None.
     """
@@ -70,24 +71,25 @@ def declare(
     autocast: Callable[..., Any] | None = None,
     sharding: Callable[..., Sequence[Sharding]] | None = None,
 ) -> Handles:
-    """Registers all of this with torch for the op `torchext::NAME`.
+    """Registers the op `torchext::NAME` with torch.
 
     Args:
-        name: as csrc/ops.cpp defines it.
-        fake: the fake kernel, whose arguments have the schema's names. It states shape, dtype and
-            strides of the outputs and leaves checks to the kernels.
-        flops: flop formula of the op, from the shapes of its arguments; None for an op that
+        name: the op's name in csrc/ops.cpp.
+        fake: the fake kernel, whose arguments have the schema's names. It gives shape, dtype and
+            strides of the outputs, and leaves checks to the kernels.
+        flops: the op's flop formula, called with the shapes of its arguments; None for an op that
             multiplies nothing.
-        batching: batching rule of the op and its alias; `.out` takes element after element.
-        gradient: None for an op whose outputs require no gradient; a Gradient for an op that has
-            one with respect to one argument (it needs an alias); or a kernel for the Autograd key.
-        out: the op has an overload `.out`, and an alias of that.
+        batching: the batching rule of the op and its alias. `.out` runs once for each element.
+        gradient: None for an op whose outputs require no gradient; a Gradient for an op that has a
+            gradient with respect to one argument (such an op needs an alias); or a kernel for the
+            Autograd key.
+        out: whether the op and its alias have an overload `.out`.
         autocast: called as autocast(device type, *arguments) under torch.autocast.
         sharding: sharding rule, called with the module torch.distributed.tensor and the op's
             arguments; returns the possible Shardings.
 
-    Raises RuntimeError for an op that has been declared, AttributeError for an op, alias or `.out`
-    that csrc/ops.cpp does not define.
+    Raises RuntimeError if the op has been declared before, and AttributeError if csrc/ops.cpp does
+    not define the op, its alias or its `.out`.
     """
     if name in DECLARATIONS:
         raise RuntimeError(
@@ -133,7 +135,7 @@ def _register_fake(name: str, fake: Callable[..., Any]) -> None:
 
 
 def _by_name(fake: Callable[..., Any], op: Any) -> Callable[..., Any]:
-    """`fake` for an alias, which takes by position what the op takes by keyword."""
+    """`fake` for an alias, which takes the op's keyword-only arguments by position."""
     names = [argument.name for argument in op._schema.arguments]
 
     def fake_of_alias(*arguments: Any, **options: Any) -> Any:
@@ -147,7 +149,7 @@ def _write_nothing(*arguments: Any, **options: Any) -> None:
 
 
 def _implement(name: str, kernel: Callable[..., Any], key: str) -> None:
-    # Dynamo sees Python kernels where an op is called in code that it does not compile.
+    # Without this, Dynamo would trace Python kernels that run outside the code that it compiles.
     _IMPL.impl(name, torch._disable_dynamo(kernel), key)
 
 

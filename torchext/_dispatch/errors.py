@@ -1,6 +1,6 @@
-"""Gives errors of the compiled ops the class that they name.
+"""Converts a compiled op's RuntimeError to the class that its message names.
 
-LibTorch's stable ABI carries a RuntimeError and nothing else, so csrc/runtime/check.h writes the
+LibTorch's stable ABI can only raise a RuntimeError, so csrc/runtime/check.h writes the intended
 class at the end of the message: "... [ValueError]".
 """
 
@@ -14,10 +14,10 @@ _TAGGED = re.compile(r"(.*?) \[(ValueError|TypeError)\](\n.*)?", re.DOTALL)
 
 
 def python_error(error: RuntimeError) -> Exception:
-    """`error` as the class that its message names, without the tag; untagged, `error` itself.
+    """`error` as the class that its message names, without that tag; `error` itself without a tag.
 
-    Used as `except RuntimeError as error: raise python_error(error) from None` around a call: it
-    costs nothing until something is wrong, and torch.compile traces through it.
+    Used as `except RuntimeError as error: raise python_error(error) from None` around a call. This
+    costs nothing unless the call raises, and torch.compile traces through it.
     """
     tagged = _TAGGED.fullmatch(str(error))
     if tagged is None:

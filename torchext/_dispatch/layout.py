@@ -1,9 +1,8 @@
-"""The shapes and strides of quantized tensors: one definition for fake kernels and references, and
-for the repair of what a copy left without them.
+"""The shapes and strides of quantized tensors, for fake kernels, references and `restore_layout`.
 
-A tensor [..., K] is treated as a matrix whose M rows are all its leading dimensions, folded. FP8
-data have a row pitch of a multiple of 16 bytes (all that TMA asks); scales of 1x128 groups lie
-M-major, with the columns a multiple of four FP32 values apart.
+A tensor [..., K] is treated as a matrix whose M rows are all its leading dimensions, folded. The
+row pitch of FP8 data is a multiple of 16 bytes, as TMA requires. Scales of 1x128 groups are
+M-major, with columns a multiple of four FP32 values apart.
 """
 
 from __future__ import annotations
@@ -33,7 +32,8 @@ def leading_sizes(x: Tensor) -> tuple[int, ...]:
 
 
 def folded_strides(leading: Sequence[int], row: int, column: int) -> list[int]:
-    """Strides of [*leading, columns] whose rows, folded, are `row` elements apart."""
+    """Strides of [*leading, columns] whose folded rows are `row` elements apart, and whose columns
+    are `column` elements apart."""
     strides = [column]
     for size in reversed(leading):
         strides.insert(0, row)
@@ -64,18 +64,20 @@ def empty_block_scale(x: Tensor) -> Tensor:
 
 
 def empty_contiguous(x: Tensor, leading: Sequence[int], columns: int, dtype: torch.dtype) -> Tensor:
-    """Uninitialized [*leading, columns]. Unlike torch.empty, a stride is 0 where a size is."""
+    """Uninitialized contiguous [*leading, columns]. Unlike torch.empty's, strides are 0 to the left
+    of a dimension of size 0."""
     strides = folded_strides(leading, columns, 1)
     return x.new_empty_strided((*leading, columns), strides, dtype=dtype)
 
 
 # ---- repair ----
-# A copy by size or by dense strides (torch.empty(size), clone, contiguous, cpu, safetensors) keeps
-# the values and loses the layout that products ask for (csrc/gemm/operands.cpp).
+# A copy with dense strides (torch.empty(size), clone, contiguous, cpu, safetensors) keeps the
+# values but loses the layout that GEMMs require (csrc/gemm/operands.cpp).
 
 
 def folded_row_stride(tensor: Tensor) -> int | None:
-    """Elements between rows, leading dimensions folded; 0 for one row, None if they do not fold."""
+    """Elements between rows, with leading dimensions folded; 0 for one row, None if rows do not
+    fold."""
     stride, rows = 0, 1
     for size, step in zip(reversed(tensor.shape[:-1]), reversed(tensor.stride()[:-1]), strict=True):
         if size == 1:
@@ -91,8 +93,8 @@ def folded_row_stride(tensor: Tensor) -> int | None:
 def starts_aligned(tensor: Tensor) -> bool:
     """Whether `tensor` starts at a multiple of 16 bytes.
 
-    True of what has no address of its own (in a graph that is traced or compiled, in a transform):
-    there the product is left to refuse it.
+    True for a tensor without an address of its own (while a graph is traced or compiled, or in a
+    transform), which is left for the GEMM to check.
     """
     if (
         type(tensor) not in (Tensor, torch.nn.Parameter)
@@ -105,7 +107,7 @@ def starts_aligned(tensor: Tensor) -> bool:
 
 
 def pitched(data: Tensor) -> Tensor:
-    """FP8 `data` [..., K] if its rows lie 16-byte aligned as products read them, else a copy."""
+    """FP8 `data` [..., K] if its rows are 16-byte aligned, as GEMMs read them, else a copy."""
     strides = data.stride()
     if len(strides) == 2 and strides[1] == 1 and strides[0] % 16 == 0:  # the usual
         fits = True
@@ -120,7 +122,7 @@ def pitched(data: Tensor) -> Tensor:
 
 
 def m_major(scale: Tensor) -> Tensor:
-    """`scale` [..., groups] of 1x128 groups if M-major as products read it, else a copy."""
+    """`scale` [..., groups] of 1x128 groups if it is M-major, as GEMMs read it, else a copy."""
     strides = scale.stride()
     if len(strides) == 2 and strides[0] == 1 and strides[1] % 4 == 0:  # the usual
         fits = True
@@ -135,7 +137,7 @@ def m_major(scale: Tensor) -> Tensor:
 
 
 def fits_data(data: Tensor, scale: Tensor) -> bool:
-    """Whether `scale` has a shape that some quantizer gives data of this shape."""
+    """Whether `scale` has a shape that some quantizer returns with data of this shape."""
     if data.dim() == 0 or scale.dim() == 0:
         return False
     *leading, columns = data.shape
@@ -155,7 +157,7 @@ def fits_data(data: Tensor, scale: Tensor) -> bool:
 
 
 def laid_out(data: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """A quantized pair with the layout that products ask for: itself where it has it."""
+    """A quantized pair with the layout that GEMMs require; a tensor that has it is not copied."""
     shape, groups = data.shape, scale.shape
     if groups[-1] == ceil_div(shape[-1], GROUP) and groups[:-1] == shape[:-1]:
         scale = m_major(scale)

@@ -13,14 +13,14 @@ _log = logging.getLogger("torchext")
 
 
 def has_ptx() -> bool:
-    """Whether this build has CUDA kernels: it stores their PTX in a folder of the package."""
+    """Whether this build has CUDA kernels. A build stores their PTX in the package."""
     return any((PACKAGE / "_ptx").glob("*/*.ptx"))
 
 
 def load(path: Path = PATH) -> None:
     """Registers `torch.ops.torchext.*`.
 
-    Raises ImportError when the library was not built, or when this torch cannot load it.
+    Raises ImportError if the library was not built, or if this torch cannot load it.
     """
     if not path.is_file():
         raise ImportError(

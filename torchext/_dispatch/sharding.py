@@ -1,7 +1,7 @@
 """Registers the ops' sharding rules with DTensor: tensor and sequence parallelism.
 
-Imported with the first DTensor that meets a layer, because torch.distributed.tensor takes most of a
-second to import.
+Imported when the first DTensor is passed to a layer, because importing torch.distributed.tensor
+takes most of a second.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Where a layer goes through its op (../ops/linear.py) instead of its own path: under what composes
-modules, and cannot look into an autograd function or be shown a cached weight.
+"""Decides when a layer calls its op (../ops/linear.py) instead of its own path.
 
-docs/composition.md lists what works, and what refuses.
+It does so under tracers, transforms and tensor subclasses, which cannot look into an autograd
+function and must not see a cached weight. docs/composition.md lists what works and what is refused.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def composed(layer: Linear, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-    """The layer's output where something composes it; None where it takes its own path."""
+    """The layer's output if it must call its op; None if it takes its own path."""
     if isinstance(input, Proxy):
         return _traced_symbolically(layer, input, weight, bias)
     compiling = torch.compiler.is_compiling()
@@ -33,44 +33,44 @@ def composed(layer: Linear, input: Tensor, weight: Tensor, bias: Tensor | None) 
     return None
 
 
-# Bound once: each forward of an eager layer asks.
+# Resolved once, because every eager forward calls them.
 _are_transforms_active = torch._C._are_functorch_transforms_active
 _is_jit_tracing = torch._C._is_tracing
 _len_function_modes = torch._C._len_torch_function_stack
 
 
 def is_composed() -> bool:
-    """Whether anything but the classes of the tensors asks for the op."""
+    """Whether a transform or tracer requires the op, whatever the classes of the tensors."""
     return (
         _are_transforms_active()
         or _is_jit_tracing()
         or forward_ad._current_level >= 0
-        # make_fx and torch.export may trace above autograd, with a mode that sees functions.
+        # make_fx and torch.export may trace above autograd, with a __torch_function__ mode.
         or (_len_function_modes() > 0 and torch._ops._len_torch_dispatch_stack_pre_dispatch() > 0)
     )
 
 
 def is_composed_in_graph() -> bool:
-    """The same question while Dynamo traces.
+    """`is_composed` while Dynamo traces.
 
-    Exported graphs hold the op, which has a gradient; torch.compile otherwise inlines the layer.
+    Exported graphs contain the op, which has a gradient. Otherwise torch.compile inlines the layer.
     """
     return torch.compiler.is_exporting() or torch._C._are_functorch_transforms_active()
 
 
-# Asked while Dynamo traces: torch.compiler.assume_constant_result, which would import Dynamo.
+# Does what torch.compiler.assume_constant_result does, which would import Dynamo.
 is_composed_in_graph._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _overrides_functions(tensor: Tensor) -> bool:
-    """Whether its class sees calls of functions, as torch.nn.functional.linear would show them."""
+    """Whether its class overrides functions, as torch.nn.functional.linear would let it."""
     override = getattr(type(tensor), "__torch_function__", None)
     own = override not in (None, torch._C._disabled_torch_function_impl)
     return own and type(tensor) not in (Tensor, torch.nn.Parameter)
 
 
 def _is_distributed(tensor: Tensor) -> bool:
-    # Importing DTensor takes most of a second: whoever has one has imported it.
+    # Importing DTensor takes most of a second. A program that has a DTensor has imported it.
     module = sys.modules.get("torch.distributed.tensor")
     if module is None or not isinstance(tensor, module.DTensor):
         return False
@@ -83,10 +83,10 @@ def _is_distributed(tensor: Tensor) -> bool:
 
 
 def _traced_symbolically(layer: Linear, input: Any, weight: Tensor, bias: Tensor | None) -> Any:
-    """One call in torch.fx's graph: of the layer, as of a torch.nn.Linear, or else of its op.
+    """Adds one call to torch.fx's graph: of the layer, as for a torch.nn.Linear, or of its op.
 
-    What surrounds the layer's own forward (hooks, a subclass's or another forward) is in the graph
-    by now, and a call of the layer would do it again.
+    It is the op if the graph already contains what surrounds the layer's own forward (hooks, or a
+    forward that replaces it). A call of the layer would execute that twice.
     """
     from .linear import Linear
 
@@ -101,14 +101,14 @@ def _traced_symbolically(layer: Linear, input: Any, weight: Tensor, bias: Tensor
     if own and not hooked and layer is not getattr(tracer, "root", layer):
         try:
             path = tracer.path_of_module(layer)
-        except NameError:  # no submodule of what is traced
+        except NameError:  # the layer is no submodule of the traced module
             path = None
         if path is not None:
             return tracer.create_proxy("call_module", path, (input,), {})
     if type(weight) is Tensor:
         raise RuntimeError(
-            "torchext.nn.Linear: weight must be a parameter under torch.fx (got a computed one, of "
-            "a parametrization or torch.nn.utils.weight_norm, which the graph would hold as it is "
-            "now); trace with a torch.fx.Tracer whose is_leaf_module is true of this layer"
+            "torchext.nn.Linear: weight must be a parameter under torch.fx (got one computed by a "
+            "parametrization or torch.nn.utils.weight_norm, which the graph would store as a "
+            "constant); trace with a torch.fx.Tracer whose is_leaf_module is true for this layer"
         )
     return linear_op(input, weight, bias, layer.recipe)

@@ -26,19 +26,24 @@ class Linear(torch.nn.Linear):
     In every other way it behaves as torch.nn.Linear.
 
     Parameters (`weight` [out_features, in_features], `bias` [out_features]), their initialization
-    and `state_dict` keys are torch.nn.Linear's, so checkpoints go both ways. Features need not be
-    multiples of anything.
+    and `state_dict` keys are those of torch.nn.Linear, so either class loads the other's
+    checkpoints. in_features and out_features may be any numbers.
 
-    Backward uses an FP8 copy of the input (one byte an element, plus scales); the original is not
-    kept. Every forward uses the weight as it then is, whoever wrote it. On a CPU the FP8 weight is
-    kept, one byte an element or two for a layer that is trained, and made anew unless a hash of the
-    parameter's bytes says that it is the same; on CUDA and under torch.compile it is made in every
-    forward. `torchext.fixed_weights` saves both while the weights rest.
+    Backward uses an FP8 copy of the input (one byte for each element, plus scales); the original is
+    not kept. Every forward uses the current weight, whatever wrote it. On a CPU the layer keeps the
+    FP8 weight, one byte for each element (two in training), and quantizes the parameter again only
+    when a hash of its bytes changes. On CUDA and under torch.compile every forward quantizes the
+    parameter. `torchext.fixed_weights` saves both the hash and the quantization while weights do
+    not change.
 
     Args:
-        in_features, out_features, bias, device, dtype: as in torch.nn.Linear. The parameters are
-            FP32, BF16 or FP16.
-        recipe: how x, weight and dy are quantized; Recipe.deepseek_v3() if None.
+        in_features, out_features, bias, device, dtype: as in torch.nn.Linear. The parameters must
+            be FP32, BF16 or FP16.
+        recipe: how the input, the weight and the output's gradient are quantized;
+            Recipe.deepseek_v3() if None.
+
+    Raises:
+        TypeError: recipe is not a torchext.Recipe.
     """
 
     recipe: Recipe
@@ -60,10 +65,10 @@ class Linear(torch.nn.Linear):
 
     @classmethod
     def from_linear(cls, linear: torch.nn.Linear, recipe: Recipe | None = None) -> Linear:
-        """An FP8 layer with the parameters (the same, not copies), hooks and mode of `linear`.
+        """A new FP8 layer that shares the parameters and hooks of `linear`, and has its mode.
 
-        Raises TypeError for anything but a plain torch.nn.Linear: a subclass's own behavior would
-        be lost.
+        Raises TypeError unless `linear` is a plain torch.nn.Linear: a subclass's own behavior would
+        be lost. Raises TypeError for a recipe that is not a torchext.Recipe.
         """
         if type(linear) is not torch.nn.Linear:
             raise TypeError(
@@ -72,7 +77,7 @@ class Linear(torch.nn.Linear):
                 "new torchext.nn.Linear by load_state_dict"
             )
         new = torch.nn.Linear.__new__(torch.nn.Linear)
-        # A level deep: parameters and hooks are shared, the dictionaries that list them are not.
+        # Copies the dictionaries that list parameters and hooks, and shares what they list.
         new.__dict__ = {
             name: copy.copy(value) if isinstance(value, dict) else value
             for name, value in linear.__dict__.items()
@@ -83,8 +88,8 @@ class Linear(torch.nn.Linear):
     def convert_(cls, linear: torch.nn.Linear, recipe: Recipe | None = None) -> Linear:
         """Turns a plain torch.nn.Linear into an FP8 layer in place, and returns it.
 
-        It stays the same object, so that everything that refers to it (hooks, other modules,
-        optimizers) goes on doing so.
+        It stays the same object, so references to it (in hooks, other modules, optimizers) stay
+        valid. Raises TypeError for a recipe that is not a torchext.Recipe.
         """
         recipe = _checked_recipe(recipe)
         linear.__class__ = cls
@@ -98,26 +103,31 @@ class Linear(torch.nn.Linear):
 
         It stays the same object with the same parameters, hooks and mode.
 
-        Raises TypeError for a subclass of torchext.nn.Linear, a parametrized layer included.
+        Raises TypeError for a subclass of torchext.nn.Linear, which a parametrized layer is, too.
         """
         if type(self) is not Linear:
             raise TypeError(
                 "Linear.revert_: the layer must be a torchext.nn.Linear (got its subclass "
-                f"{type(self).__name__}, whose own behavior would be lost); remove its "
-                "parametrizations, or replace it, first"
+                f"{type(self).__name__}, whose own behavior would be lost); first remove its "
+                "parametrizations, or replace the layer"
             )
-        for name in Linear.__annotations__:  # what this class keeps beside torch.nn.Linear
+        for name in Linear.__annotations__:  # the attributes that this class adds
             self.__dict__.pop(name, None)
         self.__class__ = torch.nn.Linear  # type: ignore[assignment]
         return self
 
     def forward(self, input: Tensor) -> Tensor:
-        """`input` [..., in_features], FP32, BF16 or FP16, to [..., out_features].
+        """Returns input @ weight.T + bias, [..., out_features].
 
-        The output has the input's dtype or, under torch.autocast, autocast's. The parameters may be
-        of another dtype than the input.
+        The output has the input's dtype or, under torch.autocast, autocast's.
 
-        Raises RuntimeError for a shape or device that does not fit, TypeError for another dtype.
+        Args:
+            input: [..., in_features], FP32, BF16 or FP16, of any strides, on the device of the
+                parameters; or a jagged nested tensor. Its dtype may differ from the parameters'.
+
+        Raises:
+            RuntimeError: a shape or device does not fit.
+            TypeError: input or a parameter has another dtype.
         """
         parameters: dict[str, Any] = self._parameters
         try:  # Module.__getattr__, a Python function, takes longer than all checks below
@@ -138,7 +148,7 @@ class Linear(torch.nn.Linear):
             y = composed(self, input, weight, bias)
             if y is not None:
                 return y if rewrap is None else rewrap(y)
-        # A compiled graph would find a bias that does not fit only when it runs.
+        # Otherwise a compiled graph would fail for a bias that does not fit only when it runs.
         if not fit(input, weight, bias) or (compiling and not bias_fits(weight, bias)):
             raise misfit(input, weight, bias)
         opened = None
@@ -167,29 +177,29 @@ class Linear(torch.nn.Linear):
         return y if rewrap is None else rewrap(y)
 
     def __prepare_scriptable__(self) -> NoReturn:
-        """torch.jit.script asks for a module that it can compile, and puts it into the model."""
+        """Called by torch.jit.script for a module that it can compile in place of this one."""
         raise NotImplementedError(
             "torchext.nn.Linear: a module for torch.jit.script must be written in TorchScript (got "
-            "an FP8 layer); use torch.jit.trace, whose traces can be trained and saved, or "
+            "an FP8 layer); use torch.jit.trace, whose result can be trained and saved, or "
             "torch.export"
         )
 
     def refresh_weight(self) -> None:
-        """Drops the FP8 weight, and so frees its memory; the next forward quantizes the parameter.
+        """Drops the FP8 weight and frees its memory; the next forward quantizes the parameter.
 
-        Needed within `torchext.fixed_weights`, after a write that PyTorch does not record.
+        Required within `torchext.fixed_weights` after a write that PyTorch does not record.
         """
         self._weight_cache.clear()
 
     def _quantized_weight(self, weight: Tensor, input: Tensor) -> Operand | None:
-        """The FP8 weight, kept or made anew; None where it may not be kept."""
-        # Re-entrant checkpointing runs forward without gradients first, and with them later.
+        """The FP8 weight from the cache, or newly quantized; None if it may not be cached."""
+        # Re-entrant checkpointing runs forward without gradients first, and later with them.
         transposed = input.requires_grad if torch.is_grad_enabled() else self.training
         return self._weight_cache.operand(weight, self.recipe, transposed=transposed)
 
     def train(self, mode: bool = True) -> Linear:
         if mode != self.training and not self._weight_cache.fixed:
-            self.refresh_weight()  # evaluation needs half of what training keeps
+            self.refresh_weight()  # evaluation needs only half of the bytes that training keeps
         super().train(mode)
         return self
 

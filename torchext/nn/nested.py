@@ -1,4 +1,4 @@
-"""Jagged nested tensors as the rows that a layer multiplies."""
+"""Converts jagged nested tensors to the rows that a layer multiplies, and back."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ Rewrap = Callable[[Tensor], Tensor]
 
 
 def rows_of_nested(input: Tensor) -> tuple[Tensor, Rewrap] | None:
-    """A jagged tensor's rows, concatenated, and what makes a jagged tensor of their outputs; None
-    for any other tensor.
+    """A jagged tensor's concatenated rows, and a function that makes a jagged tensor of their
+    outputs; None for any other tensor.
 
-    Rows that belong to no element, where `lengths` leaves gaps, are left out: they may hold
-    anything, and would take part in scales and in the weight's gradient. Their outputs are zero.
+    Rows in gaps between elements (where `lengths` is given) are left out: they may hold any values,
+    which would affect scales and the weight's gradient. Their outputs are zero.
     """
     if not input.is_nested:
         return None
@@ -54,6 +54,6 @@ def rows_of_nested(input: Tensor) -> tuple[Tensor, Rewrap] | None:
 
 
 def _rows_of_elements(offsets: Tensor, lengths: Tensor) -> Tensor:
-    before = lengths.cumsum(0) - lengths  # rows of the elements before each
+    before = lengths.cumsum(0) - lengths  # for each element, the rows of all earlier elements
     shift = torch.repeat_interleave(offsets[: len(lengths)] - before, lengths)
     return torch.arange(len(shift), device=shift.device) + shift

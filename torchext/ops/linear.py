@@ -159,7 +159,7 @@ class _Linear(torch.autograd.Function):
 
 def _refuse_forward_derivative() -> NoReturn:
     raise NotImplementedError(
-        "torchext.nn.Linear: input and parameters must have no tangent (got one, of "
+        "torchext.nn.Linear: input and parameters must have no tangent (got one, from "
         "torch.func.jvp, linearize, jacfwd, hessian or torch.autograd.forward_ad): FP8 GEMMs have "
         "no jvp; use reverse mode (torch.func.grad, vjp, jacrev), or "
         "torch.nn.Linear for this layer"
