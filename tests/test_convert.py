@@ -92,11 +92,11 @@ def test_summary():
         "  blocks.*.output (2)",
         "  blocks.*.gate (2)",
         "  blocks.*.down (2)",
-        "left alone: router: its error changes which expert a token meets (18.6% of the "
+        "left alone: router: its error changes which expert a token goes to (18.6% of the "
         "parameters)",
         "  blocks.*.moe.gate (2)",
         "  blocks.*.router.* (2)",
-        "left alone: fewer than 128 in or out features: smaller than one group of scales (8.9% of "
+        "left alone: fewer than 128 in or out features: smaller than one scale group (8.9% of "
         "the parameters)",
         "  narrow",
         "  short",

@@ -1,4 +1,4 @@
-"""What a conversion did: which layers train in FP8, which parameters stay wide, and why."""
+"""The result of a conversion: which layers train in FP8, which parameters stay wide, and why."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _WIDE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class ReadOnlyDict(dict[str, str]):
-    """A dict, so that json and pickle take it, that cannot be changed."""
+    """A dict that cannot be changed. It is a dict because json and pickle require one."""
 
     def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise TypeError("a ConversionResult is read-only; copy it with dict(...) to change it")
@@ -36,9 +36,9 @@ class WideParameter:
     """A parameter of two or more dimensions that takes no part in FP8 training.
 
     Attributes:
-        name: fully qualified; of a parameter that several modules share, the first name.
-        shape: its sizes; empty while a lazy parameter has none.
-        reason: why it stays wide, in a few words, with the remedy if there is one.
+        name: the fully qualified name; for a parameter that several modules share, the first one.
+        shape: its sizes; () for a lazy parameter whose shape is not known yet.
+        reason: why it stays wide, in a few words, with a remedy if there is one.
     """
 
     name: str
@@ -47,27 +47,27 @@ class WideParameter:
 
     @property
     def numel(self) -> int:
-        """Number of elements; 0 while a lazy parameter has no shape."""
+        """The number of elements; 0 for a lazy parameter whose shape is not known yet."""
         return math.prod(self.shape) if self.shape else 0
 
 
 @dataclasses.dataclass(frozen=True, repr=False, eq=False)
 class ConversionResult:
-    """What convert_to_fp8_training did; `print` it for a summary.
+    """The result of convert_to_fp8_training; `print` it for a summary.
 
     It can be copied, pickled and saved, also as an attribute of the model. `to_dict()` and
-    `to_json()` leave the model out; `torch.save(result.to_dict(), path)` loads with
+    `to_json()` omit the model; a file written by `torch.save(result.to_dict(), path)` loads with
     `weights_only=True`.
 
     Attributes:
         model: the model that was passed, converted in place.
-        converted: fully qualified names of the layers that now train in FP8.
-        skipped: every other torch.nn.Linear's name, and the reason in a few words.
+        converted: fully qualified names of the layers that were converted.
+        skipped: {fully qualified name of every other torch.nn.Linear: reason in a few words}.
         wide: every parameter of two or more dimensions that stays wide, the largest first: weights
             of skipped layers, embeddings, convolutions, experts held as one 3-D parameter, ...
-        fp8_elements: elements of the parameters that train in FP8, those of layers that did so
-            before included. A parameter that modules share counts once.
-        elements: elements of all parameters, each counted once.
+        fp8_elements: the number of elements of parameters that train in FP8, including those of
+            layers that were converted before. A parameter that modules share counts once.
+        elements: the number of elements of all parameters, each counted once.
     """
 
     model: nn.Module
@@ -83,7 +83,7 @@ class ConversionResult:
         return self.fp8_elements / self.elements if self.elements else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """All but the model as plain lists, dicts, strings and numbers."""
+        """Everything except the model, as plain lists, dicts, strings and numbers."""
         return {
             "converted": list(self.converted),
             "skipped": dict(self.skipped),
@@ -143,9 +143,9 @@ class ConversionResult:
 def survey(
     model: nn.Module, skipped: Mapping[str, str]
 ) -> tuple[tuple[WideParameter, ...], int, int]:
-    """What `ConversionResult` calls wide, fp8_elements and elements, for a converted model.
+    """(wide, fp8_elements, elements) of the `ConversionResult` for a converted model.
 
-    `skipped` has the reason of every torch.nn.Linear that stays wide.
+    `skipped` maps the name of every torch.nn.Linear that stays wide to the reason.
     """
     modules = dict(model.named_modules())
     in_fp8 = {}
@@ -178,7 +178,8 @@ def _percent(share: float) -> str:
 
 
 def _is_matrix(name: str, parameter: torch.Tensor) -> bool:
-    """Whether it has two or more dimensions; a lazy one, whose shape is not known yet, by name."""
+    """Whether it has two or more dimensions. For a lazy parameter, whose shape is not known yet,
+    whether its name ends in `weight`."""
     return name.endswith("weight") if is_lazy(parameter) else parameter.dim() >= 2
 
 
@@ -209,13 +210,13 @@ def _why_wide(
     if isinstance(module, nn.modules.conv._ConvNd):
         return "convolution: torchext has no FP8 convolution"
     if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
-        return f"{kind}: PyTorch computes its products in one operator of its own"
+        return f"{kind}: PyTorch computes all of its GEMMs in one operator"
     if isinstance(module, nn.MultiheadAttention):
         return (
             "MultiheadAttention multiplies it by itself (write q, k and v as torch.nn.Linears to "
             "convert them)"
         )
-    if kind == "Conv1D" and parameter.dim() == 2:  # of transformers, as GPT-2 uses it
+    if kind == "Conv1D" and parameter.dim() == 2:  # the class that transformers uses in GPT-2
         return (
             "Conv1D holds a transposed weight (replace it by a torch.nn.Linear with weight.T, then "
             "convert)"
@@ -231,11 +232,11 @@ def _why_wide(
 
 
 def _indented(names: Iterable[str]) -> Iterator[str]:
-    """Names, repeated blocks on one line: layers.*.attention.query (32)."""
+    """Indented names; those in repeated blocks share a line: layers.*.attention.query (32)."""
     patterns: dict[str, list[str]] = {}
     for name in names:
         pattern = re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
-        if re.fullmatch(r"[*.]*", pattern):  # layers of a Sequential have no other name
+        if re.fullmatch(r"[*.]*", pattern):  # layers of a Sequential are named by numbers only
             pattern = name
         patterns.setdefault(pattern, []).append(name)
     for pattern, alike in patterns.items():

@@ -1,4 +1,4 @@
-"""Turns the nn.Linears of a model into FP8 ones, and back, and says which it left alone and why."""
+"""Converts a model's nn.Linears to FP8 layers and back, and reports which it left alone and why."""
 
 from __future__ import annotations
 
@@ -30,26 +30,32 @@ def convert_to_fp8_training(
     """Makes the torch.nn.Linears of `model` train in FP8, in place.
 
     Each becomes a torchext.nn.Linear and stays the same object with the same parameters, hooks,
-    requires_grad and mode, so an optimizer may be made before or after. Call it before
-    torch.compile and before the model is sharded.
+    requires_grad and mode. So an optimizer may be created before or after the conversion. Convert
+    before torch.compile and before the model is sharded. `revert_to_linear` undoes the conversion.
 
     Args:
-        model: any module; a torch.nn.Linear itself, too.
-        recipe: of every converted layer; Recipe.deepseek_v3() if None.
-        module_filter_fn: called as (module, fully qualified name) for each torch.nn.Linear that
-            could be converted; true means convert it. If None, these are left alone: layers with
-            fewer than 128 in or out features (smaller than one group of scales), output heads
-            (their error goes straight into the loss), and routers (whose error may send a token to
-            another expert). Heads and routers are known by their names, and a head also by sharing
-            its weight with an embedding.
+        model: any module, including a torch.nn.Linear.
+        recipe: the recipe of every converted layer; Recipe.deepseek_v3() if None.
+        module_filter_fn: called as module_filter_fn(module, fully qualified name) for each
+            torch.nn.Linear that can be converted; it is converted if the result is true. The
+            default, None, leaves alone: layers with fewer than 128 in or out features (smaller than
+            one scale group), output heads (their error goes straight into the loss), and routers
+            (an error may send a token to another expert). It recognizes heads and routers by name,
+            and heads also if they share their weight with an embedding.
 
-    Whatever the filter says, these are left alone: subclasses of torch.nn.Linear, layers whose
-    weight is parametrized or whose `forward` was replaced, and weights that are not plain FP32,
-    BF16 or FP16 tensors. Parameters of other modules stay as they are; `result.wide` lists those of
-    two or more dimensions, so that no expert or Conv1D is left wide unnoticed. A model in which
-    nothing trains in FP8 afterwards is warned of. `revert_to_linear` is the way back.
+    Some layers cannot be converted, whatever the filter returns: subclasses of torch.nn.Linear,
+    layers whose weight is parametrized or whose `forward` was replaced, and layers whose weight is
+    not a plain FP32, BF16 or FP16 tensor. Parameters of other modules do not change. `result.wide`
+    lists those of two or more dimensions, so that no expert or Conv1D stays wide unnoticed.
 
-    Raises TypeError for a model, recipe or filter of another type.
+    Returns:
+        A ConversionResult. It lists converted and skipped layers, and prints as a summary.
+
+    Raises:
+        TypeError: model, recipe or module_filter_fn has another type.
+
+    Warns:
+        UserWarning: no parameter of the model trains in FP8 afterwards.
     """
     _check_arguments(model, recipe, module_filter_fn)
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
@@ -86,15 +92,20 @@ def convert_to_fp8_training(
 
 
 def revert_to_linear(model: torch.nn.Module) -> tuple[str, ...]:
-    """Makes the FP8 layers of `model` torch.nn.Linears again, in place: the way back.
+    """Turns the FP8 layers of `model` back into torch.nn.Linears, in place.
 
-    Each stays the same object with the same parameters, hooks and mode, as in
-    `convert_to_fp8_training`. Call it, for example, before another library quantizes the model.
+    Each stays the same object with the same parameters, hooks and mode. Call it, for example,
+    before another library quantizes the model.
 
-    Returns the fully qualified names of the layers.
+    Args:
+        model: any module, including a torchext.nn.Linear.
 
-    Raises TypeError, before it changes anything, if `model` is no torch.nn.Module or has a subclass
-    of torchext.nn.Linear, or such a layer that is parametrized.
+    Returns:
+        The fully qualified names of the reverted layers.
+
+    Raises:
+        TypeError: model is not a torch.nn.Module, or contains a subclass of torchext.nn.Linear,
+            which a parametrized layer is, too. Nothing has been changed then.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(
@@ -106,8 +117,8 @@ def revert_to_linear(model: torch.nn.Module) -> tuple[str, ...]:
         if type(layer) is not Linear:
             raise TypeError(
                 f"revert_to_linear: {fqn} must be a torchext.nn.Linear (got its subclass "
-                f"{type(layer).__name__}, whose own behavior would be lost); remove its "
-                "parametrizations, or replace it, first"
+                f"{type(layer).__name__}, whose own behavior would be lost); first remove its "
+                "parametrizations, or replace the layer"
             )
     for layer in layers.values():
         layer.revert_()
@@ -174,7 +185,7 @@ def _why_not_worthwhile(linear: torch.nn.Linear, fqn: str, embeddings: set[int])
         return "output head: its error goes straight into the loss"
     # SwiGLU's `gate` widens; a router's narrows to the number of experts.
     if "router" in path or (name in _ROUTER_NAMES and linear.out_features < linear.in_features):
-        return "router: its error changes which expert a token meets"
+        return "router: its error changes which expert a token goes to"
     if min(linear.in_features, linear.out_features) < GROUP:
-        return f"fewer than {GROUP} in or out features: smaller than one group of scales"
+        return f"fewer than {GROUP} in or out features: smaller than one scale group"
     return None

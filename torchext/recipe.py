@@ -1,8 +1,8 @@
-"""What is quantized how when a layer trains in FP8: a `Recipe`, the same for all three GEMMs.
+"""`Recipe`: how a layer that trains in FP8 quantizes the operands of its three GEMMs.
 
-A linear layer y = x @ w.T multiplies three times: fprop (y from x, w), dgrad (dx from dy, w) and
-wgrad (dw from dy, x). A recipe says how coarse the scales of x, w and dy are and which FP8 format
-each takes.
+A linear layer y = x @ w.T runs three GEMMs: fprop (y from x and w), dgrad (dx from dy and w) and
+wgrad (dw from dy and x). A recipe gives the granularity of the scales, and the FP8 format of x, w
+and dy.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 
 Granularity = Literal["blockwise", "rowwise", "tensorwise"]
 
-# An op takes the index here: csrc/linear/linear.h.
+# Ops take the index in this tuple: csrc/linear/linear.h.
 GRANULARITIES: tuple[Granularity, ...] = get_args(Granularity)
 _FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -24,19 +24,21 @@ class Recipe:
     """How a layer trains in FP8. Immutable and hashable; one recipe serves any number of layers.
 
     Args:
-        granularity: how many values share one scale.
+        granularity: how many elements share a scale.
             "blockwise": 1x128 groups of inputs and gradients, along the dimension that the GEMM
-            sums over, and 128x128 blocks of weights. Products are promoted to FP32 every 128
-            elements of K (DeepSeek-V3, arXiv:2412.19437, section 3.3).
-            "rowwise": one scale for each row of each operand, again along the summed dimension.
+            sums over, and 128x128 blocks of weights. Sums are promoted to FP32 every 128 elements
+            of K (DeepSeek-V3, arXiv:2412.19437, section 3.3).
+            "rowwise": one scale for each row of each operand, that is, for all elements along the
+            dimension that the GEMM sums over.
             "tensorwise": one scale for the whole tensor.
-        input_dtype, weight_dtype, grad_dtype: torch.float8_e4m3fn (4 exponent bits, 3 of mantissa,
-            largest value 448) or torch.float8_e5m2 (5 and 2, 57344) for x, w and dy.
-        pow2_scale: round every scale up to a power of two, as UE8M0 stores it.
+        input_dtype, weight_dtype, grad_dtype: the formats of x, w and dy: torch.float8_e4m3fn (4
+            exponent bits, 3 mantissa bits, largest value 448) or torch.float8_e5m2 (5 and 2 bits,
+            57344).
+        pow2_scale: round every scale up to a power of two, which UE8M0 can store.
 
     Raises:
-        ValueError: another granularity.
-        TypeError: a dtype that is not one of the two, or a pow2_scale that is not a bool.
+        ValueError: granularity is none of these.
+        TypeError: a dtype is neither of the two, or pow2_scale is not a bool.
     """
 
     granularity: Granularity = "blockwise"
@@ -56,8 +58,8 @@ class Recipe:
             if dtype not in _FP8_DTYPES:
                 raise TypeError(
                     f"Recipe: {name} must be torch.float8_e4m3fn or torch.float8_e5m2 (got "
-                    f"{dtype!r}); it is the format that operands are quantized to (a layer's "
-                    "output has its input's dtype, or autocast's)"
+                    f"{dtype!r}); FP32, FP16 and BF16 are not FP8 formats: to set the dtype of a "
+                    "layer's output, convert its input or use torch.autocast"
                 )
         if not isinstance(self.pow2_scale, bool):
             raise TypeError(
@@ -67,21 +69,22 @@ class Recipe:
 
     @classmethod
     def deepseek_v3(cls, *, pow2_scale: bool = False) -> Recipe:
-        """1x128 groups and 128x128 blocks, e4m3 throughout: the default, and the most accurate."""
+        """1x128 groups, 128x128 blocks of weights and e4m3: the default, and the most accurate."""
         return cls("blockwise", pow2_scale=pow2_scale)
 
     @classmethod
     def rowwise(cls, *, pow2_scale: bool = False) -> Recipe:
-        """One scale a row, e4m3 throughout."""
+        """One scale for each row of each operand, and e4m3 for all of them."""
         return cls("rowwise", pow2_scale=pow2_scale)
 
     @classmethod
     def tensorwise(cls, *, pow2_scale: bool = False) -> Recipe:
-        """One scale a tensor, computed anew from each one; gradients, which span more, in e5m2."""
+        """One scale for each tensor, computed from its current values; e4m3 for x and w, and e5m2
+        for gradients, whose range is larger."""
         return cls("tensorwise", grad_dtype=torch.float8_e5m2, pow2_scale=pow2_scale)
 
     def __str__(self) -> str:
-        """The granularity, and what departs from e4m3 and exact scales."""
+        """The granularity, and each operand in e5m2 and power-of-two scales if there are any."""
         words: list[str] = [self.granularity]
         for role in ("input", "weight", "grad"):
             if getattr(self, f"{role}_dtype") is torch.float8_e5m2:

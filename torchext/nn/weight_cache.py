@@ -1,10 +1,10 @@
-"""Keeps a layer's FP8 weight for as long as it provably is the parameter's.
+"""Keeps a layer's FP8 weight while the parameter provably has not changed.
 
-Nothing that PyTorch offers says that nobody wrote a parameter's bytes: collectives, `.data`, numpy
-and other processes leave no trace on it. So on a CPU the proof is the content: a hash of all bytes
-(csrc/runtime/content_hash.cpp) is compared in every forward. On CUDA reading a hash back would
-stall the stream, so that the weight is quantized in every forward. Within `fixed_weights` the user
-vouches for the parameters, and an FP8 weight is reused, on any device, without looking.
+PyTorch cannot tell whether a parameter's bytes were written: collectives, `.data`, numpy and other
+processes leave no trace. So on a CPU every forward compares a hash of all bytes
+(csrc/runtime/content_hash.cpp). On CUDA reading a hash back would stall the stream, so every
+forward quantizes the weight. Within `fixed_weights` the user vouches that parameters do not change,
+and an FP8 weight is reused on any device without a look at the parameter's bytes.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ from ..recipe import Recipe
 
 _content_hash = c_function("torchext_content_hash")  # releases the interpreter lock
 
-_lock = threading.Lock()  # of _fixed, and of WeightCache.fixed
-_fixed: set[WeightCache] = set()  # that some `fixed_weights` context holds
+_lock = threading.Lock()  # guards _fixed and WeightCache.fixed
+_fixed: set[WeightCache] = set()  # the caches that a `fixed_weights` context holds
 
 
 class _Kept(NamedTuple):
     operand: Operand
-    state: tuple[Any, ...]  # of the parameter when it was quantized
-    weight: Tensor | None  # so that nothing else gets the id() that `state` may hold
+    state: tuple[Any, ...]  # the parameter's state when it was quantized
+    weight: Tensor | None  # kept alive if `state` has its id(), which must not be reused
 
 
 class WeightCache:
     """The FP8 weight of one layer. Copies and pickles of it are empty.
 
     Attributes:
-        fixed: how many `fixed_weights` contexts hold the layer.
+        fixed: the number of `fixed_weights` contexts that hold the layer.
     """
 
     def __init__(self) -> None:
@@ -61,11 +61,11 @@ class WeightCache:
     def operand(self, weight: Tensor, recipe: Recipe, *, transposed: bool) -> Operand | None:
         """`weight` quantized by `recipe`, with the operand for dgrad if `transposed`.
 
-        None where it may not be kept: the caller quantizes it, where the op is recorded for whoever
-        interprets ops now.
+        None if it may not be kept. Then the caller quantizes the weight, by an op that tracers and
+        transforms see.
         """
-        # A computed weight (parametrized, or given by torch.func.functional_call) is another one in
-        # each forward, and a subclass may keep its values elsewhere.
+        # A computed weight (parametrized, or given by torch.func.functional_call) is a new tensor
+        # in each forward, and a subclass may keep its values elsewhere.
         if type(weight) is not torch.nn.Parameter:
             return None
         if _is_traced():
@@ -88,7 +88,7 @@ class WeightCache:
                 return kept.operand
             kept = None
             self._kept.pop(place, None)  # before its successor is allocated
-        # After `state` was taken: what is written meanwhile is noticed in the next forward.
+        # `state` was read first, so the next forward notices a write that happens during this.
         with torch.inference_mode(False), torch.no_grad():  # so that backward may save it
             operand = quantize_weight(weight, recipe, transposed=transposed)
             if not _has_modes() or _is_unaltered(operand, weight, recipe):
@@ -101,7 +101,7 @@ def _has_modes() -> bool:
 
 
 def _is_traced() -> bool:
-    """Whether a tracer or a transform sees ops now: it must see each one, on the parameter."""
+    """Whether a tracer or transform is active, which must see each op on the parameter."""
     if torch._C._get_tracing_state() is not None or torch._C._are_functorch_transforms_active():
         return True
     # Fake tensors, proxies and functionalization have keys. make_fx may trace above autograd.
@@ -115,10 +115,10 @@ def _is_traced() -> bool:
 
 
 def _is_unaltered(operand: Operand, weight: Tensor, recipe: Recipe) -> bool:
-    """Whether the user's modes that are active left `operand` as it is without them.
+    """Whether `operand` has the bits that it has without the user's active modes.
 
-    A mode that counts ops sees a weight quantized once; what one that changes results made must not
-    outlive it.
+    A mode that only counts ops may leave its operand in the cache. The operand that a mode has
+    changed must not outlive that mode.
     """
     if not all(part is None or type(part) is Tensor for part in operand):
         return False
@@ -137,7 +137,10 @@ def _same_bits(x: Tensor, y: Tensor) -> bool:
 
 
 def _content(weight: Tensor) -> tuple[Any, ...] | None:
-    """All that the values of `weight` depend on; None where looking does not pay, or cannot be."""
+    """Everything that determines the values of `weight`, with its bytes as a hash.
+
+    None on other devices than the CPU, without memory to hash, or if hashing costs too much.
+    """
     if not weight.is_cpu:
         return None
     shape, strides = weight.shape, weight.stride()
@@ -145,7 +148,7 @@ def _content(weight: Tensor) -> tuple[Any, ...] | None:
     if not weight.is_contiguous():
         last = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
         extent = (last + 1) * weight.itemsize
-        if extent > 2 * weight.nbytes:  # few columns of a wide matrix
+        if extent > 2 * weight.nbytes:  # a few columns of a wide matrix
             return None
     address = weight.data_ptr()
     if address == 0 or extent <= 0:
@@ -154,7 +157,7 @@ def _content(weight: Tensor) -> tuple[Any, ...] | None:
 
 
 def _recorded_state(weight: Tensor) -> tuple[Any, ...]:
-    """What changes with each write, and each assignment, that PyTorch records."""
+    """Changes with each write and each assignment that PyTorch records."""
     return (
         id(weight),
         None if weight.is_inference() else weight._version,
@@ -167,20 +170,20 @@ def _recorded_state(weight: Tensor) -> tuple[Any, ...]:
 
 
 def _stream(weight: Tensor) -> int | None:
-    # Another stream would not wait until the weight is quantized.
+    # A key of the cache: another stream would not wait until the weight is quantized.
     return torch._C._cuda_getCurrentRawStream(weight.get_device()) if weight.is_cuda else None
 
 
 def _is_captured(weight: Tensor) -> bool:
-    # A replay of the graph must see the parameter as it then is.
+    # A replay of the graph must read the parameter's values at that time.
     return weight.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 @contextmanager
 def fixed_weights(model: torch.nn.Module) -> Iterator[None]:
-    """Within it, each FP8 layer of `model` quantizes its weight once, and reuses it unseen.
+    """Within this context each FP8 layer of `model` quantizes its weight once and reuses it.
 
-    For the micro-batches of gradient accumulation and for inference, where many forwards share the
+    For the micro-batches of gradient accumulation and for inference, where many forwards use the
     same weights:
 
         with torchext.fixed_weights(model):
@@ -188,27 +191,30 @@ def fixed_weights(model: torch.nn.Module) -> Iterator[None]:
                 loss(model(batch)).backward()
         optimizer.step()
 
-    On CUDA, where a layer otherwise quantizes its weight in every forward, this saves the
-    quantization; on a CPU, where it otherwise compares a hash, it saves reading the weight. Until
-    it ends it costs one byte a weight, or two where the input needs a gradient. Contexts nest, and
-    hold for all threads. A weight is kept for each recipe and CUDA stream that it is used with.
+    On CUDA this saves the quantization that every forward otherwise does. On a CPU it saves the
+    read of the weight that the hash in every forward otherwise needs. Until the context ends, it
+    costs one byte for each element of the weight, or two if the layer's input needs a gradient. A
+    weight is kept for each recipe and CUDA stream that it is used with. Contexts nest, and apply to
+    all threads.
 
-    A change that PyTorch records is seen even so: by a torch.optim.Optimizer, another in-place
-    operation, assignment, `load_state_dict` or `to`. One that it does not record is not seen:
-    through `.data`, numpy, a collective or another process. Make such changes outside, or call the
-    layer's `refresh_weight()` after them. Under torch.compile, within CUDA graphs and for computed
-    weights (parametrizations) the weight is quantized in every forward, as ever.
+    Layers still notice changes that PyTorch records: by a torch.optim.Optimizer, another in-place
+    operation, assignment, `load_state_dict` or `to`. They do not notice changes that PyTorch does
+    not record: through `.data`, numpy, a collective or another process. Make such changes outside
+    of the context, or call the layer's `refresh_weight()` after them. Under torch.compile, in CUDA
+    graphs and for computed weights (parametrizations) the context changes nothing: every forward
+    quantizes the weight.
 
     Args:
-        model: any module; its torchext.nn.Linear layers are held as they are at the beginning.
+        model: any module. The context applies to the torchext.nn.Linear layers that it has on
+            entry.
 
     Raises:
-        TypeError: model is no torch.nn.Module.
+        TypeError: model is not a torch.nn.Module.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(
             "torchext.fixed_weights: model must be a torch.nn.Module (got "
-            f"{type(model).__name__}); pass the model whose layers are to keep their FP8 weights"
+            f"{type(model).__name__}); pass the model whose layers must keep their FP8 weights"
         )
     caches = [
         cache
@@ -232,8 +238,9 @@ def _hold(caches: list[WeightCache], change: int) -> None:
 
 
 def _after_optimizer_step(*_: Any) -> None:
-    # The steps that leave version counters alone: fused ones, ones that write through `.data`, and
-    # ones on FSDP2's shards. A compiled step raises them, and must not be guarded on what is held.
+    # For steps that do not increase version counters: fused steps, steps that write through
+    # `.data`, and steps on FSDP2's shards. A compiled step increases them, and must get no guard on
+    # the caches.
     if not torch.compiler.is_compiling():
         with _lock:
             for cache in _fixed:
