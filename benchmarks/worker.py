@@ -1,8 +1,7 @@
 """The process that measures. It may crash or hang without harm to its parent, benchmarks.runner.
 
-stdin: a plan, {"device", "mode", "rounds", "case_limit_s", "peers", "ceilings" (whether to measure
-them),
-"work": [{"case", "contenders"}]}.
+stdin: a plan, {"device", "mode", "rounds", "case_limit_s", "peers", "ceilings" (True to measure
+them), "work": [{"case", "contenders"}]}.
 Events go out as JSON lines through the inherited file descriptor BENCHMARK_EVENTS_FD:
 
     contender    name, suite, version or reason          whether it can run here

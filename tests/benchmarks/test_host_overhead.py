@@ -1,4 +1,4 @@
-"""The host's time of a call is measured for every op. How long it is, is no matter of tests."""
+"""The host time of a call is measured for every op. Tests do not check how long it is."""
 
 from benchmarks import host_overhead
 from torchext import ops

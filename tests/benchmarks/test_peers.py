@@ -1,4 +1,4 @@
-"""Peers that need a GPU, rehearsed: a stand-in computes from exactly what they are handed."""
+"""Peers that need a GPU: a stand-in for DeepGEMM computes from exactly the arguments it gets."""
 
 import sys
 from types import ModuleType
@@ -14,7 +14,7 @@ from benchmarks.problems import PROBLEMS
 
 
 def columns_aligned(scale: Tensor) -> None:
-    """[..., rows, groups], rows adjacent and columns 16 bytes apart: no copy is needed."""
+    """Scales [..., rows, groups] are M-major with columns 16-byte aligned, so no copy is needed."""
     assert scale.stride(-2) == 1 and scale.stride(-1) == round_up(scale.shape[-2], 4)
 
 
@@ -24,7 +24,7 @@ def spread(pair: tuple[Tensor, Tensor]) -> Tensor:
 
 @pytest.fixture
 def deep_gemm(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """What DeepGEMM 2.6 computes on Hopper, by the layouts that its functions document."""
+    """What DeepGEMM 2.6 computes on Hopper, in the layouts that its functions document."""
     module = ModuleType("deep_gemm")
 
     def contiguous(a, b, d, row_groups, *, disable_ue8m0_cast):

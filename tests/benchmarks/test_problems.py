@@ -1,4 +1,4 @@
-"""References, checks and layouts: what stands between a wrong result and a published figure."""
+"""References, checks and layouts, which keep a wrong result from being published."""
 
 import numpy as np
 import pytest
@@ -32,7 +32,7 @@ def test_every_contender_of_this_machine_is_right(chosen):
         if contender.suite == chosen.suite:
             contender.require("cpu")
             run = contender.prepare(problem)
-            for _ in range(2):  # `before` must make a second call the same work
+            for _ in range(2):  # `before` must make a second call do the same work
                 if run.before:
                     run.before()
                 error = run.check(run.call())
@@ -67,7 +67,7 @@ def test_plain_quantizer_against_numpy():
     amax = np.abs(x.numpy().reshape(3, 2, 128)).max(2)
     assert np.array_equal(scale.numpy(), (amax / np.float32(448)).astype(np.float32))
     back = plain.dequantize(data, scale).numpy()
-    assert np.abs(back - x.numpy()).max() <= amax.max() / 28 * 1.001  # half a step of 448
+    assert np.abs(back - x.numpy()).max() <= amax.max() / 28 * 1.001  # half an FP8 step at 448
 
 
 @pytest.mark.parametrize("spoil", [float("nan"), float("inf"), 1e3])

@@ -9,7 +9,7 @@ from benchmarks import processes
 from benchmarks.processes import EventProcess
 
 PYTHON = (sys.executable, "-c")
-pytestmark = pytest.mark.alone  # limits of time
+pytestmark = pytest.mark.alone  # tests of time limits
 EVENTS = (
     "import json, os, sys, time\n"
     "events = os.fdopen(int(os.environ['BENCHMARK_EVENTS_FD']), 'w', 1)\n"

@@ -1,4 +1,4 @@
-"""Verdicts on the goals, the Markdown and the plots, from made-up measurements."""
+"""Verdicts on the goals, the Markdown and the plots, from invented measurements."""
 
 import json
 
@@ -41,7 +41,7 @@ def results(measurements: list[dict], device: str = "cuda") -> dict:
 
 
 def everything(ours: float, theirs: float) -> dict:
-    """Every case of the table, torchext taking `ours` and every peer `theirs` milliseconds."""
+    """Results for every case: torchext takes `ours` milliseconds, every peer `theirs`."""
     rows = []
     for case in cuda_cases():
         extra: dict[str, object] = {"host_microseconds": 5.0} if case.host else {}
@@ -126,7 +126,7 @@ def test_markdown_shows_ratios_failures_and_reasons():
     assert "relative error \\| 0.5" in text
     assert "1 measurements were skipped because time ran out." in text
     assert "ImportError: x" in text and "3 passed, 1 hung" in text and "memcheck" in text
-    for suite in SUITES:  # every kind of case finds its place
+    for suite in SUITES:  # the report has a section for every suite
         assert f"## {suite}\n" in report.markdown(everything(0.1, 0.2))
     columns = {line.count(" | ") for line in text.splitlines() if line.startswith("| fprop/")}
     assert len(columns) == 1

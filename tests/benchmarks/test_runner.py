@@ -1,4 +1,4 @@
-"""The supervisor: one measurement is lost to a hang or a crash, not the run."""
+"""The supervisor: a hang or a crash costs one measurement, not the run."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ def quantize_cases(*ops: str) -> list[Case]:
 
 
 def with_ceilings(folder: Path) -> Results:
-    """Results that need no ceilings measured, which takes seconds."""
+    """Results that already have ceilings, since measuring them takes seconds."""
     results = Results(folder / "results.json")
     results.data["ceilings"] = {"copy_bytes_per_s": 1.0, "fp8_flops_per_s": 1.0}
     return results
@@ -32,7 +32,6 @@ def statuses(results: Results, contender: str) -> dict[str, str]:
     }
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 def test_wrong_crashing_and_hanging_ops_cost_only_themselves(staged):
     results = with_ceilings(staged)
@@ -67,7 +66,6 @@ def test_wrong_crashing_and_hanging_ops_cost_only_themselves(staged):
     assert ok["milliseconds"]["samples"] >= 3 and ok["bytes_per_s"] > 0
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 def test_a_contender_that_keeps_dying_is_not_asked_again(staged):
     cases = [Case("quantize", "quantize_tensorwise", "given", "", (n, 128)) for n in (1, 2, 3, 4)]
@@ -108,7 +106,6 @@ def test_a_worker_that_never_starts_ends_the_run(staged):
     assert not subject_ok(results)
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 def test_command_line_measures_everything_there_is(tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"

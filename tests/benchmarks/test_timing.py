@@ -1,4 +1,4 @@
-"""The stop-watches: who is called when, and what of it is timed. For CUDA, with a stand-in."""
+"""The order of calls and what is timed. CUDA is replaced by a stand-in."""
 
 import time
 from types import SimpleNamespace
@@ -9,7 +9,7 @@ import torch
 from benchmarks import timing
 from benchmarks.problems import Run
 
-pytestmark = pytest.mark.alone  # times
+pytestmark = pytest.mark.alone  # measures times
 
 
 def run(calls: list[str], name: str, seconds: float, before: float = 0.0) -> Run:
@@ -79,7 +79,7 @@ def test_on_a_gpu_caches_are_cleared_and_the_host_gets_ahead(monkeypatch):
     assert log[-6:] == ["before", "flush", "spin", "event", "call", "event"]
     assert sizes == [400 << 20]
     assert len(times["a"]) == 5 and 0.003 <= min(times["a"]) < 0.1
-    assert spins[-1] >= 0.003 * timing.CudaStopwatch.CYCLES_PER_SECOND  # as long as a launch
+    assert spins[-1] >= 0.003 * timing.CudaStopwatch.CYCLES_PER_SECOND  # as long as the launch
     assert timing.host_microseconds(subject, batches=2, calls=3) >= 3000
 
 
@@ -88,7 +88,7 @@ def test_joules_are_counted_from_tick_to_tick(monkeypatch):
     calls: list[str] = []
     start = time.perf_counter()
 
-    def millijoules() -> int:  # 100 W, told every 50 ms
+    def millijoules() -> int:  # 100 W; the counter advances every 50 ms
         return 5000 * int((time.perf_counter() - start) / 0.05)
 
     meter = timing.EnergyMeter(millijoules)

@@ -1,4 +1,4 @@
-"""The tuner, with a stand-in for the GPU's clock: what is timed, and what the table then says."""
+"""The tuner with stand-ins for cost model and GPU: what is timed, and the table that follows."""
 
 import time
 from contextlib import nullcontext
@@ -20,7 +20,7 @@ SLOW = Configuration("64x256")
 
 
 class Model(NoSelection):
-    """Takes SMALL to be the best up to 64 rows, then LARGE; SLOW to be hopeless."""
+    """A cost model that prefers SMALL up to 64 rows, then LARGE, and finds SLOW hopeless."""
 
     def expected_cycles(self, product: Product) -> dict[Configuration, float]:
         small = 1.0 if product.m <= 64 else 1.5
@@ -28,7 +28,7 @@ class Model(NoSelection):
 
 
 class Clock:
-    """Seconds of each configuration, by m; and what was timed."""
+    """A timer that gives each configuration's seconds by m, and logs what was timed."""
 
     def __init__(self, seconds):
         self.seconds = seconds
@@ -49,7 +49,7 @@ def test_the_models_choice_stands_within_two_percent():
     better = Clock(lambda m, c: 1.0 if c == LARGE else 1.03 if c == SMALL else 1.5)
     assert tune.verdict(product(8), Model(), better) == LARGE
     (first, final) = better.log
-    assert set(first[1]) == {SMALL, LARGE, SPLIT} and first[2] == tune.ROUNDS  # not the hopeless
+    assert set(first[1]) == {SMALL, LARGE, SPLIT} and first[2] == tune.ROUNDS  # SLOW is not timed
     assert SMALL in final[1] and final[2] == tune.FINAL_ROUNDS
 
 
@@ -64,7 +64,7 @@ def test_neighbors_of_one_verdict_become_a_range():
         Entry("1d2d", 17, 64, 4096, 7168, SPLIT),
         Entry("1d2d", 65, 256, 4096, 7168, LARGE),
     ]
-    assert tune.merge([(product(7168), LARGE)])[0].m_low == 7168  # a wgrad: no other m
+    assert tune.merge([(product(7168), LARGE)])[0].m_low == 7168  # a wgrad has one m only
 
 
 def test_the_table_is_read_back_as_written():

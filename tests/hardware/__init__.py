@@ -1,1 +1,1 @@
-"""Programs for a machine with a GPU: gpu_check tests a wheel there, soak runs random work."""
+"""Programs for a machine with a GPU: gpu_check tests a wheel, soak runs random work."""

@@ -1,4 +1,4 @@
-"""The GPU check, rehearsed on a CPU with a repository and a wheel made for the purpose."""
+"""The GPU check, rehearsed on a CPU with a small repository and a fake wheel."""
 
 import json
 import os
@@ -14,11 +14,11 @@ import torchext
 from tests.hardware.gpu_check import __main__ as gpu_check
 from tests.hardware.gpu_check import op_calls, sanitizer, staging
 from tests.hardware.gpu_check.__main__ import main
-from tests.hardware.gpu_check.pytest_stage import TestRun as Run  # or pytest collects it
+from tests.hardware.gpu_check.pytest_stage import TestRun as Run  # else pytest collects it
 from tests.hardware.gpu_check.pytest_stage import run_tests
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-pytestmark = pytest.mark.alone  # limits of time
+pytestmark = pytest.mark.alone  # tests of time limits
 
 CONFTEST = """
 def pytest_addoption(parser):
@@ -43,7 +43,7 @@ def test_teardown(broken): pass
 
 @pytest.fixture
 def repository(staged: Path) -> Path:
-    """A checkout whose own package must never be imported; its wheel lies in dist/."""
+    """A checkout whose source package must never be imported; its wheel is in dist/."""
     wheel = staged / "dist" / "torchext-0.0-py3-none-any.whl"
     wheel.parent.mkdir()
     info = "torchext-0.0.dist-info"
@@ -125,7 +125,7 @@ def test_every_test_has_its_turn_whatever_the_others_do(repository, tmp_path_fac
     assert summary["counts"]["passed"] == 4 and summary["counts"]["skipped"] == 1
     assert summary["skip_reasons"] == {"Skipped: not here": 1}
     assert written[-1]["counts"] == summary["counts"] and len(written) == 2
-    assert "in test_hang\n" in (target / "tests.log").read_text()  # its stack
+    assert "in test_hang\n" in (target / "tests.log").read_text()  # the stack was printed
 
 
 @pytest.mark.slow
@@ -137,7 +137,7 @@ def test_tests_that_find_no_time_are_said_not_to_have_run(repository, tmp_path_f
     staging.stage(repository, [wheel_of(repository)], target, target / "log", 60)
     run = Run(target, "cpu", time.monotonic() + 12, target / "tests.log", test_limit_s=60.0)
     counts = run_tests(run, jobs=1, write=lambda values: None)["counts"]
-    assert counts in ({"not run": 2}, {"not run": 1})  # 1: the file, where collection took 12 s
+    assert counts in ({"not run": 2}, {"not run": 1})  # 1: collection took 12 s, so the file counts
 
 
 @pytest.mark.slow
@@ -161,7 +161,7 @@ def test_a_whole_rehearsal_leaves_one_folder_with_all_findings(
     status = {name: stage["status"] for name, stage in stages.items()}
     assert status["install"] == status["environment"] == status["report"] == "passed"
     assert status["tests"] == status["benchmarks"] == "failed"
-    # The fake package has no reference to call, and is none to be soaked.
+    # The fake package has neither references nor the ops that the soak calls.
     assert status["sanitizer"] == status["soak"] == "failed"
     assert "==== soak ====" in (out / "sanitizer.log").read_text()
     assert data["environment"]["torchext"] == "0.0.fake"
@@ -174,7 +174,7 @@ def test_a_whole_rehearsal_leaves_one_folder_with_all_findings(
     assert found["quantize_tensorwise", "torchext"] == "failed"
     files = {path.name for path in out.iterdir()}
     assert {"results.json", "report.md", "tests.log", "sanitizer.log", "benchmarks.log"} <= files
-    assert len(files) <= 8  # all that the device tool brings back
+    assert len(files) <= 8  # docs/benchmarks.md promises no more
     for path in (out / "results.json", *out.glob("*.log")):
         assert str(repository) not in path.read_text(), path
     printed = capsys.readouterr().out
@@ -205,7 +205,7 @@ def test_a_broken_wheel_is_the_only_stage_that_runs(repository, tmp_path, monkey
 
 
 def test_the_soak_stage_tells_faults_from_none(tmp_path):
-    """In the repository itself, on the CPU kernels."""
+    """Soaks the repository itself, on the CPU kernels."""
     options = gpu_check.parse(["--wheel", "w", "--out", str(tmp_path / "out"), "--device", "cpu"])
     options.budget = 20.0
     check = gpu_check.Check(options, tmp_path)
@@ -216,7 +216,7 @@ def test_the_soak_stage_tells_faults_from_none(tmp_path):
         gpu_check.soak(check)
     assert check.passed("soak"), check.results.data["stages"]
     assert check.results.data["soak"]["summary"].endswith(" 0 faults")
-    check.device = "sim9"  # none that it knows
+    check.device = "sim9"  # an unknown device
     with check.stage("soak"):
         gpu_check.soak(check)
     assert check.results.data["stages"][-1]["status"] == "failed"
@@ -240,7 +240,7 @@ def test_op_calls_cover_every_op_and_notice_a_wrong_one(monkeypatch, capsys):
 
 
 def larger(outputs):
-    """The first output 6 % too large."""
+    """The outputs, with the first 6 % too large."""
     first, *others = outputs if isinstance(outputs, tuple) else (outputs,)
     first = first.float().mul(1.06).to(first.dtype)
     return (first, *others) if others else first

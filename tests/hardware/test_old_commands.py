@@ -1,4 +1,4 @@
-"""The commands that the hardware programs had before they left benchmarks/."""
+"""The former commands of the hardware programs, from when they were in benchmarks/, still work."""
 
 import subprocess
 import sys

@@ -1,6 +1,6 @@
-"""The soak finds planted faults, repeats a round exactly, and finds none in the kernels at hand.
+"""The soak finds planted faults, repeats a round exactly, and finds no fault in the kernels here.
 
-Streams and graphs of CUDA are rehearsed with stand-ins: what is launched, and what is compared.
+Stand-ins for CUDA's streams and graphs show what is launched and what is compared.
 """
 
 import random
@@ -28,7 +28,6 @@ def soak(lab: Lab, seconds: float, draw=jobs.draw, seed: int = 7) -> Soak:
     return found
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 def test_no_fault_under_the_simulator():
     available, reason = torchext.is_available("sim")
@@ -161,7 +160,7 @@ def _with_draw(draw):
 
 @pytest.fixture
 def selection(monkeypatch: pytest.MonkeyPatch) -> Selection:
-    """torchext.gemm_selection, with a few configurations and a record of what was forced."""
+    """A stand-in for torchext.gemm_selection with few configurations; logs what is forced."""
     log: list[tuple] = []
 
     @contextmanager
@@ -220,7 +219,7 @@ def test_configurations_are_forced_in_the_call_and_in_its_expectation(selection,
 
 
 class Graph:
-    """Stands in for a CUDA graph: replays by calling again, into the same outputs."""
+    """A stand-in for a CUDA graph, which replays by calling again into the same outputs."""
 
     active: "Graph | None" = None
 
@@ -256,11 +255,11 @@ def fake_cuda(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(Lab, "torch_device", "cpu")
     monkeypatch.setattr(Lab, "largest", (60, 60, 150))
-    monkeypatch.setattr(Lab, "exact", False)  # it is the CPU in truth
+    monkeypatch.setattr(Lab, "exact", False)  # the kernels are the CPU's
 
 
 def capturing(job: Job, after: int = 1 << 30) -> Job:
-    """A replay of it goes wrong after `after` calls."""
+    """`job`, which takes part in fake graphs and gives a wrong result after `after` calls."""
     call, count = job.call, [0]
 
     def counted() -> tuple:

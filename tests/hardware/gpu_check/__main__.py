@@ -1,4 +1,4 @@
-"""Command line of the GPU check, and the order of its stages."""
+"""Command line of the GPU check, its stages and their order."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ from .pytest_stage import GOOD, TestRun, run_tests
 from .sanitizer import TOOLS, OpCalls, run_tool
 
 REPOSITORY = Path(__file__).resolve().parents[3]
-BUDGET_S = 520.0  # of the nine minutes a run may take
-REPORT_S = 25.0
-CORRECTNESS_SHARE = 0.5  # of the budget, for tests and sanitizer together
+# With the start and the last cleaning up, a check of this length ends within nine minutes.
+BUDGET_S = 520.0
+REPORT_S = 25.0  # kept back for the report
+CORRECTNESS_SHARE = 0.5  # of the budget: for tests and sanitizer, which run side by side
 SOAK_MINUTES = 0.75
 LOG_BYTES = 4_000_000
 
@@ -55,7 +56,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def default_folder(options: argparse.Namespace) -> Path:
-    """benchmarks/results/<date>-<GPU>."""
+    """benchmarks/results/<date>-<GPU>, or <date>-cpu in a rehearsal."""
     name = (gpu_name() if options.device == "cuda" else None) or options.device
     return options.repository / "benchmarks" / "results" / f"{date.today()}-{slug(name)}"
 
@@ -65,7 +66,10 @@ class StageError(Exception):
 
 
 class Check:
-    """One run: what is known so far, where it runs, and how much time is left."""
+    """The state of one check: results so far, folders and deadline.
+
+    target: the temporary copy of the repository, in which the stages run.
+    """
 
     def __init__(self, options: argparse.Namespace, target: Path):
         self.options = options
@@ -90,20 +94,20 @@ class Check:
         return max(0.0, self.deadline - reserve - time.monotonic())
 
     def put(self, **values: object) -> None:
-        """Into results.json, now."""
+        """Sets `values` in results.json and writes the file at once."""
         with self.lock:
             self.results.data |= values
             self.results.write()
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Records how the block ended. Its exceptions end here: later stages go on."""
+        """Runs the block as a stage and records its outcome. An exception fails the stage only."""
         start = time.monotonic()
         status, reason = "passed", ""
         print(f"{name} ...", flush=True)
         try:
             yield
-        except Exception as error:  # whatever it is, the other stages' results still count
+        except Exception as error:  # any error: later stages must still run
             status, reason = "failed", f"{type(error).__name__}: {error}"
         seconds = time.monotonic() - start
         with self.lock:
@@ -140,7 +144,7 @@ def install(check: Check) -> None:
 
 
 def environment(check: Check) -> None:
-    """Fails where there is no GPU to check on, or torchext does not load."""
+    """Records hardware and versions. Fails if there is no GPU or torchext does not load."""
     done = subprocess.run(
         (sys.executable, "-m", "benchmarks.environment", "--device", check.device),
         capture_output=True,
@@ -160,7 +164,7 @@ def environment(check: Check) -> None:
 
 
 def _commit(options: argparse.Namespace) -> dict:
-    """Of the repository, since the staged copy has no .git; `--commit` where git does not know."""
+    """The repository's commit, which the copy without .git cannot tell; `--commit` if git fails."""
     git = ("git", "-C", str(options.repository))
     try:
         head = subprocess.run(
@@ -200,7 +204,7 @@ def sanitizer(check: Check, deadline: float) -> None:
     run = OpCalls(check.target, check.device, deadline, check.log("sanitizer"))
     answers: list[dict] = []
 
-    said = threading.Lock()  # or an older list might be put over a newer one
+    said = threading.Lock()  # keeps an older list from overwriting a newer one
 
     def one(tool: str | None) -> None:
         answer = run_tool(run, tool)
@@ -218,7 +222,7 @@ def sanitizer(check: Check, deadline: float) -> None:
 
 
 def correctness(check: Check) -> None:
-    """Tests and sanitizer side by side, while peers compile in the background."""
+    """Runs tests and sanitizer side by side, while peers compile in the background."""
     until = min(
         time.monotonic() + CORRECTNESS_SHARE * check.options.budget,
         check.deadline - REPORT_S,
@@ -243,7 +247,8 @@ def correctness(check: Check) -> None:
 
 
 def soak(check: Check) -> None:
-    """Random work for a tenth of the budget. A round that hangs ends it by itself."""
+    """Runs the soak for SOAK_MINUTES or a tenth of the budget, whichever is less. The soak ends
+    itself if a round hangs."""
     minutes = min(SOAK_MINUTES, 0.1 * check.options.budget / 60)
     command = (sys.executable, "-m", "tests.hardware.soak", "--device", check.device)
     log = check.target / "soak.log"
@@ -251,7 +256,7 @@ def soak(check: Check) -> None:
     limit_s = min(60 * minutes + 150, check.left())
     outcome = processes.run((*command, "--minutes", f"{minutes}"), log, limit_s, check.target, env)
     text = log.read_text(errors="replace")
-    with check.log("sanitizer").open("a") as output:  # few files may come back from where GPUs are
+    with check.log("sanitizer").open("a") as output:  # the check writes at most eight files
         output.write(f"==== soak ====\n{text[-400_000:]}\n")
     said = staging.last_line(log)
     check.put(soak={"summary": said, "ok": outcome.ok})
@@ -287,7 +292,7 @@ def report(check: Check) -> None:
 
 
 def finish(check: Check) -> int:
-    """Logs trimmed and without this machine's paths, the summary printed, the exit status."""
+    """Trims the logs, hides this machine's paths, prints a summary, returns the exit status."""
     places = [*check.results.private, (sys.prefix, "<python>"), (str(Path.home()), "~")]
     for log in check.out.glob("*.log"):
         log.write_text(scrub(log.read_text(errors="replace")[-LOG_BYTES:], places))
@@ -308,7 +313,7 @@ def finish(check: Check) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """0: every stage passed. 1: not. 2: there is nothing to check on, or with."""
+    """Exit status 0: every stage passed. 1: one failed. 2: no GPU, or the wheel cannot be used."""
     options = parse(arguments)
     with tempfile.TemporaryDirectory(prefix="gpu-check-", ignore_cleanup_errors=True) as folder:
         check = Check(options, Path(folder))

@@ -1,8 +1,8 @@
 """Calls every op on every sample of torchext._catalog and compares with torchext.reference.
 
-Run under compute-sanitizer, which slows kernels a hundredfold. Inputs are made and results compared
-on the CPU, so that the kernels launched on the GPU are torchext's and few others. Prints "calling
-NAME" and "ok NAME" or "WRONG NAME: why".
+This program also runs under compute-sanitizer, which makes kernels about a hundred times slower. It
+makes inputs and compares results on the CPU, so that almost all kernels on the GPU are torchext's.
+For each call it prints "calling NAME", then "ok NAME" or "WRONG NAME: why".
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Call = Callable[[str], object]  # device -> outputs
 
 
 def every_call() -> dict[str, tuple[Entry, str, Call]]:
-    """Every sample of every op: entry, label of the sample, call."""
+    """Name of a call -> (entry, label of the sample, call), for every sample of every op."""
 
     def call(entry: Entry, label: str) -> Call:
         def run(device: str) -> object:
@@ -41,7 +41,8 @@ def every_call() -> dict[str, tuple[Entry, str, Call]]:
 
 
 def every_tile() -> dict[str, tuple[Entry, str, Call]]:
-    """A dense product with a K to split, in each configuration of the Hopper kernel."""
+    """Calls of a dense GEMM, whose K is long enough to split, in each configuration of the Hopper
+    kernel."""
     selection = Selection(132)
     entry = CATALOG["fp8_gemm_nt"]
     label = "long K"
@@ -62,7 +63,7 @@ def every_tile() -> dict[str, tuple[Entry, str, Call]]:
 
 
 def check(entry: Entry, got: object, want: object) -> None:
-    """Raises WrongResultError where `got` is not within the entry's bound of `want`."""
+    """Raises WrongResultError if `got` is not within the entry's bound of `want`."""
     results, expected = _tensors(got), _tensors(want)
     if entry.bound is BITS:
         for result, right in zip(results, expected, strict=True):
@@ -77,12 +78,12 @@ def check(entry: Entry, got: object, want: object) -> None:
     if len(expected) == 2:  # data and scales
         results, expected = _dequantized(*results), _dequantized(*expected)
     ((result,), (right,)) = results, expected
-    undefined = right.isnan()  # rows of no group
+    undefined = right.isnan()  # rows that belong to no group
     result = result.cpu().masked_fill(undefined, 0)
     right = right.masked_fill(undefined, 0)
     if result.shape != right.shape or right.count_nonzero():
         error = difference(result, right)
-    else:  # of nothing, or of zeros
+    else:  # expected: no elements, or zeros, for which there is no relative error
         error = dict.fromkeys(("relative", "worst"), float(result.count_nonzero()))
     require(error, entry.bound.relative, entry.bound.worst)
 

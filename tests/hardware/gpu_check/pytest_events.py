@@ -1,8 +1,8 @@
 """Pytest plugin (-p tests.hardware.gpu_check.pytest_events) that reports each test as it runs.
 
-Events through benchmarks.processes.EVENTS_FD: collected (tests), begin (test), end (test, outcome,
-seconds, message). When a failed test leaves a CUDA context that no longer works, the process ends
-at once: its parent starts another for the tests that remain.
+Events, written to the file descriptor benchmarks.processes.EVENTS_FD: collected (tests), begin
+(test), end (test, outcome, seconds, message). If a failed test leaves a CUDA context that no longer
+works, the process ends at once, and its parent starts another for the remaining tests.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import pytest
 
 from benchmarks.processes import EVENTS_FD
 
-DEAD_CONTEXT = 71  # exit status
+DEAD_CONTEXT = 71  # exit status if the CUDA context no longer works
 _events = os.fdopen(int(os.environ[EVENTS_FD]), "w", buffering=1)
-_terminal = os.dup(2)  # before pytest captures it
+_terminal = os.dup(2)  # duplicated before pytest captures stderr
 
 
 def emit(event: str, **fields: object) -> None:
@@ -28,7 +28,7 @@ def emit(event: str, **fields: object) -> None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--done", help="file of node ids that have had their turn, one a line")
+    parser.addoption("--done", help="file of node ids to leave out, one per line")
     parser.addoption("--trace-after", type=float, help="seconds until a test's stacks are printed")
 
 
@@ -56,7 +56,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """One `end` a test: of its call, or of what kept it from being called or cleaned up."""
+    """Reports `end` for a test's call, and for a setup or teardown that did not pass."""
     if report.when == "call" or not report.passed:
         outcome: str = report.outcome
         if report.skipped and hasattr(report, "wasxfail"):

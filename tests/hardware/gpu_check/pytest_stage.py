@@ -1,5 +1,5 @@
-"""Runs the test suite file by file, several at once; a test that hangs or kills its process is a
-failed test, and the rest of its file goes on in a new process."""
+"""Runs the test suite, one process for each file and several at once. A test that hangs or kills
+its process fails; a new process runs the rest of its file."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from benchmarks.processes import EventProcess, describe_exit
 from . import staging
 
 START_LIMIT_S = 100.0
-# Tests of this harness: they need no GPU, and run it.
+# Tests of this harness, which need no GPU; some would start this stage again.
 LEFT_OUT = ("benchmarks", "hardware")
 GOOD = ("passed", "skipped", "xfailed")
 
 
 @dataclass
 class TestRun:
-    """Where and how long to test."""
+    """Where to test, with which limits."""
 
     target: Path
     device: str
-    deadline: float  # time.monotonic()
+    deadline: float  # as time.monotonic() tells time
     log: Path
     test_limit_s: float
-    threads: int = 1  # of each process
+    threads: int = 1  # in each process
 
 
 def run_tests(run: TestRun, jobs: int, write: Callable[[dict], None]) -> dict:
-    """Counts of outcomes, failures with their messages, reasons of skips, the slowest tests; handed
-    to `write` after each file too."""
+    """Runs `jobs` files at a time and returns the summary: counts of outcomes, failures with their
+    messages, reasons for skips, the slowest tests. `write` gets the summary after each file."""
     start = time.monotonic()
     outcomes: dict[str, dict] = {}
     lock = threading.Lock()
@@ -68,7 +68,7 @@ def run_tests(run: TestRun, jobs: int, write: Callable[[dict], None]) -> dict:
 
 
 def test_files(target: Path) -> list[Path]:
-    """Relative to `target`, the largest first: they take longest."""
+    """Test files relative to `target`, the largest first since they take longest."""
     files = [
         path
         for path in (target / "tests").rglob("test_*.py")
@@ -79,7 +79,7 @@ def test_files(target: Path) -> list[Path]:
 
 
 def _run_file(run: TestRun, file: Path) -> dict[str, dict]:
-    """The end event of every test in `file`."""
+    """Runs all tests in `file`; returns the `end` event of each test."""
     ends: dict[str, dict] = {}
     while True:
         if time.monotonic() >= run.deadline:
@@ -89,11 +89,11 @@ def _run_file(run: TestRun, file: Path) -> dict[str, dict]:
         if _run_process(run, file, ends):
             return ends
         if len(ends) == before:
-            return ends  # it ended before any test; said in `ends` by then
+            return ends  # no test ran, so another process would not help; `ends` says why
 
 
 def _run_process(run: TestRun, file: Path, ends: dict[str, dict]) -> bool:
-    """One pytest process, its findings added to `ends`. False: tests may be left for another."""
+    """Runs one pytest process and adds its `end` events to `ends`. False: tests may remain."""
     name = str(file).replace(os.sep, ".")
     done = run.target / f".{name}.done"
     done.write_text("\n".join(ends))
@@ -146,7 +146,7 @@ def _run_process(run: TestRun, file: Path, ends: dict[str, dict]) -> bool:
 
 
 def _add(ends: dict[str, dict], event: dict) -> None:
-    """A test has a second end when its cleaning up fails: the worse one stays."""
+    """Adds an `end` event. A test whose teardown fails has two: the failure stays."""
     known = ends.get(event["test"])
     if known is None or known["outcome"] in GOOD:
         ends[event["test"]] = event
@@ -157,7 +157,7 @@ def _end(test: str, outcome: str, message: str, seconds: float = 0.0) -> dict:
 
 
 def _collect_log(log: Path, whole: Path, file: Path, last: int = 200_000) -> None:
-    """Appends the end of one process's output to the log of all, in one write."""
+    """Appends the last characters of a process's output to the common log, in one write."""
     text = log.read_text(errors="replace")[-last:]
     log.unlink()
     with whole.open("a") as output:

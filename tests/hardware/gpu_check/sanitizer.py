@@ -1,4 +1,4 @@
-"""gpu_check.op_calls by itself, and under each tool of NVIDIA's compute-sanitizer."""
+"""Runs gpu_check.op_calls alone, and under each tool of NVIDIA's compute-sanitizer."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from benchmarks import processes
 from . import staging
 
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
-FOUND = 86  # exit status when a tool found something
+FOUND = 86  # exit status of a run in which the tool found an error
 RETRIES = 3
 
 
 @dataclass
 class OpCalls:
-    """Where and how long op_calls may run."""
+    """Where op_calls runs, and until when."""
 
     target: Path
     device: str
-    deadline: float  # time.monotonic()
+    deadline: float  # as time.monotonic() tells time
     log: Path
 
 
 def run_tool(run: OpCalls, tool: str | None) -> dict:
     """{"tool", "status": passed|failed|skipped, "calls", "seconds", "summary"}.
 
-    tool: None for no tool at all. A call that hangs is left out and the rest is tried again.
+    tool: None to run without a tool. If a call hangs, the others run again without it.
     """
     start = time.monotonic()
     name = tool or "none"
@@ -43,7 +43,7 @@ def run_tool(run: OpCalls, tool: str | None) -> dict:
             return _answer(name, "skipped", 0, start, reason)
         prefix = (program, "--tool", tool, "--error-exitcode", str(FOUND), "--print-limit", "50")
     command = (sys.executable, "-m", "tests.hardware.gpu_check.op_calls", "--device", run.device)
-    # Without torch's caching allocator every tensor is an allocation with bounds of its own.
+    # Without torch's caching allocator, every tensor is an allocation whose bounds are checked.
     env = {**staging.environment(run.target), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     log = run.target / f".sanitizer-{name}.log"
     hung: list[str] = []
@@ -52,7 +52,7 @@ def run_tool(run: OpCalls, tool: str | None) -> dict:
     for _ in range(RETRIES):
         log.write_text("")
         skip = ("--skip", *hung) if hung else ()
-        share = 1.0 if hung else 0.6  # leaves time to try again
+        share = 1.0 if hung else 0.6  # the first run leaves time for another
         limit = share * (run.deadline - time.monotonic())
         outcome = processes.run((*prefix, *command, *skip), log, limit, run.target, env)
         text = log.read_text(errors="replace")
@@ -68,7 +68,7 @@ def run_tool(run: OpCalls, tool: str | None) -> dict:
 
 
 def _summary(text: str, outcome: processes.Outcome, hung: list[str]) -> str:
-    """The tool's last word, and what else went wrong."""
+    """The tool's verdict, preceded by what else failed."""
     parts = [f"{call!r} did not end" for call in hung]
     parts += re.findall(r"^(WRONG .*)$", text, re.MULTILINE)
     if outcome.returncode not in (0, 1, FOUND):

@@ -1,4 +1,5 @@
-"""The temporary folder everything runs in: the repository less its package, plus the wheel's."""
+"""Makes the temporary folder in which the check runs: the repository with the wheel's torchext in
+place of the source package."""
 
 from __future__ import annotations
 
@@ -9,12 +10,12 @@ from pathlib import Path
 
 from benchmarks import processes
 
-# Built or private things at the top of a checkout; `torchext` must come from the wheel.
+# What is built or private at the top of a checkout; `torchext` must come from the wheel.
 LEFT_OUT = {"torchext", "build", "dist", "demo"}
 
 
 class StagingError(Exception):
-    """The wheel could not be laid out or does not load."""
+    """A wheel could not be installed, or has no package torchext."""
 
 
 def stage(repository: Path, wheels: list[Path], target: Path, log: Path, limit_s: float) -> None:
@@ -43,12 +44,12 @@ def stage(repository: Path, wheels: list[Path], target: Path, log: Path, limit_s
 
 
 def environment(target: Path) -> dict[str, str]:
-    """Environment of processes that run in the staged folder."""
+    """The environment of processes that run in the staged folder."""
     return {
         **os.environ,
         "PYTHONPATH": str(target),
         "PYTHONUNBUFFERED": "1",
-        "TORCHINDUCTOR_COMPILE_THREADS": "4",  # several processes compile side by side
+        "TORCHINDUCTOR_COMPILE_THREADS": "4",  # several processes compile at the same time
     }
 
 

@@ -1,8 +1,8 @@
-"""Random ops on random shapes, configurations, streams and CUDA graphs, for as long as asked, every
-result compared bit for bit: faults that strike once in thousands of launches.
+"""Random ops with random shapes, configurations, streams and CUDA graphs, to find faults that occur
+once in thousands of launches. Wherever bits are promised, results are compared bit for bit.
 
     python -m tests.hardware.soak --minutes 3
 
-jobs.py draws the work, made of operands.py, and says what must come out; runner.py launches it in
-every way there is.
+jobs.py draws jobs with their expected results; operands.py has operands, outputs and comparisons
+that jobs share; runner.py launches jobs alone, on streams and in graphs.
 """

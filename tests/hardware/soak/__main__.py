@@ -1,4 +1,4 @@
-"""Command line of the soak: random work for as long as asked; docs/benchmarks.md says what."""
+"""Command line of the soak, which runs random jobs for a given time; see docs/benchmarks.md."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from .runner import Soak
 
 PROGRESS_S = 10.0
 ROUND_LIMIT_S = {"cpu": 120.0, "sim": 600.0, "cuda": 120.0}
-HUNG = 3  # exit status
+HUNG = 3  # exit status if a round does not end
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.hardware.soak", description=__doc__)
     parser.add_argument("--minutes", type=float, default=3.0)
-    parser.add_argument("--device", choices=("cpu", "sim", "cuda"), help="default: cuda, or sim")
-    parser.add_argument("--seed", type=int, help="default: another one each time")
+    parser.add_argument("--device", choices=("cpu", "sim", "cuda"), help="default: cuda, else sim")
+    parser.add_argument("--seed", type=int, help="default: a random seed")
     parser.add_argument("--round", type=int, help="only this round of --seed: repeats a fault")
     return parser.parse_args(arguments)
 
 
 def laboratory(device: str | None) -> Lab:
-    """Raises RuntimeError where the device cannot be had."""
+    """The Lab for `device`, or for the default if None. Raises RuntimeError if unavailable."""
     import torchext
 
     if device is None:
@@ -54,7 +54,7 @@ def laboratory(device: str | None) -> Lab:
 
 
 def without(lab: Lab) -> Lab:
-    """`lab` less the jobs that the device has no kernels for, which it says."""
+    """`lab` without the jobs for which the device has no kernels; prints which it leaves out."""
     if lab.device == "cpu":
         return lab
     import torch
@@ -76,8 +76,10 @@ def without(lab: Lab) -> Lab:
 
 
 class Watchdog:
-    """Ends the process when a round does not end: a kernel that hangs lets nobody else speak. It
-    watches until its block is left."""
+    """Ends the process if a round does not end, since a kernel that hangs blocks the main thread.
+
+    A context manager: it watches until its block ends. `feed` reports that a round has ended.
+    """
 
     def __init__(self, limit_s: float, reproduce: str):
         self.limit_s = limit_s
@@ -107,7 +109,7 @@ class Watchdog:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """0: no fault. 1: faults. 2: nothing to run on, or an op has no job. 3: a round did not end."""
+    """Exit status 0: no fault. 1: faults. 2: no device, or an op has no job. 3: a round hung."""
     options = parse(arguments)
     missing = ops_without_a_job()
     if missing:

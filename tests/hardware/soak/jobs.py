@@ -1,9 +1,9 @@
-"""Random work: what to call, and what must come out of it.
+"""Random jobs: what to call, and the results to expect.
 
-Where the design promises equal bits, a job's expectation is computed by another way through the
-kernels: a product's by the plainest configuration; a group's as a product of its own; of the
-quantizers', in plain PyTorch. Every product is held against the documented bound as well (float64),
-so that an error common to all kernels shows. Outputs lie between guard rows.
+Where the design promises equal bits, a job computes its expected result in another way: a GEMM in
+the simplest configuration, each group as a GEMM of its own, quantizers in plain PyTorch. Each GEMM
+must also lie within the documented bound of the float64 product, which shows errors that all
+kernels share. Outputs lie between guard rows.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ from .operands import (
     sms,
 )
 
-Place = int | Tensor | tuple[int, Tensor]  # of a part in an output
+Place = int | Tensor | tuple[int, Tensor]  # index of a part of an output
 OUT_DTYPES = (torch.bfloat16, torch.bfloat16, torch.float16, torch.float32)
 
 
 @dataclass
 class Job:
-    """call: the work, any number of times. expect: the bits that must come out, or None where none
-    are promised. bound: raises WrongResultError where a result is too far off."""
+    """call: runs the op, any number of times. expect: computes the expected bits; None if no bits
+    are promised. bound: raises WrongResultError if a result is too inaccurate."""
 
     name: str
     call: Callable[[], Outputs]
@@ -58,14 +58,14 @@ class Job:
 
 
 def draw(lab: Lab, rng: random.Random) -> Job:
-    """A job. All that is random about it comes from `rng`."""
+    """Draws a job. All of its randomness comes from `rng`."""
     torch.manual_seed(rng.getrandbits(63))
     makers = [maker for maker in MAKERS if maker.__name__ not in lab.without]
     makers += [sampled] * bool(ops_without_a_maker())
     return rng.choice(makers)(lab, rng)
 
 
-# ---- products ----
+# ---- GEMMs ----
 
 
 def near(want: Tensor, got: Tensor) -> None:
@@ -128,7 +128,7 @@ def dense(lab: Lab, rng: random.Random) -> Job:
 
 
 def runs(rng: random.Random, total: int, groups: int) -> list[int]:
-    """Running ends of `groups` groups of any length, empty ones too, in `total` at most."""
+    """The ends of `groups` consecutive groups of any length, zero included, within `total`."""
     ends = sorted(rng.randint(0, total) for _ in range(groups))
     if rng.random() < 0.5:
         ends[-1] = total
@@ -148,8 +148,8 @@ def by_parts(
     parts: Callable[[], list[tuple[Place, Tensor]]],
     start: Tensor | None,
 ) -> Callable[[], Outputs]:
-    """Expectation of an output whose parts [where, values] are products of their own, or their
-    sum with `start`; the rest of it untouched."""
+    """A Job.expect for an output made of parts (where, values). Elements in no part keep `start`,
+    or the guard bytes if `start` is None."""
 
     def expect() -> Outputs:
         out, memory = guarded.fresh()
@@ -174,7 +174,7 @@ def m_grouped(
     expected_m: int = 0,
     name: str,
 ) -> Job:
-    """The common part of products in groups of rows. rows_of: the rows of each group, of all."""
+    """A job for a GEMM grouped by rows. rows_of: for each group, the indices of its rows of `a`."""
     n, out_dtype = given.b.shape[1], rng.choice(OUT_DTYPES)
     num_sms, accumulate = sms(lab, rng), rng.random() < 0.3
     bias = torch.randn(len(rows_of), n, device=lab.torch_device) if rng.random() < 0.3 else None
@@ -326,8 +326,8 @@ def k_grouped(lab: Lab, rng: random.Random) -> Job:
         return out, memory
 
     def own(first: int, last: int) -> Operands:
-        """The 128-column blocks that hold the group's columns, all others in them zero: blocks are
-        what one promotion sums."""
+        """The K blocks that contain the group's columns, with other columns zeroed. Whole K blocks,
+        since one promotion sums a K block."""
         left, right = first // GROUP, -(-last // GROUP)
 
         def cut(data: Tensor) -> Tensor:
@@ -384,7 +384,7 @@ def fused(lab: Lab, rng: random.Random) -> Job:
         return function(*given.tensors, bias=bias, num_sms=num_sms, **options, **extra)
 
     def unfused() -> Tensor:
-        """The activation in FP32, in plain PyTorch, of the plainest product."""
+        """The activation in FP32, by PyTorch, of the GEMM in the simplest configuration."""
         with lab.selection.forced(lab.selection.plainest(product)):
             x = ops.fp8_gemm_nt(*given.tensors, bias=bias, out_dtype=torch.float32)
         if op == "relu2":
@@ -399,7 +399,8 @@ def fused(lab: Lab, rng: random.Random) -> Job:
         return ops.quantize_1x128(unfused(), **options)
 
     def bound(outputs: Outputs) -> None:
-        relative = 0.1 if options["dtype"] == E5M2 else 0.05  # half a step, and doubled by pow2
+        # Half an FP8 step, doubled by pow2_scale.
+        relative = 0.1 if options["dtype"] == E5M2 else 0.05
         want = unfused().double()
         if want.numel() and want.abs().max() > 0:
             data, scale = outputs
@@ -407,8 +408,8 @@ def fused(lab: Lab, rng: random.Random) -> Job:
 
     name = f"fp8_gemm_nt_{op}_quantize {m}x{n}x{k} {kinds(given)} {granularity} {options} {extra}"
     name += f" bias={bias is not None} num_sms={num_sms}"
-    # Other activations depend on how exp, erf and tanh are rounded, and what may be summed in parts
-    # on the order of sums: they have to equal themselves only.
+    # Other activations depend on how exp, erf and tanh are rounded, and results of split K on the
+    # order of sums. Their bits must only be the same in every launch.
     exact = op == "relu2" and lab.exact and not split
     return Job(name, call, expect if exact else None, bound)
 
@@ -419,7 +420,7 @@ QUANTIZERS = tuple(name for name in CATALOG if name.startswith("quantize_"))
 
 
 def matrix(lab: Lab, rng: random.Random) -> Tensor:
-    """Of any dtype and pitch, magnitudes spread, with zeros and, rarely, NaN or Inf."""
+    """A random matrix, dtype and row pitch: spread magnitudes, zeros and, rarely, NaN or Inf."""
     rows, columns = (size(rng, most) for most in (lab.largest[0], lab.largest[2]))
     dtype = rng.choice((torch.bfloat16, torch.bfloat16, torch.float16, torch.float32))
     x = torch.randn(rows, columns + rng.choice((0, 0, 8, 3)), device=lab.torch_device)
@@ -462,7 +463,7 @@ def dequantize(lab: Lab, rng: random.Random) -> Job:
 
 
 def sampled(lab: Lab, rng: random.Random) -> Job:
-    """A sample of the op's catalog entry, under its bound."""
+    """A job for a sample of an op's catalog entry, checked within the entry's bound."""
     entry = CATALOG[rng.choice(ops_without_a_maker())]
     labels = [label for label, given in entry.each_sample() if "out" not in given.kwargs]
     label = rng.choice(labels)
@@ -479,7 +480,7 @@ def sampled(lab: Lab, rng: random.Random) -> Job:
     return Job(f"{entry.name} {label}", call, None, bound)
 
 
-# As often as they are listed.
+# Each maker is drawn as often as it is listed.
 MAKERS = (dense, dense, dense, dense, contiguous, contiguous, masked, k_grouped, fused, fused,
           quantizer, quantizer, dequantize)  # fmt: skip
 

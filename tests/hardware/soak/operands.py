@@ -1,5 +1,4 @@
-"""What the soak's jobs are made of: where they run, sizes, operands, outputs between guards, and
-how results are compared."""
+"""What the soak's jobs share: the device, sizes, operands, guarded outputs, comparisons."""
 
 from __future__ import annotations
 
@@ -14,20 +13,23 @@ from benchmarks.problems import round_up
 from benchmarks.selection import Product, Selection
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
-GUARD = 0x5A  # every byte of what no kernel may write
+GUARD = 0x5A  # each byte of memory that no kernel may write
 GROUP = 128
 Outputs = tuple[Tensor, ...]
 
 
 @dataclass
 class Lab:
-    """Where jobs run. exact: products of a part equal parts of a product, bit for bit; not so on
-    the CPU, whose BLAS chooses its order of summation by the shape."""
+    """The device on which jobs run, and its limits.
+
+    exact: whether a GEMM of some rows has the same bits as those rows of the whole GEMM. Not on the
+    CPU, whose BLAS chooses the order of its sums by the shape.
+    """
 
     device: str  # cpu, sim or cuda
     selection: Selection
     sm_count: int = 132
-    without: frozenset[str] = frozenset()  # makers of jobs that this device has no kernels for
+    without: frozenset[str] = frozenset()  # makers whose ops have no kernels here
 
     @property
     def torch_device(self) -> str:
@@ -39,14 +41,14 @@ class Lab:
 
     @property
     def largest(self) -> tuple[int, int, int]:
-        """M, N and K at most."""
+        """The largest M, N and K."""
         return {"sim": (200, 280, 1400), "cpu": (300, 300, 600)}.get(
             self.device, (8192, 8192, 8192)
         )
 
     @property
     def macs(self) -> int:
-        """Multiply-adds of a job at most, to get through many."""
+        """The most multiply-adds in a job, so that many jobs run."""
         return {"sim": 1 << 23, "cpu": 1 << 26}.get(self.device, 1 << 36)
 
 
@@ -74,7 +76,7 @@ def sms(lab: Lab, rng: random.Random) -> int:
 
 
 def fp8(lab: Lab, rows: int, k: int, dtype: torch.dtype) -> Tensor:
-    """[rows, k], pitched as the quantizers' results are."""
+    """Random data [rows, k], with the row pitch of the quantizers' results."""
     x = torch.randn(rows, round_up(max(k, 1), 16), device=lab.torch_device)
     return x.mul_(2).to(dtype)[:, :k]
 
@@ -84,14 +86,15 @@ def positive(lab: Lab, *size: int) -> Tensor:
 
 
 def group_scale(lab: Lab, rows: int, k: int) -> Tensor:
-    """1x128 scales, M-major."""
+    """Random 1x128 scales, M-major."""
     groups = -(-k // GROUP)
     return positive(lab, groups, round_up(rows, 4)).t()[:rows]
 
 
 @dataclass
 class Operands:
-    """b: one matrix, or several, one a group. granularity: "1d2d", "1d1d" or "rowwise"."""
+    """Quantized operands. b: a matrix, or one matrix for each group. granularity: "1d2d", "1d1d" or
+    "rowwise"."""
 
     granularity: str
     a: Tensor
@@ -104,8 +107,9 @@ class Operands:
         return self.a, self.a_scale, self.b, self.b_scale
 
     def of_rows(self, rows: Tensor | slice, group: int) -> Operands:
-        """A product of its own: some rows of a with one matrix of b, laid out afresh."""
-        # Cloned: with K up to 128 one scale a row is one a group, too, and has to be aligned.
+        """Operands of a separate GEMM: some rows of a and one matrix of b, in fresh layouts."""
+        # Clones are aligned: for K <= 128, row-wise scales have the shape of 1x128 scales, which
+        # must be aligned.
         a_scale, b_scale = self.a_scale[rows].clone(), self.b_scale[group].clone()
         if self.granularity != "rowwise":
             a_scale = m_major(a_scale)
@@ -114,14 +118,14 @@ class Operands:
         return Operands(self.granularity, pitched(self.a[rows]), a_scale, self.b[group], b_scale)
 
     def product_of(self, num_sms: int, out_dtype: torch.dtype, accumulate: bool) -> Product:
-        """What its kernel is chosen by."""
+        """The Product by which the library chooses a kernel."""
         (m, k), n = self.a.shape, self.b.shape[-2]
         return Product(
             m, n, k, self.granularity, self.a.dtype, self.b.dtype, num_sms, out_dtype, accumulate
         )
 
     def product(self) -> Tensor:
-        """In float64."""
+        """The product of the dequantized operands, in float64."""
         a = dequantized(self.a, self.a_scale, torch.float64)
         return a @ dequantized(self.b, self.b_scale, torch.float64).t()
 
@@ -174,13 +178,14 @@ def draw_granularity(rng: random.Random) -> str:
 
 
 class Guarded:
-    """An output of any shape, rows a little longer than wanted, between rows that must stay."""
+    """An output between guard rows, with a row pitch that may exceed its columns. Kernels must not
+    write to the guard rows or between the rows."""
 
     def __init__(self, lab: Lab, rng: random.Random, size: tuple[int, ...], dtype: torch.dtype):
         *self.batch, self.rows, self.columns = size
         self.dtype, self.device = dtype, lab.torch_device
         step = 16 // dtype.itemsize
-        # Rows that TMA can store, or ones that it cannot.
+        # Two pitches that TMA can store to, and one that it cannot.
         self.pitch = round_up(self.columns, step) + rng.choice((0, step, 1))
         count = self.rows
         for number in self.batch:
@@ -188,7 +193,7 @@ class Guarded:
         self.count = count
 
     def fresh(self) -> tuple[Tensor, Tensor]:
-        """(the output, all of its memory), every byte GUARD."""
+        """(a new output, all of its memory), every byte GUARD."""
         size = (self.count + 2) * self.pitch * self.dtype.itemsize + 16
         memory = torch.full((size,), GUARD, dtype=torch.uint8, device=self.device)
         flat = memory[: size - 16].view(self.dtype).view(self.count + 2, self.pitch)
@@ -196,7 +201,7 @@ class Guarded:
         return (out.unflatten(0, (*self.batch, self.rows)) if self.batch else out), memory
 
     def filled(self, values: Tensor) -> Tensor:
-        """All of the memory as it must be with `values` in the output."""
+        """All of the memory that a correct call leaves with `values` in the output."""
         out, memory = self.fresh()
         out.copy_(values)
         return memory
@@ -223,7 +228,7 @@ def bits(x: Tensor) -> Tensor:
 
 
 def differing(got: Outputs, want: Outputs) -> str | None:
-    """What differs, in words; None where nothing does. NaNs are equal to NaNs."""
+    """A message that says what differs, or None. A NaN equals every other NaN."""
     if len(got) != len(want):
         return f"{len(got)} outputs, expected {len(want)}"
     for number, (x, y) in enumerate(zip(got, want, strict=True)):

@@ -1,5 +1,5 @@
-"""Launches drawn jobs in every way that the device has: again, on streams side by side, in graphs,
-under other schedules; and says what did not come out as it must."""
+"""Launches drawn jobs repeatedly, on concurrent streams, in CUDA graphs and, on the simulator,
+under other schedules, and records each result that differs from the expected one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ STREAMS = 4
 class Fault:
     round: int
     job: str
-    how: str  # it was launched
+    how: str  # how the job was launched
     what: str
 
     def __str__(self) -> str:
@@ -32,16 +32,16 @@ class Fault:
 
 @dataclass
 class Soak:
-    """Round i of a seed draws the same work every time, whatever went before."""
+    """Runs rounds. Round i of a seed always draws the same jobs, independently of other rounds."""
 
     lab: Lab
     seed: int
     draw: Callable[[Lab, random.Random], Job] = draw
-    launches: int = 0  # calls of ops, replays of captured ones included
+    launches: int = 0  # calls of ops, including replays of captured calls
     faults: list[Fault] = field(default_factory=list)
 
     def run(self, deadline: float, progress: Callable[[Soak, int], None], most: int = 10) -> int:
-        """Rounds until `deadline` (time.monotonic()) or `most` faults; returns how many."""
+        """Runs rounds until `deadline` (time.monotonic()) or `most` faults; returns how many."""
         number = 0
         while number == 0 or (time.monotonic() < deadline and len(self.faults) < most):
             self.round(number)
@@ -76,7 +76,7 @@ class Soak:
 
     @contextlib.contextmanager
     def watch(self, number: int, job: Job | str, how: str) -> Iterator[None]:
-        """An op that raises is a fault, not the end."""
+        """Records an exception in the block as a fault; the soak goes on."""
         name = job if isinstance(job, str) else job.name
         try:
             yield
@@ -84,12 +84,12 @@ class Soak:
                 torch.cuda.synchronize()
         except WrongResultError as error:
             self.faults.append(Fault(number, name, how, str(error)))
-        except Exception as error:  # whatever a kernel or the simulator has to say
+        except Exception as error:  # a kernel or the simulator may raise anything
             self.faults.append(Fault(number, name, how, f"{type(error).__name__}: {error}"))
 
     @contextlib.contextmanager
     def schedule(self, rng: random.Random) -> Iterator[None]:
-        """Under the simulator: another order of warps, lanes and completions each time."""
+        """On the simulator, a random order of warps, lanes and completions."""
         if self.lab.device != "sim":
             yield
             return
@@ -105,8 +105,8 @@ class Soak:
         return job.call()
 
     def alone(self, number: int, job: Job) -> Outputs:
-        """The bits that every other way of launching must give: what is expected or, where nothing
-        is promised, what came out."""
+        """Runs the job alone and checks it. Returns the bits that every other launch must give: the
+        expected ones or, if none are promised, this result."""
         got = self.call(job)
         if self.cuda:
             torch.cuda.synchronize()
@@ -125,7 +125,7 @@ class Soak:
     def on_streams(
         self, number: int, jobs: list[Job], wants: list[Outputs], rng: random.Random
     ) -> None:
-        """All jobs, some several times, without waiting in between."""
+        """Runs all jobs, some several times, on streams without synchronization in between."""
         current = torch.cuda.current_stream()
         streams = [torch.cuda.Stream() for _ in range(STREAMS)]
         for stream in streams:
@@ -143,7 +143,8 @@ class Soak:
     def in_graph(
         self, number: int, jobs: list[Job], wants: list[Outputs], rng: random.Random
     ) -> None:
-        """All jobs captured once, on one stream or several, and replayed, also beside others."""
+        """Captures all jobs once, on one or several streams, and replays the graph, at times beside
+        another job."""
         graph = torch.cuda.CUDAGraph()
         branches = [torch.cuda.Stream() for _ in range(rng.randint(0, 2))]
         results = []
@@ -158,7 +159,7 @@ class Soak:
                 root.wait_stream(stream)
         beside = torch.cuda.Stream()
         for _ in range(rng.randint(2, 4)):
-            for outputs in results:  # what a replay leaves out must not look right
+            for outputs in results:  # so that a replay that writes nothing is noticed
                 for output in outputs:
                     output.fill_(float("nan") if output.is_floating_point() else 0xA5)
             other = None
