@@ -1,7 +1,7 @@
 """Writes the table of GPUs in docs/architectures.md from csrc/runtime/architectures.inc.
 
-python tools/architecture_tables.py            writes it
-python tools/architecture_tables.py --check    fails if the document's table is not current
+python tools/architecture_tables.py            writes the table
+python tools/architecture_tables.py --check    fails if the document's table is not up to date
 """
 
 from __future__ import annotations
@@ -22,19 +22,20 @@ INSTRUCTIONS = {
     "tma": "TMA", "setmaxnreg": "`setmaxnreg`", "wgmma": "`wgmma`", "tcgen05": "`tcgen05`",
 }  # fmt: skip
 COLUMNS = (
-    "capability", "for example", "path", "its GEMM kernels are", "simulated",
-    "shared memory, KiB a CTA", "FP8; FP16, multiply-adds per cycle and SM", "SMs", "MHz", "GB/s",
+    "capability", "for example", "path", "code of its GEMM kernels", "simulated",
+    "shared memory, KiB per CTA", "multiply-adds per cycle per SM: FP8; FP16", "SMs", "MHz", "GB/s",
     "instructions",
 )  # fmt: skip
 
 
 def machine_code(capability: int) -> str:
-    """What the GPU runs of its path's kernels."""
+    """Which compiled form of its path's kernels the GPU runs."""
     row = ARCHITECTURES[capability]
     path = PATHS[row.path]
-    if path // 10 == capability // 10:  # machine code runs on later GPUs of its major version
+    # Machine code also runs on later GPUs of the same major version; others compile the PTX.
+    if path // 10 == capability // 10:
         return f"sm_{ARCHITECTURES[path].target}"
-    return f"compute_{path}, by the driver"
+    return f"PTX of compute_{path}, compiled by the driver"
 
 
 def cells(capability: int) -> list[str]:
@@ -75,7 +76,7 @@ def main(arguments: list[str]) -> int:
     current = with_table(document)
     if "--check" in arguments:
         if document != current:
-            print(f"{DOCUMENT.name}: not current; run python tools/architecture_tables.py")
+            print(f"{DOCUMENT.name}: not up to date; run python tools/architecture_tables.py")
         return int(document != current)
     DOCUMENT.write_text(current)
     return 0

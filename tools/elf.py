@@ -1,7 +1,7 @@
-"""Reads ELF files, as far as the static report (sass_report.py) needs: cubins, and the op library.
+"""Reads what sass_report.py needs from ELF files: cubins, and the op library.
 
-Layouts: the System V ABI's ELF-64. Attributes of kernels in a cubin are as `cuobjdump -elf` shows
-them.
+The layouts are those of ELF-64 in the System V ABI. The attributes of kernels in a cubin are those
+that `cuobjdump -elf` shows.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 R_X86_64_RELATIVE, R_AARCH64_RELATIVE = 8, 1027
 SHT_RELA, SHT_NOBITS = 4, 8
-# EIATTR_*: what follows the tag in a section .nv.info: nothing, one byte, two, or a size and bytes.
+# EIATTR_*: attributes in a section .nv.info. A tag is followed by nothing, one byte, two bytes, or
+# a size and that many bytes (SIZED).
 MAX_THREADS, FRAME_SIZE, REGISTERS = 0x05, 0x11, 0x2F
 SIZED = 0x04
 
@@ -43,16 +44,16 @@ class Elf:
         self.by_name = {section.name: section for section in self.sections}
 
     def symbol_names(self) -> list[str]:
-        """By index, as `.nv.info` refers to them."""
+        """The names of all symbols, by the index that `.nv.info` uses."""
         table = self.by_name[".symtab"]
         strings = self.sections[table.link].data
         offsets = (struct.unpack_from("<I", table.data, at)[0] for at in range(0, table.size, 24))
         return [string_at(strings, offset) for offset in offsets]
 
     def at(self, address: int, size: int) -> bytes | None:
-        """What the file has for `address`, or None."""
+        """Up to `size` bytes that the file has for `address`, or None."""
         for section in self.sections:
-            if section.kind == SHT_NOBITS:  # .tbss may even lie across others
+            if section.kind == SHT_NOBITS:  # .tbss may overlap other sections
                 continue
             if section.address and section.address <= address < section.address + section.size:
                 start = address - section.address
@@ -60,7 +61,7 @@ class Elf:
         return None
 
     def pointers(self) -> dict[int, int]:
-        """Where the loader writes an address of this file -> that address."""
+        """Relocated pointers: the place where the loader writes an address -> that address."""
         found = {}
         for section in self.sections:
             if section.kind == SHT_RELA and section.address:
@@ -75,7 +76,7 @@ def string_at(data: bytes, offset: int) -> str:
 
 
 def attributes(info: bytes) -> list[tuple[int, bytes]]:
-    """(attribute, its bytes) of a section .nv.info or .nv.info.KERNEL."""
+    """The sized attributes of a section .nv.info or .nv.info.KERNEL: (attribute, bytes)."""
     found, at = [], 0
     while at + 4 <= len(info):
         layout, attribute, size = struct.unpack_from("<BBH", info, at)
@@ -89,14 +90,14 @@ def attributes(info: bytes) -> list[tuple[int, bytes]]:
 @dataclass(frozen=True)
 class KernelAttributes:
     registers: int
-    frame_bytes: int  # local memory, of a thread
+    frame_bytes: int  # local memory per thread
     shared_bytes: int  # static
     max_threads: int | None  # __launch_bounds__
 
 
 def kernel_attributes(cubin: Elf) -> dict[str, KernelAttributes]:
     if ".nv.info" not in cubin.by_name:
-        return {}  # a linker's empty one
+        return {}  # an empty cubin, which the linker adds
     names = cubin.symbol_names()
     of_symbol: dict[tuple[int, str], int] = {}
     for attribute, data in attributes(cubin.by_name[".nv.info"].data):
@@ -120,10 +121,10 @@ def kernel_attributes(cubin: Elf) -> dict[str, KernelAttributes]:
 
 
 def dynamic_shared_bytes(library: Elf, max_threads: dict[str, int]) -> dict[str, int]:
-    """Kernel -> dynamic shared memory, for kernels in launchers' tables.
+    """Kernel -> bytes of dynamic shared memory, for kernels in launchers' tables.
 
-    A table's entry has a pointer to the kernel's name, and behind it, among other 32-bit numbers,
-    the number of threads and then the bytes of dynamic shared memory.
+    An entry of a table has a pointer to the kernel's name, followed by 32-bit numbers. Among these
+    are the number of threads and, directly after it, the bytes of dynamic shared memory.
     """
     pointers = library.pointers()
     found = {}

@@ -1,12 +1,13 @@
-"""Measures what a torchext.nn.Linear spends on its FP8 weight, in each of the three ways.
+"""Measures a torchext.nn.Linear with its weight changed, unchanged and fixed.
 
     OMP_NUM_THREADS=1 python tools/measure_fp8_weights.py [--tokens 4096] [--features 2048]
     python tools/measure_fp8_weights.py --device cuda [...]
 
-Milliseconds of a forward and backward, and of a forward alone; the median of seven, taken in turns.
-On a CPU they are CPU time, so that other work on the machine does not count.
-"changed": by an optimizer, so that the weight is quantized. "the same": nothing changed, which a
-CPU finds out by a hash, and CUDA does not ask. "fixed": within torchext.fixed_weights.
+Prints the milliseconds of forward with backward, and of forward alone: medians of seven interleaved
+calls. On a CPU this is CPU time, so that other work on the machine does not count.
+"changed": the weight is written, as by an optimizer, and quantized again. "the same": the weight is
+not written; a CPU finds this out with a hash, and CUDA quantizes without a check. "fixed": within
+torchext.fixed_weights.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import torchext
 def cases(
     linear: torchext.nn.Linear, x: torch.Tensor
 ) -> dict[str, tuple[Callable[[], None], Callable[[], None]]]:
-    """Case -> (what is not timed, what is)."""
+    """Case -> (untimed preparation, timed call)."""
 
     def change() -> None:
         with torch.no_grad():

@@ -1,10 +1,10 @@
-"""Measures the simulator: warp-instructions a second, per kernel, on one core and on all.
+"""Measures the simulator's speed in warp-instructions per second, on one core and on all cores.
 
     python tools/measure_simulator_speed.py
 
-Ops of torchext at the sizes that CI simulates, all checks on, completion="random". The time is the
-launch's own, without the parsing of PTX, which is done once per kernel and process; the best of
-three.
+Simulates ops of torchext at the sizes that CI simulates, with all checks and completion="random".
+The time is the best of three launches, without the parsing of PTX, which happens once for each
+kernel and process.
 """
 
 import os
@@ -18,7 +18,7 @@ from torchext import sim
 
 
 def cases() -> dict[str, Callable[[], object]]:
-    """Ops to measure, by what the table calls them."""
+    """The ops to measure, by their names in the table."""
     torch.manual_seed(0)
     x = torch.randn(256, 1024).bfloat16()
     a = torchext.ops.quantize_1x128(torch.randn(256, 512).bfloat16())
@@ -33,12 +33,12 @@ def cases() -> dict[str, Callable[[], object]]:
 
 
 def best(run: Callable[[], object], threads: int) -> tuple[int, float]:
-    """(warp-instructions, seconds) of the fastest of three runs; an op may launch many kernels."""
+    """(warp-instructions, seconds) of the fastest of three runs, over all kernels of the op."""
     outcomes = []
     for _ in range(3):
         with sim.simulate(completion="random", num_threads=threads) as simulation:
             run()
-            run()  # the first has parsed the PTX
+            run()  # only this one counts; the first parsed the PTX
         reports = simulation.reports
         reports = reports[len(reports) // 2 :]
         outcomes.append(
@@ -53,7 +53,7 @@ def main() -> None:
     print(
         f"{platform.processor() or platform.machine()}, {cores} cores, torch {torch.__version__}\n"
     )
-    print(f"| op | warp-instructions | 1 core | a second | {cores} cores | a second |")
+    print(f"| op | warp-instructions | 1 core | per second | {cores} cores | per second |")
     print("| --- | ---: | ---: | ---: | ---: | ---: |")
     for name, run in cases().items():
         row = f"| {name} "

@@ -1,7 +1,7 @@
-"""The opcode table of ptx/sim/README.md, made from the simulator's own.
+"""Makes the opcode table of ptx/sim/README.md from the simulator's table of opcodes.
 
-python tools/opcode_table.py            prints it
-python tools/opcode_table.py --write    puts it into the README
+python tools/opcode_table.py            prints the table
+python tools/opcode_table.py --write    writes the table into the README
 """
 
 import re
@@ -20,7 +20,7 @@ END = "<!-- end -->\n"
 
 
 def table() -> str:
-    """Opcodes by family file, then what their classes mean, as Markdown."""
+    """Markdown: the opcodes by file, then the meanings of their classes."""
     lines = [
         "| file | opcodes | class | unit | least target |",
         "| :-- | :-- | :-- | :-- | :-- |",

@@ -2,9 +2,9 @@
 
     python tools/plot_fp8_accumulation.py
 
-No GPU: the arithmetic is the simulator's model of Hopper's wgmma, bit for bit as published models
-have it (torchext.sim.tensor_core_matmul). Errors are against the product of the same e4m3 operands
-in float64, so that they are the accumulation's alone; 64 x 64 outputs, a fixed seed.
+Needs no GPU: torchext.sim.tensor_core_matmul is a model of the arithmetic of Hopper's wgmma that
+agrees bit for bit with published models. Results are compared with the float64 product of the same
+e4m3 operands, so that all error is from accumulation. 64 x 64 outputs; seeds are fixed.
 """
 
 from pathlib import Path
@@ -32,7 +32,7 @@ TITLES = {
 
 
 def error(values: str, k: int, promote_every: int | None) -> float:
-    """The error that TITLES names, of a product of two e4m3 matrices."""
+    """The error that TITLES names, for the product of two e4m3 matrices."""
     rng = np.random.default_rng(k)
     a, b = (rng.standard_normal((ROWS, k)) for _ in range(2))
     if values == "positive":

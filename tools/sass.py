@@ -1,8 +1,9 @@
-"""Machine code of kernels: disassembled, its loops found, its instructions counted.
+"""Disassembles kernels, finds their loops and counts the instructions.
 
-A loop is counted along one way through it: the one with most tensor-core and then most FP32
-instructions, and among such the shortest. That is the way of a K block whose waits succeed at once
-and that needs no special treatment; what lies off it is counted apart.
+A loop's instructions are counted along its main path: of all paths through the loop, the one with
+the most tensor-core instructions, then the most FP32 instructions, then the fewest instructions. A
+K block takes this path if its waits succeed at once and it is no special case. Instructions off the
+path are counted separately.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-BYTES = 16  # of an instruction, since Volta
+BYTES = 16  # size of an instruction, since Volta
 WARPGROUP, WARP = 128, 32  # threads
 
 # Shapes of mma.sync in the names of its machine instructions, e.g. QMMA.16832.F32.E4M3.E4M3.
@@ -42,14 +43,14 @@ class Instruction:
 
     @property
     def target(self) -> int | None:
-        """Index of the instruction that a branch goes to."""
+        """The index of the instruction that a branch jumps to, or None."""
         match = re.search(r"(?:^|[ ,])0x([0-9a-f]+)$", self.operands)
         return int(match[1], 16) // BYTES if match else None
 
 
 @dataclass(frozen=True)
 class Mma:
-    """A tensor-core instruction: what it multiplies, and how many threads issue it together."""
+    """A tensor-core instruction: its unit, its shape (M, N, K) and the threads that issue it."""
 
     unit: str  # QGMMA, HGMMA, QMMA, HMMA, IMMA
     shape: tuple[int, int, int]
@@ -71,7 +72,7 @@ def tensor_core(instruction: Instruction) -> Mma | None:
 
 
 def disassemble(nvdisasm: Path, cubin: Path) -> tuple[str, dict[str, list[Instruction]]]:
-    """The compiler that made the cubin, and its functions."""
+    """The version of the compiler that made the cubin, and the instructions of each function."""
     done = subprocess.run(
         [str(nvdisasm), "-json", "-c", str(cubin)], capture_output=True, text=True, check=False
     )
@@ -90,7 +91,7 @@ def disassemble(nvdisasm: Path, cubin: Path) -> tuple[str, dict[str, list[Instru
 
 
 def _ends(instruction: Instruction) -> bool:
-    """Nothing falls through it."""
+    """Whether control never reaches the next instruction from this one."""
     if instruction.predicate:
         return False
     plain_branch = instruction.name == "BRA" and re.fullmatch(r"0x[0-9a-f]+", instruction.operands)
@@ -131,7 +132,8 @@ class Flow:
             if not _ends(last) and end in at:
                 following.append(at[end])
             edges.append(following)
-        # The listing does not say where an indirect branch goes: wherever nothing else does.
+        # The listing does not give the targets of an indirect branch: assume that it jumps to every
+        # block that nothing else reaches.
         reached: set[int] = set()
 
         def reach(block: int) -> None:
@@ -151,7 +153,7 @@ class Flow:
         return edges
 
     def _dominators(self) -> dict[int, int]:
-        """Immediate dominator of every block that can be reached (Cooper, Harvey, Kennedy)."""
+        """The immediate dominator of each reachable block (Cooper, Harvey, Kennedy)."""
         order, seen, stack = [], {0}, [(0, iter(self.successors[0]))]
         while stack:
             block, following = stack[-1]
@@ -188,7 +190,7 @@ class Flow:
         return dominator
 
     def loops(self) -> dict[int, set[int]]:
-        """First block -> blocks, of every natural loop."""
+        """Every natural loop: its first block -> its blocks."""
         dominator = self._dominators()
 
         def dominates(a: int, b: int) -> bool:
@@ -214,9 +216,9 @@ class Flow:
         return [i for block in sorted(blocks) for i in self.code[slice(*self.blocks[block])]]
 
     def main_loops(self) -> list[tuple[list[Instruction], list[Instruction], int]]:
-        """Of every innermost loop that feeds the tensor cores: the instructions on the way through
-        it; those on the way through the loop around it, without it; and how many lie off its own
-        way."""
+        """For every innermost loop with tensor-core instructions: the instructions on its main
+        path; those on the main path of the loop around it, without the inner loop's; and the number
+        of the inner loop's instructions off its main path."""
         loops = self.loops()
         feeding = {
             first: body
@@ -237,13 +239,13 @@ class Flow:
         return found
 
     def _way_through(self, first: int, body: set[int]) -> set[int]:
-        """The blocks of a turn of the loop, see the head of this file."""
+        """The blocks on the main path of a loop, as this file's docstring defines it."""
 
         def weight(block: int) -> tuple[int, int, int]:
             inside = count(self._instructions({block}))
             return inside["mma"], inside["fp32"], -inside["all"]
 
-        # Without edges back, of this loop and of loops in it, blocks are in order.
+        # Order the blocks topologically, ignoring back edges of this loop and of loops inside it.
         order: list[int] = []
         seen = {first}
         stack = [(first, iter(self.successors[first]))]
@@ -290,7 +292,7 @@ GROUPS = {
 
 
 def count(code: list[Instruction]) -> Counter[str]:
-    """Instructions by group, by name, and memory accesses by name and width (LDG.128)."""
+    """Numbers of instructions: by group, by name, and for LDG and STG by width too (LDG.128)."""
     found: Counter[str] = Counter()
     groups = {name: group for group, names in GROUPS.items() for name in names}
     for instruction in code:
@@ -308,21 +310,23 @@ def count(code: list[Instruction]) -> Counter[str]:
 
 @dataclass(frozen=True)
 class MainLoop:
-    """A main loop, brought down to one K block of the kernel's tile where its name tells the tile.
+    """A main loop's figures for one K block of the kernel's tile, or for one iteration if the
+    kernel's name does not give the tile.
 
-    warps: that issue it, of a CTA. Figures other than cycles are of one warp.
+    warps: the number of warps in a CTA that execute the loop. counts, aside: instructions of one
+    warp.
     """
 
     counts: Mapping[str, float]
-    aside: float  # instructions off the way that is counted
+    aside: float  # instructions off the main path
     mma: Mma
-    blocks: float | None  # K blocks in one turn of the loop; None: the tile is not known
+    blocks: float | None  # K blocks in one iteration; None: the tile is unknown
     warps: int
-    macs: float  # of the CTA
+    macs: float  # multiply-adds of the CTA
 
     @property
     def issue_cycles(self) -> float:
-        """Of each of an SM's four schedulers, one instruction of a warp a cycle."""
+        """Cycles of each of an SM's four schedulers, which issue one instruction per cycle."""
         return self.counts["all"] * self.warps / 4
 
 
@@ -330,15 +334,16 @@ TILE = re.compile(r"(\d+)x(\d+)(?:x(\d+))?(?!.*\dx\d)")
 
 
 def tile_macs(name: str, k_block: int = 128) -> int | None:
-    """M x N x K of a tile's K block, by the kernel's name."""
+    """Multiply-adds (M x N x K) of a K block of the tile in the kernel's name, or None."""
     match = TILE.search(name)
     return int(match[1]) * int(match[2]) * int(match[3] or k_block) if match else None
 
 
 def main_loop(name: str, code: list[Instruction], threads: int) -> MainLoop | None:
-    """The costliest main loop for the products it makes; None where there is no tensor core.
+    """The main loop with the most issue cycles per multiply-add; None without tensor-core
+    instructions.
 
-    A kernel with wgmma has one warpgroup more than compute, to load for them.
+    threads: of the CTA. In a kernel with wgmma, one warpgroup loads and does not execute the loop.
     """
     if not any(map(tensor_core, code)):
         return None
@@ -353,7 +358,7 @@ def main_loop(name: str, code: list[Instruction], threads: int) -> MainLoop | No
         blocks = macs / wanted if wanted else None
         share = blocks or 1.0
         counts = Counter({key: value / share for key, value in count(body).items()})
-        if share < 1:  # several turns make a K block, and a turn of the loop around them
+        if share < 1:  # a K block takes several iterations, and one of the loop around them
             counts.update(count(around))
         measured.append(MainLoop(counts, aside / share, units[0], blocks, warps, macs / share))
     if not measured:

@@ -1,10 +1,10 @@
-"""What the compiler made of every kernel: docs/sass_report.md, and the check that none got worse.
+"""Writes docs/sass_report.md, figures of the kernels' machine code, and checks that none got worse.
 
     python tools/sass_report.py            writes the table
     python tools/sass_report.py --check    compares the build with it
 
-Needs no GPU: it takes the machine code out of the op library (cuobjdump, nvdisasm). How to read the
-table is said at its head (HEADER).
+Needs no GPU: the script extracts the machine code from the op library with cuobjdump and nvdisasm.
+HEADER explains the table's columns.
 """
 
 from __future__ import annotations
@@ -34,35 +34,38 @@ LIBRARY = ROOT / "torchext" / "_C.so"
 HEADER = """\
 # What the compiler made of every kernel
 
-Written by `make sass-report`, never by hand. `make test` compares the build with it: a kernel that
-needs more registers, spills, local memory or issue cycles, or of which fewer CTAs fit an SM, fails
-there until this table is written anew and committed with it.
+`make sass-report` writes this file; do not edit it by hand. `make test` compares the build with it.
+A kernel fails if it needs more registers, spills, local memory or issue cycles than the table says,
+or if fewer of its CTAs fit on an SM. Then improve the kernel, or write this table again and commit
+it with the change.
 
 Compiler: ptxas {compiler}
 
 All figures are read from machine code; nothing was run.
 
-- **regs** at launch, a thread. **spills**: accesses to local memory (LDL, STL). **local**: bytes of
-  it, a thread. **shared**: bytes, static (1,024 of them the system's) + dynamic, where the
-  launcher's table tells.
-- **CTAs**: how many fit an SM by registers, shared memory, threads and the limit of CTAs (CUDA C++
-  Programming Guide, compute capabilities). GEMM kernels that reallocate registers (setmaxnreg) want
-  one.
-- Products: figures are of one K block (128 of K) of the CTA's tile, which the kernel's name tells,
-  and of one consumer warp. The main loop is the innermost loop with tensor-core instructions; of
-  several, the one that costs most for its products. Where several turns of it make a K block, the
-  loop around it counts once. **instr**: what a warp issues on its way through it, where waits
-  succeed at once and nothing is special about the K block; **aside**: instructions off that way
-  (waiting, edges of groups along K). Of instr, **mma** are tensor-core instructions, **fp32** FFMA,
-  FMUL and FADD (promotion), **loads** LDS, LDSM and LDG, **barriers** waits, arrivals and fences.
-- **issue**: cycles that a scheduler needs to issue it: instr x consumer warps of the CTA / 4
-  schedulers, one instruction a cycle. **tensor**: cycles that the tensor cores need for the same K
-  block at their peak. **issue/tensor** below 1: the promotion can hide behind the tensor cores, if
-  warps take turns; above 1 it cannot.
-- Peak, multiply-adds a cycle and SM, from NVIDIA's data sheets (dense rate / SMs / boost clock /
+- **regs**: registers per thread at launch. **spills**: accesses to local memory (LDL, STL).
+  **local**: bytes of local memory per thread. **shared**: bytes of shared memory, static + dynamic.
+  The static bytes include 1,024 of the system; the dynamic ones are in the launcher's table.
+- **CTAs**: how many fit on an SM by registers, shared memory, threads and the limit of CTAs (CUDA
+  C++ Programming Guide, compute capabilities). GEMM kernels that reallocate registers (setmaxnreg)
+  are made for one.
+- GEMMs: figures are for one consumer warp and one K block (128 of K) of the CTA's tile, which is in
+  the kernel's name. The main loop is the innermost loop with tensor-core instructions; if there are
+  several, the one with the most issue cycles per multiply-add. If a K block takes several
+  iterations, the loop around the main loop counts once. **instr**: instructions that a warp issues
+  if all waits succeed at once and the K block is no special case. **aside**: the loop's other
+  instructions (waiting, edges of groups along K). Included in instr: **mma**, tensor-core
+  instructions; **fp32**, FFMA, FMUL and FADD (promotion); **loads**, LDS, LDSM and LDG;
+  **barriers**, waits, arrivals and fences.
+- **issue**: cycles that a scheduler needs to issue a K block: instr x consumer warps of the CTA / 4
+  schedulers, at one instruction per cycle. **tensor**: cycles that the tensor cores need for the
+  same K block at their peak. **issue/tensor**: below 1, warps that take turns can hide the
+  promotion behind the tensor cores; above 1 they cannot.
+- Peak multiply-adds per cycle per SM, from NVIDIA's data sheets (dense rate / SMs / boost clock /
   2): sm_90 4,096 in FP8 (H100 SXM: 1,979 TFLOPS, 132 SMs, 1.83 GHz); sm_89 1,024 in FP8 (L40S: 733
   TFLOPS, 142 SMs, 2.52 GHz); sm_80 1,024 in BF16 (A100: 312 TFLOPS, 108 SMs, 1.41 GHz).
-- Other kernels: **loads** and **stores** of global memory by width in bits, as instructions.
+- Other kernels: **loads** and **stores** are instructions that access global memory, by width in
+  bits.
 """
 
 PRODUCTS = ("kernel", "sm", "threads", "regs", "spills", "local", "shared", "CTAs", "mma shape",
@@ -70,7 +73,7 @@ PRODUCTS = ("kernel", "sm", "threads", "regs", "spills", "local", "shared", "CTA
             "issue/tensor")  # fmt: skip
 OTHERS = ("kernel", "sm", "threads", "regs", "spills", "local", "shared", "CTAs", "instr", "loads",
           "stores", "LDS", "barriers", "TMA")  # fmt: skip
-# Columns that may not grow, and those that may not shrink.
+# Columns whose figures must not grow, and those whose figures must not shrink.
 COSTS, GAINS = ("regs", "spills", "local", "issue"), ("CTAs",)
 
 Row = dict[str, str]  # column -> cell
@@ -78,11 +81,14 @@ Key = tuple[str, str]  # kernel, architecture
 
 
 class ReportError(Exception):
-    """The report cannot be made; the message says why, and what helps."""
+    """The report cannot be made; the message gives the reason and a remedy."""
 
 
 def ctas_per_sm(architecture: str, threads: int, registers: int, shared_bytes: int) -> int | None:
-    """shared_bytes: the system's share included."""
+    """The number of CTAs that fit on an SM; None for an unknown architecture.
+
+    registers: per thread. shared_bytes: per CTA, including the system's.
+    """
     gpu = ARCHITECTURES.get(int(architecture))
     if gpu is None:
         return None
@@ -97,8 +103,10 @@ def ctas_per_sm(architecture: str, threads: int, registers: int, shared_bytes: i
 
 
 def peak(architecture: str, unit: str) -> int:
-    """Multiply-adds per cycle and SM of a tensor-core instruction; 0 where HEADER gives none: of
-    mma.sync, which does not reach the peak, on GPUs that have wgmma or tcgen05."""
+    """Peak multiply-adds per cycle per SM for instructions of `unit` (QGMMA, ...); 0 if unknown.
+
+    Also 0 for mma.sync on GPUs with wgmma or tcgen05, where it does not reach the peak.
+    """
     gpu = ARCHITECTURES.get(int(architecture))
     if gpu is None or (unit in ("QMMA", "HMMA") and (gpu.wgmma or gpu.tcgen05)):
         return 0
@@ -120,7 +128,10 @@ def describe(
     attributes: KernelAttributes,
     dynamic: int | None,
 ) -> Row:
-    """A kernel's row: of PRODUCTS if it has tensor-core instructions, else of OTHERS."""
+    """A kernel's row, with the columns PRODUCTS if it has tensor-core instructions, else OTHERS.
+
+    dynamic: bytes of dynamic shared memory; None if the launchers' tables lack the kernel.
+    """
     number_only = architecture.rstrip("af")
     whole = sass.count(code)
     gpu = ARCHITECTURES.get(int(number_only))
@@ -167,7 +178,7 @@ def describe(
 
 
 def find_tool(name: str) -> Path:
-    """`name` of CUDA: on PATH, in a toolkit, or from PyPI."""
+    """The path of CUDA's program `name`: on PATH, in a toolkit, or in PyPI's packages."""
     toolkit = find_toolkit()
     folders = [toolkit.home / "bin"] if toolkit else []
     folders += [
@@ -184,7 +195,7 @@ def find_tool(name: str) -> Path:
 
 
 def extract(library: Path, folder: Path) -> list[Path]:
-    """Its cubins. Objects of one name for several architectures have the architecture in theirs."""
+    """Extracts the library's cubins into `folder`. Their names include the architecture."""
     done = subprocess.run(
         [str(find_tool("cuobjdump")), "-xelf", "all", str(library.resolve())],
         cwd=folder,
@@ -199,7 +210,7 @@ def extract(library: Path, folder: Path) -> list[Path]:
 
 
 def measure(library: Path) -> tuple[str, dict[Key, Row]]:
-    """The compiler's version, and a row for every kernel of `library`."""
+    """The compiler's version, and a row for each kernel and architecture in `library`."""
     if not library.is_file():
         raise ReportError(f"expected the built library at {library}; build it with `make`")
     nvdisasm = find_tool("nvdisasm")
@@ -225,7 +236,7 @@ def measure(library: Path) -> tuple[str, dict[Key, Row]]:
 def render(compiler: str, rows: dict[Key, Row]) -> str:
     parts = [HEADER.format(compiler=compiler)]
     ordered = [rows[key] for key in sorted(rows)]
-    for title, columns in (("Products", PRODUCTS), ("Other kernels", OTHERS)):
+    for title, columns in (("GEMMs", PRODUCTS), ("Other kernels", OTHERS)):
         mine = [row for row in ordered if ("mma shape" in row) == (columns is PRODUCTS)]
         if mine:
             rule = [":--" if c in ("kernel", "mma shape") else "--:" for c in columns]
@@ -237,7 +248,7 @@ def render(compiler: str, rows: dict[Key, Row]) -> str:
 
 
 def parse(text: str) -> tuple[str, dict[Key, Row]]:
-    """What `render` wrote."""
+    """The compiler and rows of a text that `render` wrote."""
     compiler, rows, columns = "", {}, []
     for line in text.splitlines():
         if line.startswith("Compiler: ptxas "):
@@ -254,7 +265,8 @@ def parse(text: str) -> tuple[str, dict[Key, Row]]:
 
 
 def compare(table: dict[Key, Row], build: dict[Key, Row]) -> tuple[list[str], list[str]]:
-    """(what is worse or unaccounted for, what merely changed): a line each."""
+    """(faults, other changes), a line each. A fault is a figure that got worse, or a kernel that
+    only one side has."""
     faults = [
         f"{kernel} (sm_{sm}): is not in the table"
         for kernel, sm in sorted(build.keys() - table.keys())
@@ -280,7 +292,7 @@ def is_worse(column: str, before: str, after: str) -> bool:
     if column not in COSTS + GAINS:
         return False
     if "-" in (before, after):
-        return True  # a figure came or went: let a person look
+        return True  # the figure appeared or disappeared: a person must look
     growth = float(after) - float(before)
     return growth > 0 if column in COSTS else growth < 0
 
@@ -289,7 +301,7 @@ REMEDY = "make sass-report"
 
 
 def check(library: Path, table: Path) -> int:
-    """0: no kernel got worse, or there is nothing to compare. 1: some did."""
+    """Exit status 0: no kernel got worse, or there is nothing to compare. 1: a kernel got worse."""
     if not table.exists():
         print(f"{table.name} is missing: run `{REMEDY}` and commit it", file=sys.stderr)
         return 1
@@ -309,7 +321,7 @@ def check(library: Path, table: Path) -> int:
     _list("changed", changes, sys.stdout)
     if faults:
         print(
-            f"run `{REMEDY}` and commit the table with the change, if that is the price",
+            f"if the change is worth it, run `{REMEDY}` and commit the table with the change",
             file=sys.stderr,
         )
         return 1
