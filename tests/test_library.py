@@ -124,7 +124,7 @@ def test_cuda_names_the_kernels_that_a_gpu_takes(capability, path, monkeypatch, 
     with_gpu(monkeypatch, capability)
     available, reason = torchext.is_available("cuda")
     assert available
-    assert reason.endswith(f"takes the {path} GEMM kernels")
+    assert reason.endswith(f"runs the {path} GEMM kernels")
 
 
 @pytest.mark.parametrize(("capability", "path"), [((10, 7), "sm80"), ((13, 0), "sm89")])

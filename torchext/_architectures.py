@@ -1,4 +1,4 @@
-"""The table of GPUs, csrc/runtime/architectures.inc, as the compiled ops carry it."""
+"""The table of GPUs in csrc/runtime/architectures.inc, read from the compiled ops."""
 
 from __future__ import annotations
 
@@ -16,28 +16,29 @@ def _table() -> dict[str, Any]:
 
 
 def paths() -> dict[str, int]:
-    """{path: the oldest compute capability that can run its kernels}, the latest path first."""
+    """{path: oldest compute capability that can run it, as 90 for 9.0}, the latest path first."""
     return _table()["paths"]
 
 
 def limits() -> dict[str, int]:
-    """What is the same for all GPUs."""
+    """{limit that is the same for all GPUs: its value}."""
     return _table()["limits"]
 
 
 @cache
 def architectures() -> dict[int, SimpleNamespace]:
-    """{compute capability: its row, with a column's value as an attribute of the column's name}."""
+    """{compute capability, as 90 for 9.0: the table's row, whose columns are attributes}."""
     rows = _table()["architectures"]
     return {row["capability"]: SimpleNamespace(**row) for row in rows}
 
 
 def simulated() -> dict[int, SimpleNamespace]:
-    """The rows that torchext.sim can simulate: those whose tensor cores' rounding is known."""
+    """The rows of GPUs that torchext.sim can simulate, which have a known tensor core rounding."""
     return {number: row for number, row in architectures().items() if row.mma_rounding}
 
 
 def path_of(capability: int) -> str | None:
-    """The GEMM kernels that such a GPU takes; None for one older than all that torchext knows."""
+    """The path of a GPU with this compute capability; None if the GPU is older than all in the
+    table."""
     number = c_function("torchext_path_of_capability")(capability)
     return next((name for name, oldest in paths().items() if oldest == number), None)

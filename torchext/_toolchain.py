@@ -1,6 +1,6 @@
-"""Finds nvcc: the one rule of the build (csrc/build/toolchain.py) and of torchext.sim.
+"""Finds nvcc, by the same rule for the build (csrc/build/toolchain.py) and for torchext.sim.
 
-Needs the standard library alone, so that a build can load this file by its path.
+Imports only the standard library, so that a build can load this file by its path.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Toolkit:
-    """A CUDA toolkit: its root, and the folder that holds libcudart_static.a, if one does."""
+    """A CUDA toolkit: its root, and the folder of libcudart_static.a (None if it has none)."""
 
     home: Path
     library_dir: Path | None
@@ -25,13 +25,13 @@ class Toolkit:
 
 
 def installed_site_packages() -> list[Path]:
-    """The interpreter's own site-packages, also from within an isolated build environment."""
+    """The interpreter's own site-packages, even in an isolated build environment."""
     return [Path(sysconfig.get_path(key)) for key in ("purelib", "platlib")]
 
 
 def _candidates() -> list[Path]:
     homes = [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
-    if homes:  # an explicit choice is not second-guessed
+    if homes:  # the user's choice is final
         return homes
     homes = [Path("/usr/local/cuda"), *sorted(Path("/usr/local").glob("cuda-*"), reverse=True)]
     on_path = shutil.which("nvcc")
@@ -43,13 +43,14 @@ def _candidates() -> list[Path]:
 
 
 def find_toolkit(*, to_link: bool = False) -> Toolkit | None:
-    """The first toolkit in: CUDA_HOME (else CUDA_PATH), /usr/local/cuda*, PATH, PyPI's packages.
+    """The first toolkit with nvcc, or None if there is none.
+
+    If CUDA_HOME or CUDA_PATH is set, only these are searched, in this order. Otherwise the order is
+    /usr/local/cuda, /usr/local/cuda-* (the highest name first), PATH, NVIDIA's PyPI packages.
 
     Args:
-        to_link: pass over toolkits without libcudart_static.a, which building torchext needs and
+        to_link: skip toolkits without libcudart_static.a, which building torchext needs and
             compiling to PTX does not.
-
-    Returns None where there is none.
     """
     for home in _candidates():
         if not (home / "bin" / "nvcc").is_file():

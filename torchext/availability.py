@@ -1,4 +1,4 @@
-"""What this build, on this machine, can run."""
+"""What this build of torchext can run on this machine."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from ._dispatch import library
 
 
 def get_include() -> str:
-    """The folder to pass to a compiler as -I, so that `#include <ptx/isa/wgmma.h>` is found.
+    """The folder to pass to a compiler with -I, so that it finds `#include <ptx/isa/wgmma.h>`.
 
-    In an installed wheel it is `torchext/include`; in a checkout, the checkout itself.
+    It is `torchext/include` in an installed wheel, and the root of a checkout.
+
+    Raises FileNotFoundError if the installation lacks the headers.
     """
     for folder in (library.PACKAGE.parent, library.PACKAGE / "include"):
         if (folder / "ptx" / "isa" / "wgmma.h").is_file():
@@ -28,11 +30,11 @@ def get_include() -> str:
 
 
 class Availability(NamedTuple):
-    """Whether a feature can be used, true or false as such; it unpacks into both fields.
+    """Whether a feature can be used. It is itself true or false, and unpacks into both fields.
 
     Attributes:
-        ok: whether it can.
-        reason: why, in one sentence; with the remedy where it cannot.
+        ok: whether the feature can be used.
+        reason: why, in one sentence; with a remedy if it cannot be used.
     """
 
     ok: bool
@@ -46,7 +48,7 @@ class Availability(NamedTuple):
 
 
 class Availabilities(dict[str, Availability]):
-    """{feature: Availability}, printed as a table."""
+    """{feature: Availability}, which prints as a table."""
 
     def __repr__(self) -> str:
         width = max(map(len, self), default=0)
@@ -58,21 +60,24 @@ def is_available(feature: str) -> Availability: ...
 @overload
 def is_available(feature: None = None) -> Availabilities: ...
 def is_available(feature: str | None = None) -> Availability | Availabilities:
-    """Whether this build, on this machine, has `feature`; without one, the answer for each.
+    """Whether this build can use `feature` on this machine; without `feature`, all answers.
 
-    Features:
-      "cpu"   the CPU kernels: always;
-      "cuda"  the CUDA kernels were built and torch's current GPU can run them (compute capability
-              7.5 or later); the reason says which kernels it takes;
-      "sm90"  "cuda", and the GPU is of compute capability 9.0, as Hopper's kernels need;
-      "sim"   the PTX simulator (`torchext.sim`), the PTX that it executes and numpy are there.
+    Args:
+        feature: one of these, or None.
+            "cpu": the CPU kernels. Always true.
+            "cuda": the CUDA kernels were built, and torch's current GPU can run them (compute
+            capability 7.5 or later). The reason says which kernels the GPU runs.
+            "sm90": as "cuda", and the GPU has compute capability 9.0, which Hopper's kernels need.
+            "sim": the PTX simulator (`torchext.sim`) and the PTX of the kernels were built, and
+            numpy is installed.
 
     Returns:
-        For a feature, an object that is true or false and has `.reason`; it also unpacks,
-        `ok, reason = is_available("cuda")`. Without one, a dict of such objects by feature, which
-        prints as a table.
+        For a feature, an object that is true or false, has a `.reason`, and unpacks as in
+        `ok, reason = is_available("cuda")`. For None, a dict from each feature to such an object,
+        which prints as a table.
 
-    Raises ValueError for any other feature.
+    Raises:
+        ValueError: feature is none of these.
     """
     if feature is None:
         return Availabilities((name, Availability(*check())) for name, check in _FEATURES.items())
@@ -113,12 +118,12 @@ def _cuda() -> tuple[bool, str]:
         )
     reason = (
         f"CUDA kernels are built and torch sees {name}, of compute capability {major}.{minor}, "
-        f"which takes the {path} GEMM kernels"
+        f"which runs the {path} GEMM kernels"
     )
     if capability not in architectures():
         reason += (
-            "; this version of torchext does not know that capability: it takes what the nearest "
-            f"earlier GPU of compute capability {major}.x takes or, where there is none, the "
+            "; this version of torchext does not know that capability: it runs the kernels of the "
+            f"nearest earlier GPU of compute capability {major}.x or, if there is none, the "
             "latest kernels that every later GPU can run"
         )
     return True, reason

@@ -1,10 +1,11 @@
 """Prints what a bug report needs: `python -m torchext.collect_env`.
 
-First torchext's own facts: version, folder, what works here and why, the architectures whose PTX
-was built, environment variables, the nvcc that the simulator uses. Then torch's report on torch,
-driver, GPUs and CPU (torch.utils.collect_env). It launches no kernel.
+It first prints facts about torchext: version, folder, what works on this machine and why, the
+architectures whose PTX was built, environment variables, and the nvcc that the simulator uses. Then
+it prints torch's report on torch, driver, GPUs and CPU (torch.utils.collect_env). It launches no
+kernel.
 
-Where `import torchext` itself fails, run this file: `python .../torchext/collect_env.py`.
+If `import torchext` itself fails, run this file: `python .../torchext/collect_env.py`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ VARIABLES = ("TORCHEXT_", "CUDA_HOME", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS"
 
 
 def facts() -> dict[str, str]:
-    """torchext's own facts, by name, each as text."""
+    """{name: fact about torchext, as text}."""
     result = {"python": sys.version.split()[0], "folder": str(PACKAGE)}
     library = PACKAGE / "_C.so"
     result["op library"] = f"{library.stat().st_size:,} bytes" if library.is_file() else "missing"
@@ -30,7 +31,7 @@ def facts() -> dict[str, str]:
     result["simulator"] = ", ".join(extensions) or "missing"
     try:
         import torchext
-    except Exception:  # reported, not hidden: this report is for a failing import, too
+    except Exception:  # printed: this report must also describe a failing import
         result["import"] = traceback.format_exc().strip()
         return result
     result["torchext"] = torchext.__version__
@@ -52,7 +53,7 @@ def _nvcc() -> str:
 
 
 def variables() -> dict[str, str]:
-    """The environment variables that are set and matter, sorted by name."""
+    """{name: value} of the environment variables that affect torchext and are set, by name."""
     return {name: value for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)}
 
 

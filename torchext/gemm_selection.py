@@ -1,9 +1,10 @@
 """Which kernel an FP8 GEMM runs, and why.
 
-`explain_gemm` shows what the library would choose for a problem: from a table measured on a GPU
-where it has the problem, else by a cost model (csrc/gemm/sm90/select.cpp) whose terms it lists for
-every tile that is compiled. Nothing here needs a GPU. `forced` overrules the choice of a Hopper
-tile and `forced_path` that of the architecture's kernels, for tests, benchmarks and the tuner.
+`explain_gemm` shows which kernel the library chooses for a GEMM, and why. The choice comes from a
+table of measurements on a GPU if the table has the GEMM, else from a cost model
+(csrc/gemm/sm90/select.cpp). `explain_gemm` lists the model's terms for every compiled tile. Nothing
+here needs a GPU. For tests, benchmarks and the tuner, `forced` overrides the choice of a Hopper
+tile, and `forced_path` the choice of the kernels' path.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from ._architectures import paths
 from ._dispatch.c_api import c_function
 
 _GRANULARITIES = ("1d2d", "1d1d", "rowwise")  # the order of csrc/gemm/gemm.h
-_OF_RECIPES = {"blockwise": "1d2d", "tensorwise": "rowwise"}  # torchext.Recipe's words
+_OF_RECIPES = {"blockwise": "1d2d", "tensorwise": "rowwise"}  # the names in torchext.Recipe
 _GROUPINGS = ("none", "offsets", "group_ids", "masked", "along_k")
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _forced_paths: list[str] = []
@@ -31,25 +32,27 @@ _log = logging.getLogger("torchext")
 
 @dataclass(frozen=True)
 class Candidate:
-    """A kernel that could run, and what the cost model makes of it.
+    """A kernel that can run the GEMM, with the cost model's estimates.
 
-    Cycles are those of an SM, estimated: fewer is better.
+    Cycles are estimated clock cycles of an SM.
 
     Attributes:
-        name: of the tile, tokens x features.
-        split_k: CTAs of a cluster that share K.
-        cluster: CTAs of a cluster; 2 with split_k=1 is a pair that shares rows of a by multicast.
+        name: the tile's name, tokens x features.
+        split_k: the number of CTAs of a cluster that share K; 1 without split K.
+        cluster: the number of CTAs in a cluster; 2 with split_k=1 is a pair, which shares rows of
+            `a` by multicast.
         tile_m, tile_n: tokens and features of a tile.
-        stages: K blocks in flight.
-        tiles: of the output (expected, where rows of groups are counted on the GPU).
-        waves: rounds in which the SMs get through them.
+        stages: the number of slots in the ring, each for one K block.
+        tiles: the number of tiles of the output; an expected number if the GPU counts the rows of
+            groups.
+        waves: the number of waves in which the SMs compute these tiles.
         tensor_cycles: cycles the tensor cores spend on one K block.
         issue_cycles: cycles each warp scheduler spends issuing one K block, promotion included.
         shared_cycles: cycles shared memory is busy with one K block.
         load_cycles: cycles to bring the operands of one K block through L2.
-        memory_cycles: cycles to move the whole product's bytes from and to memory, its launch
-            included: a floor, whatever the tile.
-        cycles: cycles of the whole product; the model's verdict.
+        memory_cycles: cycles to move all bytes of the GEMM from and to memory, and to launch it: a
+            lower limit for every tile.
+        cycles: estimated cycles of the whole GEMM. The model chooses the candidate with the fewest.
     """
 
     name: str
@@ -69,7 +72,7 @@ class Candidate:
 
     @property
     def bound(self) -> str:
-        """What takes longest, in words."""
+        """What limits the speed of this candidate, in words."""
         if self.cycles <= self.memory_cycles:
             return f"the bytes that memory must move ({self.memory_cycles:.0f} cycles)"
         terms = {
@@ -79,7 +82,7 @@ class Candidate:
             "loads through L2": self.load_cycles,
         }
         slowest = max(terms, key=lambda name: terms[name])
-        return f"{slowest} ({terms[slowest]:.0f} cycles a K block)"
+        return f"{slowest} ({terms[slowest]:.0f} cycles per K block)"
 
     def __str__(self) -> str:
         if self.split_k > 1:
@@ -89,13 +92,13 @@ class Candidate:
 
 @dataclass(frozen=True)
 class GemmExplanation:
-    """What `explain_gemm` returns; `print` it for a table, whose last line says why.
+    """The result of `explain_gemm`. It prints as a table, whose last line says why.
 
     Attributes:
-        candidates: all that may run, by estimated cycles, the fewest first.
-        chosen: the one that runs.
+        candidates: all kernels that can run, the fewest estimated cycles first.
+        chosen: the candidate that runs.
         source: what decided: "cost model", "tuned table" or "forced".
-        num_sms: SMs that the product may use.
+        num_sms: the number of SMs that the GEMM may use.
     """
 
     candidates: tuple[Candidate, ...]
@@ -121,8 +124,8 @@ class GemmExplanation:
             if more >= 0:
                 told = f"{more:.1%} more cycles" if more else "as many cycles"
                 sentence += f"; {others[0]}, the next, takes {told}"
-            else:  # as many parts of K as without num_sms, so that the bits are the same
-                sentence += f"; {others[0]} is cheaper, but sums K in other parts"
+            else:  # split_k does not depend on num_sms, so that num_sms does not change the bits
+                sentence += f"; {others[0]} is cheaper, but splits K differently"
         return sentence
 
     def __str__(self) -> str:
@@ -157,21 +160,30 @@ def explain_gemm(
     num_sms: int = 0,
     sm_count: int = 132,
 ) -> GemmExplanation:
-    """Which kernel `fp8_gemm_nt` or a grouped product runs on a Hopper GPU, and the alternatives.
+    """Which kernel `fp8_gemm_nt` or a grouped GEMM runs on a Hopper GPU, and the alternatives.
 
     Args:
-        m, n, k: of the product; for grouped ones m is all rows of a, and k all of K.
-        granularity: "1d2d", "1d1d" or "rowwise"; or as a Recipe says it, "blockwise" for 1d2d, the
-            forward and dgrad of a layer (wgrad is 1d1d), and "tensorwise", which runs as rowwise.
+        m, n, k: sizes of the GEMM. For grouped GEMMs, m is the number of all rows of `a`, and k the
+            number of all columns.
+        granularity: "1d2d", "1d1d" or "rowwise". Names of a Recipe work, too: "blockwise" means
+            "1d2d", which a layer's fprop and dgrad run (its wgrad runs "1d1d"), and "tensorwise"
+            means "rowwise", whose kernels it runs.
         a_dtype, b_dtype: torch.float8_e4m3fn or torch.float8_e5m2.
-        out_dtype, accumulate: as the op takes them.
-        grouping: "none", "offsets", "group_ids", "masked" or "along_k".
-        groups: how many, for those.
-        expected_m: rows expected in a group; 0: unknown.
-        num_sms: SMs that the product may use; 0: all.
-        sm_count: SMs of the GPU; an H100 or H200 (SXM) has 132.
+        out_dtype: torch.bfloat16, torch.float16 or torch.float32.
+        accumulate: whether the op adds to `out`.
+        grouping: "none"; for m_grouped_fp8_gemm_nt_contiguous "offsets" or "group_ids"; for
+            m_grouped_fp8_gemm_nt_masked "masked"; for k_grouped_fp8_gemm_nt "along_k".
+        groups: the number of groups; 1 if grouping is "none".
+        expected_m: the number of rows expected in a group; 0 if unknown.
+        num_sms: the number of SMs that the GEMM may use; 0 for all.
+        sm_count: the number of SMs of the GPU; an H100 or H200 (SXM) has 132.
 
-    Raises ValueError for anything else, and RuntimeError where this build has no CUDA kernels.
+    Returns:
+        A GemmExplanation, which prints as a table of the candidates.
+
+    Raises:
+        ValueError: an argument has another value.
+        RuntimeError: this build has no CUDA kernels.
     """
     granularity = _OF_RECIPES.get(granularity, granularity)
     if granularity not in _GRANULARITIES or grouping not in _GROUPINGS:
@@ -225,7 +237,8 @@ def configurations(
     a_dtype: torch.dtype = torch.float8_e4m3fn,
     b_dtype: torch.dtype = torch.float8_e4m3fn,
 ) -> list[str]:
-    """Names of the tiles that are compiled for these operands, as `forced` takes them."""
+    """Names of the tiles that are compiled for these operands, for `forced`. Arguments and errors
+    as in `explain_gemm`."""
     large = explain_gemm(
         4096, 4096, 4096, granularity=granularity, a_dtype=a_dtype, b_dtype=b_dtype
     )
@@ -234,15 +247,19 @@ def configurations(
 
 @contextmanager
 def forced(name: str, *, split_k: int = 1, cluster: int = 1) -> Iterator[None]:
-    """Within it, Hopper GEMMs of this process use the tile `name`; not nestable.
+    """Within this context all Hopper GEMMs of the process use the tile `name`. It does not nest.
+
+    A GEMM that the tile cannot compute raises a ValueError.
 
     Args:
-        name: one of `configurations`.
-        split_k: 1, 2, 4 or 8 CTAs that share K (tiles called swap_*).
-        cluster: 2 for pairs that share rows of a by multicast (the other tiles). With split_k it
-            is split_k, and may be left at 1.
+        name: a name from `configurations()`.
+        split_k: the number of CTAs that share K: 1, 2, 4 or 8 for tiles called swap_*, 1 for the
+            others.
+        cluster: 2 for pairs that share rows of `a` by multicast, which tiles called swap_* lack. A
+            cluster with split_k > 1 has split_k CTAs; cluster may then be 1.
 
-    A product that the tile cannot compute raises ValueError.
+    Raises:
+        RuntimeError: this build has no CUDA kernels.
     """
     force = _function("torchext_force_gemm")
     force(name.encode(), split_k, cluster)
@@ -256,8 +273,17 @@ def forced(name: str, *, split_k: int = 1, cluster: int = 1) -> Iterator[None]:
 
 @contextmanager
 def forced_path(path: str) -> Iterator[None]:
-    """Within it, every GPU, simulated or real, runs the kernels of one path: "sm90", "sm89", "sm80"
-    or "plain"; ops raise on a GPU that cannot. Process-wide; for tests and benchmarks."""
+    """Within this context every GPU, simulated or real, runs the kernels of one path.
+
+    For tests and benchmarks. It applies to the whole process, and nests. GEMMs raise on a GPU that
+    cannot run these kernels.
+
+    Args:
+        path: "sm90", "sm89", "sm80" or "plain".
+
+    Raises:
+        ValueError: path is none of these.
+    """
     numbers = paths()
     if path not in numbers:
         raise ValueError(

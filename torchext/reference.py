@@ -1,9 +1,10 @@
-"""What every op computes, in plain PyTorch: short, slow, and the standard that kernels are held to.
+"""What every op computes, in plain PyTorch: short and slow; kernels are tested against it.
 
-Each function has the name and arguments of its op in `torchext.ops`, runs on any device that torch
-does, and returns tensors of the same shape, dtype and strides. Quantizers and `dequantize` are
-specified to the bit: CPU and CUDA kernels return what the functions here return. `fp8_gemm_nt` is a
-float64 product, which kernels approximate within the bounds of docs/numerics.md.
+Each function has the name and arguments of its op in `torchext.ops` (without `num_sms`) and returns
+tensors of the same shapes, dtypes and strides. It runs on every device of torch. CPU and CUDA
+kernels of quantizers and of `dequantize` return the same bits as the functions here. GEMMs are
+computed in float64, and kernels approximate them within the bounds of docs/numerics.md. The
+functions do not check their arguments.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _SMALLEST_NORMAL = torch.finfo(torch.float32).smallest_normal
 def quantize_1x128(
     x: Tensor, *, dtype: torch.dtype | None = None, pow2_scale: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """One scale for every 128 elements of a row; see `torchext.ops.quantize_1x128`."""
+    """One scale for each 128 elements of a row; see `torchext.ops.quantize_1x128`."""
     data, scale = _quantize(_matrix(x), (1, GROUP), dtype, pow2_scale)
     leading, columns = x.shape[:-1], x.shape[-1]
     return (
@@ -48,7 +49,7 @@ def quantize_1x128_t(
 def quantize_1x128_dual(
     x: Tensor, *, dtype: torch.dtype | None = None, pow2_scale: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Both of the above; see `torchext.ops.quantize_1x128_dual`."""
+    """`quantize_1x128` and `quantize_1x128_t`; see `torchext.ops.quantize_1x128_dual`."""
     rows = quantize_1x128(x, dtype=dtype, pow2_scale=pow2_scale)
     return *rows, *quantize_1x128_t(x, dtype=dtype, pow2_scale=pow2_scale)
 
@@ -56,7 +57,7 @@ def quantize_1x128_dual(
 def quantize_128x128(
     x: Tensor, *, dtype: torch.dtype | None = None, pow2_scale: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """One scale for every block of 128x128 of each matrix; see `torchext.ops.quantize_128x128`."""
+    """One scale for each 128x128 block of each matrix; see `torchext.ops.quantize_128x128`."""
     data = empty_data(x, x.shape[:-1], x.shape[-1], dtype or torch.float8_e4m3fn)
     scale = empty_block_scale(x)
     for index in itertools.product(*map(range, x.shape[:-2])):
@@ -69,7 +70,7 @@ def quantize_128x128(
 def quantize_128x128_dual(
     x: Tensor, *, dtype: torch.dtype | None = None, pow2_scale: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """With the transposed data; see `torchext.ops.quantize_128x128_dual`."""
+    """`quantize_128x128` and the transposed data; see `torchext.ops.quantize_128x128_dual`."""
     data, scale = quantize_128x128(x, dtype=dtype, pow2_scale=pow2_scale)
     data_t, _ = quantize_128x128(x.mT, dtype=dtype, pow2_scale=pow2_scale)
     return data, scale, data_t
@@ -78,7 +79,7 @@ def quantize_128x128_dual(
 def quantize_rowwise(
     x: Tensor, *, dtype: torch.dtype | None = None, pow2_scale: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """One scale a row; see `torchext.ops.quantize_rowwise`."""
+    """One scale for each row; see `torchext.ops.quantize_rowwise`."""
     data, scale = _quantize(_matrix(x), (1, None), dtype, pow2_scale)
     leading, columns = x.shape[:-1], x.shape[-1]
     return (
@@ -90,7 +91,7 @@ def quantize_rowwise(
 def quantize_tensorwise(
     x: Tensor, *, dtype: torch.dtype | None = None, pow2_scale: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """One scale in all; see `torchext.ops.quantize_tensorwise`."""
+    """One scale for the whole tensor; see `torchext.ops.quantize_tensorwise`."""
     data, scale = _quantize(_matrix(x), (None, None), dtype, pow2_scale)
     return (
         empty_data(x, x.shape[:-1], x.shape[-1], data.dtype).copy_(data.reshape(x.shape)),
@@ -116,10 +117,10 @@ def fp8_gemm_nt(
     bias: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """a @ b.T (+ bias) (+ out), in float64, of the dequantized operands.
+    """dequantized a @ dequantized b.T (+ bias) (+ out), computed in float64.
 
-    See `torchext.ops.fp8_gemm_nt`; here out_dtype=None is float64, and the result is rounded once
-    to any other `out_dtype` or to the dtype of `out`.
+    See `torchext.ops.fp8_gemm_nt`. Here out_dtype=None means float64. The result is rounded once,
+    to `out_dtype` or to the dtype of `out`.
     """
     left, right = (
         _matrix(data).double() * _spread(_matrix(scale), *_matrix(data).shape)
@@ -146,8 +147,11 @@ def m_grouped_fp8_gemm_nt_contiguous(
     bias: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """`fp8_gemm_nt` of the rows of each group; see `torchext.ops`. Rows of no group are NaN in a
-    new output, and left alone in an `out`."""
+    """`fp8_gemm_nt` of the rows of each group.
+
+    See `torchext.ops.m_grouped_fp8_gemm_nt_contiguous`. Rows of no group are NaN in a new output,
+    and unchanged in an `out`.
+    """
     if out is None:
         out = a.new_full((a.shape[0], b.shape[1]), torch.nan, dtype=out_dtype or torch.float64)
     rows = torch.arange(a.shape[0], device=a.device)
@@ -181,8 +185,11 @@ def m_grouped_fp8_gemm_nt_masked(
     bias: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """`fp8_gemm_nt` of the first rows of each group; see `torchext.ops`. Other rows are NaN in a
-    new output, and left alone in an `out`."""
+    """`fp8_gemm_nt` of the first rows of each group.
+
+    See `torchext.ops.m_grouped_fp8_gemm_nt_masked`. Other rows are NaN in a new output, and
+    unchanged in an `out`.
+    """
     groups, rows, _ = a.shape
     if out is None:
         out = a.new_full((groups, rows, b.shape[1]), torch.nan, dtype=out_dtype or torch.float64)
@@ -210,7 +217,7 @@ def k_grouped_fp8_gemm_nt(
     accumulate: bool = False,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """The product over each group of columns; see `torchext.ops`."""
+    """One GEMM for each group of columns; see `torchext.ops.k_grouped_fp8_gemm_nt`."""
     left, right = (
         data.double() * _spread(scale, *data.shape) for data, scale in ((a, a_scale), (b, b_scale))
     )
@@ -237,7 +244,10 @@ def fp8_gemm_nt_swiglu_quantize(
     dtype: torch.dtype | None = None,
     pow2_scale: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """`quantize_1x128` of silu(gate) * up, computed in float64; see `torchext.ops`."""
+    """`quantize_1x128` of silu(gate) * up, which is computed in float64.
+
+    See `torchext.ops.fp8_gemm_nt_swiglu_quantize`.
+    """
     gate, up = fp8_gemm_nt(a, a_scale, b, b_scale, bias=bias).chunk(2, dim=-1)
     activated = torch.nn.functional.silu(gate) * up
     return quantize_1x128(activated, dtype=dtype, pow2_scale=pow2_scale)
@@ -254,7 +264,10 @@ def fp8_gemm_nt_gelu_quantize(
     dtype: torch.dtype | None = None,
     pow2_scale: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """`quantize_1x128` of GELU, computed in float64; see `torchext.ops`."""
+    """`quantize_1x128` of gelu(x), which is computed in float64.
+
+    See `torchext.ops.fp8_gemm_nt_gelu_quantize`.
+    """
     x = fp8_gemm_nt(a, a_scale, b, b_scale, bias=bias)
     approximate = "tanh" if tanh_approximation else "none"
     activated = torch.nn.functional.gelu(x, approximate=approximate)
@@ -271,25 +284,29 @@ def fp8_gemm_nt_relu2_quantize(
     dtype: torch.dtype | None = None,
     pow2_scale: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """`quantize_1x128` of squared ReLU, computed in float64; see `torchext.ops`."""
+    """`quantize_1x128` of relu(x)**2, which is computed in float64.
+
+    See `torchext.ops.fp8_gemm_nt_relu2_quantize`.
+    """
     x = fp8_gemm_nt(a, a_scale, b, b_scale, bias=bias)
     return quantize_1x128(x.relu().square(), dtype=dtype, pow2_scale=pow2_scale)
 
 
 def _of_group(scale: Tensor, group: int) -> Tensor:
-    """The scales of one matrix of b, or the one scale of all."""
+    """The scales of one matrix of b; a tensor-wise scale as it is."""
     return scale.reshape(1, 1) if scale.numel() == 1 else scale[group]
 
 
 def _matrix(x: Tensor) -> Tensor:
-    """All leading dimensions folded into rows."""
+    """x as a matrix, with all leading dimensions folded into rows."""
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def _quantize(
     x: Tensor, group: tuple[int | None, int | None], dtype: torch.dtype | None, pow2_scale: bool
 ) -> tuple[Tensor, Tensor]:
-    """Data and scales of a matrix, one scale for each group[0] x group[1]; None: the whole side."""
+    """Data and scales of a matrix, with one scale for each group[0] x group[1] elements. None in
+    `group` means all rows or all columns."""
     dtype = dtype or torch.float8_e4m3fn
     x = x.float()
     amax = _group_amax(_group_amax(x.abs(), group[1]).t(), group[0]).t()
@@ -300,10 +317,11 @@ def _quantize(
 
 
 def _group_amax(x: Tensor, group: int | None) -> Tensor:
-    """The largest of every `group` columns, the last group ragged. amax propagates NaN."""
+    """The maximum over each `group` columns, of which the last may be fewer. NaN propagates."""
     rows, columns = x.shape
     if group is None:
-        return torch.cat((x, x.new_zeros(rows, 1)), dim=1).amax(1, keepdim=True)  # any width, 0 too
+        # amax refuses an empty dimension, so a column of zeros is added.
+        return torch.cat((x, x.new_zeros(rows, 1)), dim=1).amax(1, keepdim=True)
     groups = ceil_div(columns, group)
     padded = torch.nn.functional.pad(x, (0, groups * group - columns))
     return padded.reshape(rows, groups, group).amax(2)
@@ -320,7 +338,7 @@ def _scale(amax: Tensor, largest: float, pow2_scale: bool) -> Tensor:
 
 
 def _spread(scale: Tensor, rows: int, columns: int) -> Tensor:
-    """The scale of every element of a [rows, columns] matrix."""
+    """The scale of each element of a [rows, columns] matrix."""
     for dim, size in ((0, rows), (1, columns)):
         scales = scale.shape[dim]
         if scales == size:

@@ -30,7 +30,8 @@ def test_the_chosen_is_the_cheapest(m):
     "sizes, options, why",
     [
         ((512, 768, 1024), {}, r"swap_64x64 has 96 tiles, 1 wave of 132 SMs, bound by loads "
-         r"through L2 \(455 cycles a K block\); 128x64 in pairs, the next, takes 3.7% more cycles"),
+         r"through L2 \(455 cycles per K block\); "
+         r"128x64 in pairs, the next, takes 3.7% more cycles"),
         ((4096, 4096, 7168), {}, r"128x256 in pairs has 512 tiles, 4 waves of 132 SMs, bound by "
          r"shared memory \(1152 .*; 256x128 in pairs, the next, takes as many cycles"),
         ((16, 4096, 7168), {}, r"swap_16x64 with split_k=2 .*bound by the bytes that memory must"),

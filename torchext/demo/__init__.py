@@ -1,1 +1,1 @@
-"""The demonstration that `python -m torchext.demo` runs: one model, trained twice, once in FP8."""
+"""The demonstration of `python -m torchext.demo`: one model, trained as written and in FP8."""

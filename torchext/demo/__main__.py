@@ -1,6 +1,6 @@
-"""`python -m torchext.demo`: trains a transformer twice, as written and in FP8, and compares.
+"""`python -m torchext.demo` trains a transformer twice, as written and in FP8, and compares.
 
-Exits with 1 if, after 300 steps or more, the final held-out losses differ by more than 1 %.
+It exits with 1 if the final held-out losses differ by more than 1 % after 300 steps or more.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .report import draw, gap, table
 from .train import train
 
 LARGEST_GAP = 0.01
-LEAST_STEPS = 300  # before, any rounding, BF16's too, moves the loss by percents either way
+LEAST_STEPS = 300  # before, any rounding, even to BF16, moves the loss up or down by percents
 BATCH, LENGTH, HELD_OUT_BATCHES = 16, 128, 8
 
 
@@ -74,11 +74,14 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         "--device",
         choices=("cpu", "cuda"),
         default="cuda" if on_gpu else "cpu",
-        help=f"default here: %(default)s, since {reason}",
+        help=f"default on this machine: %(default)s ({reason})",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of weights and batches (0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights and batches (0)")
     parser.add_argument(
-        "--plot", type=Path, default=Path("demo/loss.png"), help="default: %(default)s"
+        "--plot",
+        type=Path,
+        default=Path("demo/loss.png"),
+        help="where to draw the curves (%(default)s)",
     )
     options = parser.parse_args(arguments)
     if options.steps < 1:

@@ -1,4 +1,4 @@
-"""Text to train on that every machine has: the sources of Python's standard library, as bytes."""
+"""The training text, which every machine has: sources of Python's standard library, as bytes."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-# Tests repeat themselves, and site-packages differ from machine to machine.
+# Tests are repetitive, and site-packages differ between machines.
 _LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """Bytes of whole files, uint8, one after the other; every tenth file is held out."""
+    """The bytes (uint8) of whole files, concatenated. Every tenth file is held out."""
 
     train: Tensor
     held_out: Tensor
@@ -23,9 +23,9 @@ class Corpus:
 
 
 def standard_library() -> Corpus:
-    """The corpus of this Python; the same on every run.
+    """The corpus of this Python, the same in every run.
 
-    Raises FileNotFoundError where the library's sources are not on disk.
+    Raises FileNotFoundError if the library's sources are not on disk.
     """
     root = Path(sysconfig.get_path("stdlib"))
     files = sorted(

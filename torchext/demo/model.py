@@ -1,4 +1,4 @@
-"""A small byte-level transformer as anyone would write it: nothing in it knows of FP8."""
+"""A small byte-level transformer in plain PyTorch, without anything specific to FP8."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then an MLP four times as wide, each added to what came in."""
+    """Attention, then an MLP four times as wide, each with a residual connection."""
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class ByteTransformer(nn.Module):
 
 
 def _initialize(module: nn.Module) -> None:
-    """Normal with deviation 0.02, biases zero, as GPT-2."""
+    """Weights from N(0, 0.02**2) and zero biases, as in GPT-2."""
     if isinstance(module, (nn.Linear, nn.Embedding)):
         nn.init.normal_(module.weight, std=0.02)
     if isinstance(module, nn.Linear):

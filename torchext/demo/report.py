@@ -1,4 +1,4 @@
-"""What the demonstration prints and draws at the end."""
+"""The demonstration's final table and plot."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .train import Run
 
 
 def gap(reference: Run, fp8: Run) -> float:
-    """How much higher the final held-out loss of `fp8` is, as a fraction; negative if lower."""
+    """By what fraction the final held-out loss of `fp8` is higher; negative if it is lower."""
     last = max(reference.held_out)
     return fp8.held_out[last] / reference.held_out[last] - 1
 
@@ -53,9 +53,9 @@ def _where(device: torch.device) -> str:
 
 
 def draw(reference: Run, fp8: Run, path: Path) -> None:
-    """A PNG of both runs' losses and, below, of the gap, which the losses are too close to show.
+    """Draws both runs' losses and, below, their gap, which is too small to see in the losses.
 
-    Raises ImportError without matplotlib.
+    Writes a PNG. Raises ModuleNotFoundError without matplotlib.
     """
     from matplotlib.figure import Figure  # not pyplot: no display is needed
 
@@ -67,7 +67,7 @@ def draw(reference: Run, fp8: Run, path: Path) -> None:
         held_out = list(run.held_out.values())
         label = f"{run.name}: {held_out[-1]:.4f} at the end"
         losses.plot(steps, held_out, style, color=color, marker="o", markersize=4, label=label)
-    losses.set(ylabel="loss, nats a byte", title="One byte-level transformer, trained twice")
+    losses.set(ylabel="loss, nats per byte", title="One byte-level transformer, trained twice")
     losses.legend(title="held out (faint: training)")
     percent = [100 * (fp8.held_out[step] / reference.held_out[step] - 1) for step in steps]
     gaps.plot(steps, percent, color="tab:orange", marker="o", markersize=4)

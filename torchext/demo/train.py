@@ -1,4 +1,4 @@
-"""The training loop, and what is measured of it."""
+"""The demonstration's training loop and its measurements."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-_EVALUATIONS = 8  # of the held-out loss, beside the one before training
+_EVALUATIONS = 8  # evaluations of the held-out loss, not counting the one before training
 
 
 @dataclasses.dataclass
 class Run:
-    """What one training run gave.
+    """The measurements of one training run.
 
     Attributes:
-        losses: training loss of every step, nats a byte.
-        held_out: {number of steps taken: mean loss on the held-out batches}.
-        saved_bytes: memory that autograd keeps from forward to backward, parameters apart.
-        op_calls: how often one step, forward and backward, calls each torchext op.
-        seconds: wall time of training alone.
+        name: "fp8", "bf16" or "fp32".
+        losses: training loss of every step, in nats per byte.
+        held_out: {number of steps done: mean loss on the held-out batches, in nats per byte}.
+        saved_bytes: bytes that autograd keeps from forward to backward, without parameters.
+        op_calls: {torchext op: number of calls in one step, forward and backward}.
+        seconds: wall time of training, without evaluations.
     """
 
     name: str
@@ -38,10 +39,10 @@ class Run:
 
 
 def train(name: str, model: nn.Module, train_batches: Tensor, held_out_batches: Tensor) -> Run:
-    """Trains `model` on each of train_batches [steps, batch, length + 1] in turn, with AdamW.
+    """Trains `model` with AdamW on train_batches, int64 [steps, batch, length + 1], one per step.
 
-    On a GPU, under BF16 autocast. The learning rate rises for a twentieth of the steps and falls
-    to a tenth along a cosine.
+    On a GPU it trains under BF16 autocast. The learning rate rises for the first twentieth of the
+    steps, and then falls to a tenth along a cosine.
     """
     device = next(model.parameters()).device
     train_batches, held_out_batches = train_batches.to(device), held_out_batches.to(device)
@@ -94,7 +95,7 @@ def _held_out_loss(model: nn.Module, batches: Tensor) -> float:
 
 
 def _measure_one_step(model: nn.Module, tokens: Tensor) -> tuple[int, dict[str, int]]:
-    """Bytes kept for backward, each memory counted once, and calls of torchext's ops."""
+    """Bytes kept for backward, with each storage counted once, and calls of torchext ops."""
     storages: dict[int, int] = {}
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
@@ -127,7 +128,7 @@ class _OpCalls(TorchDispatchMode):
 
 
 class Progress:
-    """A bar on a terminal; elsewhere, in a log, a line for every tenth of the way."""
+    """A progress bar on a terminal; otherwise a line for each tenth of the steps."""
 
     def __init__(self, name: str, steps: int) -> None:
         self.name, self.steps = name, steps
