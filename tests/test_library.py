@@ -133,7 +133,7 @@ def test_cuda_says_that_it_does_not_know_a_gpu(capability, path, monkeypatch, tm
     with_gpu(monkeypatch, capability)
     available, reason = torchext.is_available("cuda")
     assert available
-    assert f"takes the {path} GEMM kernels; this version of torchext does not know" in reason
+    assert f"runs the {path} GEMM kernels; this version of torchext does not know" in reason
 
 
 def test_a_gpu_before_turing_is_refused(monkeypatch, tmp_path):
