@@ -1,1 +1,1 @@
-"""A package, so that `python -m tests.hardware.soak` finds it before an installed `tests`."""
+"""A package, so that `python -m tests.hardware.soak` runs it and not an installed `tests`."""

@@ -1,5 +1,5 @@
-"""Where the tests run: `--device cpu` (the CPU kernels), `sim` (the CUDA kernels' PTX on the
-simulator, of the GPU that `--sim-arch` names) or `cuda` (the CUDA kernels on a GPU). Tests that
+"""Options of the tests: `--device cpu` runs the CPU kernels, `sim` the CUDA kernels' PTX on the
+simulator (of the GPU that `--sim-arch` names), and `cuda` the CUDA kernels on a GPU. Tests that
 call ops take the `device` fixture."""
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 import torchext
 from torchext import _architectures
 
-pytest.register_assert_rewrite("support")  # helpers' asserts explain themselves as tests' do
+pytest.register_assert_rewrite("support")  # shows values in helpers' failed asserts, as in tests'
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -33,7 +33,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Off the CPU, only tests of ops and modules say anything new; `large` ones not on the sim."""
+    """On other devices than the CPU, keeps only tests of ops and modules; on the simulator, without
+    those marked `large`."""
     where = config.getoption("--device")
     for item in items:
         takes_device = "device" in getattr(item, "fixturenames", ())
@@ -49,7 +50,7 @@ def device(request: pytest.FixtureRequest):
     where = request.config.getoption("--device")
     available, reason = torchext.is_available(where)
     if not available:
-        pytest.fail(f"--device {where}: {reason}")  # asked for, so no reason to skip
+        pytest.fail(f"--device {where}: {reason}")  # not a skip: the user asked for this device
     context = contextlib.nullcontext()
     if where == "sim":
         context = torchext.sim.simulate(

@@ -24,7 +24,7 @@ def settings():
 
 @pytest.fixture
 def copies():
-    """The copies of operands warned of: pairs of function and argument."""
+    """The warned copies of operands: pairs of function and argument."""
     _operands._warned.clear()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

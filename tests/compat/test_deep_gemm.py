@@ -1,7 +1,7 @@
-"""torchext.compat.deep_gemm: its signatures beside DeepGEMM's, and its dense products against
-float64. Grouped products, casts and layouts: the files beside this one.
+"""torchext.compat.deep_gemm: signatures compared with DeepGEMM's, dense GEMMs with float64.
+The other files in this folder test grouped GEMMs, casts and layouts.
 
-Above 500 lines because each of its functions has a signature and options of its own.
+Above 500 lines because each function has its own signature and options.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from torchext.compat.deep_gemm import _operands, gemm
 DENSE = ["nt", "nn", "tn", "tt"]
 # m, n, k: sizes at which DeepGEMM has crashed (n = 16, n = 768, 768 x 1536), and ragged ones.
 SHAPES = [(1, 16, 128), (40, 16, 256), (33, 768, 128), (37, 133, 200), (1, 1, 1), (130, 5, 384)]
-# Of its tests and benchmarks, M or K cut down.
+# From its tests and benchmarks, with M or K reduced.
 DEEP_GEMM_SHAPES = [(1, 2112, 7168), (128, 576, 7168), (5, 7168, 2048), (1, 24576, 256)]
 
 
 def stored(operand, transposed):
-    """Data and scale as a caller of nn, tn or tt has them: contiguous, and transposed or not."""
+    """Data and scale as a caller of nn, tn or tt stores them: contiguous, transposed or not."""
     if not transposed:
         return operand.quantized
     return operand.data.t().contiguous(), operand.scale.t().contiguous()
@@ -43,8 +43,8 @@ def multiply(layout, a, b, d, **options):
 # ---- signatures ----
 
 # DeepGEMM 2.8.0, csrc/apis/gemm.hpp and csrc/apis/layout.hpp at commit 0274ad7 (the py::arg lists),
-# deep_gemm/utils/math.py; names in utils also in sgl-deep-gemm 0.2.2. Of k-grouped products,
-# sgl-deep-gemm 0.2.2's deep_gemm/__init__.py, whose `ks` is 2.0's to 2.6's (2.8: ks_cpu).
+# deep_gemm/utils/math.py; names in utils also in sgl-deep-gemm 0.2.2. For k-grouped GEMMs:
+# sgl-deep-gemm 0.2.2's deep_gemm/__init__.py, which has `ks` as 2.0 to 2.6 do (2.8: ks_cpu).
 OUT_OF_SCOPE = [
     "per_token_cast_to_fp4", "cast_back_from_fp4", "transpose_packed_fp4",
     "transform_weights_for_mega_moe", "get_symm_buffer_for_mega_moe", "fp8_fp4_mega_moe",
@@ -117,7 +117,7 @@ SIGNATURES = {
 }
 
 
-# 2.4 to 2.6 have these for the functions that later releases call fp8 alone.
+# 2.4 to 2.6 have these names for functions that later releases name with fp8 only.
 FP4_TOO = {
     name.replace("fp8_", "fp8_fp4_"): name
     for name in SIGNATURES
@@ -147,9 +147,9 @@ def test_modules_lie_where_deep_gemm_has_them():
 
 
 def test_code_that_imports_deep_gemm_can_be_given_this(monkeypatch):
-    """The block of docs/deep_gemm.md, and the imports that SGLang and vLLM make after it."""
+    """Runs the block of docs/deep_gemm.md, then the imports of SGLang and vLLM."""
     for name in ("", ".testing", ".utils", ".utils.layout", ".utils.math"):
-        monkeypatch.setitem(sys.modules, f"deep_gemm{name}", None)  # put back after the test
+        monkeypatch.setitem(sys.modules, f"deep_gemm{name}", None)  # restored after the test
     document = Path(__file__).resolve().parents[2] / "docs" / "deep_gemm.md"
     blocks = re.findall(r"```python\n(.*?)```", document.read_text(), re.DOTALL)
     (block,) = (text for text in blocks if "sys.modules" in text)
@@ -172,7 +172,7 @@ from deep_gemm.utils.math import align
 
 
 def test_transformers_finds_what_it_asks_for():
-    """What transformers 5 takes from a DeepGEMM when it loads one: integrations/deepgemm.py."""
+    """The names that integrations/deepgemm.py of transformers 5 takes from a DeepGEMM."""
     for name in (
         "fp8_fp4_gemm_nt", "m_grouped_fp8_fp4_gemm_nt_contiguous",
         "m_grouped_bf16_gemm_nt_contiguous", "m_grouped_bf16_gemm_nn_contiguous",
@@ -197,7 +197,7 @@ def test_fp4_operands_are_refused():
             deep_gemm.fp8_fp4_gemm_nt(a, b, torch.empty(4, 8))
 
 
-# ---- products without scales ----
+# ---- GEMMs without scales ----
 
 WIDE = [
     (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32),
@@ -244,7 +244,7 @@ def test_cublaslt_errors(wrong, message):
         deep_gemm.cublaslt_gemm_nt(**{**right, **wrong})
 
 
-# ---- products ----
+# ---- FP8 GEMMs ----
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -261,7 +261,7 @@ def test_products(layout, recipe, shape, device, tensor_core, copies):
 
 
 def test_768_by_1536(device, tensor_core):
-    """Where a wgrad of DeepGEMM's has crashed, accumulating in FP32."""
+    """A size at which DeepGEMM's wgrad has crashed while accumulating in FP32."""
     a, b = by_token(768, 128, device), by_token(1536, 128, device)
     d = torch.ones(768, 1536, device=device)
     multiply("nt", a, b, d, c=d, recipe=(1, 1, 128))
@@ -294,7 +294,7 @@ def test_e5m2_mixes_with_e4m3(device, tensor_core, copies):
 @pytest.mark.parametrize("recipe", [(1, 128, 128), (1, 1, 128)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_c_is_added(dtype, recipe, device, tensor_core, copies):
-    """To accumulate, d is its own c; another c is left as it was."""
+    """To accumulate, a caller passes d as c; a c other than d is not modified."""
     a = by_token(20, 300, device)
     b = (by_token if recipe == (1, 1, 128) else by_block)(40, 300, device)
     c = (torch.randn(20, 40) * 32).to(dtype).to(device)
@@ -351,14 +351,14 @@ def test_older_positions_of_compiled_dims(device, tensor_core, copies):
     """Until 2.2, compiled_dims and disable_ue8m0_cast came where recipe_a and recipe_b are now."""
     a, b = by_token(20, 300, device), by_token(40, 300, device)
     d = torch.ones(20, 40, device=device)
-    pairs = [list(stored(x, False)) for x in (a, b)]  # lists serve as well as tuples
+    pairs = [list(stored(x, False)) for x in (a, b)]  # lists work like tuples
     deep_gemm.fp8_gemm_nt(*pairs, d, d, [1, 1, 128], "nk", True)
     assert_within_bound(d, a, b, tensor_core=tensor_core, old=torch.ones(20, 40))
 
 
 @pytest.mark.parametrize("layout", DENSE)
 def test_packed_exponents_are_decoded(layout, device, copies):
-    """Blackwell's scales, four UE8M0 exponents to an int32: the same product, to the bit."""
+    """Blackwell's scales, four UE8M0 exponents in an int32, give the same bits."""
     k = 700
     a, b = (by_token(rows, k, device, use_ue8m0=True) for rows in (20, 40))
     expected, d = torch.empty(20, 40, device=device), torch.empty(20, 40, device=device)
@@ -368,7 +368,7 @@ def test_packed_exponents_are_decoded(layout, device, copies):
         scale = torch.nn.functional.pad(operand.scale, (0, 2), value=1.0)
         return Operand(operand.data, deep_gemm.pack_ue8m0_to_int(scale), None, None)
 
-    multiply(layout, packed(a), packed(b), d)  # whose default recipe is (1, 1, 128)
+    multiply(layout, packed(a), packed(b), d)  # the default recipe is (1, 1, 128) here
     assert torch.equal(d, expected)
 
 
@@ -391,7 +391,7 @@ def test_num_sms(device, monkeypatch):
 
 
 def test_num_sms_can_be_put_back():
-    """As SGLang's context manager does, without a GPU too, where their number is not known."""
+    """SGLang's context manager restores num_sms. Without a GPU too, where the limit is unknown."""
     before = deep_gemm.get_num_sms()
     deep_gemm.set_num_sms(13)
     deep_gemm.set_num_sms(before)
@@ -485,7 +485,7 @@ def test_copies_warn_once(device, monkeypatch):
     monkeypatch.setattr(_operands, "_warned", set())
     a, b = by_token(20, 200, device), by_block(40, 256, device)
     d = torch.empty(20, 40, device=device)
-    cut = Operand.of(b.data[:, :200], b.scale, 128)  # rows 256 bytes apart
+    cut = Operand.of(b.data[:, :200], b.scale, 128)  # a row pitch of 256 bytes
     with pytest.warns(UserWarning, match="fp8_gemm_nt: a is copied .* multiples of 16 bytes") as w:
         deep_gemm.fp8_gemm_nt(a.quantized, cut.quantized, d)
     assert [str(warning.filename) for warning in w] == [__file__]
@@ -557,7 +557,7 @@ def test_errors_name_the_function(layout):
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compile(backend, device, copies):
-    """Casts, scales that are transposed, operands that are copied, an SM budget: one graph."""
+    """Casts, transposed scales, copied operands and a limit on SMs compile to one graph."""
 
     def step(x, w, d):
         a = deep_gemm.per_token_cast_to_fp8(x, use_ue8m0=False)

@@ -1,6 +1,6 @@
-"""The grouped products of torchext.compat.deep_gemm, each group against float64.
+"""The grouped GEMMs of torchext.compat.deep_gemm, with each group compared with float64.
 
-Above 500 lines because each of DeepGEMM's groupings and names is called in its own way.
+Above 500 lines because each of DeepGEMM's groupings and names has its own call.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torchext import ops
 from torchext.compat import deep_gemm
 from torchext.compat.deep_gemm import grouped
 
-KEPT = 7.0  # what d holds before
+KEPT = 7.0  # the content of d before a call
 
 
 def weights(groups, n, k, device, recipe=None):
@@ -33,7 +33,7 @@ def ids_of(lengths, alignment, device):
 
 
 def assert_groups(d, a, bs, ids, tensor_core, without_group=0.0):
-    """Each row of d is its row of `a` times its group's b; rows of no group are `without_group`."""
+    """Each row of d is its row of `a` times its group's b; other rows equal `without_group`."""
     ids = ids.cpu()
     for group, b in enumerate(bs):
         rows = (ids == group).nonzero().flatten()
@@ -42,7 +42,7 @@ def assert_groups(d, a, bs, ids, tensor_core, without_group=0.0):
 
 
 def turned(pair):
-    """[G, N, K] -> [G, K, N], contiguous, with its scale: b as nn has it."""
+    """[G, N, K] -> [G, K, N], contiguous, with its scale: b as nn takes it."""
     return tuple(x.mT.contiguous() for x in pair)
 
 
@@ -74,7 +74,7 @@ def test_contiguous(layout, case, recipe, device, tensor_core, copies):
 
 @pytest.mark.parametrize("n", [16, 768])
 def test_contiguous_in_any_order(n, device, tensor_core):
-    """Rows of a group need not be neighbors; ids of -1 among them."""
+    """Rows of a group need not be neighbors, and rows of id -1 may lie between them."""
     a, bs = by_token(90, 128, device), weights(3, n, 128, device)
     ids = torch.randint(-1, 3, (90,), dtype=torch.int32, device=device)
     d = torch.full((90, n), KEPT, device=device)
@@ -85,8 +85,8 @@ def test_contiguous_in_any_order(n, device, tensor_core):
 @pytest.mark.parametrize("alignment", [1, 16, 128])
 @pytest.mark.parametrize("lengths", [[100, 128, 5], [0, 37, 0, 0, 20, 0], [0, 0]], ids=str)
 def test_contiguous_by_ends_of_groups(lengths, alignment, device, tensor_core, copies):
-    """use_psum_layout: groups begin at multiples of the alignment; rows after the last: none, and
-    unlike those between groups they are left alone."""
+    """use_psum_layout: groups begin at multiples of the alignment. Rows after the last group belong
+    to no group; unlike rows between groups, they are not written."""
     deep_gemm.set_mk_alignment_for_contiguous_layout(alignment)
     ids = ids_of([*lengths, 0], alignment, device)
     padded, ids = len(ids), torch.cat((ids, ids.new_full((9,), -1)))
@@ -109,7 +109,7 @@ def test_contiguous_by_ends_of_groups(lengths, alignment, device, tensor_core, c
 
 
 def poisoned(a, ids):
-    """`a` as a caller leaves it who pads with torch.empty: NaN in data and scales of no group."""
+    """`a` padded with torch.empty: NaN in the data and scales of rows of no group."""
     data, scale = (x.clone() for x in a.quantized)
     data.view(torch.uint8)[ids < 0] = 0x7F
     scale[ids < 0] = torch.nan
@@ -120,12 +120,12 @@ def poisoned(a, ids):
 @pytest.mark.parametrize("lengths", [[100, 0, 5], [0, 0, 0], [128, 1, 127]], ids=str)
 @pytest.mark.parametrize("layout", ["nt", "nn", "ends"])
 def test_padding_becomes_zero(layout, lengths, dtype, device, tensor_core, copies):
-    """DeepGEMM multiplies whole blocks of rows, so that padding of zeros comes out as zeros, and
-    stores zeros for blocks of padding alone."""
+    """DeepGEMM multiplies whole blocks of rows, so that zero padding gives zeros. It also stores
+    zeros for blocks that are all padding."""
     ids = ids_of(lengths, 128, device)
     padded = len(ids)
     if layout != "ends":
-        ids = torch.cat((ids, ids.new_full((200,), -1)))  # blocks that no group is in
+        ids = torch.cat((ids, ids.new_full((200,), -1)))  # whole blocks of padding
     a, bs = by_token(len(ids), 200, device), weights(3, 40, 200, device)
     b = turned(stacked(bs)) if layout == "nn" else stacked(bs)
     d = torch.full((len(ids), 44), torch.nan, dtype=dtype, device=device)[:, :40]
@@ -144,7 +144,7 @@ def test_padding_becomes_zero(layout, lengths, dtype, device, tensor_core, copie
 
 
 def test_wgrad_over_padding_is_finite(device, tensor_core, copies):
-    """As in a training step: experts' outputs in torch.empty, then wgrad over the padded rows."""
+    """A training step puts experts' outputs into torch.empty and runs wgrad over padded rows."""
     lengths, n, k = [100, 0, 28], 40, 256
     ids = ids_of(lengths, 128, device)
     a, bs = by_token(len(ids), k, device), weights(3, n, k, device)
@@ -192,7 +192,7 @@ def test_contiguous_in_bf16(layout, use_psum_layout, device):
 
 @pytest.mark.large
 def test_deep_gemms_shapes(device, tensor_core):
-    """The smallest of its experts, two of them, with few rows."""
+    """DeepGEMM's smallest expert shapes, for two experts with few rows."""
     n, k = 4096, 2048
     ids = ids_of([3, 2], 4, device)
     a, bs = by_token(len(ids), k, device), weights(2, n, k, device)
@@ -201,7 +201,7 @@ def test_deep_gemms_shapes(device, tensor_core):
     assert_groups(d, a, bs, ids, tensor_core)
 
 
-# ---- groups of counted rows ----
+# ---- masked groups ----
 
 
 @pytest.mark.parametrize("counts", [[20, 0, 33], [0, 0, 0], [33, 33, 33], [1, 2, 3]], ids=str)
@@ -212,7 +212,7 @@ def test_masked(recipe, counts, device, tensor_core, copies):
     masked_m = torch.tensor(counts, dtype=torch.int32, device=device)
     ids = torch.arange(m) < masked_m.cpu()[:, None]
     a_data, a_scale = stacked(a)
-    # Row-major; M-major in each group, as DeepGEMM has them; M-major over all, as torchext has them
+    # Row-major; M-major in each group, as in DeepGEMM; M-major over all groups, as in torchext
     scales = [a_scale, deep_gemm.get_mn_major_tma_aligned_tensor(a_scale)]
     folded = deep_gemm.get_mn_major_tma_aligned_tensor(a_scale.reshape(groups * m, -1))
     scales.append(folded.unflatten(0, (groups, m)))
@@ -245,7 +245,7 @@ def test_scales_over_all_groups_are_read_in_place(device, monkeypatch):
 
 
 def k_grouped(layout, rows, ks, device):
-    """Per group, operands [rows, k] with scales of 1x128; and the pair that the function takes."""
+    """For each group, operands [rows, k] with 1x128 scales; and the pair that the op takes."""
     operands, data, scales = [], [], []
     for k in ks:
         padded = deep_gemm.align(k, 128)
@@ -286,7 +286,7 @@ def test_k_grouped(layout, ks, device, tensor_core, copies):
 
 @pytest.mark.parametrize("ks", [[128, 512, 256], [512, 1024], [100, 700, 0, 16]], ids=str)
 def test_k_grouped_by_packed_exponents(ks, device, copies):
-    """Each group's exponents begin an int32 of their own, also where the shape would not tell."""
+    """Each group's exponents begin a new int32, even if the shape does not show it."""
     sizes = torch.tensor(ks, dtype=torch.int32, device=device)
     wide, packed = [], []
     for rows in (40, 24):
@@ -310,7 +310,7 @@ def test_k_grouped_by_packed_exponents(ks, device, copies):
 
 
 def test_k_grouped_rows_that_broke_deep_gemm(device, tensor_core):
-    """m = 768 with small groups."""
+    """m = 768 with small groups, at which DeepGEMM has crashed."""
     ks = [128, 128]
     (a, a_pair), (b, b_pair) = (k_grouped("nt", rows, ks, device) for rows in (768, 16))
     d = torch.zeros(2, 768, 16, device=device)
@@ -351,7 +351,7 @@ def test_names_of_1_x(device, tensor_core):
 
 
 def calls(device):
-    """For each function, a call with operands of its own: (what to call with d, d's shape)."""
+    """For each function: (a call that takes d, d's shape), with operands bound."""
     a, bs = by_token(150, 256, device), stacked(weights(3, 40, 256, device))
     ids = torch.randint(-1, 3, (150,), dtype=torch.int32, device=device)
     ends, counts = (
@@ -400,7 +400,7 @@ def test_num_sms(num_sms, device, copies, monkeypatch):
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compile(backend, device, copies):
-    """All of them in one graph."""
+    """All functions compile to one graph."""
     found = calls(device)
 
     def step(outputs):

@@ -17,7 +17,7 @@ def test_calc_diff():
     assert testing.calc_diff(torch.zeros(3), torch.zeros(3)) == 0
     y = x + 0.01 * torch.randn(50, 20)
     assert 0 < testing.calc_diff(x.bfloat16(), y) < 1e-3
-    # DeepGEMM's own: one minus twice the inner product over the sum of squares
+    # DeepGEMM's definition: one minus twice the inner product over the sum of squares
     assert testing.calc_diff(torch.tensor([1.0, 2.0]), torch.tensor([2.0, 2.0])) == pytest.approx(
         1 - 2 * 6 / 13
     )
@@ -68,7 +68,7 @@ def test_bench_kineto_finds_kernels_by_name(capfd, tmp_path):
     )  # fmt: skip
     assert times[0] > 0 and times[1] == 0
     assert len(calls) == 1 + 2 * 4
-    assert capfd.readouterr().out == "noise\n"  # of the call before profiling
+    assert capfd.readouterr().out == "noise\n"  # from the call before profiling
     assert (tmp_path / "trace.json").stat().st_size > 0
     assert isinstance(testing.bench_kineto(lambda: torch.mm(x, x), "aten::mm", num_tests=1), float)
     with pytest.raises(ValueError, match=r"must match one kernel each .*with_multiple_kernels"):

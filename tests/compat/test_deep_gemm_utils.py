@@ -1,4 +1,4 @@
-"""torchext.compat.deep_gemm.utils: casts beside torchext's quantizers, and layouts of scales."""
+"""torchext.compat.deep_gemm.utils: casts compared with torchext's quantizers, layouts of scales."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def codes(data):
 
 
 def quantized(name, x, use_ue8m0):
-    """torchext's quantizer of the same granularity: data, scale."""
+    """(data, scale) from torchext's quantizer of the same granularity."""
     if name == "per_token_cast_to_fp8":
         return ops.quantize_1x128(x, pow2_scale=use_ue8m0)
     if name == "per_block_cast_to_fp8":
@@ -37,12 +37,12 @@ def quantized(name, x, use_ue8m0):
     "name", ["per_token_cast_to_fp8", "per_channel_cast_to_fp8", "per_block_cast_to_fp8"]
 )
 def test_casts_are_torchexts_where_the_definitions_agree(name, shape, dtype, device):
-    """With powers of two, to the bit. Otherwise scales to the bit (on GPUs torch divides by 448
-    with a reciprocal), and data within a unit in the last place of FP8."""
+    """Scales that are powers of two: equal bits. Otherwise scales have equal bits (on GPUs torch
+    divides by 448 with a reciprocal), and data differs by at most one unit in the last place."""
     if name == "per_channel_cast_to_fp8":
         shape = (-(-shape[0] // 128) * 128, shape[1])
     x = matrix(*shape, device)
-    x = x.sign() * x.abs().clamp(min=1e-3)  # above DeepGEMM's least amax
+    x = x.sign() * x.abs().clamp(min=1e-3)  # above DeepGEMM's lower limit of amax
     x = x.to(dtype)
     cast = getattr(deep_gemm, name)
     data, scale = cast(x, use_ue8m0=True)
@@ -62,7 +62,7 @@ def test_casts_are_torchexts_where_the_definitions_agree(name, shape, dtype, dev
 
 @pytest.mark.parametrize("use_ue8m0", [False, True])
 def test_casts_keep_deep_gemms_definition_where_it_differs(use_ue8m0):
-    """Groups of zeros, tiny groups, NaN and Inf, element by element."""
+    """Groups of zeros, tiny groups, NaN and Inf: every element follows DeepGEMM's definition."""
     x = torch.zeros(5, 128)
     x[1, 3] = small = torch.tensor(1e-5)
     x[2, 7], x[2, 9] = torch.nan, 1.0
@@ -75,7 +75,7 @@ def test_casts_keep_deep_gemms_definition_where_it_differs(use_ue8m0):
     assert (data[0].float() == 0).all()
     assert data[1, 3].float() == (small * (1 / scale[1, 0])).to(E4M3).float()
     assert data[2, 7].isnan()
-    if use_ue8m0:  # exponents end at 2**127
+    if use_ue8m0:  # the largest exponent is 2**127
         assert scale[2].item() == scale[3].item() == 2.0**127
         assert data[2, 9].float() == 0
     else:
@@ -85,8 +85,8 @@ def test_casts_keep_deep_gemms_definition_where_it_differs(use_ue8m0):
 
 
 def test_casts_may_land_on_the_neighbor():
-    """x * (1 / scale) where torchext has x / scale: the difference that the docstring states, at
-    elements that are 17 times the scale, midway between 16 and 18."""
+    """DeepGEMM computes x * (1 / scale), torchext x / scale. The docstring states the difference,
+    which shows at elements of 17 times the scale, midway between 16 and 18."""
     x = torch.zeros(1000, 128)
     x[:, 0] = torch.linspace(1, 2, 1000)
     x[:, 1] = x[:, 0] / 448 * 17
@@ -192,7 +192,7 @@ def test_scales_of_a_quantizer_need_no_copy(device):
 
 
 def test_required_layouts(device):
-    """A call for each of vLLM's and SGLang's kinds of operand."""
+    """The calls that vLLM and SGLang make, for each kind of operand."""
     transform = deep_gemm.transform_sf_into_required_layout
     a, b = torch.rand(37, 3, device=device), torch.rand(2, 3, device=device)
     grouped_a, grouped_b = (torch.rand(4, *x.shape, device=device) for x in (a, b))
@@ -285,7 +285,7 @@ def test_errors_say_what_was_expected(error, message, call):
         call()
 
 
-# ---- exponents, four to an int32 ----
+# ---- four exponents in an int32 ----
 
 
 def powers_of_two(*shape, device):

@@ -1,5 +1,5 @@
-"""fp8_gemm_nt against the float64 product of the dequantized operands, within the bound that
-docs/numerics.md derives (gemm_testing.py): granularities, dtypes, ragged shapes, epilogues, NaN."""
+"""fp8_gemm_nt compared with the float64 product of the dequantized operands, within the bound of
+docs/numerics.md (gemm_testing.py): granularities, dtypes, ragged shapes, epilogues, NaN."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from support.op_samples import GRANULARITIES
 ops = torch.ops.torchext
 
 
-# ---- products ----
+# ---- results ----
 
 SHAPES = [
     (1, 1, 1), (1, 128, 128), (3, 5, 7), (16, 8, 16), (2, 300, 33), (130, 7, 640), (64, 48, 128),
@@ -45,8 +45,8 @@ def test_dtypes(granularity, out_dtype, dtypes, device, tensor_core):
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_error_of_normal_data_is_small(granularity, device, tensor_core):
-    """The bound is a worst case; this is what to expect. A tensor core loses 1.3e-4, or 5.5e-4 if
-    its sums are not promoted."""
+    """The bound is a worst case; normal data has less error. A tensor core's relative error is
+    1.3e-4 with promotion and 5.5e-4 without."""
     a, b = operands(granularity, 64, 72, 1024, device, scaled=False)
     exact = a.dequantized @ b.dequantized.t()
     result = ops.fp8_gemm_nt(a.data, a.scale, b.data, b.scale, out_dtype=torch.float32)
@@ -59,7 +59,7 @@ def test_error_of_normal_data_is_small(granularity, device, tensor_core):
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("dtype", [E4M3, E5M2])
 def test_every_code_is_decoded_exactly(dtype, granularity, device):
-    """Each finite value, subnormals too, alone in a row of a, then of b, times ones."""
+    """Each finite value, subnormals included, alone in a row of a, then of b, times ones."""
     codes = torch.arange(256, dtype=torch.uint8)
     finite = codes[codes.view(dtype).float().isfinite()]
     data = torch.zeros(len(finite), 144, dtype=torch.uint8)
@@ -84,7 +84,7 @@ def test_every_code_is_decoded_exactly(dtype, granularity, device):
 
 
 def test_b_may_be_a_transpose_that_shares_blocks(device, tensor_core):
-    """dgrad: b is a weight's transpose, and the scales of blocks are those of the weight, .t()."""
+    """dgrad: b is a weight's transpose, and its block scales are the weight's, transposed."""
     weight = torch.randn(130, 200, device=device)
     _, scale, data_t = ops.quantize_128x128_dual(weight)
     b = Operand.of(data_t, scale.t(), 128)
@@ -118,8 +118,8 @@ def test_num_sms_changes_no_bit(num_sms, device, request):
 @pytest.mark.large
 @pytest.mark.parametrize("shape", [(2100, 2200, 2300), (20, 700, 4200), (2100, 20, 130)])
 def test_large(shape, device):
-    """Several blocks of scratch memory on the CPU; against a product in float64 without a bound
-    for each element, which would take too long."""
+    """Uses several blocks of scratch memory on the CPU. Checks only the largest error, relative to
+    the largest element, since a bound for each element would take too long."""
     a, b = operands("1d2d", *shape, device)
     exact = a.dequantized @ b.dequantized.t()
     result = ops.fp8_gemm_nt(a.data, a.scale, b.data, b.scale, out_dtype=torch.float32)
@@ -129,7 +129,7 @@ def test_large(shape, device):
 
 @pytest.mark.parametrize("shape", [(8, 16, 256), (70, 768, 256), (768, 1536, 256), (128, 16, 300)])
 def test_shapes_that_broke_deepgemm(shape, device):
-    """Against a product in float64, without a bound for each element, which would take too long."""
+    """Checks only the largest error, as test_large does."""
     a, b = operands("1d2d", *shape, device)
     exact = a.dequantized @ b.dequantized.t()
     for num_sms in (0, 3):
@@ -156,7 +156,7 @@ def test_bias(out_dtype, bias_dtype, device, tensor_core):
 @pytest.mark.parametrize("accumulate", [False, True])
 @pytest.mark.parametrize("out_dtype", WIDE)
 def test_out(out_dtype, accumulate, device, tensor_core):
-    """Into columns of a wider tensor, aligned or not; what lies around stays as it was."""
+    """out= may be columns of a wider tensor, aligned or not; other columns are not written."""
     for granularity in GRANULARITIES:
         a, b = operands(granularity, 37, 133, 200, device)
         bias = torch.randn(133, device=device)
@@ -176,7 +176,7 @@ def test_out_need_not_be_initialized(device, tensor_core):
 
 
 def test_sums_are_rounded_once(device):
-    """256 + 0.75 + 0.75: added in BF16 one after the other, the small terms would be lost."""
+    """256 + 0.75 + 0.75: BF16 additions one after another would lose the small terms."""
     eye = torch.eye(16, device=device)
     a, b = ops.quantize_1x128(eye), ops.quantize_128x128(eye * 0.75)
     for bias_dtype in WIDE:
@@ -270,11 +270,11 @@ def test_nan_goes_where_its_operand_goes_and_no_further(granularity, bad, device
 )  # fmt: skip
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_nan_in_the_data_alone(granularity, dtype, code, device):
-    """Or Inf, which e5m2 has: times any finite number but 0 it is Inf."""
+    """e5m2 also has Inf, whose product with a finite number other than 0 is Inf."""
     a, b = operands(granularity, 20, 40, 300, device, dtypes=(dtype, dtype))
     codes = a.data.view(torch.uint8)
-    b.data.view(torch.uint8)[:, [130, 131, 132]] |= 1  # not zero
-    for column in (130, 131, 132):  # wherever it lies among neighbors
+    b.data.view(torch.uint8)[:, [130, 131, 132]] |= 1  # so that b is not zero there
+    for column in (130, 131, 132):  # at different positions among neighbors
         before = codes[7, column].clone()
         codes[7, column] = code
         result = ops.fp8_gemm_nt(a.data, a.scale, b.data, b.scale)

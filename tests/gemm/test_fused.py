@@ -1,5 +1,5 @@
-"""Products that apply an activation and quantize, against the float64 product, activation and rule
-of quantization, within the bound of docs/numerics.md."""
+"""GEMMs with fused activation and quantization, compared with the float64 product, activation and
+quantization rule, within the bound of docs/numerics.md."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ OPS = {
 }
 ACTIVATIONS = list(OPS)
 LARGEST = {E4M3: 448.0, E5M2: 57344.0}
-SLACK = 2.0**-22  # what FP32 loses of a scale, a quotient, and a bound converted to FP32
+SLACK = 2.0**-22  # FP32 rounding of a scale, of a quotient, and of the bound itself
 
 
 class Quantized(NamedTuple):
@@ -40,8 +40,8 @@ def run(activation, a, b, **options):
 
 
 def activate(activation, x, error):
-    """The activation of a float64 product that is known to within `error`, and the error of what
-    FP32 makes of it: error passed on, and that of the evaluation."""
+    """The activation of a float64 product that is known to within `error`, and the bound of its
+    error in FP32: the propagated error plus the error of the evaluation."""
     if activation == "swiglu":
         (gate, up), (gate_error, up_error) = x.chunk(2, 1), error.chunk(2, 1)
         silu = torch.nn.functional.silu(gate)
@@ -59,14 +59,14 @@ def activate(activation, x, error):
 
 
 def groups_of(x):
-    """[rows, groups, 128], zeros behind the last column."""
+    """x as [rows, groups, 128], padded with zeros after the last column."""
     rows, columns = x.shape
     groups = -(-columns // 128)
     return torch.nn.functional.pad(x, (0, groups * 128 - columns)).view(rows, groups, 128)
 
 
 def scale_of(amax, dtype, pow2_scale):
-    """The scale of a group that is not zero; monotonic."""
+    """The scale for `amax`, if that is not zero. A monotonic function."""
     scale = (amax / LARGEST[dtype]).clamp(min=2.0**-126)
     if pow2_scale:
         mantissa, exponent = scale.frexp()
@@ -75,7 +75,7 @@ def scale_of(amax, dtype, pow2_scale):
 
 
 def check(activation, a, b, tensor_core, *, bias=None, dtype=E4M3, pow2_scale=False):
-    """That each scale and each value is one that the rule makes of numbers within the error."""
+    """Asserts that the rule gives each scale and each value for some numbers within the error."""
     data, scale = run(activation, a, b, bias=bias, dtype=dtype, pow2_scale=pow2_scale)
     exact = a.dequantized @ b.dequantized.t()
     addends = [] if bias is None else [bias.double().cpu().expand_as(exact)]
@@ -106,9 +106,9 @@ def check(activation, a, b, tensor_core, *, bias=None, dtype=E4M3, pow2_scale=Fa
     values = data.double().cpu()
     assert (values >= quantized(y - error - slack)).all()
     assert (values <= quantized(y + error + slack)).all()
-    if not pow2_scale:  # the largest of a group becomes the largest value
+    if not pow2_scale:  # the largest element of a group becomes the largest FP8 value
         largest = groups_of(values.abs()).amax(2)
-        exempt = (scale == 1) | (scale == 2.0**-126)  # zeros, and the smallest scale
+        exempt = (scale == 1) | (scale == 2.0**-126)  # zeros, or the smallest scale
         assert (exempt | (largest == LARGEST[dtype])).all()
     return data, scale
 
@@ -144,7 +144,7 @@ def test_bias(activation, granularity, bias_dtype, device, tensor_core):
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_arguments_far_from_zero(activation, device, tensor_core):
-    """Where exponentials overflow and underflow, for either sign of either half."""
+    """Arguments at which exponentials overflow and underflow, for either sign of either half."""
     a, b = operands("rowwise", 20, 24, 16, device, scaled=False)
     for size in (3.0, 10.0, 40.0, 80.0):
         bias = (size * torch.tensor([1.0, -1.0, 1.0, -1.0, 0.5, -0.5])).repeat(4).to(device)
@@ -203,8 +203,8 @@ def test_sizes_of_zero(activation, granularity, shape, device):
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_nan_poisons_its_groups_and_no_other(activation, bad, device):
-    """A NaN in a row of a: all of its groups; in a row of b: that row's group, of every row. An
-    activation that is 0 for negative numbers does not swallow it."""
+    """A NaN in a row of a makes all of the row's scale groups NaN. A NaN in a row of b makes the
+    column's scale group NaN in every row. Activations that are 0 for negative numbers keep it."""
     x, w = torch.randn(20, 300), torch.randn(600, 300)
     x[3, 290] = bad
     w[130, 5] = bad
@@ -220,7 +220,7 @@ def test_nan_poisons_its_groups_and_no_other(activation, bad, device):
 
 
 def test_the_rule_is_that_of_quantize_1x128():
-    """On the CPU the product is that of fp8_gemm_nt, to the bit, and so is all that follows."""
+    """On the CPU the result has the bits of fp8_gemm_nt, the activation and quantize_1x128."""
     a, b = operands("1d2d", 40, 300, 200, torch.device("cpu"))
     bias = torch.randn(300)
     x = ops.fp8_gemm_nt(*a.quantized, *b.quantized, bias=bias, out_dtype=torch.float32)
@@ -233,8 +233,8 @@ def test_the_rule_is_that_of_quantize_1x128():
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "swiglu"])
 def test_activations_in_fp32_are_as_close_as_documented(activation, device):
-    """Over their whole range, beside a product of zero: each argument, a bias, alone in its group,
-    whose scale is then its result over 448."""
+    """Checks activations over their whole range. The product is zero and a bias gives the argument,
+    alone in its scale group, whose scale is then the result divided by 448."""
     x = torch.cat([torch.linspace(-80, 80, 300), torch.linspace(-3, 3, 300)])
     bias = torch.zeros(len(x), 128)
     bias[:, 5] = x
@@ -248,5 +248,5 @@ def test_activations_in_fp32_are_as_close_as_documented(activation, device):
     exact, error = (y[0, 5::128] for y in activate(activation, bias.double()[None], no_error))
     amax = scale[0].double().cpu() * 448
     amax = torch.where(amax == 448, 0, amax)  # the scale of a group of zeros is 1
-    least = 448 * 2.0**-126  # what the smallest scale stands for
+    least = 448 * 2.0**-126  # the amax of the smallest scale
     assert ((amax - exact.abs()).abs() <= error + exact.abs() * 2.0**-23 + least).all()

@@ -1,7 +1,7 @@
-"""Grouped products against the float64 product of each group, within the bound of
-docs/numerics.md: groups of any length, in any order, what belongs to no group, NaN, epilogues.
+"""Grouped GEMMs compared with the float64 product of each group, within the bound of
+docs/numerics.md: groups of any length and order, rows of no group, NaN, epilogues.
 
-Long, since the three ways to group share their inputs and checks."""
+Above 500 lines because the three ways to group share their inputs and checks."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Experts:
 
 
 def grouped(granularity, shape, device, *, dtypes=(E4M3, E4M3), scaled=True):
-    """a, as an Operand of m rows, and Experts. shape: m, groups, n, k."""
+    """`a` as an Operand of m rows, and Experts. shape: m, groups, n, k."""
     m, groups, n, k = shape
     x = unquantized(granularity, (m, k), scaled=scaled).to(device)
     a = Operand.of(*QUANTIZERS[granularity][0](x, dtype=dtypes[0]), 1)
@@ -69,7 +69,7 @@ def rows_of(group, *, offsets=None, group_ids=None):
 def check_contiguous(
     a, b, tensor_core, *, out_dtype=torch.bfloat16, bias=None, out=None, accumulate=False, **index
 ):
-    """Runs the op, compares each group, and rows of no group with what they were."""
+    """Runs the op and compares each group; rows of no group must keep their former content."""
     old = None if out is None else out.clone()
     if out is None:
         result = ops.m_grouped_fp8_gemm_nt_contiguous(
@@ -174,7 +174,7 @@ def test_dtypes(granularity, out_dtype, dtypes, device, tensor_core):
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_one_group_is_the_dense_product(granularity, device, tensor_core):
-    """G = 1, and a b whose one matrix is as fp8_gemm_nt takes it."""
+    """G = 1: the result is that of fp8_gemm_nt with the same matrix b, up to rounding."""
     a, b = grouped(granularity, (40, 1, 70, 300), device)
     result = check_contiguous(a, b, tensor_core, offsets=ints([40], device))
     dense = ops.fp8_gemm_nt(*a.quantized, *(x.view(x.shape[-2:]) for x in b.quantized))
@@ -182,7 +182,7 @@ def test_one_group_is_the_dense_product(granularity, device, tensor_core):
 
 
 def test_one_scale_for_each_matrix(device, tensor_core):
-    """Weights that were quantized tensor-wise, each expert by itself: [G, 1, 1]."""
+    """Each expert's weight is quantized tensor-wise: scales [G, 1, 1]."""
     w = [torch.randn(70, 300, device=device) * 3**g for g in range(3)]
     data, scale = zip(*(ops.quantize_tensorwise(x) for x in w), strict=True)
     b = Experts("tensorwise", 3, 70, 300, device)
@@ -209,7 +209,7 @@ def test_bias(bias_dtype, out_dtype, device, tensor_core):
 @pytest.mark.parametrize("out_dtype", WIDE)
 @pytest.mark.parametrize("which", ["offsets", "group_ids"])
 def test_out(which, out_dtype, accumulate, device, tensor_core):
-    """Into columns of a wider tensor, aligned or not; what lies around stays as it was."""
+    """out= may be columns of a wider tensor, aligned or not; other columns are not written."""
     index = {
         "offsets": {"offsets": ends([11, 0, 21], device)},
         "group_ids": {"group_ids": torch.randint(-1, 3, (37,)).int().to(device)},
@@ -316,7 +316,7 @@ def test_rows_beyond_a_block_of_scratch_memory(device):
 def check_masked(
     granularity, counts, shape, device, *, tensor_core, accumulate=False, bias=False, **options
 ):
-    """shape: rows of each group, n, k."""
+    """shape: the rows of each group, n, k."""
     rows, n, k = shape
     groups = len(counts)
     x = unquantized(granularity, (groups, rows, k)).to(device)
@@ -377,7 +377,8 @@ def test_masked_rows_may_hold_anything(device):
 
 
 def test_the_scales_of_deepgemm_are_accepted_for_one_group(device, tensor_core):
-    """[1, M, K / 128] with strides (K / 128 * M4, 1, M4): of several groups, M4 != M folds not."""
+    """[1, M, K / 128] with strides (K / 128 * M4, 1, M4). With several groups and M4 != M, such
+    scales would not fold."""
     a, b = grouped("1d2d", (10, 1, 40, 300), device)
     scale = a.scale.as_strided((1, 10, 3), (3 * 12, 1, 12))
     result = ops.m_grouped_fp8_gemm_nt_masked(a.data[None], scale, *b.quantized, ints([10], device))
@@ -465,7 +466,7 @@ def test_along_k_dtypes(dtypes, device, tensor_core):
 @pytest.mark.parametrize("accumulate", [False, True])
 @pytest.mark.parametrize("out_dtype", WIDE)
 def test_along_k_out(out_dtype, accumulate, device, tensor_core):
-    """Into parts of a larger tensor: rows of some pitch, matrices apart or interleaved."""
+    """out= may be part of a larger tensor: with a row pitch, matrices apart or interleaved."""
     lengths = [100, 0, 75, 33]
     options = {"accumulate": accumulate, "tensor_core": tensor_core}
     for m, n in ((37, 133), (24, 64)):
@@ -502,7 +503,7 @@ def test_along_k_of_nothing(shape, device):
 
 
 def test_nan_in_the_data_of_a_group_along_k_stays_in_it(device):
-    """Though the groups share a block of 128, and so its scale."""
+    """The groups share a K block, and so its scale, but not the NaN."""
     a, b = operands("1d1d", 20, 40, 300, device)
     offsets = ends([50, 40, 110, 100], device)
     clean = ops.k_grouped_fp8_gemm_nt(*a.quantized, *b.quantized, offsets)
@@ -527,7 +528,7 @@ def test_nan_in_a_scale_along_k_reaches_the_groups_that_share_it(device):
 
 @pytest.mark.large
 def test_along_k_of_many_tokens(device):
-    """Several blocks of scratch memory, and groups that begin anywhere in them."""
+    """Several blocks of scratch memory, with groups that begin anywhere in them."""
     a, b = operands("1d1d", 60, 2100, 4500, device)
     offsets = ints([2050, 2060, 4500], device)
     result = ops.k_grouped_fp8_gemm_nt(*a.quantized, *b.quantized, offsets, out_dtype=torch.float32)
@@ -537,7 +538,7 @@ def test_along_k_of_many_tokens(device):
         assert error < 1e-3
 
 
-# ---- all ----
+# ---- all three ways ----
 
 
 def test_results_repeat_to_the_bit(device):

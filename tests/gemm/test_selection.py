@@ -1,4 +1,4 @@
-"""The choice of a Hopper kernel: what explain_gemm shows, and that no choice changes results."""
+"""The choice of a Hopper kernel: what explain_gemm reports, and that no choice changes results."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_no_more_sms_than_allowed(num_sms):
 
 
 def test_the_parts_of_k_do_not_depend_on_num_sms():
-    """They decide the order of sums, and so the bits."""
+    """The parts of K decide the order of sums, and so the bits."""
     whole = torchext.explain_gemm(8, 2112, 7168).chosen
     for num_sms in range(8, 132, 20):
         assert torchext.explain_gemm(8, 2112, 7168, num_sms=num_sms).chosen.split_k == whole.split_k
@@ -126,8 +126,8 @@ def variants(granularity, dtypes):
 @pytest.mark.parametrize("granularity", ["1d2d", "1d1d", "rowwise"])
 @pytest.mark.parametrize("dtypes", [(E4M3, E4M3), (E5M2, E4M3)])
 def test_every_tile_gives_the_same_bits(granularity, dtypes):
-    """To split K changes them: each number of parts has its own. An odd number of SMs, of tiles and
-    of columns; bias; a ragged K."""
+    """Tiles that split K into the same number of parts give the same bits, with odd numbers of SMs,
+    tiles and columns, a bias and a ragged K."""
     a, b = operands(granularity, 147, 330, 1100, torch.device("cpu"), dtypes=dtypes)
     bias = torch.randn(330)
     first: dict[int, torch.Tensor] = {}
@@ -141,7 +141,7 @@ def test_every_tile_gives_the_same_bits(granularity, dtypes):
 @pytest.mark.parametrize("accumulate", [False, True])
 @pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float32])
 def test_every_tile_stores_any_rows(out_dtype, accumulate):
-    """Out is aligned for TMA and is not, and has neighbors that stay as they are."""
+    """out is aligned for TMA or not; memory beside it is not written."""
     a, b = operands("1d2d", 70, 204, 300, torch.device("cpu"))
     for name, options in variants("1d2d", (E4M3, E4M3)):
         for before in (0, 3, 8):
@@ -159,8 +159,8 @@ GROUPS = torch.tensor([70, 70, 333, 401], dtype=torch.int32)
 
 @pytest.mark.parametrize("kind", ["offsets", "group_ids", "masked"])
 def test_every_tile_computes_groups(kind):
-    """Of any length, one of them empty; rows of none stay as they were. The same bits from every
-    tile that sums K in the same number of parts, and from the CPU up to rounding."""
+    """Groups of any length, one of them empty; rows of no group are not written. Tiles that split K
+    into the same number of parts give the same bits, and the CPU the same up to rounding."""
     m, n, k = 420, 204, 300
     x, w = torch.randn(m, k), torch.randn(4, n, k)
     a, b = ops.quantize_1x128(x), ops.quantize_128x128(w)
