@@ -34,7 +34,7 @@ def test_lengths_and_zeros_count():
 
 @pytest.mark.parametrize("value", [0.0, 1.0], ids=str)
 def test_order_and_sign_count_where_values_are_few(value):
-    # A hash that is linear in positions takes +d, -2d, +d, or xyyx for yxxy, for no change.
+    # A hash that is linear in positions would miss changes such as +d, -2d, +d, or xyyx to yxxy.
     seen, n = set(), 0
     for pattern in ((1, -1), (1, -2, 1), (1, -1, -1, 1), (1, -3, 3, -1)):
         for step in (1, 2, 4, 512, 1024, 2048):

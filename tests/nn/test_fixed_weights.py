@@ -1,4 +1,4 @@
-"""torchext.fixed_weights: each weight is quantized once, on any device, and reused unseen."""
+"""torchext.fixed_weights: each weight is quantized once, on any device, and reused unchecked."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from support.weight_changes import RECORDED, copies_of, name_of, square_linear
 from torchext import Recipe, fixed_weights
 from torchext.nn import Linear
 
-pytestmark = pytest.mark.large  # what is kept says nothing of the kernels
+pytestmark = pytest.mark.large  # keeping weights does not depend on the kernels
 
 
 @main_recipes
@@ -39,7 +39,7 @@ def test_fixed_weights_are_quantized_once(device, recipe):
             linear.train()
     assert all(torch.equal(p.grad, g) for p, g in zip(linear.parameters(), gradients, strict=True))
     of_x_and_dy = {name: 3 * n for name, n in alone.calls.items() if name not in QUANTIZE_WEIGHT}
-    if recipe.granularity == "blockwise":  # by whose op a weight is told from an activation
+    if recipe.granularity == "blockwise":  # only here do weights have a quantizer of their own
         assert alone.of(*QUANTIZE_WEIGHT) == counter.of(*QUANTIZE_WEIGHT) == 1
         assert counter.calls["quantize_1x128_dual"] == of_x_and_dy["quantize_1x128_dual"]
 
@@ -49,7 +49,7 @@ def test_fixed_weights_are_not_looked_at(device):
     x = normal(8, 200, device=device)
     with fixed_weights(linear):
         y = linear(x)
-        linear.weight.data.mul_(0.5)  # unseen, as documented
+        linear.weight.data.mul_(0.5)  # not noticed, as documented
         assert torch.equal(linear(x), y)
         linear.refresh_weight()
         assert not torch.equal(linear(x), y)
@@ -127,7 +127,7 @@ def test_fixed_weights_wants_a_module():
         fixed_weights([Linear(8, 8)]),
     ):
         pass
-    with fixed_weights(torch.nn.ReLU()):  # nothing to hold
+    with fixed_weights(torch.nn.ReLU()):  # a module without weights to fix
         pass
 
 

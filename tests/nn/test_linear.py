@@ -1,4 +1,4 @@
-"""torchext.nn.Linear: a torch.nn.Linear in every visible way, FP8 in every GEMM."""
+"""torchext.nn.Linear behaves as a torch.nn.Linear whose GEMMs run in FP8."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ def test_output_and_gradients_are_close_to_float64(device, recipe, dtype, mnk):
     y = linear(x)
     y.backward(dy)
     assert y.dtype == x.grad.dtype == linear.weight.grad.dtype == linear.bias.grad.dtype == dtype
-    # Two bits of mantissa keep e5m2 itself to 25.6 dB and, multiplied by e4m3 (31.6 dB), to 24.6.
+    # e5m2 has 2 bits of mantissa: data alone has an SQNR of 25.6 dB, and its product with e4m3 data
+    # (31.6 dB) 24.6 dB.
     coarse = torch.float8_e5m2
     least_y = 24.0 if recipe.input_dtype is coarse else 25.0
     least_dx = 24.0 if recipe.grad_dtype is coarse else 25.0
@@ -129,8 +130,8 @@ def test_no_features(device, recipe):
 def test_strided_inputs_and_gradients(device, recipe):
     linear = normal_linear(device, recipe=recipe)
     storage = normal(3, 200, 4, device=device)
-    x = storage.transpose(1, 2).requires_grad_()  # [3, 4, 200], features not contiguous
-    linear(x).transpose(0, 2).sum().backward()  # gradient: one value, every stride 0
+    x = storage.transpose(1, 2).requires_grad_()  # [3, 4, 200]; features are not contiguous
+    linear(x).transpose(0, 2).sum().backward()  # the gradient is one value with all strides 0
     other = normal_linear(device, recipe=recipe)
     other_x = x.detach().contiguous().requires_grad_()
     y = other(other_x)
@@ -173,7 +174,7 @@ def test_input_is_saved_in_fp8_only(device):
     with saved_tensors() as saved:
         linear(x)
     by_dtype = {t.dtype: sum(s.nbytes for s in saved if s.dtype == t.dtype) for t in saved}
-    # x_t and w_t in FP8; a scale for 128 values of x_t and for each block of w_t.
+    # x_t and w_t in FP8; a scale for each 128 values of x_t and for each block of w_t.
     assert by_dtype == {
         torch.float8_e4m3fn: 512 * 256 + 384 * 256,
         torch.float32: 4 * (512 * 256 // 128 + (384 // 128) * (256 // 128)),
@@ -189,7 +190,7 @@ def test_nothing_wide_is_saved(device, recipe, dtype):
     with saved_tensors() as saved:
         linear(x)
     assert sum(t.numel() for t in saved if t.itemsize == 1) >= x.numel()
-    assert all(t.numel() < x.numel() // 64 for t in saved if t.itemsize > 1)  # scales alone
+    assert all(t.numel() < x.numel() // 64 for t in saved if t.itemsize > 1)  # only scales
 
 
 @main_recipes
@@ -209,7 +210,7 @@ def test_frozen_input_needs_no_dgrad(device):
         train_step(linear, normal(24, 200, device=device))
     assert counter.calls["fp8_gemm_nt"] == 2
     assert counter.calls["quantize_128x128"] == 1  # no transposed weight
-    assert counter.calls["quantize_1x128_t"] == 1  # the gradient, for wgrad alone
+    assert counter.calls["quantize_1x128_t"] == 1  # the gradient, for wgrad only
     assert not any(t.shape == (200, 136) for t in saved)
 
 
@@ -252,7 +253,7 @@ def test_second_gradient_is_refused(device):
     assert torch.equal(dx, once)
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # of make_dual
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # raised by make_dual
 @pytest.mark.parametrize("grad_mode", [True, False])
 def test_forward_derivatives_are_refused(device, grad_mode):
     linear = normal_linear(device).requires_grad_(False)
@@ -343,7 +344,8 @@ def test_autocast(device, dtype, input_dtype):
     assert linear.weight.grad.dtype == linear.bias.grad.dtype == torch.float32
     assert linear(x).dtype == input_dtype
     if input_dtype == torch.float32:
-        assert torch.equal(linear(x).to(dtype), y)  # quantized from FP32, rounded once
+        # x is quantized from FP32 directly, and y is rounded once.
+        assert torch.equal(linear(x).to(dtype), y)
     with torch.autocast(device.type, dtype, enabled=False):
         assert linear(x).dtype == input_dtype
 
@@ -399,7 +401,7 @@ def test_tied_weights(device):
 def test_parametrized_weight_is_quantized_each_time(device, parametrize):
     linear = normal_linear(device)
     x = normal(8, 200, device=device)
-    linear(x)  # a cache that must not be used below
+    linear(x)  # fills the cache, which must not be used below
     parametrize(linear)
     with OpCounter() as counter:
         train_step(linear, x)
@@ -417,7 +419,7 @@ def test_weight_replaced_by_a_hook(device):
     linear = normal_linear(device)
     x = normal(8, 200, device=device)
     expected = linear(x)
-    torch.nn.utils.weight_norm(linear)  # deletes the parameter, and sets an attribute
+    torch.nn.utils.weight_norm(linear)  # replaces the parameter by an attribute
     assert "weight" not in linear._parameters
     assert sqnr(expected, linear(x)) >= 25
     linear(x).sum().backward()

@@ -103,7 +103,7 @@ def test_compile_frozen_weight(device):
 
 
 def test_compiled_optimizer_does_not_recompile(device):
-    # What an eager layer keeps must not become a guard of the optimizer's graph.
+    # The FP8 weight of an eager layer must not become a guard of the optimizer's graph.
     torch._dynamo.reset()
     linear = normal_linear(device)
     optimizer = torch.optim.SGD(linear.parameters(), lr=0.1)

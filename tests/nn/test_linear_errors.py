@@ -34,7 +34,7 @@ def test_a_bias_that_does_not_fit(recipe, trained, device):
 
 
 def test_a_bias_of_another_device(device):
-    """As a product on a GPU reports a bias on the CPU."""
+    """The error of a GPU's GEMM for a bias on another device, as the layer reports it."""
     layer, x = Linear(64, 40, device=device), torch.zeros(8, 64, device=device)
     found = RuntimeError("fp8_gemm_nt: bias must be on the device of a (got meta) [ValueError]")
     error = layer_error(found, x, layer.weight, torch.zeros(40, device="meta"))
@@ -42,7 +42,7 @@ def test_a_bias_of_another_device(device):
 
 
 def test_a_bias_that_is_not_contiguous(device):
-    """Found by the product alone, whose class and remedy stay."""
+    """Only the GEMM finds this error; the layer keeps its class and remedy."""
     layer = Linear(64, 40, device=device)
     layer.bias = Parameter(torch.zeros(80, device=device)[::2])
     with pytest.raises(
@@ -68,7 +68,7 @@ def test_a_bias_that_does_not_fit_when_exported(strict, device):
 
 
 def test_errors_of_backward_name_the_layer(device):
-    """Whoever changes saved tensors in between gets the product's error, under the layer's name."""
+    """Hooks that change saved tensors lead to the GEMM's error, under the layer's name."""
     layer, x = Linear(64, 40, device=device), torch.randn(8, 64, device=device)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t.narrow(-1, 0, 1)):
         y = layer(x)

@@ -31,7 +31,7 @@ from torchext.nn import Linear
 from torchext.ops.linear import linear_op
 
 pytestmark = [
-    pytest.mark.large,  # graphs say nothing of the kernels
+    pytest.mark.large,  # graphs do not depend on the kernels
     pytest.mark.filterwarnings(
         "ignore:.torch.jit", "ignore:.isinstance.treespec, LeafSpec", "ignore:.*is deprecated"
     ),
@@ -148,7 +148,7 @@ def test_computed_weights_are_computed_in_graphs(device, parametrize):
 def test_jit_trace(device, recipe, used):
     model, x = Model(device, recipe), normal(8, 200, device=device, grad=True)
     if used:
-        train_step(model, x)  # keeps FP8 weights, which must not get into the trace
+        train_step(model, x)  # the layer keeps FP8 weights, which must not get into the trace
     traced = torch.jit.trace(model, x, check_trace=True)
     assert_trains_like(traced, model, x)
     saved = io.BytesIO()
@@ -260,7 +260,7 @@ assert "torchext" not in sys.modules
 
 
 def test_graphs_need_none_of_our_python(device, tmp_path):
-    """They run where the op library alone is loaded, as packages of AOTInductor must."""
+    """Graphs run in a process that has loaded only the op library, as AOTInductor's packages do."""
     model, x = Model(device).eval().requires_grad_(False), normal(8, 200, device=device)
     torch.jit.save(torch.jit.trace(model, x), tmp_path / "model.pt")
     torch.save(x, tmp_path / "x.pt")
@@ -300,7 +300,7 @@ def test_flops_of_compiled_layers(device):
 
 
 def test_flops_of_transforms(device):
-    # Of the op: FlopCounterMode itself fails where a module is called within torch.func.grad.
+    # Calls the op: FlopCounterMode fails if a module is called within torch.func.grad.
     def count(layer: Callable[[Tensor], Tensor]) -> int:
         with FlopCounterMode(display=False) as counter:
             torch.vmap(torch.func.grad(lambda x: layer(x).sum()))(normal(3, 8, 200, device=device))

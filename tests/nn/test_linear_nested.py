@@ -8,7 +8,7 @@ from torch import Tensor
 
 from support.linear_testing import main_recipes, normal, normal_linear
 
-pytestmark = pytest.mark.large  # nested tensors say nothing of the kernels
+pytestmark = pytest.mark.large  # nested tensors do not depend on the kernels
 
 
 def jagged(parts: list[Tensor], **options) -> Tensor:
@@ -20,7 +20,7 @@ def squares(nested: Tensor) -> Tensor:
 
 
 def assert_same_gradients(linear: torch.nn.Module, y: Tensor, rows: Tensor) -> None:
-    """Those of y's parameters are the ones for the concatenated rows."""
+    """Asserts that nested y gives the parameters the gradients of its concatenated rows."""
     linear.zero_grad()
     squares(y).backward()
     got = [parameter.grad.clone() for parameter in linear.parameters()]
@@ -54,7 +54,7 @@ def test_jagged_composes_with_its_input(device):
 
 @main_recipes
 def test_rows_between_the_elements_take_no_part(device, recipe):
-    """With lengths, an element ends before the next one begins; what is there may be anything."""
+    """With lengths, an element may end before the next begins; rows in between do not count."""
     linear = normal_linear(device, recipe=recipe)
     values = normal(200, 200, device=device)
     values[5:8] = torch.nan

@@ -59,7 +59,7 @@ def test_no_range_is_opened_without_a_profiler(device, monkeypatch):
 
 
 def test_compiled_layers_under_a_profiler(device):
-    """One graph, which the profiler neither breaks nor has compiled again."""
+    """A profiler neither breaks the graph nor causes a recompilation."""
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     layer = Linear(64, 40, device=device)

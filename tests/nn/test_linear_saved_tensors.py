@@ -1,4 +1,4 @@
-"""What torchext.nn.Linear keeps for backward may be copied in between, by anybody, in any way."""
+"""The tensors that torchext.nn.Linear saves for backward may be copied in any way in between."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torchext import ops
 from torchext.ops.linear_function import quantize_activation, quantize_weight
 from torchext.recipe import GRANULARITIES
 
-pytestmark = pytest.mark.large  # layouts say nothing of the kernels
+pytestmark = pytest.mark.large  # layouts do not depend on the kernels
 
 
 def _by_size(tensor: Tensor) -> Tensor:
@@ -31,14 +31,14 @@ def _saved(tensor: Tensor) -> Tensor:
 
 
 def _bytes(tensor: Tensor) -> Tensor:
-    """Through bytes, as a file of dense tensors or a message holds them."""
+    """Copies through bytes, as a file of dense tensors or a message would."""
     raw = bytes(tensor.contiguous().view(-1).view(torch.uint8).cpu().numpy())
     flat = torch.frombuffer(bytearray(raw or b"\0"), dtype=torch.uint8)[: len(raw)]
     return flat.view(tensor.dtype).view(tensor.shape).to(tensor.device)
 
 
 def _packed(tensor: Tensor) -> Tensor:
-    """Into a buffer that holds other things too, at an odd place."""
+    """Copies into a larger buffer, at an unaligned offset."""
     buffer = torch.empty(tensor.numel() + 3, dtype=tensor.dtype, device=tensor.device)
     place = buffer[3:].view(tensor.shape)
     return place.copy_(tensor)
@@ -92,8 +92,7 @@ def assert_equal(got: list[Tensor], expected: list[Tensor]) -> None:
     assert all(torch.equal(x, y) for x, y in zip(got, expected, strict=True))
 
 
-# Rows, features and outputs: multiples of nothing; of everything; more than one group of rows;
-# one or none of each.
+# (rows, features, outputs): unaligned; fully aligned; several groups of rows; sizes of 1.
 SIZES = [(9, 200, 72), (256, 256, 256), (300, 129, 136), (3, 17, 33), (1, 40, 1), (130, 1, 8)]
 
 
@@ -105,7 +104,7 @@ def test_saved_tensors_may_be_copied(device, recipe, copy):
         x = normal(m, k, device=device, grad=True)
         expected = gradients(linear, x)
         assert_equal(gradients(linear, x, hooks(copy)), expected)
-        # At both ends, and of what was made for an earlier forward.
+        # Copies when packing and unpacking, with the FP8 weight that an earlier forward made.
         both = torch.autograd.graph.saved_tensors_hooks(copy, copy)
         assert_equal(gradients(linear, x, both), expected)
 
@@ -160,7 +159,7 @@ def test_nothing_is_copied_where_nothing_was(device):
 
 # ---- compiled ----
 
-# Of what keeps neither strides nor alignment, a compiled graph of any layer is wrong.
+# Left out: copies that keep neither strides nor alignment. They break any compiled layer.
 COMPILED_COPIES = {
     name: COPIES[name] for name in ("clone", "contiguous", "by size", "bytes", "torch.save", "wide")
 }
@@ -252,7 +251,7 @@ def test_products_of_what_compiled_layers_keep(device, recipe, n, k):
     assert torch.equal(
         product(*operands), ops.fp8_gemm_nt(dy.data, dy.scale, eager.data_t, eager.scale_t)
     )
-    if n == 128:  # opcheck copies operands: dy's would lose its layout
+    if n == 128:  # else opcheck's copies of dy's operands would lose their layout
         opcheck(product, operands)
     if recipe.granularity == "blockwise":
         opcheck(torch.ops.torchext._quantize_128x128_kept.default, (weight,))

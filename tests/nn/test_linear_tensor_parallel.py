@@ -1,4 +1,4 @@
-"""torchext.nn.Linear with DTensor parameters: against the layer on one rank."""
+"""torchext.nn.Linear with DTensor parameters, compared with the layer on one rank."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def difference(got: Tensor, expected: Tensor) -> float:
 def differences(
     mesh: DeviceMesh, recipe: Recipe, plan: str, bias: bool, compiled: bool
 ) -> dict[str, float]:
-    """Of the output and of each gradient, from those of the layer on one rank."""
+    """The differences of the output and of each gradient from those of the layer on one rank."""
     plain = Mlp(recipe, bias)
     convert_to_fp8_training(plain, recipe)
     model = copy.deepcopy(plain)
@@ -139,14 +139,14 @@ def test_two_ranks(tmp_path):
             rank.kill()
     assert both[0] == both[1]
     for (recipe, plan, bias), found in both[0].items():
-        # Blocks of 128 are cut nowhere, so that their scales are the same. A row's or a tensor's
-        # scale is of each rank's part: other roundings to three bits of mantissa, or two.
+        # Shards contain whole blocks of 128, which keep their scales. Row-wise and tensor-wise
+        # scales belong to each rank's part, so that elements round differently.
         bound = 1e-5 if recipe == "blockwise" else 0.15
         assert max(found.values()) < bound, (recipe, plan, bias, found)
 
 
 def test_any_placement(mesh):
-    """Those that no plan asks for are redistributed."""
+    """Placements that no plan uses are redistributed."""
     plain = Mlp(RECIPES[0])
     convert_to_fp8_training(plain)
     layer, x = plain.up, torch.randn(2, 16, 256)

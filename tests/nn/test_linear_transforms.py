@@ -1,4 +1,4 @@
-"""torchext.nn.Linear under torch.func, vmap and batched gradients: what it gives by itself."""
+"""torchext.nn.Linear under torch.func, vmap and batched gradients, compared with plain calls."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from support.linear_testing import OpCounter, main_recipes, normal, normal_linea
 from torchext import Recipe
 from torchext.nn import Linear
 
-pytestmark = pytest.mark.large  # transforms say nothing of the kernels
+pytestmark = pytest.mark.large  # transforms do not depend on the kernels
 
 
 def parameters_of(linear: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -46,7 +46,7 @@ def assert_equal(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
 
 
 def assert_close(got, expected) -> None:
-    """The same quantized operands, perhaps summed in another order."""
+    """Allows for sums in another order; the quantized operands must be the same."""
     assert got.shape == expected.shape and got.dtype == expected.dtype
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
@@ -154,7 +154,7 @@ def test_compiled_transforms(device):
 
     compiled = torch.compile(of_each_sample, backend="aot_eager", fullgraph=True)
     assert_equal(compiled(parameters, x), of_each_sample(parameters, x))
-    # The graph's backward, which the compiler traces, would be a second derivative.
+    # The backward of the graph, which the compiler traces too, would be a second derivative.
     jacobian = torch.compile(jacrev(linear), backend="aot_eager")(x[0, 0])
     assert_close(jacobian, jacrev(linear)(x[0, 0]))
     with pytest.raises(RuntimeError, match="backward must be differentiated once"):
@@ -175,7 +175,7 @@ def test_vmap_over_the_input(device, recipe, in_dim, out_dim):
     x = normal(4, 6, 200, device=device)
     got = vmap(linear, in_dims=in_dim, out_dims=out_dim)(x.movedim(0, in_dim).contiguous())
     assert_close(got.movedim(out_dim, 0), torch.stack([linear(each) for each in x]))
-    if recipe.granularity != "tensorwise":  # whose scale is of one element of the batch
+    if recipe.granularity != "tensorwise":  # the scales of elements of the batch differ
         assert torch.equal(got.movedim(out_dim, 0), linear(x))
 
 
@@ -202,7 +202,7 @@ def test_gradients_through_vmap(device, recipe):
     dx, x.grad = x.grad, None
     dw, db = linear.weight.grad, linear.bias.grad
     linear.zero_grad()
-    if recipe.granularity == "tensorwise":  # each element's scales are its own
+    if recipe.granularity == "tensorwise":  # each element of the batch has its own scales
         torch.stack([linear(each) for each in x]).square().mean().backward()
     else:
         train_step(linear, x)
@@ -264,7 +264,7 @@ def test_a_batch_of_biases_or_of_weights_alone(device):
 
 
 def test_the_weight_is_used_as_it_is(device):
-    """A kept FP8 weight is neither used nor made by a transform."""
+    """A transform neither uses nor makes a kept FP8 weight."""
     linear = normal_linear(device)
     x = normal(6, 200, device=device)
     linear(x)
@@ -274,10 +274,10 @@ def test_the_weight_is_used_as_it_is(device):
     assert torch.equal(vmap(linear)(x[None])[0], linear(x))
 
 
-# ---- what has no rule ----
+# ---- transforms without a rule ----
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # of make_dual
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # raised by make_dual
 @pytest.mark.parametrize(
     "transform",
     [

@@ -1,4 +1,4 @@
-"""The FP8 weight of torchext.nn.Linear: never stale, whoever wrote the parameter and however."""
+"""The FP8 weight that torchext.nn.Linear keeps is never stale, however the parameter changes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from support.weight_changes import RECORDED, UNRECORDED, copies_of, kept, name_o
 from torchext import fixed_weights
 from torchext.nn import Linear
 
-pytestmark = pytest.mark.large  # what is kept says nothing of the kernels
+pytestmark = pytest.mark.large  # keeping weights does not depend on the kernels
 
 
 # ---- reuse ----
@@ -108,8 +108,7 @@ def test_writes_by_numpy_and_by_foreign_code_are_seen():
 
 
 def test_storage_freed_and_used_again_is_noticed(device):
-    # `.data =` leaves the version counter alone, and an allocator may hand the old address out
-    # again.
+    # `.data =` does not change the version counter, and an allocator may reuse the old address.
     linear = square_linear(device)
     x = normal(8, 160, device=device)
     for scale in (0.5, 2.0, 4.0, 8.0):
@@ -142,10 +141,10 @@ def test_tied_layers_can_be_converted(device, swap):
     "view",
     [
         lambda w: w.t().contiguous().t(),
-        lambda w: torch.nn.functional.pad(w, (3, 5))[:, 3:-5],  # rows apart, and misaligned
+        lambda w: torch.nn.functional.pad(w, (3, 5))[:, 3:-5],  # a row pitch, and misaligned rows
         lambda w: torch.cat([w, w.flip(0)])[160:],  # part of a fused weight
         lambda w: w[:1].expand(160, 160),
-        lambda w: w.repeat_interleave(4, 1)[:, ::4],  # too far apart for looking to pay
+        lambda w: w.repeat_interleave(4, 1)[:, ::4],  # so sparse that a hash would not pay
     ],
     ids=["transposed", "pitched", "offset", "expanded", "sparse"],
 )
@@ -209,7 +208,7 @@ def test_threads_share_a_layer(device):
 
 
 def _receive_and_share(rank: int, where: str, shared: Linear, queue) -> None:
-    """Receives a weight in each way, and reports those that went unseen; writes `shared`."""
+    """Receives a weight in each way and reports changes that were not noticed; writes `shared`."""
     torch.set_num_threads(1)
     dist = torch.distributed
     dist.init_process_group("gloo", init_method=f"file://{where}", rank=rank, world_size=2)
@@ -277,7 +276,7 @@ def test_switch_of_mode_frees_what_is_kept(device):
     linear = normal_linear(device)
     x = normal(8, 200, device=device)
     linear(x)
-    linear.train()  # as it was: some trainers say so before every micro-step
+    linear.train()  # no change of mode: some trainers call this before every micro-step
     assert len(linear._weight_cache) == 1 - kept(device)
     linear.eval()
     assert len(linear._weight_cache) == 0
@@ -320,11 +319,11 @@ def test_what_is_kept_is_not_copied_pickled_or_saved(device):
     assert_quantized_afresh(linear, x, times=kept(device))
 
 
-# ---- whoever else interprets ops ----
+# ---- modes and tracers that intercept ops ----
 
 
 class Halves(TorchDispatchMode):
-    """A user's mode that changes results: of 128x128 quantization, the scale."""
+    """A user's mode that changes results: it halves the scale of 128x128 quantization."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -357,7 +356,8 @@ def _fake(linear: Linear, x: torch.Tensor) -> None:
 
 def _traced(linear: Linear, x: torch.Tensor) -> None:
     traced = torch.jit.trace(linear, (x,), check_trace=False)
-    assert "torchext::_linear" in str(traced.inlined_graph)  # of the parameter, not of FP8 data
+    # The trace has the parameter, not FP8 data.
+    assert "torchext::_linear" in str(traced.inlined_graph)
 
 
 def _made_by_fx(mode: str, pre_dispatch: bool = False) -> Callable[[Linear, torch.Tensor], None]:

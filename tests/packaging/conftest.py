@@ -1,4 +1,4 @@
-"""The wheel under test, built once from the tree."""
+"""The wheel under test, which is built once from the tree."""
 
 from __future__ import annotations
 

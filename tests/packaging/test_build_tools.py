@@ -1,4 +1,4 @@
-"""csrc/build: the compiler wrapper finds what must fail a build, and finds toolkits."""
+"""csrc/build: the compiler wrapper fails builds of bad kernels, and toolkits are found."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_finds_the_layout_of_nvidias_packages(
 def test_the_build_and_the_simulator_have_one_rule(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The build alone passes over a toolkit that it could not link with."""
+    """Only the build skips a toolkit with which it could not link."""
     from torchext import _toolchain
     from torchext.sim import compiler
 

@@ -1,4 +1,4 @@
-"""The static report: loops and counts from machine code, and what its check lets pass."""
+"""tools/sass_report.py: loops and counts from machine code, and what the check accepts."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ import sass_report  # noqa: E402
 import toolchain  # noqa: E402
 from elf import KernelAttributes  # noqa: E402
 
-# A persistent kernel as ptxas lays it out: a loop over tiles (1 to 12), in it a main loop (2 to 9)
-# whose wait, when the first try fails, spins out of line (14, 15) and returns (16) into it.
+# A persistent kernel as ptxas lays it out. A loop over tiles (1 to 12) contains a main loop (2 to
+# 9). If the first try of its wait fails, the wait spins out of line (14, 15) and jumps back (16).
 PERSISTENT = """\
     S2R R0,SR_TID.X
     MOV R24,RZ
@@ -70,7 +70,7 @@ def test_an_unrolled_loop_counts_for_as_many_k_blocks_as_it_multiplies():
     assert loop.counts["mma"] == 2 and loop.counts["all"] == 6.5 and loop.aside == 1.5
     two_warpgroups = sass.main_loop(TILE_64.replace("_64x", "_128x"), code(PERSISTENT), threads=384)
     assert two_warpgroups is not None and two_warpgroups.blocks == 1
-    assert two_warpgroups.issue_cycles == 16  # two warps a scheduler
+    assert two_warpgroups.issue_cycles == 16  # two warps per scheduler
 
 
 def test_the_way_through_a_loop_has_all_arithmetic_and_nothing_special():
@@ -200,7 +200,7 @@ def test_worse_is_a_fault_and_better_is_a_change():
     assert len(faults) == 2 and "not in the table" in faults[0] and "not in the build" in faults[1]
 
 
-# Two kernels, and a launcher's table of one of them.
+# Two kernels, and a launcher's table that has one of them.
 SOURCE = """
 extern "C" __global__ void __launch_bounds__(64) copy_kernel(const float4* x, float4* y) {
   extern __shared__ float4 staged[];
@@ -240,7 +240,7 @@ def test_report_and_check_of_a_compiled_library(tmp_path: Path, capsys: pytest.C
     row = rows["copy_kernel", "90a"]
     assert (row["threads"], row["loads"], row["stores"]) == ("64", "128:1", "128:1")
     assert row["shared"].endswith("+5120") and row["CTAs"] == "32"
-    assert rows["fill", "80"]["CTAs"] == "-"  # of any number of threads
+    assert rows["fill", "80"]["CTAs"] == "-"  # launch bounds do not give the number of threads
 
     assert sass_report.main([*options, "--check"]) == 0
     assert "4 kernels, none worse or changed" in capsys.readouterr().out

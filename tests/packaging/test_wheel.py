@@ -1,4 +1,4 @@
-"""The wheel holds what it should, and its op library is tied to no Python and no torch release."""
+"""The wheel is complete, and its op library works with any Python and any supported torch."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ import pytest
 from support.cuda_stubs import write_stubs
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.alone  # builds in the tree, on every core
+pytestmark = pytest.mark.alone  # builds in the tree, on all cores
 OTHER_TORCH = "2.10.0"  # the oldest supported
 
-# What the other environment runs: every kind of op once, numbers included, on that torch.
+# A program for the environment with the other torch: every kind of op once, with its results.
 SMOKE = """
 import pathlib, sys, torch, torchext
 assert torch.__version__.startswith(sys.argv[1]), torch.__version__
@@ -59,7 +59,7 @@ def test_contents(wheel: Path) -> None:
 
 
 def test_carries_the_ptx_of_every_kernel(wheel: Path) -> None:
-    """Under nvcc: by architecture, each kernel once, and the GEMMs that are made for it."""
+    """With nvcc, each architecture has each of its kernels once, and the GEMMs made for it."""
     archive = zipfile.ZipFile(wheel)
     entries: dict[str, list[str]] = {}
     for name in archive.namelist():
@@ -97,7 +97,7 @@ def test_library_depends_on_no_python_and_no_cuda(wheel: Path, tmp_path: Path) -
 
 
 def test_an_isolated_build_uses_the_installed_torch(tmp_path: Path) -> None:
-    """`pip install .` as far as metadata: the build environment has no torch, and fetches none."""
+    """`pip install .` up to the metadata; the isolated environment has and fetches no torch."""
     command = [sys.executable, "-m", "pip", "install", "--dry-run", "--no-deps", "-vv"]
     command += ["--ignore-installed", "--target", str(tmp_path), str(ROOT)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -113,7 +113,7 @@ def test_runs_on_another_torch(wheel: Path, tmp_path: Path) -> None:
     python = str(environment / "bin" / "python")
     pip = [python, "-m", "pip", "install", "-q"]
     subprocess.run([*pip, "--no-deps", f"torch=={OTHER_TORCH}", str(wheel)], check=True)
-    # What `import torch` needs of its dependencies, but for CUDA.
+    # The dependencies that `import torch` needs, except CUDA's.
     subprocess.run(
         [*pip, "typing_extensions", "filelock", "sympy", "networkx", "jinja2", "fsspec", "numpy"],
         check=True,

@@ -27,7 +27,7 @@ void expect(bool holds, const char* what, float a, float b, long& count) {
   }
 }
 
-// To nearest even, saturating; the sign of zero stays.
+// Rounds to nearest even and saturates; keeps the sign of zero.
 double to_fp8(float x, const Format& f) {
   if (x == 0 || std::isnan(x)) return x;
   const int exponent = std::max(std::ilogb(x), f.min_exponent);
@@ -55,7 +55,7 @@ void check_scale(uint32_t amax_bits, const Format& f, long& count) {
          count);
 }
 
-// x / scale for a scale that scale_of could give.
+// Checks x / scale, for a scale that scale_of can give.
 void check_quotient(float x, float scale, const Format& f, long& count) {
   GroupScale s;
   s.scale = scale;
@@ -71,18 +71,19 @@ void check_scales(const Format& f) {
   for (uint32_t bits = 0; bits < 0x80000000; bits += 4099) check_scale(bits, f, count);
 }
 
-// divide() can only differ from the true quotient q, rounded to FP8, where q is within 2^-22 ulp of
-// the end of an FP32 rounding interval around a value half-way between FP8 neighbors: elsewhere
-// its error, 3 * 2^-24 ulp before the last rounding, is too small to matter. With integers a, b of
-// 24 bits as mantissas, q = a * 2^s / b for s = 23 or 24, and H = M * 2^19 +- 1/2 as the end, that
-// is |2^(s+1) a - 2 H b| <= 8. As 2 H is odd each such remainder leaves one b modulo 2^(s+1), so
-// all such pairs can be listed. M / 16 is the half-way value (5 significant bits).
+// Checks all mantissas for which divide() could differ from the true quotient q after rounding to
+// FP8. For this, q must be within 2^-22 ulp of the end of an FP32 rounding interval around a value
+// half-way between FP8 neighbors; elsewhere the error of divide(), 3 * 2^-24 ulp before the last
+// rounding, is too small to matter. Let the mantissas a and b be integers of 24 bits,
+// q = a * 2^s / b with s = 23 or 24, and H = M * 2^19 +- 1/2 the end, where M / 16 is the half-way
+// value (5 significant bits). The condition is then |2^(s+1) a - 2 H b| <= 8. Since 2 H is odd,
+// each remainder determines one b modulo 2^(s+1), so that all such pairs can be listed.
 void check_critical_quotients(const Format& f) {
   long count = 0, pairs = 0;
   for (uint64_t m = 16; m <= 32; ++m)
     for (const int side : {-1, 1})
       for (const int shift : {24, 25}) {
-        if ((m == 16 && side < 0) || (m == 32 && side > 0)) continue;  // of the next binade
+        if ((m == 16 && side < 0) || (m == 32 && side > 0)) continue;  // in the next binade
         const uint64_t end = (m << 20) + side, modulus = 1ull << shift;
         uint64_t inverse = 1;
         for (int i = 0; i < 6; ++i) inverse *= 2 - end * inverse;
@@ -115,7 +116,7 @@ void check_random_quotients(const Format& f) {
     check_quotient(amax, scale, f, count);
     check_quotient(-0.0f, scale, f, count);
     check_quotient(0.0f, scale, f, count);
-    for (int j = 0; j < 4; ++j) {  // anything, and what is nearly half-way between FP8 neighbors
+    for (int j = 0; j < 4; ++j) {  // any value, and values nearly half-way between FP8 neighbors
       const float x = float_of(random() % (amax_bits + 1));
       check_quotient(-x, scale, f, count);
       const double wanted = std::ldexp(int(16 + random() % 16), int(random() % 40) - 24);

@@ -1,4 +1,4 @@
-"""The arithmetic of the CUDA quantizers, which is plain C++, run on the host."""
+"""The arithmetic of the CUDA quantizers is plain C++; this test runs it on the host."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SOURCE = Path(__file__).with_name("cuda_numbers.cpp")
 def test_scales_and_quotients_are_those_of_a_true_division(tmp_path: Path) -> None:
     program = tmp_path / "cuda_numbers"
     compiler = os.environ.get("CXX", "c++")
-    # Where fmaf is an instruction, GCC folds a negation into it and loses the sign of a zero.
+    # If the CPU has FMA, GCC folds a negation into fmaf and loses the sign of a zero.
     exact = ["-ffp-contract=off", "-fno-builtin-fmaf"]
     flags = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", *exact]
     subprocess.run([compiler, *flags, str(SOURCE), "-o", str(program)], check=True)

@@ -1,4 +1,4 @@
-"""dequantize, to the bit: every code and granularity, rounding to the output's dtype, strides."""
+"""dequantize, bit for bit: every code and granularity, rounding to the output's dtype, strides."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ def dequantize(data, scale, out_dtype):
 
 
 def expected(data, scale, row_group, column_group, out_dtype):
-    """data * scale in FP32, rounded once; the groups are given, not inferred."""
+    """data * scale in FP32, rounded once to `out_dtype`. row_group, column_group: the rows and
+    columns that share a scale, stated rather than inferred."""
     codes = data.view(torch.uint8).reshape(math.prod(data.shape[:-1]), data.shape[-1]).cpu().numpy()
     scales = scale.reshape(math.prod(scale.shape[:-1]), scale.shape[-1]).cpu().numpy()
     values = reference.FORMATS[data.dtype].decode(codes)
@@ -40,7 +41,7 @@ def check(data, scale, row_group, column_group, out_dtype=torch.float32):
     bits = torch.int32 if out_dtype == torch.float32 else torch.int16
     y = y.cpu()
     assert torch.equal(y.isnan(), want.isnan())
-    number = ~want.isnan()  # a NaN's payload is nobody's concern
+    number = ~want.isnan()  # a NaN's payload does not matter
     assert torch.equal(y.view(bits)[number], want.view(bits)[number])
 
 
@@ -132,7 +133,8 @@ def test_strides(device):
 @pytest.mark.parametrize("fp8", [E4M3, E5M2])
 @pytest.mark.parametrize("dtype", WIDE)
 def test_round_trip_is_within_half_a_place(dtype, fp8, device):
-    """Of the element, or of the least FP8 value times the scale."""
+    """The error is at most half a unit in the last place: of the element, or of the smallest FP8
+    value times the scale."""
     x = torch.randn(64, 300, device=device).to(dtype)
     data, scale = torch.ops.torchext.quantize_1x128(x, dtype=fp8)
     error = (dequantize(data, scale, torch.float32) - x.float()).abs()
@@ -166,11 +168,12 @@ def test_errors(device):
 
 @pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float16])
 def test_products_are_rounded_to_float32_on_the_way(out_dtype, device):
-    """Scales whose product with 13 lies so near a tie that one rounding and two differ."""
+    """Among many scales, some give products with 13 so near a tie that rounding through FP32 and
+    rounding once differ. The op rounds through FP32."""
     scale = torch.rand(1 << 20) + 0.5
     product = scale.double() * 13
     nearest = product.float()
-    # Rounded to odd, FP32 is only a stop on the way to the correctly rounded product.
+    # FP32 rounded to odd, then rounded to out_dtype, equals the product rounded once.
     toward_zero = nearest.view(torch.int32) - (nearest.double() > product).int()
     odd = torch.where(nearest.double() == product, toward_zero, toward_zero | 1)
     differ = nearest.to(out_dtype) != odd.view(torch.float32).to(out_dtype)

@@ -1,5 +1,5 @@
-"""Quantizers, to the bit, against the numpy reference (support/reference.py): dtypes, hostile
-values, shapes, strides, layout of the outputs, and independence from the machine's settings."""
+"""Quantizers have the bits of the numpy reference (support/reference.py): dtypes, hostile values,
+shapes, strides, layouts of outputs, and independence of the machine's settings."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def quantize(name, x, fp8=E4M3, pow2_scale=False):
 
 
 def matrix(tensor):
-    """All dimensions but the last, folded."""
+    """`tensor` with all dimensions but the last folded into rows."""
     return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
 
 
@@ -46,7 +46,7 @@ def check(name, x, fp8=E4M3, pow2_scale=False):
 
 
 def spread(shape, dtype, device):
-    """Normal, but with rows and columns of very different size."""
+    """Normal data in which rows and columns have very different magnitudes."""
     x = torch.randn(shape, dtype=torch.float64)
     for dim in range(x.dim()):
         sizes = [1] * x.dim()
@@ -79,13 +79,13 @@ def test_any_bits(name, dtype, fp8, device):
 
 
 def hostile_groups(dtype, fp8):
-    """Groups of at most 128 values, each hard in a way of its own."""
+    """Groups of at most 128 values, each of which is difficult in another way."""
     info = torch.finfo(dtype)
     tiny = info.smallest_normal
     least = {torch.bfloat16: 2.0**-133, torch.float16: 2.0**-24, torch.float32: 2.0**-149}[dtype]
     largest = LARGEST[fp8]
     midpoints = torch.from_numpy(reference.FORMATS[fp8].midpoints)
-    amax = torch.tensor([largest])  # so that the scale is 1
+    amax = torch.tensor([largest])  # makes the scale 1
     small_ties = torch.cat([midpoints[:100], -midpoints[:27], amax])
     ties = torch.cat([midpoints[-100:], -midpoints[-27:], amax])
     ramp = torch.linspace(-1, 1, 128, dtype=torch.float64)
@@ -130,7 +130,7 @@ def hostile_groups(dtype, fp8):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", [n for n in FOLDING if "1x128" in n])
 def test_hostile_groups(name, dtype, fp8, pow2_scale, device):
-    """Side by side, so that none disturbs its neighbors; along rows and along columns."""
+    """Hostile groups beside each other, along rows and along columns, do not affect one another."""
     groups = hostile_groups(dtype, fp8)
     x = torch.zeros(len(groups), 128, dtype=dtype)
     for row, group in zip(x, groups.values(), strict=True):
@@ -168,7 +168,7 @@ FOLDING_SHAPES = [(1,), (7,), (300,), (2, 3, 40), (1, 1, 5), (3, 1, 2, 130), (2,
 
 
 def check_layout(name, x):
-    """Strides as DESIGN lays them down: data in rows of a 16-byte pitch, group scales M-major."""
+    """Asserts the documented strides: data with a 16-byte row pitch, group scales M-major."""
     outputs = quantize(name, x)
     leading, columns = x.shape[:-1], x.shape[-1]
     rows = math.prod(leading)
@@ -315,7 +315,7 @@ print(runpy.run_path({file!r})["digest"]())
 
 
 def digest():
-    """Of what all quantizers make of all hostile groups and of strided matrices."""
+    """A hash of the results of all quantizers for all hostile groups and strided matrices."""
     torch.manual_seed(0)
     total = hashlib.sha256()
     for dtype in DTYPES:
