@@ -1,4 +1,4 @@
-"""Grouped FP8 GEMMs, for the layers of a mixture of experts; part of `torchext.ops`.
+"""Grouped GEMMs in FP8, for the layers of a mixture of experts; part of `torchext.ops`.
 
 Group boundaries are an int32 tensor on the operands' device. Only the kernel reads them. So calls
 never synchronize, and a call that is captured into a CUDA graph can be replayed with other groups.
