@@ -1,5 +1,5 @@
-# Every target sets up what it needs: a virtual environment (.venv), the packages of the `dev` group,
-# NVIDIA's compiler from PyPI where no nvcc is found, and the compiled extension. A second run
+# Every target first sets up what it needs: a virtual environment (.venv), the packages of the `dev`
+# group, NVIDIA's compiler from PyPI if no nvcc is found, and the compiled extensions. A second run
 # rebuilds nothing.
 
 PYTHON ?= python3
@@ -23,11 +23,12 @@ $(BUILT): $(VENV)/.ready $(SOURCES)
 demo: $(BUILT)
 	$(BIN)/python -m torchext.demo
 
-# Two tiers. `make check` (under 3 minutes on 2 cores, once built): lint, types and the tests that
-# are neither `slow` nor `alone`. `make test` (40 minutes on 2 cores, building included): all of it.
+# Two tiers. `make check` runs lint, types and the tests that are neither `slow` nor `alone` (under 3
+# minutes on 2 cores, after the build). `make test` runs everything (40 minutes on 2 cores, including
+# the build).
 WORKERS ?= $(shell nproc)
 PYTEST := $(BIN)/python -m pytest --durations=15 --durations-min=1
-# A worker for each core, and one thread of torch's in each worker.
+# One pytest worker for each core, and one torch thread in each worker.
 PARALLEL_PYTEST := OMP_NUM_THREADS=1 $(PYTEST) -n $(WORKERS) --dist worksteal
 
 check: $(BUILT) lint
@@ -40,8 +41,9 @@ test-cpu: $(BUILT)
 	$(PARALLEL_PYTEST) -m "not alone" $(PYTEST_ARGS)
 	$(PYTEST) -m alone $(PYTEST_ARGS)
 
-# The tests of ops and layers on the CUDA kernels' PTX: all of them on Hopper's, those marked
-# `every_architecture` on the PTX of the other generations. Few SMs make launchers choose large tiles.
+# Runs the tests of ops and layers on the PTX of the CUDA kernels: all tests on Hopper's PTX, and those
+# marked `every_architecture` on that of the other generations, with 3 SMs, so that launchers choose
+# large tiles.
 OTHER_ARCHITECTURES := $(shell sed -n 's/^TORCHEXT_PATH(.*, \([0-9]*\), 0)/\1/p' csrc/runtime/architectures.inc)
 test-sim: $(BUILT)
 	@if ls torchext/_ptx/*/*.ptx >/dev/null 2>&1; then \
@@ -64,15 +66,15 @@ format: $(VENV)/.ready
 	$(BIN)/ruff format .
 	git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | xargs $(BIN)/clang-format -i
 
-# Arguments: make bench ARGS="--suite gemm --quick"
+# Pass arguments by ARGS: make bench ARGS="--suite gemm --quick"
 bench: $(BUILT)
 	$(BIN)/python -m benchmarks $(ARGS)
 
-# Arguments: make soak ARGS="--minutes 30 --seed 7"
+# Pass arguments by ARGS: make soak ARGS="--minutes 30 --seed 7"
 soak: $(BUILT)
 	$(BIN)/python -m tests.hardware.soak $(ARGS)
 
-# What the compiler made of every kernel: writes docs/sass_report.md. Needs no GPU.
+# Writes docs/sass_report.md, the facts about every kernel's machine code. Needs no GPU.
 sass-report: $(BUILT)
 	$(BIN)/python tools/sass_report.py
 
@@ -80,7 +82,7 @@ wheel: $(VENV)/.ready
 	$(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w dist .
 	ls -l dist/*.whl
 
-# On a machine with a GPU and its own torch; WHEEL=dist/torchext-...whl from `make wheel`.
+# For a machine with a GPU and its own torch. WHEEL=dist/torchext-...whl comes from `make wheel`.
 gpu-check:
 	@test -n "$(WHEEL)" || { echo 'usage: make gpu-check WHEEL=dist/torchext-...whl'; exit 2; }
 	$(PYTHON) -m tests.hardware.gpu_check --wheel $(WHEEL) $(ARGS)

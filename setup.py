@@ -1,9 +1,10 @@
 """Builds torchext with torch's cpp_extension.
 
-Two extension modules. `torchext._C` is the ops: LibTorch's stable ABI and no Python, so one binary
-for every torch >= 2.10 and every Python, with the CUDA kernels in it wherever nvcc is found.
-`torchext._sim` is the PTX simulator's Python objects: pybind11, for this Python only. Beside them
-go the PTX of every kernel (torchext/_ptx/ARCHITECTURE) and the ptx/isa headers (torchext/include).
+There are two extension modules. `torchext._C` has the ops. It uses LibTorch's stable ABI and no
+Python API, so one binary serves every torch >= 2.10 and every Python. It contains the CUDA kernels
+if nvcc is found. `torchext._sim` has the Python objects of the PTX simulator. It uses pybind11 and
+serves only the Python that built it. The build also adds the PTX of every kernel
+(torchext/_ptx/ARCHITECTURE) and the ptx/isa headers (torchext/include) to the package.
 """
 
 import os
@@ -22,7 +23,7 @@ from nvcc import BY_FOLDER, is_outdated  # noqa: E402
 from toolchain import find_toolkit  # noqa: E402
 
 TOOLKIT = find_toolkit()
-# torch 2.10: the oldest release whose libtorch the binary may be loaded into.
+# torch 2.10 is the oldest release that can load the binary.
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 COMMON = ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", "-Wall", "-Wno-unused-function"]
 
@@ -60,7 +61,7 @@ def op_library() -> cpp_extension.CppExtension:
         include_dirs=include_dirs,
         extra_compile_args={"cxx": cxx, "nvcc": nvcc},
         extra_link_args=link,
-        py_limited_api=True,  # links no libtorch_python
+        py_limited_api=True,  # does not link libtorch_python
     )
 
 
@@ -77,12 +78,12 @@ def simulator() -> Extension:
 
 
 class BuildExtension(cpp_extension.BuildExtension):
-    """torch's build, with our nvcc (csrc/build/nvcc.py) and the data files that go with a build."""
+    """torch's build_ext, with the wrapper csrc/build/nvcc.py as nvcc and with the data files."""
 
     def build_extensions(self):
         os.environ.setdefault("MAX_JOBS", str(os.cpu_count()))
         if TOOLKIT is not None:
-            # CPU-only torch leaves CUDA_HOME None whatever the environment says.
+            # A CPU-only torch leaves this None, even if the environment sets CUDA_HOME.
             cpp_extension.CUDA_HOME = str(TOOLKIT.home)
             os.environ["TORCHEXT_NVCC"] = str(TOOLKIT.nvcc)
             wrapper = ROOT / "csrc" / "build" / "nvcc.py"
@@ -116,16 +117,16 @@ class BuildExtension(cpp_extension.BuildExtension):
         return [source for source in every if source.endswith(".cu")]
 
     def _remove_outdated_kernels(self):
-        """Objects of .cu files that are older than a header they include, or than our nvcc. With
-        CPU-only torch, ninja is told of no headers for them."""
+        """Removes objects of .cu files that are older than a header they include or than the nvcc
+        wrapper. A CPU-only torch does not tell ninja about these headers."""
         for source in self._kernel_sources():
             obj = (Path(self.build_temp) / source).with_suffix(".o")
             if obj.exists() and is_outdated(obj):
                 obj.unlink()
 
     def get_ext_filename(self, name):
-        # The op library has nothing of Python in it, so nothing of Python's ABI in its name. Asked
-        # for with its package (copies) and without (the linker's output).
+        # The op library does not use Python's ABI, so its file name does not contain one. The name
+        # comes with the package (for copies) or without it (for the linker's output).
         *package, module = name.split(".")
         if module == "_C":
             return os.path.join(*package, "_C.so")
@@ -133,7 +134,7 @@ class BuildExtension(cpp_extension.BuildExtension):
 
 
 class BinaryWheel(bdist_wheel):
-    """One wheel for every Python; only torchext._sim is tied to the one that built it."""
+    """One wheel for every Python, although torchext._sim needs the Python that built it."""
 
     def get_tag(self):
         return "py3", "none", super().get_tag()[2]

@@ -1,8 +1,8 @@
-"""PEP 517 backend: setuptools, but built against the torch that is already installed.
+"""PEP 517 backend: setuptools, but building against the torch that is already installed.
 
-An isolated build would download another torch, gigabytes of it, only to read its headers. The
-binary is the same for every torch >= 2.10 (stable ABI), so the installed one serves; a machine
-without torch gets one in the build environment.
+An isolated build would download gigabytes of another torch, only to read its headers. The binary is
+the same for every torch >= 2.10 (stable ABI), so the build uses the installed torch. If none is
+installed, the build environment gets one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = [
 
 
 def get_requires_for_build_wheel(config_settings=None):
-    # setuptools would run setup.py to answer, which imports torch.
+    # setuptools would run setup.py to find out, which imports torch.
     installed = any((site / "torch" / "version.py").exists() for site in installed_site_packages())
     return [] if installed else ["torch>=2.10"]
 
@@ -35,7 +35,7 @@ get_requires_for_build_editable = get_requires_for_build_sdist = get_requires_fo
 
 def _with_installed_torch(hook):
     def run(*arguments, **options):
-        # Last, so that the build environment's own packages win.
+        # Appended, so that the build environment's own packages take precedence.
         sites = map(str, installed_site_packages())
         sys.path += [site for site in sites if site not in sys.path]
         return hook(*arguments, **options)

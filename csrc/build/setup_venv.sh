@@ -1,6 +1,6 @@
-# Usage: setup_venv.sh VENV. Makes the virtual environment that the Makefile works in.
+# Usage: setup_venv.sh VENV. Creates the virtual environment for the Makefile.
 # Keeps the torch that $PYTHON already has, if it is 2.10 or later; otherwise installs $TORCH.
-# Installs NVIDIA's compiler from PyPI where no nvcc is found.
+# Installs NVIDIA's compiler from PyPI if no nvcc is found.
 set -euo pipefail
 venv=$1
 

@@ -1,7 +1,8 @@
-"""Finds the CUDA compiler that the extension is built with, and whatever torch is installed.
+"""Finds the CUDA toolkit to build the extension with, and the interpreter's own site-packages.
 
-Used by setup.py and by the build backend (backend.py), with nothing but the standard library. The
-rule is torchext/_toolchain.py's, loaded by its path: `import torchext` would want the built ops.
+setup.py and the build backend (backend.py) use it, so it imports only the standard library. The
+rule is in torchext/_toolchain.py, which is loaded by its path because `import torchext` needs the
+compiled ops.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ import importlib.util
 import sys
 from pathlib import Path
 
-# NVIDIA's compiler on PyPI: `make` installs these where no nvcc is found. Together they lay a
-# toolkit under site-packages/nvidia/cu13.
+# NVIDIA's compiler on PyPI. `make` installs these packages if no nvcc is found. Together they put a
+# toolkit into site-packages/nvidia/cu13.
 PYPI_TOOLKIT = (
     "nvidia-cuda-nvcc==13.0.*",
     "nvidia-cuda-crt==13.0.*",
@@ -24,7 +25,7 @@ _RULE = Path(__file__).resolve().parents[2] / "torchext" / "_toolchain.py"
 _spec = importlib.util.spec_from_file_location("torchext_toolchain", _RULE)
 assert _spec is not None and _spec.loader is not None
 rule = importlib.util.module_from_spec(_spec)
-sys.modules[_spec.name] = rule  # dataclasses look their module up
+sys.modules[_spec.name] = rule  # dataclasses look up their module here
 _spec.loader.exec_module(rule)
 
 installed_site_packages = rule.installed_site_packages
@@ -35,6 +36,6 @@ def find_toolkit():
     return rule.find_toolkit(to_link=True)
 
 
-if __name__ == "__main__":  # for the Makefile: what pip still has to install to get a compiler
+if __name__ == "__main__":  # for setup_venv.sh: the packages that pip must install for a compiler
     if find_toolkit() is None:
         print(" ".join(PYPI_TOOLKIT))
