@@ -1,5 +1,5 @@
-"""The table of GPUs (csrc/runtime/architectures.inc): what C++ and Python read from it, which
-kernels each GPU takes, the documents, and that no file states a fact of it a second time."""
+"""The table of GPUs (csrc/runtime/architectures.inc): what C++ and Python read from it, the path of
+each GPU, the documents, and that no other file states the table's facts."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_rows_are_in_order_and_paths_latest_first():
     assert list(ROWS) == sorted(ROWS)
     numbers = list(architectures.PATHS.values())
     assert numbers == sorted(numbers, reverse=True)
-    assert numbers[-1] == min(ROWS)  # every GPU of the table can run one
+    assert numbers[-1] == min(ROWS)  # every GPU of the table has a path
 
 
 # ---- the path of every GPU ----
@@ -60,10 +60,10 @@ def test_every_row_has_its_path_tested():
 @pytest.mark.parametrize(
     ("capability", "path"),
     [
-        (82, "sm80"),  # as the nearest earlier row of its major version
+        (82, "sm80"),  # the path of the last earlier row of the major version
         (101, "sm80"), (107, "sm80"), (115, "sm80"), (122, "sm89"),
-        (95, "sm89"),  # 9.0's kernels run on 9.0 alone
-        (130, "sm89"), (255, "sm89"), (256, "sm89"), (990, "sm89"),  # of no known major version
+        (95, "sm89"),  # 9.0's kernels run only on 9.0
+        (130, "sm89"), (255, "sm89"), (256, "sm89"), (990, "sm89"),  # unknown major versions
         (74, None), (70, None), (0, None), (-10, None),  # before the first row
     ],
 )  # fmt: skip
@@ -101,7 +101,7 @@ def test_rates_are_the_data_sheets(capability):
 def test_shared_memory_and_clusters_are_consistent():
     for row in ROWS.values():
         reserved = row.shared_per_sm - row.shared_per_block
-        assert reserved == (0 if row.capability < 80 else 1 << 10)  # the driver's
+        assert reserved == (0 if row.capability < 80 else 1 << 10)  # the driver's share
         assert row.threads_per_sm % 32 == 0
         assert (row.ctas_per_cluster > 0) == row.tma  # both came with Hopper
         assert row.ctas_per_cluster <= row.ctas_per_cluster_max
@@ -116,7 +116,7 @@ def test_paths_have_their_folder_and_target():
         assert list(folder.glob("*.cu")), name
         assert nvcc.architectures(folder / "x.cu") == {ROWS[number].target: (ROWS[number].target,)}
     assert nvcc.gencodes(Path("csrc/gemm/sm100/x.cu")) == [
-        "-gencode=arch=compute_100f,code=sm_100f"  # no PTX: no later generation could run it
+        "-gencode=arch=compute_100f,code=sm_100f"  # no PTX, which no later generation could run
     ]
 
 
@@ -148,9 +148,9 @@ def test_the_document_says_what_is_compiled():
         assert re.findall(r"compute_\w+", cells[1]) == re.findall(r"compute_\w+", codes)
 
 
-# ---- no fact stands twice ----
+# ---- each fact stands once ----
 
-# Turing's 64 KiB is too round a number to look for.
+# Left out: Turing's 64 KiB, a number that has other uses in too many files.
 SHARED = {n for row in ROWS.values() for n in (row.shared_per_sm, row.shared_per_block)} - {65536}
 SIZES = "|".join(str(size >> 10) for size in SHARED)
 BYTES = "|".join(map(str, SHARED))
@@ -165,7 +165,7 @@ COPIES = {
     "the numbers of the paths": rf"[\"'](?:{PATHS})[\"']: *(?:{NUMBERS})\b",
     "the order of the paths": r"Path::sm\d+,\s*Path::sm\d+",
 }
-# Files that may: the table, and tests whose expectations must not come from it.
+# Files that may state the facts: the table, and tests whose expectations must not come from it.
 INDEPENDENT = {
     "csrc/runtime/architectures.inc", "tests/test_architectures.py", "tests/sim/test_targets.py",
     "tests/packaging/test_sass_report.py",

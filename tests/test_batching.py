@@ -1,5 +1,5 @@
-"""The ops under torch.vmap, torch.func and forward-mode derivatives: what each element gives by
-itself."""
+"""The ops under torch.vmap, torch.func and forward-mode derivatives give the results of separate
+calls for each element of a batch."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from support.op_samples import (
 from torchext import Recipe, ops
 from torchext.ops.linear import op_options
 
-pytestmark = pytest.mark.large  # batches say nothing of the kernels
+pytestmark = pytest.mark.large  # batches do not depend on the kernels
 
 
 def bits(outputs):
@@ -34,14 +34,14 @@ def bits(outputs):
 
 
 def assert_elements(batched, elements, dim=0):
-    """Each element of a batch of results has the values of its own result."""
+    """Asserts that each element of a batch of results equals the result of its own call."""
     for index, element in enumerate(elements):
         got = tree_map(lambda t, index=index: t.select(dim, index), bits(batched))
         torch.testing.assert_close(got, bits(element), rtol=1e-5, atol=1e-4, equal_nan=True)
 
 
 def stacked(elements):
-    """Tensors of a batch, as torch.stack lays them out: without the pitch of their rows."""
+    """The batch, as torch.stack lays it out: without the row pitch of its elements."""
     return tree_map(lambda *ts: None if ts[0] is None else torch.stack(ts), *elements)
 
 
@@ -82,7 +82,7 @@ def test_what_an_op_refuses_it_refuses_in_a_batch(name, device):
 @pytest.mark.parametrize("m", [1, 37])
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_products_of_what_was_quantized_in_the_batch(granularity, m, device):
-    """Elements have the layout that products read."""
+    """Tensors that were quantized in a batch have the layout that GEMMs require."""
     quantize_a, quantize_b = {
         "1d2d": (ops.quantize_1x128, ops.quantize_128x128),
         "1d1d": (ops.quantize_1x128, ops.quantize_1x128),
@@ -109,7 +109,7 @@ def test_products_of_what_was_quantized_in_the_batch(granularity, m, device):
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_products_of_stacked_operands(granularity, transposed, device):
-    """A stack has lost the layout of its elements, which get it back."""
+    """A stack loses the layout of its elements; the batching rule restores it."""
     elements = [quantized(granularity, 37, 40, 200, device=device) for _ in range(3)]
     operands = stacked(elements)
     dim = 0
@@ -140,7 +140,7 @@ def test_grouped_products(case, granularity, device):
         lambda *t: function(*t[: len(tensors)], **dict(zip(names, t[len(tensors) :], strict=True)))
     )(*tensors, *options.values())
     assert_elements(batched, expected)
-    # into a batch of outputs
+    # out= may be a batch too.
     out = torch.zeros_like(batched)
     arguments = (*tensors, *options.values(), out)
 
@@ -164,7 +164,7 @@ def test_fused_products(name, options, device):
     function = getattr(ops, name)
     batched = vmap(lambda *t: function(*t, **options))(*stacked(elements))
     assert_elements(batched, [function(*element, **options) for element in elements])
-    # and on: the result of the batch is an operand
+    # The result of a batch may be an operand of the next GEMM.
     down = quantized("1d2d", 20, 16, batched[0].shape[-1], device=device)[2:]
     again = vmap(lambda data, scale: ops.fp8_gemm_nt(data, scale, *down))(*batched)
     assert_elements(
@@ -217,7 +217,7 @@ def test_gradients_of_biases_and_scales_at_any_level(device):
     expected = leaves.grad
     torch.testing.assert_close(vmap(grad(loss))(biases), expected)
     torch.testing.assert_close(grad(lambda b: vmap(loss)(b).sum())(biases), expected)
-    second = grad(lambda b: grad(loss)(b).sum())(biases[0])  # linear in the bias: 2 for each row
+    second = grad(lambda b: grad(loss)(b).sum())(biases[0])  # 2 for each row
     torch.testing.assert_close(second, torch.full_like(biases[0], 40.0))
 
     data, scale = ops.quantize_1x128(random(20, 300, device=device))
@@ -252,7 +252,7 @@ def test_opcheck_of_the_layers_ops(recipe, leading, device):
     granularity, input_dtype, weight_dtype, grad_dtype, pow2_scale = op_options(recipe)
     x, w, dy, bias = wide(*leading, 208), wide(40, 208), wide(*leading, 40), wide(40)
     options = granularity, input_dtype, weight_dtype, grad_dtype, pow2_scale
-    # The gradients' ops refuse to be differentiated, as opcheck would.
+    # opcheck differentiates ops. The ops of gradients refuse this, so their inputs are detached.
     for arguments in ((x, w, bias, *options), (x.detach(), w, None, *options, torch.bfloat16)):
         opcheck(overload("_linear"), arguments)
     x, w, dy = x.detach(), w.detach(), dy.detach()

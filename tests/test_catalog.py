@@ -1,4 +1,4 @@
-"""What holds of every op, on the samples of its catalog entry. A new op needs no line here."""
+"""Tests of every op on the samples of its catalog entry. A new op needs no line here."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ every_op = pytest.mark.parametrize("name, label", FIRST, ids=CATALOG)
 
 
 def op(name, sample):
-    """The overload that the sample is a call of."""
+    """The overload that the sample calls."""
     return overload(name, "out" if "out" in sample.kwargs else "default")
 
 
@@ -46,11 +46,11 @@ def tensors(sample):
 
 
 def keeps_strides(sample):
-    """A clone, which has no padding between rows, is laid out as the sample is."""
+    """Whether clones of the sample's tensors keep their strides; clones have no row padding."""
     return all(t.clone().stride() == t.stride() for t in tensors(sample))
 
 
-# opcheck clones its arguments: of each overload, a sample that this does not change.
+# opcheck clones its arguments. This has, for each overload, a sample whose clones keep strides.
 CHECKED = FIRST + [
     (name, "accumulate")
     for name, label in SAMPLES
@@ -66,7 +66,7 @@ def test_every_op_has_an_entry():
 
 @pytest.fixture
 def new_op(monkeypatch):
-    """An entry of an op that no program names."""
+    """Adds an entry for an op that no program names."""
     entry = dataclasses.replace(CATALOG["quantize_1x128"], name="new_op")
     monkeypatch.setitem(CATALOG, "new_op", entry)
 
@@ -104,7 +104,7 @@ def test_the_first_sample_is_ordinary(name, label):
 
 @every_sample
 def test_kernels_equal_the_reference(name, label, device):
-    """To the bit, or within the entry's bound."""
+    """Results are bit-equal or within the entry's bound."""
     entry = CATALOG[name]
     given = entry.sample(label, device)
     check(entry, getattr(ops, name)(*given.args, **given.kwargs), entry.expected(label))
@@ -121,7 +121,7 @@ def test_samples_are_the_same_on_every_device(name, label, device):
 
 @every_sample
 def test_fakes_equal_the_kernels(name, label, device):
-    """In shape, dtype, device and strides; quantizers' references too."""
+    """Fakes, and quantizers' references, have the kernels' shapes, dtypes, devices and strides."""
     given, function = CATALOG[name].sample(label, device), getattr(ops, name)
     real = function(*given.args, **given.kwargs)
     with FakeTensorMode() as mode:
@@ -168,7 +168,7 @@ def test_compile_to_one_graph(name, label, device):
     torch._dynamo.reset()
 
 
-@pytest.mark.large  # batches say nothing of the kernels
+@pytest.mark.large  # batches do not depend on the kernels
 @every_op
 def test_vmap(name, label, device):
     function, given = getattr(ops, name), CATALOG[name].sample(label, device)
@@ -211,7 +211,7 @@ def test_least_traffic(name, label):
 
 @every_op
 def test_errors_name_op_and_argument(name, label, device):
-    """An operand of a dtype that no op takes; tests/test_errors.py has the other errors."""
+    """Passes a dtype that no op takes; tests/test_errors.py has the other errors."""
     given = CATALOG[name].sample(label, device)
     wrong = given.args[0].double()
     with pytest.raises(TypeError, match=rf"^{name}: (x|a|data) must be .*torch\.float64"):

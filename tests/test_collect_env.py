@@ -1,4 +1,4 @@
-"""`python -m torchext.collect_env` says what a bug report needs."""
+"""`python -m torchext.collect_env` prints what a bug report needs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""convert_to_fp8_training: what it converts, what it leaves alone, and what it says of both.
+"""convert_to_fp8_training: which layers it converts, which it skips, and what it reports.
 
 Above 500 lines because each reason for leaving a parameter wide has a small model of its own.
 """
@@ -28,7 +28,7 @@ class Block(nn.Module):
     def __init__(self, width: int = 128, experts: int = 8) -> None:
         super().__init__()
         self.query = nn.Linear(width, width)
-        self.output = nn.Linear(width, width, bias=False)  # inside a block: no output head
+        self.output = nn.Linear(width, width, bias=False)  # inside a block, so no output head
         self.gate = nn.Linear(width, 2 * width)  # SwiGLU's
         self.down = nn.Linear(2 * width, width)
         self.moe = nn.ModuleDict({"gate": nn.Linear(width, experts)})
@@ -133,7 +133,7 @@ def linears(*names: str) -> nn.Module:
         (["0", "2"], ["0", "2"]),
         (["0.0", "0.1"], ["0.0", "0.1"]),
         (["layers.0.q", "layers.1.q"], ["layers.*.q (2)"]),
-        (["layers.7.q"], ["layers.7.q"]),  # alone: its own name
+        (["layers.7.q"], ["layers.7.q"]),  # a single layer keeps its name
         (["0.q", "1.q", "10.q"], ["*.q (3)"]),
         (["h.0.mlp.1", "h.1.mlp.1"], ["h.*.mlp.* (2)"]),
         (["w1.v2"], ["w1.v2"]),  # digits within a name
@@ -163,7 +163,7 @@ def _replaced_forward() -> nn.Module:
 
 
 class Experts(nn.Module):
-    """As transformers and torchtitan hold them."""
+    """Experts as transformers and torchtitan hold them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -172,7 +172,7 @@ class Experts(nn.Module):
 
 
 class Conv1D(nn.Module):
-    """As transformers' GPT-2 holds its weights."""
+    """A layer as transformers' GPT-2 has it, with its weight transposed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -180,7 +180,8 @@ class Conv1D(nn.Module):
 
 
 class Bare(nn.Module):
-    """A matrix and, as in a vision transformer, positions: three dimensions, and no experts."""
+    """A bare matrix, and position embeddings of a vision transformer, which have three dimensions
+    but are no experts."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -289,7 +290,7 @@ def test_a_model_in_which_nothing_converts_is_warned_of(make, filter_fn, reason)
     assert warning.filename == __file__
 
 
-# ---- a result that is kept ----
+# ---- a result that a model keeps ----
 
 
 class KeepsItsResult(nn.Module):
@@ -329,7 +330,8 @@ def test_a_result_and_a_model_that_keeps_it_are_copied(copied):
         with pytest.raises(TypeError, match="read-only"):
             kept.skipped["linear"] = "no reason"
     assert copy.deepcopy(model).conversion.model is not model
-    assert len({model.conversion, copied(model.conversion)}) == 2  # by identity, as modules
+    # Hashed by identity, like modules.
+    assert len({model.conversion, copied(model.conversion)}) == 2
 
 
 def test_result_as_plain_data():
@@ -362,7 +364,7 @@ def test_reasons_cannot_be_changed(change):
         change(KeepsItsResult().conversion.skipped)
 
 
-# ---- the way back ----
+# ---- revert_to_linear ----
 
 
 def test_a_model_becomes_wide_again(device):
@@ -372,8 +374,8 @@ def test_a_model_becomes_wide_again(device):
     kinds = [type(module) for module in model.modules()]
     parameters, text = list(model.parameters()), repr(model)
     convert_to_fp8_training(model, Recipe.rowwise())
-    assert not torch.equal(model(tokens), plain)  # and leaves FP8 weights behind, if they are kept
-    assert repr(model).count("fp8=rowwise") == 4  # of either block, printed once
+    assert not torch.equal(model(tokens), plain)  # may also make the layers keep FP8 weights
+    assert repr(model).count("fp8=rowwise") == 4  # equal blocks are printed once
     assert revert_to_linear(model) == CONVERTED
     assert [type(module) for module in model.modules()] == kinds
     assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))

@@ -10,7 +10,7 @@ from torchext._dispatch.declaration import DECLARATIONS, declare
 
 
 def of_cpp():
-    """Names of all overloads that csrc/ops.cpp defines; what Python defines has no CPU kernel."""
+    """Names of the overloads that csrc/ops.cpp defines; those from Python have no CPU kernel."""
     names = {
         name for name in torch._C._dispatch_get_all_op_names() if name.startswith("torchext::")
     }
@@ -43,7 +43,7 @@ def test_an_op_that_cpp_lacks_is_an_error():
 
 
 def multiplies(name):
-    """Whether an op takes two operands of a product: its second matrix has a name of its own."""
+    """Whether an op is a GEMM, which its second operand's name shows."""
     arguments = {a.name for a in getattr(torch.ops.torchext, name).default._schema.arguments}
     return bool({"b", "weight"} & arguments) or {"dy", "input"} <= arguments
 

@@ -1,4 +1,4 @@
-"""The demonstration, cut short: it learns, compares, reports; its text and model are sound."""
+"""A short run of the demonstration learns, compares and reports; its text and model are sound."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The snippets of three documents, as a reader runs them: in order, in one fresh interpreter, each
-printing what the document shows."""
+"""The snippets of three documents print what the documents show, if a reader runs them in order in
+one fresh interpreter. Also checks the glossary."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ MARK = "==== end of snippet ===="
 
 
 def snippets(document: str) -> list[tuple[str, str]]:
-    """(code, what it prints) of each Python block; the output is the text block after it."""
+    """(code, output) of each Python block; the output is the text block that follows it."""
     blocks = re.findall(r"```python\n(.*?)```\n(?:\n```text\n(.*?)```)?", document, re.DOTALL)
     return [(code, output) for code, output in blocks]
 
 
 def assert_prints(printed: str, shown: str) -> None:
-    """Equal, but for what `...` leaves out (at the end of a line the rest, on a line of its own any
-    lines) and for the digits of decimal fractions, which may differ by 5 %."""
+    """Asserts equality. `...` at the end of a line stands for its rest, on a line of its own for
+    any lines. Decimal fractions may differ by 5 %."""
     pattern, expected = "", []
     for line in shown.splitlines():
         if line == "...":
@@ -115,7 +115,7 @@ def test_the_readme_links_the_glossary():
 
 
 def test_the_glossary_is_in_order():
-    """Every line of a table is a row; each section is sorted, and no word has two meanings."""
+    """Every line of a table is a row; each section is sorted; no word has two rows."""
     lines = [line for line in GLOSSARY.splitlines() if line.startswith("|")]
     assert len(lines) == len(ROWS) + 2 * GLOSSARY.count("\n## ")
     for section in GLOSSARY.split("\n## ")[1:]:

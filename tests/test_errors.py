@@ -1,5 +1,5 @@
-"""Every error that an op documents: its class, and that it names the op, the argument, what was
-expected, what came and the remedy."""
+"""Every error that an op documents: its class, and that it names the op, the argument, what the op
+expects, what it got and the remedy."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ from torchext._dispatch.errors import python_error
 
 
 def expect(exception, *parts):
-    """Of exactly this class, naming each part in this order, free of the tag and of a context."""
+    """Expects an error of exactly this class that has the parts in this order, without the class's
+    tag and without a context."""
     pattern = ".*".join(re.escape(part) for part in parts)
 
     class Expectation:
@@ -226,8 +227,7 @@ class TestGemmErrors:
 class TestGroupedGemmErrors:
     @pytest.fixture(params=GROUPINGS)
     def call(self, request, device):
-        """The op's name, its function with all arguments but those given, and where its index is:
-        a position or a keyword."""
+        """The op's name, a function that calls it with changed arguments, and its tensors."""
         name, tensors, options = grouped(request.param, 20, 40, 300, device=device)
 
         def call(changed=(), **changes):
@@ -321,7 +321,7 @@ class TestGroupedGemmErrors:
             ops.m_grouped_fp8_gemm_nt_masked(a, a_scale, *rest, expected_m=-1)
         with expect(ValueError, name, "agree in G", "[2, 20, 300]", "[3, 40, 300]"):
             ops.m_grouped_fp8_gemm_nt_masked(a[:2], a_scale[:2], *rest)
-        by_group = torch.ones(3, 3, 20, device=device).mT  # DeepGEMM's, which does not fold
+        by_group = torch.ones(3, 3, 20, device=device).mT  # DeepGEMM's layout, which does not fold
         with expect(ValueError, name, "leading dimensions of a_scale", "fold", "(60, 1, 20)"):
             ops.m_grouped_fp8_gemm_nt_masked(a, by_group, *rest)
 
@@ -333,7 +333,7 @@ class TestGroupedGemmErrors:
                 ops.k_grouped_fp8_gemm_nt(a, wrong[0], b, wrong[1], offsets)
 
     def test_indices_out_of_range_on_the_cpu(self):
-        """Where they can be seen. Nothing is written."""
+        """Only the CPU can check indices. A call that raises writes nothing."""
         for case, argument, values in (
             ("offsets", "offsets", [5, 4, 20]),
             ("offsets", "offsets", [5, 6, 21]),
@@ -375,7 +375,7 @@ class TestFusedGemmErrors:
 
 
 def test_the_op_itself_raises_a_runtime_error_that_names_the_class(device):
-    """What torch.ops callers and compiled graphs see: the stable ABI has no other class."""
+    """torch.ops callers and compiled graphs see it: the stable ABI has no other class."""
     with pytest.raises(RuntimeError, match=r"\[TypeError\]"):
         torch.ops.torchext.quantize_1x128(torch.zeros(4, 16, device=device, dtype=torch.int32))
 

@@ -1,4 +1,4 @@
-"""FlopCounterMode on the ops: two for each multiplication of a product."""
+"""FlopCounterMode counts two FLOP for each multiplication of a GEMM."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_products(leading, device):
 
 @pytest.mark.parametrize("case", GROUPINGS)
 def test_grouped_products(case, device):
-    """Every row counts, whichever group it belongs to; of masked groups, all m rows."""
+    """Every row counts, also one of no group; masked groups count all their m rows."""
     name, tensors, options = grouped(case, 20, 40, 208, device=device)
     function = getattr(ops, name)
     expected = 2 * 20 * 40 * 208 * (3 if case == "masked" else 1)

@@ -1,4 +1,4 @@
-"""torchext.ops.restore_layout: a quantized pair that was copied gets back what products ask for."""
+"""torchext.ops.restore_layout gives a copied quantized pair the layout that GEMMs require."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def _by_size(tensor: Tensor) -> Tensor:
 
 
 def _packed(tensor: Tensor) -> Tensor:
-    """Into a larger buffer, where nothing is aligned."""
+    """Copies into a larger buffer, at an unaligned offset."""
     buffer = torch.empty(tensor.numel() + 3, dtype=tensor.dtype, device=tensor.device)
     return buffer[3:].view(tensor.shape).copy_(tensor)
 
@@ -58,7 +58,7 @@ def _random(*shape: int, device: torch.device) -> Tensor:
 
 
 def pairs(m: int, n: int, k: int, device: torch.device) -> list[tuple[tuple[Tensor, Tensor], ...]]:
-    """Operands a [m, k] and b [n, k] of each granularity, transposes among them."""
+    """Operands a [m, k] and b [n, k] of each granularity, including transposes."""
     x, w = _random(m, k, device=device), _random(n, k, device=device)
     rows, blocks = ops.quantize_1x128(x), ops.quantize_128x128(w)
     x_t, w_t = x.t().contiguous(), w.t().contiguous()
@@ -121,7 +121,7 @@ def test_expanded_scales(device):
         ops.quantize_1x128(_random(9, 200, device=device)),
         ops.quantize_128x128(_random(72, 200, device=device)),
     )
-    halves = torch.full((1, 1), 0.5, device=device).expand(9, 2)  # of strides (0, 0)
+    halves = torch.full((1, 1), 0.5, device=device).expand(9, 2)  # strides (0, 0)
     got = ops.fp8_gemm_nt(*ops.restore_layout(a[0], halves), *b)
     a[1].fill_(0.5)
     assert torch.equal(got, ops.fp8_gemm_nt(*a, *b))

@@ -1,4 +1,4 @@
-"""Loading the op library, what a build says of itself, and what `import torchext` costs."""
+"""Loading the op library, facts that a build reports, and the cost of `import torchext`."""
 
 from __future__ import annotations
 
@@ -205,7 +205,7 @@ def test_import_loads_neither_the_simulator_nor_the_references():
 
 
 def test_import_loads_no_slow_part_of_torch():
-    """Dynamo takes seconds, DTensor most of one; whoever uses them has imported them."""
+    """Importing Dynamo takes seconds and DTensor most of a second; only their users should pay."""
     parts = ("torch._dynamo", "torch._inductor", "torch.distributed.tensor")
     script = f"import sys, torchext; print(*(set({parts}) & set(sys.modules)))"
     result = subprocess.run(
@@ -264,6 +264,6 @@ def test_the_package_is_marked_as_typed():
 
 
 def test_every_folder_of_the_package_is_a_package() -> None:
-    """setup.py finds no other, so a wheel would lack its modules."""
+    """setup.py finds only packages, so a wheel would lack the modules of any other folder."""
     folders = {file.parent for file in (ROOT / "torchext").rglob("*.py")}
     assert folders and all((folder / "__init__.py").is_file() for folder in folders)

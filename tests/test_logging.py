@@ -57,7 +57,7 @@ def test_conversions_say_how_many_layers_and_which_not(caplog):
 
 def test_forced_paths_are_recorded(caplog):
     with caplog.at_level(logging.INFO, "torchext"), gemm_selection.forced_path("sm80"):
-        assert not caplog.records  # at DEBUG alone
+        assert not caplog.records  # logged at DEBUG only
     with caplog.at_level(logging.DEBUG, "torchext"), gemm_selection.forced_path("sm80"):
         pass
     messages = [record.getMessage() for record in caplog.records]

@@ -1,4 +1,4 @@
-"""The list "A new op" of CONTRIBUTING.md, walked for every op: each place names it, or runs it."""
+"""CONTRIBUTING.md's list "A new op" holds for every op: each place names the op, or runs it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ITEM = re.compile(r"^(\d+)\. \*\*(.+?)\*\* \(((?:`[^`]+`(?:, )?)+)\): ", re.MULT
 
 
 def places() -> dict[str, list[str]]:
-    """What the list calls a place -> where it is."""
+    """A place's title in the list -> the patterns of its files."""
     text = (ROOT / "CONTRIBUTING.md").read_text()
     _, _, section = text.partition("## A new op\n")
     section = section.partition("\n## ")[0]
@@ -29,7 +29,7 @@ def places() -> dict[str, list[str]]:
 
 
 PLACES = places()
-KERNELS = ("CPU kernel", "CUDA kernel")  # several ops share one, so it has a name of its own
+KERNELS = ("CPU kernel", "CUDA kernel")  # shared by ops, so files do not name each op
 
 
 def files(pattern: str) -> list[Path]:
@@ -39,7 +39,7 @@ def files(pattern: str) -> list[Path]:
 
 
 def names(op: str, text: str) -> bool:
-    """`op` is a word of `text`, or short for one: `quantize_1x128`, `_t` names quantize_1x128_t."""
+    """Whether `text` names `op`, in full or by its ending: `quantize_1x128`, `_t`."""
     if re.search(rf"\b{op}\b", text):
         return True
     for item in re.split(r"\n- ", text):
@@ -83,7 +83,7 @@ def test_it_has_kernels(op):
 
 
 def work(sample) -> float:
-    """A small sample is enough, but none that is empty."""
+    """A sample's number of elements, to find the smallest; infinite if a tensor is empty."""
     sizes = [t.numel() for t in sample.args if isinstance(t, torch.Tensor)]
     return sum(sizes) if all(sizes) else float("inf")
 

@@ -26,7 +26,7 @@ from torchext import ops, reference
 
 
 def registered_ops():
-    """The public ones: an underscore marks aliases and private ops."""
+    """The names of the public ops; an underscore marks aliases and private ops."""
     names = {name.split(".")[0] for name in torch._C._dispatch_get_all_op_names()}
     prefix = "torchext::"
     public = {n.removeprefix(prefix) for n in names if n.startswith(prefix)}
@@ -54,7 +54,7 @@ def test_functions_have_the_arguments_of_their_schemas(name):
             default = signature.parameters[argument.name].default
             if argument.has_default_value():
                 assert default == argument.default_value
-            elif argument.name != "out":  # the overload's, absent from the default one
+            elif argument.name != "out":  # only the out overload has this argument
                 assert default is inspect.Parameter.empty
 
 
@@ -134,8 +134,8 @@ def test_compile_quantizers(name, compiled, device):
 
 @pytest.mark.parametrize("name", QUANTIZERS)
 def test_compile_quantizers_once_for_all_sizes(name, compiled, device):
-    """Any sizes that torch does not itself tell apart: it guards on which outputs are contiguous,
-    that is, on sizes <= 1, on sizes of one group and on multiples of 16."""
+    """One graph serves all sizes that torch's guards do not distinguish. They ask which outputs are
+    contiguous, which depends on sizes <= 1, sizes of one group and multiples of 16."""
     function, counter = compiled(getattr(ops, name), dynamic=True)
     for shape in [(137, 300), (301, 135), (1001, 513)]:
         x = random(*shape, device=device)
@@ -158,7 +158,8 @@ def test_compile_gemm_once_for_all_sizes(granularity, compiled, device):
 def test_compile_grouped_gemms_once_for_all_sizes(case, compiled, device):
     name, _, _ = grouped(case, 0, 0, 0, device=device)
     function, counter = compiled(getattr(ops, name), dynamic=True)
-    for m, n, k in [(150, 201, 515), (133, 157, 299), (303, 257, 459)]:  # at first all differ
+    # The sizes of the first call must all differ.
+    for m, n, k in [(150, 201, 515), (133, 157, 299), (303, 257, 459)]:
         _, tensors, options = grouped(case, m, n, k, device=device)
         assert_same(function(*tensors, **options), getattr(ops, name)(*tensors, **options))
     assert counter.frame_count == 1

@@ -1,4 +1,4 @@
-"""torchext.Recipe: the three that users know, and refusals of what cannot be."""
+"""torchext.Recipe: the three named recipes, and errors for impossible ones."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The references against values worked out by hand, and the ops against the references: to the bit
-for quantizers and dequantize, within the tensor core's rounding for the GEMM."""
+"""References are compared with values computed by hand, and ops with references: bit for bit for
+quantizers and dequantize, within the tensor core's rounding for GEMMs."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def test_quantizers_of_other_ranks_equal_their_references(name, shape, device):
 @pytest.mark.parametrize("shape", STACKS)
 @pytest.mark.parametrize("name", BLOCKS)
 def test_blocks_of_stacks_equal_their_references(name, shape, device):
-    """Matrices in any strides, and each equal to the bit to what it is alone."""
+    """Matrices may have any strides, and each has the bits of a separate call."""
     x = random(*shape, device=device, dtype=torch.float32) * 3
     wide = random(*shape[:-1], 2 * shape[-1] + 1, device=device)
     for y in (x, x.mT, x.transpose(0, -1), wide[..., 1::2], x[:1].expand(shape)):
@@ -214,7 +214,7 @@ def test_dequantize_of_the_transpose(device):
         ops.dequantize(data_t, scale_t, out_dtype=torch.float32),
         reference.dequantize(data_t, scale_t, out_dtype=torch.float32),
     )
-    # ... and of views, which lie column-major.
+    # dequantize also takes views in column-major order.
     y = ops.dequantize(data_t.t(), torch.ones(1, 1, device=device), out_dtype=torch.float32)
     torch.testing.assert_close(y, data_t.float().t(), rtol=0, atol=0)
 
@@ -228,7 +228,7 @@ def test_gemm_is_near_its_reference(granularity, size, out_dtype, device):
     bias = random(n, device=device)
     start = random(m, n, device=device, dtype=out_dtype)
     exact = reference.fp8_gemm_nt(a, a_scale, b, b_scale, bias=bias)
-    # The sum of the magnitudes of what was added: what rounding errors are relative to.
+    # Rounding errors are relative to the sum of the magnitudes of all addends.
     magnitude = reference.fp8_gemm_nt(
         a.float().abs().to(a.dtype), a_scale, b.float().abs().to(b.dtype), b_scale
     )
@@ -252,7 +252,7 @@ def test_gemm_is_near_its_reference(granularity, size, out_dtype, device):
 
 @pytest.mark.parametrize("case", GROUPINGS)
 def test_grouped_references_by_hand(case):
-    """Identity matrices times the number of their group: what each row meets, and where it goes."""
+    """Each group's matrix is a multiple of the identity, so rows show their group and place."""
     eye = torch.eye(4)
     x, x_scale = reference.quantize_rowwise(torch.arange(1.0, 25).reshape(6, 4))
     x_scale = x_scale.double()

@@ -1,4 +1,4 @@
-"""What torch knows of the ops beyond their kernels: fake kernels, opcheck, gradients."""
+"""What is registered for the ops besides kernels: fake kernels, gradients, opcheck."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def symbolic(mode, tensor):
 
 @pytest.mark.parametrize("name", QUANTIZERS)
 def test_fakes_of_quantizers_keep_sizes_symbolic(name, device):
-    """No size becomes a constant, and the formulas give the kernels' strides at the hint."""
+    """No size becomes a constant, and for the example sizes the strides equal the kernels'."""
     shape = (37, 300) if name in BLOCKS else (3, 37, 300)
     x = random(*shape, device=device)
     shape_env = ShapeEnv()
@@ -168,8 +168,8 @@ def test_opcheck_dequantize(quantize, differentiable, device):
     )
 
 
-# opcheck clones its arguments, and a clone keeps no padding between rows: only sizes that need none
-# can pass, a K that is a multiple of 16 and an M and N that are multiples of 4.
+# opcheck clones its arguments, and a clone has no padding between rows. Hence these sizes need no
+# padding: K is a multiple of 16, M and N are multiples of 4.
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("leading", [None, (2, 4)])
 def test_opcheck_gemm(granularity, leading, device):
@@ -226,7 +226,7 @@ def test_gradients_stop_at_quantizers(name, device):
         y = ops.dequantize(data, scale, out_dtype=torch.float32)
         with pytest.raises(RuntimeError, match="does not require grad"):
             y.sum().backward()
-        (x.float() * y).sum().backward()  # what goes around the quantizer still arrives
+        (x.float() * y).sum().backward()  # gradients that bypass the quantizer still arrive
         torch.testing.assert_close(x.grad.float(), y, rtol=2**-8, atol=0)
 
 
@@ -288,7 +288,7 @@ def in_groups(case, grad, tensors, options):
 @pytest.mark.parametrize("bias_dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("case", M_GROUPINGS)
 def test_gradient_of_the_bias_of_groups(case, bias_dtype, device):
-    """Each group's: the sum over its rows. Rows of no group, which hold NaN here, are left out."""
+    """A group's bias gradient is the sum over its rows. Rows of no group (NaN) do not count."""
     name, tensors, options = grouped(case, 150, 40, 200, device=device)
     none = {"offsets": slice(140, None), "group ids": slice(5, 9), "masked": (1, slice(30, None))}
     if case == "offsets":
@@ -329,7 +329,7 @@ def test_bias_changes_nothing_but_the_gradient(device):
 
 
 def test_ops_themselves_have_the_gradients_of_their_functions(device):
-    """And, where none is asked, end in the aliases that the functions call."""
+    """Ops have their functions' gradients; calls that need none reach below-autograd aliases."""
     a, a_scale, b, b_scale = quantized("1d2d", 20, 40, 300, device=device)
     bias = random(40, device=device).requires_grad_()
     for name, arguments, options, tensor in (
@@ -347,7 +347,7 @@ def test_ops_themselves_have_the_gradients_of_their_functions(device):
 
 
 def test_fakes_under_inference_mode(device):
-    """Inference tensors have no autograd keys: their calls do not end in an alias."""
+    """Inference tensors have no autograd keys, so their calls do not reach an alias."""
     with torch.inference_mode():
         operands = quantized("1d2d", 12, 40, 200, device=device)
         with FakeTensorMode() as mode:

@@ -1,4 +1,4 @@
-"""Facts that C++ and Python each need to state: the two statements agree."""
+"""Facts that C++ and Python must both state agree."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CPP = {
 
 
 def enumerators(name: str, file: str) -> dict[str, int]:
-    """{enumerator: value} of the one `enum class NAME` in a file of that name."""
+    """{enumerator: value} of the only `enum class NAME` in files called `file`."""
     pattern = rf"enum class {name}\b[^{{]*{{([^}}]*)}}"
     (body,) = (
         match
@@ -68,7 +68,7 @@ def test_tensor_map_codes():
     names = {"u8": "uint8", "f16": "float16", "f32": "float32", "bf16": "bfloat16"}
     assert elements == {short: types[name] for short, name in names.items()}
     cuda = next(iter(Path("/usr/local").glob("cuda*/include/cuda.h")), None)
-    if cuda is not None:  # what both were taken from
+    if cuda is not None:  # the source of both
         text = cuda.read_text()
         enum = re.search(r"typedef enum CUtensorMapDataType_enum \{(.*?)\}", text, re.DOTALL)
         codes = re.findall(r"CU_TENSOR_MAP_DATA_TYPE_(\w+)", enum[1])
@@ -86,7 +86,7 @@ def test_elements_that_share_a_scale():
 
 
 def test_largest_fp8_values():
-    """C++ states them where kernels need a constant; each is one of PyTorch's two."""
+    """C++ states the largest FP8 values as constants; each is one of PyTorch's two."""
     stated = [
         float(value)
         for path, text in CPP.items()
