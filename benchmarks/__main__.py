@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     environment = describe(options.device)
     if "reason" in environment.get("gpu", {}):
-        print(f"--device cuda: {environment['gpu']['reason']}", file=sys.stderr)
+        print(f"benchmarks: --device cuda: {environment['gpu']['reason']}", file=sys.stderr)
         return 2
     out = options.out or default_folder(environment)
     out.mkdir(parents=True, exist_ok=True)

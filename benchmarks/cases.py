@@ -214,7 +214,8 @@ def select(
     for shape, match in zip(shapes, given, strict=True):
         if not match and shape not in known:
             raise ValueError(
-                f"--shapes: expected MxNxK or one of {', '.join(known)} on {device}, got {shape!r}"
+                f"benchmarks: --shapes must be MxNxK or, on {device}, one of {', '.join(known)}"
+                f" (got {shape!r})"
             )
     if shapes:
         table = [case for case in table if case.model in shapes]

@@ -110,7 +110,7 @@ def _sanitizer(data: dict) -> str:
         (run["tool"], run["status"], run["calls"], f"{run['seconds']:.0f}", run["summary"])
         for run in runs
     ]
-    header = ("tool", "status", "op calls done", "s", "last word")
+    header = ("tool", "status", "calls that were right", "s", "summary")
     return "## compute-sanitizer\n\n" + table(header, rows, numeric_from=5)
 
 

@@ -67,7 +67,7 @@ def with_table(document: str) -> str:
     before, begin, rest = document.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise SystemExit(f"{DOCUMENT.name}: expected the lines {BEGIN!r} and {END!r}")
+        raise SystemExit(f"{DOCUMENT.name} must contain the lines {BEGIN!r} and {END!r}")
     return before + begin + "\n" + table() + "\n" + end + after
 
 

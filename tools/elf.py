@@ -31,7 +31,7 @@ class Section:
 class Elf:
     def __init__(self, image: bytes):
         if image[:5] != b"\x7fELF\x02":
-            raise ValueError("expected a 64-bit ELF file")
+            raise ValueError(f"Elf: image must be a 64-bit ELF file (got {image[:5]!r})")
         (table,) = struct.unpack_from("<Q", image, 40)
         entry, count, names = struct.unpack_from("<HHH", image, 58)
         headers = [struct.unpack_from("<IIQQQQII", image, table + entry * i) for i in range(count)]

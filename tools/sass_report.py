@@ -212,7 +212,9 @@ def extract(library: Path, folder: Path) -> list[Path]:
 def measure(library: Path) -> tuple[str, dict[Key, Row]]:
     """The compiler's version, and a row for each kernel and architecture in `library`."""
     if not library.is_file():
-        raise ReportError(f"expected the built library at {library}; build it with `make`")
+        raise ReportError(
+            f"sass_report: --library must be a built library (got {library}); run `make`"
+        )
     nvdisasm = find_tool("nvdisasm")
     with tempfile.TemporaryDirectory() as name:
         cubins = extract(library, Path(name))

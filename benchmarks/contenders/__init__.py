@@ -52,7 +52,9 @@ def contenders_for(device: str, names: list[str] | None = None) -> list[Contende
     known = sorted({contender.name for contender in everyone})
     for name in names or ():
         if name not in known:
-            raise ValueError(f"--peers: expected some of {', '.join(known)}, got {name!r}")
+            raise ValueError(
+                f"benchmarks: --peers must be some of {', '.join(known)} (got {name!r})"
+            )
     return [
         contender
         for contender in everyone

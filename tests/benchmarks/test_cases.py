@@ -39,7 +39,7 @@ def test_selection_by_suite_model_and_shape():
 
 @pytest.mark.parametrize("shape", ["gpt-5", "3x4", "3x4x", "axbxc"])
 def test_unknown_shapes_are_refused(shape):
-    with pytest.raises(ValueError, match=r"--shapes: expected MxNxK or one of .* got"):
+    with pytest.raises(ValueError, match=r"--shapes must be MxNxK or, on cuda, one of .* \(got"):
         select("cuda", SUITES, [shape])
 
 

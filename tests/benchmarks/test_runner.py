@@ -127,8 +127,8 @@ def test_command_line_measures_everything_there_is(tmp_path, monkeypatch, capsys
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--peers", "cublas"], "--peers: expected some of"),
-        (["--shapes", "big"], "--shapes: expected MxNxK"),
+        (["--peers", "cublas"], "--peers must be some of"),
+        (["--shapes", "big"], "--shapes must be MxNxK"),
     ],
 )
 def test_command_line_refuses_what_it_does_not_know(arguments, message, capsys):

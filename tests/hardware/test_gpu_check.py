@@ -92,7 +92,7 @@ def test_staging_leaves_the_source_package_out(repository, tmp_path_factory):
 
 def test_staging_says_what_is_wrong_with_a_wheel(repository, tmp_path):
     target = tmp_path / "target"
-    with pytest.raises(staging.StagingError, match=r"expected a file, got .*none\.whl"):
+    with pytest.raises(staging.StagingError, match=r"must be a file \(got .*none\.whl\)"):
         staging.stage(repository, [Path("none.whl")], target, tmp_path / "log", 60)
     bad = tmp_path / "torchext-1-py3-none-any.whl"
     bad.write_text("no zip")

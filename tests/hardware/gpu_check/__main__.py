@@ -48,9 +48,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="only the most important benchmarks")
     parser.add_argument("--shapes", nargs="+", default=[], help="as in python -m benchmarks")
     parser.add_argument(
-        "--test-limit", type=float, default=90.0, metavar="SECONDS", help="longer tests have hung"
+        "--test-limit", type=float, default=90.0, metavar="SECONDS", help="limit of a test"
     )
-    parser.add_argument("--commit", help="recorded where git cannot tell")
+    parser.add_argument("--commit", help="the commit to record if git fails")
     parser.add_argument("--repository", type=Path, default=REPOSITORY, help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 

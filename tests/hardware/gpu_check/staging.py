@@ -31,7 +31,9 @@ def stage(repository: Path, wheels: list[Path], target: Path, log: Path, limit_s
 
     for wheel in wheels:
         if not wheel.is_file():
-            raise StagingError(f"wheel: expected a file, got {wheel}; build it with `make wheel`")
+            raise StagingError(
+                f"gpu_check: wheel must be a file (got {wheel}); build it with `make wheel`"
+            )
     shutil.copytree(repository, target, ignore=left_out, dirs_exist_ok=True)
     pip = (sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check")
     outcome = processes.run(
