@@ -278,7 +278,7 @@ def test_what_was_converted_before_counts():
         (Experts, None, "Experts holds matrices"),
         (nn.ReLU, None, "it has no torch.nn.Linear"),
         (lambda: nn.Linear(4, 4), None, "fewer than 128 .* module_filter_fn can convert"),
-        (Model, lambda module, fqn: False, "module_filter_fn said no"),
+        (Model, lambda module, fqn: False, "excluded by module_filter_fn"),
         (_replaced_forward, None, "convert before accelerate"),
     ],
     ids=["Conv1D", "experts", "no linear", "small", "filter", "hooks"],
@@ -413,7 +413,7 @@ def test_own_filter_sees_every_linear_and_decides():
 
     result = convert_to_fp8_training(Model(), module_filter_fn=only_heads)
     assert result.converted == ("lm_head",)
-    assert set(result.skipped.values()) == {"module_filter_fn said no"}
+    assert set(result.skipped.values()) == {"excluded by module_filter_fn"}
     assert len(seen) == 15 and {kind for kind, _ in seen} == {nn.Linear}
 
 

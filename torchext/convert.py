@@ -68,7 +68,7 @@ def convert_to_fp8_training(
             if module_filter_fn is None:
                 reason = _why_not_worthwhile(module, fqn, embeddings)
             elif not module_filter_fn(module, fqn):
-                reason = "module_filter_fn said no"
+                reason = "excluded by module_filter_fn"
         if reason is None:
             Linear.convert_(module, recipe)
             converted.append(fqn)
@@ -183,7 +183,7 @@ def _why_not_worthwhile(linear: torch.nn.Linear, fqn: str, embeddings: set[int])
         return "output head: shares its weight with an embedding"
     if name in _HEAD_NAMES and not in_repeated_block:
         return "output head: its error goes straight into the loss"
-    # SwiGLU's `gate` widens; a router's narrows to the number of experts.
+    # A SwiGLU layer called `gate` has more outputs than inputs, a router fewer.
     if "router" in path or (name in _ROUTER_NAMES and linear.out_features < linear.in_features):
         return "router: its error changes which expert a token goes to"
     if min(linear.in_features, linear.out_features) < GROUP:

@@ -189,7 +189,7 @@ def explain_gemm(
     if granularity not in _GRANULARITIES or grouping not in _GROUPINGS:
         raise ValueError(
             f"explain_gemm: granularity must be one of {_GRANULARITIES} and grouping one of "
-            f"{_GROUPINGS} (got {granularity!r}, {grouping!r})"
+            f"{_GROUPINGS} (got {granularity!r}, {grouping!r}); a Recipe's granularity also works"
         )
     if a_dtype not in _FP8 or b_dtype not in _FP8:
         raise ValueError(

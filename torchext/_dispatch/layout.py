@@ -27,7 +27,9 @@ def round_up(a: int, b: int) -> int:
 def leading_sizes(x: Tensor) -> tuple[int, ...]:
     """All sizes of x [..., K] but the last."""
     if x.dim() == 0:
-        raise ValueError("torchext: a tensor must have shape [..., K] (got 0 dimensions)")
+        raise ValueError(
+            "torchext: a tensor must have shape [..., K] (got 0 dimensions); reshape it to [1]"
+        )
     return tuple(x.shape[:-1])
 
 
@@ -109,7 +111,7 @@ def starts_aligned(tensor: Tensor) -> bool:
 def pitched(data: Tensor) -> Tensor:
     """FP8 `data` [..., K] if its rows are 16-byte aligned, as GEMMs read them, else a copy."""
     strides = data.stride()
-    if len(strides) == 2 and strides[1] == 1 and strides[0] % 16 == 0:  # the usual
+    if len(strides) == 2 and strides[1] == 1 and strides[0] % 16 == 0:  # the usual case
         fits = True
     else:
         row = folded_row_stride(data)
@@ -124,7 +126,7 @@ def pitched(data: Tensor) -> Tensor:
 def m_major(scale: Tensor) -> Tensor:
     """`scale` [..., groups] of 1x128 groups if it is M-major, as GEMMs read it, else a copy."""
     strides = scale.stride()
-    if len(strides) == 2 and strides[0] == 1 and strides[1] % 4 == 0:  # the usual
+    if len(strides) == 2 and strides[0] == 1 and strides[1] % 4 == 0:  # the usual case
         fits = True
     else:
         one_row = math.prod(scale.shape[:-1]) <= 1

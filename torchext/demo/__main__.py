@@ -20,7 +20,7 @@ from .report import draw, gap, table
 from .train import train
 
 LARGEST_GAP = 0.01
-LEAST_STEPS = 300  # before, any rounding, even to BF16, moves the loss up or down by percents
+LEAST_STEPS = 300  # with fewer, any rounding, even to BF16, moves the loss by percents
 BATCH, LENGTH, HELD_OUT_BATCHES = 16, 128, 8
 
 

@@ -63,7 +63,7 @@ is_composed_in_graph._dynamo_marked_constant = True  # type: ignore[attr-defined
 
 
 def _overrides_functions(tensor: Tensor) -> bool:
-    """Whether its class overrides functions, as torch.nn.functional.linear would let it."""
+    """Whether its class has a __torch_function__, which torch.nn.functional.linear would call."""
     override = getattr(type(tensor), "__torch_function__", None)
     own = override not in (None, torch._C._disabled_torch_function_impl)
     return own and type(tensor) not in (Tensor, torch.nn.Parameter)

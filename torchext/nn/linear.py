@@ -130,7 +130,7 @@ class Linear(torch.nn.Linear):
             TypeError: input or a parameter has another dtype.
         """
         parameters: dict[str, Any] = self._parameters
-        try:  # Module.__getattr__, a Python function, takes longer than all checks below
+        try:  # Module.__getattr__ is a Python function and takes longer than all checks below
             weight, bias = parameters["weight"], parameters["bias"]
         except KeyError:  # parametrized, or replaced by a hook
             weight, bias = self.weight, self.bias
@@ -148,7 +148,7 @@ class Linear(torch.nn.Linear):
             y = composed(self, input, weight, bias)
             if y is not None:
                 return y if rewrap is None else rewrap(y)
-        # Otherwise a compiled graph would fail for a bias that does not fit only when it runs.
+        # Eagerly, the GEMM checks the bias. A compiled graph would do so only when it runs.
         if not fit(input, weight, bias) or (compiling and not bias_fits(weight, bias)):
             raise misfit(input, weight, bias)
         opened = None

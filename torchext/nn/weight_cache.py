@@ -104,7 +104,8 @@ def _is_traced() -> bool:
     """Whether a tracer or transform is active, which must see each op on the parameter."""
     if torch._C._get_tracing_state() is not None or torch._C._are_functorch_transforms_active():
         return True
-    # Fake tensors, proxies and functionalization have keys. make_fx may trace above autograd.
+    # The modes of fake tensors, proxies and functionalization have a _mode_key. make_fx may trace
+    # above autograd.
     return _has_modes() and (
         any(
             getattr(mode, "_mode_key", None) is not None
