@@ -189,7 +189,7 @@ class EnergyMeter:
         return max(1, min(1000, int(3 * seconds / (time.perf_counter() - start))))
 
     def _until_tick(self, run: Run, calls: int, seconds: float) -> int:
-        """Calls `run` until the counter changes after at least `seconds`; returns how often.
+        """Calls `run` until the counter changes after `seconds`; returns the number of calls.
 
         calls: the number of calls between two readings of the counter.
         """

@@ -76,7 +76,7 @@ def test_what_an_op_refuses_it_refuses_in_a_batch(name, device):
         vmap(getattr(ops, name))(x)
 
 
-# ---- products ----
+# ---- GEMMs ----
 
 
 @pytest.mark.parametrize("m", [1, 37])

@@ -50,7 +50,7 @@ def keeps_strides(sample):
     return all(t.clone().stride() == t.stride() for t in tensors(sample))
 
 
-# opcheck clones its arguments. This has, for each overload, a sample whose clones keep strides.
+# For each overload a sample whose clones keep their strides, since opcheck clones its arguments.
 CHECKED = FIRST + [
     (name, "accumulate")
     for name, label in SAMPLES

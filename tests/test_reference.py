@@ -247,7 +247,7 @@ def test_gemm_is_near_its_reference(granularity, size, out_dtype, device):
     check(out, exact + start.double())
 
 
-# ---- grouped and fused products ----
+# ---- grouped and fused GEMMs ----
 
 
 @pytest.mark.parametrize("case", GROUPINGS)

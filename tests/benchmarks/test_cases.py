@@ -1,4 +1,4 @@
-"""The table of shapes."""
+"""The table of cases, and their selection on the command line."""
 
 import pytest
 

@@ -391,7 +391,7 @@ def test_num_sms(device, monkeypatch):
 
 
 def test_num_sms_can_be_put_back():
-    """SGLang's context manager restores num_sms. Without a GPU too, where the limit is unknown."""
+    """SGLang's context manager restores num_sms, also without a GPU, which would give the limit."""
     before = deep_gemm.get_num_sms()
     deep_gemm.set_num_sms(13)
     deep_gemm.set_num_sms(before)

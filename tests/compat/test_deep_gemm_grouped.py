@@ -310,7 +310,7 @@ def test_k_grouped_by_packed_exponents(ks, device, copies):
 
 
 def test_k_grouped_rows_that_broke_deep_gemm(device, tensor_core):
-    """m = 768 with small groups, at which DeepGEMM has crashed."""
+    """m = 768 with small groups, which has broken DeepGEMM."""
     ks = [128, 128]
     (a, a_pair), (b, b_pair) = (k_grouped("nt", rows, ks, device) for rows in (768, 16))
     d = torch.zeros(2, 768, 16, device=device)

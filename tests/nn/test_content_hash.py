@@ -1,4 +1,4 @@
-"""The hash of a weight's bytes: each bit and each place counts; the number of threads does not."""
+"""The hash of a weight's bytes: every bit and position counts, the number of threads does not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ranges of a layer in a profile."""
+"""A layer's record_function ranges in a profile."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""csrc/build: the compiler wrapper fails builds of bad kernels, and toolkits are found."""
+"""csrc/build: the compiler wrapper rejects bad kernels, and the build finds toolkits."""
 
 from __future__ import annotations
 

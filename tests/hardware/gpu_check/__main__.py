@@ -26,7 +26,7 @@ from .pytest_stage import GOOD, TestRun, run_tests
 from .sanitizer import TOOLS, OpCalls, run_tool
 
 REPOSITORY = Path(__file__).resolve().parents[3]
-# With the start and the last cleaning up, a check of this length ends within nine minutes.
+# With start-up and clean-up, a check of this length ends within nine minutes.
 BUDGET_S = 520.0
 REPORT_S = 25.0  # kept back for the report
 CORRECTNESS_SHARE = 0.5  # of the budget: for tests and sanitizer, which run side by side

@@ -29,7 +29,7 @@ class TestRun:
 
     target: Path
     device: str
-    deadline: float  # as time.monotonic() tells time
+    deadline: float  # a value of time.monotonic()
     log: Path
     test_limit_s: float
     threads: int = 1  # in each process

@@ -24,7 +24,7 @@ class OpCalls:
 
     target: Path
     device: str
-    deadline: float  # as time.monotonic() tells time
+    deadline: float  # a value of time.monotonic()
     log: Path
 
 

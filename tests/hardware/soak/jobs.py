@@ -48,8 +48,11 @@ OUT_DTYPES = (torch.bfloat16, torch.bfloat16, torch.float16, torch.float32)
 
 @dataclass
 class Job:
-    """call: runs the op, any number of times. expect: computes the expected bits; None if no bits
-    are promised. bound: raises WrongResultError if a result is too inaccurate."""
+    """An op with its operands.
+
+    call: runs the op, any number of times. expect: computes the expected bits; None if no bits are
+    promised. bound: raises WrongResultError if a result is too inaccurate.
+    """
 
     name: str
     call: Callable[[], Outputs]
