@@ -1,19 +1,19 @@
 // Step 1, tensor cores: D[M, N] = A[M, K] @ B[N, K].T, FP8 e4m3 in, FP32 accumulation and output.
 //
 // A CTA of 256 threads computes a tile of D, 128 rows by 128 columns. For each K block of 128:
-//   copy      all threads bring 128 rows of A and of B from global to shared memory.
-//   multiply  two warpgroups, 64 rows of A each, with all 128 rows of B: four wgmma, 32 of K each.
-// The sums stay in the tensor cores' accumulators, 64 registers a thread, until the last K block.
+//   copy      all threads copy 128 rows of A and of B from global to shared memory.
+//   multiply  each of two warpgroups: 64 rows of A by all 128 rows of B; four wgmma of K = 32.
+// The sums stay in the accumulators, 64 registers of each thread, until after the last K block.
 //
 // Contract: A, B and D contiguous, A and B at multiples of 16 bytes; K > 0 a multiple of 16, N of 2.
-// M, N and K may be ragged: what lies outside of A and B counts as zero; nothing is stored outside
+// M, N and K may be ragged: elements outside of A and B count as zero; nothing is stored outside
 // of D.
 #include <ptx/isa/fence.h>
 #include <ptx/isa/memory.h>
 #include <ptx/isa/wgmma.h>
 
 constexpr int kTileM = 128, kTileN = 128;  // rows and columns of D
-constexpr int kTileK = 128;                // of a K block: 128 bytes, one swizzled row
+constexpr int kTileK = 128;                // elements of a K block: 128 bytes, one swizzled row
 constexpr int kThreads = 256;              // two warpgroups
 
 static_assert(kTileM == 64 * (kThreads / 128), "each warpgroup multiplies 64 rows");
@@ -26,8 +26,8 @@ struct alignas(1024) Shared {  // the swizzle repeats every 1024 bytes
 };
 
 // Copies 128 rows and 128 bytes of K, from (first_row, first_k) on. A row has 8 chunks of 16 bytes;
-// chunk c of row r goes to place c ^ (r % 8), where wgmma under 128-byte swizzle looks for it: a
-// column of chunks then lies in different banks.
+// chunk c of row r goes to place c ^ (r % 8), where wgmma expects it under 128-byte swizzle. So a
+// column of chunks lies in different banks.
 __device__ __forceinline__ void copy_tile(uint8_t* tile, const uint8_t* matrix, int rows, int k,
                                           int first_row, int first_k) {
   for (int i = threadIdx.x; i < 128 * 8; i += kThreads) {
@@ -47,7 +47,7 @@ __device__ __forceinline__ void multiply(const uint8_t* a_rows, const uint8_t* b
   const uint64_t b = ptx::wgmma_descriptor_k_major_128b(b_rows);
   for (float& x : sum) ptx::wgmma_pin(x);
   ptx::wgmma_fence();
-  for (int i = 0; i < kTileK / 32; ++i)  // a descriptor counts 16 bytes: 32 of K are 2
+  for (int i = 0; i < kTileK / 32; ++i)  // a descriptor counts units of 16 bytes: K = 32 is 2
     ptx::wgmma_m64nNk32(ptx::e4m3(), ptx::e4m3(), sum, a + 2 * i, b + 2 * i, accumulate || i > 0);
   ptx::wgmma_commit_group();
   ptx::wgmma_wait_group<0>();

@@ -1,13 +1,13 @@
 // Step 2, TMA and mbarriers: D[M, N] = A[M, K] @ B[N, K].T, FP8 e4m3 in, FP32 out.
 //
 // A CTA of 256 threads computes a tile of D, 128 rows by 128 columns.
-//   thread 0    has the copy engine (TMA) fill a ring of four slots, one K block of A and B each;
+//   thread 0    starts TMA copies that fill a ring of four slots, one K block of A and B in each;
 //               the bytes that land complete full[slot], an mbarrier.
-//   warpgroups  two; for each K block: wait for full[slot], four wgmma on 64 rows of A each.
-// A slot is filled again, with the K block four further on, once both warpgroups have read it.
+//   warpgroups  both, for each K block: wait for full[slot], then four wgmma on 64 rows of A each.
+// Once both warpgroups have read a slot, it is filled again with the K block four further on.
 //
 // Contract: A, B and D contiguous, at multiples of 16 bytes; K > 0 a multiple of 16 (TMA's row
-// pitch), N of 2. M, N and K may be ragged: TMA fills what lies outside of A and B with zeros.
+// pitch), N of 2. M, N and K may be ragged: TMA loads zeros for elements outside of A and B.
 #include <cuda.h>
 #include <ptx/isa/fence.h>
 #include <ptx/isa/mbarrier.h>
@@ -15,7 +15,7 @@
 #include <ptx/isa/wgmma.h>
 
 constexpr int kTileM = 128, kTileN = 128;  // rows and columns of D
-constexpr int kTileK = 128;                // of a K block: 128 bytes, one swizzled row
+constexpr int kTileK = 128;                // elements of a K block: 128 bytes, one swizzled row
 constexpr int kStages = 4;                 // slots of the ring
 constexpr int kThreads = 256;              // two warpgroups
 
@@ -37,7 +37,7 @@ __device__ __forceinline__ void multiply(const uint8_t* a_rows, const uint8_t* b
   const uint64_t b = ptx::wgmma_descriptor_k_major_128b(b_rows);
   for (float& x : sum) ptx::wgmma_pin(x);
   ptx::wgmma_fence();
-  for (int i = 0; i < kTileK / 32; ++i)  // a descriptor counts 16 bytes: 32 of K are 2
+  for (int i = 0; i < kTileK / 32; ++i)  // a descriptor counts units of 16 bytes: K = 32 is 2
     ptx::wgmma_m64nNk32(ptx::e4m3(), ptx::e4m3(), sum, a + 2 * i, b + 2 * i, accumulate || i > 0);
   ptx::wgmma_commit_group();
   ptx::wgmma_wait_group<0>();

@@ -4,12 +4,12 @@
 //   producer   warp 8: for each K block, waits for empty[slot], then has TMA fill the slot, which
 //              completes full[slot].
 //   consumers  warps 0 to 7, two warpgroups: for each K block, wait for full[slot], multiply 64
-//              rows of A each, then arrive at empty[slot], once a warp.
-// After the set-up no barrier holds the whole CTA: a warpgroup waits for data, the producer for a
-// free slot, and nobody for anything else.
+//              rows of A each, then arrive at empty[slot], once for each warp.
+// After the set-up no barrier holds the whole CTA: a warpgroup waits only for data, the producer
+// only for a free slot.
 //
 // Contract: A, B and D contiguous, at multiples of 16 bytes; K > 0 a multiple of 16 (TMA's row
-// pitch), N of 2. M, N and K may be ragged: TMA fills what lies outside of A and B with zeros.
+// pitch), N of 2. M, N and K may be ragged: TMA loads zeros for elements outside of A and B.
 #include <cuda.h>
 #include <ptx/isa/elect.h>
 #include <ptx/isa/fence.h>
@@ -18,7 +18,7 @@
 #include <ptx/isa/wgmma.h>
 
 constexpr int kTileM = 128, kTileN = 128;  // rows and columns of D
-constexpr int kTileK = 128;                // of a K block: 128 bytes, one swizzled row
+constexpr int kTileK = 128;                // elements of a K block: 128 bytes, one swizzled row
 constexpr int kStages = 4;                 // slots of the ring
 constexpr int kConsumerWarps = 8;          // two warpgroups; the producer is the warp after them
 constexpr int kThreads = 32 * (kConsumerWarps + 1);
@@ -42,7 +42,7 @@ __device__ __forceinline__ void multiply(const uint8_t* a_rows, const uint8_t* b
   const uint64_t b = ptx::wgmma_descriptor_k_major_128b(b_rows);
   for (float& x : sum) ptx::wgmma_pin(x);
   ptx::wgmma_fence();
-  for (int i = 0; i < kTileK / 32; ++i)  // a descriptor counts 16 bytes: 32 of K are 2
+  for (int i = 0; i < kTileK / 32; ++i)  // a descriptor counts units of 16 bytes: K = 32 is 2
     ptx::wgmma_m64nNk32(ptx::e4m3(), ptx::e4m3(), sum, a + 2 * i, b + 2 * i, accumulate || i > 0);
   ptx::wgmma_commit_group();
   ptx::wgmma_wait_group<0>();
@@ -55,7 +55,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   extern __shared__ Shared shared[];
   const int first_row = blockIdx.y * kTileM, first_column = blockIdx.x * kTileN;
   const int k_blocks = (k + kTileK - 1) / kTileK;
-  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // the shuffle says: equal in all lanes
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // so the compiler knows it is uniform
 
   if (threadIdx.x == 0) {
     for (int slot = 0; slot < kStages; ++slot) {
@@ -71,7 +71,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     for (int k_block = 0; k_block < k_blocks; ++k_block) {
       const int slot = k_block % kStages, phase = k_block / kStages % 2;
       ptx::mbarrier* full = &shared->full[slot];
-      ptx::mbarrier_wait(&shared->empty[slot], phase ^ 1);  // the first round passes at once
+      ptx::mbarrier_wait(&shared->empty[slot], phase ^ 1);  // the first round does not wait
       ptx::mbarrier_arrive_expect_tx(full, sizeof shared->a[slot] + sizeof shared->b[slot]);
       ptx::cp_async_bulk_tensor_2d_load(shared->a[slot], &a_map, full, k_block * kTileK, first_row);
       ptx::cp_async_bulk_tensor_2d_load(shared->b[slot], &b_map, full, k_block * kTileK,

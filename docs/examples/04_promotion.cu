@@ -1,16 +1,16 @@
 // Step 4, promotion: D[M, N] = (a_scale * A)[M, K] @ (b_scale * B)[N, K].T, FP8 e4m3 with FP32
-// scales, each for 128 of K: a_scale of one row (1x128), b_scale of 128 rows (128x128).
+// scales for 128 elements of K: a_scale for one row (1x128), b_scale for 128 rows (128x128).
 //
 // A CTA of nine warps computes a tile of D, 128 rows by 128 columns.
 //   producer   warp 8: for each K block, waits for empty[slot], then has TMA fill the slot, which
 //              completes full[slot].
 //   consumers  warps 0 to 7, two warpgroups: for each K block, wait for full[slot]; multiply 64
 //              rows of A each, from zero; arrive at empty[slot]; promote: total += scale * block.
-// The tensor cores sum 128 of K at most, with their 13 or 14 bits; FP32 registers sum the rest.
+// The tensor cores sum at most 128 elements of K, in 13 or 14 bits; FP32 registers sum the rest.
 //
 // Contract: A, B and D contiguous, at multiples of 16 bytes; K > 0 a multiple of 16 (TMA's row
 // pitch), N of 2; a_scale [ceil(K / 128), M], b_scale [ceil(N / 128), ceil(K / 128)], contiguous.
-// M, N and K may be ragged: TMA fills what lies outside of A and B with zeros.
+// M, N and K may be ragged: TMA loads zeros for elements outside of A and B.
 #include <cuda.h>
 #include <ptx/isa/elect.h>
 #include <ptx/isa/fence.h>
@@ -20,7 +20,7 @@
 #include <ptx/isa/wgmma.h>
 
 constexpr int kTileM = 128, kTileN = 128;  // rows and columns of D
-constexpr int kTileK = 128;                // of a K block: 128 bytes, one swizzled row
+constexpr int kTileK = 128;                // elements of a K block: 128 bytes, one swizzled row
 constexpr int kStages = 4;                 // slots of the ring
 constexpr int kConsumerWarps = 8;          // two warpgroups; the producer is the warp after them
 constexpr int kThreads = 32 * (kConsumerWarps + 1);
@@ -45,7 +45,7 @@ __device__ __forceinline__ void multiply(const uint8_t* a_rows, const uint8_t* b
   const uint64_t b = ptx::wgmma_descriptor_k_major_128b(b_rows);
   for (float& x : block) ptx::wgmma_pin(x);
   ptx::wgmma_fence();
-  for (int i = 0; i < kTileK / 32; ++i)  // a descriptor counts 16 bytes: 32 of K are 2
+  for (int i = 0; i < kTileK / 32; ++i)  // a descriptor counts units of 16 bytes: K = 32 is 2
     ptx::wgmma_m64nNk32(ptx::e4m3(), ptx::e4m3(), block, a + 2 * i, b + 2 * i, i > 0);
   ptx::wgmma_commit_group();
   ptx::wgmma_wait_group<0>();
@@ -58,7 +58,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   extern __shared__ Shared shared[];
   const int first_row = blockIdx.y * kTileM, first_column = blockIdx.x * kTileN;
   const int k_blocks = (k + kTileK - 1) / kTileK;
-  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // the shuffle says: equal in all lanes
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // so the compiler knows it is uniform
 
   if (threadIdx.x == 0) {
     for (int slot = 0; slot < kStages; ++slot) {
@@ -74,7 +74,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     for (int k_block = 0; k_block < k_blocks; ++k_block) {
       const int slot = k_block % kStages, phase = k_block / kStages % 2;
       ptx::mbarrier* full = &shared->full[slot];
-      ptx::mbarrier_wait(&shared->empty[slot], phase ^ 1);  // the first round passes at once
+      ptx::mbarrier_wait(&shared->empty[slot], phase ^ 1);  // the first round does not wait
       ptx::mbarrier_arrive_expect_tx(full, sizeof shared->a[slot] + sizeof shared->b[slot]);
       ptx::cp_async_bulk_tensor_2d_load(shared->a[slot], &a_map, full, k_block * kTileK, first_row);
       ptx::cp_async_bulk_tensor_2d_load(shared->b[slot], &b_map, full, k_block * kTileK,

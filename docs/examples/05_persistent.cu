@@ -1,17 +1,17 @@
 // Step 5, persistent CTAs and TMA stores: D = (a_scale * A)[M, K] @ (b_scale * B)[N, K].T, FP8 e4m3
-// with FP32 scales, each for 128 of K: a_scale of one row (1x128), b_scale of 128 rows (128x128).
+// with FP32 scales for 128 of K: a_scale for one row (1x128), b_scale for 128 rows (128x128).
 //
 // As many CTAs as the GPU has SMs; CTA i computes tiles i, i + gridDim.x, ... of D, 128 rows by 128
-// columns each. Both roles walk over the same tiles, and the ring goes on from tile to tile:
+// columns each. Both roles take the same tiles in order, and the ring keeps running between tiles:
 //   producer   warp 8: for each K block, waits for empty[slot], then has TMA fill the slot. It
 //              starts on the next tile while the consumers still finish this one.
 //   consumers  warps 0 to 7, two warpgroups: for each K block, wait for full[slot], multiply 64
-//              rows of A each, arrive at empty[slot], promote. After the last one, lay the tile in
-//              shared memory, from where TMA stores it while the next tile is being multiplied.
+//              rows of A each, arrive at empty[slot], promote. After the last one, write the tile
+//              to shared memory, from where TMA stores it while they multiply the next tile.
 //
 // Contract: A, B and D contiguous, at multiples of 16 bytes; K > 0 a multiple of 16 and N of 4
 // (TMA's row pitch); a_scale [ceil(K / 128), M], b_scale [ceil(N / 128), ceil(K / 128)], contiguous.
-// M, N and K may be ragged: TMA loads zeros for what lies outside and does not store there.
+// M, N and K may be ragged: TMA loads zeros for elements outside, and stores none outside.
 #include <cuda.h>
 #include <ptx/isa/barrier.h>
 #include <ptx/isa/elect.h>
@@ -22,7 +22,7 @@
 #include <ptx/isa/wgmma.h>
 
 constexpr int kTileM = 128, kTileN = 128;  // rows and columns of D
-constexpr int kTileK = 128;                // of a K block: 128 bytes, one swizzled row
+constexpr int kTileK = 128;                // elements of a K block: 128 bytes, one swizzled row
 constexpr int kStages = 4;                 // slots of the ring
 constexpr int kConsumerWarps = 8;          // two warpgroups; the producer is the warp after them
 constexpr int kThreads = 32 * (kConsumerWarps + 1);
@@ -41,7 +41,7 @@ struct alignas(1024) Shared {  // the swizzle repeats every 1024 bytes
 };
 static_assert(sizeof(Shared) <= 227 * 1024, "shared memory of a CTA");
 
-// A role's place in the ring. Each slot's phase changes whenever the ring has gone round.
+// A role's position in the ring. The phase flips after each round through all slots.
 struct RingPosition {
   int slot = 0, phase = 0;
   __device__ void advance() {
@@ -59,7 +59,7 @@ __device__ __forceinline__ void multiply(const uint8_t* a_rows, const uint8_t* b
   const uint64_t b = ptx::wgmma_descriptor_k_major_128b(b_rows);
   for (float& x : block) ptx::wgmma_pin(x);
   ptx::wgmma_fence();
-  for (int i = 0; i < kTileK / 32; ++i)  // a descriptor counts 16 bytes: 32 of K are 2
+  for (int i = 0; i < kTileK / 32; ++i)  // a descriptor counts units of 16 bytes: K = 32 is 2
     ptx::wgmma_m64nNk32(ptx::e4m3(), ptx::e4m3(), block, a + 2 * i, b + 2 * i, i > 0);
   ptx::wgmma_commit_group();
   ptx::wgmma_wait_group<0>();
@@ -73,7 +73,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   extern __shared__ Shared shared[];
   const int k_blocks = (k + kTileK - 1) / kTileK, n_tiles = (n + kTileN - 1) / kTileN;
   const int tiles = (m + kTileM - 1) / kTileM * n_tiles;
-  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // the shuffle says: equal in all lanes
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // so the compiler knows it is uniform
 
   if (threadIdx.x == 0) {
     for (int slot = 0; slot < kStages; ++slot) {

@@ -1,5 +1,5 @@
 // Step 6, multicast: D = (a_scale * A)[M, K] @ (b_scale * B)[N, K].T, FP8 e4m3 with FP32 scales,
-// each for 128 of K: a_scale of one row (1x128), b_scale of 128 rows (128x128).
+// each for 128 elements of K: a_scale for one row (1x128), b_scale for 128 rows (128x128).
 //
 // Two CTAs are a cluster and compute two tiles of D side by side, 128 rows by 128 columns each: the
 // same rows of A, neighboring rows of B. Cluster i computes pairs of tiles i, i + clusters, ...
@@ -7,12 +7,12 @@
 //              then has TMA bring 64 of the 128 rows of A into both CTAs, and B into its own. The
 //              other 64 rows come from the other CTA; each full[slot] counts its own CTA's bytes.
 //   consumers  warps 0 to 7, two warpgroups: for each K block, wait for full[slot], multiply 64
-//              rows of A each, arrive at empty[slot] of both CTAs, promote. After the last one, lay
-//              the tile in shared memory, from where TMA stores it.
+//              rows of A each, arrive at empty[slot] of both CTAs, promote. After the last one,
+//              write the tile to shared memory, from where TMA stores it.
 //
 // Contract: A, B and D contiguous, at multiples of 16 bytes; K > 0 a multiple of 16 and N of 4
 // (TMA's row pitch); a_scale [ceil(K / 128), M], b_scale [ceil(N / 128), ceil(K / 128)], contiguous.
-// M, N and K may be ragged: TMA loads zeros for what lies outside and does not store there. The
+// M, N and K may be ragged: TMA loads zeros for elements outside, and stores none outside. The
 // number of CTAs is even.
 #include <cuda.h>
 #include <ptx/isa/barrier.h>
@@ -25,7 +25,7 @@
 #include <ptx/isa/wgmma.h>
 
 constexpr int kTileM = 128, kTileN = 128;  // rows and columns of D
-constexpr int kTileK = 128;                // of a K block: 128 bytes, one swizzled row
+constexpr int kTileK = 128;                // elements of a K block: 128 bytes, one swizzled row
 constexpr int kStages = 4;                 // slots of the ring
 constexpr int kCluster = 2;                // CTAs that share rows of A
 constexpr int kConsumerWarps = 8;          // two warpgroups; the producer is the warp after them
@@ -47,7 +47,7 @@ static_assert(sizeof(Shared) <= 227 * 1024, "shared memory of a CTA");
 static_assert(kTileM % kCluster == 0 && kTileM / kCluster % 8 == 0,
               "each CTA loads whole swizzle atoms, 8 rows");
 
-// A role's place in the ring. Each slot's phase changes whenever the ring has gone round.
+// A role's position in the ring. The phase flips after each round through all slots.
 struct RingPosition {
   int slot = 0, phase = 0;
   __device__ void advance() {
@@ -65,7 +65,7 @@ __device__ __forceinline__ void multiply(const uint8_t* a_rows, const uint8_t* b
   const uint64_t b = ptx::wgmma_descriptor_k_major_128b(b_rows);
   for (float& x : block) ptx::wgmma_pin(x);
   ptx::wgmma_fence();
-  for (int i = 0; i < kTileK / 32; ++i)  // a descriptor counts 16 bytes: 32 of K are 2
+  for (int i = 0; i < kTileK / 32; ++i)  // a descriptor counts units of 16 bytes: K = 32 is 2
     ptx::wgmma_m64nNk32(ptx::e4m3(), ptx::e4m3(), block, a + 2 * i, b + 2 * i, i > 0);
   ptx::wgmma_commit_group();
   ptx::wgmma_wait_group<0>();
@@ -81,7 +81,7 @@ extern "C" __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads
   const int n_pairs = (n_tiles + kCluster - 1) / kCluster;
   const int pairs = (m + kTileM - 1) / kTileM * n_pairs;
   const int rank = ptx::cluster_ctarank(), clusters = gridDim.x / kCluster;
-  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // the shuffle says: equal in all lanes
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // so the compiler knows it is uniform
 
   if (threadIdx.x == 0) {
     for (int slot = 0; slot < kStages; ++slot) {
@@ -117,8 +117,8 @@ extern "C" __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads
     const int row_of_thread = 16 * (warp % 4) + lane / 4;  // of the warpgroup's 64, and row + 8
     for (int pair = blockIdx.x / kCluster; pair < pairs; pair += clusters) {
       const int first_row = pair / n_pairs * kTileM + 64 * warpgroup;
-      const int n_tile = pair % n_pairs * kCluster + rank;  // of an odd number, the last pair's
-      const int first_column = n_tile * kTileN;             // second tile lies outside of D
+      const int n_tile = pair % n_pairs * kCluster + rank;  // with an odd number of tiles, the
+      const int first_column = n_tile * kTileN;             // last pair's second is outside of D
       float total[64] = {};
       for (int k_block = 0; k_block < k_blocks; ++k_block, ring.advance()) {
         float scale[2] = {0, 0};  // fetched before the wait, which hides the latency

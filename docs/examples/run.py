@@ -1,13 +1,14 @@
-"""Runs the steps of the ladder (README.md here) under the simulator, on a CPU.
+"""Runs the steps of the ladder (README.md in this folder) under the simulator, on a CPU.
 
 python docs/examples/run.py 03                        # nine schedules, checked against float64
-python docs/examples/run.py 03 --shape 200 136 272    # M, N and K of your own
+python docs/examples/run.py 03 --shape 200 136 272    # with your own M, N and K
 python docs/examples/run.py all
 python docs/examples/run.py counts                    # the table of README.md
 python docs/examples/run.py accuracy                  # what 04 buys: positive data, K = 4096
 
-Needs nvcc (torchext.sim.compiler says where it looks) and no GPU. Exit status: 1 after a finding,
-other bits than the tensor core's, or an error beyond the bound; 2 when nothing could be run.
+Needs nvcc (torchext.sim.compiler says where it looks) but no GPU. The exit status is 1 after a
+finding, after bits that differ from the tensor core's, and after an error beyond the bound; it is 2
+if nothing could be run.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ TILE = 128  # rows and columns of D that a CTA computes, and elements of K in a 
 RUNS = [(seed, completion) for completion in ("late", "eager", "random") for seed in range(3)]
 KIB = 1024
 SHAPE = (512, 512, 1024)  # M, N, K of the counts: 16 tiles of 8 K blocks
-NUM_SMS = 4  # of the simulated GPU, so that a persistent CTA has several tiles
+NUM_SMS = 4  # few SMs of the simulated GPU, so that a persistent CTA has several tiles
 
 
 @dataclass(frozen=True)
@@ -41,13 +42,13 @@ class Step:
     """How a kernel is launched.
 
     Attributes:
-        name: of its file, without .cu.
-        threads, shared_bytes: of a CTA.
-        n_multiple: what N must be a multiple of.
+        name: the name of its file, without .cu.
+        threads, shared_bytes: threads and bytes of shared memory of a CTA.
+        n_multiple: N must be a multiple of this.
         by_tma: A and B are passed as tensor maps.
-        scaled: takes scales, and promotes every 128 of K.
-        persistent: CTAs take several tiles each, and store them by TMA.
-        cluster: CTAs that share rows of A.
+        scaled: the kernel takes scales, and promotes every 128 elements of K.
+        persistent: each CTA computes several tiles, and stores them by TMA.
+        cluster: the number of CTAs that share rows of A.
     """
 
     name: str
@@ -64,7 +65,7 @@ class Step:
         return HERE / f"{self.name}.cu"
 
 
-RING = 4 * 2 * 16 * KIB + KIB  # four slots of A and B, and their mbarriers
+RING = 4 * 2 * 16 * KIB + KIB  # bytes of four slots of A and B, and of their mbarriers
 STEPS = {
     "01": Step("01_tensor_core", 256, 2 * 16 * KIB, by_tma=False),
     "02": Step("02_tma", 256, RING),
@@ -77,7 +78,7 @@ STEPS = {
 
 @dataclass(frozen=True)
 class Problem:
-    """A product: a [M, K] and b [N, K] in e4m3; a_scale [ceil(K / 128), M] and
+    """The operands of a GEMM: a [M, K] and b [N, K] in e4m3; a_scale [ceil(K / 128), M] and
     b_scale [ceil(N / 128), ceil(K / 128)] in FP32."""
 
     a: torch.Tensor
@@ -111,7 +112,7 @@ def problem(m: int, n: int, k: int, *, positive: bool = False, seed: int = 0) ->
 
 @cache
 def compile_step(step: Step, source: Path | None = None) -> sim.Module:
-    """The kernel's PTX, loaded; `source` in place of the step's own file."""
+    """The loaded module of the step's kernel, compiled from its own file or from `source`."""
     return sim.compile_cuda(source or step.source, options=[f"-I{ROOT}"])
 
 
@@ -120,7 +121,7 @@ def launch(
 ) -> tuple[torch.Tensor, sim.Report]:
     """(D [M, N] in FP32, report) of one launch; `options` are those of Module.launch.
 
-    Raises ValueError if K is no multiple of 16, or N none of what the step takes.
+    Raises ValueError unless K is a positive multiple of 16 and N a multiple of step.n_multiple.
     """
     m, n, k = p.shape
     if k == 0 or k % 16:
@@ -157,7 +158,7 @@ def launch(
 
 
 def _fma(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
-    """x * y + z of FP32 arrays, rounded once: the sum in float64, rounded to odd, then to FP32."""
+    """x * y + z of FP32 arrays, rounded once. The float64 sum is rounded to odd, then to FP32."""
     product, z = x.astype(np.float64) * y, z.astype(np.float64)  # the product is exact
     total = product + z
     back = total - product
@@ -168,7 +169,7 @@ def _fma(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
 
 
 def expected(step: Step, p: Problem) -> np.ndarray:
-    """D as Hopper's tensor cores give it, to the bit."""
+    """D with the bits that Hopper's tensor cores give."""
     if not step.scaled:
         return sim.tensor_core_matmul(p.a, p.b)
     m, n, k = p.shape
@@ -184,8 +185,8 @@ def expected(step: Step, p: Problem) -> np.ndarray:
 def exact_and_bound(step: Step, p: Problem) -> tuple[np.ndarray, np.ndarray]:
     """D in float64, and the bound of docs/numerics.md on |error|: E_sum + E_tensor.
 
-    Between promotions (if any) the tensor cores make S = K / 32 steps of 34 errors of at most
-    2^-13 L, where L is the largest product or partial sum, the errors so far included.
+    Between promotions (if any) the tensor cores make S = K / 32 steps. Each step makes 34 errors of
+    at most 2^-13 L, where L is the largest product or partial sum, including earlier errors.
     """
     m, n, k = p.shape
     a, b = p.a.double().numpy(), p.b.double().numpy()
@@ -213,11 +214,11 @@ def exact_and_bound(step: Step, p: Problem) -> tuple[np.ndarray, np.ndarray]:
     return d, bound + (k + 4) * 2.0**-24 * sizes
 
 
-# ---- what it costs ----
+# ---- what each step costs ----
 
 
 def registers(step: Step) -> int:
-    """Registers a thread, as ptxas reports them for sm_90a."""
+    """Registers of each thread, as ptxas reports them for sm_90a."""
     with tempfile.TemporaryDirectory() as folder:
         command = [
             str(sim.compiler.find_nvcc()), "-std=c++17", "-cubin", "-arch=sm_90a", "-Xptxas=-v",
@@ -229,7 +230,7 @@ def registers(step: Step) -> int:
 
 def operand_bytes(step: Step, report: sim.Report) -> int:
     """Bytes of A and B that the launch read from global memory (or L2)."""
-    plain, shared = 16 * KIB, 16 * KIB // step.cluster  # a box of B; of A, where it is multicast
+    plain, shared = 16 * KIB, 16 * KIB // step.cluster  # bytes of a box, and of a multicast box
     total = 0
     for opcode, count in report.instructions.items():
         if opcode.startswith("cp.async.bulk.tensor.2d.shared::cluster"):
@@ -245,7 +246,7 @@ def executed(report: sim.Report, *prefixes: str) -> int:
 
 
 def counts(step: Step, report: sim.Report) -> dict[str, int]:
-    """What the table of README.md says of a launch, by the heading of its column."""
+    """{heading of a column in README.md's table: its number for this launch}."""
     return {
         "warp-instructions": report.warp_instructions,
         "KiB of A and B": operand_bytes(step, report) // KIB,
@@ -261,7 +262,7 @@ def counts(step: Step, report: sim.Report) -> dict[str, int]:
 
 
 def check(step: Step, p: Problem) -> bool:
-    """Runs nine schedules, prints what came of them, and returns whether all is well."""
+    """Runs nine schedules, prints the results, and returns whether all are right."""
     m, n, k = p.shape
     module, truth = compile_step(step), expected(step, p)
     exact, bound = exact_and_bound(step, p)
@@ -281,7 +282,7 @@ def check(step: Step, p: Problem) -> bool:
 
 
 def print_counts() -> None:
-    """Each step's counts as a row of a table; one launch, seed 0, late completion."""
+    """Prints a table with each step's counts, from one launch with seed 0 and late completion."""
     p = problem(*SHAPE)
     for number, step in STEPS.items():
         _, report = launch(step, compile_step(step), p)

@@ -1,8 +1,8 @@
 // The worked example of docs/simulator.md: D[64, 128] = A[64, K] @ B[128, K].T in FP8, by one
-// warpgroup. TMA brings the operands, wgmma multiplies, TMA takes the result away.
+// warpgroup. TMA loads the operands, wgmma multiplies, TMA stores the result.
 //
-// As it stands a fence is missing. The numbers are right on every run all the same; the simulator
-// finds it. -DMENDED puts the fence in.
+// A fence is missing. The numbers are right in every run even so, but the simulator reports the
+// missing fence. -DMENDED inserts it.
 #include <cuda.h>
 #include <ptx/isa/fence.h>
 #include <ptx/isa/mbarrier.h>
@@ -10,7 +10,7 @@
 #include <ptx/isa/tma.h>
 #include <ptx/isa/wgmma.h>
 
-constexpr int kM = 64, kN = 128, kK = 128;  // of one step; kK bytes are a swizzled row
+constexpr int kM = 64, kN = 128, kK = 128;  // sizes of one step; kK bytes are one swizzled row
 
 struct alignas(1024) Tile {
   uint8_t a[kM * kK];

@@ -1,6 +1,6 @@
-"""Runs tile_gemm.cu under the simulator: are the numbers right, and is the kernel?
+"""Runs tile_gemm.cu under the simulator: checks the numbers, and the kernel itself.
 
-python docs/examples/tile_gemm.py             # as it stands
+python docs/examples/tile_gemm.py             # without the fence
 python docs/examples/tile_gemm.py -DMENDED    # with the fence
 """
 
