@@ -42,7 +42,7 @@ def default_folder(environment: dict) -> Path:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status 0: torchext ran every case correctly. 1: it did not. 2: nothing could be run."""
+    """Exit status 0: torchext ran with no failed or wrong case. 1: it did not. 2: nothing ran."""
     options = parse(arguments)
     if options.device is None:
         import torch
