@@ -85,7 +85,7 @@ def is_available(feature: str | None = None) -> Availability | Availabilities:
     if check is None:
         raise ValueError(
             f"torchext.is_available: feature must be one of {', '.join(map(repr, _FEATURES))} "
-            f"(got {feature!r})"
+            f"(got {feature!r}); is_available() answers for all of them"
         )
     return Availability(*check())
 

@@ -194,7 +194,7 @@ def explain_gemm(
     if a_dtype not in _FP8 or b_dtype not in _FP8:
         raise ValueError(
             "explain_gemm: a_dtype and b_dtype must be torch.float8_e4m3fn or torch.float8_e5m2 "
-            f"(got {a_dtype}, {b_dtype})"
+            f"(got {a_dtype}, {b_dtype}); the dtype of the output is out_dtype"
         )
     if min(m, n, groups, sm_count) < 1 or min(k, expected_m, num_sms) < 0 or num_sms > sm_count:
         raise ValueError(
@@ -287,7 +287,8 @@ def forced_path(path: str) -> Iterator[None]:
     numbers = paths()
     if path not in numbers:
         raise ValueError(
-            f"forced_path: path must be one of {', '.join(map(repr, numbers))} (got {path!r})"
+            f"forced_path: path must be one of {', '.join(map(repr, numbers))} (got {path!r}); see "
+            "docs/architectures.md"
         )
     force = c_function("torchext_force_path")
     _forced_paths.append(path)
