@@ -17,7 +17,7 @@ $(VENV)/.ready: pyproject.toml Makefile csrc/build/setup_venv.sh csrc/build/tool
 	touch $@
 
 $(BUILT): $(VENV)/.ready $(SOURCES)
-	$(BIN)/python setup.py -q build_ext --inplace
+	TORCHEXT_WERROR=1 $(BIN)/python setup.py -q build_ext --inplace
 	touch $@
 
 demo: $(BUILT)

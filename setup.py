@@ -5,13 +5,19 @@ Python API, so one binary serves every torch >= 2.10 and every Python. It contai
 if nvcc is found. `torchext._sim` has the Python objects of the PTX simulator. It uses pybind11 and
 serves only the Python that built it. The build also adds the PTX of every kernel
 (torchext/_ptx/ARCHITECTURE) and the ptx/isa headers (torchext/include) to the package.
+
+Two environment variables are for developers. TORCHEXT_WERROR=1 asks for more warnings and makes
+them errors: the Makefile sets it; a user's compiler may warn of more than ours. TORCHEXT_SANITIZE,
+"address" or "thread", builds for the CPU alone, with GCC's sanitizers.
 """
 
 import os
 import shutil
 import sys
+import sysconfig
 from pathlib import Path
 
+import pybind11
 from setuptools import Extension, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from torch.utils import cpp_extension
@@ -22,22 +28,43 @@ sys.path.insert(0, str(ROOT / "csrc" / "build"))
 from nvcc import BY_FOLDER, is_outdated  # noqa: E402
 from toolchain import find_toolkit  # noqa: E402
 
-TOOLKIT = find_toolkit()
+SANITIZE = os.environ.get("TORCHEXT_SANITIZE", "")
+TOOLKIT = None if SANITIZE else find_toolkit()
 # torch 2.10 is the oldest release that can load the binary.
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
-COMMON = ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", "-Wall", "-Wno-unused-function"]
+SANITIZERS = {
+    "": [],
+    "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
+    "thread": ["-fsanitize=thread"],
+}[SANITIZE]
+COMMON = [] if SANITIZE else ["-O3", "-g0"]
+COMMON += ["-std=c++17", "-fvisibility=hidden", "-Wall"]
+if os.environ.get("TORCHEXT_WERROR") == "1":
+    COMMON.append("-Wextra")
+    # Our code only: to GCC, a folder that is also given with -isystem is the system's.
+    for folder in (
+        *cpp_extension.include_paths(),
+        pybind11.get_include(),
+        *map(sysconfig.get_path, ("include", "platinclude")),
+    ):
+        COMMON += ["-isystem", folder]
+    COMMON.append("-Werror")
+else:
+    COMMON.append("-Wno-unused-function")
+if SANITIZE:
+    COMMON += ["-O1", "-g1", "-fno-omit-frame-pointer", *SANITIZERS]
 
 
 def sources(*patterns: str) -> list[str]:
     return sorted(str(p.relative_to(ROOT)) for pattern in patterns for p in ROOT.glob(pattern))
 
 
-def op_library() -> cpp_extension.CppExtension:
+def op_library() -> Extension:
     files = sources("csrc/*.cpp", "csrc/*/*.cpp")
     cxx = [*COMMON, STABLE_ABI]
     nvcc = []
     include_dirs = [str(ROOT)]
-    link = ["-Wl,--no-as-needed", "-ltorch"]
+    link = ["-Wl,--no-as-needed", "-ltorch", *SANITIZERS]
     if TOOLKIT is None:
         files.remove("csrc/runtime/cuda_device.cpp")
         print("torchext: no nvcc found: building for the CPU only", file=sys.stderr)
@@ -66,13 +93,12 @@ def op_library() -> cpp_extension.CppExtension:
 
 
 def simulator() -> Extension:
-    import pybind11
-
     return Extension(
         "torchext._sim",
         sources("ptx/sim/*/*.cpp"),
         include_dirs=[str(ROOT), pybind11.get_include()],
         extra_compile_args={"cxx": COMMON},
+        extra_link_args=SANITIZERS,
         language="c++",
     )
 
@@ -80,7 +106,7 @@ def simulator() -> Extension:
 class BuildExtension(cpp_extension.BuildExtension):
     """torch's build_ext, with the wrapper csrc/build/nvcc.py as nvcc and with the data files."""
 
-    def build_extensions(self):
+    def build_extensions(self) -> None:
         os.environ.setdefault("MAX_JOBS", str(os.cpu_count()))
         if TOOLKIT is not None:
             # A CPU-only torch leaves this None, even if the environment sets CUDA_HOME.
@@ -105,18 +131,18 @@ class BuildExtension(cpp_extension.BuildExtension):
                 assert not target.exists(), f"two sources would leave {target}"
                 shutil.copy2(ptx, target)
 
-    def copy_extensions_to_source(self):  # build_ext --inplace
+    def copy_extensions_to_source(self) -> None:  # build_ext --inplace
         super().copy_extensions_to_source()
         ptx = Path(self.build_lib) / "torchext" / "_ptx"
         shutil.rmtree(ROOT / "torchext" / "_ptx", ignore_errors=True)
         if ptx.exists():
             shutil.copytree(ptx, ROOT / "torchext" / "_ptx")
 
-    def _kernel_sources(self):
+    def _kernel_sources(self) -> list[str]:
         every = (source for extension in self.extensions for source in extension.sources)
         return [source for source in every if source.endswith(".cu")]
 
-    def _remove_outdated_kernels(self):
+    def _remove_outdated_kernels(self) -> None:
         """Removes objects of .cu files that are older than a header they include or than the nvcc
         wrapper. A CPU-only torch does not tell ninja about these headers."""
         for source in self._kernel_sources():
@@ -124,7 +150,7 @@ class BuildExtension(cpp_extension.BuildExtension):
             if obj.exists() and is_outdated(obj):
                 obj.unlink()
 
-    def get_ext_filename(self, name):
+    def get_ext_filename(self, name: str) -> str:
         # The op library does not use Python's ABI, so its file name does not contain one. The name
         # comes with the package (for copies) or without it (for the linker's output).
         *package, module = name.split(".")
@@ -136,7 +162,7 @@ class BuildExtension(cpp_extension.BuildExtension):
 class BinaryWheel(bdist_wheel):
     """One wheel for every Python, although torchext._sim needs the Python that built it."""
 
-    def get_tag(self):
+    def get_tag(self) -> tuple[str, str, str]:
         return "py3", "none", super().get_tag()[2]
 
 

@@ -159,7 +159,7 @@ void ProgramBuilder::lay_out() {
       return;
     }
     shared = align_up(shared, v.align);
-    globals_[v.name] = {Space::shared, shared, v.bytes, false};
+    globals_[v.name] = {Space::shared, shared, v.bytes, false, false, {}};
     shared += v.bytes;
   };
   for (const Variable& v : module_.variables) place_shared(v);
@@ -175,18 +175,22 @@ void ProgramBuilder::lay_out() {
   p.shared_static_end = static_cast<std::uint32_t>(shared);
   p.shared_dynamic_begin = static_cast<std::uint32_t>(align_up(shared, dynamic_align));
   for (const Variable* v : dynamic)
-    globals_[v->name] = {Space::shared, p.shared_dynamic_begin, 0, false};
+    globals_[v->name] = {Space::shared, p.shared_dynamic_begin, 0, false, false, {}};
 
   for (const auto& e : variables_.entries) {
     globals_[e->name] = {e->constant ? Space::constant : Space::global,
-                         reinterpret_cast<std::uint64_t>(e->data), e->bytes, false};
+                         reinterpret_cast<std::uint64_t>(e->data),
+                         e->bytes,
+                         false,
+                         false,
+                         {}};
   }
   std::uint64_t at = 0;
   const Function& kernel = *plans_[0].function;
   for (const Variable& v : kernel.params) {
     at = align_up(at, v.align);
     p.param_offsets.push_back(static_cast<std::uint32_t>(at));
-    plans_[0].symbols[v.name] = {Space::param, at, v.bytes, true};
+    plans_[0].symbols[v.name] = {Space::param, at, v.bytes, true, false, {}};
     at += v.bytes;
   }
   if (at > 32764)
