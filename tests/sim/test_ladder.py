@@ -56,6 +56,8 @@ FAULTS = [
     Fault("chunks not swizzled", "01", "16 * (c ^ r % 8)", "16 * c", ()),
     Fault("product not waited for", "01", "  ptx::wgmma_wait_group<0>();\n", "",
           ("wgmma register in flight", "wgmma operand in flight")),
+    Fault("bytes of B not expected", "02", "sizeof shared->a[slot] + sizeof shared->b[slot]",
+          "sizeof shared->a[slot]", ("data race",)),
     Fault("no expect_tx", "02",
           "ptx::mbarrier_arrive_expect_tx(full, sizeof shared->a[slot] + sizeof shared->b[slot])",
           "ptx::mbarrier_arrive(full)", ("mbarrier misuse", "data race", "uninitialized memory")),

@@ -2,6 +2,7 @@
 // pending_count.
 #include "mbarrier.h"
 
+#include <algorithm>
 #include <cstdio>
 
 #include "../frontend/decode.h"
@@ -25,9 +26,17 @@ void complete_if_ready(Cta& cta, MBarrier& m) {
   if (m.pending != 0 || m.transactions != 0) return;
   m.completed.join(m.arriving);
   m.remote_completed.join(m.remote_arriving);
+  // Copies that are still under way, where expect_tx was too small: nobody may rely on them, nor on
+  // those that have landed, since bytes do not say whose they are.
+  m.work.erase(std::remove_if(m.work.begin(), m.work.end(),
+                              [](const auto& weak) {
+                                const auto work = weak.lock();
+                                return work == nullptr || work->done;
+                              }),
+               m.work.end());
   if (cta.cluster.grid.checks) {
     VectorClock known = *m.completed.known;
-    known.raise(m.agent, static_cast<U32>(m.phase) + 1);
+    if (m.work.empty()) known.raise(m.agent, static_cast<U32>(m.phase) + 1);
     for (const auto& [agent, clock] : m.map_reads) known.raise(agent, clock);
     m.completed.known = ClockRef::make(std::move(known));
   }
@@ -35,7 +44,6 @@ void complete_if_ready(Cta& cta, MBarrier& m) {
   m.arriving = m.remote_arriving = {};
   ++m.phase;
   m.pending = m.expected;
-  m.work.clear();
   ++cta.cluster.progress;
 }
 
