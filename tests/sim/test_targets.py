@@ -57,7 +57,7 @@ def refused(target: str, instruction: str) -> str | None:
     try:
         sim.Module(text(target, [instruction])).check("k")
     except sim.PtxError as error:
-        return str(error) if "needs .target" in str(error) else None
+        return str(error) if ".target must be" in str(error) else None
     return None
 
 
@@ -98,7 +98,7 @@ def test_ptxas_agrees(target, tmp_path):
 
 def test_the_error_names_the_line_and_both_targets():
     module = sim.Module(text("sm_80", ["mov.u32 %r1, 0;", "barrier.cluster.arrive;"]), "my.ptx")
-    expected = r"my\.ptx:8: barrier\.cluster\.arrive: needs \.target sm_90 or later; .* has sm_80$"
+    expected = r"my\.ptx:8: barrier.cluster.arrive: \.target must be sm_90 or later \(got sm_80\)$"
     for use in (lambda: module.check("k"), lambda: module.launch("k", grid=1, block=1)):
         with pytest.raises(sim.PtxError, match=expected):
             use()
@@ -107,11 +107,11 @@ def test_the_error_names_the_line_and_both_targets():
 @pytest.mark.parametrize(
     "target, instruction, needs",
     [
-        ("sm_90", "wgmma.fence.sync.aligned;", "needs .target sm_90a; the module has sm_90"),
-        ("sm_100a", "wgmma.fence.sync.aligned;", "needs .target sm_90a; the module has sm_100a"),
-        ("sm_90", "setmaxnreg.inc.sync.aligned.u32 64;", "needs .target sm_90a or a later"),
+        ("sm_90", "wgmma.fence.sync.aligned;", ".target must be sm_90a (got sm_90)"),
+        ("sm_100a", "wgmma.fence.sync.aligned;", ".target must be sm_90a (got sm_100a)"),
+        ("sm_90", "setmaxnreg.inc.sync.aligned.u32 64;", ".target must be sm_90a or a later"),
         ("sm_75", "cp.async.bulk.commit_group;", "sm_90 or later"),
-        ("sm_75", "mov.u32 %r1, %cluster_ctarank;", "%cluster_ctarank: needs .target sm_90"),
+        ("sm_75", "mov.u32 %r1, %cluster_ctarank;", "%cluster_ctarank: .target must be sm_90"),
         ("sm_80", "@%p1 elect.sync %r1|%p1, -1;", "sm_90 or later"),
         ("sm_86", "cvt.rn.satfinite.e4m3x2.f32 %h1, %f1, %f2;", "sm_89 or later"),
     ],
@@ -135,7 +135,7 @@ def test_cluster_directives_need_hopper(directive):
         module = sim.Module(
             HEADER.format(target=target) + f".visible .entry k()\n{directive}\n{{\nret;\n}}\n"
         )
-        with pytest.raises(sim.PtxError, match=r"needs \.target sm_90 or later"):
+        with pytest.raises(sim.PtxError, match=r"\.target must be sm_90 or later"):
             module.check("k")
 
 
@@ -157,12 +157,12 @@ def test_shared_memory_of_a_block(target):
     most = SHARED[target] * 1024
     assert launch(target, smem=most).ok
     number = re.sub(r"\D", "", target)
-    with pytest.raises(ValueError, match=rf"{most + 1} bytes .* dynamic; .* at most {most}"):
+    with pytest.raises(ValueError, match=rf"at most {most} bytes .got {most + 1}, .* are dynamic"):
         launch(target, smem=most + 1)
     static = ".shared .align 16 .b8 s[1024];\nmov.u32 %r1, s;"
     assert launch(target, static, smem=most - 1024).ok
     with pytest.raises(
-        ValueError, match=f"a block of sm_{'75' if number == '70' else number}|sm_70"
+        ValueError, match=f"a block on sm_{'75' if number == '70' else number}|sm_70"
     ):
         launch(target, static, smem=most - 1023)
 
@@ -172,7 +172,7 @@ def test_static_shared_memory():
     for target in ("sm_75", "sm_90a"):
         assert launch(target, body.format(48 * 1024)).ok
         with pytest.raises(
-            sim.PtxError, match=r"49153 bytes of static shared memory; at most 49152"
+            sim.PtxError, match=r"static shared memory must be at most 49152 bytes .got 49153"
         ):
             launch(target, body.format(48 * 1024 + 1))
 
@@ -180,19 +180,22 @@ def test_static_shared_memory():
 @pytest.mark.parametrize(
     "options, message",
     [
-        (dict(block=1025), r"x of the block is 1025; at most 1024"),
-        (dict(block=(33, 32)), r"the block has 1056 threads; at most 1024"),
-        (dict(block=(1, 1, 65)), r"z of the block is 65; at most 64"),
-        (dict(block=(1, 1025)), r"y of the block is 1025; at most 1024"),
-        (dict(block=(2, 0)), r"the block \(2 x 0 x 1\) is empty"),
-        (dict(grid=0), r"the grid \(0 x 1 x 1\) is empty"),
-        (dict(grid=(1, 65536)), r"y of the grid is 65536; at most 65535"),
-        (dict(grid=(1, 1, 65536)), r"z of the grid is 65536; at most 65535"),
-        (dict(grid=2**31), r"x of the grid is 2147483648; at most 2147483647"),
-        (dict(grid=4, cluster=3), r"the grid \(4 x 1 x 1\) is not a multiple of the cluster"),
-        (dict(grid=(2, 3), cluster=(1, 2)), "is not a multiple of the cluster"),
-        (dict(grid=16, cluster=16), "has 16 CTAs; more than 8 need non_portable_cluster=True"),
-        (dict(grid=18, cluster=18, non_portable_cluster=True), "has 18 CTAs; at most 16"),
+        (dict(block=1025), r"block.x must be at most 1024 \(got 1025\)"),
+        (dict(block=(33, 32)), r"block must have at most 1024 threads \(got 1056\)"),
+        (dict(block=(1, 1, 65)), r"block.z must be at most 64 \(got 65\)"),
+        (dict(block=(1, 1025)), r"block.y must be at most 1024 \(got 1025\)"),
+        (dict(block=(2, 0)), r"block must not be empty \(got 2 x 0 x 1\)"),
+        (dict(grid=0), r"grid must not be empty \(got 0 x 1 x 1\)"),
+        (dict(grid=(1, 65536)), r"grid.y must be at most 65535 \(got 65536\)"),
+        (dict(grid=(1, 1, 65536)), r"grid.z must be at most 65535 \(got 65536\)"),
+        (dict(grid=2**31), r"grid.x must be at most 2147483647 \(got 2147483648\)"),
+        (
+            dict(grid=4, cluster=3),
+            r"grid must be a multiple of .*, 3 x 1 x 1 \(got 4 x 1",
+        ),
+        (dict(grid=(2, 3), cluster=(1, 2)), "must be a multiple of the cluster, 1 x 2 x 1"),
+        (dict(grid=16, cluster=16), r"most 8 CTAs \(got 16\); pass non_portable_cluster=True"),
+        (dict(grid=18, cluster=18, non_portable_cluster=True), r"at most 16 CTAs \(got 18\)"),
     ],
     ids=str,
 )
@@ -211,13 +214,13 @@ def test_launches_at_the_limits():
 
 @pytest.mark.parametrize("target", ["sm_75", "sm_80", "sm_89"])
 def test_clusters_need_hopper(target):
-    with pytest.raises(ValueError, match=f"clusters need sm_90 or later; the GPU is {target}"):
+    with pytest.raises(ValueError, match=f"cluster must be one CTA before sm_90 .*on {target}"):
         launch(target, grid=2, cluster=2)
     assert launch(target, grid=2, cluster=1).ok
 
 
 def test_an_unknown_target():
-    with pytest.raises(ValueError, match="the limits of sm_95 are not known"):
+    with pytest.raises(ValueError, match=r"whose limits the simulator knows \(got sm_95\)"):
         launch("sm_95")
 
 
@@ -228,14 +231,14 @@ def test_directives_of_the_kernel():
         )
         return module.launch("k", **{"grid": 2, "block": 32, **options})
 
-    with pytest.raises(ValueError, match=r"has 64 threads; the kernel's .maxntid allows 32"):
+    with pytest.raises(ValueError, match=r"at most 32 threads, as .*.maxntid says \(got 64\)"):
         with_directive(".maxntid 32, 1, 1", block=64)
     with pytest.raises(
-        ValueError, match=r"block is 32 x 1 x 1; the kernel's .reqntid asks for 64 x"
+        ValueError, match=r"block must be 64 x 1 x 1, as .* .reqntid says \(got 32 x"
     ):
         with_directive(".reqntid 64, 1, 1")
     with pytest.raises(
-        ValueError, match=r"cluster is 1 x 2 x 1; .* .reqnctapercluster asks for 2 x"
+        ValueError, match=r"must be 2 x .* .reqnctapercluster says \(got 1 x 2 x 1\)"
     ):
         with_directive(".reqnctapercluster 2, 1, 1", grid=(2, 2), cluster=(1, 2))
     assert with_directive(".reqnctapercluster 2, 1, 1").ok

@@ -268,10 +268,10 @@ def test_accumulator_overflow():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (("wgmma", 90, "f32", "f32"), "wgmma.mma_async does not multiply f32 into f32"),
-        (("wgmma", 90, "bf16", "f16"), "wgmma.mma_async does not multiply bf16 into f16"),
-        (("mma.sync", 80, "e4m3", "f32"), "FP8 from sm_89 on, not on sm_80"),
-        (("mma.sync", 75, "bf16", "f32"), "not for sm_75"),
+        (("wgmma", 90, "f32", "f32"), r"wgmma.mma_async: inputs must be .*\(got f32 for f32\)"),
+        (("wgmma", 90, "bf16", "f16"), r"wgmma.mma_async: inputs must be .*\(got bf16 for f16\)"),
+        (("mma.sync", 80, "e4m3", "f32"), r"target must be sm_89 or later for FP8 \(got sm_80\)"),
+        (("mma.sync", 75, "bf16", "f32"), r"rounding is modeled, .*\(got sm_75\)"),
     ],
 )
 def test_unsupported_combinations_are_refused(arguments, message):

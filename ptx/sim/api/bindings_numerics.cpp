@@ -24,7 +24,7 @@ Value lookup(const std::map<std::string, Value>& table, const char* what, const 
   if (found != table.end()) return found->second;
   std::string known;
   for (const auto& entry : table) known += (known.empty() ? "" : ", ") + entry.first;
-  throw py::value_error(std::string(what) + " must be one of " + known + "; got '" + name + "'");
+  throw py::value_error(std::string(what) + " must be one of " + known + " (got '" + name + "')");
 }
 
 NumberFormat format_named(const std::string& name) {
@@ -101,8 +101,8 @@ py::array_t<float> mma(const std::string& instruction, int target, const std::st
       a.shape(1) != b.shape(1) || c.shape(0) != a.shape(0) || c.shape(1) != b.shape(0) ||
       k_per_instruction < 1 || a.shape(1) % (size * k_per_instruction) != 0) {
     throw py::value_error(
-        "mma needs the bytes of a [M, K] and b [N, K] in formats of one size, c [M, N], and K a "
-        "multiple of k_per_instruction");
+        "mma: a and b must be the bytes of [M, K] and [N, K] in formats of one size, c must be "
+        "[M, N], and K a multiple of k_per_instruction");
   }
   const int rows = int(a.shape(0)), columns = int(b.shape(0)), pitch = int(a.shape(1));
   py::array_t<float> d({rows, columns});
@@ -140,8 +140,11 @@ py::bytes encode_map(int data_type, std::uint64_t global_address,
   if (box_dim.size() != rank || element_strides.size() != rank ||
       global_strides.size() != (rank == 0 ? 0 : rank - 1)) {
     throw py::value_error(
-        "a tensor map of rank r takes r dimensions, r - 1 strides, r box sizes and r element "
-        "strides");
+        "tensor map: global_dim, box_dim and element_strides must have one entry for each "
+        "dimension, and global_strides one fewer (got " +
+        std::to_string(rank) + ", " + std::to_string(box_dim.size()) + ", " +
+        std::to_string(element_strides.size()) + " and " + std::to_string(global_strides.size()) +
+        ")");
   }
   TensorMap map;
   encode_tensor_map(&map, data_type, std::uint32_t(rank), global_address, global_dim.data(),
@@ -150,8 +153,14 @@ py::bytes encode_map(int data_type, std::uint64_t global_address,
   return py::bytes(reinterpret_cast<const char*>(map.bytes), sizeof map.bytes);
 }
 
+void require_map_size(const std::string& map) {
+  if (map.size() == sizeof(TensorMap)) return;
+  throw py::value_error("tensor map: it must have 128 bytes (got " + std::to_string(map.size()) +
+                        ")");
+}
+
 TensorMapFields fields_of(const std::string& map) {
-  if (map.size() != sizeof(TensorMap)) throw py::value_error("a tensor map has 128 bytes");
+  require_map_size(map);
   return decode_tensor_map(map.data());
 }
 
@@ -178,7 +187,7 @@ py::dict decode_map(const std::string& map) {
 
 py::bytes replace_field(std::string map, const std::string& field, std::uint32_t ordinal,
                         std::uint64_t value) {
-  if (map.size() != sizeof(TensorMap)) throw py::value_error("a tensor map has 128 bytes");
+  require_map_size(map);
   replace_tensor_map_field(map.data(), lookup(tensor_map_field_names(), "field", field), ordinal,
                            value);
   return py::bytes(map);
@@ -188,8 +197,15 @@ py::bytes replace_field(std::string map, const std::string& field, std::uint32_t
 py::list box_runs(const std::string& map, const std::vector<std::int32_t>& coordinates,
                   std::uint32_t shared_address) {
   const TensorMapFields f = fields_of(map);
-  if (coordinates.size() != f.rank) throw py::value_error("one coordinate for each dimension");
-  if (box_span_bytes(f) > 1 << 20) throw py::value_error("the box exceeds shared memory");
+  if (coordinates.size() != f.rank) {
+    throw py::value_error("box_runs: coordinates must have one entry for each of the map's " +
+                          std::to_string(f.rank) + " dimensions (got " +
+                          std::to_string(coordinates.size()) + ")");
+  }
+  if (box_span_bytes(f) > 1 << 20) {
+    throw py::value_error("box_runs: the box must have at most 2^20 bytes (got " +
+                          std::to_string(box_span_bytes(f)) + ")");
+  }
   py::list runs;
   for_each_run(f, coordinates.data(), shared_address, [&](const BoxRun& run) {
     runs.append(py::make_tuple(

@@ -130,12 +130,12 @@ Arg TokenReader::number_literal() {
 }
 
 std::uint32_t TokenReader::take_integer() {
-  if (peek().kind != Token::number) fail("expected a number, got '" + peek().text + "'");
+  if (peek().kind != Token::number) fail("expected a number (got '" + peek().text + "')");
   const std::uint32_t line = peek().line;
   const std::string word = peek().text;
   const Arg arg = number_literal();
   if (arg.kind != Arg::integer || arg.bits > ~0u)
-    fail_at(line, "expected an integer below 2^32, got '" + word + "'");
+    fail_at(line, "expected an integer below 2^32 (got '" + word + "')");
   return static_cast<std::uint32_t>(arg.bits);
 }
 
@@ -214,7 +214,7 @@ Arg TokenReader::unary_expression() {
     return integer_constant(~value.bits, value.text == "u");
   }
   if (accept('!')) return integer_constant(!is_nonzero(unary_expression()), false);
-  fail("expected a number or an expression, got '" + token.text + "'");
+  fail("expected a number or an expression (got '" + token.text + "')");
 }
 
 Arg TokenReader::combined(const std::string& op, const Arg& x, const Arg& y,

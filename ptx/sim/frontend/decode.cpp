@@ -230,9 +230,9 @@ Space Decoder::take_space() {
 void Decoder::finish(std::size_t least, std::size_t most) {
   if (!modifiers_.empty()) fail("unknown modifier '." + modifiers_.front() + "'");
   if (count() < least || count() > most) {
-    fail("expected " + std::to_string(least) +
-         (most == least ? "" : " to " + std::to_string(most)) + " operands, got " +
-         std::to_string(count()));
+    fail("the number of operands must be " + std::to_string(least) +
+         (most == least ? "" : " to " + std::to_string(most)) + " (got " + std::to_string(count()) +
+         ")");
   }
 }
 
@@ -354,8 +354,8 @@ Slot Decoder::source_at_least(const Arg& a, Type type) {
       if (symbol->framed) {
         if (a.offset != 0 || bytes != 8)
           fail(
-              "of a variable of a function that may call itself, only the 64-bit address without "
-              "an offset can be an operand");
+              "a variable of a function that may call itself can be an operand only as its 64-bit "
+              "address without an offset");
         return symbol->slot;
       }
       if (symbol->kernel_param)
@@ -398,7 +398,7 @@ Slot Decoder::address(const Arg& a, std::int64_t* offset, Space* space) {
       return constant(symbol->address | kSharedWindow, 8);
     return constant(symbol->address, 8);
   }
-  if (base.kind != Arg::reg) fail("bad address");
+  if (base.kind != Arg::reg) fail("expected a register or a variable as address");
   const Type type = register_type(base);
   if (size_of(type) < 4) fail("the address register is too narrow");
   return register_slot(base);

@@ -68,8 +68,8 @@ const Kernel& Module::kernel(const std::string& name) const {
   }
   std::string known;
   for (const Kernel& k : kernels_) known += (known.empty() ? "" : ", ") + k.name;
-  throw std::invalid_argument("no kernel '" + name + "' in '" + parsed_->name +
-                              "'; it has: " + (known.empty() ? "none" : known));
+  throw std::invalid_argument("kernel must be one of those in '" + parsed_->name + "', " +
+                              (known.empty() ? "which has none" : known) + " (got '" + name + "')");
 }
 
 std::shared_ptr<const Program> Module::program(const std::string& name) const {

@@ -172,7 +172,7 @@ void Parser::element(Variable& v) {
     for (int i = 0; i < bytes; ++i)
       v.initial.push_back(i < 8 ? static_cast<std::uint8_t>(bits >> (8 * i)) : 0);
   } else {
-    if (peek().kind != Token::word) fail("expected a value, got '" + peek().text + "'");
+    if (peek().kind != Token::word) fail("expected a value (got '" + peek().text + "')");
     if (bytes < 8)
       fail("an address does not fit into an element of '" + v.name + "'; 0xFF(...) takes a byte");
     address_element(v, 0, 8);

@@ -78,7 +78,7 @@ void Parser::location() {
     } else if (accept("inlined_at")) {
       for (int i = 0; i < 3; ++i) take_integer();
     } else {
-      fail("expected function_name or inlined_at, got '" + peek().text + "'");
+      fail("expected function_name or inlined_at (got '" + peek().text + "')");
     }
   }
 }
@@ -140,7 +140,7 @@ void Parser::instruction() {
   while (!accept(';')) {
     if (peek().kind == Token::end || peek().is('}')) fail("expected ';'");
     ins.args.push_back(operand());
-    if (!peek().is(';') && !accept(',')) fail("expected ',' or ';', got '" + peek().text + "'");
+    if (!peek().is(';') && !accept(',')) fail("expected ',' or ';' (got '" + peek().text + "')");
   }
   f.code.push_back(std::move(ins));
 }
@@ -163,7 +163,7 @@ Arg Parser::sequence(Arg::Kind kind, char close) {
   while (!accept(close)) {
     if (peek().kind == Token::end) fail(std::string("expected '") + close + "'");
     arg.args.push_back(operand());
-    if (!peek().is(close) && !accept(',')) fail("expected ',', got '" + peek().text + "'");
+    if (!peek().is(close) && !accept(',')) fail("expected ',' (got '" + peek().text + "')");
   }
   return arg;
 }

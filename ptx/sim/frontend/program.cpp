@@ -97,7 +97,9 @@ void ProgramBuilder::lay_out_function(FunctionPlan& plan, std::uint64_t* local) 
     at += v.bytes;
     if (at > kMostLocalBytes)
       throw module_.error(f.source, f.line,
-                          "'" + f.name + "' has more local memory than a thread can have");
+                          "the local memory of '" + f.name + "' must be at most " +
+                              std::to_string(kMostLocalBytes) + " bytes (got " +
+                              std::to_string(at) + ")");
   };
   const auto value_of = [&](const Variable& v) {
     CallValue value;
@@ -167,10 +169,11 @@ void ProgramBuilder::lay_out() {
     for (const Variable& v : plan.function->variables) place_shared(v);
   }
   if (shared > limits::shared_per_block_default + kSharedBase) {
-    throw module_.error(
-        plans_[0].function->source, plans_[0].function->line,
-        std::to_string(shared - kSharedBase) + " bytes of static shared memory; at most " +
-            std::to_string(limits::shared_per_block_default) + " (more must be dynamic)");
+    throw module_.error(plans_[0].function->source, plans_[0].function->line,
+                        "static shared memory must be at most " +
+                            std::to_string(limits::shared_per_block_default) + " bytes (got " +
+                            std::to_string(shared - kSharedBase) +
+                            "); make larger arrays dynamic (.extern .shared)");
   }
   p.shared_static_end = static_cast<std::uint32_t>(shared);
   p.shared_dynamic_begin = static_cast<std::uint32_t>(align_up(shared, dynamic_align));
@@ -194,7 +197,9 @@ void ProgramBuilder::lay_out() {
     at += v.bytes;
   }
   if (at > 32764)
-    throw module_.error(kernel.source, kernel.line, "parameters larger than 32764 bytes");
+    throw module_.error(
+        kernel.source, kernel.line,
+        "parameters must have at most 32764 bytes (got " + std::to_string(at) + ")");
   p.param_bytes = static_cast<std::uint32_t>(at);
   p.params = kernel.params;
 }

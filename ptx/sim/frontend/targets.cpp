@@ -185,7 +185,7 @@ bool meets(const ParsedModule::Source& source, const Row& row) {
       : target == 90       ? least
                            : least + " or another architecture-specific target of its generation";
   throw PtxError(source.name, line - source.lines_before,
-                 what + ": needs .target " + needed + "; the module has " + source.target);
+                 what + ": .target must be " + needed + " (got " + source.target + ")");
 }
 
 void check_special_registers(const ParsedModule::Source& source, const RawInstruction& i,

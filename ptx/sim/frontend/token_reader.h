@@ -41,10 +41,10 @@ class TokenReader {
     return true;
   }
   void expect(char c) {
-    if (!accept(c)) fail(std::string("expected '") + c + "', got '" + peek().text + "'");
+    if (!accept(c)) fail(std::string("expected '") + c + "' (got '" + peek().text + "')");
   }
   std::string take_word() {
-    if (peek().kind != Token::word) fail("expected a name, got '" + peek().text + "'");
+    if (peek().kind != Token::word) fail("expected a name (got '" + peek().text + "')");
     return take().text;
   }
   void skip_to_semicolon() {

@@ -1,5 +1,5 @@
-// What an instruction is, for those who are not of its family: scheduler, checks, deadlock reports,
-// and a listener for time. Decoders set these; nobody else looks at an opcode's name.
+// The facts about an instruction that code outside its family may use: scheduler, checks, deadlock
+// reports, a timing model. Decoders set them. Nothing else compares an opcode's name.
 #pragma once
 
 #include <cstdint>
@@ -39,20 +39,20 @@ enum class Completion : std::uint8_t {
 
 enum class Space : std::uint8_t { generic, global, shared, shared_cluster, local, param, constant };
 
-// How memory is reached. noncoherent: ld.global.nc, through a cache that no store updates.
+// The path to memory. noncoherent is ld.global.nc's, through a cache that no store updates.
 enum class Proxy : std::uint8_t { generic, async, tensormap, noncoherent };
 
-// What an instruction does to memory itself, or has done asynchronously.
+// The memory that an instruction reads and writes, at once or asynchronously.
 struct MemoryUse {
   bool reads = false, writes = false;
   Proxy proxy = Proxy::generic;
-  Space from = Space::generic, to = Space::generic;  // of what it reads, and of what it writes
-  std::uint32_t bytes = 0;  // by each lane; 0: none, or known only when it executes
+  Space from = Space::generic, to = Space::generic;  // read from, written to
+  std::uint32_t bytes = 0;  // for each lane; 0: none, or known only at execution
 };
 
 class Warp;
 struct Group;
-// Where and why lanes wait, in the words of a deadlock report: "waits at barrier 0, where ...".
+// The text of a deadlock report about waiting lanes: "waits at barrier 0, where ...".
 using DescribeWait = std::string (*)(Warp&, const Group&);
 
 struct Traits {
@@ -60,8 +60,8 @@ struct Traits {
   Flow flow = Flow::next;
   Wait wait = Wait::nothing;
   Completion completion = Completion::at_once;
-  bool times_out = false;                // its wait may end in vain, with a predicate that says so
-  DescribeWait describe_wait = nullptr;  // if "waits at OPCODE" does not say it all
+  bool times_out = false;                // its wait may end without success, as its predicate says
+  DescribeWait describe_wait = nullptr;  // nullptr: "waits at OPCODE"
   MemoryUse memory;
 
   bool asynchronous() const { return completion != Completion::at_once; }

@@ -353,8 +353,8 @@ void decode_product(Decoder& d, const WarpProduct& p) {
     const Arg& arg = d.arg(n);
     const std::vector<Arg> each = arg.kind == Arg::vector ? arg.args : std::vector<Arg>{arg};
     if (static_cast<int>(each.size()) != count)
-      d.fail("operand " + std::to_string(n + 1) + " needs " + std::to_string(count) +
-             " registers, not " + std::to_string(each.size()));
+      d.fail("operand " + std::to_string(n + 1) + " must have " + std::to_string(count) +
+             " registers (got " + std::to_string(each.size()) + ")");
     for (const Arg& x : each)
       d.out.list.push_back(n == 0 ? d.destination(x, size_of(type)) : d.source(x, type));
   };

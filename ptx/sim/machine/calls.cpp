@@ -120,12 +120,12 @@ void check_signature(Decoder& d, const std::vector<Variable>& params,
                      const std::vector<Variable>& results, std::size_t passed,
                      std::size_t received) {
   if (passed != params.size()) {
-    d.fail("the function takes " + std::to_string(params.size()) + " arguments; got " +
-           std::to_string(passed));
+    d.fail("the number of arguments must be " + std::to_string(params.size()) + " (got " +
+           std::to_string(passed) + ")");
   }
   if (received > results.size()) {
-    d.fail("the function returns " + std::to_string(results.size()) + " values; expected " +
-           std::to_string(received));
+    d.fail("the number of results must be at most " + std::to_string(results.size()) + " (got " +
+           std::to_string(received) + ")");
   }
 }
 
@@ -143,8 +143,9 @@ CallValue actual(Decoder& d, const Arg& a, const Variable& formal, bool result) 
     if (s == nullptr || s->space != Space::local || a.offset != 0)
       d.fail("'" + plain_name(a.text) + "' is not a .param variable");
     if (s->bytes < formal.bytes) {
-      d.fail("'" + plain_name(a.text) + "' has " + std::to_string(s->bytes) +
-             " bytes; the function's " + formal.name + " has " + std::to_string(formal.bytes));
+      d.fail("'" + plain_name(a.text) + "' must have " + std::to_string(formal.bytes) +
+             " bytes, as the function's " + formal.name + " (got " + std::to_string(s->bytes) +
+             ")");
     }
     v.kind = s->framed ? CallValue::in_frame : CallValue::in_local;
     v.offset = static_cast<U32>(s->address);

@@ -59,17 +59,17 @@ Grid::Grid(const Module& module, std::shared_ptr<const Program> p, const LaunchO
   if (registers_per_thread == 0) registers_per_thread = default_registers(*program, o.block);
 
   if (params.size() != program->params.size()) {
-    refuse(name, "expected " + std::to_string(program->params.size()) + " parameters, got " +
-                     std::to_string(params.size()));
+    refuse(name, "the number of arguments must be " + std::to_string(program->params.size()) +
+                     " (got " + std::to_string(params.size()) + ")");
   }
   param_block.assign(program->param_bytes / 8 + 32, 0);
   auto base = reinterpret_cast<std::uint64_t>(param_block.data());
   base = (base + 127) / 128 * 128;
   for (std::size_t i = 0; i < params.size(); ++i) {
     if (params[i].size() != program->params[i].bytes) {
-      refuse(name, "parameter " + std::to_string(i) + " (" + program->params[i].name + ") has " +
-                       std::to_string(program->params[i].bytes) + " bytes, got " +
-                       std::to_string(params[i].size()));
+      refuse(name, "argument " + std::to_string(i) + " must have " +
+                       std::to_string(program->params[i].bytes) + " bytes, as parameter " +
+                       program->params[i].name + " (got " + std::to_string(params[i].size()) + ")");
     }
     std::memcpy(reinterpret_cast<void*>(base + program->param_offsets[i]), params[i].data(),
                 params[i].size());

@@ -23,10 +23,11 @@ class Checker {
         gpu_(options.compute_capability != 0 ? options.compute_capability : program.target_number),
         architecture_(architecture_of(gpu_)) {
     if (architecture_ == nullptr)
-      refuse("the limits of sm_" + std::to_string(gpu_) + " are not known to the simulator");
+      refuse("the GPU must be one whose limits the simulator knows (got sm_" +
+             std::to_string(gpu_) + ")");
     if (program.target_number > gpu_) {
-      refuse("the module is for sm_" + std::to_string(program.target_number) + ", the GPU is sm_" +
-             std::to_string(gpu_));
+      refuse("the GPU must be sm_" + std::to_string(program.target_number) +
+             " or later, as the module's .target says (got sm_" + std::to_string(gpu_) + ")");
     }
   }
 
@@ -36,13 +37,13 @@ class Checker {
     const std::uint64_t threads = options_.block.volume();
     const Function& f = program_.attributes;
     if (threads > limits::threads_per_block) {
-      refuse("the block has " + std::to_string(threads) + " threads; at most " +
-             std::to_string(limits::threads_per_block));
+      refuse("block must have at most " + std::to_string(limits::threads_per_block) +
+             " threads (got " + std::to_string(threads) + ")");
     }
     const Dim3 most{f.max_threads[0], f.max_threads[1], f.max_threads[2]};
     if (most.x != 0 && threads > most.volume()) {
-      refuse("the block has " + std::to_string(threads) +
-             " threads; the kernel's .maxntid allows " + std::to_string(most.volume()));
+      refuse("block must have at most " + std::to_string(most.volume()) +
+             " threads, as the kernel's .maxntid says (got " + std::to_string(threads) + ")");
     }
     check_required("block", options_.block, f.required_threads, ".reqntid");
   }
@@ -57,20 +58,21 @@ class Checker {
     check_required("cluster", cluster, own, ".reqnctapercluster");
     const std::uint64_t ctas = cluster.volume();
     if (ctas > 1 && architecture_->ctas_per_cluster == 0)
-      refuse("clusters need sm_90 or later; the GPU is sm_" + std::to_string(gpu_));
+      refuse("cluster must be one CTA before sm_90 (got " + std::to_string(ctas) + " CTAs on sm_" +
+             std::to_string(gpu_) + ")");
     if (ctas > std::max(1u, architecture_->ctas_per_cluster_max)) {
-      refuse("the cluster has " + std::to_string(ctas) + " CTAs; at most " +
-             std::to_string(architecture_->ctas_per_cluster_max));
+      refuse("cluster must have at most " + std::to_string(architecture_->ctas_per_cluster_max) +
+             " CTAs (got " + std::to_string(ctas) + ")");
     }
     if (ctas > std::max(1u, architecture_->ctas_per_cluster) && !options_.non_portable_cluster) {
-      refuse("the cluster has " + std::to_string(ctas) + " CTAs; more than " +
-             std::to_string(architecture_->ctas_per_cluster) +
-             " need non_portable_cluster=True, as CUDA needs "
+      refuse("cluster must have at most " + std::to_string(architecture_->ctas_per_cluster) +
+             " CTAs (got " + std::to_string(ctas) +
+             "); pass non_portable_cluster=True, as CUDA needs "
              "cudaFuncAttributeNonPortableClusterSizeAllowed");
     }
     const Dim3& grid = options_.grid;
     if (grid.x % cluster.x || grid.y % cluster.y || grid.z % cluster.z) {
-      refuse("the grid (" + text(grid) + ") is not a multiple of the cluster (" + text(cluster) +
+      refuse("grid must be a multiple of the cluster, " + text(cluster) + " (got " + text(grid) +
              ")");
     }
     return cluster;
@@ -80,10 +82,10 @@ class Checker {
     const std::uint64_t end = std::uint64_t{program_.shared_dynamic_begin} + options_.dynamic_smem;
     const std::uint64_t bytes = end - kSharedBase;
     if (bytes > architecture_->shared_per_block) {
-      refuse(std::to_string(bytes) + " bytes of shared memory, of which " +
-             std::to_string(options_.dynamic_smem) + " dynamic; a block of sm_" +
-             std::to_string(gpu_) + " has at most " +
-             std::to_string(architecture_->shared_per_block));
+      refuse("the shared memory of a block on sm_" + std::to_string(gpu_) + " must be at most " +
+             std::to_string(architecture_->shared_per_block) + " bytes (got " +
+             std::to_string(bytes) + ", of which " + std::to_string(options_.dynamic_smem) +
+             " are dynamic)");
     }
     return static_cast<std::uint32_t>(end);
   }
@@ -104,12 +106,12 @@ class Checker {
   }
 
   void check_extent(const char* name, const Dim3& d, const std::uint32_t (&limits)[3]) const {
-    if (d.volume() == 0) refuse(std::string("the ") + name + " (" + text(d) + ") is empty");
+    if (d.volume() == 0) refuse(std::string(name) + " must not be empty (got " + text(d) + ")");
     const std::uint32_t extents[3] = {d.x, d.y, d.z};
     for (int i = 0; i < 3; ++i) {
       if (extents[i] <= limits[i]) continue;
-      refuse(std::string(1, "xyz"[i]) + " of the " + name + " is " + std::to_string(extents[i]) +
-             "; at most " + std::to_string(limits[i]));
+      refuse(std::string(name) + "." + "xyz"[i] + " must be at most " + std::to_string(limits[i]) +
+             " (got " + std::to_string(extents[i]) + ")");
     }
   }
 
@@ -118,8 +120,8 @@ class Checker {
     if (required[0] == 0) return;
     const Dim3 wanted{required[0], required[1], required[2]};
     if (d.x == wanted.x && d.y == wanted.y && d.z == wanted.z) return;
-    refuse(std::string("the ") + name + " is " + text(d) + "; the kernel's " + directive +
-           " asks for " + text(wanted));
+    refuse(std::string(name) + " must be " + text(wanted) + ", as the kernel's " + directive +
+           " says (got " + text(d) + ")");
   }
 
   const Program& program_;

@@ -28,8 +28,8 @@ void Memory::sort() {
             [](const auto& a, const auto& b) { return a->begin < b->begin; });
   for (std::size_t i = 1; i < buffers_.size(); ++i) {
     if (buffers_[i]->begin < buffers_[i - 1]->end) {
-      throw std::invalid_argument("buffers '" + buffers_[i - 1]->name + "' and '" +
-                                  buffers_[i]->name + "' overlap");
+      throw std::invalid_argument("buffers must not overlap (got '" + buffers_[i - 1]->name +
+                                  "' and '" + buffers_[i]->name + "')");
     }
   }
 }

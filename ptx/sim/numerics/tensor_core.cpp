@@ -57,10 +57,10 @@ void require_accumulator(const char* instruction, NumberFormat inputs, NumberFor
   if (known && (accumulator == NumberFormat::f32 || (accumulator == NumberFormat::f16 && f16_ok))) {
     return;
   }
-  throw std::invalid_argument(std::string(instruction) + " does not multiply " + name_of(inputs) +
-                              " into " + name_of(accumulator) +
-                              ": f32 takes e4m3, e5m2, f16, bf16 and tf32 inputs, f16 takes e4m3, "
-                              "e5m2 and f16");
+  throw std::invalid_argument(std::string(instruction) +
+                              ": inputs must be e4m3, e5m2, f16, bf16 or tf32 for an f32 "
+                              "accumulator, and e4m3, e5m2 or f16 for an f16 one (got " +
+                              name_of(inputs) + " for " + name_of(accumulator) + ")");
 }
 
 // floor(log2 |value|), at least `least`; value is finite and not zero.
@@ -249,15 +249,15 @@ MmaModel mma_sync_model(int target, NumberFormat inputs, NumberFormat accumulato
     std::string modeled;
     for (const Architecture& a : kArchitectures) {
       if (a.mma_rounding == 0) continue;
-      modeled += "sm_" + std::to_string(a.capability) + (a.bf16_mma ? ", " : " (f16), ");
+      modeled += "sm_" + std::to_string(a.capability) + (a.bf16_mma ? " " : " (f16) ");
     }
-    throw std::invalid_argument("the rounding of mma.sync is modeled for " + modeled +
-                                "not for sm_" + std::to_string(target));
+    throw std::invalid_argument("mma.sync: target must be one whose rounding is modeled, " +
+                                modeled + "(got sm_" + std::to_string(target) + ")");
   }
   const bool ampere = rounding == 80;
   if (ampere && is_fp8(inputs)) {
-    throw std::invalid_argument("mma.sync multiplies FP8 from sm_89 on, not on sm_" +
-                                std::to_string(target));
+    throw std::invalid_argument("mma.sync: target must be sm_89 or later for FP8 (got sm_" +
+                                std::to_string(target) + ")");
   }
   const bool f16 = accumulator == NumberFormat::f16;
   const MmaResult result = f16 ? MmaResult::f16 : MmaResult::f32;

@@ -23,7 +23,7 @@ static_assert(sizeof(Packed) <= sizeof(TensorMap));
 
 [[noreturn]] void fail(const std::string& argument, const std::string& rule,
                        const std::string& got) {
-  throw TensorMapError("tensor map: " + argument + " " + rule + "; got " + got);
+  throw TensorMapError("tensor map: " + argument + " " + rule + " (got " + got + ")");
 }
 
 void require(bool holds, const std::string& argument, const std::string& rule, std::uint64_t got) {
@@ -53,7 +53,7 @@ void check(const TensorMapFields& f) {
   require(f.global_address % 16 == 0, "globalAddress", "must be aligned to 16 bytes",
           f.global_address);
   if (f.oob_fill == TensorMapOobFill::nan && !is_floating_point(f.data_type)) {
-    fail("oobFill", "NAN_REQUEST_ZERO_FMA needs a floating-point tensorDataType",
+    fail("tensorDataType", "must be floating-point for oobFill NAN_REQUEST_ZERO_FMA",
          std::to_string(static_cast<int>(f.data_type)));
   }
   for (std::uint32_t d = 0; d < f.rank; ++d) {
@@ -125,8 +125,10 @@ Packed load(const void* tensor_map) {
   std::memcpy(&packed, tensor_map, sizeof packed);
   if (packed.magic == kMagic) return packed;
   throw TensorMapError(
-      "the 128 bytes used as a tensor map are none: pass what torchext.sim.tensor_map or the "
-      "simulated cuTensorMapEncodeTiled made, as a __grid_constant__ const parameter or from "
+      "tensor map: its 128 bytes must be those of an encoded map; pass what "
+      "torchext.sim.tensor_map "
+      "or the simulated cuTensorMapEncodeTiled made, as a __grid_constant__ const parameter or "
+      "from "
       "memory aligned to 64 bytes");
 }
 
