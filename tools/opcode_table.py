@@ -1,10 +1,9 @@
-"""Makes the opcode table of ptx/sim/README.md from the simulator's table of opcodes.
+"""Makes the opcode tables of ptx/sim/README.md from the tables of the simulator.
 
-python tools/opcode_table.py            prints the table
-python tools/opcode_table.py --write    writes the table into the README
+python tools/opcode_table.py            prints the tables
+python tools/opcode_table.py --write    writes the tables into the README
 """
 
-import re
 import sys
 from itertools import groupby
 from pathlib import Path
@@ -12,9 +11,7 @@ from typing import Any
 
 from torchext import _sim
 
-SIMULATOR = Path(__file__).resolve().parents[1] / "ptx" / "sim"
-README = SIMULATOR / "README.md"
-TRAITS = SIMULATOR / "frontend" / "traits.inc"
+README = Path(__file__).resolve().parents[1] / "ptx" / "sim" / "README.md"
 BEGIN = "<!-- begin: python tools/opcode_table.py --write -->\n"
 END = "<!-- end -->\n"
 
@@ -33,8 +30,8 @@ def table() -> str:
         opcodes = ", ".join(sorted(row["opcode"] for row in rows))
         lines.append(f"| `{file}` | {opcodes} | {classes} | {units} | {target or 'any'} |")
     lines += ["", "| unit | class | instructions |", "| :-- | :-- | :-- |"]
-    for name, unit, text in re.findall(r'^CLASS\((\w+), (\w+), "(.+)"\)', TRAITS.read_text(), re.M):
-        lines.append(f"| {unit} | {name} | {text} |")
+    for row in _sim.op_classes():
+        lines.append(f"| {row['unit']} | {row['class']} | {row['text']} |")
     return "\n".join(lines) + "\n"
 
 

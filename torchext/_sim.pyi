@@ -78,6 +78,9 @@ def finding_kinds() -> list[tuple[str, str, str, str]]:
 def opcodes() -> list[dict[str, Any]]:
     """The opcode table: opcode, file, classes, units, target (the least sm number)."""
 
+def op_classes() -> list[dict[str, str]]:
+    """The classes of instructions of similar cost: class, unit, text."""
+
 # ---- Number formats, tensor cores, tensor maps (bindings_numerics.cpp) ----
 
 def encode(

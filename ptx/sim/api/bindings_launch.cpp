@@ -182,6 +182,22 @@ py::list opcodes() {
   return list;
 }
 
+// The classes of instructions, in the order of traits.inc.
+py::list op_classes() {
+  py::list list;
+  const auto add = [&](OpClass op_class, const char* text) {
+    py::dict d;
+    d["class"] = name_of(op_class);
+    d["unit"] = name_of(unit_of(op_class));
+    d["text"] = text;
+    list.append(d);
+  };
+#define CLASS(name, unit, text) add(OpClass::name, text);
+#include "../frontend/traits.inc"
+#undef CLASS
+  return list;
+}
+
 // The traits of a kernel's instructions, in the order of the program.
 py::list traits(const PythonModule& self, const std::string& kernel) {
   const auto program = self.module->program(kernel);
@@ -254,6 +270,7 @@ void bind_launch(py::module_& module) {
   });
 
   module.def("opcodes", &opcodes);
+  module.def("op_classes", &op_classes);
 
   py::class_<PythonModule>(module, "Module")
       .def(py::init([](const std::vector<std::pair<std::string, std::string>>& named_texts) {
