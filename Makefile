@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 BUILT := build/.built
 SOURCES := setup.py pyproject.toml $(shell find csrc ptx -type f -not -name '*.pyc' -not -name '*.md')
 
-.PHONY: all demo check test test-cpu test-sim lint format bench soak wheel gpu-check sass-report clean
+.PHONY: all demo check test test-cpu test-sim asan lint format bench soak wheel gpu-check sass-report clean
 all: $(BUILT)
 
 $(VENV)/.ready: pyproject.toml Makefile csrc/build/setup_venv.sh csrc/build/toolchain.py
@@ -54,6 +54,10 @@ test-sim: $(BUILT)
 	      tests/gemm tests/quantize || exit; \
 	  done; \
 	else echo 'no nvcc, so no CUDA kernels to simulate'; fi
+
+# The CPU kernels and the simulator under ASan and UBSan. Arguments, of pytest: ARGS="-x tests/sim"
+asan: $(VENV)/.ready
+	$(BIN)/python tools/sanitize.py $(ARGS)
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
