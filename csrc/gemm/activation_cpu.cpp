@@ -1,12 +1,11 @@
-// Implements activation_cpu.h: activations in FP32, as vector code, and the quantizer of
-// quantize_1x128.
+// Implements activation_cpu.h: activations in FP32, as vector code, then 1x128 quantization.
 #include "activation_cpu.h"
 
 #include <algorithm>
 
-#include "../quantize/quantize.h"
 #include "../runtime/cpu.h"
 #include "../runtime/formats.h"
+#include "../runtime/quantizer.h"
 
 namespace torchext {
 namespace {
@@ -95,6 +94,21 @@ struct ActivateSwiGLU {
   }
 };
 
+// 1x128 groups of rows of `cols` FP32 values, `stride` apart.
+template <class Out>
+struct QuantizeRows {
+  static void run(const float* product, int64_t stride, int64_t cols, const QuantizedView& out,
+                  uint32_t dropped_mantissa, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const auto* x = reinterpret_cast<const Float::Bits*>(product + i * stride);
+      uint8_t* data = static_cast<uint8_t*>(out.data) + i * out.data_stride;
+      for (int64_t j = 0; j < cols; j += kGroup)
+        out.scale[i + j / kGroup * out.scale_col_stride] = cpu::quantize_group<Float, Out>(
+            x + j, int(std::min(kGroup, cols - j)), dropped_mantissa, data + j);
+    }
+  }
+};
+
 }  // namespace
 
 void activate_and_quantize_cpu(const GemmProblem& p, float* product, const float* bias, int64_t row,
@@ -117,11 +131,15 @@ void activate_and_quantize_cpu(const GemmProblem& p, float* product, const float
     case Activation::kReLU2:
       run_parallel<Activate<ReLU2>>(rows, grain, product, bias, cols);
   }
+  const bool e5m2 = p.out_dtype == ScalarType::Float8_e5m2;
   const QuantizedView out{static_cast<uint8_t*>(p.out) + row * p.out_stride + col, p.out_stride,
                           p.out_scale + row + col / kGroup * p.out_scale_group, 1,
                           p.out_scale_group};
-  quantize_groups_cpu({product, ScalarType::Float, rows, cols, stride, 1},
-                      {p.out_dtype == ScalarType::Float8_e5m2, p.pow2_scale}, &out, nullptr);
+  const uint32_t dropped = cpu::dropped_mantissa({e5m2, p.pow2_scale});
+  with_fp8_format(e5m2, [&](auto format) {
+    run_parallel<QuantizeRows<decltype(format)>>(rows, 8 * grain, product, stride, cols, out,
+                                                 dropped);
+  });
 }
 
 }  // namespace torchext

@@ -1,7 +1,7 @@
 // Host entry of fp8_gemm_nt.
 #include "gemm.h"
 
-#include "../quantize/layout.h"
+#include "../runtime/layout.h"
 #include "operands.h"
 
 namespace torchext {

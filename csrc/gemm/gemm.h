@@ -6,6 +6,7 @@
 #include <optional>
 #include <tuple>
 
+#include "../runtime/activation.h"
 #include "../runtime/device.h"
 
 namespace torchext {
@@ -77,15 +78,6 @@ enum class Grouping {
   kAlongK,   // out[g] sums columns [group_index[g - 1], group_index[g]) of a and b
 };
 
-// What becomes of the product in FP32 before it is quantized, 1x128, on the way out.
-enum class Activation {
-  kNone,      // nothing, and out is not quantized
-  kSwiGLU,    // silu(gate) * up; gate: columns [0, n / 2) of the product, up: the rest
-  kGELU,      // x / 2 * (1 + erf(x / sqrt(2)))
-  kGELUTanh,  // its tanh approximation
-  kReLU2,     // max(x, 0)^2
-};
-
 // A checked problem, leading dimensions of `a` folded into m. Strides in elements.
 struct GemmProblem {
   const char* op;   // for errors
@@ -115,7 +107,9 @@ struct GemmProblem {
   int64_t expected_rows = 0;             // of a group, for the choice of a kernel; 0: unknown
   int64_t out_group_stride = 0;          // kAlongK: from out[g] to out[g + 1]
 
-  Activation activation = Activation::kNone;  // else `out` is FP8 data, [m, width]
+  // Applied to the product in FP32, which is then quantized 1x128 into `out`, [m, width] FP8 data.
+  // SwiGLU: columns [0, n / 2) of the product are the gate, the rest is up.
+  Activation activation = Activation::kNone;
   float* out_scale = nullptr;                 // of out[m, c]: [m + c / 128 * out_scale_group]
   int64_t out_scale_group = 0;
   bool pow2_scale = false;

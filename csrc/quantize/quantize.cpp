@@ -3,7 +3,7 @@
 #include "quantize.h"
 
 #include "../runtime/check.h"
-#include "layout.h"
+#include "../runtime/layout.h"
 
 namespace torchext {
 namespace {

@@ -7,6 +7,7 @@
 #include <tuple>
 
 #include "../runtime/device.h"
+#include "../runtime/views.h"
 
 namespace torchext {
 
@@ -25,28 +26,6 @@ std::tuple<Tensor, Tensor> quantize_tensorwise(const Tensor& x, OptionalDtype dt
 Tensor dequantize(const Tensor& data, const Tensor& scale, ScalarType out_dtype);
 
 // ---- kernels ----
-// A matrix of the input. Leading dimensions have been folded into `rows`.
-struct MatrixView {
-  const void* data;
-  ScalarType dtype;
-  int64_t rows, cols;
-  int64_t row_stride, col_stride;  // elements
-};
-
-// Destination of FP8 data and its scales, both indexed [row, column] with strides in elements.
-// `data` rows are round_up(cols, 16) bytes apart and contiguous.
-struct QuantizedView {
-  void* data;
-  int64_t data_stride;  // bytes between rows
-  float* scale;
-  int64_t scale_row_stride, scale_col_stride;
-};
-
-struct QuantizeOptions {
-  bool e5m2;
-  bool pow2_scale;
-};
-
 using Buffers = std::initializer_list<Buffer>;
 
 // 1x128 groups along the columns of x into `row`, and along its rows, transposed, into

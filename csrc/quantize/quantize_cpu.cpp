@@ -2,73 +2,19 @@
 // columns are contiguous and otherwise gathered; whatever is computed from a tile is computed while
 // it is in cache, so that x comes from memory once (for one scale in all: twice).
 #include <atomic>
-#include <cfloat>
-#include <type_traits>
 
 #include "../runtime/cpu.h"
 #include "../runtime/formats.h"
+#include "../runtime/quantizer.h"
 #include "quantize.h"
 #include "transpose.h"
 
 namespace torchext {
 namespace {
 
+using namespace cpu;
+
 constexpr int kTile = int(kGroup);
-constexpr uint8_t kNaN8 = 0x7f;  // in both formats
-
-// A format's magnitudes as signed integers, which are ordered like the values, Inf and NaN last,
-// and of which more machines can take the maximum.
-template <class In>
-using Magnitude = std::make_signed_t<typename In::Bits>;
-
-template <class In>
-Magnitude<In> magnitude(typename In::Bits bits) {
-  return Magnitude<In>(bits & (typename In::Bits(-1) >> 1));
-}
-
-// The scale of a group whose largest magnitude is `largest`. Rounding up to a power of two is
-// rounding up to a multiple of the lowest bit that `dropped_mantissa` leaves.
-template <class In, class Out>
-float scale_of(Magnitude<In> largest, uint32_t dropped_mantissa) {
-  const float amax = In::to_float(typename In::Bits(largest));
-  const float scale = std::max(amax / Out::kMax, FLT_MIN);
-  uint32_t bits = (bits_of(scale) + dropped_mantissa) & ~dropped_mantissa;
-  bits = select(largest == 0, bits_of(1.0f), bits);
-  bits = select(bits_of(amax) >= kInfinityBits, kNaNBits, bits);
-  return float_of(bits);
-}
-
-uint32_t dropped_mantissa(const QuantizeOptions& options) {
-  return options.pow2_scale ? 0x007fffff : 0;
-}
-
-// body(n), compiled once more for whole groups.
-template <class Body>
-auto with_count(int n, const Body& body) {
-  return n == kTile ? body(std::integral_constant<int, kTile>()) : body(n);
-}
-
-template <class In>
-Magnitude<In> largest_magnitude(const typename In::Bits* x, int n) {
-  return with_count(n, [x](auto count) {
-    Magnitude<In> largest = 0;
-    for (int i = 0; i < count; ++i) largest = std::max(largest, magnitude<In>(x[i]));
-    return largest;
-  });
-}
-
-// data = x / scale in FP8. No quotient exceeds the largest FP8 value by as much as half a place,
-// since no |x| exceeds amax: nothing needs to saturate.
-template <class In, class Out>
-void encode(const typename In::Bits* __restrict x, int n, float scale, uint8_t* __restrict data) {
-  if (scale != scale) {
-    std::memset(data, kNaN8, n);
-    return;
-  }
-  with_count(n, [=](auto count) {
-    for (int i = 0; i < count; ++i) data[i] = Out::encode_finite(In::to_float(x[i]) / scale);
-  });
-}
 
 // A part of x, at most 128 x 128, its columns contiguous.
 template <class In>
@@ -138,9 +84,8 @@ template <class In, class Out>
 void quantize_rows(const Tile<In>& tile, int64_t row, int64_t col, const QuantizedView& out,
                    uint32_t dropped) {
   for (int i = 0; i < tile.rows; ++i) {
-    const float scale = scale_of<In, Out>(largest_magnitude<In>(tile.row(i), tile.cols), dropped);
-    encode<In, Out>(tile.row(i), tile.cols, scale, data_at(out, row + i, col));
-    scale_at(out, row + i, col / kGroup) = scale;
+    scale_at(out, row + i, col / kGroup) =
+        quantize_group<In, Out>(tile.row(i), tile.cols, dropped, data_at(out, row + i, col));
   }
 }
 
@@ -213,7 +158,7 @@ struct ColumnGroups {
 };
 
 template <class In>
-Magnitude<In> largest_magnitude(const Tile<In>& tile) {
+Magnitude<In> largest_in_tile(const Tile<In>& tile) {
   Magnitude<In> largest = 0;
   for (int i = 0; i < tile.rows; ++i)
     largest = std::max(largest, largest_magnitude<In>(tile.row(i), tile.cols));
@@ -226,7 +171,7 @@ struct Blocks {
                   int64_t transposed_stride, uint32_t dropped, int64_t begin, int64_t end) {
     EncodedTile encoded;
     for_each_tile<In>(x, kGroup, begin, end, [&](const Tile<In>& tile, int64_t row, int64_t col) {
-      const float scale = scale_of<In, Out>(largest_magnitude(tile), dropped);
+      const float scale = scale_of<In, Out>(largest_in_tile(tile), dropped);
       scale_at(out, row / kGroup, col / kGroup) = scale;
       for (int i = 0; i < tile.rows; ++i) {
         uint8_t* to = data_at(out, row + i, col);
@@ -278,7 +223,7 @@ struct Amax {
                   int64_t end) {
     Magnitude<In> largest = 0;
     for_each_tile<In>(x, fewest_rows(x), begin, end, [&](const Tile<In>& tile, int64_t, int64_t) {
-      largest = std::max(largest, largest_magnitude(tile));
+      largest = std::max(largest, largest_in_tile(tile));
     });
     Magnitude<In> before = result->load();
     while (before < largest && !result->compare_exchange_weak(before, largest)) {

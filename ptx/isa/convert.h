@@ -1,7 +1,7 @@
 // FP32 to FP8 and back, two at a time (PTX ISA "cvt"; PTX 7.8, sm_89; on sm_80 there is no such
 // instruction). Rounding: to nearest even; .satfinite clamps to the largest finite value, keeps the
 // sign of zero, and turns NaN into 0x7f. Where a
-// target lacks an instruction, csrc/runtime/conversions.cuh has its result from integer arithmetic.
+// target lacks an instruction, csrc/device/conversions.cuh has its result from integer arithmetic.
 #pragma once
 
 #include "common.h"

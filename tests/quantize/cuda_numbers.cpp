@@ -1,7 +1,7 @@
-// Checks on the host what csrc/quantize/cuda/numbers.cuh claims: scales against a true division,
+// Checks on the host what csrc/device/numbers.cuh claims: scales against a true division,
 // and quotients, rounded to FP8, against the FP8 of the correctly rounded FP32 quotient. Prints
 // every kind of mismatch once and returns how many kinds there were.
-#include "../../csrc/quantize/cuda/numbers.cuh"
+#include "../../csrc/device/numbers.cuh"
 
 #include <cstdio>
 #include <cstdlib>

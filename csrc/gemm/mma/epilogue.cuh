@@ -3,8 +3,8 @@
 // output, rounding and store; or an activation, the largest magnitude over the row's 128, and FP8.
 #pragma once
 
-#include "../../quantize/cuda/numbers.cuh"
-#include "../../runtime/conversions.cuh"
+#include "../../device/numbers.cuh"
+#include "../../device/conversions.cuh"
 #include "kernels.h"
 #include "ptx/isa/memory.h"
 #include "schedule.cuh"

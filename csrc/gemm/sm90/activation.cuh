@@ -3,7 +3,7 @@
 // and quantize it as quantize_1x128 does. FP8 leaves by TMA, scales from registers.
 #pragma once
 
-#include "../../quantize/cuda/numbers.cuh"
+#include "../../device/numbers.cuh"
 #include "epilogue.cuh"
 
 namespace torchext::sm90 {

@@ -5,7 +5,8 @@
 // eight lanes a row, until its one scale is known. For the transpose the FP8 rows go to shared
 // memory, permuted in units of 16 bytes so that neither side meets a bank conflict; a thread takes
 // 16 rows of 4 columns out and turns them in registers.
-#include "matrix.cuh"
+#include "../../device/matrix.cuh"
+#include "../quantize.h"
 
 namespace torchext::quantizers {
 

@@ -1,6 +1,7 @@
 // FP8 data and scales back to a wide dtype. Eight lanes take 128 columns of a row, 16 each; a warp
 // takes 16 rows, so that M-major scales arrive as whole sectors.
-#include "matrix.cuh"
+#include "../../device/matrix.cuh"
+#include "../quantize.h"
 
 namespace torchext::quantizers {
 

@@ -9,7 +9,8 @@
 // the eight lanes that are neighbors share those columns' groups, and packing FP8 down a column
 // transposes. Shared memory is permuted in units of 16 bytes so that neither pass meets a bank
 // conflict.
-#include "matrix.cuh"
+#include "../../device/matrix.cuh"
+#include "../quantize.h"
 
 namespace torchext::quantizers {
 

@@ -2,7 +2,8 @@
 // lane holds what of the row fits into four chunks of 16 elements in registers; rows longer than
 // 16,384 elements (before sm_89: 8,192) are read on for their largest magnitude, and once more,
 // from L2, for the data.
-#include "matrix.cuh"
+#include "../../device/matrix.cuh"
+#include "../quantize.h"
 
 namespace torchext::quantizers {
 

@@ -1,7 +1,8 @@
 // One scale in all, in three launches: zero the amax, reduce the input into it (atomicMax of FP32
 // bits: the same result in any order), quantize. A warp takes 2048 elements of a row at a time. The
 // quantizer walks the input backward, since its end is what the reduction has left in L2.
-#include "matrix.cuh"
+#include "../../device/matrix.cuh"
+#include "../quantize.h"
 
 namespace torchext::quantizers {
 

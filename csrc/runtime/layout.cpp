@@ -4,7 +4,7 @@
 #include <functional>
 #include <numeric>
 
-#include "../runtime/check.h"
+#include "check.h"
 
 namespace torchext {
 

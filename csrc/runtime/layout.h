@@ -4,7 +4,7 @@
 
 #include <optional>
 
-#include "../runtime/tensor.h"
+#include "tensor.h"
 
 namespace torchext {
 

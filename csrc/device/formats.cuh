@@ -4,8 +4,8 @@
 // names.
 #pragma once
 
-#include "../../runtime/conversions.cuh"
-#include "../quantize.h"
+#include "../runtime/tensor.h"
+#include "conversions.cuh"
 #include "numbers.cuh"
 
 namespace torchext::quantizers {

@@ -2,7 +2,9 @@
 // time, 16 bytes an access where the layout allows and element by element at ragged edges.
 #pragma once
 
-#include "../../runtime/check.h"
+#include "../runtime/check.h"
+#include "../runtime/device.h"
+#include "../runtime/views.h"
 #include "formats.cuh"
 
 namespace torchext::quantizers {

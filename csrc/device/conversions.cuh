@@ -3,7 +3,7 @@
 // the same bits, NaN included.
 #pragma once
 
-#include "../../ptx/isa/convert.h"
+#include "ptx/isa/convert.h"
 
 namespace torchext {
 
