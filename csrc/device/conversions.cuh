@@ -49,6 +49,11 @@ __device__ __forceinline__ uint16_t pack_e5m2(float high, float low) {
     return uint16_t(fp8_code<2, 15, 0x47600000>(high) << 8 | fp8_code<2, 15, 0x47600000>(low));
 }
 
+// Either format.
+__device__ __forceinline__ uint16_t pack_fp8(bool e5m2, float high, float low) {
+  return e5m2 ? pack_e5m2(high, low) : pack_e4m3(high, low);
+}
+
 // Two e4m3 codes, each in the upper byte of a half of `codes` (whose lower bytes are ignored), as
 // two f16 values that are 2^-8 of theirs: the exponent fields are biased by 15 and 7, and a
 // subnormal e4m3 is a subnormal f16. NaN stays NaN: of the magnitudes, all ones alone carries into

@@ -53,7 +53,7 @@ struct fp8 {
 
 struct e4m3 {
   static constexpr bool kE5m2 = false;
-  static constexpr float kMax = 448.0f;
+  static constexpr float kMax = fp8_max(kE5m2);
 
   static __device__ uint16_t pack(float high, float low) { return pack_e4m3(high, low); }
   static __device__ void unpack(uint16_t pair, float (&values)[2]) { unpack_e4m3(pair, values); }
@@ -61,7 +61,7 @@ struct e4m3 {
 
 struct e5m2 {
   static constexpr bool kE5m2 = true;
-  static constexpr float kMax = 57344.0f;
+  static constexpr float kMax = fp8_max(kE5m2);
 
   static __device__ uint16_t pack(float high, float low) { return pack_e5m2(high, low); }
   static __device__ void unpack(uint16_t pair, float (&values)[2]) { unpack_e5m2(pair, values); }

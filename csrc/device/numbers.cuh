@@ -37,6 +37,11 @@ struct GroupScale {
 
 constexpr uint32_t kMantissa = 0x007fffff;
 
+// The largest finite FP8 value.
+TORCHEXT_NUMBERS constexpr float fp8_max(bool e5m2) {
+  return e5m2 ? 57344.0f : 448.0f;
+}
+
 // From s.scale, the rest.
 TORCHEXT_NUMBERS void set_divisor(GroupScale& s) {
   s.lift = s.scale < 0x1p-64f ? 0x1p64f : 1.0f;

@@ -1,7 +1,7 @@
 // Host entries of the GEMM ops that apply an activation and quantize: what they return is laid out
 // as quantize_1x128 lays it out.
-#include "../runtime/layout.h"
 #include "../runtime/check.h"
+#include "../runtime/layout.h"
 #include "operands.h"
 
 namespace torchext {

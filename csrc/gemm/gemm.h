@@ -110,7 +110,7 @@ struct GemmProblem {
   // Applied to the product in FP32, which is then quantized 1x128 into `out`, [m, width] FP8 data.
   // SwiGLU: columns [0, n / 2) of the product are the gate, the rest is up.
   Activation activation = Activation::kNone;
-  float* out_scale = nullptr;                 // of out[m, c]: [m + c / 128 * out_scale_group]
+  float* out_scale = nullptr;  // of out[m, c]: [m + c / 128 * out_scale_group]
   int64_t out_scale_group = 0;
   bool pow2_scale = false;
 };

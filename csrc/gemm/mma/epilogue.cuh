@@ -3,29 +3,15 @@
 // output, rounding and store; or an activation, the largest magnitude over the row's 128, and FP8.
 #pragma once
 
-#include "../../device/numbers.cuh"
+#include "../../device/activations.cuh"
 #include "../../device/conversions.cuh"
+#include "../../device/loaders.cuh"
+#include "../../device/numbers.cuh"
 #include "kernels.h"
 #include "ptx/isa/memory.h"
 #include "schedule.cuh"
 
 namespace torchext::mma {
-
-// Calls body(load), where load(data, i) reads element i of an array of `dtype` as FP32: one branch
-// for all the loads in `body`.
-template <class Body>
-__device__ __forceinline__ void with_loader(ScalarType dtype, const Body& body) {
-  if (dtype == ScalarType::Float)
-    body([](const void* data, int64_t i) { return static_cast<const float*>(data)[i]; });
-  else if (dtype == ScalarType::BFloat16)
-    body([](const void* data, int64_t i) {
-      return ptx::cvt_f32_bf16(static_cast<const uint16_t*>(data)[i]);
-    });
-  else
-    body([](const void* data, int64_t i) {
-      return ptx::cvt_f32_f16(static_cast<const uint16_t*>(data)[i]);
-    });
-}
 
 // Floats between rows, so that the fragments of mma meet no bank conflict.
 constexpr int kTilePitch = kTileN + 4;
@@ -44,23 +30,6 @@ struct GroupOperand {
     bias = g * p.n;
   }
 };
-
-// `gate` of SwiGLU; otherwise unused.
-__device__ __forceinline__ float activated(Activation activation, float gate, float x) {
-  switch (activation) {
-    case Activation::kSwiGLU:
-      return gate / (1.0f + expf(-gate)) * x;
-    case Activation::kGELU:
-      return 0.5f * x * erfcf(x * -0.70710678f);  // exact in the tail
-    case Activation::kGELUTanh:
-      // (1 + tanh u) / 2 = 1 / (1 + e^(-2u))
-      return x / (1.0f + expf(-1.5957691f * (x + 0.044715f * x * x * x)));
-    case Activation::kReLU2:
-      return x > 0 ? x * x : x == x ? 0.0f : x;
-    default:
-      return x;
-  }
-}
 
 // Row-wise scale and bias of a lane's four columns, from row b_row of b on.
 struct LaneColumns {
@@ -106,9 +75,8 @@ __device__ __forceinline__ void store_four(const KernelParams& params, int64_t o
     return;
   }
   uint16_t* out = static_cast<uint16_t*>(p.out) + offset;
-  const bool bf16 = p.out_dtype == ScalarType::BFloat16;
-  const uint32_t pairs[2] = {bf16 ? pack_bf16(x[1], x[0]) : pack_f16(x[1], x[0]),
-                             bf16 ? pack_bf16(x[3], x[2]) : pack_f16(x[3], x[2])};
+  const uint32_t pairs[2] = {pack_16bit(p.out_dtype, x[0], x[1]),
+                             pack_16bit(p.out_dtype, x[2], x[3])};
   if (params.aligned_rows && count == 4) {
     *reinterpret_cast<uint2*>(out) = {pairs[0], pairs[1]};
     return;
@@ -130,14 +98,13 @@ __device__ __forceinline__ void quantize_four(const KernelParams& params, const 
 #pragma unroll
   for (int distance = 1; distance < 32; distance *= 2)
     most = max(most, __shfl_xor_sync(~0u, most, distance));
-  const auto s = quantizers::scale_of(most, e5m2 ? 57344.0f : 448.0f,
+  const auto s = quantizers::scale_of(most, quantizers::fp8_max(e5m2),
                                       p.pow2_scale ? quantizers::kMantissa : 0);
   if (threadIdx.x % 32 == 0) p.out_scale[row + tile.column / kGroup * p.out_scale_group] = s.scale;
   float q[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) q[i] = quantizers::divide(x[i] * s.lift, s);
-  const uint32_t low = e5m2 ? pack_e5m2(q[1], q[0]) : pack_e4m3(q[1], q[0]);
-  const uint32_t codes = low | uint32_t(e5m2 ? pack_e5m2(q[3], q[2]) : pack_e4m3(q[3], q[2])) << 16;
+  const uint32_t codes = pack_fp8(e5m2, q[1], q[0]) | uint32_t(pack_fp8(e5m2, q[3], q[2])) << 16;
   uint8_t* out =
       static_cast<uint8_t*>(p.out) + row * p.out_stride + tile.column + threadIdx.x % 32 * 4;
   if (count == 4 && params.aligned_rows) {
@@ -178,7 +145,7 @@ __device__ __forceinline__ void finish_tile(const KernelParams& params, const Ti
         LaneColumns(p, group, column, count)
             .finish(row_scale, gate + i * kTilePitch + lane_column, g);
 #pragma unroll
-      for (int j = 0; j < 4; ++j) x[j] = activated(p.activation, g[j], x[j]);
+      for (int j = 0; j < 4; ++j) x[j] = activate(p.activation, g[j], x[j]);
       quantize_four(params, tile, row, x, count);
       continue;
     }

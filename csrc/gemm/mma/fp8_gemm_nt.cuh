@@ -188,9 +188,9 @@ struct Copier {
 // A thread's place: element [i][j][2 * h + e] of its values is row `row + 16 * i + 8 * h`, column
 // `column + 8 * j + e` of the tile.
 template <class C>
-struct Fragment {
+struct ThreadCoord {
   uint32_t lane, warp_m, warp_n;
-  __device__ Fragment()
+  __device__ ThreadCoord()
       : lane(threadIdx.x % 32),
         warp_m(threadIdx.x / 32 / C::kWarpsN),
         warp_n(threadIdx.x / 32 % C::kWarpsN) {}
@@ -240,7 +240,7 @@ __device__ __forceinline__ void accumulate_tile(const KernelParams& params, cons
                                                 const GroupOperand& group, uint32_t b_row,
                                                 uint32_t b_rows, uint32_t shared,
                                                 float (&total)[C::kM][C::kN][4]) {
-  const Fragment<C> at;
+  const ThreadCoord<C> at;
   const Copier<C> copier(params.problem, tile, group, b_row, b_rows, shared);
   const uint32_t first = tile.k_begin / kTileK;
   const uint32_t end = tile.k_end > tile.k_begin ? (tile.k_end + kTileK - 1) / kTileK : first;
@@ -326,7 +326,7 @@ __device__ __forceinline__ void accumulate_tile(const KernelParams& params, cons
 // Registers to rows of kTilePitch floats.
 template <class C>
 __device__ __forceinline__ void stage_tile(float* rows, const float (&total)[C::kM][C::kN][4]) {
-  const Fragment<C> at;
+  const ThreadCoord<C> at;
 #pragma unroll
   for (int i = 0; i < C::kM; ++i)
 #pragma unroll

@@ -2,6 +2,7 @@
 // with groups read on the device. Every thread of the CTA computes it for itself.
 #pragma once
 
+#include "../../device/strip_walk.cuh"
 #include "kernels.h"
 
 namespace torchext::mma {
@@ -19,14 +20,13 @@ __device__ __forceinline__ bool holds(const GemmProblem& p, const Tile& tile, ui
          (p.grouping != Grouping::kRowIds || uint32_t(p.group_index[row]) == tile.group);
 }
 
-// Walks tiles blockIdx.x, blockIdx.x + gridDim.x, ...: group after group, each in strips of
-// kStripRows tile rows, column by column within a strip, so that CTAs that run side by side share
-// operands in L2. With an id for every row, a tile is computed once for each group among its rows.
+// Walks tiles blockIdx.x, blockIdx.x + gridDim.x, ...: group after group, each along its strip walk.
+// With an id for every row, a tile is computed once for each group among its rows.
 template <int kTileM>
 class Schedule {
  public:
   __device__ Schedule(const GemmProblem& p, uint32_t width)
-      : p_(p), n_tiles_((width + kTileN - 1) / kTileN) {}
+      : p_(p), n_tiles_(ceil_div_u32(width, kTileN)) {}
 
   __device__ bool next(Tile& tile) {
     const bool by_row = p_.grouping == Grouping::kRowIds;
@@ -39,8 +39,6 @@ class Schedule {
   }
 
  private:
-  static constexpr uint32_t kStripRows = 8;
-
   // Rows of group range_.
   __device__ void read_range(uint32_t& begin, uint32_t& end) const {
     begin = 0;
@@ -68,18 +66,16 @@ class Schedule {
     for (; range_ < ranges(); ++range_) {
       uint32_t begin, end;
       read_range(begin, end);
-      const uint32_t m_tiles = (end - begin + kTileM - 1) / kTileM;
+      const uint32_t m_tiles = ceil_div_u32(end - begin, kTileM);
       if (index_ - first_ >= m_tiles * n_tiles_) {
         first_ += m_tiles * n_tiles_;
         continue;
       }
-      const uint32_t strip = (index_ - first_) / (kStripRows * n_tiles_);
-      const uint32_t within = (index_ - first_) % (kStripRows * n_tiles_);
-      const uint32_t rows = min(kStripRows, m_tiles - strip * kStripRows);
+      const TilePosition position = strip_walk(index_ - first_, m_tiles, n_tiles_);
       tile.group = range_;
-      tile.row = begin + (strip * kStripRows + within % rows) * kTileM;
+      tile.row = begin + position.row * kTileM;
       tile.rows_end = min(end, tile.row + kTileM);
-      tile.column = within / rows * kTileN;
+      tile.column = position.column * kTileN;
       tile.k_begin = 0;
       tile.k_end = uint32_t(p_.k);
       if (p_.grouping == Grouping::kAlongK) {

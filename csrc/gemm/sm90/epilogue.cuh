@@ -4,38 +4,17 @@
 // (swapped tiles).
 #pragma once
 
+#include "../../device/loaders.cuh"
+#include "../../device/sm90/tma_store.cuh"
+#include "../../device/unrolled.cuh"
 #include "layout.cuh"
 #include "ptx/isa/barrier.h"
 #include "ptx/isa/cluster.h"
-#include "ptx/isa/convert.h"
-#include "ptx/isa/fence.h"
-#include "ptx/isa/matrix.h"
 #include "ptx/isa/memory.h"
 #include "ptx/isa/tma.h"
 #include "schedule.cuh"
 
 namespace torchext::sm90 {
-
-// Calls body(load), where load(data, i) reads element i of an array of `dtype` as FP32: one branch
-// for all the loads in `body`.
-template <class Body>
-__device__ __forceinline__ void with_loader(ScalarType dtype, const Body& body) {
-  if (dtype == ScalarType::Float)
-    body([](const void* data, int64_t i) { return static_cast<const float*>(data)[i]; });
-  else if (dtype == ScalarType::BFloat16)
-    body([](const void* data, int64_t i) {
-      return ptx::cvt_f32_bf16(static_cast<const uint16_t*>(data)[i]);
-    });
-  else
-    body([](const void* data, int64_t i) {
-      return ptx::cvt_f32_f16(static_cast<const uint16_t*>(data)[i]);
-    });
-}
-
-__device__ __forceinline__ uint32_t pack(ScalarType dtype, float low, float high) {
-  return dtype == ScalarType::BFloat16 ? ptx::cvt_rn_bf16x2_f32(high, low)
-                                       : ptx::cvt_rn_f16x2_f32(high, low);
-}
 
 // Where row r of a lands in out.
 __device__ __forceinline__ int64_t out_offset(const GemmParams& p, const Work& work, uint32_t r) {
@@ -67,7 +46,7 @@ struct ColumnTerms {
   float factor[kPerThread], bias[kPerThread];
 
   __device__ __forceinline__ ColumnTerms(const GemmParams& p, const Work& work,
-                                         const Fragment& at) {
+                                         const ThreadCoord& at) {
 #pragma unroll
     for (int i = 0; i < kPerThread; ++i) {
       factor[i] = 1;
@@ -83,7 +62,7 @@ struct ColumnTerms {
     }
   }
 
-  __device__ __forceinline__ void share(Shared<L>& shared, const Fragment& at) const {
+  __device__ __forceinline__ void share(Shared<L>& shared, const ThreadCoord& at) const {
     ptx::bar_sync(warpgroup_barrier(at), 128);  // the last tile's have been read
 #pragma unroll
     for (int i = 0; i < kPerThread; ++i) {
@@ -98,7 +77,7 @@ struct ColumnTerms {
 
 // The rows and columns of block i of a warpgroup, in a and b.
 template <class L>
-__device__ __forceinline__ uint32_t first_row_of(const Work& work, const Fragment& at, int i) {
+__device__ __forceinline__ uint32_t first_row_of(const Work& work, const ThreadCoord& at, int i) {
   return work.m + (at.warpgroup * L::kSlices + i / L::kParts) * 64;
 }
 template <class L>
@@ -108,7 +87,7 @@ __device__ __forceinline__ uint32_t first_column_of(const Work& work, int i) {
 
 template <class L>
 __device__ __forceinline__ void finish_tile(const GemmParams& p, Shared<L>& shared,
-                                            const Work& work, const Fragment& at,
+                                            const Work& work, const ThreadCoord& at,
                                             const ColumnTerms<L>& terms,
                                             float (&total)[L::kBlocks][L::kRegisters]) {
   if (L::kRowwise || p.bias != nullptr) {
@@ -125,7 +104,7 @@ __device__ __forceinline__ void finish_tile(const GemmParams& p, Shared<L>& shar
       }
 #pragma unroll
       for (int i = 0; i < L::kRegisters; ++i) {
-        const uint32_t column = b % L::kParts * L::kPartColumns + at.column() + i / 4 * 8 + i % 2;
+        const uint32_t column = b % L::kParts * L::kPartColumns + at.column() + at.column_of(i);
         if constexpr (L::kRowwise)
           total[b][i] =
               rescaled(total[b][i], row_scale[i / 2 % 2] * shared.factor[at.warpgroup][column]);
@@ -139,14 +118,14 @@ __device__ __forceinline__ void finish_tile(const GemmParams& p, Shared<L>& shar
 // many elements at a time, since all of them at once would not fit beside the accumulators.
 template <class L>
 __device__ __forceinline__ void store_directly(const GemmParams& p, const Work& work,
-                                               const Fragment& at, int b,
+                                               const ThreadCoord& at, int b,
                                                float (&total)[L::kRegisters]) {
   constexpr int kAtATime = 16;
   static_assert(L::kRegisters % kAtATime == 0);
   const uint32_t row = first_row_of<L>(work, at, b) + at.row();
   const uint32_t column = first_column_of<L>(work, b) + at.column();
-  const auto row_of = [&](int i) { return row + i / 2 % 2 * 8; };
-  const auto column_of = [&](int i) { return column + i / 4 * 8 + i % 2; };
+  const auto row_of = [&](int i) { return row + at.row_of(i); };
+  const auto column_of = [&](int i) { return column + at.column_of(i); };
 #pragma unroll
   for (int first = 0; first < L::kRegisters; first += kAtATime) {
     if (p.accumulate) {
@@ -168,7 +147,7 @@ __device__ __forceinline__ void store_directly(const GemmParams& p, const Work& 
         if (c + 1 < p.n) out[1] = total[i + 1];
       } else {
         uint16_t* out = static_cast<uint16_t*>(p.out) + offset;
-        const uint32_t pair = pack(p.out_dtype, total[i], total[i + 1]);
+        const uint32_t pair = pack_16bit(p.out_dtype, total[i], total[i + 1]);
         if (c < p.n) out[0] = uint16_t(pair);
         if (c + 1 < p.n) out[1] = uint16_t(pair >> 16);
       }
@@ -176,77 +155,21 @@ __device__ __forceinline__ void store_directly(const GemmParams& p, const Work& 
   }
 }
 
-// Boxes of 64 rows and 128 bytes, each under 128-byte swizzle (the 16-byte chunk of a row is XORed
-// with the row's index modulo 8). TMA's read of a box is awaited when the box is wanted again.
 template <class L>
-struct TmaStore {
-  uint8_t* boxes;
-  int next = 0;  // a constant once loops are unrolled
-
-  template <class Fill>
-  __device__ __forceinline__ void send(const GemmParams& p, const Work& work, const Fragment& at,
-                                       uint32_t n, uint32_t m, const Fill& fill) {
-    uint8_t* box = boxes + next * kStoreBoxBytes;
-    next = (next + 1) % L::kStoreBoxes;
-    const bool leader = at.thread() == 0;
-    if (leader) ptx::cp_async_bulk_wait_group_read<L::kStoreBoxes - 1>();
-    ptx::bar_sync(warpgroup_barrier(at), 128);
-    fill(ptx::shared_address(box));
-    ptx::fence_proxy_async_shared();
-    ptx::bar_sync(warpgroup_barrier(at), 128);
-    if (!leader) return;
-    ptx::cp_async_bulk_tensor_3d_store(&p.out_map, box, n, m,
-                                       p.grouping == Grouping::kAlongK ? work.group : 0);
-    ptx::cp_async_bulk_commit_group();
-  }
-
-  __device__ __forceinline__ void block(const GemmParams& p, const Work& work, const Fragment& at,
-                                        int b, const float (&total)[L::kRegisters]) {
-    const uint32_t m = first_row_of<L>(work, at, b), n = first_column_of<L>(work, b);
-    if (p.out_dtype == ScalarType::Float) {
-      const uint32_t row = at.row();
-#pragma unroll
-      for (int first = 0; first < L::kPartColumns; first += 32) {
-        send(p, work, at, n + first, m, [&](uint32_t box) {
-#pragma unroll
-          for (int j = 0; j < 4; ++j) {  // eight columns, 32 bytes
-#pragma unroll
-            for (int h = 0; h < 2; ++h) {  // row and row + 8 swizzle alike
-              const uint32_t chunk = (j * 2 + at.column() / 4) ^ (row % 8);
-              const float* pair = &total[(first / 8 + j) * 4 + 2 * h];
-              ptx::st_shared_v2_f32(
-                  box + (row + 8 * h) * kSwizzleBytes + chunk * 16 + at.column() % 4 * 4, pair[0],
-                  pair[1]);
-            }
-          }
-        });
-      }
-      return;
-    }
-    const uint32_t row = at.warp * 16 + at.lane % 16;  // the row whose address this lane gives
-#pragma unroll
-    for (int first = 0; first < L::kPartColumns; first += 64) {
-      send(p, work, at, n + first, m, [&](uint32_t box) {
-#pragma unroll
-        for (int j = 0; j < 8; j += 2) {  // sixteen columns, 32 bytes
-          const uint32_t chunk = (j + at.lane / 16) ^ (row % 8);
-          const float* t = &total[(first / 8 + j) * 4];
-          ptx::stmatrix_x4(box + row * kSwizzleBytes + chunk * 16, pack(p.out_dtype, t[0], t[1]),
-                           pack(p.out_dtype, t[2], t[3]), pack(p.out_dtype, t[4], t[5]),
-                           pack(p.out_dtype, t[6], t[7]));
-        }
-      });
-    }
-  }
-};
+__device__ __forceinline__ TmaStore<L::kStoreBoxes> tma_store_of(const GemmParams& p,
+                                                                 Shared<L>& shared,
+                                                                 const Work& work,
+                                                                 const ThreadCoord& at) {
+  return {shared.store[at.warpgroup], &p.out_map, p.grouping == Grouping::kAlongK ? work.group : 0};
+}
 
 template <class L>
 __device__ __forceinline__ void store_tile(const GemmParams& p, Shared<L>& shared, const Work& work,
-                                           const Fragment& at,
+                                           const ThreadCoord& at,
                                            float (&total)[L::kBlocks][L::kRegisters]) {
   // A tile starts with the first box, wherever the last one stopped.
   if (at.thread() == 0) ptx::cp_async_bulk_wait_group_read<0>();
-  TmaStore<L> by_tma{shared.store[at.warpgroup]};
+  TmaStore<L::kStoreBoxes> by_tma = tma_store_of(p, shared, work, at);
   const bool whole = p.out_aligned && !p.accumulate;
   // Nothing is added to what an empty group has, not even a zero, which would change -0.
   if (p.grouping == Grouping::kAlongK && p.accumulate && work.k_begin == work.k_end) return;
@@ -254,7 +177,8 @@ __device__ __forceinline__ void store_tile(const GemmParams& p, Shared<L>& share
   const bool bounded = p.grouping == Grouping::kNone || p.grouping == Grouping::kAlongK;
   unrolled<L::kBlocks>([&](auto b) {
     if (whole && (bounded || first_row_of<L>(work, at, b) + 64 <= work.m_end))
-      by_tma.block(p, work, at, b, total[b]);
+      by_tma.send_accumulator(at, p.out_dtype, first_column_of<L>(work, b),
+                              first_row_of<L>(work, at, b), total[b]);
     else
       store_directly<L>(p, work, at, b, total[b]);
   });
@@ -269,7 +193,7 @@ struct StagedEpilogue {
   uint32_t phase = 0;
 
   __device__ __forceinline__ void run(const GemmParams& p, Shared<L>& shared, const Work& work,
-                                      const Fragment& at, const float (&total)[L::kRegisters]) {
+                                      const ThreadCoord& at, const float (&total)[L::kRegisters]) {
     const Place place = Place::here();
     const auto announce = [&](ptx::mbarrier* barrier) {
       __syncwarp();
@@ -280,7 +204,7 @@ struct StagedEpilogue {
 #pragma unroll
     for (int i = 0; i < L::kRegisters; ++i)
       ptx::st_shared_f32(
-          ptx::shared_address(&shared.staged[at.column() + i / 4 * 8 + i % 2][row + i / 2 % 2 * 8]),
+          ptx::shared_address(&shared.staged[at.column() + at.column_of(i)][row + at.row_of(i)]),
           total[i]);
     announce(&shared.staged_full);
     ptx::mbarrier_wait_cluster(&shared.staged_full, phase);
@@ -347,7 +271,8 @@ struct StagedEpilogue {
           if (i < count) out[i] = sum[i];
     } else {
       uint16_t* out = static_cast<uint16_t*>(p.out) + offset;
-      const uint2 pairs = {pack(p.out_dtype, sum[0], sum[1]), pack(p.out_dtype, sum[2], sum[3])};
+      const uint2 pairs = {pack_16bit(p.out_dtype, sum[0], sum[1]),
+                           pack_16bit(p.out_dtype, sum[2], sum[3])};
       if (together) {
         *reinterpret_cast<uint2*>(out) = pairs;
       } else {

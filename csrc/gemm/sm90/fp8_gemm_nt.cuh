@@ -88,7 +88,7 @@ __device__ __forceinline__ void fp8_gemm_nt(const GemmParams& p) {
     if (threadIdx.x < 32) produce<L>(p, shared);
   } else {
     ptx::setmaxnreg_inc<kConsumerRegisters<L>>();
-    const Fragment at{warpgroup - 1, threadIdx.x / 32 % 4, threadIdx.x % 32};
+    const ThreadCoord at{warpgroup - 1, threadIdx.x / 32 % 4, threadIdx.x % 32};
     RingPosition<L::kStages> ring;
     Schedule<L> schedule(p, shared.tile_end);
     StagedEpilogue<L> staged;

@@ -1,8 +1,6 @@
 // What a tile's shape and granularity imply: how the work is divided, what lies in shared memory.
 #pragma once
 
-#include <utility>
-
 #include "params.h"
 #include "ptx/isa/mbarrier.h"
 
@@ -80,8 +78,6 @@ struct Layout {
                 "a warpgroup holds whole groups of the output");
 };
 
-constexpr int kStoreBoxBytes = kStoreRows * kSwizzleBytes;
-
 template <class L>
 struct Shared {
   static constexpr bool kRowVector = L::kRowScales == Scales::kVector;
@@ -109,47 +105,5 @@ struct Shared {
                                              (kRowVector ? L::kRows * sizeof(float) : 0) +
                                              (kColumnVector ? L::kColumns * sizeof(float) : 0);
 };
-
-// body(Constant<i>()) for each i below `count`: indices of register arrays must be constants even
-// where the compiler would not unroll a loop.
-template <int value>
-struct Constant {
-  __device__ constexpr operator int() const { return value; }
-};
-template <class Body, int... indices>
-__device__ __forceinline__ void unrolled(const Body& body, std::integer_sequence<int, indices...>) {
-  (body(Constant<indices>()), ...);
-}
-template <int count, class Body>
-__device__ __forceinline__ void unrolled(const Body& body) {
-  unrolled(body, std::make_integer_sequence<int, count>());
-}
-
-// Position in the ring; a slot's phase flips each time round.
-template <int stages>
-struct RingPosition {
-  uint32_t slot = 0, phase = 0;
-  __device__ void advance() {
-    if (++slot == stages) {
-      slot = 0;
-      phase ^= 1;
-    }
-  }
-};
-
-// A consumer thread's place in the tile. Register 4 * j + 2 * h + i of an accumulator is row
-// `row() + 8 * h`, column `column() + 8 * j + i` of its block.
-struct Fragment {
-  uint32_t warpgroup, warp, lane;  // of the consumers; of the warpgroup; of the warp
-  __device__ uint32_t row() const { return warp * 16 + lane / 4; }
-  __device__ uint32_t column() const { return lane % 4 * 2; }
-  __device__ uint32_t thread() const { return warp * 32 + lane; }  // of the warpgroup
-};
-
-// Named barriers: 0 is __syncthreads, each consumer warpgroup has one, and all of them together.
-__device__ __forceinline__ uint32_t warpgroup_barrier(const Fragment& at) {
-  return 1 + at.warpgroup;
-}
-constexpr uint32_t kConsumersBarrier = 3;
 
 }  // namespace torchext::sm90

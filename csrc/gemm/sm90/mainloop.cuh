@@ -2,6 +2,8 @@
 // consumers that multiply and promote.
 #pragma once
 
+#include "../../device/sm90/ring.cuh"
+#include "../../device/sm90/thread_coord.cuh"
 #include "layout.cuh"
 #include "ptx/isa/barrier.h"
 #include "ptx/isa/cluster.h"
@@ -25,39 +27,39 @@ template <class L>
 __device__ void produce(const GemmParams& p, Shared<L>& shared) {
   using S = Shared<L>;
   const bool leader = ptx::elect_sync();
-  RingPosition<L::kStages> at;
+  RingPosition<L::kStages> ring;
   Schedule<L> schedule(p, shared.tile_end);
   for (Work work; schedule.next(work);) {
     if (leader) {
       const uint32_t b_row = row_of_b(p, work);
       const uint32_t row = L::kSwapped ? b_row : work.m, column = L::kSwapped ? work.m : b_row;
-      for (uint32_t block = work.k_begin; block < work.k_end; ++block, at.advance()) {
-        ptx::mbarrier* full = &shared.full[at.slot];
+      for (uint32_t block = work.k_begin; block < work.k_end; ++block, ring.advance()) {
+        ptx::mbarrier* full = &shared.full[ring.slot];
         if (p.multicast)
-          ptx::mbarrier_wait_cluster(&shared.empty[at.slot], at.phase ^ 1);
+          ptx::mbarrier_wait_cluster(&shared.empty[ring.slot], ring.phase ^ 1);
         else
-          ptx::mbarrier_wait(&shared.empty[at.slot], at.phase ^ 1);
+          ptx::mbarrier_wait(&shared.empty[ring.slot], ring.phase ^ 1);
         ptx::mbarrier_arrive_expect_tx(full, S::kBytesPerStage);
         const int k = block * kTileK;
         if (p.multicast) {  // half of the rows from here, half from the other CTA
           const uint32_t half = ptx::cluster_ctarank() * (L::kRows / 2);
-          ptx::cp_async_bulk_tensor_2d_load_multicast(&shared.rows[at.slot][half * kTileK], &p.rows,
-                                                      full, k, row + half, 0b11);
+          ptx::cp_async_bulk_tensor_2d_load_multicast(&shared.rows[ring.slot][half * kTileK],
+                                                      &p.rows, full, k, row + half, 0b11);
         } else {
-          ptx::cp_async_bulk_tensor_2d_load(shared.rows[at.slot], &p.rows, full, k, row);
+          ptx::cp_async_bulk_tensor_2d_load(shared.rows[ring.slot], &p.rows, full, k, row);
         }
-        ptx::cp_async_bulk_tensor_2d_load(shared.columns[at.slot], &p.columns, full, k, column);
+        ptx::cp_async_bulk_tensor_2d_load(shared.columns[ring.slot], &p.columns, full, k, column);
         if constexpr (L::kGated)
-          ptx::cp_async_bulk_tensor_2d_load(&shared.columns[at.slot][L::kTileN * kTileK],
+          ptx::cp_async_bulk_tensor_2d_load(&shared.columns[ring.slot][L::kTileN * kTileK],
                                             &p.columns, full, k, column + p.n);
         if constexpr (S::kRowVector)
-          ptx::cp_async_bulk_tensor_2d_load(shared.row_scale[at.slot], &p.row_scale, full, row,
+          ptx::cp_async_bulk_tensor_2d_load(shared.row_scale[ring.slot], &p.row_scale, full, row,
                                             block);
         if constexpr (S::kColumnVector)
-          ptx::cp_async_bulk_tensor_2d_load(shared.column_scale[at.slot], &p.column_scale, full,
+          ptx::cp_async_bulk_tensor_2d_load(shared.column_scale[ring.slot], &p.column_scale, full,
                                             column, block);
         if constexpr (S::kColumnVector && L::kGated)
-          ptx::cp_async_bulk_tensor_2d_load(&shared.column_scale[at.slot][L::kTileN],
+          ptx::cp_async_bulk_tensor_2d_load(&shared.column_scale[ring.slot][L::kTileN],
                                             &p.column_scale, full, column + p.n, block);
       }
     }
@@ -98,8 +100,8 @@ struct Pending {
 
 // Zeroes what a K block holds of columns outside [first, last), in all rows: other groups' columns.
 template <class L>
-__device__ __forceinline__ void keep_columns(Shared<L>& shared, uint32_t slot, int first, int last,
-                                             const Fragment& at) {
+__device__ __forceinline__ void zero_other_columns(Shared<L>& shared, uint32_t slot, int first,
+                                                   int last, const ThreadCoord& at) {
   const auto clear = [&](uint8_t* rows, int count) {
     for (int i = at.warpgroup * 128 + at.thread(); i < count * 8; i += L::kConsumers) {
       const int row = i / 8, chunk = i % 8 * 16;  // 16 bytes under 128-byte swizzle
@@ -138,7 +140,7 @@ struct RowFactors {
   float value[2][L::kBlockScales];
 
   __device__ __forceinline__ RowFactors(const Shared<L>& shared, const Pending<L>& pending,
-                                        uint32_t row_of_tile, const Fragment& at) {
+                                        uint32_t row_of_tile, const ThreadCoord& at) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       float scale = 1;
@@ -163,7 +165,7 @@ __device__ __forceinline__ uint32_t next_block_of_up(const GemmParams& p, const 
 // `straddles`: columns from next_block on have the second of up's block scales.
 template <class L, bool straddles = false>
 __device__ __forceinline__ void promote(const Shared<L>& shared, const Pending<L>& pending,
-                                        const RowFactors<L>& rows, int part, const Fragment& at,
+                                        const RowFactors<L>& rows, int part, const ThreadCoord& at,
                                         const float (&block)[L::kRegisters],
                                         float (&total)[L::kRegisters], uint32_t next_block = 0) {
   const uint32_t column_scales =
@@ -193,7 +195,7 @@ __device__ __forceinline__ void promote(const Shared<L>& shared, const Pending<L
 // total = sum over the tile's K blocks of scales * (rows @ columns.T).
 template <class L, class A, class B>
 __device__ __forceinline__ void accumulate_tile(const GemmParams& p, Shared<L>& shared,
-                                                const Work& work, const Fragment& at,
+                                                const Work& work, const ThreadCoord& at,
                                                 RingPosition<L::kStages>& ring,
                                                 float (&total)[L::kBlocks][L::kRegisters]) {
 #pragma unroll
@@ -219,7 +221,7 @@ __device__ __forceinline__ void accumulate_tile(const GemmParams& p, Shared<L>& 
       if (p.grouping == Grouping::kAlongK) {
         const int first = int(work.k_first) - int(k_block * kTileK);
         const int last = int(work.k_last) - int(k_block * kTileK);
-        if (first > 0 || last < kTileK) keep_columns<L>(shared, ring.slot, first, last, at);
+        if (first > 0 || last < kTileK) zero_other_columns<L>(shared, ring.slot, first, last, at);
       }
     }
     ring.advance();

@@ -2,6 +2,7 @@
 // of each.
 #pragma once
 
+#include "../../device/sm90/boxes.h"
 #include "../gemm.h"
 #include "tiles.h"
 
@@ -9,9 +10,6 @@ namespace torchext::sm90 {
 
 constexpr int kTileK = 128;
 static_assert(kTileK == kGroup, "a K block is what one scale covers and one promotion sums");
-
-constexpr int kSwizzleBytes = 128;  // a row of a tile in shared memory, and of a store's box
-constexpr int kStoreRows = 64;      // of a store's box: what a warpgroup holds of one accumulator
 
 constexpr uint32_t kMaxGroups =
     1024;  // of M-grouped products: the schedule lists them in shared memory

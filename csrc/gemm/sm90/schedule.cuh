@@ -2,6 +2,7 @@
 // takes tiles u, u + U, u + 2U, ... of a numbering that every role walks through by itself.
 #pragma once
 
+#include "../../device/strip_walk.cuh"
 #include "params.h"
 #include "ptx/isa/cluster.h"
 #include "ptx/isa/memory.h"
@@ -23,10 +24,6 @@ struct Place {
     return {blockIdx.x / cluster, gridDim.x / cluster, ptx::cluster_ctarank(), cluster};
   }
 };
-
-__device__ __forceinline__ uint32_t ceil_div_u32(uint32_t a, uint32_t b) {
-  return (a + b - 1) / b;
-}
 
 // First row of group g in a, and how many there are, for groups that are told by their rows.
 __device__ __forceinline__ uint2 group_rows(const GemmParams& p, uint32_t g) {
@@ -120,16 +117,12 @@ class Schedule {
     return p.multicast ? 2 * L::kTileN : L::kTileN;
   }
 
-  // Tiles of `rows` rows in strips of kStripRows tile rows, column by column within a strip, so
-  // that CTAs that run side by side share rows of a and of b in L2.
+  // Tile number `index` of `rows` rows, along the strip walk.
   __device__ void locate(Work& work, const Place& place, uint32_t index, uint32_t rows,
                          uint32_t n_tiles) const {
-    constexpr uint32_t kStripRows = 8;
-    const uint32_t strip = index / (kStripRows * n_tiles);
-    const uint32_t within = index % (kStripRows * n_tiles);
-    const uint32_t height = min(kStripRows, ceil_div_u32(rows, L::kTileM) - strip * kStripRows);
-    work.m = (strip * kStripRows + within % height) * L::kTileM;
-    work.n = within / height * width(p_) + (p_.multicast ? place.rank * L::kTileN : 0);
+    const TilePosition tile = strip_walk(index, ceil_div_u32(rows, L::kTileM), n_tiles);
+    work.m = tile.row * L::kTileM;
+    work.n = tile.column * width(p_) + (p_.multicast ? place.rank * L::kTileN : 0);
   }
 
   __device__ void take_columns(Work& work) const {

@@ -1,0 +1,90 @@
+// Accumulators to global memory through TMA: a warpgroup fills boxes of 64 rows and 128 bytes in
+// shared memory, under 128-byte swizzle (the 16-byte chunk of a row is XORed with the row's index
+// modulo 8), and its first thread has TMA store them. TMA's read of a box is awaited only when the
+// box is wanted again.
+//
+// Contract: all 128 threads of the warpgroup call every function together. `boxes` has kBoxes *
+// kStoreBoxBytes bytes, aligned to 1024. The tensor map has boxes {128 bytes, 64 rows, 1} of the
+// output's dtype, 128-byte swizzle. Whoever reuses the boxes with a new TmaStore first waits with
+// cp_async_bulk_wait_group_read<0>() in thread 0; before the CTA exits, that thread waits with
+// cp_async_bulk_wait_group<0>().
+#pragma once
+
+#include "../loaders.cuh"
+#include "boxes.h"
+#include "ptx/isa/barrier.h"
+#include "ptx/isa/fence.h"
+#include "ptx/isa/matrix.h"
+#include "ptx/isa/memory.h"
+#include "ptx/isa/tma.h"
+#include "thread_coord.cuh"
+
+namespace torchext::sm90 {
+
+template <int kBoxes>
+struct TmaStore {
+  uint8_t* boxes;
+  const void* map;
+  uint32_t z;    // third coordinate of all stores
+  int next = 0;  // a constant once loops are unrolled
+
+  // Stores one box at column x, row y: fill(box) writes this thread's part of it to shared memory.
+  template <class Fill>
+  __device__ __forceinline__ void send(const ThreadCoord& at, uint32_t x, uint32_t y,
+                                       const Fill& fill) {
+    uint8_t* box = boxes + next * kStoreBoxBytes;
+    next = (next + 1) % kBoxes;
+    const bool leader = at.thread() == 0;
+    if (leader) ptx::cp_async_bulk_wait_group_read<kBoxes - 1>();
+    ptx::bar_sync(warpgroup_barrier(at), 128);
+    fill(ptx::shared_address(box));
+    ptx::fence_proxy_async_shared();
+    ptx::bar_sync(warpgroup_barrier(at), 128);
+    if (!leader) return;
+    ptx::cp_async_bulk_tensor_3d_store(map, box, x, y, z);
+    ptx::cp_async_bulk_commit_group();
+  }
+
+  // Stores an accumulator of 64 rows and 2 * registers columns as `dtype`, FP32, BF16 or FP16.
+  template <int registers>
+  __device__ __forceinline__ void send_accumulator(const ThreadCoord& at, const ScalarType& dtype,
+                                                   uint32_t x, uint32_t y,
+                                                   const float (&total)[registers]) {
+    if (dtype == ScalarType::Float) {
+      const uint32_t row = at.row();
+#pragma unroll
+      for (int first = 0; first < 2 * registers; first += 32) {
+        send(at, x + first, y, [&](uint32_t box) {
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {  // eight columns, 32 bytes
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {  // row and row + 8 swizzle alike
+              const uint32_t chunk = (j * 2 + at.column() / 4) ^ (row % 8);
+              const float* pair = &total[(first / 8 + j) * 4 + 2 * h];
+              ptx::st_shared_v2_f32(
+                  box + (row + 8 * h) * kSwizzleBytes + chunk * 16 + at.column() % 4 * 4, pair[0],
+                  pair[1]);
+            }
+          }
+        });
+      }
+      return;
+    }
+    const uint32_t row = at.warp * 16 + at.lane % 16;  // the row whose address this lane gives
+#pragma unroll
+    for (int first = 0; first < 2 * registers; first += 64) {
+      send(at, x + first, y, [&](uint32_t box) {
+#pragma unroll
+        for (int j = 0; j < 8; j += 2) {  // sixteen columns, 32 bytes
+          const uint32_t chunk = (j + at.lane / 16) ^ (row % 8);
+          const float* t = &total[(first / 8 + j) * 4];
+          ptx::stmatrix_x4(box + row * kSwizzleBytes + chunk * 16, pack_16bit(dtype, t[0], t[1]),
+                           pack_16bit(dtype, t[2], t[3]), pack_16bit(dtype, t[4], t[5]),
+                           pack_16bit(dtype, t[6], t[7]));
+        }
+      });
+    }
+  }
+};
+
+}  // namespace torchext::sm90
