@@ -57,7 +57,7 @@ __device__ __forceinline__ uint16_t pack_fp8(bool e5m2, float high, float low) {
 // Two e4m3 codes, each in the upper byte of a half of `codes` (whose lower bytes are ignored), as
 // two f16 values that are 2^-8 of theirs: the exponent fields are biased by 15 and 7, and a
 // subnormal e4m3 is a subnormal f16. NaN stays NaN: of the magnitudes, all ones alone carries into
-// bit 14 when its last place is added, and with that bit it has all of the f16 exponent's.
+// bit 14 when its last place is added, and with that bit all bits of the f16 exponent are set.
 __device__ __forceinline__ uint32_t e4m3_as_f16x2(uint32_t codes) {
   const uint32_t halves = (codes >> 1 & 0x3f803f80) | (codes & 0x80008000);
   return halves | ((halves + 0x00800080) & 0x40004000);

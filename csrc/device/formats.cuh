@@ -1,7 +1,7 @@
-// The element formats of the quantizers. An input format says how 32-bit words hold its elements
-// and how magnitudes are compared without leaving those words (as integers: NaN and Inf come out
-// largest); an output format packs FP32 values into FP8. The type names are the suffixes of kernel
-// names.
+// Element formats as types, and groups of 16 elements in registers. An input format says how 32-bit
+// words hold its elements and how magnitudes are compared without leaving those words (as integers:
+// NaN and Inf come out largest); an output format packs FP32 values into FP8. The type names are
+// the suffixes of kernel names.
 #pragma once
 
 #include "../runtime/tensor.h"
@@ -13,7 +13,8 @@ namespace torchext::quantizers {
 struct bf16 {
   static constexpr ScalarType kDtype = ScalarType::BFloat16;
   static constexpr int kPerWord = 2;
-  static constexpr bool kLifts = true;  // scales so small that x must be lifted occur
+  static constexpr bool kLifts =
+      true;  // scales can be so small that x must be lifted (numbers.cuh)
   static constexpr uint32_t kMagnitude = 0x7fff7fff;
 
   static __device__ float element(uint32_t word, int i) {
@@ -97,7 +98,8 @@ __device__ uint32_t amax_bits(uint32_t magnitudes) {
   return largest;
 }
 
-// Over the `lanes` neighboring lanes (a power of two) that share a group; all of them get it.
+// The largest over the `lanes` neighboring lanes (a power of two) that share a scale, in all of
+// them.
 template <class In>
 __device__ uint32_t reduce_magnitudes(uint32_t magnitudes, int lanes) {
 #pragma unroll

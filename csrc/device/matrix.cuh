@@ -1,5 +1,6 @@
-// Matrices as kernels see them: plain structs passed by value, read and written 16 elements at a
-// time, 16 bytes an access where the layout allows and element by element at ragged edges.
+// Matrices as kernels see them: structs passed by value. Kernels read and write 16 elements at a
+// time, with 16-byte accesses where the layout allows, and element by element at ragged edges. Host
+// code makes them of the views of csrc/runtime/views.h.
 #pragma once
 
 #include "../runtime/check.h"

@@ -1,5 +1,6 @@
-// The arithmetic of a quantizer, shared by every kernel here and, since it is plain C++, run by the
-// host in tests/quantize/cuda_numbers.cpp, which checks the claims below. Numbers:
+// The arithmetic of a quantizer: scales, and quotients that round to FP8 as true division does.
+// Every kernel that quantizes uses it. It is also standard C++, which
+// tests/quantize/cuda_numbers.cpp runs on the host to check the claims below. Numbers:
 // docs/numerics.md.
 #pragma once
 

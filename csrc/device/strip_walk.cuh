@@ -1,5 +1,6 @@
-// The order in which persistent CTAs take the tiles of a matrix: strips of kStripRows tile rows, and
-// column by column within a strip, so that CTAs that run side by side share rows of a and of b in L2.
+// The order in which persistent CTAs take the tiles of a matrix: strips of kStripRows tile rows,
+// and column by column within a strip, so that CTAs that run side by side share rows of a and of b
+// in L2.
 #pragma once
 
 #include <cstdint>

@@ -102,9 +102,9 @@ struct QuantizeRows {
     for (int64_t i = begin; i < end; ++i) {
       const auto* x = reinterpret_cast<const Float::Bits*>(product + i * stride);
       uint8_t* data = static_cast<uint8_t*>(out.data) + i * out.data_stride;
-      for (int64_t j = 0; j < cols; j += kGroup)
-        out.scale[i + j / kGroup * out.scale_col_stride] = cpu::quantize_group<Float, Out>(
-            x + j, int(std::min(kGroup, cols - j)), dropped_mantissa, data + j);
+      for (int64_t j = 0; j < cols; j += kScaleGroup)
+        out.scale[i + j / kScaleGroup * out.scale_col_stride] = cpu::quantize_group<Float, Out>(
+            x + j, int(std::min(kScaleGroup, cols - j)), dropped_mantissa, data + j);
     }
   }
 };
@@ -133,8 +133,8 @@ void activate_and_quantize_cpu(const GemmProblem& p, float* product, const float
   }
   const bool e5m2 = p.out_dtype == ScalarType::Float8_e5m2;
   const QuantizedView out{static_cast<uint8_t*>(p.out) + row * p.out_stride + col, p.out_stride,
-                          p.out_scale + row + col / kGroup * p.out_scale_group, 1,
-                          p.out_scale_group};
+                          p.out_scale + row + col / kScaleGroup * p.out_scale_column_block, 1,
+                          p.out_scale_column_block};
   const uint32_t dropped = cpu::dropped_mantissa({e5m2, p.pow2_scale});
   with_fp8_format(e5m2, [&](auto format) {
     run_parallel<QuantizeRows<decltype(format)>>(rows, 8 * grain, product, stride, cols, out,

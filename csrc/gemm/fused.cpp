@@ -28,7 +28,7 @@ Quantized activated(const GemmCall& call, Activation activation, std::optional<S
   p.out = data.data_ptr();
   p.out_stride = round_up(width, 16);
   p.out_scale = static_cast<float*>(scale.data_ptr());
-  p.out_scale_group = round_up(p.m, 4);
+  p.out_scale_column_block = round_up(p.m, 4);
   run(call, p, data, nullptr, &scale);
   return {data, scale};
 }

@@ -1,6 +1,6 @@
 // FP8 matrix products: host entry points of the ops (gemm.cpp, grouped.cpp, fused.cpp: check,
 // allocate, dispatch; operands.cpp is what they share), and what the CPU kernel (gemm_cpu.cpp) and
-// the CUDA launchers (cuda.cpp picks one) implement. Numbers: docs/numerics.md.
+// the CUDA launchers (sm90/launch.cpp, mma/launch.cpp) implement. Numbers: docs/numerics.md.
 #pragma once
 
 #include <optional>
@@ -78,51 +78,59 @@ enum class Grouping {
   kAlongK,   // out[g] sums columns [group_index[g - 1], group_index[g]) of a and b
 };
 
-// A checked problem, leading dimensions of `a` folded into m. Strides in elements.
-struct GemmProblem {
-  const char* op;   // for errors
-  int64_t m, n, k;  // n: columns of the product, SwiGLU's gate and up both
+// What kernels on every device read of a problem as it stands; launchers hand it on whole. Strides
+// count elements.
+struct GemmTensors {
   Granularity granularity;
   ScalarType a_dtype, b_dtype, out_dtype;
   const void* a;
   int64_t a_stride;  // between rows; columns are contiguous
-  const void* b;     // of M-grouped products [groups * n, k], group after group
+  const void* b;     // M-grouped: [groups * n, k], group after group
   int64_t b_stride;
-  const float* a_scale;  // scale of a[m, k]: a_scale[m * a_scale_row + (k / 128) * a_scale_group]
-  int64_t a_scale_row, a_scale_group;
-  const float* b_scale;  // of b[n, k]; 1D2D: row n / 128, else row n
-  int64_t b_scale_row, b_scale_group;
-  int64_t b_scale_batch;  // M-grouped: from one group's scales to the next's
-  const void* bias;       // [n] or, M-grouped, [groups, n], contiguous; or nullptr
+  // Scale of a[m, k]: a_scale[m * a_scale_row + k / 128 * a_scale_k_block]; of b[n, k] likewise, but
+  // 1D2D's has row n / 128 in place of n. b_scale_group: M-grouped, to the next group's scales.
+  int64_t a_scale_k_block;
+  const float *a_scale, *b_scale;
+  int64_t a_scale_row, b_scale_row, b_scale_k_block, b_scale_group;
+  const void* bias;  // [n] or, M-grouped, [groups, n], contiguous; or nullptr
   ScalarType bias_dtype;
   void* out;
-  int64_t out_stride;
-  bool accumulate;  // out += product (+ bias), the sum in FP32 and rounded once
-  int num_sms;      // 0: all
+  int64_t out_stride;  // between rows
+  bool accumulate;     // out += product (+ bias), the sum in FP32 and rounded once
 
-  Grouping grouping = Grouping::kNone;
-  int64_t groups = 1;
-  const int32_t* group_index = nullptr;  // on the device of a; see Grouping
-  int64_t group_rows = 0;                // kCounts: m / groups
-  int64_t expected_rows = 0;             // of a group, for the choice of a kernel; 0: unknown
-  int64_t out_group_stride = 0;          // kAlongK: from out[g] to out[g + 1]
+  Grouping grouping;
+  const int32_t* group_index;  // on the device of a; see Grouping
+  int64_t out_group_stride;    // kAlongK: from out[g] to out[g + 1]
 
-  // Applied to the product in FP32, which is then quantized 1x128 into `out`, [m, width] FP8 data.
-  // SwiGLU: columns [0, n / 2) of the product are the gate, the rest is up.
-  Activation activation = Activation::kNone;
-  float* out_scale = nullptr;  // of out[m, c]: [m + c / 128 * out_scale_group]
-  int64_t out_scale_group = 0;
-  bool pow2_scale = false;
+  // Applied to the product in FP32, which is then quantized 1x128 into `out`, FP8 data [m,
+  // columns]. SwiGLU: columns [0, n / 2) of the product are the gate, the rest is up.
+  Activation activation;
+  // With an activation: the scale of out[m, c] is out_scale[m + c / 128 * out_scale_column_block].
+  float* out_scale;
+  int64_t out_scale_column_block;
+  bool pow2_scale;
 };
+
+// A checked problem, leading dimensions of `a` folded into m.
+struct GemmProblem : GemmTensors {
+  const char* op;         // for errors
+  int64_t m, n, k;        // n: columns of the product, SwiGLU's gate and up both
+  int num_sms;            // 0: all
+  int64_t groups = 1;     // products; 1 without grouping
+  int64_t group_rows;     // kCounts: m / groups
+  int64_t expected_rows;  // of a group, for the choice of a kernel; 0: unknown
+};
+
+// Columns of out: SwiGLU takes two columns of the product for each.
+inline int64_t out_columns(const GemmProblem& p) {
+  return is_gated(p.activation) ? p.n / 2 : p.n;
+}
 
 // `like`: any CPU tensor; scratch memory is allocated as torch allocates it.
 void fp8_gemm_cpu(const GemmProblem& problem, const Tensor& like);
-// The kernel for the device's compute capability; CUDA builds only.
-void fp8_gemm_cuda(Device& device, const GemmProblem& problem,
-                   std::initializer_list<Buffer> buffers);
+// Launchers; CUDA builds only. The first takes Path::sm90, the other every other path.
 void fp8_gemm_nt_sm90(Device& device, const GemmProblem& problem,
                       std::initializer_list<Buffer> buffers);
-// Of any other path.
 void fp8_gemm_nt_mma(Device& device, Path path, const GemmProblem& problem,
                      std::initializer_list<Buffer> buffers);
 

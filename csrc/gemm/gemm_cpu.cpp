@@ -36,7 +36,7 @@ Operand operand_a(const GemmProblem& p) {
           p.a_dtype == kE5M2,
           p.a_scale,
           p.a_scale_row,
-          p.a_scale_group,
+          p.a_scale_k_block,
           1};
 }
 
@@ -45,10 +45,10 @@ Operand operand_b(const GemmProblem& p, int64_t group) {
   return {static_cast<const uint8_t*>(p.b) + group * p.n * p.b_stride,
           p.b_stride,
           p.b_dtype == kE5M2,
-          p.b_scale + group * p.b_scale_batch,
+          p.b_scale + group * p.b_scale_group,
           p.b_scale_row,
-          p.b_scale_group,
-          p.granularity == Granularity::k1D2D ? kGroup : 1};
+          p.b_scale_k_block,
+          p.granularity == Granularity::k1D2D ? kScaleGroup : 1};
 }
 
 // Rows of an operand or of the output: `count` from `first` on, or of those that `list` names.
@@ -72,8 +72,8 @@ struct Dequantize {
       for (int64_t j = 0; j < cols;) {
         const uint8_t* __restrict from = data + j;
         float* __restrict to = out + i * cols + j;
-        const float scale = scales[(col + j) / kGroup * x.scale_group];
-        const int count = int(std::min(kGroup - (col + j) % kGroup, cols - j));
+        const float scale = scales[(col + j) / kScaleGroup * x.scale_group];
+        const int count = int(std::min(kScaleGroup - (col + j) % kScaleGroup, cols - j));
         for (int l = 0; l < count; ++l) to[l] = In::to_float(from[l]) * scale;
         j += count;
       }

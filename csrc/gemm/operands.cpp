@@ -133,7 +133,7 @@ void check_m_major(const char* op, const char* name, const Tensor& tensor, const
 
 // What the scales may look like, for errors.
 std::string granularities(const GemmProblem& p) {
-  const int64_t groups = ceil_div(p.k, kGroup), blocks = ceil_div(p.n, kGroup);
+  const int64_t groups = ceil_div(p.k, kScaleGroup), blocks = ceil_div(p.n, kScaleGroup);
   std::ostringstream text;
   if (p.grouping == Grouping::kAlongK) {
     text << "a_scale [M, " << groups << "] with b_scale [N, " << groups << "] (1x128 with 1x128)";
@@ -155,7 +155,7 @@ void check_scales(const GemmCall& call, GemmProblem& p) {
   const bool batched = p.grouping != Grouping::kNone && p.grouping != Grouping::kAlongK;
   const Scale sa = check_scale(call.op, "a_scale", call.a_scale);
   const Scale sb = (batched ? check_batched_scale : check_scale)(call.op, "b_scale", call.b_scale);
-  const int64_t groups = ceil_div(p.k, kGroup);
+  const int64_t groups = ceil_div(p.k, kScaleGroup);
   const bool each_batch = !batched || sb.batches == p.groups;
   const bool one_in_all = sb.batches == 1 && sb.rows == 1;
   const bool a_grouped = sa.rows == p.m && sa.groups == groups;
@@ -164,7 +164,7 @@ void check_scales(const GemmCall& call, GemmProblem& p) {
   const bool b_rowwise =
       sb.groups == 1 && (one_in_all || (each_batch && (sb.rows == p.n || sb.rows == 1)));
   const bool along_k = p.grouping == Grouping::kAlongK;
-  if (a_grouped && b_grouped && sb.rows == ceil_div(p.n, kGroup) && !along_k) {
+  if (a_grouped && b_grouped && sb.rows == ceil_div(p.n, kScaleGroup) && !along_k) {
     p.granularity = Granularity::k1D2D;
     check_m_major(call.op, "a_scale", call.a_scale, sa);
   } else if (a_grouped && b_grouped && sb.rows == p.n) {
@@ -183,11 +183,11 @@ void check_scales(const GemmCall& call, GemmProblem& p) {
   }
   p.a_scale = sa.data;
   p.a_scale_row = sa.row_stride;
-  p.a_scale_group = sa.group_stride;
+  p.a_scale_k_block = sa.group_stride;
   p.b_scale = sb.data;
   p.b_scale_row = sb.row_stride;
-  p.b_scale_group = sb.group_stride;
-  p.b_scale_batch = sb.batch_stride;
+  p.b_scale_k_block = sb.group_stride;
+  p.b_scale_group = sb.batch_stride;
 }
 
 void check_bias(const GemmCall& call, GemmProblem& p) {
@@ -337,11 +337,20 @@ void run(const GemmCall& call, const GemmProblem& p, const Tensor& out, const Te
   if constexpr (kBuiltWithCuda) {
     const Buffer a = reads(call.a, "a");
     const Buffer written = p.accumulate ? updates(out, "out") : writes(out, "out");
-    fp8_gemm_cuda(
-        *device, p,
-        {a, reads(call.a_scale, "a_scale"), reads(call.b, "b"), reads(call.b_scale, "b_scale"),
-         call.bias ? reads(*call.bias, "bias") : a, index ? reads(*index, "group_index") : a,
-         written, out_scale ? writes(*out_scale, "out_scale") : written});
+    const std::initializer_list<Buffer> buffers = {
+        a,
+        reads(call.a_scale, "a_scale"),
+        reads(call.b, "b"),
+        reads(call.b_scale, "b_scale"),
+        call.bias ? reads(*call.bias, "bias") : a,
+        index ? reads(*index, "group_index") : a,
+        written,
+        out_scale ? writes(*out_scale, "out_scale") : written};
+    const Path path = path_of(device->properties(), call.op);
+    if (path == Path::sm90)
+      fp8_gemm_nt_sm90(*device, p, buffers);
+    else
+      fp8_gemm_nt_mma(*device, path, p, buffers);
   }
 }
 

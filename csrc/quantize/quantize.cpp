@@ -67,7 +67,8 @@ Output empty_groups_t(const MatrixView& view, const QuantizeOptions& options, co
 Output empty_blocks(const Tensor& x, const QuantizeOptions& options) {
   std::vector<int64_t> sizes = sizes_of(x);
   const Tensor data = empty_data(sizes, fp8_dtype(options), x);
-  for (size_t i = sizes.size() - 2; i < sizes.size(); ++i) sizes[i] = ceil_div(sizes[i], kGroup);
+  for (size_t i = sizes.size() - 2; i < sizes.size(); ++i)
+    sizes[i] = ceil_div(sizes[i], kScaleGroup);
   const int64_t groups = sizes.back();
   return output(data, empty_strided(sizes, folded_strides(sizes, groups, 1), ScalarType::Float, x),
                 groups, 1);
@@ -109,8 +110,9 @@ void quantize_blocks(Device* device, const MatrixView& x, const QuantizeOptions&
         *device, x, options, out, transposed, transposed_stride,
         {range(x.data, x.rows, x.cols, x.row_stride, x.col_stride, x.dtype, Access::read, "x"),
          data,
-         range(out.scale, ceil_div(x.rows, kGroup), ceil_div(x.cols, kGroup), out.scale_row_stride,
-               out.scale_col_stride, ScalarType::Float, Access::write, "scale"),
+         range(out.scale, ceil_div(x.rows, kScaleGroup), ceil_div(x.cols, kScaleGroup),
+               out.scale_row_stride, out.scale_col_stride, ScalarType::Float, Access::write,
+               "scale"),
          transposed ? range(transposed, x.cols, x.rows, transposed_stride, 1, kByte, Access::write,
                             "data_t")
                     : data});
@@ -127,7 +129,7 @@ void quantize_blocks(const char* op, const Tensor& x, const QuantizeOptions& opt
   const int64_t transposed_stride = round_up(rows, 16);
   auto* transposed = data_t ? static_cast<uint8_t*>(data_t->data_ptr()) : nullptr;
   const auto folded = fold_rows(x);
-  if (folded && (folded->count == rows || (!data_t && rows % kGroup == 0))) {
+  if (folded && (folded->count == rows || (!data_t && rows % kScaleGroup == 0))) {
     const MatrixView all{x.data_ptr(), x.scalar_type(), folded->count,
                          cols,         folded->stride,  x.stride(last)};
     return quantize_blocks(device, all, options, out.view, transposed, transposed_stride);
@@ -148,7 +150,7 @@ void quantize_blocks(const char* op, const Tensor& x, const QuantizeOptions& opt
         x.stride(last)};
     QuantizedView view = out.view;
     view.data = static_cast<uint8_t*>(view.data) + i * rows * view.data_stride;
-    view.scale += i * ceil_div(rows, kGroup) * view.scale_row_stride;
+    view.scale += i * ceil_div(rows, kScaleGroup) * view.scale_row_stride;
     quantize_blocks(device, matrix, options, view,
                     transposed ? transposed + i * cols * transposed_stride : nullptr,
                     transposed_stride);
@@ -284,14 +286,14 @@ Tensor dequantize(const Tensor& data, const Tensor& scale, ScalarType out_dtype)
   const int64_t columns = data.size(data.dim() - 1);
   const int64_t scale_columns = scale.size(scale.dim() - 1);
   const bool each_row = scale_rows->count == rows->count;
-  const bool row_blocks = scale_rows->count == ceil_div(rows->count, kGroup);
-  const bool column_groups = scale_columns == ceil_div(columns, kGroup);
+  const bool row_blocks = scale_rows->count == ceil_div(rows->count, kScaleGroup);
+  const bool column_groups = scale_columns == ceil_div(columns, kScaleGroup);
   TORCHEXT_CHECK_VALUE((column_groups && (each_row || row_blocks)) ||
                            (scale_columns == 1 && (each_row || scale_rows->count == 1)),
                        kOp, ": scale must have, for data of ", rows->count, " rows and ", columns,
-                       " columns, shape [", rows->count, ", ", ceil_div(columns, kGroup),
-                       "] (1x128), [", ceil_div(rows->count, kGroup), ", ",
-                       ceil_div(columns, kGroup), "] (128x128), [", rows->count,
+                       " columns, shape [", rows->count, ", ", ceil_div(columns, kScaleGroup),
+                       "] (1x128), [", ceil_div(rows->count, kScaleGroup), ", ",
+                       ceil_div(columns, kScaleGroup), "] (128x128), [", rows->count,
                        ", 1] (row-wise) or [1, 1] (tensor-wise) (got ", shape_string(scale), ")");
 
   const std::vector<int64_t> sizes = sizes_of(data);
@@ -306,8 +308,10 @@ Tensor dequantize(const Tensor& data, const Tensor& scale, ScalarType out_dtype)
   view.scale_col_stride = scale.stride(scale.dim() - 1);
   view.rows = rows->count;
   view.cols = columns;
-  view.row_group = each_row ? 1 : scale_rows->count == 1 ? std::max<int64_t>(view.rows, 1) : kGroup;
-  view.col_group = column_groups ? kGroup : std::max<int64_t>(columns, 1);
+  view.row_group = each_row                 ? 1
+                   : scale_rows->count == 1 ? std::max<int64_t>(view.rows, 1)
+                                            : kScaleGroup;
+  view.col_group = column_groups ? kScaleGroup : std::max<int64_t>(columns, 1);
   view.y = y.data_ptr();
   view.y_dtype = out_dtype;
   view.y_stride = columns;

@@ -14,7 +14,7 @@ namespace {
 
 using namespace cpu;
 
-constexpr int kTile = int(kGroup);
+constexpr int kTile = int(kScaleGroup);
 
 // A part of x, at most 128 x 128, its columns contiguous.
 template <class In>
@@ -33,7 +33,7 @@ int64_t fewest_rows(const MatrixView& x) {
 }
 
 int64_t tile_count(const MatrixView& x, int64_t rows_per_tile) {
-  return ceil_div(x.rows, rows_per_tile) * ceil_div(x.cols, kGroup);
+  return ceil_div(x.rows, rows_per_tile) * ceil_div(x.cols, kScaleGroup);
 }
 
 template <class Bits>
@@ -51,11 +51,11 @@ void for_each_tile(const MatrixView& x, int64_t rows_per_tile, int64_t begin, in
                    const Body& body) {
   using Bits = typename In::Bits;
   alignas(64) Bits gathered[kTile * kTile];
-  const int64_t groups = ceil_div(x.cols, kGroup);
-  int64_t row = begin / groups * rows_per_tile, col = begin % groups * kGroup;
+  const int64_t groups = ceil_div(x.cols, kScaleGroup);
+  int64_t row = begin / groups * rows_per_tile, col = begin % groups * kScaleGroup;
   for (int64_t i = begin; i < end; ++i) {
     const int rows = int(std::min(rows_per_tile, x.rows - row));
-    const int cols = int(std::min(kGroup, x.cols - col));
+    const int cols = int(std::min(kScaleGroup, x.cols - col));
     const Bits* from = static_cast<const Bits*>(x.data) + row * x.row_stride + col * x.col_stride;
     if (x.col_stride == 1) {
       body(Tile<In>{from, x.row_stride, rows, cols}, row, col);
@@ -63,7 +63,7 @@ void for_each_tile(const MatrixView& x, int64_t rows_per_tile, int64_t begin, in
       gather(from, x.row_stride, x.col_stride, rows, cols, gathered);
       body(Tile<In>{gathered, kTile, rows, cols}, row, col);
     }
-    col += kGroup;
+    col += kScaleGroup;
     if (col < x.cols) continue;
     col = 0;
     row += rows_per_tile;
@@ -84,7 +84,7 @@ template <class In, class Out>
 void quantize_rows(const Tile<In>& tile, int64_t row, int64_t col, const QuantizedView& out,
                    uint32_t dropped) {
   for (int i = 0; i < tile.rows; ++i) {
-    scale_at(out, row + i, col / kGroup) =
+    scale_at(out, row + i, col / kScaleGroup) =
         quantize_group<In, Out>(tile.row(i), tile.cols, dropped, data_at(out, row + i, col));
   }
 }
@@ -137,7 +137,7 @@ void quantize_columns(const Tile<In>& tile, int64_t row, int64_t col, const Quan
     }
   });
   for (int j = 0; j < tile.cols; ++j) {
-    scale_at(out, col + j, row / kGroup) = scales[j];
+    scale_at(out, col + j, row / kScaleGroup) = scales[j];
     if (scales[j] == scales[j]) continue;
     for (int i = 0; i < tile.rows; ++i) encoded.data[i][j] = kNaN8;
   }
@@ -150,10 +150,11 @@ struct ColumnGroups {
   static void run(const MatrixView& x, const QuantizedView* row_out,
                   const QuantizedView& transposed, uint32_t dropped, int64_t begin, int64_t end) {
     EncodedTile encoded;
-    for_each_tile<In>(x, kGroup, begin, end, [&](const Tile<In>& tile, int64_t row, int64_t col) {
-      if (row_out) quantize_rows<In, Out>(tile, row, col, *row_out, dropped);
-      quantize_columns<In, Out>(tile, row, col, transposed, dropped, encoded);
-    });
+    for_each_tile<In>(x, kScaleGroup, begin, end,
+                      [&](const Tile<In>& tile, int64_t row, int64_t col) {
+                        if (row_out) quantize_rows<In, Out>(tile, row, col, *row_out, dropped);
+                        quantize_columns<In, Out>(tile, row, col, transposed, dropped, encoded);
+                      });
   }
 };
 
@@ -170,18 +171,19 @@ struct Blocks {
   static void run(const MatrixView& x, const QuantizedView& out, uint8_t* transposed,
                   int64_t transposed_stride, uint32_t dropped, int64_t begin, int64_t end) {
     EncodedTile encoded;
-    for_each_tile<In>(x, kGroup, begin, end, [&](const Tile<In>& tile, int64_t row, int64_t col) {
-      const float scale = scale_of<In, Out>(largest_in_tile(tile), dropped);
-      scale_at(out, row / kGroup, col / kGroup) = scale;
-      for (int i = 0; i < tile.rows; ++i) {
-        uint8_t* to = data_at(out, row + i, col);
-        encode<In, Out>(tile.row(i), tile.cols, scale, to);
-        if (transposed) std::memcpy(encoded.data[i], to, tile.cols);
-      }
-      if (transposed)
-        encoded.write_transposed(transposed + col * transposed_stride + row, transposed_stride,
-                                 tile.rows, tile.cols);
-    });
+    for_each_tile<In>(x, kScaleGroup, begin, end,
+                      [&](const Tile<In>& tile, int64_t row, int64_t col) {
+                        const float scale = scale_of<In, Out>(largest_in_tile(tile), dropped);
+                        scale_at(out, row / kScaleGroup, col / kScaleGroup) = scale;
+                        for (int i = 0; i < tile.rows; ++i) {
+                          uint8_t* to = data_at(out, row + i, col);
+                          encode<In, Out>(tile.row(i), tile.cols, scale, to);
+                          if (transposed) std::memcpy(encoded.data[i], to, tile.cols);
+                        }
+                        if (transposed)
+                          encoded.write_transposed(transposed + col * transposed_stride + row,
+                                                   transposed_stride, tile.rows, tile.cols);
+                      });
   }
 };
 
@@ -192,7 +194,7 @@ struct Rows {
   // [begin, end) counts rows of tiles. The second walk along one finds it in cache.
   static void run(const MatrixView& x, const QuantizedView& out, uint32_t dropped, int64_t begin,
                   int64_t end) {
-    const int64_t groups = ceil_div(x.cols, kGroup), rows_per_tile = fewest_rows(x);
+    const int64_t groups = ceil_div(x.cols, kScaleGroup), rows_per_tile = fewest_rows(x);
     for (int64_t b = begin; b < end; ++b) {
       Magnitude<In> largest[kTile] = {};
       for_each_tile<In>(x, rows_per_tile, b * groups, (b + 1) * groups,
@@ -250,15 +252,15 @@ struct Dequantize {
   // [begin, end) counts groups of 128 columns, along rows.
   static void run(const DequantizeView& v, int64_t begin, int64_t end) {
     using Bits = typename Out::Bits;
-    const int64_t groups = ceil_div(v.cols, kGroup);
+    const int64_t groups = ceil_div(v.cols, kScaleGroup);
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t row = i / groups, col = i % groups * kGroup;
+      const int64_t row = i / groups, col = i % groups * kScaleGroup;
       const float scale =
           v.scale[row / v.row_group * v.scale_row_stride + col / v.col_group * v.scale_col_stride];
       const uint8_t* __restrict from =
           static_cast<const uint8_t*>(v.data) + row * v.data_row_stride + col * v.data_col_stride;
       Bits* __restrict to = static_cast<Bits*>(v.y) + row * v.y_stride + col;
-      const int cols = int(std::min(kGroup, v.cols - col));
+      const int cols = int(std::min(kScaleGroup, v.cols - col));
       if (v.data_col_stride == 1) {
         with_count(cols, [=](auto count) {
           for (int j = 0; j < count; ++j) to[j] = Out::from_float(In::to_float(from[j]) * scale);
@@ -283,7 +285,7 @@ void with_formats(const MatrixView& x, const QuantizeOptions& options, const Bod
 // The least number of tiles that is worth a thread.
 int64_t grain(int64_t rows_per_tile) {
   constexpr int64_t kElements = 1 << 15;
-  return std::max<int64_t>(1, kElements / (rows_per_tile * kGroup));
+  return std::max<int64_t>(1, kElements / (rows_per_tile * kScaleGroup));
 }
 
 // Runs the kernel over all tiles of x.
@@ -301,7 +303,7 @@ void quantize_groups_cpu(const MatrixView& x, const QuantizeOptions& options,
     using Out = decltype(out);
     const uint32_t dropped = dropped_mantissa(options);
     if (transposed)
-      run_on_tiles<ColumnGroups<In, Out>>(x, kGroup, row, *transposed, dropped);
+      run_on_tiles<ColumnGroups<In, Out>>(x, kScaleGroup, row, *transposed, dropped);
     else
       run_on_tiles<RowGroups<In, Out>>(x, fewest_rows(x), *row, dropped);
   });
@@ -312,7 +314,7 @@ void quantize_blocks_cpu(const MatrixView& x, const QuantizeOptions& options,
                          int64_t transposed_stride) {
   with_formats(x, options, [&](auto in, auto format) {
     run_on_tiles<Blocks<decltype(in), decltype(format)>>(
-        x, kGroup, out, static_cast<uint8_t*>(transposed_data), transposed_stride,
+        x, kScaleGroup, out, static_cast<uint8_t*>(transposed_data), transposed_stride,
         dropped_mantissa(options));
   });
 }
@@ -322,8 +324,9 @@ void quantize_rowwise_cpu(const MatrixView& x, const QuantizeOptions& options,
   with_formats(x, options, [&](auto in, auto format) {
     const int64_t rows_per_tile = fewest_rows(x);
     run_parallel<Rows<decltype(in), decltype(format)>>(
-        ceil_div(x.rows, rows_per_tile), ceil_div(grain(rows_per_tile), ceil_div(x.cols, kGroup)),
-        x, out, dropped_mantissa(options));
+        ceil_div(x.rows, rows_per_tile),
+        ceil_div(grain(rows_per_tile), ceil_div(x.cols, kScaleGroup)), x, out,
+        dropped_mantissa(options));
   });
 }
 
@@ -343,8 +346,8 @@ void quantize_tensorwise_cpu(const MatrixView& x, const QuantizeOptions& options
 void dequantize_cpu(const DequantizeView& view) {
   with_fp8_format(view.e5m2, [&](auto in) {
     with_wide_format(view.y_dtype, [&](auto out) {
-      run_parallel<Dequantize<decltype(in), decltype(out)>>(view.rows * ceil_div(view.cols, kGroup),
-                                                            grain(1), view);
+      run_parallel<Dequantize<decltype(in), decltype(out)>>(
+          view.rows * ceil_div(view.cols, kScaleGroup), grain(1), view);
     });
   });
 }

@@ -37,7 +37,7 @@ Tensor empty_data(const std::vector<int64_t>& sizes, ScalarType dtype, const Ten
 Tensor empty_group_scale(std::vector<int64_t> sizes, const Tensor& like) {
   const int64_t rows =
       std::accumulate(sizes.begin(), sizes.end() - 1, int64_t(1), std::multiplies<int64_t>());
-  sizes.back() = ceil_div(sizes.back(), kGroup);
+  sizes.back() = ceil_div(sizes.back(), kScaleGroup);
   return empty_strided(sizes, folded_strides(sizes, 1, round_up(rows, 4)), ScalarType::Float, like);
 }
 

@@ -1,7 +1,7 @@
-// The arithmetic of a quantizer on the host: what csrc/device/numbers.cuh and formats.cuh are on the
-// GPU, with the same bits. Every CPU kernel that quantizes, by itself or behind another operation, is
-// made of it. Contract: called from a Kernel::run of cpu.h, which compiles it for the machine's
-// vectors and in the default floating-point environment. Numbers: docs/numerics.md.
+// The arithmetic of a quantizer on the host: what csrc/device/numbers.cuh and formats.cuh are on
+// the GPU, with the same bits. Every CPU kernel that quantizes, by itself or behind another
+// operation, is made of it. Contract: called from a Kernel::run of cpu.h, which compiles it for the
+// machine's vectors and in the default floating-point environment. Numbers: docs/numerics.md.
 #pragma once
 
 #include <algorithm>
@@ -46,7 +46,7 @@ inline uint32_t dropped_mantissa(const QuantizeOptions& options) {
 // body(n), compiled once more for whole groups.
 template <class Body>
 auto with_count(int n, const Body& body) {
-  return n == kGroup ? body(std::integral_constant<int, int(kGroup)>()) : body(n);
+  return n == kScaleGroup ? body(std::integral_constant<int, int(kScaleGroup)>()) : body(n);
 }
 
 template <class In>

@@ -18,7 +18,7 @@ namespace torchext {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kGroup = 128;  // elements of K that share a scale, and a promotion
+constexpr int64_t kScaleGroup = 128;  // elements of a row that share a 1x128 scale; a promotion's K
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;

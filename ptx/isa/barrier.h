@@ -1,7 +1,7 @@
 // Named barriers of a CTA: bar.sync (PTX ISA "Parallel Synchronization and Communication
 // Instructions: bar, barrier"; PTX 1.0 / sm_20 for named barriers with a thread count).
-// Memory: a barrier orders all generic-proxy accesses among the threads that take part. It says
-// nothing to the async proxy: see fence.h.
+// Memory: a barrier orders all generic-proxy accesses among the threads that take part, but not
+// those of the async proxy: see fence.h.
 #pragma once
 
 #include "common.h"

@@ -45,14 +45,16 @@ TORCHEXT_PTX float4 ld_shared_cluster_v4_f32(uint32_t address) {
   return value;
 }
 
-// Arrives at the mbarrier of the CTA of that rank; releases at cluster scope.
+// Helper, mapa and mbarrier.arrive: arrives at the mbarrier of the CTA of that rank; releases at
+// cluster scope.
 TORCHEXT_PTX void mbarrier_arrive_cluster(mbarrier* barrier, uint32_t rank) {
   asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(
                    mapa(shared_address(barrier), rank))
                : "memory");
 }
 
-// mbarrier_wait() that acquires at cluster scope: for phases that other CTAs' threads complete.
+// Helper, a loop of mbarrier.try_wait: mbarrier_wait() that acquires at cluster scope, for phases
+// that threads of other CTAs complete.
 TORCHEXT_PTX void mbarrier_wait_cluster(mbarrier* barrier, uint32_t parity) {
   asm volatile(
       "{\n"

@@ -8,7 +8,8 @@
 
 namespace ptx {
 
-// A generic pointer into shared memory as the 32-bit address of the .shared state space.
+// Helper, cvta.to.shared: a generic pointer into shared memory as the 32-bit address of the .shared
+// state space.
 TORCHEXT_PTX uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }

@@ -1,7 +1,7 @@
-// FP32 to FP8 and back, two at a time (PTX ISA "cvt"; PTX 7.8, sm_89; on sm_80 there is no such
-// instruction). Rounding: to nearest even; .satfinite clamps to the largest finite value, keeps the
-// sign of zero, and turns NaN into 0x7f. Where a
-// target lacks an instruction, csrc/device/conversions.cuh has its result from integer arithmetic.
+// FP32 to FP8 and back, two at a time (PTX ISA "cvt"; PTX 7.8, sm_89; sm_80 lacks it). Rounding is
+// to nearest even; .satfinite clamps to the largest finite value, keeps the sign of zero and turns
+// NaN into 0x7f. Where a target lacks an instruction, csrc/device/conversions.cuh computes its
+// result with integer arithmetic.
 #pragma once
 
 #include "common.h"
@@ -21,16 +21,10 @@ TORCHEXT_PTX uint16_t cvt_rn_satfinite_e5m2x2_f32(float high, float low) {
   return packed;
 }
 
-// Exact: every e4m3 and e5m2 value is an f16 value. Two packed FP8 values to two packed f16 values.
+// Two packed e4m3 values to two packed f16 values; exact. (An e5m2 is the upper byte of an f16.)
 TORCHEXT_PTX uint32_t cvt_rn_f16x2_e4m3x2(uint16_t packed) {
   uint32_t halves;
   asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(packed));
-  return halves;
-}
-
-TORCHEXT_PTX uint32_t cvt_rn_f16x2_e5m2x2(uint16_t packed) {
-  uint32_t halves;
-  asm("cvt.rn.f16x2.e5m2x2 %0, %1;" : "=r"(halves) : "h"(packed));
   return halves;
 }
 
@@ -61,7 +55,7 @@ TORCHEXT_PTX float cvt_f32_f16(uint16_t bits) {
   return value;
 }
 
-// A bf16 is the upper half of an FP32.
+// Helper, a shift: a bf16 is the upper half of an FP32.
 TORCHEXT_PTX float cvt_f32_bf16(uint16_t bits) {
   return __uint_as_float(uint32_t(bits) << 16);
 }

@@ -6,13 +6,13 @@
 
 namespace ptx {
 
-// Waits until the kernels that this one depends on have ended and their memory is visible. Nothing
-// of theirs may be read, and nothing that they may still read may be written, before.
+// Waits until the kernels that this one depends on have ended and their writes are visible. Before,
+// this kernel may read nothing that they write, and write nothing that they read.
 TORCHEXT_PTX void griddepcontrol_wait() {
   asm volatile("griddepcontrol.wait;" ::: "memory");
 }
 
-// Lets the next kernel start as soon as every CTA has come here or exited. It says nothing of
+// Lets the next kernel start as soon as every CTA has come here or exited. It does not order
 // memory: the next kernel's griddepcontrol_wait() waits for this kernel's end.
 TORCHEXT_PTX void griddepcontrol_launch_dependents() {
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

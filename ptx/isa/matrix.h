@@ -8,7 +8,8 @@
 namespace ptx {
 
 // Lanes 8j to 8j + 7 give the addresses of the eight 16-byte rows of matrix j, which comes into
-// r[j]. Of bytes, a lane gets four neighbors of row lane / 4, from 4 * (lane % 4) on.
+// r[j]. If the elements are bytes, a lane gets four neighbors of row lane / 4, from byte 4 * (lane
+// % 4) on.
 TORCHEXT_PTX void ldmatrix_x4(uint32_t (&r)[4], uint32_t shared_row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])

@@ -33,8 +33,9 @@ TORCHEXT_PTX void mbarrier_arrive_expect_tx(mbarrier* barrier, uint32_t bytes) {
       : "memory");
 }
 
-// Waits until the phase of that parity has completed. A fresh barrier is in phase 0; waiting for
-// parity 1 on it returns at once (the phase before the first counts as complete).
+// Helper, a loop of mbarrier.try_wait: waits until the phase of that parity has completed. A fresh
+// barrier is in phase 0; waiting for parity 1 on it returns at once (the phase before the first
+// counts as complete).
 TORCHEXT_PTX void mbarrier_wait(mbarrier* barrier, uint32_t parity) {
   asm volatile(
       "{\n"

@@ -1,19 +1,10 @@
-// Loads and stores with an explicit width, state space and cache policy (PTX ISA "ld",
-// "ld.global.nc", "st"; PTX 7.4 for L1::no_allocate and L2 prefetch sizes, sm_80).
+// Loads and stores with an explicit width and state space (PTX ISA "ld", "ld.global.nc", "st"; all
+// targets). ld.global.nc: the memory must not be written while the kernel runs.
 #pragma once
 
 #include "common.h"
 
 namespace ptx {
-
-// 16 bytes that are read once: not kept in L1. The memory must not be written during the kernel.
-TORCHEXT_PTX uint4 ld_global_nc_no_allocate_v4(const void* address) {
-  uint4 value;
-  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-               : "l"(address));
-  return value;
-}
 
 TORCHEXT_PTX float ld_global_nc_f32(const float* address) {
   float value;

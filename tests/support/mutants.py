@@ -37,17 +37,15 @@ BLOCKS = "csrc/quantize/cuda/blocks.cu"
 
 def _kernel(tile: str, granularity: str = "1d2d", op: str = "", output: str = "kStored") -> str:
     """The text of a .cu file with one of Hopper's GEMM kernels; `tile` is a line of tiles.h."""
-    table = {"kStored": "", "kGated": "_gated"}[output]
     upper = granularity.replace("d", "D")
     return f"""
 #include "fp8_gemm_nt.cuh"
-#define TILE(APPLY, ...) APPLY({tile}, __VA_ARGS__)
-TORCHEXT_GEMM_KERNELS({granularity}_e4m3_e4m3{table}, TILE,
-                      sm90_fp8_gemm_nt{op}_{granularity}_e4m3_e4m3, k{upper}, e4m3, e4m3, {output})
+TORCHEXT_GEMM_KERNEL({tile}, sm90_fp8_gemm_nt{op}_{granularity}_e4m3_e4m3, k{upper}, e4m3, e4m3,
+                     {output})
 """
 
 
-PLAIN = "128x128, 128, 128, 5, false"
+MEDIUM = "128x128, 128, 128, 5, false"
 LARGE = "256x128, 256, 128, 3, false"
 SWAPPED = "swap_16x128, 128, 16, 10, true"
 GATED = "128x128, 128, 256, 3, false"
@@ -88,7 +86,7 @@ def _gemm(
         generator = torch.Generator().manual_seed(m + n + k)
         rows = torch.randn(m, k, generator=generator) * torch.logspace(-2, 2, m)[:, None]
         weight = torch.randn(n, k, generator=generator)
-        a, b = _plain(ops.quantize_1x128, rows), _plain(ops.quantize_128x128, weight)
+        a, b = _on_the_cpu(ops.quantize_1x128, rows), _on_the_cpu(ops.quantize_128x128, weight)
         return (ops.fp8_gemm_nt(*a, *b, out_dtype=out_dtype),)
 
     return run
@@ -103,7 +101,7 @@ def _without_simulator() -> Iterator[None]:
         sim.ops._install(sim.ops._active[-1] if sim.ops._active else None)
 
 
-def _plain(op: Callable, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def _on_the_cpu(op: Callable, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
     with _without_simulator():
         return op(x)
 
@@ -122,7 +120,7 @@ def _along_k() -> tuple[torch.Tensor, ...]:
     """Groups along K whose ends lie inside a K block, so that some of its columns are masked."""
     generator = torch.Generator().manual_seed(9)
     a, b = (
-        _plain(ops.quantize_1x128, torch.randn(rows, 400, generator=generator))
+        _on_the_cpu(ops.quantize_1x128, torch.randn(rows, 400, generator=generator))
         for rows in (140, 136)
     )
     offsets = torch.tensor([150, 290, 400], dtype=torch.int32)
@@ -132,31 +130,31 @@ def _along_k() -> tuple[torch.Tensor, ...]:
 def _groups() -> tuple[torch.Tensor, ...]:
     """Groups of rows that fill tiles of 256 rows only in part."""
     generator = torch.Generator().manual_seed(10)
-    a = _plain(ops.quantize_1x128, torch.randn(600, 200, generator=generator))
-    b = _plain(ops.quantize_128x128, torch.randn(3, 136, 200, generator=generator))
+    a = _on_the_cpu(ops.quantize_1x128, torch.randn(600, 200, generator=generator))
+    b = _on_the_cpu(ops.quantize_128x128, torch.randn(3, 136, 200, generator=generator))
     offsets = torch.tensor([200, 400, 600], dtype=torch.int32)
     return (ops.m_grouped_fp8_gemm_nt_contiguous(*a, *b, offsets),)
 
 
 def _swiglu() -> tuple[torch.Tensor, ...]:
     generator = torch.Generator().manual_seed(11)
-    a = _plain(ops.quantize_1x128, torch.randn(140, 300, generator=generator))
-    b = _plain(ops.quantize_128x128, torch.randn(400, 300, generator=generator))
+    a = _on_the_cpu(ops.quantize_1x128, torch.randn(140, 300, generator=generator))
+    b = _on_the_cpu(ops.quantize_128x128, torch.randn(400, 300, generator=generator))
     return ops.fp8_gemm_nt_swiglu_quantize(*a, *b)
 
 
 PROBLEMS = {
     # Four tiles, eight K blocks.
-    "by TMA": Problem(_kernel(PLAIN), _gemm(256, 256, 1024), tile=PLAIN),
+    "by TMA": Problem(_kernel(MEDIUM), _gemm(256, 256, 1024), tile=MEDIUM),
     # A tile has four boxes, but the buffers hold two.
-    "in FP32": Problem(_kernel(PLAIN), _gemm(256, 256, 256, torch.float32), tile=PLAIN),
+    "in FP32": Problem(_kernel(MEDIUM), _gemm(256, 256, 256, torch.float32), tile=MEDIUM),
     # Rows of out are not 16-byte aligned.
-    "by threads": Problem(_kernel(PLAIN), _gemm(70, 101, 300), tile=PLAIN),
-    "in pairs": Problem(_kernel(PLAIN), _gemm(200, 512, 900), tile=PLAIN, cluster=2),
+    "by threads": Problem(_kernel(MEDIUM), _gemm(70, 101, 300), tile=MEDIUM),
+    "in pairs": Problem(_kernel(MEDIUM), _gemm(200, 512, 900), tile=MEDIUM, cluster=2),
     "split": Problem(
         _kernel(SWAPPED), _gemm(40, 200, 1100), num_sms=4, tile=SWAPPED, split_k=4, cluster=4
     ),
-    "along K": Problem(_kernel(PLAIN, "1d1d"), _along_k, tile=PLAIN),
+    "along K": Problem(_kernel(MEDIUM, "1d1d"), _along_k, tile=MEDIUM),
     "groups": Problem(_kernel(LARGE), _groups, tile=LARGE),
     "gated": Problem(_kernel(GATED, op="_swiglu_quantize", output="kGated"), _swiglu, tile=GATED),
     "by cp.async": Problem(MMA_SOURCE, _gemm(256, 256, 1024), capability=89),
@@ -301,7 +299,7 @@ MUTANTS = [
     Mutant("amax over half a row", "gated", ACTIVATION,
            "    largest[h] = max(largest[h], __shfl_xor_sync(~0u, largest[h], 2));\n", ""),
     Mutant("up's scale of the gate's block", "gated", MAINLOOP,
-           "i == 1 && next_block < kGroup", "false"),
+           "i == 1 && next_block < kScaleGroup", "false"),
     Mutant("cp.async.wait_group one group short", "by cp.async", MMA,
            "cp_async_wait_group<C::kStages - 2>", "cp_async_wait_group<C::kStages - 1>"),
     Mutant("no cp.async.wait_group", "by cp.async", MMA,

@@ -21,17 +21,18 @@
 
 namespace torchext::sm90 {
 
+// `target`: what to store into; target.map() is the tensor map, target.z() the third coordinate and
+// target.dtype() the dtype, FP32, BF16 or FP16 (or FP8, if only `fill` knows it). They are asked for
+// at each store, so that no register holds them meanwhile.
 template <int kBoxes>
 struct TmaStore {
   uint8_t* boxes;
-  const void* map;
-  uint32_t z;    // third coordinate of all stores
   int next = 0;  // a constant once loops are unrolled
 
   // Stores one box at column x, row y: fill(box) writes this thread's part of it to shared memory.
-  template <class Fill>
-  __device__ __forceinline__ void send(const ThreadCoord& at, uint32_t x, uint32_t y,
-                                       const Fill& fill) {
+  template <class Target, class Fill>
+  __device__ __forceinline__ void send(const Target& target, const ThreadCoord& at, uint32_t x,
+                                       uint32_t y, const Fill& fill) {
     uint8_t* box = boxes + next * kStoreBoxBytes;
     next = (next + 1) % kBoxes;
     const bool leader = at.thread() == 0;
@@ -41,20 +42,20 @@ struct TmaStore {
     ptx::fence_proxy_async_shared();
     ptx::bar_sync(warpgroup_barrier(at), 128);
     if (!leader) return;
-    ptx::cp_async_bulk_tensor_3d_store(map, box, x, y, z);
+    ptx::cp_async_bulk_tensor_3d_store(target.map(), box, x, y, target.z());
     ptx::cp_async_bulk_commit_group();
   }
 
-  // Stores an accumulator of 64 rows and 2 * registers columns as `dtype`, FP32, BF16 or FP16.
-  template <int registers>
-  __device__ __forceinline__ void send_accumulator(const ThreadCoord& at, const ScalarType& dtype,
+  // Stores an accumulator of 64 rows and 2 * registers columns, rounded to target.dtype().
+  template <class Target, int registers>
+  __device__ __forceinline__ void send_accumulator(const Target& target, const ThreadCoord& at,
                                                    uint32_t x, uint32_t y,
                                                    const float (&total)[registers]) {
-    if (dtype == ScalarType::Float) {
+    if (target.dtype() == ScalarType::Float) {
       const uint32_t row = at.row();
 #pragma unroll
       for (int first = 0; first < 2 * registers; first += 32) {
-        send(at, x + first, y, [&](uint32_t box) {
+        send(target, at, x + first, y, [&](uint32_t box) {
 #pragma unroll
           for (int j = 0; j < 4; ++j) {  // eight columns, 32 bytes
 #pragma unroll
@@ -73,14 +74,15 @@ struct TmaStore {
     const uint32_t row = at.warp * 16 + at.lane % 16;  // the row whose address this lane gives
 #pragma unroll
     for (int first = 0; first < 2 * registers; first += 64) {
-      send(at, x + first, y, [&](uint32_t box) {
+      send(target, at, x + first, y, [&](uint32_t box) {
 #pragma unroll
         for (int j = 0; j < 8; j += 2) {  // sixteen columns, 32 bytes
           const uint32_t chunk = (j + at.lane / 16) ^ (row % 8);
           const float* t = &total[(first / 8 + j) * 4];
-          ptx::stmatrix_x4(box + row * kSwizzleBytes + chunk * 16, pack_16bit(dtype, t[0], t[1]),
-                           pack_16bit(dtype, t[2], t[3]), pack_16bit(dtype, t[4], t[5]),
-                           pack_16bit(dtype, t[6], t[7]));
+          ptx::stmatrix_x4(
+              box + row * kSwizzleBytes + chunk * 16, pack_16bit(target.dtype(), t[0], t[1]),
+              pack_16bit(target.dtype(), t[2], t[3]), pack_16bit(target.dtype(), t[4], t[5]),
+              pack_16bit(target.dtype(), t[6], t[7]));
         }
       });
     }

@@ -1,6 +1,7 @@
-// The epilogue of a tile, shared by all kernels here: its product lies in shared memory as FP32,
-// row after row. A warp takes a row at a time, a lane four columns: row-wise scales, bias, old
-// output, rounding and store; or an activation, the largest magnitude over the row's 128, and FP8.
+// The epilogue of a tile, shared by all kernels for GPUs other than Hopper. The tile's product lies
+// in shared memory as FP32, row after row. A warp takes one row at a time, a lane four of its
+// columns. It applies row-wise scales, bias and the old output, rounds and stores; or it applies an
+// activation and quantizes the row's 128 columns, one scale group, to FP8.
 #pragma once
 
 #include "../../device/activations.cuh"
@@ -13,10 +14,10 @@
 
 namespace torchext::mma {
 
-// Floats between rows, so that the fragments of mma meet no bank conflict.
+// Floats from row to row: four more than columns, so that mma's accumulators meet no bank conflict.
 constexpr int kTilePitch = kTileN + 4;
 
-// Where b, its scales and bias begin for a tile: M-grouped operands hold one group after another.
+// Where b, its scales and bias begin for a tile. M-grouped operands hold one group after another.
 struct GroupOperand {
   const uint8_t* b;
   const float* scale;
@@ -26,7 +27,7 @@ struct GroupOperand {
     const bool one = p.grouping == Grouping::kNone || p.grouping == Grouping::kAlongK;
     const int64_t g = one ? 0 : group;
     b = static_cast<const uint8_t*>(p.b) + g * p.n * p.b_stride;
-    scale = p.b_scale + g * p.b_scale_batch;
+    scale = p.b_scale + g * p.b_scale_group;
     bias = g * p.n;
   }
 };
@@ -86,7 +87,7 @@ __device__ __forceinline__ void store_four(const KernelParams& params, int64_t o
     if (i < int(count)) out[i] = uint16_t(pairs[i / 2] >> i % 2 * 16);
 }
 
-// The same of FP8, quantized with the whole warp's values, and their scale.
+// The first `count` of four elements as FP8, and their scale, which the warp finds together.
 __device__ __forceinline__ void quantize_four(const KernelParams& params, const Tile& tile,
                                               uint32_t row, const float (&x)[4], uint32_t count) {
   const GemmProblem& p = params.problem;
@@ -100,7 +101,8 @@ __device__ __forceinline__ void quantize_four(const KernelParams& params, const 
     most = max(most, __shfl_xor_sync(~0u, most, distance));
   const auto s = quantizers::scale_of(most, quantizers::fp8_max(e5m2),
                                       p.pow2_scale ? quantizers::kMantissa : 0);
-  if (threadIdx.x % 32 == 0) p.out_scale[row + tile.column / kGroup * p.out_scale_group] = s.scale;
+  if (threadIdx.x % 32 == 0)
+    p.out_scale[row + tile.column / kScaleGroup * p.out_scale_column_block] = s.scale;
   float q[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) q[i] = quantizers::divide(x[i] * s.lift, s);
@@ -116,7 +118,7 @@ __device__ __forceinline__ void quantize_four(const KernelParams& params, const 
     if (i < int(count)) out[i] = uint8_t(codes >> 8 * i);
 }
 
-// Of SwiGLU, `gate` holds the product with the first half of b's rows; else it is not read.
+// `gate`: SwiGLU's product with the first half of b's rows; not read by other activations.
 template <int kTileM>
 __device__ __forceinline__ void finish_tile(const KernelParams& params, const Tile& tile,
                                             const GroupOperand& group, const float* product,

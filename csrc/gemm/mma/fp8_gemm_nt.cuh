@@ -1,20 +1,22 @@
-// FP8 GEMM by mma.sync: out[M, N] = scales x (a[M, K] @ b[N, K].T), FP32 promotion every 128 of K.
-// The kernels of sm_80 and sm_89 differ in one thing, how a warp multiplies (Sm80, Sm89);
-// everything else is here: dense and grouped products, row-wise and block scales, quantizing
-// epilogues.
+// FP8 GEMM by mma.sync: out[M, N] = scales x (a[M, K] @ b[N, K].T), with FP32 promotion every 128
+// of K. The kernels of sm_80 and sm_89 are instances of this file (../sm80, ../sm89); they differ
+// in how a warp multiplies (Sm80, Sm89 below). Everything else is common: dense and grouped
+// products, row-wise and block scales, quantizing epilogues.
 //
-// Persistent: each CTA walks over tiles of the output (schedule.cuh). All warps do the same:
+// Persistent: each CTA walks over tiles of the output (schedule.cuh). All its warps do the same,
+// and meet at __syncthreads once for each K block:
 //
-//   copy       each thread keeps kStages - 1 K blocks of 128 of a and of b on their way to shared
-//              memory, 16 bytes a cp.async. Rows outside the matrix, or of another group, and what
-//              lies outside K become zeros (cp.async's source size). Rows are 128 bytes in shared
-//              memory, the 16-byte chunk of a row XORed with the row's index modulo 8, so that
-//              ldmatrix meets no bank conflict.
-//   multiply   a warp owns kWarpRows x kWarpColumns of the tile. ldmatrix leaves FP8 in registers
-//   as
-//              mma.sync.m16n8k32 wants it: four neighbors of K a lane. 128 of K go into `block`.
-//   promote    total += scale * block in FP32, with the scales loaded while the warp multiplied.
-//   finish     the tile goes through shared memory to the epilogue (epilogue.cuh).
+//   copy      Each thread keeps kStages - 1 K blocks (128 of K) of a and b on their way to shared
+//             memory, 16 bytes per cp.async. Rows outside the matrix or of another group, and
+//             columns outside K, become zeros (cp.async's source size). A row is 128 bytes in
+//             shared memory; its 16-byte chunks are XORed with the row's index modulo 8, so that
+//             ldmatrix meets no bank conflict.
+//   multiply  A warp owns kWarpRows x kWarpColumns of the tile. ldmatrix leaves FP8 in registers as
+//             mma.sync.m16n8k32 wants it: four neighbors of K per lane. The products of 128 of K go
+//             into `block`.
+//   promote   total += scale * block in FP32. Where registers allow, the scales are loaded while
+//             the warp multiplies.
+//   finish    The tile goes through shared memory to the epilogue (epilogue.cuh).
 #pragma once
 
 #include "epilogue.cuh"
@@ -51,15 +53,15 @@ struct Sm89 {
   }
 };
 
-// sm_80's do not; they multiply f16, which holds every value of both formats exactly, as bf16
-// would. f16 is cheaper to make: an e5m2 is the upper byte of one, and an e4m3, shifted by one
-// place, is one of 2^-8 times its value (conversions.cuh: NaN stays NaN), which kUnit makes good
-// after the product. No multiplication, and 11 integer instructions for four e4m3. Bytes 0 and 2 of
-// a register are one pair of K, 1 and 3 the other; a and b agree on it, and the order of a sum is
-// free.
+// sm_80's tensor cores do not multiply FP8. They multiply f16, which holds every value of both
+// formats exactly (bf16 would, too, but f16 is cheaper to make). An e5m2 is the upper byte of an
+// f16. An e4m3, shifted by one place, is an f16 of 2^-8 times its value (conversions.cuh; NaN stays
+// NaN); kUnit corrects the product. Four e4m3 take 11 integer instructions and no multiplication.
+// Bytes 0 and 2 of a register form one pair of K, bytes 1 and 3 the other: a and b agree on this,
+// and the order of a sum is free.
 template <class A, class B>
 struct Sm80 {
-  // Bytes 1 and 3, then 0 and 2.
+  // odd: bytes 1 and 3 of `codes`; even: bytes 0 and 2.
   static __device__ __forceinline__ uint32_t odd(ptx::e4m3, uint32_t codes) {
     return e4m3_as_f16x2(codes);
   }
@@ -103,7 +105,7 @@ struct Sm80 {
   }
 };
 
-// 128 columns, and so many rows, by kWarpsM x kWarpsN warps.
+// A tile of kTileM rows and 128 columns, computed by kWarpsM x kWarpsN warps.
 template <int kTileM_, int kWarpsM_, int kWarpsN_, int kStages_>
 struct Config {
   static constexpr int kTileM = kTileM_, kStages = kStages_;
@@ -120,16 +122,16 @@ struct Config {
   static_assert(kRowStep % 8 == 0, "a thread's rows swizzle alike");
   static_assert(kN % 2 == 0, "ldmatrix.x4 brings two tiles of b");
 };
-using Large = Config<128, 2, 4, 3>;  // 96 KiB: one CTA a SM, on sm_86 and sm_89 too
-using Small = Config<32, 1, 4, 4>;   // 80 KiB, and 16 for SwiGLU
+using Large = Config<128, 2, 4, 3>;  // 96 KiB: fits an SM of sm_86 and sm_89, too
+using Small = Config<32, 1, 4, 4>;   // 80 KiB; SwiGLU: 16 KiB more
 
-// One thread's part of copying a K block: chunk threadIdx.x % 8 of every kRowStep-th row.
+// A thread's part of copying a K block: chunk threadIdx.x % 8 of every kRowStep-th row.
 template <class C>
 struct Copier {
-  const uint8_t *a, *b;    // its first row of each, at column 0
-  int64_t a_step, b_step;  // between its rows
-  uint32_t valid = 0;      // a bit for each row of a, and from bit 16 on of b
-  uint32_t shared;         // its chunk of the first row of a slot
+  const uint8_t *a, *b;    // the thread's first row of each operand, at column 0
+  int64_t a_step, b_step;  // from one of its rows to the next
+  uint32_t valid = 0;      // one bit per row of a and, from bit 16 on, per row of b
+  uint32_t shared;         // address of its chunk in its first row of slot 0
   uint32_t k_begin, k_end;
 
   __device__ Copier(const GemmProblem& p, const Tile& tile, const GroupOperand& group,
@@ -185,8 +187,8 @@ struct Copier {
   }
 };
 
-// A thread's place: element [i][j][2 * h + e] of its values is row `row + 16 * i + 8 * h`, column
-// `column + 8 * j + e` of the tile.
+// Which elements of the tile a thread holds: value [i][j][2 * h + e] is row `row() + 16 * i + 8 *
+// h`, column `column() + 8 * j + e`.
 template <class C>
 struct ThreadCoord {
   uint32_t lane, warp_m, warp_n;
@@ -198,7 +200,7 @@ struct ThreadCoord {
   __device__ uint32_t column() const { return warp_n * C::kWarpColumns + lane % 4 * 2; }
 };
 
-// Scales of a K block, for the thread's rows and columns.
+// Scales of one K block for the thread's rows and columns.
 template <class C, Granularity granularity>
 struct BlockScales {
   float a[C::kM][2];
@@ -209,8 +211,8 @@ struct BlockScales {
                        uint32_t rows_end, uint32_t b_row, uint32_t b_end, uint32_t k_block) {
     if constexpr (granularity == Granularity::kRowwise) return;
     const GemmProblem& p = params.problem;
-    const float* rows = p.a_scale + k_block * p.a_scale_group;
-    const float* cols = group.scale + k_block * p.b_scale_group;
+    const float* rows = p.a_scale + k_block * p.a_scale_k_block;
+    const float* cols = group.scale + k_block * p.b_scale_k_block;
 #pragma unroll
     for (int i = 0; i < C::kM; ++i)
 #pragma unroll
@@ -219,7 +221,7 @@ struct BlockScales {
         a[i][h] = r < rows_end ? ptx::ld_global_nc_f32(rows + r * p.a_scale_row) : 0;
       }
     if constexpr (granularity == Granularity::k1D2D) {
-      b[0][0] = ptx::ld_global_nc_f32(cols + b_row / kGroup * p.b_scale_row);
+      b[0][0] = ptx::ld_global_nc_f32(cols + b_row / kScaleGroup * p.b_scale_row);
     } else {
 #pragma unroll
       for (int j = 0; j < C::kN; ++j)
@@ -245,9 +247,10 @@ __device__ __forceinline__ void accumulate_tile(const KernelParams& params, cons
   const uint32_t first = tile.k_begin / kTileK;
   const uint32_t end = tile.k_end > tile.k_begin ? (tile.k_end + kTileK - 1) / kTileK : first;
 
-  // Rows whose addresses this lane gives to ldmatrix, and its chunk of 16 of K. Of a, matrices are
-  // rows 0-7, 8-15, and those again 16 of K further; of b, rows 0-7, 16 further, rows 8-15,
-  // further.
+  // The row and the 16-byte chunk that this lane addresses in ldmatrix.x4, which loads four
+  // matrices of eight rows of one chunk. c: the first chunk of the step (32 of K).
+  //   a: matrices 0, 1 = rows 0-7, 8-15 of chunk c; matrices 2, 3 = the same rows of chunk c + 1.
+  //   b: matrices 0, 1 = rows 0-7 of chunks c, c + 1; matrices 2, 3 = rows 8-15 of the same.
   const uint32_t a_row = at.warp_m * C::kWarpRows + at.lane % 16, a_chunk = at.lane / 16;
   const uint32_t b_lane_row = at.warp_n * C::kWarpColumns + at.lane / 16 * 8 + at.lane % 8;
   const uint32_t b_chunk = at.lane / 8 % 2;
@@ -269,7 +272,7 @@ __device__ __forceinline__ void accumulate_tile(const KernelParams& params, cons
 #pragma unroll 1
   for (uint32_t k_block = first; k_block < end; ++k_block) {
     ptx::cp_async_wait_group<C::kStages - 2>();
-    __syncthreads();  // the block is there for all, and its predecessor's slot is free
+    __syncthreads();  // the block is there for all, and the last block's slot is free
     if (k_block + C::kStages - 1 < end)
       copier.start(slot == 0 ? C::kStages - 1 : slot - 1, k_block + C::kStages - 1);
     ptx::cp_async_commit_group();
@@ -366,8 +369,8 @@ __device__ __forceinline__ void fp8_gemm_nt(const KernelParams& params) {
 
 }  // namespace torchext::mma
 
-// The kernels of one core and granularity, for all formats and tile sizes, and the function that
-// picks among them.
+// Kernels for one way to multiply and one granularity: all formats and tile sizes, and the function
+// that picks one.
 #define TORCHEXT_MMA_KERNEL(NAME, CORE, GRANULARITY, A, B, CONFIG)                         \
   extern "C" __global__ void __launch_bounds__(torchext::mma::CONFIG::kThreads, 1)         \
       NAME(const __grid_constant__ torchext::mma::KernelParams params) {                   \

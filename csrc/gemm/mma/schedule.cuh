@@ -8,20 +8,20 @@
 namespace torchext::mma {
 
 struct Tile {
-  uint32_t group;           // whose b (of groups along K: whose output)
+  uint32_t group;           // selects b; along K: selects out
   uint32_t row, rows_end;   // first row of a; where its rows end
   uint32_t column;          // of out
   uint32_t k_begin, k_end;  // of a and b
 };
 
-// Of rows below rows_end, those of the tile's group.
+// Whether `row` belongs to the tile: it lies before rows_end and is of the tile's group.
 __device__ __forceinline__ bool holds(const GemmProblem& p, const Tile& tile, uint32_t row) {
   return row < tile.rows_end &&
          (p.grouping != Grouping::kRowIds || uint32_t(p.group_index[row]) == tile.group);
 }
 
-// Walks tiles blockIdx.x, blockIdx.x + gridDim.x, ...: group after group, each along its strip walk.
-// With an id for every row, a tile is computed once for each group among its rows.
+// Walks tiles blockIdx.x, blockIdx.x + gridDim.x, ...: group after group, each along its strip
+// walk. With an id for every row, a tile is computed once for each group among its rows.
 template <int kTileM>
 class Schedule {
  public:

@@ -1,16 +1,16 @@
 // FP8 GEMM without tensor cores, for GPUs that have none for it (sm_75): FP8 becomes FP32 on the
 // way into shared memory, products and sums are FP32 FMAs, promoted every 128 of K with their
-// scales. Written to be right and plain; it is also what the others can be compared with on any
-// GPU.
+// scales. Written to be simple: any GPU runs it, so that the other kernels can be compared with it.
 //
-// Eight warps, four rows of 32 x 128 outputs each: a lane has columns `lane`, + 32, + 64, + 96.
-// Tiles: ../mma/schedule.cuh; from there on: ../mma/epilogue.cuh.
+// Eight warps share a tile of 32 x 128: a warp computes four rows, a lane columns `lane`, `lane` +
+// 32, + 64 and + 96 of them. All threads load a step of K into shared memory, meet, and multiply.
+// The tile schedule is ../mma/schedule.cuh; the epilogue is ../mma/epilogue.cuh.
 #include "../mma/epilogue.cuh"
 
 namespace torchext::mma {
 
 constexpr int kPlainM = 32, kPlainThreads = 256;
-constexpr int kStepK = 32;                     // of K in shared memory at a time
+constexpr int kStepK = 32;                     // columns of K in shared memory at a time
 constexpr int kRows = 4, kCols = kTileN / 32;  // of a thread
 static_assert(kPlainThreads / 8 == kPlainM, "eight threads load a row of a, four bytes each");
 
@@ -100,14 +100,15 @@ __device__ __forceinline__ void accumulate_plain(const KernelParams& params, con
       if (scaled && c < b_rows)
         b_scale[j] = ptx::ld_global_nc_f32(group.scale +
                                            ((b_row + c) >> params.b_scale_shift) * p.b_scale_row +
-                                           block * p.b_scale_group);
+                                           block * p.b_scale_k_block);
     }
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       const uint32_t row = tile.row + warp * kRows + i;
       float a_scale = 1;
       if (scaled && row < tile.rows_end)
-        a_scale = ptx::ld_global_nc_f32(p.a_scale + row * p.a_scale_row + block * p.a_scale_group);
+        a_scale =
+            ptx::ld_global_nc_f32(p.a_scale + row * p.a_scale_row + block * p.a_scale_k_block);
 #pragma unroll
       for (int j = 0; j < kCols; ++j)
         total[i][j] = fmaf(a_scale * b_scale[j], sum[i][j], total[i][j]);
@@ -123,7 +124,7 @@ extern "C" __global__ void __launch_bounds__(torchext::mma::kPlainThreads)
   using namespace torchext::mma;
   __shared__ Step shared;
   __shared__ __align__(16) float product[kPlainM * kTilePitch];
-  extern __shared__ __align__(16) float gate[];  // of SwiGLU, the same again
+  extern __shared__ __align__(16) float gate[];  // SwiGLU: the gate's product
   const GemmProblem& p = params.problem;
   Schedule<kPlainM> schedule(p, params.width);
   Tile tile;

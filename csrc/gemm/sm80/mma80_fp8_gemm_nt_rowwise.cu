@@ -1,4 +1,6 @@
-// The kernels of ../mma/fp8_gemm_nt.cuh for sm_80: scales applied once, after all of K.
+// Instances for sm_80 with scales that are applied once, after all of K. This folder only names the
+// GPU that nvcc compiles for: the kernel's whole story is in ../mma/fp8_gemm_nt.cuh, and how sm_80
+// multiplies in its Sm80.
 #include "../mma/fp8_gemm_nt.cuh"
 
 TORCHEXT_MMA_KERNELS(mma80_fp8_gemm_nt_rowwise, Sm80, kRowwise)

@@ -1,4 +1,6 @@
-// The kernels of ../mma/fp8_gemm_nt.cuh for sm_89: a scale of b for every column.
+// Instances for sm_89 with a scale of b for every column of a tile. This folder only names the GPU
+// that nvcc compiles for: the kernel's whole story is in ../mma/fp8_gemm_nt.cuh, and how sm_89
+// multiplies in its Sm89.
 #include "../mma/fp8_gemm_nt.cuh"
 
 TORCHEXT_MMA_KERNELS(mma89_fp8_gemm_nt_1d1d, Sm89, k1D1D)

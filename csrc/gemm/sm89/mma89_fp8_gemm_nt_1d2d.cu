@@ -1,4 +1,6 @@
-// The kernels of ../mma/fp8_gemm_nt.cuh for sm_89: one scale of b for a tile's columns.
+// Instances for sm_89 with one scale of b for a tile's 128 columns. This folder only names the GPU
+// that nvcc compiles for: the kernel's whole story is in ../mma/fp8_gemm_nt.cuh, and how sm_89
+// multiplies in its Sm89.
 #include "../mma/fp8_gemm_nt.cuh"
 
 TORCHEXT_MMA_KERNELS(mma89_fp8_gemm_nt_1d2d, Sm89, k1D2D)

@@ -1,6 +1,7 @@
-// The epilogue of products that are activated and quantized on the way out: a thread of a quad
-// holds a quarter of a group of 128 columns in FP32, so that four lanes find its largest magnitude,
-// and quantize it as quantize_1x128 does. FP8 leaves by TMA, scales from registers.
+// The epilogue of products that are activated and quantized on the way out. Four neighboring lanes
+// hold the 128 columns of a row, one scale group of the output, in FP32. Together they find its
+// largest magnitude; then each quantizes its values as quantize_1x128 does. FP8 data leaves by TMA,
+// scales leave from registers.
 #pragma once
 
 #include "../../device/activations.cuh"
@@ -25,7 +26,7 @@ __device__ __forceinline__ void activate_and_store(const GemmParams& p, Shared<L
       y[i] = swiglu_approximate(y[i], total[L::kBlocks - 1][i]);
     else
       y[i] = activate_approximate(p.activation, y[i]);
-    // Behind the last column there is none, though a gate's tile holds the first rows of up there.
+    // Columns past the last do not count: in a gate's tile they hold the first rows of up.
     if (work.n + at.column() + at.column_of(i) < p.n)
       largest[i / 2 % 2] = max(largest[i / 2 % 2], __float_as_uint(y[i]) & 0x7fffffff);
   }
@@ -36,12 +37,12 @@ __device__ __forceinline__ void activate_and_store(const GemmParams& p, Shared<L
     largest[h] = max(largest[h], __shfl_xor_sync(~0u, largest[h], 1));
     largest[h] = max(largest[h], __shfl_xor_sync(~0u, largest[h], 2));
     scale[h] = scale_of(largest[h], fp8_max(e5m2), p.pow2_scale ? kMantissa : 0);
-    // The other CTA of a pair may have a tile that lies behind the last column.
+    // In a pair, the second CTA's tile may lie past the last column.
     if (at.lane % 4 == 0 && row + 8 * h < work.m_end && work.n < p.n)
-      p.out_scale[row + 8 * h + work.n / kGroup * p.out_scale_group] = scale[h].scale;
+      p.out_scale[row + 8 * h + work.n / kScaleGroup * p.out_scale_column_block] = scale[h].scale;
   }
-  TmaStore<L::kStoreBoxes> by_tma = tma_store_of(p, shared, work, at);
-  by_tma.send(at, work.n, first_row_of<L>(work, at, 0), [&](uint32_t box) {
+  TmaStore<L::kStoreBoxes> by_tma{shared.store[at.warpgroup]};
+  by_tma.send(OutTarget{p, work}, at, work.n, first_row_of<L>(work, at, 0), [&](uint32_t box) {
 #pragma unroll
     for (int i = 0; i < L::kRegisters; i += 2) {
       const GroupScale& s = scale[i / 2 % 2];

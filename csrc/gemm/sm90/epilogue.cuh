@@ -1,7 +1,7 @@
-// From accumulators to memory: row-wise scales, bias and the old output in FP32, then one rounding.
-// Two ways out: from registers, through boxes for TMA or directly (tiles that are not swapped); or
-// through a transposed copy of the product in shared memory, which a cluster that splits K adds up
-// (swapped tiles).
+// From accumulators to global memory: row-wise scales, bias and the old output are applied in FP32,
+// then the sum is rounded once. Tiles that are not swapped leave from registers, through boxes for
+// TMA or directly. Swapped tiles leave through a transposed copy of the product in shared memory,
+// where a cluster that splits K adds up the parts.
 #pragma once
 
 #include "../../device/loaders.cuh"
@@ -22,15 +22,15 @@ __device__ __forceinline__ int64_t out_offset(const GemmParams& p, const Work& w
   return group + r * p.out_stride;
 }
 
-// total * scale, rounded: where the compiler sees a bias added next, it would make one operation of
-// the two, and tiles would differ in bits.
+// total * scale. __fmul_rn stops contraction with a following bias add into an FMA, which only some
+// tiles would get: their bits would differ.
 __device__ __forceinline__ float rescaled(float total, float scale) {
   return __fmul_rn(total, scale);
 }
 
-// Of feature n of a group: b's row-wise scale, and where its bias is.
+// Row-wise scale, and index of the bias, of feature n of the group's b.
 __device__ __forceinline__ float row_scale_of_b(const GemmParams& p, const Work& work, uint32_t n) {
-  return ptx::ld_global_nc_f32(p.b_scale + work.group * p.b_scale_batch + n * p.b_scale_row);
+  return ptx::ld_global_nc_f32(p.b_scale + work.group * p.b_scale_group + n * p.b_scale_row);
 }
 __device__ __forceinline__ int64_t bias_index(const GemmParams& p, const Work& work, uint32_t n) {
   return int64_t(work.group) * p.n + n;
@@ -38,8 +38,8 @@ __device__ __forceinline__ int64_t bias_index(const GemmParams& p, const Work& w
 
 // ---- tiles that are not swapped ----
 
-// What the epilogue needs of the tile's columns. The threads of a warpgroup fetch it before the
-// main loop, which hides the latency, and share it after.
+// Row-wise scale and bias of the tile's columns. The threads of a warpgroup load them before the
+// main loop, which hides the latency, and share them through shared memory after it.
 template <class L>
 struct ColumnTerms {
   static constexpr int kPerThread = (L::kColumns + 127) / 128;
@@ -63,7 +63,7 @@ struct ColumnTerms {
   }
 
   __device__ __forceinline__ void share(Shared<L>& shared, const ThreadCoord& at) const {
-    ptx::bar_sync(warpgroup_barrier(at), 128);  // the last tile's have been read
+    ptx::bar_sync(warpgroup_barrier(at), 128);  // the warpgroup has read the last tile's terms
 #pragma unroll
     for (int i = 0; i < kPerThread; ++i) {
       const uint32_t column = at.thread() + i * 128;
@@ -114,8 +114,8 @@ __device__ __forceinline__ void finish_tile(const GemmParams& p, Shared<L>& shar
   }
 }
 
-// From registers: any stride, alignment and number of rows; adds the old output if asked to, so
-// many elements at a time, since all of them at once would not fit beside the accumulators.
+// From registers: any stride, alignment and number of rows. Accumulation loads kAtATime elements of
+// the old output at a time: all of them would not fit into registers beside the accumulators.
 template <class L>
 __device__ __forceinline__ void store_directly(const GemmParams& p, const Work& work,
                                                const ThreadCoord& at, int b,
@@ -155,29 +155,32 @@ __device__ __forceinline__ void store_directly(const GemmParams& p, const Work& 
   }
 }
 
-template <class L>
-__device__ __forceinline__ TmaStore<L::kStoreBoxes> tma_store_of(const GemmParams& p,
-                                                                 Shared<L>& shared,
-                                                                 const Work& work,
-                                                                 const ThreadCoord& at) {
-  return {shared.store[at.warpgroup], &p.out_map, p.grouping == Grouping::kAlongK ? work.group : 0};
-}
+// Where TmaStore stores a tile.
+struct OutTarget {
+  const GemmParams& p;
+  const Work& work;
+  __device__ __forceinline__ const void* map() const { return &p.out_map; }
+  __device__ __forceinline__ ScalarType dtype() const { return p.out_dtype; }
+  __device__ __forceinline__ uint32_t z() const {
+    return p.grouping == Grouping::kAlongK ? work.group : 0;
+  }
+};
 
 template <class L>
 __device__ __forceinline__ void store_tile(const GemmParams& p, Shared<L>& shared, const Work& work,
                                            const ThreadCoord& at,
                                            float (&total)[L::kBlocks][L::kRegisters]) {
-  // A tile starts with the first box, wherever the last one stopped.
+  // The last tile may have stopped at any box; this one starts with the first.
   if (at.thread() == 0) ptx::cp_async_bulk_wait_group_read<0>();
-  TmaStore<L::kStoreBoxes> by_tma = tma_store_of(p, shared, work, at);
+  TmaStore<L::kStoreBoxes> by_tma{shared.store[at.warpgroup]};
   const bool whole = p.out_aligned && !p.accumulate;
-  // Nothing is added to what an empty group has, not even a zero, which would change -0.
+  // An empty group leaves its output alone: adding zero would turn -0 into 0.
   if (p.grouping == Grouping::kAlongK && p.accumulate && work.k_begin == work.k_end) return;
-  // A group of rows ends where TMA would not stop.
+  // TMA stops at the end of a matrix, but not at the end of a group of rows.
   const bool bounded = p.grouping == Grouping::kNone || p.grouping == Grouping::kAlongK;
   unrolled<L::kBlocks>([&](auto b) {
     if (whole && (bounded || first_row_of<L>(work, at, b) + 64 <= work.m_end))
-      by_tma.send_accumulator(at, p.out_dtype, first_column_of<L>(work, b),
+      by_tma.send_accumulator(OutTarget{p, work}, at, first_column_of<L>(work, b),
                               first_row_of<L>(work, at, b), total[b]);
     else
       store_directly<L>(p, work, at, b, total[b]);
@@ -186,8 +189,8 @@ __device__ __forceinline__ void store_tile(const GemmParams& p, Shared<L>& share
 
 // ---- swapped tiles ----
 
-// Lays the product out in shared memory, transposed (a row a token); the CTAs of a cluster that
-// splits K then add up and store a share of the rows each, in the order of their ranks.
+// Lays the product out in shared memory, transposed: one row per token. The CTAs of a cluster that
+// splits K then each add up, in the order of ranks, and store a share of it.
 template <class L>
 struct StagedEpilogue {
   uint32_t phase = 0;

@@ -1,31 +1,39 @@
-// Hopper FP8 GEMM: out[M, N] = scales x (a[M, K] @ b[N, K].T), FP32 promotion every 128 of K; also
-// of groups of rows (m_grouped_*) and along groups of K (k_grouped_*).
+// Hopper FP8 GEMM: out[M, N] = scales x (a[M, K] @ b[N, K].T), with FP32 promotion every 128 of K.
+// Also M-grouped products (m_grouped_*) and products grouped along K (k_grouped_*).
 //
-// Persistent: each CTA, or cluster, walks over tiles of the output (schedule.cuh; shapes: tiles.h).
+// Persistent: each CTA, or each cluster of CTAs, walks over tiles of the output (schedule.cuh; the
+// tiles' shapes are in tiles.h). A ring of slots in shared memory holds K blocks (128 of K) of the
+// tile's operands; see ../../device/sm90/ring.cuh for the two mbarriers of a slot.
 //
-//   producer   one warp keeps a ring of K blocks full (mainloop.cuh): it waits for empty[slot],
-//   then
-//              has TMA bring the tile's rows and columns and their 1x128 scales, which complete
-//              full[slot]. Its warpgroup's other warps only wait for the end; the registers go to
-//              the consumers.
-//   consumers  one or two warpgroups, 64 or 128 rows of the tile each. For each K block: wait for
-//              full[slot]; four wgmma into a block of accumulators; wait for them; arrive at
-//              empty[slot] (a warp at a time); promote: total += scale * block in FP32. Promotion
-//              runs beside the tensor cores: a warpgroup has the next K block's wgmmas in flight in
-//              a second block (small tiles), or the other warpgroup has (large ones).
-//              After the last K block (epilogue.cuh) the tile leaves by TMA, whose reading of it is
-//              awaited only when the next tile wants the space; from registers where TMA cannot
-//              store (unaligned rows, accumulation, the last rows of a group); activated and
-//              quantized (activation.cuh); or, swapped, by way of a transposed copy in shared
-//              memory.
+//   producer    One warp (mainloop.cuh). For each K block: wait for empty[slot]; have TMA load the
+//               tile's rows, columns and 1x128 scales; their bytes complete full[slot]. The other
+//               three warps of its warpgroup wait for the end: the warpgroup exists so that its
+//               registers can go to the consumers.
+//   consumers   One or two warpgroups, each with 64 or 128 rows of the tile. For each K block:
+//                 wait for full[slot];
+//                 multiply: four wgmma into a block of accumulators; wait for them;
+//                 release: one lane of each warp arrives at empty[slot];
+//                 promote: total += scales * block, in FP32.
+//               Promotion overlaps with tensor-core work: in small tiles the same warpgroup has the
+//               next K block's wgmmas in flight in a second block of accumulators; in large tiles
+//               the other warpgroup has its own in flight.
+//   epilogue    The consumers, after a tile's last K block (epilogue.cuh). The tile leaves
+//               - by TMA, whose read of shared memory is awaited when the space is wanted again;
+//               - from registers, where TMA cannot store: unaligned rows, accumulation into out,
+//                 the last rows of a group;
+//               - by TMA, activated and quantized (activation.cuh);
+//               - through a transposed copy in shared memory, if the tile is swapped.
 //
-// A cluster is one of two things. A pair that shares its rows (multicast): each CTA loads half of
-// them into both, so empty[slot] counts the consumers of both. Or, for swapped tiles, up to eight
-// CTAs that split K: each sums a part of it, then they exchange their sums through shared memory,
-// always added in the order of ranks. Neither exits before the other is done with its memory.
+// Clusters serve two ends. With multicast, a pair of CTAs shares its rows: each loads half of them
+// into both, so that empty[slot] counts the consumers of both. Swapped tiles can split K over up to
+// eight CTAs: each sums its part of K, then they exchange the sums through shared memory and add
+// them in the order of ranks. A CTA of a cluster does not exit before the others are done with its
+// memory.
 //
-// Ragged M, N, K: TMA fills what lies outside with zeros on loads and leaves it out on stores.
+// M, N and K may be any size: TMA loads zeros for what lies outside, and stores nothing there.
 #pragma once
+
+#include <type_traits>
 
 #include "activation.cuh"
 #include "epilogue.cuh"
@@ -37,17 +45,18 @@ namespace torchext::sm90 {
 
 constexpr uint32_t kSharedLimit = find_architecture(90)->shared_per_block;
 
-// setmaxnreg shares out anew the registers that the CTA was launched with. Each thread starts with
-// the SM's 65,536 over the number of threads, rounded down to a multiple of 8. A CTA that asked for
-// more than that in all would wait for ever.
+// setmaxnreg redistributes the registers that the CTA was launched with: for each thread the SM's
+// registers / threads, rounded down to a multiple of 8. A CTA whose warpgroups together ask for more
+// would wait forever.
 template <class L>
 constexpr int kConsumerRegisters = L::kWarpgroups == 1 ? 248 : 232;
 constexpr int kProducerRegisters = 40;
-// For a producer and two consumers; one consumer asks for no more than it starts with.
+// With two consumer warpgroups; a single one asks for no more than it was launched with.
 constexpr int kLaunchRegisters = limits::registers_per_sm / (3 * 128) / 8 * 8;
 static_assert(kProducerRegisters + 2 * 232 <= 3 * kLaunchRegisters);
 
-// Readies barriers and the list of groups; from here on, what other kernels wrote may be read.
+// Initializes the barriers and lists the groups. Memory that earlier kernels wrote may be read only
+// after griddepcontrol_wait().
 template <class L>
 __device__ __forceinline__ void set_up(const GemmParams& p, Shared<L>& shared) {
   const Place place = Place::here();
@@ -55,7 +64,8 @@ __device__ __forceinline__ void set_up(const GemmParams& p, Shared<L>& shared) {
     const uint32_t warps = L::kConsumers / 32;
     for (int slot = 0; slot < L::kStages; ++slot) {
       ptx::mbarrier_init(&shared.full[slot], 1);
-      ptx::mbarrier_init(&shared.empty[slot], p.multicast ? 2 * warps : warps);  // one a warp
+      ptx::mbarrier_init(&shared.empty[slot],
+                         p.multicast ? 2 * warps : warps);  // one arrival per warp
     }
     ptx::mbarrier_init(&shared.staged_full, place.cluster * warps);
     ptx::mbarrier_init(&shared.staged_empty, place.cluster * warps);
@@ -116,24 +126,27 @@ __device__ __forceinline__ void fp8_gemm_nt(const GemmParams& p) {
   }
 }
 
-// A constant, so that tables are data: `make sass-report` reads them in the library.
-template <class L>
+// A constant, so that the table is data: tools/sass_report.py reads it in the library.
+template <class L, class A, class B>
 constexpr GemmKernel gemm_kernel(void (*function)(GemmParams), const char* name, const char* tile) {
   return {function,
           name,
           L::kThreads,
           sizeof(Shared<L>),
-          {tile, L::kRows, L::kColumns, L::kStages, L::kSwapped, L::kGated}};
+          {tile, L::kRows, L::kColumns, L::kStages, L::kSwapped, L::kGated},
+          L::kGranularity,
+          std::is_same_v<A, ptx::e5m2>,
+          std::is_same_v<B, ptx::e5m2>,
+          L::kOutput};
 }
 
 }  // namespace torchext::sm90
 
-// For each tile of a list: a kernel called <prefix>_<tile>, and its entry in table_<name>(). A list
-// is applied as TILES(APPLY, prefix, granularity, a, b, output).
 #define TORCHEXT_GEMM_LAYOUT(ROWS, COLUMNS, STAGES, SWAPPED, GRANULARITY, OUTPUT)            \
   torchext::sm90::Layout<torchext::Granularity::GRANULARITY, ROWS, COLUMNS, STAGES, SWAPPED, \
                          torchext::sm90::Output::OUTPUT>
 
+// A kernel called <prefix>_<tile>.
 #define TORCHEXT_GEMM_KERNEL(TILE, ROWS, COLUMNS, STAGES, SWAPPED, PREFIX, GRANULARITY, A, B, \
                              OUTPUT)                                                          \
   extern "C" __global__ void __launch_bounds__(                                               \
@@ -143,16 +156,17 @@ constexpr GemmKernel gemm_kernel(void (*function)(GemmParams), const char* name,
     torchext::sm90::fp8_gemm_nt<L, ptx::A, ptx::B>(params);                                   \
   }
 
-#define TORCHEXT_GEMM_ENTRY(TILE, ROWS, COLUMNS, STAGES, SWAPPED, PREFIX, GRANULARITY, A, B,    \
-                            OUTPUT)                                                             \
-  torchext::sm90::gemm_kernel<TORCHEXT_GEMM_LAYOUT(ROWS, COLUMNS, STAGES, SWAPPED, GRANULARITY, \
-                                                   OUTPUT)>(TORCHEXT_KERNEL(PREFIX##_##TILE),   \
-                                                            #TILE),
+// Its row of the table.
+#define TORCHEXT_GEMM_ROW(TILE, ROWS, COLUMNS, STAGES, SWAPPED, PREFIX, GRANULARITY, A, B, OUTPUT) \
+  torchext::sm90::gemm_kernel<                                                                     \
+      TORCHEXT_GEMM_LAYOUT(ROWS, COLUMNS, STAGES, SWAPPED, GRANULARITY, OUTPUT), ptx::A, ptx::B>(  \
+      TORCHEXT_KERNEL(PREFIX##_##TILE), #TILE),
 
-#define TORCHEXT_GEMM_KERNELS(NAME, TILES, PREFIX, GRANULARITY, A, B, OUTPUT) \
-  TILES(TORCHEXT_GEMM_KERNEL, PREFIX, GRANULARITY, A, B, OUTPUT)              \
-  torchext::sm90::KernelTable torchext::sm90::table_##NAME() {                \
-    static const GemmKernel kernels[] = {                                     \
-        TILES(TORCHEXT_GEMM_ENTRY, PREFIX, GRANULARITY, A, B, OUTPUT)};       \
-    return {kernels, sizeof kernels / sizeof *kernels};                       \
-  }
+// What a .cu file consists of: kernels and kernels_<granularity>_<kind>.
+#define TORCHEXT_GEMM_KERNELS(G, GRANULARITY, KIND)                                     \
+  TORCHEXT_SM90_##KIND(                                                                 \
+      TORCHEXT_GEMM_KERNEL, G,                                                          \
+      GRANULARITY) static constexpr torchext::sm90::GemmKernel kRows_##G##_##KIND[] = { \
+      TORCHEXT_SM90_##KIND(TORCHEXT_GEMM_ROW, G, GRANULARITY)};                         \
+  const torchext::sm90::KernelTable torchext::sm90::kernels_##G##_##KIND = {            \
+      kRows_##G##_##KIND, sizeof kRows_##G##_##KIND / sizeof *kRows_##G##_##KIND};

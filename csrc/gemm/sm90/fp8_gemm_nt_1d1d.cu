@@ -1,6 +1,4 @@
-// The kernels of fp8_gemm_nt.cuh with 1x128 scales for a and b: wgrad.
+// Kernels of fp8_gemm_nt.cuh for e4m3 operands, with 1x128 scales for a and for b: wgrad.
 #include "fp8_gemm_nt.cuh"
 
-// clang-format off: a table
-TORCHEXT_GEMM_KERNELS(1d1d_e4m3_e4m3, TORCHEXT_SM90_PLAIN_TILES, sm90_fp8_gemm_nt_1d1d_e4m3_e4m3, k1D1D, e4m3, e4m3, kStored)
-// clang-format on
+TORCHEXT_GEMM_KERNELS(1d1d, k1D1D, stored)

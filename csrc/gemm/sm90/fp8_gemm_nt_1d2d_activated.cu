@@ -1,14 +1,5 @@
-// The kernels of fp8_gemm_nt.cuh that activate and quantize, with 1x128 scales for a, 128x128 for
-// b.
+// Kernels of fp8_gemm_nt.cuh that activate and quantize the product, with 1x128 scales for a and
+// 128x128 for b: fprop and dgrad.
 #include "fp8_gemm_nt.cuh"
 
-// clang-format off: a table
-TORCHEXT_GEMM_KERNELS(1d2d_e4m3_e4m3_gated, TORCHEXT_SM90_GATED_TILES, sm90_fp8_gemm_nt_swiglu_quantize_1d2d_e4m3_e4m3, k1D2D, e4m3, e4m3, kGated)
-TORCHEXT_GEMM_KERNELS(1d2d_e4m3_e4m3_activated, TORCHEXT_SM90_ACTIVATED_TILES, sm90_fp8_gemm_nt_activate_quantize_1d2d_e4m3_e4m3, k1D2D, e4m3, e4m3, kActivated)
-TORCHEXT_GEMM_KERNELS(1d2d_e4m3_e5m2_gated, TORCHEXT_SM90_GATED_TILES, sm90_fp8_gemm_nt_swiglu_quantize_1d2d_e4m3_e5m2, k1D2D, e4m3, e5m2, kGated)
-TORCHEXT_GEMM_KERNELS(1d2d_e4m3_e5m2_activated, TORCHEXT_SM90_ACTIVATED_TILES, sm90_fp8_gemm_nt_activate_quantize_1d2d_e4m3_e5m2, k1D2D, e4m3, e5m2, kActivated)
-TORCHEXT_GEMM_KERNELS(1d2d_e5m2_e4m3_gated, TORCHEXT_SM90_GATED_TILES, sm90_fp8_gemm_nt_swiglu_quantize_1d2d_e5m2_e4m3, k1D2D, e5m2, e4m3, kGated)
-TORCHEXT_GEMM_KERNELS(1d2d_e5m2_e4m3_activated, TORCHEXT_SM90_ACTIVATED_TILES, sm90_fp8_gemm_nt_activate_quantize_1d2d_e5m2_e4m3, k1D2D, e5m2, e4m3, kActivated)
-TORCHEXT_GEMM_KERNELS(1d2d_e5m2_e5m2_gated, TORCHEXT_SM90_GATED_TILES, sm90_fp8_gemm_nt_swiglu_quantize_1d2d_e5m2_e5m2, k1D2D, e5m2, e5m2, kGated)
-TORCHEXT_GEMM_KERNELS(1d2d_e5m2_e5m2_activated, TORCHEXT_SM90_ACTIVATED_TILES, sm90_fp8_gemm_nt_activate_quantize_1d2d_e5m2_e5m2, k1D2D, e5m2, e5m2, kActivated)
-// clang-format on
+TORCHEXT_GEMM_KERNELS(1d2d, k1D2D, activated)

@@ -1,8 +1,5 @@
-// The kernels of fp8_gemm_nt.cuh for e5m2 operands, with one scale a row (or tensor) of a and of b.
+// Kernels of fp8_gemm_nt.cuh for pairs of formats with e5m2, with one scale for each row of a and
+// of b, or for the whole tensor, applied after all of K.
 #include "fp8_gemm_nt.cuh"
 
-// clang-format off: a table
-TORCHEXT_GEMM_KERNELS(rowwise_e4m3_e5m2, TORCHEXT_SM90_E5M2_TILES, sm90_fp8_gemm_nt_rowwise_e4m3_e5m2, kRowwise, e4m3, e5m2, kStored)
-TORCHEXT_GEMM_KERNELS(rowwise_e5m2_e4m3, TORCHEXT_SM90_E5M2_TILES, sm90_fp8_gemm_nt_rowwise_e5m2_e4m3, kRowwise, e5m2, e4m3, kStored)
-TORCHEXT_GEMM_KERNELS(rowwise_e5m2_e5m2, TORCHEXT_SM90_E5M2_TILES, sm90_fp8_gemm_nt_rowwise_e5m2_e5m2, kRowwise, e5m2, e5m2, kStored)
-// clang-format on
+TORCHEXT_GEMM_KERNELS(rowwise, kRowwise, e5m2)

@@ -1,6 +1,5 @@
-// The swapped kernels of fp8_gemm_nt.cuh with one scale a row (or tensor) of a and of b.
+// Kernels of fp8_gemm_nt.cuh whose operands are swapped, for few rows of a, with one scale for
+// each row of a and of b, or for the whole tensor, applied after all of K.
 #include "fp8_gemm_nt.cuh"
 
-// clang-format off: a table
-TORCHEXT_GEMM_KERNELS(rowwise_e4m3_e4m3_swapped, TORCHEXT_SM90_SWAPPED_TILES, sm90_fp8_gemm_nt_rowwise_e4m3_e4m3, kRowwise, e4m3, e4m3, kStored)
-// clang-format on
+TORCHEXT_GEMM_KERNELS(rowwise, kRowwise, swapped)

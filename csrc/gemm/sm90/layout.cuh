@@ -8,16 +8,9 @@ namespace torchext::sm90 {
 
 // How an operand's scales reach the accumulators.
 enum class Scales {
-  kNone,    // row-wise: in the epilogue
-  kVector,  // 1x128: one for each row (or column), by TMA, with the K block
-  kBlock,   // 128x128: one (a few, in wide tiles) for all of them
-};
-
-// What becomes of the product.
-enum class Output {
-  kStored,     // as it is
-  kActivated,  // an activation of it, quantized 1x128
-  kGated,      // the same of SwiGLU, whose gate and up are computed side by side
+  kNone,    // row-wise: the epilogue applies them
+  kVector,  // 1x128: one for each row (or column); TMA brings them with the K block
+  kBlock,   // 128x128: one for all rows (or columns), a few in wide tiles; ld.global brings them
 };
 
 template <Granularity granularity, int rows, int columns, int stages, bool swapped,
@@ -31,50 +24,77 @@ struct Layout {
   static constexpr int kTileM = swapped ? columns : rows;
   static constexpr int kTileN = swapped ? rows : kGated ? columns / 2 : columns;
 
+  // Which operand has which scales:
+  //
+  //   granularity   rows       columns
+  //   1D1D          vector     vector
+  //   1D2D          vector     block     (swapped: block, vector: b's scales are the blocks)
+  //   row-wise      none       none
   static constexpr bool k1D2D = granularity == Granularity::k1D2D;
   static constexpr bool kRowwise = granularity == Granularity::kRowwise;
-  static constexpr Scales kRowScales = kRowwise           ? Scales::kNone
-                                       : k1D2D && swapped ? Scales::kBlock
-                                                          : Scales::kVector;
-  static constexpr Scales kColumnScales = kRowwise            ? Scales::kNone
-                                          : k1D2D && !swapped ? Scales::kBlock
-                                                              : Scales::kVector;
+  static constexpr bool kRowsAreB = swapped;
+  static constexpr Scales scales_of(bool is_b) {
+    if (kRowwise) return Scales::kNone;
+    return k1D2D && is_b ? Scales::kBlock : Scales::kVector;
+  }
+  static constexpr Scales kRowScales = scales_of(kRowsAreB);
+  static constexpr Scales kColumnScales = scales_of(!kRowsAreB);
 
-  // Consumer warpgroups, one below the other. Each multiplies kSlices x kParts blocks of 64 rows
-  // and kPartColumns columns, one after the other for each K block.
+  // Consumer warpgroups, one below the other. For each K block a warpgroup multiplies its kBlocks =
+  // kSlices x kParts blocks of 64 rows and kPartColumns columns, one after the other.
   static constexpr int kWarpgroups = rows == 64 ? 1 : 2;
   static constexpr int kConsumers = 128 * kWarpgroups, kThreads = 128 + kConsumers;
   static constexpr int kSlices = rows / (64 * kWarpgroups);
   static constexpr int kParts = columns > 192 ? columns / 128 : 1;
   static constexpr int kPartColumns = columns / kParts;
   static constexpr int kBlocks = kSlices * kParts;
-  static constexpr int kRegisters = kPartColumns / 2;  // of an accumulator, a thread
+  static constexpr int kRegisters = kPartColumns / 2;  // of an accumulator, in each thread
 
+  // What follows from the tile's shape and granularity:
+  //
+  //                  buffers, by column scales   128x128   store boxes
+  //   columns        block or none    vector      scales    (not swapped)
+  //   16, 32, 64           2             2           1            1
+  //   128                  2             1           1            2
+  //   128, 256 rows        1             1           1            4
+  //   192                  1             1           3            3
+  //   256                  1             1           2            4
+  //   256, gated           1             1           3            1
+  //   128, activated       2             1           1            1
+  //
   // With two accumulators in turns a warpgroup promotes one while the tensor cores fill the other.
   // With one, the other warpgroup has the tensor cores meanwhile.
-  static constexpr int kBuffers =
-      kBlocks == 1 && kPartColumns < (kColumnScales == Scales::kVector ? 128 : 192) ? 2 : 1;
+  static constexpr int kMostColumnsOfTwo = kColumnScales == Scales::kVector ? 127 : 191;
+  static constexpr bool kTwoBuffersFit = kBlocks == 1 && kPartColumns <= kMostColumnsOfTwo;
+  static constexpr int kBuffers = kTwoBuffersFit ? 2 : 1;
 
-  // 128x128 scales that a tile meets in a K block: one for kBlockSpan of its features. Gated, up's
-  // may begin anywhere in a block: it has a second.
-  static constexpr int kBlockSpan = swapped || columns <= 128 ? 128 : columns % 128 == 0 ? 128 : 64;
-  static constexpr int kBlockScales = kGated                             ? 3
-                                      : swapped || columns <= kBlockSpan ? 1
-                                                                         : columns / kBlockSpan;
-  static_assert(kTileN % 128 == 0 || 128 % kTileN == 0 || kTileN % 64 == 0);
+  // 128x128 scales that a tile meets in a K block: one for each kBlockSpan of its features, which
+  // begin at a multiple of the tile's width. 192 features may begin in the middle of a block.
+  // Gated: one of the gate's block, and two of up's, which may begin anywhere in a block.
+  static constexpr bool kSharesOneBlock = swapped || columns <= 128;
+  static constexpr bool kStartsAtBlock = kSharesOneBlock || columns % 128 == 0;
+  static constexpr int kBlockSpan = kStartsAtBlock ? 128 : 64;
+  static constexpr int count_block_scales() {
+    if (kGated) return 3;
+    return kSharesOneBlock ? 1 : columns / kBlockSpan;
+  }
+  static constexpr int kBlockScales = count_block_scales();
+  static_assert(128 % kTileN == 0 || kTileN % 64 == 0, "a tile begins at half a block of scales");
 
-  // Staging of the TMA store: boxes of 128 bytes by 64 rows for each warpgroup.
-  static constexpr int kStoreBoxes = output != Output::kStored ? 1
-                                     : columns >= 256          ? 4
-                                     : kBlocks == 2            ? 4
-                                                               : columns / 64;
+  // Boxes of the TMA store, of 64 rows and 128 bytes, that a warpgroup fills in turns.
+  static constexpr int count_store_boxes() {
+    if (output != Output::kStored) return 1;
+    return kBlocks == 2 || columns >= 256 ? 4 : columns / 64;
+  }
+  static constexpr int kStoreBoxes = count_store_boxes();
 
   static_assert(rows == 64 || rows == 128 || rows == 256);
   static_assert(columns % 16 == 0 && columns <= 256);
   static_assert(!swapped || (kBlocks == 1 && rows <= 128),
                 "swapped: a tile's features share a block of scales");
   static_assert(swapped || columns % 64 == 0, "whole boxes of the TMA store");
-  static_assert(output == Output::kStored || (kPartColumns == kGroup && kSlices == 1 && !swapped),
+  static_assert(output == Output::kStored ||
+                    (kPartColumns == kScaleGroup && kSlices == 1 && !swapped),
                 "a warpgroup holds whole groups of the output");
 };
 
@@ -83,16 +103,16 @@ struct Shared {
   static constexpr bool kRowVector = L::kRowScales == Scales::kVector;
   static constexpr bool kColumnVector = L::kColumnScales == Scales::kVector;
 
-  // TMA and wgmma under 128-byte swizzle want 1024-byte alignment; every array up to the scales
-  // keeps it, and those TMA's 128.
+  // TMA and wgmma want an alignment of 1024 bytes under 128-byte swizzle: every array before the
+  // scales keeps it. The scales keep the 128 bytes that TMA wants without swizzle.
   uint8_t rows[L::kStages][L::kRows * kTileK];
   uint8_t columns[L::kStages][L::kColumns * kTileK];
   uint8_t store[L::kSwapped ? 1 : L::kWarpgroups]
                [L::kSwapped ? 1024 : L::kStoreBoxes * kStoreBoxBytes];
   float row_scale[kRowVector ? L::kStages : 1][L::kRows];
   float column_scale[kColumnVector ? L::kStages : 1][L::kColumns < 32 ? 32 : L::kColumns];
-  // Swapped: the product, transposed. Four more floats a row keep its writers off each other's
-  // banks.
+  // Swapped: the product, transposed. Rows have four floats more than they need, so that the
+  // threads that write a column use different banks.
   float staged[L::kSwapped ? L::kColumns : 1][L::kRows + 4];
   // Not swapped: row-wise scale and bias of each column.
   float factor[L::kSwapped ? 1 : L::kWarpgroups][L::kColumns];

@@ -16,7 +16,8 @@
 
 namespace torchext::sm90 {
 
-// Row of b, groups one below the other, where a tile's features begin. Along K all groups share b.
+// Row of b where a tile's features begin. M-grouped: b holds the groups one below the other; along
+// K all groups share b.
 __device__ __forceinline__ uint32_t row_of_b(const GemmParams& p, const Work& work) {
   return p.grouping == Grouping::kAlongK ? work.n : work.group * p.n + work.n;
 }
@@ -69,7 +70,7 @@ __device__ void produce(const GemmParams& p, Shared<L>& shared) {
 
 // ---- consumers ----
 
-// b's 128x128 scales for a tile, fetched from global memory a K block ahead of their use.
+// b's 128x128 scales for a tile, fetched from global memory one K block ahead of their use.
 template <class L>
 struct BlockScales {
   uint32_t first[L::kBlockScales];  // of the tile's features
@@ -79,26 +80,27 @@ struct BlockScales {
 #pragma unroll
     for (int i = 0; i < L::kBlockScales; ++i) {
       uint32_t n = min(work.n + i * L::kBlockSpan, p.n - 1);
-      if constexpr (L::kGated)  // of the gate's block, up's first and up's second
+      if constexpr (L::kGated)  // the gate's block, up's first block, up's second block
         n = i == 0 ? work.n : min(p.n + work.n + (i - 1) * L::kBlockSpan, 2 * p.n - 1);
-      first[i] = uint32_t(work.group * p.b_scale_batch + n / kGroup * p.b_scale_row);
+      first[i] = uint32_t(work.group * p.b_scale_group + n / kScaleGroup * p.b_scale_row);
     }
   }
   __device__ void fetch(const GemmParams& p, uint32_t k_block) {
 #pragma unroll
     for (int i = 0; i < L::kBlockScales; ++i)
-      value[i] = ptx::ld_global_nc_f32(p.b_scale + first[i] + k_block * p.b_scale_group);
+      value[i] = ptx::ld_global_nc_f32(p.b_scale + first[i] + k_block * p.b_scale_k_block);
   }
 };
 
-// A K block that is being multiplied: where it lies, and b's block scales.
+// A K block that is being multiplied: its slot, and b's block scales.
 template <class L>
 struct Pending {
   uint32_t slot;
   float block_scale[L::kBlockScales];
 };
 
-// Zeroes what a K block holds of columns outside [first, last), in all rows: other groups' columns.
+// Groups along K: zeroes the columns of a K block outside [first, last), which belong to other
+// groups, in all rows of both operands. All consumers call it together.
 template <class L>
 __device__ __forceinline__ void zero_other_columns(Shared<L>& shared, uint32_t slot, int first,
                                                    int last, const ThreadCoord& at) {
@@ -134,7 +136,7 @@ __device__ __forceinline__ void multiply(Shared<L>& shared, uint32_t slot, uint3
   ptx::wgmma_commit_group();
 }
 
-// The scales of rows row() and row() + 8 of a block, b's block scales included.
+// Scales of this thread's rows, row() and row() + 8, times b's block scales.
 template <class L>
 struct RowFactors {
   float value[2][L::kBlockScales];
@@ -155,14 +157,14 @@ struct RowFactors {
   }
 };
 
-// Gated: the first column of a tile that has the second of up's block scales.
+// Gated: from this column of the tile on, up has its second block scale.
 template <class L>
 __device__ __forceinline__ uint32_t next_block_of_up(const GemmParams& p, const Work& work) {
-  return kGroup - (p.n + work.n) % kGroup;
+  return kScaleGroup - (p.n + work.n) % kScaleGroup;
 }
 
-// total += scales * block. Scales of columns are read as they are needed: registers are few.
-// `straddles`: columns from next_block on have the second of up's block scales.
+// total += scales * block. Column scales are read as they are needed, since registers are few.
+// `straddles`: columns from next_block on have up's second block scale.
 template <class L, bool straddles = false>
 __device__ __forceinline__ void promote(const Shared<L>& shared, const Pending<L>& pending,
                                         const RowFactors<L>& rows, int part, const ThreadCoord& at,
@@ -208,7 +210,7 @@ __device__ __forceinline__ void accumulate_tile(const GemmParams& p, Shared<L>& 
   BlockScales<L> scales(p, work);
   if (L::k1D2D && work.k_begin < work.k_end) scales.fetch(p, work.k_begin);
 
-  // The next K block, once it is there.
+  // Waits for the next K block.
   const auto take = [&](uint32_t k_block) {
     Pending<L> pending{ring.slot, {}};
     if constexpr (L::k1D2D) {
@@ -228,7 +230,7 @@ __device__ __forceinline__ void accumulate_tile(const GemmParams& p, Shared<L>& 
     return pending;
   };
   const auto release = [&](const Pending<L>& pending) {
-    __syncwarp();  // all lanes have read what they need of it
+    __syncwarp();  // all lanes have read their part of the slot
     if (p.multicast) {
       if (at.lane < 2) ptx::mbarrier_arrive_cluster(&shared.empty[pending.slot], at.lane);
     } else if (at.lane == 0) {
@@ -287,7 +289,7 @@ __device__ __forceinline__ void accumulate_tile(const GemmParams& p, Shared<L>& 
         for (float& value : block) ptx::wgmma_pin(value);
         const bool last = i + 1 == L::kBlocks;
         if (last && !Shared<L>::kColumnVector) release(pending);
-        if (L::kGated && L::k1D2D && i == 1 && next_block < kGroup)
+        if (L::kGated && L::k1D2D && i == 1 && next_block < kScaleGroup)
           promote<L, true>(shared, pending, rows, 1, at, block, total[i], next_block);
         else
           promote<L>(shared, pending, rows, i % L::kParts, at, block, total[i]);

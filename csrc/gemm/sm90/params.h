@@ -1,5 +1,5 @@
-// What the launcher (launch.cpp) hands to a Hopper GEMM kernel (fp8_gemm_nt.cuh), and what it knows
-// of each.
+// What the launcher (launch.cpp) hands to a Hopper GEMM kernel (fp8_gemm_nt.cuh), and the table of
+// these kernels.
 #pragma once
 
 #include "../../device/sm90/boxes.h"
@@ -9,90 +9,72 @@
 namespace torchext::sm90 {
 
 constexpr int kTileK = 128;
-static_assert(kTileK == kGroup, "a K block is what one scale covers and one promotion sums");
+static_assert(kTileK == kScaleGroup, "one scale and one promotion cover a K block");
 
-constexpr uint32_t kMaxGroups =
-    1024;  // of M-grouped products: the schedule lists them in shared memory
+// The schedule lists the groups of an M-grouped product in shared memory.
+constexpr uint32_t kMaxGroups = 1024;
 constexpr uint32_t kMaxSplits = 8;  // of K: CTAs of a portable cluster
 
-struct GemmParams {
-  // As wgmma sees them: `rows` fill its 64 rows, `columns` its N. Boxes: {128 of K, the tile's rows
-  // (half of them where two CTAs share them)}, {128 of K, its columns}; scales {rows or columns, 1
-  // group}, where the granularity has them per row of K; out {128 bytes, 64 rows, 1 group}.
+struct GemmParams : GemmTensors {
+  // `rows` fill the 64 rows of wgmma, `columns` its N: a and b, or, for swapped tiles, b and a.
+  // Boxes: {128 of K, the tile's rows (half of them where two CTAs share them)}, {128 of K, its
+  // columns}. Scales, where the granularity has them per row of K: {rows or columns, 1 K block}.
+  // out: {128 bytes, 64 rows, 1 group}.
   TensorMap rows, columns, row_scale, column_scale, out_map;
-  const float* a_scale;  // row-wise
-  const float* b_scale;  // row-wise and 1D2D
-  int64_t a_scale_row, b_scale_row, b_scale_group, b_scale_batch;
-  const void* bias;
-  void* out;
-  int64_t out_stride, out_group_stride;
-  const int32_t* group_index;
-  float* out_scale;  // Activation: of the FP8 output
-  int64_t out_scale_group;
-  uint32_t m, n, k_blocks, groups,
-      group_rows;  // n: of the output; SwiGLU's b has twice as many rows
-  Grouping grouping;
-  Activation activation;
-  ScalarType out_dtype, bias_dtype;
-  bool accumulate;
+  uint32_t m, n;      // of the output; SwiGLU's b has twice as many rows
+  uint32_t k_blocks;  // of 128
+  uint32_t groups, group_rows;
+  // The two CTAs of a cluster share `rows`; otherwise a cluster splits K. Every release of a slot
+  // reads it: at a multiple of four bytes it takes an instruction less.
+  alignas(4) bool multicast;
   bool out_aligned;  // rows of out start at multiples of 16 bytes
-  bool multicast;    // the two CTAs of a cluster share `rows`; otherwise a cluster splits K
-  bool pow2_scale;
 };
 
+// What becomes of the product.
+enum class Output {
+  kStored,     // as it is
+  kActivated,  // an activation of one operand, quantized 1x128
+  kGated,      // the same of SwiGLU, whose gate and up are computed side by side
+};
+
+inline Output output_of(const GemmProblem& p) {
+  if (p.activation == Activation::kNone) return Output::kStored;
+  return is_gated(p.activation) ? Output::kGated : Output::kActivated;
+}
+
+// A row of the table of kernels. tools/elf.py reads the first four fields out of the library.
 struct GemmKernel {
   void (*function)(GemmParams);
   const char* name;
   uint32_t threads, shared_bytes;
   TileShape tile;
+  Granularity granularity;
+  bool a_e5m2, b_e5m2;
+  Output output;
+
+  bool computes(const GemmProblem& p) const {
+    return granularity == p.granularity && output == output_of(p) &&
+           a_e5m2 == (p.a_dtype == ScalarType::Float8_e5m2) &&
+           b_e5m2 == (p.b_dtype == ScalarType::Float8_e5m2);
+  }
 };
 
 struct KernelTable {
   const GemmKernel* kernels;
   size_t count;
-  const GemmKernel* begin() const { return kernels; }
-  const GemmKernel* end() const { return kernels + count; }
 };
 
-// The kernels of each .cu file here.
-KernelTable table_1d2d_e4m3_e4m3();
-KernelTable table_1d2d_e4m3_e4m3_swapped();
-KernelTable table_1d2d_e4m3_e5m2();
-KernelTable table_1d2d_e5m2_e4m3();
-KernelTable table_1d2d_e5m2_e5m2();
-KernelTable table_1d2d_e4m3_e4m3_gated();
-KernelTable table_1d2d_e4m3_e4m3_activated();
-KernelTable table_1d2d_e4m3_e5m2_gated();
-KernelTable table_1d2d_e4m3_e5m2_activated();
-KernelTable table_1d2d_e5m2_e4m3_gated();
-KernelTable table_1d2d_e5m2_e4m3_activated();
-KernelTable table_1d2d_e5m2_e5m2_gated();
-KernelTable table_1d2d_e5m2_e5m2_activated();
-KernelTable table_1d1d_e4m3_e4m3();
-KernelTable table_1d1d_e4m3_e4m3_swapped();
-KernelTable table_1d1d_e4m3_e5m2();
-KernelTable table_1d1d_e5m2_e4m3();
-KernelTable table_1d1d_e5m2_e5m2();
-KernelTable table_1d1d_e4m3_e4m3_gated();
-KernelTable table_1d1d_e4m3_e4m3_activated();
-KernelTable table_1d1d_e4m3_e5m2_gated();
-KernelTable table_1d1d_e4m3_e5m2_activated();
-KernelTable table_1d1d_e5m2_e4m3_gated();
-KernelTable table_1d1d_e5m2_e4m3_activated();
-KernelTable table_1d1d_e5m2_e5m2_gated();
-KernelTable table_1d1d_e5m2_e5m2_activated();
-KernelTable table_rowwise_e4m3_e4m3();
-KernelTable table_rowwise_e4m3_e4m3_swapped();
-KernelTable table_rowwise_e4m3_e5m2();
-KernelTable table_rowwise_e5m2_e4m3();
-KernelTable table_rowwise_e5m2_e5m2();
-KernelTable table_rowwise_e4m3_e4m3_gated();
-KernelTable table_rowwise_e4m3_e4m3_activated();
-KernelTable table_rowwise_e4m3_e5m2_gated();
-KernelTable table_rowwise_e4m3_e5m2_activated();
-KernelTable table_rowwise_e5m2_e4m3_gated();
-KernelTable table_rowwise_e5m2_e4m3_activated();
-KernelTable table_rowwise_e5m2_e5m2_gated();
-KernelTable table_rowwise_e5m2_e5m2_activated();
+// The .cu files here, one for each granularity and kind: APPLY(granularity, kind). Each defines
+// kernels_<granularity>_<kind>.
+// clang-format off
+#define TORCHEXT_SM90_FILES(APPLY)                                                              \
+  APPLY(1d2d, stored)    APPLY(1d2d, swapped)    APPLY(1d2d, e5m2)    APPLY(1d2d, activated)    \
+  APPLY(1d1d, stored)    APPLY(1d1d, swapped)    APPLY(1d1d, e5m2)    APPLY(1d1d, activated)    \
+  APPLY(rowwise, stored) APPLY(rowwise, swapped) APPLY(rowwise, e5m2) APPLY(rowwise, activated)
+// clang-format on
+
+#define TORCHEXT_DECLARE(G, KIND) extern const KernelTable kernels_##G##_##KIND;
+TORCHEXT_SM90_FILES(TORCHEXT_DECLARE)
+#undef TORCHEXT_DECLARE
 
 }  // namespace torchext::sm90

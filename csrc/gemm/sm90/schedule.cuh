@@ -1,5 +1,5 @@
 // Which tile a CTA computes next. Persistent: unit u of U (a CTA, or a cluster that works together)
-// takes tiles u, u + U, u + 2U, ... of a numbering that every role walks through by itself.
+// takes tiles u, u + U, u + 2U, ... Producer and consumers count through them independently.
 #pragma once
 
 #include "../../device/strip_walk.cuh"
@@ -9,14 +9,15 @@
 
 namespace torchext::sm90 {
 
-// A tile of one group's product: rows [m, m_end) of a (at most the tile's), features from n on.
+// A tile of one group's product: rows [m, m_end) of a, at most the tile's height; features from n
+// on.
 struct Work {
   uint32_t m, m_end, n, group;
   uint32_t k_begin, k_end;   // K blocks
-  uint32_t k_first, k_last;  // kAlongK: the columns that count
+  uint32_t k_first, k_last;  // kAlongK: the group's columns of a and b
 };
 
-// This CTA's place: of `units` that share the tiles out among them, and in its cluster.
+// This CTA's place: its unit among `units` that share the tiles, and its rank in its cluster.
 struct Place {
   uint32_t unit, units, rank, cluster;
   __device__ static Place here() {
@@ -25,7 +26,7 @@ struct Place {
   }
 };
 
-// First row of group g in a, and how many there are, for groups that are told by their rows.
+// First row and number of rows of M-grouped group g.
 __device__ __forceinline__ uint2 group_rows(const GemmParams& p, uint32_t g) {
   const int32_t value = p.group_index[g];
   if (p.grouping == Grouping::kCounts)
@@ -37,7 +38,7 @@ __device__ __forceinline__ uint2 group_rows(const GemmParams& p, uint32_t g) {
 template <class L>
 class Schedule {
  public:
-  // Where groups have rows of their own: tile_end[g] = tiles of groups 0 to g. All threads call it.
+  // M-grouped: tile_end[g] = tiles of groups 0 to g. All threads call it.
   static __device__ void list_groups(const GemmParams& p, uint32_t* tile_end) {
     const uint32_t n_tiles = ceil_div_u32(p.n, width(p));
     for (uint32_t g = threadIdx.x; g < p.groups; g += blockDim.x)
@@ -61,9 +62,9 @@ class Schedule {
   __device__ Schedule(const GemmParams& p, const uint32_t* tile_end)
       : p_(p), tile_end_(tile_end), index_(Place::here().unit) {}
 
-  // All lanes of a warp call it together. False when there is no more. What loops and branches
-  // depend on is broadcast, so that the compiler knows it to be uniform: it serializes wgmmas that
-  // are in flight where warps might diverge (ptxas C7518).
+  // Moves on to the unit's next tile; false when there is none. All lanes of a warp call it
+  // together. Loop bounds are broadcast so that the compiler knows that they are uniform: where
+  // warps might diverge it serializes wgmmas in flight (ptxas C7518).
   __device__ __forceinline__ bool next(Work& work) {
     const bool more = advance(work);
     work.k_begin = __shfl_sync(~0u, work.k_begin, 0);
@@ -72,7 +73,7 @@ class Schedule {
   }
 
  private:
-  // Beside the accumulators registers are few: what can be computed again is not kept.
+  // Accumulators leave few registers: what can be computed again is not kept.
   __device__ __forceinline__ bool advance(Work& work) {
     const Place place = Place::here();
     const uint32_t n_tiles = ceil_div_u32(p_.n, width(p_));
@@ -135,8 +136,8 @@ class Schedule {
     work.k_end = last > first ? ceil_div_u32(last, kTileK) : work.k_begin;
   }
 
-  // Tiles of rows at multiples of the tile's height; within one, a run of rows of one group after
-  // the other. A run is a tile of its own, from its first row on.
+  // kRowIds: tiles begin at multiples of the tile's height. Within a tile, each run of rows of one
+  // group is computed as a tile of its own, from the run's first row on.
   __device__ bool next_run(Work& work, const Place& place, uint32_t tiles, uint32_t n_tiles) {
     for (; index_ < tiles; index_ += place.units, cursor_ = 0) {
       locate(work, place, index_, p_.m, n_tiles);

@@ -1,5 +1,6 @@
-// Chooses a kernel (select.h). The model counts, for each tile that is compiled, the cycles of an
-// SM for a K block, the rounds in which CTAs get through the tiles, and what a round costs beside.
+// Chooses a kernel (select.h). For each kernel that can compute the problem the model counts the
+// cycles that an SM spends on a K block, the rounds in which CTAs get through all tiles, and the
+// cycles of a round outside the main loop.
 #include "select.h"
 
 #include <algorithm>
@@ -15,55 +16,32 @@
 namespace torchext::sm90 {
 namespace {
 
-// An SM of a Hopper GPU. Rates per cycle: that of the tensor cores is NVIDIA's (architectures.inc),
-// shared memory has 32 banks of 4 bytes, the others are estimates, to be replaced by measurements:
-// how fast one SM can pull tiles through L2, how long it takes the first to come, how fast all of
-// them together pull from memory, what an epilogue and an exchange between CTAs cost.
+// An SM of a Hopper GPU; rates per cycle. The multiply-adds are NVIDIA's (architectures.inc), and
+// shared memory has 32 banks of 4 bytes. All others are estimates, to be replaced by measurements:
+// the rate at which one SM loads tiles through L2 (kL2Bytes) and all SMs together load from memory
+// (kMemoryBytes), the latency of the first tile (kStart), and the costs of an epilogue and of an
+// exchange between CTAs.
 constexpr double kTensorMacs = find_architecture(90)->fp8_macs, kSharedBytes = 128;
 constexpr double kL2Bytes = 36, kMemoryBytes = 2400;
 constexpr double kStart = 2500, kTileOverhead = 500, kStoreBytes = 32;
 constexpr double kExchange = 1500, kExchangeBytes = 16;
 
-// Instructions of a warp for a K block beside the promotion of its accumulators: about so many are
-// counted in docs/sass_report.md.
+// Instructions of a warp for a K block, promotion aside: about what docs/sass_report.md counts.
 constexpr double kIssueOverhead = 75;
 
-enum class Output { kStored, kActivated, kGated };
-
-Output output_of(const GemmProblem& p) {
-  return p.activation == Activation::kNone     ? Output::kStored
-         : p.activation == Activation::kSwiGLU ? Output::kGated
-                                               : Output::kActivated;
-}
-
-// Tables of a granularity: [output][a is e5m2][b is e5m2].
-#define TORCHEXT_TABLES(G)                                                                   \
-  {                                                                                          \
-      {{{&table_##G##_e4m3_e4m3, &table_##G##_e4m3_e4m3_swapped}, {&table_##G##_e4m3_e5m2}}, \
-       {{&table_##G##_e5m2_e4m3}, {&table_##G##_e5m2_e5m2}}},                                \
-      {{{&table_##G##_e4m3_e4m3_activated}, {&table_##G##_e4m3_e5m2_activated}},             \
-       {{&table_##G##_e5m2_e4m3_activated}, {&table_##G##_e5m2_e5m2_activated}}},            \
-      {{{&table_##G##_e4m3_e4m3_gated}, {&table_##G##_e4m3_e5m2_gated}},                     \
-       {{&table_##G##_e5m2_e4m3_gated}, {&table_##G##_e5m2_e5m2_gated}}},                    \
-  }
-using Kernels = std::vector<const GemmKernel*>;
-using Table = KernelTable (*)();
-
-const Kernels& kernels_for(const GemmProblem& p) {
-  static const std::vector<Table> tables[3][3][2][2] = {
-      TORCHEXT_TABLES(1d2d), TORCHEXT_TABLES(1d1d), TORCHEXT_TABLES(rowwise)};
+// All kernels.
+const std::vector<const GemmKernel*>& kernels() {
   static const auto all = [] {
-    std::array<Kernels, 36> all;
-    for (int i = 0; i < 36; ++i)
-      for (const Table table : tables[i / 12][i / 4 % 3][i / 2 % 2][i % 2])
-        for (const GemmKernel& kernel : table()) all[i].push_back(&kernel);
+    std::vector<const GemmKernel*> all;
+#define TORCHEXT_APPEND(G, KIND)                          \
+  for (size_t i = 0; i < kernels_##G##_##KIND.count; ++i) \
+    all.push_back(&kernels_##G##_##KIND.kernels[i]);
+    TORCHEXT_SM90_FILES(TORCHEXT_APPEND)
+#undef TORCHEXT_APPEND
     return all;
   }();
-  const bool a_e5m2 = p.a_dtype == ScalarType::Float8_e5m2;
-  const bool b_e5m2 = p.b_dtype == ScalarType::Float8_e5m2;
-  return all[int(p.granularity) * 12 + int(output_of(p)) * 4 + a_e5m2 * 2 + b_e5m2];
+  return all;
 }
-#undef TORCHEXT_TABLES
 
 int64_t rows_of_group(const GemmProblem& p) {
   if (p.expected_rows > 0) return p.expected_rows;
@@ -99,8 +77,8 @@ Candidate estimate(const GemmProblem& p, const Choice& choice, int sms) {
   Candidate c = {};
   c.choice = choice;
   c.tensor_cycles = rows * columns * kTileK / kTensorMacs;
-  // A scheduler has one warp of each warpgroup; an accumulator's register costs it an FFMA, and
-  // where columns have scales of their own a product as well.
+  // A scheduler has one warp of each warpgroup. Each register of an accumulator costs an FFMA, and
+  // an FMUL where columns have scales of their own.
   const double registers = rows * columns / (64 * warpgroups) / 2;
   c.issue_cycles = warpgroups * (registers * (by_column ? 2 : 1) + kIssueOverhead);
   // Four wgmmas a block read 64 rows and its columns, 32 bytes each; TMA writes each once.
@@ -112,7 +90,7 @@ Candidate estimate(const GemmProblem& p, const Choice& choice, int sms) {
 
   const int64_t width = tile.n() * (choice.multicast ? 2 : 1);
   const int64_t units = std::max<int64_t>(clusters_at_a_time(sms, choice.cluster()), 1);
-  const int64_t unit_tiles = row_tiles(p, tile.m()) * ceil_div(features(p), width);
+  const int64_t unit_tiles = row_tiles(p, tile.m()) * ceil_div(out_columns(p), width);
   c.tiles = unit_tiles * (choice.multicast ? 2 : 1);
   c.waves = ceil_div(unit_tiles, units);
 
@@ -131,23 +109,25 @@ Candidate estimate(const GemmProblem& p, const Choice& choice, int sms) {
       p.grouping == Grouping::kNone || p.grouping == Grouping::kAlongK ? 1 : double(p.groups);
   const double outputs = p.grouping == Grouping::kAlongK ? double(p.groups) : 1;
   const double bytes =
-      double(p.m) * p.k + weights * p.n * p.k + outputs * p.m * features(p) * out_bytes;
+      double(p.m) * p.k + weights * p.n * p.k + outputs * p.m * out_columns(p) * out_bytes;
   c.memory_cycles = kStart + bytes / kMemoryBytes;
   c.cycles = std::max(kStart + c.waves * tile_cycles, c.memory_cycles);
   return c;
 }
 
-// All that may run, the best first. `split_k` other than 0: only those.
+// All kernels that can run the problem, the best first; only those with this split_k unless it is
+// 0.
 std::vector<Candidate> candidates(const GemmProblem& p, int sms, uint32_t split_k) {
-  constexpr int64_t kLeastBlocks = 4;  // of K, for each of those who share it
+  constexpr int64_t kLeastBlocks = 4;  // K blocks for each CTA that shares K
   std::vector<Candidate> found;
-  for (const GemmKernel* kernel : kernels_for(p)) {
+  for (const GemmKernel* kernel : kernels()) {
+    if (!kernel->computes(p)) continue;
     for (const bool multicast : {false, true}) {
       for (uint32_t split = 1; split <= kMaxSplits; split *= 2) {
         const Choice choice{kernel, split, multicast};
         if (!can_run(p, choice, sms)) continue;
         if (split > 1 && ceil_div(p.k, kTileK) < split * kLeastBlocks) continue;
-        if (multicast && ceil_div(features(p), kernel->tile.n()) < 2) continue;
+        if (multicast && ceil_div(out_columns(p), kernel->tile.n()) < 2) continue;
         if (split_k != 0 && split != split_k) continue;
         found.push_back(estimate(p, choice, sms));
       }
@@ -174,8 +154,8 @@ const Verdict kVerdicts[] = {
      0}};  // matches nothing; an array may not be empty
 
 const GemmKernel* kernel_named(const GemmProblem& p, const char* tile) {
-  for (const GemmKernel* kernel : kernels_for(p))
-    if (std::strcmp(kernel->tile.name, tile) == 0) return kernel;
+  for (const GemmKernel* kernel : kernels())
+    if (kernel->computes(p) && std::strcmp(kernel->tile.name, tile) == 0) return kernel;
   return nullptr;
 }
 
@@ -217,8 +197,8 @@ Choice forced_choice(const GemmProblem& p, int sms) {
 Selection explain(const GemmProblem& p, int sm_count) {
   const int sms = p.num_sms > 0 ? p.num_sms : sm_count;
   Selection selection;
-  // The number of parts of K decides the order of sums, and so the bits: it is chosen for the whole
-  // GPU, so that they do not depend on num_sms (as long as that is enough for a cluster).
+  // split_k decides the order of sums, and so the bits. It is chosen for the whole GPU, so that
+  // bits do not depend on num_sms (as long as num_sms is enough for a cluster).
   Choice choice = measured(p, sm_count);
   selection.source = choice.kernel != nullptr ? "tuned table" : "cost model";
   if (choice.kernel == nullptr) choice = candidates(p, sm_count, 0).front().choice;
@@ -243,29 +223,62 @@ Selection explain(const GemmProblem& p, int sm_count) {
   return selection;
 }
 
+namespace {
+
+// All of a problem that a choice depends on.
+struct Key {
+  int64_t m = -1, n, k, groups, group_rows, expected_rows;
+  Granularity granularity;
+  Grouping grouping;
+  Output output;
+  ScalarType a_dtype, b_dtype, out_dtype;
+  bool accumulate;
+  int num_sms, sm_count;
+
+  Key() = default;  // of no problem
+  Key(const GemmProblem& p, int sm_count)
+      : m(p.m),
+        n(p.n),
+        k(p.k),
+        groups(p.groups),
+        group_rows(p.group_rows),
+        expected_rows(p.expected_rows),
+        granularity(p.granularity),
+        grouping(p.grouping),
+        output(output_of(p)),
+        a_dtype(p.a_dtype),
+        b_dtype(p.b_dtype),
+        out_dtype(p.out_dtype),
+        accumulate(p.accumulate),
+        num_sms(p.num_sms),
+        sm_count(sm_count) {}
+
+  auto tied() const {
+    return std::tie(m, n, k, groups, group_rows, expected_rows, granularity, grouping, output,
+                    a_dtype, b_dtype, out_dtype, accumulate, num_sms, sm_count);
+  }
+  bool operator==(const Key& other) const { return tied() == other.tied(); }
+};
+
+}  // namespace
+
 Choice select(const GemmProblem& p, int sm_count) {
   if (is_forced.load(std::memory_order_acquire))
     return forced_choice(p, p.num_sms > 0 ? p.num_sms : sm_count);
-  using Key = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int, int>;
   struct Entry {
-    Key key{-1, 0, 0, 0, 0, 0, 0, 0};
+    Key key{};
     Choice choice;
   };
   constexpr size_t kEntries = 256;
   thread_local std::array<Entry, kEntries> remembered;
-  const int kinds = int(p.granularity) | int(p.a_dtype == ScalarType::Float8_e5m2) << 2 |
-                    int(p.b_dtype == ScalarType::Float8_e5m2) << 3 | int(p.grouping) << 4 |
-                    int(p.accumulate) << 8 | int(output_of(p)) << 9 |
-                    int(element_size(p.out_dtype)) << 12;
-  const Key key{
-      p.m, p.n, p.k, p.groups, p.group_rows, p.expected_rows, kinds, p.num_sms << 16 | sm_count};
+  const Key key(p, sm_count);
   // Sizes share their low bits: multiply, and take high ones.
-  uint64_t hash = uint64_t(kinds);
+  uint64_t hash = 0;
   for (const int64_t size : {p.m, p.n, p.k, p.groups})
     hash = (hash ^ uint64_t(size)) * 0x9e3779b97f4a7c15;
   Entry& entry = remembered[hash >> 56];
   static_assert(kEntries == 1 << 8);
-  if (entry.key != key) entry = {key, explain(p, sm_count).choice};
+  if (!(entry.key == key)) entry = {key, explain(p, sm_count).choice};
   return entry.choice;
 }
 

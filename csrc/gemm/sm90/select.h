@@ -19,12 +19,13 @@ struct Choice {
 
 struct Candidate {
   Choice choice;
-  int64_t tiles;  // of the output, or, where rows of groups are counted on the device, expected
-  int64_t waves;  // rounds of the CTAs to compute them
-  double k_block_cycles;  // the slowest of what a K block asks of an SM:
+  int64_t tiles;  // of the output; an estimate where groups are counted on the device
+  int64_t waves;  // rounds in which the CTAs compute them
+  // Cycles of an SM for one K block: the most of the four that follow.
+  double k_block_cycles;
   double tensor_cycles, issue_cycles, shared_cycles, load_cycles;
-  double memory_cycles;  // of the whole product: to move its bytes, and not less can it take
-  double cycles;         // of the whole product
+  double memory_cycles;  // for the whole product: to move its bytes, a lower bound
+  double cycles;         // for the whole product
 };
 
 struct Selection {
@@ -33,13 +34,8 @@ struct Selection {
   const char* source;  // "cost model", "tuned table" or "forced"
 };
 
-// Features of the output: SwiGLU's b has the gate's and up's.
-inline int64_t features(const GemmProblem& p) {
-  return p.activation == Activation::kSwiGLU ? p.n / 2 : p.n;
-}
-
-// Clusters that run at a time on so many SMs. One lies within a GPC, of which Hopper's have 16 or
-// 18 SMs: of 18, two are left over by clusters of four and eight.
+// Clusters that run at a time on so many SMs. A cluster lies within a GPC. Hopper's GPCs have 16 or
+// 18 SMs, and clusters of four and eight leave two of 18 unused.
 constexpr int64_t clusters_at_a_time(int64_t sms, int64_t cluster) {
   return cluster > 2 && sms >= 16 ? sms / 16 * (16 / cluster) : sms / cluster;
 }

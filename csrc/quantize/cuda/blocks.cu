@@ -1,5 +1,5 @@
-// 128x128 blocks (128x128), and with the FP8 data transposed as well (128x128_dual): the two share
-// their scales, so that only bytes are transposed.
+// quantize_128x128, and quantize_128x128_dual, which writes the FP8 data transposed as well. Both
+// copies share their scales, so that only bytes are transposed.
 //
 // A block of threads takes a block of the matrix and holds it in registers, 16 elements a lane and
 // eight lanes a row, until its one scale is known. For the transpose the FP8 rows go to shared
@@ -12,7 +12,7 @@ namespace torchext::quantizers {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-constexpr int kBlock = int(kGroup);
+constexpr int kBlock = int(kScaleGroup);
 constexpr int kRowStep = kThreads / 8;
 constexpr int kPasses = kBlock / kRowStep;
 static_assert(kBlock == 8 * 16, "eight lanes of 16 elements hold a row");
@@ -23,13 +23,13 @@ struct Transposed {
   int64_t stride;  // bytes between rows, a multiple of 16
 };
 
-// Of a block's FP8 data in shared memory. Writes take the eight chunks of a row at a time, reads
-// one chunk of rows 16j.
+// Where a 16-byte chunk of a block's FP8 data lies in shared memory. Eight lanes write the chunks
+// of one row together, and read the same chunk of rows 16j: both reach different banks.
 __device__ inline int chunk_offset(int row, int chunk) {
   return row * (kBlock / 16) + (chunk ^ (row >> 4));
 }
 
-// Bytes c of a, b, c, d to word c of the result.
+// Word i of the result has bytes i of a, b, c and d.
 __device__ inline uint4 transpose4x4(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   const uint32_t ab_low = __byte_perm(a, b, 0x5140), ab_high = __byte_perm(a, b, 0x7362);
   const uint32_t cd_low = __byte_perm(c, d, 0x5140), cd_high = __byte_perm(c, d, 0x7362);
@@ -78,7 +78,7 @@ __device__ void quantize_block(const Source& x, const Sink& out, const Transpose
   }
   if constexpr (dual) {
     __syncthreads();
-    const int lane = threadIdx.x % 8;  // owns rows 16 * lane to + 15, columns 4 * quad to + 3
+    const int lane = threadIdx.x % 8;  // owns 16 rows from 16 * lane on, 4 columns from 4 * quad on
     const int quad = threadIdx.x / 8;
     const uint32_t* from =
         reinterpret_cast<const uint32_t*>(tile + chunk_offset(16 * lane, quad / 4)) + quad % 4;
@@ -110,7 +110,8 @@ __device__ void quantize_128x128(const Source& x, const Sink& out, const Transpo
                                  uint32_t dropped_mantissa, uint32_t block_cols) {
   const uint32_t block_col = blockIdx.x % block_cols;
   const uint32_t block_row = blockIdx.x / block_cols;
-  if (x.aligned && (block_row + 1) * kGroup <= x.rows && (block_col + 1) * kGroup <= x.cols)
+  if (x.aligned && (block_row + 1) * kScaleGroup <= x.rows &&
+      (block_col + 1) * kScaleGroup <= x.cols)
     quantize_block<In, Out, dual, true>(x, out, transposed, dropped_mantissa, block_row, block_col);
   else
     quantize_block<In, Out, dual, false>(x, out, transposed, dropped_mantissa, block_row,
@@ -139,8 +140,8 @@ void quantize_blocks_cuda(Device& device, const MatrixView& x, const QuantizeOpt
   using namespace quantizers;
   if (x.rows == 0 || x.cols == 0) return;
   const uint32_t dropped = options.pow2_scale ? kMantissa : 0;
-  const int64_t block_cols = ceil_div(x.cols, kGroup);
-  const LaunchConfig config{grid_of(ceil_div(x.rows, kGroup) * block_cols, 1), {kThreads}};
+  const int64_t block_cols = ceil_div(x.cols, kScaleGroup);
+  const LaunchConfig config{grid_of(ceil_div(x.rows, kScaleGroup) * block_cols, 1), {kThreads}};
   const Transposed transposed{static_cast<uint8_t*>(transposed_data), transposed_stride};
   TORCHEXT_CHECK(is_aligned(transposed.data, transposed.stride),
                  "quantized rows must start at multiples of 16 bytes");

@@ -1,5 +1,5 @@
-// FP8 data and scales back to a wide dtype. Eight lanes take 128 columns of a row, 16 each; a warp
-// takes 16 rows, so that M-major scales arrive as whole sectors.
+// FP8 data times scales, in a wide dtype. Eight lanes take 128 columns of a row, 16 each; a warp
+// takes 16 rows, so that M-major scales arrive in whole sectors.
 #include "../../device/matrix.cuh"
 #include "../quantize.h"
 
@@ -112,7 +112,7 @@ TORCHEXT_QUANTIZERS(KERNEL)
 namespace torchext {
 namespace {
 
-// log2 of how many rows or columns share a scale; a shift that leaves 0 where all of them do.
+// log2 of how many rows or columns share a scale; where all of them do, a shift that leaves 0.
 int shift_of(int64_t group, int64_t count) {
   if (group >= count) return 62;
   int shift = 0;

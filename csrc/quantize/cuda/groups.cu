@@ -1,8 +1,8 @@
-// 1x128 groups: along rows (1x128), along columns with a transposed result (1x128_t), and both
-// from one read (1x128_dual).
+// 1x128 groups: along rows (quantize_1x128), along columns with a transposed result
+// (quantize_1x128_t), and both from one read (quantize_1x128_dual).
 //
 // Along rows, eight lanes share a group, 16 elements each. A warp takes 16 rows of one group
-// column, so that its scales, M-major in memory, leave as whole sectors.
+// column, so that its scales, M-major in memory, leave in whole sectors.
 //
 // A block that transposes takes a tile of 128 x 128. Its threads first pass over it by rows, as
 // above, and leave the input in shared memory; then by columns: a thread owns 16 rows of 4 columns,
@@ -14,7 +14,7 @@
 
 namespace torchext::quantizers {
 
-static_assert(kGroup == 8 * 16, "eight lanes of 16 elements share a group");
+static_assert(kScaleGroup == 8 * 16, "eight lanes of 16 elements share a group");
 
 // ---- along rows ----
 constexpr int kWarps = 4;
@@ -25,7 +25,7 @@ constexpr int kRowsPerWarp = 4 * kRowsPerLane;
 template <class In, class Out, bool interior>
 __device__ void quantize_rows(const Source& x, const Sink& out, uint32_t dropped_mantissa,
                               int64_t row, uint32_t group) {
-  const int64_t col = group * kGroup + threadIdx.x % 8 * 16;
+  const int64_t col = group * kScaleGroup + threadIdx.x % 8 * 16;
   const int rows = interior ? kRowsPerWarp : valid_of(row, x.rows, kRowsPerWarp);
   const int valid = interior ? 16 : valid_of(col, x.cols, 16);
 
@@ -54,7 +54,7 @@ __device__ void quantize_1x128(const Source& x, const Sink& out, uint32_t droppe
   const uint32_t group = tile % groups;
   const int64_t first_row = int64_t(tile / groups) * kRowsPerWarp;
   const int64_t row = first_row + threadIdx.x % 32 / 8;
-  if (x.aligned && first_row + kRowsPerWarp <= x.rows && (group + 1) * kGroup <= x.cols)
+  if (x.aligned && first_row + kRowsPerWarp <= x.rows && (group + 1) * kScaleGroup <= x.cols)
     quantize_rows<In, Out, true>(x, out, dropped_mantissa, row, group);
   else
     quantize_rows<In, Out, false>(x, out, dropped_mantissa, row, group);
@@ -70,7 +70,7 @@ TORCHEXT_QUANTIZERS(KERNEL)
 
 // ---- along columns, or both ways ----
 constexpr int kTileThreads = 256;
-constexpr int kTile = int(kGroup);
+constexpr int kTile = int(kScaleGroup);
 
 // `columns` neighboring elements of a row.
 template <class In, int columns>
@@ -98,7 +98,7 @@ __device__ void quantize_group_tile(const Source& x, const Sink& out, const Sink
     constexpr int kPasses = kTile / (kTileThreads / 8);
     const int lane = threadIdx.x % 8, tile_row = threadIdx.x / 8;
     const int64_t row = int64_t(row_group) * kTile + tile_row;
-    const int64_t col = group * kGroup + lane * 16;
+    const int64_t col = group * kScaleGroup + lane * 16;
     const int rows = interior ? kTile : valid_of(row, x.rows, kTile);
     const int valid = interior ? 16 : valid_of(col, x.cols, 16);
 
@@ -176,7 +176,7 @@ __device__ void quantize_1x128_tile(const Source& x, const Sink& out, const Sink
                                     uint32_t dropped_mantissa, uint32_t groups) {
   const uint32_t group = blockIdx.x % groups;
   const uint32_t row_group = blockIdx.x / groups;
-  if (x.aligned && (row_group + 1) * kGroup <= x.rows && (group + 1) * kGroup <= x.cols)
+  if (x.aligned && (row_group + 1) * kScaleGroup <= x.rows && (group + 1) * kScaleGroup <= x.cols)
     quantize_group_tile<In, Out, by_rows, true>(x, out, transposed, dropped_mantissa, row_group,
                                                 group);
   else
@@ -209,7 +209,7 @@ void quantize_groups_cuda(Device& device, const MatrixView& x, const QuantizeOpt
   if (x.rows == 0 || x.cols == 0) return;
   const Source source = source_of(x);
   const uint32_t dropped = options.pow2_scale ? kMantissa : 0;
-  const int64_t groups = ceil_div(x.cols, kGroup);
+  const int64_t groups = ceil_div(x.cols, kScaleGroup);
   if (transposed == nullptr) {
     const int64_t tiles = ceil_div(x.rows, kRowsPerWarp) * groups;
     const LaunchConfig config{grid_of(tiles, kWarps), {32 * kWarps}};
@@ -220,7 +220,7 @@ void quantize_groups_cuda(Device& device, const MatrixView& x, const QuantizeOpt
     TORCHEXT_QUANTIZERS(LAUNCH)
 #undef LAUNCH
   }
-  LaunchConfig config{grid_of(ceil_div(x.rows, kGroup) * groups, 1), {kTileThreads}};
+  LaunchConfig config{grid_of(ceil_div(x.rows, kScaleGroup) * groups, 1), {kTileThreads}};
   config.shared_bytes = uint32_t(kTile * kTile * element_size(x.dtype));
 #define LAUNCH(In, Out)                                                                      \
   if (x.dtype == In::kDtype && options.e5m2 == Out::kE5m2) {                                 \

@@ -1,14 +1,14 @@
-// One scale a row. A block is eight warps, and one, two, four or eight of them share a row. Each
-// lane holds what of the row fits into four chunks of 16 elements in registers; rows longer than
-// 16,384 elements (before sm_89: 8,192) are read on for their largest magnitude, and once more,
-// from L2, for the data.
+// One scale per row. A block has eight warps; one, two, four or eight of them share a row. Each
+// lane holds four chunks of 16 elements of the row in registers (two before sm_89). What lies
+// beyond the 16,384 elements (8,192) that eight warps hold is read twice: once for the largest
+// magnitude, and again, from L2, to be quantized.
 #include "../../device/matrix.cuh"
 #include "../quantize.h"
 
 namespace torchext::quantizers {
 
 constexpr int kWarps = 8;
-// Chunks of 16 elements a lane holds; fewer where converting to FP8 takes registers.
+// Chunks of 16 elements that a lane holds; fewer where conversion to FP8 takes registers.
 constexpr int kHeld = kHasFp8Conversions ? 4 : 2;
 
 // `whole`: rows are aligned and end with a full chunk.

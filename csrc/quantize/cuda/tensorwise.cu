@@ -1,6 +1,7 @@
-// One scale in all, in three launches: zero the amax, reduce the input into it (atomicMax of FP32
-// bits: the same result in any order), quantize. A warp takes 2048 elements of a row at a time. The
-// quantizer walks the input backward, since its end is what the reduction has left in L2.
+// One scale for the whole tensor, in three launches: zero the amax, reduce the input into it
+// (atomicMax of FP32 bits: the same result in any order), quantize. A warp takes 2048 elements of a
+// row at a time. The quantizer walks the input backward, since its end is what the reduction has
+// left in L2.
 #include "../../device/matrix.cuh"
 #include "../quantize.h"
 
@@ -14,7 +15,7 @@ struct Tiles {
   uint32_t count, per_row;
 };
 
-// Of one lane, chunk `i` of a tile.
+// One chunk of 16 elements, of one lane.
 struct Chunk {
   int64_t row, col;
   int valid;

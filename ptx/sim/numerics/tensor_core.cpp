@@ -143,13 +143,13 @@ double power_of_two(int exponent) {
 
 constexpr int kColumns = 64;  // outputs of one row that are computed together
 
-// Products up to `kGroup` at a time fit an int32 sum; Real holds a product exactly.
-template <class Real, int kGroup>
+// Products up to `kScaleGroup` at a time fit an int32 sum; Real holds a product exactly.
+template <class Real, int kScaleGroup>
 void sum_products(const MmaOperand& a, int m, const MmaOperand& b, int n0, int columns,
                   const int* ks, int count, const Real* scale, double* sum) {
-  for (int first = 0; first < count; first += kGroup) {
+  for (int first = 0; first < count; first += kScaleGroup) {
     std::int32_t partial[kColumns] = {};
-    for (int i = first; i < std::min(first + kGroup, count); ++i) {
+    for (int i = first; i < std::min(first + kScaleGroup, count); ++i) {
       const Real x = a.value[std::size_t(ks[i]) * a.count + m];
       if (x == 0) continue;
       const float* y = &b.value[std::size_t(ks[i]) * b.count + n0];
