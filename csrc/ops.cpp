@@ -1,6 +1,10 @@
-// Every op of torchext, in one list: its schema, and the host function that checks its arguments,
-// allocates its outputs and runs its CPU kernel, its CUDA kernel or, under torchext.sim.simulate,
-// its CUDA kernel on the PTX simulator. Fake kernels and gradients: torchext/_dispatch.
+// Every op of torchext, in one table: its schema, its host function, and whether it has an alias.
+// The host function checks the arguments, allocates the outputs and runs the CPU kernel, the CUDA
+// kernel or, under torchext.sim.simulate, the CUDA kernel on the PTX simulator. All else that torch
+// must know of an op (fake kernel, gradient, ...) is in its declaration in torchext/ops.
+
+#include <cstring>
+#include <string>
 
 #include "gemm/gemm.h"
 #include "linear/kept.h"
@@ -11,165 +15,145 @@ namespace {
 
 using torch::stable::detail::StableLibrary;
 
-// Defines an op that has a gradient, or writes into an argument, and its twin that torch's autograd
-// does not see (torchext/_dispatch/autograd.py). The twin's arguments may be positional, where the
-// schema language allows it: a keyword argument costs a quarter of a microsecond.
-void def_with_twin(StableLibrary& m, const std::string& schema) {
-  m.def(schema.c_str());
-  std::string twin = "_" + schema;
-  if (twin.find(".out(") == std::string::npos) twin.erase(twin.find(" *,"), 3);
-  m.def(twin.c_str());
+struct Op {
+  const char* schema;
+  void (*kernel)(StableIValue*, uint64_t, uint64_t);
+  bool has_alias = false;
+
+  std::string name() const { return std::string(schema, std::strchr(schema, '(')); }
+};
+
+// An op that has a gradient, or writes into an argument, also has a below-autograd alias: the same
+// kernel under the name with an underscore in front (torchext/_dispatch/autograd.py).
+constexpr bool kHasAlias = true;
+
+// clang-format off
+const Op kOps[] = {
+    // (data, scale): `scale` is the FP32 multiplier that dequantizes. dtype=None is float8_e4m3fn.
+    {"quantize_1x128(Tensor x, *, ScalarType? dtype=None, bool pow2_scale=False) -> (Tensor data,"
+     " Tensor scale)",
+     TORCH_BOX(&torchext::quantize_1x128)},
+    {"quantize_1x128_t(Tensor x, *, ScalarType? dtype=None, bool pow2_scale=False)"
+     " -> (Tensor data_t, Tensor scale_t)",
+     TORCH_BOX(&torchext::quantize_1x128_t)},
+    {"quantize_1x128_dual(Tensor x, *, ScalarType? dtype=None, bool pow2_scale=False)"
+     " -> (Tensor data, Tensor scale, Tensor data_t, Tensor scale_t)",
+     TORCH_BOX(&torchext::quantize_1x128_dual)},
+    {"quantize_128x128(Tensor x, *, ScalarType? dtype=None, bool pow2_scale=False)"
+     " -> (Tensor data, Tensor scale)",
+     TORCH_BOX(&torchext::quantize_128x128)},
+    {"quantize_128x128_dual(Tensor x, *, ScalarType? dtype=None, bool pow2_scale=False)"
+     " -> (Tensor data, Tensor scale, Tensor data_t)",
+     TORCH_BOX(&torchext::quantize_128x128_dual)},
+    {"quantize_rowwise(Tensor x, *, ScalarType? dtype=None, bool pow2_scale=False)"
+     " -> (Tensor data, Tensor scale)",
+     TORCH_BOX(&torchext::quantize_rowwise)},
+    {"quantize_tensorwise(Tensor x, *, ScalarType? dtype=None, bool pow2_scale=False)"
+     " -> (Tensor data, Tensor scale)",
+     TORCH_BOX(&torchext::quantize_tensorwise)},
+    {"dequantize(Tensor data, Tensor scale, *, ScalarType out_dtype) -> Tensor",
+     TORCH_BOX(&torchext::dequantize), kHasAlias},
+
+    // D[M, N] = A[M, K] @ B[N, K].T; the granularity comes from the scales' shapes.
+    {"fp8_gemm_nt(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, *, Tensor? bias=None,"
+     " ScalarType? out_dtype=None, int num_sms=0) -> Tensor",
+     TORCH_BOX(&torchext::fp8_gemm_nt), kHasAlias},
+    {"fp8_gemm_nt.out(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, *, Tensor(a!) out,"
+     " bool accumulate=False, Tensor? bias=None, int num_sms=0) -> ()",
+     TORCH_BOX(&torchext::fp8_gemm_nt_out), kHasAlias},
+
+    // Quantizers and product for the form that a compiled linear layer keeps for backward
+    // (linear/kept.h).
+    {"_quantize_kept(Tensor x, int granularity, *, ScalarType? dtype=None, bool pow2_scale=False)"
+     " -> (Tensor data, Tensor scale, Tensor kept, Tensor kept_scale)",
+     TORCH_BOX(&torchext::quantize_kept)},
+    {"_quantize_128x128_kept(Tensor x, *, ScalarType? dtype=None, bool pow2_scale=False)"
+     " -> (Tensor data, Tensor scale, Tensor kept)",
+     TORCH_BOX(&torchext::quantize_128x128_kept)},
+    {"_fp8_gemm_nt_kept(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, *,"
+     " ScalarType? out_dtype=None) -> Tensor",
+     TORCH_BOX(&torchext::fp8_gemm_nt_kept)},
+
+    // Groups of rows of a, each with its own matrix of b [G, N, K]: runs of rows that end at offsets
+    // [G], or the rows that group_ids [M] gives a group. One of the two must be given.
+    {"m_grouped_fp8_gemm_nt_contiguous(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale,"
+     " Tensor? offsets=None, *, Tensor? group_ids=None, Tensor? bias=None,"
+     " ScalarType? out_dtype=None, int num_sms=0) -> Tensor",
+     TORCH_BOX(&torchext::m_grouped_fp8_gemm_nt_contiguous), kHasAlias},
+    {"m_grouped_fp8_gemm_nt_contiguous.out(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale,"
+     " Tensor? offsets=None, *, Tensor? group_ids=None, Tensor(a!) out, bool accumulate=False,"
+     " Tensor? bias=None, int num_sms=0) -> ()",
+     TORCH_BOX(&torchext::m_grouped_fp8_gemm_nt_contiguous_out), kHasAlias},
+
+    // a [G, M, K]: of group g, its first masked_m[g] rows.
+    {"m_grouped_fp8_gemm_nt_masked(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale,"
+     " Tensor masked_m, *, int expected_m=0, Tensor? bias=None, ScalarType? out_dtype=None,"
+     " int num_sms=0) -> Tensor",
+     TORCH_BOX(&torchext::m_grouped_fp8_gemm_nt_masked), kHasAlias},
+    {"m_grouped_fp8_gemm_nt_masked.out(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale,"
+     " Tensor masked_m, *, int expected_m=0, Tensor(a!) out, bool accumulate=False,"
+     " Tensor? bias=None, int num_sms=0) -> ()",
+     TORCH_BOX(&torchext::m_grouped_fp8_gemm_nt_masked_out), kHasAlias},
+
+    // Groups of columns of a and b that end at offsets [G] -> [G, M, N].
+    {"k_grouped_fp8_gemm_nt(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, Tensor offsets,"
+     " *, ScalarType? out_dtype=None, int num_sms=0) -> Tensor",
+     TORCH_BOX(&torchext::k_grouped_fp8_gemm_nt)},
+    {"k_grouped_fp8_gemm_nt.out(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale,"
+     " Tensor offsets, *, Tensor(a!) out, bool accumulate=False, int num_sms=0) -> ()",
+     TORCH_BOX(&torchext::k_grouped_fp8_gemm_nt_out), kHasAlias},
+
+    // quantize_1x128(activation(fp8_gemm_nt(...))), with FP32 in between.
+    {"fp8_gemm_nt_swiglu_quantize(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, *,"
+     " Tensor? bias=None, ScalarType? dtype=None, bool pow2_scale=False, int num_sms=0)"
+     " -> (Tensor data, Tensor scale)",
+     TORCH_BOX(&torchext::fp8_gemm_nt_swiglu_quantize)},
+    {"fp8_gemm_nt_gelu_quantize(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, *,"
+     " bool tanh_approximation=False, Tensor? bias=None, ScalarType? dtype=None,"
+     " bool pow2_scale=False, int num_sms=0) -> (Tensor data, Tensor scale)",
+     TORCH_BOX(&torchext::fp8_gemm_nt_gelu_quantize)},
+    {"fp8_gemm_nt_relu2_quantize(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, *,"
+     " Tensor? bias=None, ScalarType? dtype=None, bool pow2_scale=False, int num_sms=0)"
+     " -> (Tensor data, Tensor scale)",
+     TORCH_BOX(&torchext::fp8_gemm_nt_relu2_quantize)},
+
+    // The products of torchext.nn.Linear, from what is not quantized yet.
+    {"_linear(Tensor input, Tensor weight, Tensor? bias, int granularity, ScalarType input_dtype,"
+     " ScalarType weight_dtype, ScalarType grad_dtype, bool pow2_scale,"
+     " ScalarType? out_dtype=None) -> Tensor",
+     TORCH_BOX(&torchext::linear)},
+    {"_linear_dgrad(Tensor dy, Tensor weight, int granularity, ScalarType weight_dtype,"
+     " ScalarType grad_dtype, bool pow2_scale, ScalarType out_dtype) -> Tensor",
+     TORCH_BOX(&torchext::linear_dgrad)},
+    {"_linear_wgrad(Tensor dy, Tensor input, int granularity, ScalarType input_dtype,"
+     " ScalarType grad_dtype, bool pow2_scale, ScalarType out_dtype) -> Tensor",
+     TORCH_BOX(&torchext::linear_wgrad)},
+};
+// clang-format on
+
+// An alias takes its arguments by position where the schema language allows it: a keyword argument
+// costs a quarter of a microsecond. An argument that is written to must stay a keyword.
+std::string alias_schema(const Op& op) {
+  std::string schema = std::string("_") + op.schema;
+  if (op.name().find(".out") == std::string::npos) schema.erase(schema.find(" *,"), 3);
+  return schema;
+}
+
+void register_kernels(StableLibrary& m) {
+  for (const Op& op : kOps) {
+    m.impl(op.name().c_str(), op.kernel);
+    if (op.has_alias) m.impl(("_" + op.name()).c_str(), op.kernel);
+  }
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY(torchext, m) {
-  // (data, scale): `scale` is the FP32 multiplier that dequantizes. dtype=None is float8_e4m3fn.
-  m.def(
-      "quantize_1x128(Tensor x, *, ScalarType? dtype=None, bool pow2_scale=False)"
-      " -> (Tensor data, Tensor scale)");
-  m.def(
-      "quantize_1x128_t(Tensor x, *, ScalarType? dtype=None, bool pow2_scale=False)"
-      " -> (Tensor data_t, Tensor scale_t)");
-  m.def(
-      "quantize_1x128_dual(Tensor x, *, ScalarType? dtype=None, bool pow2_scale=False)"
-      " -> (Tensor data, Tensor scale, Tensor data_t, Tensor scale_t)");
-  m.def(
-      "quantize_128x128(Tensor x, *, ScalarType? dtype=None, bool pow2_scale=False)"
-      " -> (Tensor data, Tensor scale)");
-  m.def(
-      "quantize_128x128_dual(Tensor x, *, ScalarType? dtype=None, bool pow2_scale=False)"
-      " -> (Tensor data, Tensor scale, Tensor data_t)");
-  m.def(
-      "quantize_rowwise(Tensor x, *, ScalarType? dtype=None, bool pow2_scale=False)"
-      " -> (Tensor data, Tensor scale)");
-  m.def(
-      "quantize_tensorwise(Tensor x, *, ScalarType? dtype=None, bool pow2_scale=False)"
-      " -> (Tensor data, Tensor scale)");
-  def_with_twin(m, "dequantize(Tensor data, Tensor scale, *, ScalarType out_dtype) -> Tensor");
-
-  // D[M, N] = A[M, K] @ B[N, K].T; the granularity comes from the scales' shapes.
-  def_with_twin(
-      m,
-      "fp8_gemm_nt(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, *, Tensor? bias=None,"
-      " ScalarType? out_dtype=None, int num_sms=0) -> Tensor");
-  def_with_twin(
-      m,
-      "fp8_gemm_nt.out(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, *, Tensor(a!) out,"
-      " bool accumulate=False, Tensor? bias=None, int num_sms=0) -> ()");
-
-  // Quantizers and product for the form that a compiled linear layer keeps for backward
-  // (linear/kept.h).
-  m.def(
-      "_quantize_kept(Tensor x, int granularity, *, ScalarType? dtype=None, bool pow2_scale=False)"
-      " -> (Tensor data, Tensor scale, Tensor kept, Tensor kept_scale)");
-  m.def(
-      "_quantize_128x128_kept(Tensor x, *, ScalarType? dtype=None, bool pow2_scale=False)"
-      " -> (Tensor data, Tensor scale, Tensor kept)");
-  m.def(
-      "_fp8_gemm_nt_kept(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, *,"
-      " ScalarType? out_dtype=None) -> Tensor");
-
-  // Groups of rows of a, each with its own matrix of b [G, N, K]: runs of rows that end at offsets
-  // [G], or the rows that group_ids [M] gives a group. One of the two must be given.
-  def_with_twin(
-      m,
-      "m_grouped_fp8_gemm_nt_contiguous(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale,"
-      " Tensor? offsets=None, *, Tensor? group_ids=None, Tensor? bias=None,"
-      " ScalarType? out_dtype=None, int num_sms=0) -> Tensor");
-  def_with_twin(
-      m,
-      "m_grouped_fp8_gemm_nt_contiguous.out(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale,"
-      " Tensor? offsets=None, *, Tensor? group_ids=None, Tensor(a!) out, bool accumulate=False,"
-      " Tensor? bias=None, int num_sms=0) -> ()");
-  // a [G, M, K]: of group g, its first masked_m[g] rows.
-  def_with_twin(
-      m,
-      "m_grouped_fp8_gemm_nt_masked(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale,"
-      " Tensor masked_m, *, int expected_m=0, Tensor? bias=None, ScalarType? out_dtype=None,"
-      " int num_sms=0) -> Tensor");
-  def_with_twin(
-      m,
-      "m_grouped_fp8_gemm_nt_masked.out(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale,"
-      " Tensor masked_m, *, int expected_m=0, Tensor(a!) out, bool accumulate=False,"
-      " Tensor? bias=None, int num_sms=0) -> ()");
-  // Groups of columns of a and b that end at offsets [G] -> [G, M, N].
-  m.def(
-      "k_grouped_fp8_gemm_nt(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, Tensor offsets, *,"
-      " ScalarType? out_dtype=None, int num_sms=0) -> Tensor");
-  def_with_twin(m,
-                "k_grouped_fp8_gemm_nt.out(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale,"
-                " Tensor offsets, *, Tensor(a!) out, bool accumulate=False, int num_sms=0) -> ()");
-
-  // quantize_1x128(activation(fp8_gemm_nt(...))), with FP32 in between.
-  m.def(
-      "fp8_gemm_nt_swiglu_quantize(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, *,"
-      " Tensor? bias=None, ScalarType? dtype=None, bool pow2_scale=False, int num_sms=0)"
-      " -> (Tensor data, Tensor scale)");
-  m.def(
-      "fp8_gemm_nt_gelu_quantize(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, *,"
-      " bool tanh_approximation=False, Tensor? bias=None, ScalarType? dtype=None,"
-      " bool pow2_scale=False, int num_sms=0) -> (Tensor data, Tensor scale)");
-  m.def(
-      "fp8_gemm_nt_relu2_quantize(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, *,"
-      " Tensor? bias=None, ScalarType? dtype=None, bool pow2_scale=False, int num_sms=0)"
-      " -> (Tensor data, Tensor scale)");
-
-  // The products of torchext.nn.Linear, from what is not quantized yet.
-  m.def(
-      "_linear(Tensor input, Tensor weight, Tensor? bias, int granularity, ScalarType input_dtype,"
-      " ScalarType weight_dtype, ScalarType grad_dtype, bool pow2_scale,"
-      " ScalarType? out_dtype=None) -> Tensor");
-  m.def(
-      "_linear_dgrad(Tensor dy, Tensor weight, int granularity, ScalarType weight_dtype,"
-      " ScalarType grad_dtype, bool pow2_scale, ScalarType out_dtype) -> Tensor");
-  m.def(
-      "_linear_wgrad(Tensor dy, Tensor input, int granularity, ScalarType input_dtype,"
-      " ScalarType grad_dtype, bool pow2_scale, ScalarType out_dtype) -> Tensor");
+  for (const Op& op : kOps) {
+    m.def(op.schema);
+    if (op.has_alias) m.def(alias_schema(op).c_str());
+  }
 }
-
-namespace {
-
-void impl_with_twin(StableLibrary& m, const std::string& name,
-                    void (*kernel)(StableIValue*, uint64_t, uint64_t)) {
-  m.impl(name.c_str(), kernel);
-  m.impl(("_" + name).c_str(), kernel);
-}
-
-void register_kernels(StableLibrary& m) {
-  m.impl("quantize_1x128", TORCH_BOX(&torchext::quantize_1x128));
-  m.impl("quantize_1x128_t", TORCH_BOX(&torchext::quantize_1x128_t));
-  m.impl("quantize_1x128_dual", TORCH_BOX(&torchext::quantize_1x128_dual));
-  m.impl("quantize_128x128", TORCH_BOX(&torchext::quantize_128x128));
-  m.impl("quantize_128x128_dual", TORCH_BOX(&torchext::quantize_128x128_dual));
-  m.impl("quantize_rowwise", TORCH_BOX(&torchext::quantize_rowwise));
-  m.impl("quantize_tensorwise", TORCH_BOX(&torchext::quantize_tensorwise));
-  impl_with_twin(m, "dequantize", TORCH_BOX(&torchext::dequantize));
-  impl_with_twin(m, "fp8_gemm_nt", TORCH_BOX(&torchext::fp8_gemm_nt));
-  impl_with_twin(m, "fp8_gemm_nt.out", TORCH_BOX(&torchext::fp8_gemm_nt_out));
-  m.impl("_quantize_kept", TORCH_BOX(&torchext::quantize_kept));
-  m.impl("_quantize_128x128_kept", TORCH_BOX(&torchext::quantize_128x128_kept));
-  m.impl("_fp8_gemm_nt_kept", TORCH_BOX(&torchext::fp8_gemm_nt_kept));
-  impl_with_twin(m, "m_grouped_fp8_gemm_nt_contiguous",
-                 TORCH_BOX(&torchext::m_grouped_fp8_gemm_nt_contiguous));
-  impl_with_twin(m, "m_grouped_fp8_gemm_nt_contiguous.out",
-                 TORCH_BOX(&torchext::m_grouped_fp8_gemm_nt_contiguous_out));
-  impl_with_twin(m, "m_grouped_fp8_gemm_nt_masked",
-                 TORCH_BOX(&torchext::m_grouped_fp8_gemm_nt_masked));
-  impl_with_twin(m, "m_grouped_fp8_gemm_nt_masked.out",
-                 TORCH_BOX(&torchext::m_grouped_fp8_gemm_nt_masked_out));
-  m.impl("k_grouped_fp8_gemm_nt", TORCH_BOX(&torchext::k_grouped_fp8_gemm_nt));
-  impl_with_twin(m, "k_grouped_fp8_gemm_nt.out", TORCH_BOX(&torchext::k_grouped_fp8_gemm_nt_out));
-  m.impl("fp8_gemm_nt_swiglu_quantize", TORCH_BOX(&torchext::fp8_gemm_nt_swiglu_quantize));
-  m.impl("fp8_gemm_nt_gelu_quantize", TORCH_BOX(&torchext::fp8_gemm_nt_gelu_quantize));
-  m.impl("fp8_gemm_nt_relu2_quantize", TORCH_BOX(&torchext::fp8_gemm_nt_relu2_quantize));
-  m.impl("_linear", TORCH_BOX(&torchext::linear));
-  m.impl("_linear_dgrad", TORCH_BOX(&torchext::linear_dgrad));
-  m.impl("_linear_wgrad", TORCH_BOX(&torchext::linear_wgrad));
-}
-
-}  // namespace
-
 STABLE_TORCH_LIBRARY_IMPL(torchext, CPU, m) {
   register_kernels(m);
 }

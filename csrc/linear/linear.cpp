@@ -19,9 +19,8 @@ struct Quantizer {
   Quantizer(int64_t granularity, bool pow2_scale)
       : granularity(static_cast<Granularity>(granularity)), pow2_scale(pow2_scale) {
     TORCHEXT_CHECK_VALUE(0 <= granularity && granularity <= 2, kLayer,
-                         ": granularity: expected 0 (blockwise), 1 (rowwise) or 2 (tensorwise); "
-                         "got ",
-                         granularity, "; call torchext.nn.Linear instead of its op");
+                         ": granularity must be 0 (blockwise), 1 (rowwise) or 2 (tensorwise) (got ",
+                         granularity, "); call torchext.nn.Linear instead of its op");
   }
 
   // An input or a gradient [..., K], with scales along K.
@@ -57,21 +56,21 @@ struct Quantizer {
 
 void check_wide(const char* name, const Tensor& x) {
   TORCHEXT_CHECK_TYPE(is_wide(x.scalar_type()), kLayer, ": ", name,
-                      ": expected torch.float32, torch.bfloat16 or torch.float16; got ",
-                      dtype_name(x.scalar_type()), "; convert it with .to()");
+                      " must be torch.float32, torch.bfloat16 or torch.float16 (got ",
+                      dtype_name(x.scalar_type()), "); convert it with .to()");
 }
 
 void check(const char* name, const Tensor& x, int64_t columns, const Tensor& other) {
   TORCHEXT_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == columns, kLayer, ": ", name,
-                 ": expected shape [..., ", columns, "], for the other operand of shape ",
-                 shape_string(other), "; got ", shape_string(x));
+                 " must have shape [..., ", columns, "] beside an operand of shape ",
+                 shape_string(other), " (got ", shape_string(x), ")");
   check_wide(name, x);
 }
 
 void check_weight(const Tensor& weight) {
   TORCHEXT_CHECK(weight.dim() == 2, kLayer,
-                 ": weight: expected shape [out_features, in_features]; got ",
-                 shape_string(weight));
+                 ": weight must have shape [out_features, in_features] (got ", shape_string(weight),
+                 ")");
   check_wide("weight", weight);
 }
 
@@ -82,6 +81,9 @@ Tensor linear(const Tensor& input, const Tensor& weight, std::optional<Tensor> b
               bool pow2_scale, std::optional<ScalarType> out_dtype) {
   check_weight(weight);
   check("input", input, weight.size(1), weight);
+  TORCHEXT_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == weight.size(0)), kLayer,
+                 ": bias must have shape [", weight.size(0),
+                 "], a value for each row of weight (got ", shape_string(*bias), ")");
   const Quantizer quantizer(granularity, pow2_scale);
   const auto [x, x_scale] = quantizer.activation(input, input_dtype);
   const auto [w, w_scale] = quantizer.weight(weight, weight_dtype);
@@ -104,8 +106,8 @@ Tensor linear_wgrad(const Tensor& dy, const Tensor& input, int64_t granularity,
                     ScalarType input_dtype, ScalarType grad_dtype, bool pow2_scale,
                     ScalarType out_dtype) {
   TORCHEXT_CHECK(dy.dim() >= 1 && input.dim() >= 1, kLayer,
-                 ": gradient and input: expected at least one dimension each; got ",
-                 shape_string(dy), " and ", shape_string(input));
+                 ": gradient and input must have at least one dimension each (got ",
+                 shape_string(dy), " and ", shape_string(input), ")");
   const Quantizer quantizer(granularity, pow2_scale);
   const auto [dy_t, dy_t_scale] = quantizer.transposed_activation(dy, grad_dtype);
   const auto [x_t, x_t_scale] = quantizer.transposed_activation(input, input_dtype);

@@ -1,7 +1,7 @@
 // The products of torchext.nn.Linear, each with the quantization of its operands, as one op: what
 // graphs (torch.export, torch.fx, TorchScript) hold, and what torch.func's transforms and DTensor
 // see, of a layer. Eager layers and torch.compile call the quantizers and the product themselves
-// (torchext/nn/linear_function.py): they keep what forward has quantized for backward.
+// (torchext/ops/linear_function.py): they keep what forward has quantized for backward.
 #pragma once
 
 #include <optional>

@@ -11,6 +11,7 @@ from torch.nn import Parameter
 
 from torchext import Recipe
 from torchext.nn import Linear
+from torchext.ops.linear import op_options
 from torchext.ops.linear_operands import layer_error, named_after_layer
 
 RECIPES = [Recipe.deepseek_v3(), Recipe.rowwise(), Recipe.tensorwise()]
@@ -65,6 +66,15 @@ def test_a_bias_that_does_not_fit_when_compiled(fullgraph, device):
 def test_a_bias_that_does_not_fit_when_exported(strict, device):
     with pytest.raises(Exception, match=WRONG):
         torch.export.export(misfitting(device), (torch.zeros(8, 64, device=device),), strict=strict)
+
+
+def test_an_exported_graph_that_is_given_another_bias(device):
+    """The op's own check: a graph runs without Python of torchext."""
+    x, layer = torch.zeros(8, 64, device=device), misfitting(device)
+    with pytest.raises(RuntimeError, match=r"^torchext\.nn\.Linear: bias must have shape \[40\]"):
+        torch.ops.torchext._linear(x, layer.weight, layer.bias, *op_options(layer.recipe))
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"Linear: bias must have shape \[40\]"):
+        torch.ops.torchext._linear(x, layer.weight, layer.bias, *op_options(layer.recipe))
 
 
 def test_errors_of_backward_name_the_layer(device):
