@@ -80,7 +80,7 @@ def test_elements_that_share_a_scale():
     found = [
         int(value)
         for text in CPP.values()
-        for value in re.findall(r"constexpr int64_t kGroup = (\d+);", text)
+        for value in re.findall(r"constexpr int64_t kScaleGroup = (\d+);", text)
     ]
     assert found == [layout.GROUP]
 
