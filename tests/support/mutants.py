@@ -260,7 +260,7 @@ MUTANTS = [
     Mutant("scale of the wrong K block of b", "by TMA", MAINLOOP,
            "scales.fetch(p, k_block + 1)", "scales.fetch(p, k_block)"),
     Mutant("misaligned staging", "by TMA", TMA_STORE,
-           "tensor_3d_store(map, box,", "tensor_3d_store(map, box + 64,"),
+           "tensor_3d_store(target.map(), box,", "tensor_3d_store(target.map(), box + 64,"),
     Mutant("row bound off by one", "by threads", EPILOGUE,
            "if (row_of(i) >= work.m_end) continue;", "if (row_of(i) > work.m_end) continue;"),
     Mutant("column bound off by one", "by threads", EPILOGUE,
