@@ -29,7 +29,7 @@ def _value(kind: str, cell: str) -> Any:
 
 
 def read(text: str) -> tuple[dict[str, int], dict[str, int], dict[int, SimpleNamespace]]:
-    """({path: number}, {limit: value}, {capability: its row, columns as attributes})."""
+    """({path: number}, {limit: value}, {capability: row}); a row has its columns as attributes."""
     text = re.sub(r"//.*", "", text)
     columns = _rows(text, "COLUMN")
     rows = {}

@@ -1,12 +1,13 @@
-"""nvcc, with four duties more than compiling.
+"""A wrapper of nvcc with four more duties than compiling.
 
-setup.py has torch's build run this in place of nvcc (PYTORCH_NVCC).
-- Which GPUs a file is compiled for follows from its folder: `architectures`.
-- Beside every object file it leaves the PTX that the machine code in it was made from, one file an
-  architecture (X.o -> X.90a.ptx), for the simulator, and ptxas' report (X.ptxas).
-- It leaves a list of the headers read (X.o.d): torch has nvcc do so only where it has CUDA itself.
-- The build fails where ptxas says that it ignored setmaxnreg (C7508) or serialized wgmma (C7510,
-  C7518), spilled registers, or put anything in local memory.
+setup.py makes torch's build run this in place of nvcc (PYTORCH_NVCC).
+- It compiles a file for the GPUs that follow from the file's folder: `architectures`.
+- Beside every object file it writes the PTX from which the machine code was made, one file per
+  architecture (X.o -> X.90a.ptx), for the simulator; and the report of ptxas (X.ptxas).
+- It writes a list of the headers that were read (X.o.d). torch makes nvcc do so only if torch
+  itself has CUDA.
+- It fails the build if ptxas says that it ignored setmaxnreg (C7508), serialized wgmma (C7510,
+  C7518), spilled registers or put anything in local memory.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pathlib import Path
 from architectures import ARCHITECTURES, TABLE
 
 FORBIDDEN_WARNINGS = ("C7508", "C7510", "C7518")
-BY_FOLDER = "--arch-by-folder"  # what setup.py passes; torch then adds no architectures of its own
+BY_FOLDER = "--arch-by-folder"  # setup.py passes it; torch then adds no architectures of its own
 
 
 def _portable() -> dict[str, tuple[str, ...]]:
@@ -33,10 +34,10 @@ def _portable() -> dict[str, tuple[str, ...]]:
     return reals
 
 
-# What a portable kernel is compiled for: {N of compute_N: N of each sm_N with machine code of it}.
-# There is an entry for each generation whose instructions make another kernel of it; sm_80 has none
+# What a portable kernel is compiled for: {N of compute_N: (N of each sm_N that gets machine code)}.
+# There is an entry for each generation whose new instructions change the kernel. sm_80 has none,
 # because it has nothing new for quantizers. Machine code runs on later GPUs of the same major
-# version: sm_86 takes sm_80's.
+# version: sm_86 runs sm_80's.
 PORTABLE = _portable()
 
 
@@ -49,8 +50,8 @@ def architectures(source: Path) -> dict[str, tuple[str, ...]]:
 
 
 def gencodes(source: Path) -> list[str]:
-    """nvcc's options. The PTX of the last architecture goes along, for the driver to compile on
-    GPUs newer than all; not that of sm_Na or sm_Nf, which no later generation can run."""
+    """nvcc's options. They include the PTX of the last architecture, which the driver compiles for
+    newer GPUs; but not the PTX of sm_Na or sm_Nf, which no later generation can run."""
     numbers = architectures(source)
     *_, last = numbers
     options = []
@@ -75,7 +76,7 @@ def is_outdated(obj: Path) -> bool:
 
 
 def findings(report: str) -> list[str]:
-    """What is wrong in the output of `ptxas -v`: one line a fault, naming the kernel."""
+    """The faults in the output of `ptxas -v`: one line for each, which names the kernel."""
     faults = []
     kernel = "?"
     for line in report.splitlines():
@@ -91,7 +92,7 @@ def findings(report: str) -> list[str]:
 
 def main(arguments: list[str]) -> int:
     nvcc = os.environ["TORCHEXT_NVCC"]
-    if "-c" not in arguments:  # torch asks for the version, say
+    if "-c" not in arguments:  # for example, torch asks for the version
         return subprocess.call([nvcc, *arguments])
     (source,) = (Path(argument) for argument in arguments if argument.endswith(".cu"))
     obj = Path(arguments[arguments.index("-o") + 1])

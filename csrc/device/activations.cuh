@@ -1,13 +1,14 @@
-// The activations of csrc/runtime/activation.h on FP32 values in registers. Two sets: with the math
-// library's functions, for kernels that wait for memory anyway, and with approximate instructions,
-// for epilogues whose issue slots are scarce. NaN stays NaN in both. Errors: docs/numerics.md.
+// The activations of csrc/runtime/activation.h on FP32 values in registers. There are two sets: one
+// uses the math library, for kernels that wait for memory anyway; the other uses approximate
+// instructions, for epilogues whose issue slots are scarce. NaN stays NaN in both. Errors:
+// docs/numerics.md.
 #pragma once
 
 #include "../runtime/activation.h"
 
 namespace torchext {
 
-// `gate` is that of SwiGLU, and otherwise unused.
+// `gate` is the gate of SwiGLU; other activations do not use it.
 __device__ __forceinline__ float activate(Activation activation, float gate, float x) {
   switch (activation) {
     case Activation::kSwiGLU:

@@ -1,6 +1,6 @@
-// Conversions between FP32 and the narrow formats on every architecture: the instruction where the
-// target has it (FP8: sm_89; pairs of 16-bit values: sm_80), and elsewhere arithmetic that gives
-// the same bits, NaN included.
+// Conversions between FP32 and the narrow formats on every architecture. Targets that have the
+// instruction use it (FP8: sm_89; pairs of 16-bit values: sm_80); on others, arithmetic gives the
+// same bits, NaN included.
 #pragma once
 
 #include "ptx/isa/convert.h"
@@ -18,9 +18,10 @@ constexpr bool kHasPairConversions = false;
 constexpr bool kHasPairConversions = true;
 #endif
 
-// FP32 to FP8 of `mantissa` fraction bits whose largest finite value has the FP32 bits `largest`,
-// as cvt.rn.satfinite does. Adding a power of two whose last place is that of the format at x makes
-// the FPU round, and leaves the significand, hidden bit included, in the low bits of the sum.
+// FP32 to FP8 as cvt.rn.satfinite does. The format has `mantissa` fraction bits; its largest finite
+// value has the FP32 bits `largest`. Trick: add a power of two whose last place is the place at
+// which the format rounds x. The FPU then rounds, and the low bits of the sum are the significand,
+// hidden bit included.
 template <int mantissa, int bias, uint32_t largest>
 __device__ __forceinline__ uint32_t fp8_code(float x) {
   constexpr int kDropped = 23 - mantissa;
@@ -54,10 +55,11 @@ __device__ __forceinline__ uint16_t pack_fp8(bool e5m2, float high, float low) {
   return e5m2 ? pack_e5m2(high, low) : pack_e4m3(high, low);
 }
 
-// Two e4m3 codes, each in the upper byte of a half of `codes` (whose lower bytes are ignored), as
-// two f16 values that are 2^-8 of theirs: the exponent fields are biased by 15 and 7, and a
-// subnormal e4m3 is a subnormal f16. NaN stays NaN: of the magnitudes, all ones alone carries into
-// bit 14 when its last place is added, and with that bit all bits of the f16 exponent are set.
+// Two e4m3 codes to two f16 values that are 2^-8 times theirs. The codes are in the upper bytes of
+// the halves of `codes`; the lower bytes are ignored. The factor is the difference of the exponent
+// biases, 15 and 7; a subnormal e4m3 becomes a subnormal f16. NaN stays NaN: its magnitude is all
+// ones, the only one that carries into bit 14 when one is added to its last place; with bit 14, all
+// exponent bits of the f16 are set.
 __device__ __forceinline__ uint32_t e4m3_as_f16x2(uint32_t codes) {
   const uint32_t halves = (codes >> 1 & 0x3f803f80) | (codes & 0x80008000);
   return halves | ((halves + 0x00800080) & 0x40004000);
@@ -69,7 +71,7 @@ __device__ __forceinline__ uint32_t e5m2_as_f16x2(uint32_t codes) {
   return codes & 0xff00ff00;
 }
 
-// The bytes of a pair in the upper bytes of the halves.
+// Moves the two bytes of a pair into the upper bytes of the two halves of a word.
 __device__ __forceinline__ uint32_t spread_pair(uint16_t pair) {
   return __byte_perm(pair, 0, 0x1404);
 }

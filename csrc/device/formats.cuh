@@ -1,7 +1,7 @@
-// Element formats as types, and groups of 16 elements in registers. An input format says how 32-bit
-// words hold its elements and how magnitudes are compared without leaving those words (as integers:
-// NaN and Inf come out largest); an output format packs FP32 values into FP8. The type names are
-// the suffixes of kernel names.
+// Element formats as types, and 16 elements of a row in registers. An input format says how 32-bit
+// words hold its elements and how to compare magnitudes within those words. The comparison is of
+// integers, which makes Inf and NaN the largest. An output format packs FP32 values into FP8. The
+// type names are the suffixes of kernel names.
 #pragma once
 
 #include "../runtime/tensor.h"
@@ -47,7 +47,7 @@ struct f32 {
   static __device__ uint32_t larger(uint32_t a, uint32_t b) { return max(a, b); }
 };
 
-// FP8 data of either kind, as it is loaded.
+// FP8 data of either format, as loads see it.
 struct fp8 {
   static constexpr int kPerWord = 4;
 };
@@ -79,8 +79,8 @@ struct Elements16 {
   }
 };
 
-// Magnitudes are reduced word by word (each position within the word by itself), then
-// `amax_bits` takes the FP32 bits of the largest position.
+// The largest magnitudes of 16 elements, one for each position within a word; `amax_bits` then
+// gives the FP32 bits of the largest of these positions.
 template <class In>
 __device__ uint32_t magnitudes(const Elements16<In>& e) {
   uint32_t largest = 0;
@@ -98,8 +98,8 @@ __device__ uint32_t amax_bits(uint32_t magnitudes) {
   return largest;
 }
 
-// The largest over the `lanes` neighboring lanes (a power of two) that share a scale, in all of
-// them.
+// Reduces magnitudes over the `lanes` neighboring lanes (a power of two) that share a scale; all of
+// them get the result.
 template <class In>
 __device__ uint32_t reduce_magnitudes(uint32_t magnitudes, int lanes) {
 #pragma unroll
@@ -108,7 +108,7 @@ __device__ uint32_t reduce_magnitudes(uint32_t magnitudes, int lanes) {
   return magnitudes;
 }
 
-// The scale that another of `lanes` neighboring lanes computed.
+// The scale that lane number `lane` of `lanes` neighboring lanes computed.
 template <class In>
 __device__ GroupScale from_lane(const GroupScale& s, int lane, int lanes) {
   return {__shfl_sync(~0u, s.scale, lane, lanes),
@@ -116,7 +116,7 @@ __device__ GroupScale from_lane(const GroupScale& s, int lane, int lanes) {
           __shfl_sync(~0u, s.divisor, lane, lanes), __shfl_sync(~0u, s.reciprocal, lane, lanes)};
 }
 
-// FP8 of the 16 values x(i), lifted already.
+// Quantizes the 16 values x(i), which have been multiplied by s.lift, to FP8.
 template <class Out, class Value>
 __device__ uint4 divide16(Value x, const GroupScale& s) {
   uint32_t packed[4];
@@ -127,7 +127,7 @@ __device__ uint4 divide16(Value x, const GroupScale& s) {
   return {packed[0], packed[1], packed[2], packed[3]};
 }
 
-// FP8 of the 16 values x(i), which come from elements of format In.
+// Quantizes the 16 values x(i), which come from elements of format In, to FP8.
 template <class In, class Out, class Value>
 __device__ uint4 quantize16(Value x, const GroupScale& s) {
   if (In::kLifts && s.lift != 1.0f) return divide16<Out>([&](int i) { return x(i) * s.lift; }, s);

@@ -1,4 +1,4 @@
-// Elements of arrays whose wide dtype (FP32, BF16 or FP16) is known only at run time, as FP32.
+// Loads FP32 values from arrays whose wide dtype (FP32, BF16 or FP16) is known only at run time.
 #pragma once
 
 #include "../runtime/tensor.h"
@@ -22,7 +22,7 @@ __device__ __forceinline__ void with_loader(ScalarType dtype, const Body& body) 
     });
 }
 
-// Two FP32 values as BF16, or else FP16; `low` in the low half.
+// Packs two FP32 values as BF16, or as FP16 for every other dtype; `low` is in the low half.
 __device__ __forceinline__ uint32_t pack_16bit(ScalarType dtype, float low, float high) {
   return dtype == ScalarType::BFloat16 ? pack_bf16(high, low) : pack_f16(high, low);
 }

@@ -1,6 +1,6 @@
 // Matrices as kernels see them: structs passed by value. Kernels read and write 16 elements at a
 // time, with 16-byte accesses where the layout allows, and element by element at ragged edges. Host
-// code makes them of the views of csrc/runtime/views.h.
+// code makes the structs from the views of csrc/runtime/views.h.
 #pragma once
 
 #include "../runtime/check.h"
@@ -33,13 +33,13 @@ struct Sink {
   }
 };
 
-// How many of `count` positions from `first` on lie below `end`.
+// How many of the `count` positions that begin at `first` are below `end`.
 __device__ inline int valid_of(int64_t first, int64_t end, int count) {
   return int(max(int64_t(0), min(end - first, int64_t(count))));
 }
 
-// The first `valid` of 16 elements of a row, `stride` bytes apart; the others are zero. `aligned`:
-// contiguous, from a multiple of 16 bytes on.
+// Loads the first `valid` of 16 elements of a row, `stride` bytes apart; the others are zero.
+// `aligned`: the elements are contiguous and `address` is a multiple of 16.
 template <class In>
 __device__ Elements16<In> load16(const uint8_t* address, int64_t stride, bool aligned, int valid) {
   Elements16<In> e = {};
@@ -69,8 +69,8 @@ __device__ Elements16<In> load16(const uint8_t* address, int64_t stride, bool al
   return e;
 }
 
-// use(i, load(i)) for every i below n. `together`: with all loads in flight before the first use;
-// otherwise one after another, in little code, for edges.
+// Calls use(i, load(i)) for every i below n. `together`: all loads are in flight before the first
+// use. Otherwise they run one after another, which is less code, for edges.
 template <class In, int n, bool together, class Load, class Use>
 __device__ void for_each_loaded(Load load, Use use) {
   if constexpr (together) {
@@ -85,8 +85,8 @@ __device__ void for_each_loaded(Load load, Use use) {
   }
 }
 
-// The first `valid` of 16 bytes, to an address that is a multiple of 16. What follows a row's last
-// element is left alone: it need not belong to the tensor.
+// Stores the first `valid` of 16 bytes; `address` is a multiple of 16. Bytes after a row's last
+// element are not written, since they need not belong to the tensor.
 __device__ inline void store16(uint8_t* address, int valid, const uint4& bytes) {
   if (valid == 16) {
     *reinterpret_cast<uint4*>(address) = bytes;
@@ -120,7 +120,8 @@ inline Sink sink_of(const QuantizedView& out) {
           out.scale_col_stride};
 }
 
-// Enough blocks for `tiles`. Kernels count tiles in 32 bits: memory ends long before they do.
+// A grid of enough CTAs for `tiles`. Kernels count tiles in 32 bits, which no tensor that fits in
+// memory exceeds.
 inline Dim3 grid_of(int64_t tiles, int64_t tiles_per_block) {
   TORCHEXT_CHECK(tiles <= INT32_MAX, "quantizer launch of ", tiles, " tiles: too large");
   return {uint32_t(ceil_div(tiles, tiles_per_block))};

@@ -1,6 +1,6 @@
 // The arithmetic of a quantizer: scales, and quotients that round to FP8 as true division does.
-// Every kernel that quantizes uses it. It is also standard C++, which
-// tests/quantize/cuda_numbers.cpp runs on the host to check the claims below. Numbers:
+// Every kernel that quantizes uses it. It is also standard C++, so that
+// tests/quantize/cuda_numbers.cpp can check the claims below on the host. Numbers:
 // docs/numerics.md.
 #pragma once
 
@@ -28,10 +28,10 @@ TORCHEXT_NUMBERS uint32_t bits_of(float value) {
   return bits;
 }
 
-// What a scale does to the values that share it.
+// A scale, and what dividing by it takes.
 struct GroupScale {
   float scale;       // as stored: NaN for a group that holds NaN or Inf
-  float lift;        // of x before division: 2^64 if the remainder might underflow, else 1
+  float lift;        // factor of x before division: 2^64 if the remainder might underflow, else 1
   float divisor;     // scale * lift, at least 2^-64
   float reciprocal;  // RN(1 / divisor)
 };
@@ -43,18 +43,18 @@ TORCHEXT_NUMBERS constexpr float fp8_max(bool e5m2) {
   return e5m2 ? 57344.0f : 448.0f;
 }
 
-// From s.scale, the rest.
+// Computes the other members from s.scale.
 TORCHEXT_NUMBERS void set_divisor(GroupScale& s) {
   s.lift = s.scale < 0x1p-64f ? 0x1p64f : 1.0f;
   s.divisor = s.scale * s.lift;
   s.reciprocal = 1.0f / s.divisor;
 }
 
-// The scale of values whose largest magnitude is `amax_bits` (as FP32 bits, so that NaN and Inf are
-// the largest of all): RN(amax / fp8_max), at least the smallest normal FP32, and rounded up to
-// where the bits `dropped_mantissa` are zero: 0 for no change, kMantissa for a power of two.
-// fp8_max is 448 or 57344, both 7 * 2^n, for which one correction of the product with the
-// reciprocal gives the correctly rounded quotient of every FP32 amax.
+// The scale of values whose largest magnitude has the FP32 bits `amax_bits`; compared as bits, NaN
+// and Inf are the largest of all. The scale is RN(amax / fp8_max), at least the smallest normal
+// FP32. It is then rounded up until the bits `dropped_mantissa` are zero: 0 keeps it, kMantissa
+// makes it a power of two. fp8_max is 448 or 57344, both 7 * 2^n. For these divisors, amax times
+// the reciprocal with one correction is the correctly rounded quotient, for every FP32 amax.
 TORCHEXT_NUMBERS GroupScale scale_of(uint32_t amax_bits, float fp8_max, uint32_t dropped_mantissa) {
   constexpr float kSmallestNormal = 0x1p-126f;
   const float amax = float_of(amax_bits);
@@ -69,9 +69,9 @@ TORCHEXT_NUMBERS GroupScale scale_of(uint32_t amax_bits, float fp8_max, uint32_t
   return s;
 }
 
-// lifted_x / divisor, that is x / scale, such that rounding the result to FP8 gives what rounding
-// the correctly rounded FP32 quotient gives: one correction by the remainder (Markstein). The
-// remainder is taken negated, which keeps the sign of a zero. NaN when the scale is.
+// lifted_x / divisor, which is x / scale, by one correction with the remainder (Markstein).
+// Rounding the result to FP8 gives the same code as rounding the correctly rounded FP32 quotient.
+// The remainder is computed negated, which keeps the sign of a zero. NaN if the scale is NaN.
 TORCHEXT_NUMBERS float divide(float lifted_x, const GroupScale& s) {
   const float quotient = lifted_x * s.reciprocal;
   const float negated_remainder = fmaf(quotient, s.divisor, -lifted_x);

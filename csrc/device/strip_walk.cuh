@@ -17,7 +17,7 @@ struct TilePosition {
   uint32_t row, column;  // in tiles
 };
 
-// Tile number `index` of m_tiles x n_tiles; index < m_tiles * n_tiles.
+// The position of tile `index` in a matrix of m_tiles x n_tiles; index < m_tiles * n_tiles.
 __device__ __forceinline__ TilePosition strip_walk(uint32_t index, uint32_t m_tiles,
                                                    uint32_t n_tiles) {
   const uint32_t strip = index / (kStripRows * n_tiles);

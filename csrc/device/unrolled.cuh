@@ -15,8 +15,8 @@ __device__ __forceinline__ void unrolled(const Body& body, std::integer_sequence
   (body(Constant<indices>()), ...);
 }
 
-// body(Constant<i>()) for each i below `count`. An array stays in registers only if all its indices
-// are constants: use this where the compiler would not unroll a `for` loop.
+// Calls body(Constant<i>()) for each i below `count`. An array stays in registers only if all its
+// indices are constants: use this where the compiler would not unroll a `for` loop.
 template <int count, class Body>
 __device__ __forceinline__ void unrolled(const Body& body) {
   unrolled(body, std::make_integer_sequence<int, count>());

@@ -10,10 +10,11 @@
 namespace torchext {
 namespace {
 
-// e^x to about one unit in the last place, NaN kept: 2^n e^r with |r| <= ln(2) / 2. The polynomials
-// here are ours, fitted for the least largest error. 2^n as two powers of two, for n down to -150.
+// e^x to about one unit in the last place; NaN stays NaN. It is 2^n e^r with |r| <= ln(2) / 2. The
+// polynomials of this file were fitted for it, to minimize the largest error. 2^n is computed as
+// two powers of two, since n goes down to -150.
 float exponential(float x) {
-  constexpr float kRound = 0x1.8p23f;  // + kRound - kRound rounds to an integer
+  constexpr float kRound = 0x1.8p23f;  // adding and subtracting it rounds to an integer
   constexpr float kLn2High = 0x1.63p-1f, kLn2Low = -0x1.bd0106p-13f;
   x = std::min(std::max(x, -104.0f), 89.0f);
   const float n = x * 0x1.715476p0f + kRound - kRound;
@@ -49,7 +50,7 @@ float complementary_error(float z) {
 }
 
 struct GELU {
-  // x times the normal distribution's mass below it, which for x > 0 is one minus that above.
+  // x times the mass of the normal distribution below x; for x > 0, one minus the mass above x.
   static float apply(float x) {
     const float tail = 0.5f * complementary_error(std::abs(x) * 0x1.6a09e6p-1f);
     const uint32_t mass = select(x < 0, bits_of(tail), bits_of(1.0f - tail));
@@ -94,7 +95,7 @@ struct ActivateSwiGLU {
   }
 };
 
-// 1x128 groups of rows of `cols` FP32 values, `stride` apart.
+// Quantizes rows of `cols` FP32 values, `stride` apart, with 1x128 scales.
 template <class Out>
 struct QuantizeRows {
   static void run(const float* product, int64_t stride, int64_t cols, const QuantizedView& out,

@@ -5,9 +5,9 @@
 
 namespace torchext {
 
-// Adds bias to rows [row, row + rows) and columns [col, col + cols) of the problem's product, FP32,
-// applies its activation, in place, and quantizes into its output. Of SwiGLU, `product` holds as
-// many columns of the gate and then as many of up; `bias` begins with column `col`.
+// Adds bias to rows [row, row + rows) and columns [col, col + cols) of the problem's FP32 product,
+// applies its activation in place, and quantizes into its output. For SwiGLU, `product` holds
+// `cols` columns of the gate and then `cols` columns of up. `bias` begins with column `col`.
 void activate_and_quantize_cpu(const GemmProblem& p, float* product, const float* bias, int64_t row,
                                int64_t rows, int64_t col, int64_t cols);
 

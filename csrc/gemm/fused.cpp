@@ -1,5 +1,5 @@
-// Host entries of the GEMM ops that apply an activation and quantize: what they return is laid out
-// as quantize_1x128 lays it out.
+// Host entries of the GEMM ops that apply an activation and quantize. Their results have the layout
+// of quantize_1x128.
 #include "../runtime/check.h"
 #include "../runtime/layout.h"
 #include "operands.h"

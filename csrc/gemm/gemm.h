@@ -1,6 +1,6 @@
-// FP8 matrix products: host entry points of the ops (gemm.cpp, grouped.cpp, fused.cpp: check,
-// allocate, dispatch; operands.cpp is what they share), and what the CPU kernel (gemm_cpu.cpp) and
-// the CUDA launchers (sm90/launch.cpp, mma/launch.cpp) implement. Numbers: docs/numerics.md.
+// FP8 GEMMs: host entry points of the ops, which check, allocate and dispatch (gemm.cpp,
+// grouped.cpp, fused.cpp; they share operands.cpp), and what the CPU kernel (gemm_cpu.cpp) and the
+// CUDA launchers (sm90/launch.cpp, mma/launch.cpp) implement. Numbers: docs/numerics.md.
 #pragma once
 
 #include <optional>
@@ -60,25 +60,27 @@ std::tuple<Tensor, Tensor> fp8_gemm_nt_relu2_quantize(const Tensor& a, const Ten
                                                       bool pow2_scale, int64_t num_sms);
 
 // ---- kernels ----
-// How scales meet the product. Row-wise covers tensor-wise: a stride of 0 repeats the one scale.
+// Which elements of a and of b share a scale. kRowwise covers tensor-wise scales, too: a stride of
+// 0 repeats the only scale.
 enum class Granularity {
   k1D2D,     // a: 1x128, b: 128x128
   k1D1D,     // a: 1x128, b: 1x128
-  kRowwise,  // a: one scale a row (or one in all), b likewise; applied once, after all of K
+  kRowwise,  // a, b: one scale for each row (or one for all); applied once, after all of K
 };
 
-// Which rows of `a` meet which matrix of `b`. Groups may be of any length, empty ones included.
-// Rows of `out` that belong to no group stay as they were. The CPU kernel refuses an index that is
-// out of range; on a GPU it cannot be checked, but must not lead outside a, b or out either.
+// Which rows of `a` are multiplied by which matrix of `b`. Groups may have any length, including
+// zero. Rows of `out` that belong to no group stay as they were. The CPU kernel refuses an index
+// that is out of range. CUDA kernels cannot report it, but must not access memory outside a, b and
+// out.
 enum class Grouping {
-  kNone,     // one product
-  kOffsets,  // group g is rows [group_index[g - 1], group_index[g]) of a; rows after the last: none
-  kRowIds,   // row r belongs to group group_index[r]; a negative one: to none
-  kCounts,   // group g is the first group_index[g] of rows [g, g + 1) * group_rows of a
-  kAlongK,   // out[g] sums columns [group_index[g - 1], group_index[g]) of a and b
+  kNone,     // no groups
+  kOffsets,  // group g: rows [group_index[g - 1], group_index[g]) of a; later rows have no group
+  kRowIds,   // row r of a belongs to group group_index[r], or to none if this is negative
+  kCounts,   // group g: the first group_index[g] of rows [g, g + 1) * group_rows of a
+  kAlongK,   // out[g]: a sum over columns [group_index[g - 1], group_index[g]) of a and b
 };
 
-// What kernels on every device read of a problem as it stands; launchers hand it on whole. Strides
+// The part of a problem that kernels on every device read; launchers pass it on unchanged. Strides
 // count elements.
 struct GemmTensors {
   Granularity granularity;
@@ -87,8 +89,8 @@ struct GemmTensors {
   int64_t a_stride;  // between rows; columns are contiguous
   const void* b;     // M-grouped: [groups * n, k], group after group
   int64_t b_stride;
-  // Scale of a[m, k]: a_scale[m * a_scale_row + k / 128 * a_scale_k_block]; of b[n, k] likewise, but
-  // 1D2D's has row n / 128 in place of n. b_scale_group: M-grouped, to the next group's scales.
+  // The scale of a[m, k] is a_scale[m * a_scale_row + k / 128 * a_scale_k_block]; that of b[n, k]
+  // likewise, with n / 128 in place of n for 1D2D. b_scale_group, M-grouped: to the next group.
   int64_t a_scale_k_block;
   const float *a_scale, *b_scale;
   int64_t a_scale_row, b_scale_row, b_scale_k_block, b_scale_group;
@@ -102,8 +104,8 @@ struct GemmTensors {
   const int32_t* group_index;  // on the device of a; see Grouping
   int64_t out_group_stride;    // kAlongK: from out[g] to out[g + 1]
 
-  // Applied to the product in FP32, which is then quantized 1x128 into `out`, FP8 data [m,
-  // columns]. SwiGLU: columns [0, n / 2) of the product are the gate, the rest is up.
+  // Applied to the product in FP32. The result is quantized 1x128 into `out`, FP8 data [m,
+  // out_columns]. SwiGLU: columns [0, n / 2) of the product are the gate, the rest is up.
   Activation activation;
   // With an activation: the scale of out[m, c] is out_scale[m + c / 128 * out_scale_column_block].
   float* out_scale;
@@ -111,24 +113,24 @@ struct GemmTensors {
   bool pow2_scale;
 };
 
-// A checked problem, leading dimensions of `a` folded into m.
+// A checked problem; the leading dimensions of `a` are folded into m.
 struct GemmProblem : GemmTensors {
   const char* op;         // for errors
-  int64_t m, n, k;        // n: columns of the product, SwiGLU's gate and up both
+  int64_t m, n, k;        // n: rows of b; for SwiGLU those of gate and up
   int num_sms;            // 0: all
-  int64_t groups = 1;     // products; 1 without grouping
+  int64_t groups = 1;     // 1 without grouping
   int64_t group_rows;     // kCounts: m / groups
-  int64_t expected_rows;  // of a group, for the choice of a kernel; 0: unknown
+  int64_t expected_rows;  // rows of a group, to choose a kernel; 0: unknown
 };
 
-// Columns of out: SwiGLU takes two columns of the product for each.
+// Columns of out. SwiGLU computes each from two columns of the product.
 inline int64_t out_columns(const GemmProblem& p) {
   return is_gated(p.activation) ? p.n / 2 : p.n;
 }
 
-// `like`: any CPU tensor; scratch memory is allocated as torch allocates it.
+// `like` is any CPU tensor; torch allocates scratch memory like it.
 void fp8_gemm_cpu(const GemmProblem& problem, const Tensor& like);
-// Launchers; CUDA builds only. The first takes Path::sm90, the other every other path.
+// Launchers, in CUDA builds only: the first for Path::sm90, the second for every other path.
 void fp8_gemm_nt_sm90(Device& device, const GemmProblem& problem,
                       std::initializer_list<Buffer> buffers);
 void fp8_gemm_nt_mma(Device& device, Path path, const GemmProblem& problem,

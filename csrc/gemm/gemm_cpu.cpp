@@ -1,6 +1,6 @@
-// CPU GEMM: blocks of the operands are dequantized to FP32 and multiplied by ATen's FP32 product;
-// bias and old output are added in FP32, and the sum is rounded once, or goes through an activation
-// and is quantized (activation_cpu.cpp). A group is a product of some rows or columns of a.
+// CPU GEMM: dequantizes blocks of the operands to FP32 and multiplies them by ATen's FP32 matmul.
+// Bias and old output are added in FP32. The sum is rounded once, or goes through an activation and
+// is quantized (activation_cpu.cpp). Each group is a GEMM of some rows or some columns of a.
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
 #include <algorithm>
@@ -15,12 +15,13 @@ namespace {
 
 constexpr ScalarType kE5M2 = ScalarType::Float8_e5m2;
 
-// So many rows of a and of b are dequantized at a time, and so much of K: at most 16 MiB of each,
-// which malloc keeps for the next block. Where b is most of the work, its block stays in cache.
+// How many rows of a and of b, and how much of K, are dequantized at a time: at most 16 MiB of each
+// operand, which malloc keeps for the next block. If a has few rows, b is most of the work, and its
+// smaller block stays in cache.
 constexpr int64_t kMostRows = 2048, kMostK = 2048;
 constexpr int64_t kFewRows = 64, kMostRowsForFew = 256;
 
-// a or b: rows of FP8 with a scale for every 128 columns of row_group rows.
+// a or b: rows of FP8, with one scale for every 128 columns of row_group rows.
 struct Operand {
   const uint8_t* data;
   int64_t stride;
@@ -40,7 +41,7 @@ Operand operand_a(const GemmProblem& p) {
           1};
 }
 
-// The matrix of b that a group meets.
+// The matrix of b that a group is multiplied by.
 Operand operand_b(const GemmProblem& p, int64_t group) {
   return {static_cast<const uint8_t*>(p.b) + group * p.n * p.b_stride,
           p.b_stride,
@@ -51,7 +52,8 @@ Operand operand_b(const GemmProblem& p, int64_t group) {
           p.granularity == Granularity::k1D2D ? kScaleGroup : 1};
 }
 
-// Rows of an operand or of the output: `count` from `first` on, or of those that `list` names.
+// `count` rows of an operand or of the output, from `first` on; with a list, the rows that its
+// elements from `first` on name.
 struct Rows {
   int64_t first, count;
   const int32_t* list = nullptr;
@@ -61,7 +63,8 @@ struct Rows {
   }
 };
 
-// Columns [col, col + cols) of rows of an operand as FP32, rows `cols` apart.
+// Dequantizes columns [col, col + cols) of rows of an operand to FP32; rows of `out` are `cols`
+// apart.
 template <class In>
 struct Dequantize {
   static void run(const Operand& x, const Rows& rows, int64_t col, int64_t cols, float* out,
@@ -96,7 +99,7 @@ void dequantize(const Operand& x, const Rows& rows, int64_t col, int64_t cols, f
   });
 }
 
-// Rows of the product, finished: `out` = product + bias (+ out). `first_out` is the output's first
+// Finishes rows of the product: out = product + bias (+ out). `first_out` is the output's first
 // row.
 template <class Out>
 struct Finish {
@@ -116,16 +119,18 @@ struct Finish {
   }
 };
 
-// out = a @ b (+ out), past the dispatcher: under autocast it would turn the operands into BF16.
+// out = a @ b (+ out). Bypasses the dispatcher, which under autocast would round the operands to
+// BF16.
 void multiply(const Tensor& out, const Tensor& a, const Tensor& b, bool accumulate) {
   TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(),
                                                   accumulate ? 1.0 : 0.0, 1.0));
 }
 
-// Whether ATen's FP32 product is one. torch.set_float32_matmul_precision lets it round operands to
-// BF16 or TF32 on processors with AMX; LibTorch's stable ABI cannot ask, so try.
+// Whether ATen's FP32 matmul computes in FP32. torch.set_float32_matmul_precision lets it round
+// operands to BF16 or TF32 on processors with AMX. LibTorch's stable ABI cannot ask for this
+// setting, so try.
 bool products_are_fp32(const Tensor& like) {
-  constexpr int64_t kSize = 32;  // large enough not to be spared
+  constexpr int64_t kSize = 32;  // large enough for ATen to round
   constexpr float kProbe = 1 + 0x1p-12f;
   const std::vector<int64_t> sizes{kSize, kSize}, strides{kSize, 1};
   const Tensor a = empty_strided(sizes, strides, ScalarType::Float, like);
@@ -139,7 +144,7 @@ bool products_are_fp32(const Tensor& like) {
   return *floats(product) == kProbe;
 }
 
-// The same with FP64 in between.
+// The same, computed in FP64 and rounded to FP32.
 void multiply_fp64(const Tensor& out, const Tensor& a, const Tensor& b, bool accumulate) {
   const Tensor wide = torch::stable::to(out, ScalarType::Double);
   multiply(wide, torch::stable::to(a, ScalarType::Double), torch::stable::to(b, ScalarType::Double),
@@ -149,7 +154,7 @@ void multiply_fp64(const Tensor& out, const Tensor& a, const Tensor& b, bool acc
 }
 
 std::vector<float> bias_of(const GemmProblem& p, int64_t group) {
-  std::vector<float> bias(p.n, -0.0f);  // the zero that changes no sum
+  std::vector<float> bias(p.n, -0.0f);  // adding -0 changes no number
   if (p.bias == nullptr) return bias;
   with_wide_format(p.bias_dtype, [&](auto format) {
     using Format = decltype(format);
@@ -159,12 +164,12 @@ std::vector<float> bias_of(const GemmProblem& p, int64_t group) {
   return bias;
 }
 
-// Some rows of a by one matrix of b, over columns [k, k + depth) of both.
+// A GEMM of some rows of a and one matrix of b, over columns [k, k + depth) of both.
 struct Part {
   Rows rows;
-  int64_t group;  // of b and of bias
+  int64_t group;  // selects the matrix of b and the bias
   int64_t k, depth;
-  void* out;  // its first row, which need not be one of `rows`
+  void* out;  // first row of the output, even if `rows` lacks it
 };
 
 class Multiplier {
@@ -202,7 +207,7 @@ class Multiplier {
     return empty_strided({rows, cols}, {row_stride, col_stride}, ScalarType::Float, like_);
   }
 
-  // In FP32, the columns of each of b_rows side by side.
+  // The product in FP32; the columns of the elements of b_rows are side by side.
   Tensor multiply(const Part& part, const Rows& a_rows, const std::vector<Rows>& b_rows) const {
     const Operand a = operand_a(p_), b = operand_b(p_, part.group);
     const int64_t cols = b_rows[0].count * int64_t(b_rows.size());
@@ -230,7 +235,7 @@ class Multiplier {
 
 // ---- groups ----
 
-// Offsets, preceded by 0. They must ascend to at most `most`, called `name`.
+// 0 and the offsets. Checks that they ascend to at most `most`, which errors call `name`.
 std::vector<int64_t> bounds(const GemmProblem& p, int64_t most, const char* name) {
   std::vector<int64_t> bounds{0};
   for (int64_t g = 0; g < p.groups; ++g) {

@@ -1,5 +1,5 @@
-// Host entries of the grouped GEMM ops. Where groups begin is read on the device alone: nothing
-// here waits for it.
+// Host entries of the grouped GEMM ops. Only kernels read where groups begin, so nothing here waits
+// for the device.
 #include "../runtime/check.h"
 #include "operands.h"
 
@@ -14,7 +14,7 @@ std::string sizes_string(const char* names, const std::vector<int64_t>& sizes) {
   return text + "]";
 }
 
-// A product whose groups are runs of rows of a, or rows that name their group.
+// The op whose groups are runs of rows of a, or whose rows each name their group.
 struct Contiguous {
   static constexpr const char* kOp = "m_grouped_fp8_gemm_nt_contiguous";
   GemmCall call;
@@ -35,7 +35,7 @@ struct Contiguous {
   }
 };
 
-// A product whose groups are the first rows of each matrix of a.
+// The op whose groups are the first rows of each matrix of a.
 struct Masked {
   static constexpr const char* kOp = "m_grouped_fp8_gemm_nt_masked";
   GemmCall call;
@@ -57,7 +57,7 @@ struct Masked {
   std::vector<int64_t> out_sizes() const { return {p.groups, p.group_rows, p.n}; }
 };
 
-// A product whose groups are runs of K.
+// The op whose groups are runs of columns of a and b.
 struct AlongK {
   static constexpr const char* kOp = "k_grouped_fp8_gemm_nt";
   GemmCall call;

@@ -74,7 +74,7 @@ void check_shapes(const GemmCall& call, Grouping grouping) {
                        "N, K], not [", b.dim() == 3 ? "G, " : "", "K, N]");
 }
 
-// Scales as [batch, row, group of K]. Strides are 0 where there is one to repeat.
+// Scales as [batch, row, scale group of K]. A stride of 0 repeats the only scale.
 struct Scale {
   const float* data;
   int64_t batches, rows, groups;
@@ -89,7 +89,7 @@ void check_scale_tensor(const char* op, const char* name, const Tensor& scale) {
                        "1] (got a 0-dimensional tensor)");
 }
 
-// One batch: leading dimensions folded into rows.
+// Scales as one batch: leading dimensions are folded into rows.
 Scale check_scale(const char* op, const char* name, const Tensor& scale) {
   check_scale_tensor(op, name, scale);
   const FoldedRows rows = folded(op, name, scale);
@@ -103,7 +103,7 @@ Scale check_scale(const char* op, const char* name, const Tensor& scale) {
           groups == 1 ? 0 : scale.stride(scale.dim() - 1)};
 }
 
-// b_scale of M-grouped products: [G, rows, groups], or one scale in all.
+// b_scale of M-grouped GEMMs: [G, rows, scale groups], or one scale for everything.
 Scale check_batched_scale(const char* op, const char* name, const Tensor& scale) {
   check_scale_tensor(op, name, scale);
   const auto* data = static_cast<const float*>(scale.data_ptr());
@@ -116,7 +116,7 @@ Scale check_batched_scale(const char* op, const char* name, const Tensor& scale)
   return {data, scale.size(0), scale.size(1), scale.size(2), stride(0), stride(1), stride(2)};
 }
 
-// 1x128 scales are loaded by TMA, a column of 128 rows at a time, whatever group they belong to.
+// TMA loads 1x128 scales a column of a tile's rows at a time, whichever group the rows belong to.
 void check_m_major(const char* op, const char* name, const Tensor& tensor, const Scale& scale) {
   const bool column = scale.rows <= 1 || scale.row_stride == 1;
   const bool folds = scale.batches <= 1 || scale.batch_stride == scale.rows;
@@ -131,7 +131,7 @@ void check_m_major(const char* op, const char* name, const Tensor& tensor, const
                        "); torchext.ops.restore_layout(data, scale) copies it so");
 }
 
-// What the scales may look like, for errors.
+// The shapes that the scales may have, for errors.
 std::string granularities(const GemmProblem& p) {
   const int64_t groups = ceil_div(p.k, kScaleGroup), blocks = ceil_div(p.n, kScaleGroup);
   std::ostringstream text;
@@ -293,7 +293,7 @@ void check_out(const GemmCall& call, GemmProblem& p, const Tensor& out, bool acc
   for (int64_t i = 0; fits && i <= last; ++i) fits = out.size(i) == sizes[i];
   fits = fits && (p.n <= 1 || out.stride(last) == 1);
   if (fits && p.grouping == Grouping::kAlongK) {
-    // Matrices of rows: either may be the inner of the two strides.
+    // A stack of matrices of rows: either of the two strides may be the smaller.
     const std::pair<int64_t, int64_t> rows{p.m > 1 ? out.stride(1) : p.n, p.m};
     const std::pair<int64_t, int64_t> matrices{
         p.groups > 1 ? out.stride(0) : std::max<int64_t>(p.m, 1) * rows.first, p.groups};

@@ -1,12 +1,12 @@
-// What all GEMM ops check of their arguments, and how they run. The granularity is read off the
-// shapes of the scales.
+// What all GEMM ops have in common: the checks of their arguments, and how they run. The shapes of
+// the scales determine the granularity.
 #pragma once
 
 #include "gemm.h"
 
 namespace torchext {
 
-// The arguments that all of them have.
+// The arguments that all GEMM ops have.
 struct GemmCall {
   const char* op;  // its name, for errors
   const Tensor &a, &a_scale, &b, &b_scale;
@@ -14,28 +14,28 @@ struct GemmCall {
   int64_t num_sms;
 };
 
-// Everything of the problem but where its groups begin and its output. Of M-grouped products, b is
-// [G, N, K].
+// Checks the operands and returns the problem, still without the start of its groups and its
+// output. M-grouped: b is [G, N, K].
 GemmProblem check_operands(const GemmCall& call, Grouping grouping);
 
-// Sets p.group_index to `index`, an argument called `name` of `length` elements.
+// Checks `index`, the argument `name`, which must have `length` elements, and sets p.group_index.
 void check_group_index(const GemmCall& call, GemmProblem& p, const char* name, const Tensor& index,
                        int64_t length);
 
-// out_dtype, or bfloat16.
+// out_dtype, or bfloat16 if there is none.
 ScalarType check_out_dtype(const GemmCall& call, std::optional<ScalarType> out_dtype);
 
-// Sets out, its dtype and strides, and accumulate. `sizes` is the shape that `out` must have,
-// `shape` the same in words.
+// Checks `out` and sets it in p, with its dtype, strides and accumulate. `sizes` is the shape that
+// it must have, `shape` describes that shape in words.
 void check_out(const GemmCall& call, GemmProblem& p, const Tensor& out, bool accumulate,
                const std::vector<int64_t>& sizes, const std::string& shape);
 
-// A new output of that shape, contiguous, in p.
+// Allocates a contiguous output of that shape and sets it in p.
 Tensor empty_out(const GemmCall& call, GemmProblem& p, const std::vector<int64_t>& sizes,
                  ScalarType dtype);
 
-// Runs the CPU or the CUDA kernel. `index` and `out_scale`: what p.group_index and p.out_scale
-// point into.
+// Runs the CPU or the CUDA kernel. `index` and `out_scale` are the tensors that p.group_index and
+// p.out_scale point into.
 void run(const GemmCall& call, const GemmProblem& p, const Tensor& out,
          const Tensor* index = nullptr, const Tensor* out_scale = nullptr);
 

@@ -9,15 +9,15 @@
 
 namespace torchext {
 
-// SMs that the product may use.
+// How many SMs the GEMM may use.
 inline int64_t sms_for(const GemmProblem& p, int sm_count) {
   TORCHEXT_CHECK_VALUE(p.num_sms <= sm_count, p.op, ": num_sms must be at most ", sm_count,
                        ", the SMs of this GPU (got ", p.num_sms, ")");
   return p.num_sms > 0 ? p.num_sms : sm_count;
 }
 
-// The most tiles of tile_m x tile_n that the output can have: where groups are counted on the
-// device, the host knows no more.
+// The largest number of tiles of tile_m x tile_n that the output can have. If only the device knows
+// the groups, the host knows no more than that.
 inline int64_t most_tiles(const GemmProblem& p, int64_t tile_m, int64_t tile_n) {
   int64_t m_tiles = ceil_div(p.m, tile_m);
   if (p.grouping == Grouping::kOffsets) m_tiles = std::min(m_tiles + p.groups, p.m);

@@ -10,7 +10,7 @@
 namespace torchext {
 namespace {
 
-// A view of the memory of `tensor`, without a call into the dispatcher.
+// A view of the memory of `tensor`, made without a call into the dispatcher.
 Tensor reinterpret(const Tensor& tensor, const std::vector<int64_t>& sizes,
                    const std::vector<int64_t>& strides) {
   AtenTensorHandle handle;
@@ -20,9 +20,8 @@ Tensor reinterpret(const Tensor& tensor, const std::vector<int64_t>& sizes,
   return Tensor(handle);
 }
 
-// x [rows, columns], rows one multiple of `unit` elements apart or to become so, as the contiguous
-// [rows, round_up(columns, unit)]: the memory of x where that is all of it, else a copy with zeros
-// in the rest.
+// x [rows, columns] as a contiguous tensor [rows, round_up(columns, unit)]. It shares the memory of
+// x if x is that tensor already; otherwise it is a copy, with zeros in the added columns.
 Tensor padded(const Tensor& x, int64_t unit) {
   const int64_t rows = x.size(0), columns = x.size(1), pitch = round_up(columns, unit);
   const std::vector<int64_t> strides{std::max<int64_t>(pitch, 1), 1};

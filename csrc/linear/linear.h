@@ -1,7 +1,7 @@
-// The products of torchext.nn.Linear, each with the quantization of its operands, as one op: what
-// graphs (torch.export, torch.fx, TorchScript) hold, and what torch.func's transforms and DTensor
-// see, of a layer. Eager layers and torch.compile call the quantizers and the product themselves
-// (torchext/ops/linear_function.py): they keep what forward has quantized for backward.
+// The GEMMs of torchext.nn.Linear as ops, each with the quantization of its operands. Graphs
+// (torch.export, torch.fx, TorchScript) contain these ops, and torch.func's transforms and DTensor
+// see them. Eager layers and torch.compile call the quantizers and the GEMM themselves
+// (torchext/ops/linear_function.py), since they keep for backward what forward has quantized.
 #pragma once
 
 #include <optional>
@@ -12,15 +12,15 @@ namespace torchext {
 
 // `granularity` is an index of torchext.recipe.GRANULARITIES: 0 blockwise, 1 rowwise, 2 tensorwise.
 
-// input [..., K] times weight [N, K], plus bias [N] -> [..., N] of out_dtype, or of input's dtype.
+// fprop: input [..., K] @ weight [N, K].T + bias [N] -> [..., N] in out_dtype, or in input's dtype.
 Tensor linear(const Tensor& input, const Tensor& weight, std::optional<Tensor> bias,
               int64_t granularity, ScalarType input_dtype, ScalarType weight_dtype,
               ScalarType grad_dtype, bool pow2_scale, std::optional<ScalarType> out_dtype);
-// dy [..., N] times weight [N, K], transposed -> [..., K].
+// dgrad: dy [..., N] @ weight [N, K] -> [..., K].
 Tensor linear_dgrad(const Tensor& dy, const Tensor& weight, int64_t granularity,
                     ScalarType weight_dtype, ScalarType grad_dtype, bool pow2_scale,
                     ScalarType out_dtype);
-// dy [..., N] and input [..., K], both transposed, summed over all their rows -> [N, K].
+// wgrad: dy [..., N].T @ input [..., K], with leading dimensions folded into rows -> [N, K].
 Tensor linear_wgrad(const Tensor& dy, const Tensor& input, int64_t granularity,
                     ScalarType input_dtype, ScalarType grad_dtype, bool pow2_scale,
                     ScalarType out_dtype);

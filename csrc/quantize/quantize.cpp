@@ -16,7 +16,7 @@ QuantizeOptions check_options(const char* op, const Tensor& x, OptionalDtype dty
   return {check_fp8_dtype(op, dtype) == ScalarType::Float8_e5m2, pow2_scale};
 }
 
-// x as a matrix, in place.
+// A view of x as a matrix.
 MatrixView check_input(const char* op, const Tensor& x) {
   TORCHEXT_CHECK_VALUE(x.dim() >= 1, op,
                        ": x must have shape [..., K] (got a 0-dimensional tensor); give it a "
@@ -52,14 +52,14 @@ Output output(const Tensor& data, const Tensor& scale, int64_t scale_row_stride,
            static_cast<float*>(scale.data_ptr()), scale_row_stride, scale_col_stride}};
 }
 
-// 1x128 groups along the last of `sizes`, of `rows` rows.
+// An output of shape `sizes`, which is `rows` rows, with 1x128 scales.
 Output empty_groups(const std::vector<int64_t>& sizes, int64_t rows, const QuantizeOptions& options,
                     const Tensor& like) {
   return output(empty_data(sizes, fp8_dtype(options), like), empty_group_scale(sizes, like), 1,
                 round_up(rows, 4));
 }
 
-// The transpose's.
+// The same for the transpose.
 Output empty_groups_t(const MatrixView& view, const QuantizeOptions& options, const Tensor& like) {
   return empty_groups({view.cols, view.rows}, view.cols, options, like);
 }
@@ -74,7 +74,7 @@ Output empty_blocks(const Tensor& x, const QuantizeOptions& options) {
                 groups, 1);
 }
 
-// 1x128 groups of x, of its transpose, or both.
+// Quantizes x, its transpose, or both with 1x128 scales.
 void quantize_groups(const char* op, const Tensor& x, const MatrixView& view,
                      const QuantizeOptions& options, const Output* row, const Output* transposed) {
   if (view.rows == 0 || view.cols == 0) return;
@@ -91,14 +91,14 @@ void quantize_groups(const char* op, const Tensor& x, const MatrixView& view,
   }
 }
 
-// Of an array of rows and columns, what lies between its first element and its last.
+// The memory from the first to the last element of an array of rows and columns.
 Buffer range(const void* data, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride,
              ScalarType dtype, Access access, const char* name) {
   const int64_t last = (rows - 1) * row_stride + (cols - 1) * col_stride;
   return {data, size_t((last + 1) * element_size(dtype)), access, name};
 }
 
-// Blocks of one matrix; `transposed` may be nullptr.
+// Quantizes the blocks of one matrix; `transposed` may be nullptr.
 void quantize_blocks(Device* device, const MatrixView& x, const QuantizeOptions& options,
                      const QuantizedView& out, uint8_t* transposed, int64_t transposed_stride) {
   if (device == nullptr) return quantize_blocks_cpu(x, options, out, transposed, transposed_stride);
@@ -119,8 +119,9 @@ void quantize_blocks(Device* device, const MatrixView& x, const QuantizeOptions&
   }
 }
 
-// Blocks of each matrix of x. Blocks do not straddle matrices, so matrices of whole blocks that lie
-// one after the other are one; the transposes are not.
+// Quantizes the blocks of each matrix of x. Blocks do not straddle matrices. So matrices that
+// follow each other in memory and consist of whole blocks count as one matrix, unless they are to
+// be transposed.
 void quantize_blocks(const char* op, const Tensor& x, const QuantizeOptions& options,
                      const Output& out, const Tensor* data_t) {
   if (x.numel() == 0) return;

@@ -28,15 +28,16 @@ Tensor dequantize(const Tensor& data, const Tensor& scale, ScalarType out_dtype)
 // ---- kernels ----
 using Buffers = std::initializer_list<Buffer>;
 
-// 1x128 groups along the columns of x into `row`, and along its rows, transposed, into
-// `transposed`; either may be nullptr, and both come from one read of x.
+// Quantizes x with 1x128 scales into `row`, and its transpose with 1x128 scales into `transposed`.
+// Either may be nullptr; both come from one read of x.
 void quantize_groups_cpu(const MatrixView& x, const QuantizeOptions& options,
                          const QuantizedView* row, const QuantizedView* transposed);
 void quantize_groups_cuda(Device& device, const MatrixView& x, const QuantizeOptions& options,
                           const QuantizedView* row, const QuantizedView* transposed,
                           Buffers buffers);
 
-// 128x128 blocks; `transposed_data` (nullptr: none) has rows transposed_stride bytes apart.
+// Quantizes 128x128 blocks. Rows of `transposed_data` (nullptr: none) are transposed_stride bytes
+// apart.
 void quantize_blocks_cpu(const MatrixView& x, const QuantizeOptions& options,
                          const QuantizedView& out, void* transposed_data,
                          int64_t transposed_stride);
@@ -44,20 +45,21 @@ void quantize_blocks_cuda(Device& device, const MatrixView& x, const QuantizeOpt
                           const QuantizedView& out, void* transposed_data,
                           int64_t transposed_stride, Buffers buffers);
 
-// One scale a row.
+// Quantizes with one scale for each row.
 void quantize_rowwise_cpu(const MatrixView& x, const QuantizeOptions& options,
                           const QuantizedView& out);
 void quantize_rowwise_cuda(Device& device, const MatrixView& x, const QuantizeOptions& options,
                            const QuantizedView& out, Buffers buffers);
 
-// One scale in all. The CUDA kernel reduces amax into `amax_bits` (one uint32, zeroed by it).
+// Quantizes with one scale for all of x. The CUDA launcher zeroes `amax_bits` (one uint32) and
+// reduces the amax into it.
 void quantize_tensorwise_cpu(const MatrixView& x, const QuantizeOptions& options,
                              const QuantizedView& out);
 void quantize_tensorwise_cuda(Device& device, const MatrixView& x, const QuantizeOptions& options,
                               const QuantizedView& out, uint32_t* amax_bits, Buffers buffers);
 
-// y[row, col] = data[row, col] * scale[row / row_group, col / col_group], a product rounded to FP32
-// and then to y's dtype.
+// y[row, col] = data[row, col] * scale[row / row_group, col / col_group], rounded to FP32 and then
+// to y's dtype.
 struct DequantizeView {
   const void* data;
   int64_t data_row_stride, data_col_stride;

@@ -1,6 +1,7 @@
-// CPU kernels of quantization. x is walked in tiles of at most 128 x 128, read in place where the
-// columns are contiguous and otherwise gathered; whatever is computed from a tile is computed while
-// it is in cache, so that x comes from memory once (for one scale in all: twice).
+// CPU kernels of quantization. They walk x in tiles of at most 128 x 128, which they read in place
+// if columns are contiguous and gather otherwise. Everything that depends on a tile is computed
+// while the tile is in cache, so that x is read from memory once (for one scale of the whole
+// tensor: twice).
 #include <atomic>
 
 #include "../runtime/cpu.h"
@@ -16,7 +17,7 @@ using namespace cpu;
 
 constexpr int kTile = int(kScaleGroup);
 
-// A part of x, at most 128 x 128, its columns contiguous.
+// A part of x, at most 128 x 128, with contiguous columns.
 template <class In>
 struct Tile {
   using Bits = typename In::Bits;
@@ -26,7 +27,7 @@ struct Tile {
   const Bits* row(int i) const { return data + i * stride; }
 };
 
-// How many rows a tile has where nothing asks for more: one, to walk through memory in order, or as
+// How many rows a tile has unless a kernel needs more: one, to walk through memory in order, or as
 // many as can be gathered at once.
 int64_t fewest_rows(const MatrixView& x) {
   return x.col_stride == 1 ? 1 : kTile;
@@ -44,8 +45,8 @@ void gather(const Bits* from, int64_t row_stride, int64_t col_stride, int rows, 
     for (int c = 0; c < cols; ++c) to[r * kTile + c] = from[r * row_stride + c * col_stride];
 }
 
-// Calls body(tile, row, col) for tiles [begin, end), counted along rows, of which each has 128
-// columns and rows_per_tile rows, or what is left.
+// Calls body(tile, row, col) for tiles [begin, end), counted along rows. Each has 128 columns and
+// rows_per_tile rows, or fewer at the edges of x.
 template <class In, class Body>
 void for_each_tile(const MatrixView& x, int64_t rows_per_tile, int64_t begin, int64_t end,
                    const Body& body) {
@@ -102,12 +103,12 @@ struct RowGroups {
 
 // ---- tiles of 128 x 128: groups along columns, blocks, and transposes ----
 
-// FP8 values of a tile, to be written transposed.
+// The FP8 values of a tile, which are to be written transposed.
 struct EncodedTile {
   alignas(64) uint8_t data[kTile][kTile] = {};
 
-  // to[c, r] = data[r][c], a few rows of `to` at a time, through a buffer: rows of `to` that are a
-  // power of two apart compete for the same few lines of cache.
+  // to[c, r] = data[r][c]. Writes a few rows of `to` at a time, through a buffer, because rows of
+  // `to` that are a power of two apart compete for the same few lines of cache.
   void write_transposed(uint8_t* to, int64_t to_stride, int rows, int cols) const {
     constexpr int kStrip = 16;
     alignas(64) uint8_t strip[kStrip][kTile];
@@ -187,11 +188,11 @@ struct Blocks {
   }
 };
 
-// ---- one scale a row ----
+// ---- one scale for each row ----
 
 template <class In, class Out>
 struct Rows {
-  // [begin, end) counts rows of tiles. The second walk along one finds it in cache.
+  // [begin, end) counts rows of tiles. The second walk along such a row finds it in cache.
   static void run(const MatrixView& x, const QuantizedView& out, uint32_t dropped, int64_t begin,
                   int64_t end) {
     const int64_t groups = ceil_div(x.cols, kScaleGroup), rows_per_tile = fewest_rows(x);
@@ -217,7 +218,7 @@ struct Rows {
   }
 };
 
-// ---- one scale in all ----
+// ---- one scale for the whole tensor ----
 
 template <class In>
 struct Amax {
@@ -275,14 +276,14 @@ struct Dequantize {
 
 // ---- dispatch ----
 
-// body(In(), Out())
+// Calls body(In(), Out()) for the formats of x and of the output.
 template <class Body>
 void with_formats(const MatrixView& x, const QuantizeOptions& options, const Body& body) {
   with_wide_format(
       x.dtype, [&](auto in) { with_fp8_format(options.e5m2, [&](auto out) { body(in, out); }); });
 }
 
-// The least number of tiles that is worth a thread.
+// The smallest number of tiles that is worth a thread.
 int64_t grain(int64_t rows_per_tile) {
   constexpr int64_t kElements = 1 << 15;
   return std::max<int64_t>(1, kElements / (rows_per_tile * kScaleGroup));

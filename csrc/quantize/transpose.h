@@ -6,14 +6,14 @@
 
 namespace torchext {
 
-// A vector of 16 bytes, which every machine has; a GNU extension.
+// A vector of 16 bytes, which every machine has. Vector types are a GNU extension.
 template <class T>
 struct Vector16 {
   static constexpr int kSize = 16 / sizeof(T);
   typedef T Type __attribute__((vector_size(16)));
 };
 
-// x[0], y[0], x[1], y[1], ... in `low` and `high`.
+// Writes x[0], y[0], x[1], y[1], ... to `low` and then `high`.
 template <class V>
 inline void interleave(const V& x, const V& y, V& low, V& high) {
   constexpr int n = sizeof(V) / sizeof(x[0]);
@@ -40,8 +40,9 @@ inline void interleave(const V& x, const V& y, V& low, V& high) {
 #endif
 }
 
-// Transposes a square of as many elements as a vector has. Each round interleaves rows i and
-// i + n/2 into rows 2i and 2i + 1, which moves one bit of an element's row index to its column's.
+// Transposes a square with as many rows and columns as a vector has elements. Each round
+// interleaves rows i and i + n/2 into rows 2i and 2i + 1, which moves one bit of each element's row
+// index to its column index.
 template <class T>
 void transpose_square(const T* from, int64_t from_stride, T* to, int64_t to_stride) {
   using Vector = typename Vector16<T>::Type;

@@ -20,7 +20,7 @@ std::string json(T value) {
   } else if constexpr (std::is_same_v<T, Path>) {
     return json(name_of(value));
   } else if constexpr (std::is_same_v<T, const char*>) {
-    return '"' + std::string(value) + '"';  // no text of the table has a character to escape
+    return '"' + std::string(value) + '"';  // no text in the table needs escapes
   } else {
     return std::to_string(value);
   }

@@ -8,8 +8,7 @@
 
 namespace torchext {
 
-// Which kernels a GPU runs where a product has several. A path's number is the oldest capability
-// that can run it.
+// Which GEMM kernels a GPU runs. A path's number is the oldest capability that can run it.
 enum class Path : std::int32_t {
 #define TORCHEXT_PATH(name, number, own) name = number,
 #include "architectures.inc"
@@ -18,7 +17,7 @@ enum class Path : std::int32_t {
 struct PathRow {
   Path path;
   const char* name;
-  bool own;  // one capability alone runs it
+  bool own;  // only one capability can run it
 };
 constexpr PathRow kPaths[] = {
 #define TORCHEXT_PATH(name, number, own) {Path::name, #name, own},
@@ -35,7 +34,7 @@ constexpr Architecture kArchitectures[] = {
 #include "architectures.inc"
 };
 
-// The same for all GPUs.
+// Limits that are the same for all GPUs.
 namespace limits {
 #define TORCHEXT_LIMIT(name, value) constexpr std::uint32_t name = value;
 #include "architectures.inc"
@@ -43,17 +42,18 @@ constexpr std::uint32_t block[3] = {threads_per_block, threads_per_block, 64};
 constexpr std::uint32_t grid[3] = {0x7fffffff, 65535, 65535};
 }  // namespace limits
 
-// CUDA 13, which compiles the kernels, knows no older GPU than the first row.
+// The first row is the oldest GPU that CUDA 13, which compiles the kernels, supports.
 constexpr int kOldestCapability = kArchitectures[0].capability;
 
-// The row of exactly that capability, or nullptr.
+// The row of exactly this capability, or nullptr.
 constexpr const Architecture* find_architecture(int capability) {
   for (const Architecture& a : kArchitectures)
     if (a.capability == capability) return &a;
   return nullptr;
 }
 
-// The same, and the oldest row for a capability before all rows: the GPU that runs PTX so old.
+// The row of this capability, or nullptr. A capability before all rows gets the first row: that is
+// the oldest GPU that can run such old PTX here.
 constexpr const Architecture* architecture_of(int capability) {
   return find_architecture(std::max(capability, kOldestCapability));
 }
@@ -67,9 +67,9 @@ constexpr bool runs_on(Path path, int capability) {
   return false;
 }
 
-// The GEMM kernels that a GPU takes. A capability without a row takes what the nearest earlier one
-// of its major version does (an sm_122 would be like sm_121); where there is none, or where that
-// path's kernels run on one capability alone, the latest path that every later GPU can run.
+// The path of a GPU. A capability without a row gets the path of the nearest earlier row of its
+// major version (an sm_122 that of sm_121). If there is no such row, or if only one capability can
+// run that path, it gets the latest path that every later GPU can run.
 constexpr Path path_of_capability(int capability) {
   const Architecture* nearest = nullptr;
   for (const Architecture& a : kArchitectures)
@@ -82,9 +82,9 @@ constexpr Path path_of_capability(int capability) {
 
 }  // namespace torchext
 
-// For the Python package, which reads the table from the compiled library.
+// The functions below are for the Python package, which reads the table from the compiled library.
 
-// path_of_capability; 0 for a GPU older than the first row, which runs no kernel.
+// path_of_capability(); 0 for a GPU older than the first row, which can run no kernel.
 extern "C" __attribute__((visibility("default"))) std::int32_t torchext_path_of_capability(
     std::int32_t capability);
 

@@ -1,6 +1,7 @@
-// Errors that a caller can act on: which op, which argument, what was expected, what came, what to
-// do. The stable ABI can only carry a RuntimeError, so the class that Python should raise travels
-// as a tag at the end of the message; torchext/_dispatch/errors.py takes it off again.
+// Errors that a caller can act on. A message names the op and the argument, and says what was
+// expected, what came and what to do. The stable ABI can only carry a RuntimeError, so a tag at the
+// end of the message names the class that Python should raise; torchext/_dispatch/errors.py removes
+// the tag.
 #pragma once
 
 #include <sstream>

@@ -1,12 +1,12 @@
-// A 64-bit hash of a tensor's bytes, at the speed of memory: how torchext.nn.Linear proves that its
-// weight is still the one that was quantized (torchext/nn/weight_cache.py).
+// A 64-bit hash of a tensor's bytes, at the speed of memory. By it, torchext.nn.Linear proves that
+// its weight is still the one that was quantized (torchext/nn/weight_cache.py).
 //
-// Bytes are cut into blocks of 4 KiB. Within a block this is NH, the inner hash of UMAC (Black et
-// al., 1999) on 64-bit words: the sum of (word + key) * (next word + next key) modulo 2^128, with a
-// key for each position. Two different blocks have the same sum with a probability of at most 2^-64
-// over the choice of the keys, whatever their difference: flipped signs, exchanged elements, a
-// transpose. Each sum is mixed with the position of its block before the blocks are added up, so
-// that they can be hashed in any order, on any number of threads.
+// The bytes are cut into blocks of 4 KiB. The hash of a block is NH, the inner hash of UMAC (Black
+// et al., 1999) on 64-bit words: the sum of (word + key) * (next word + next key) modulo 2^128,
+// with a key for each position. Two different blocks have the same sum with a probability of at
+// most 2^-64 over the choice of the keys, whatever their difference: flipped signs, exchanged
+// elements, a transpose. Each sum is mixed with the position of its block before the blocks are
+// added up, so that they can be hashed in any order, on any number of threads.
 
 #include <algorithm>
 #include <array>
@@ -22,7 +22,7 @@ constexpr int64_t kWords = 512;  // of a block
 constexpr int64_t kBlock = 8 * kWords;
 constexpr int64_t kBlocksOfAThread = 64;  // at least: 256 KiB take about as long as waking a thread
 
-// A bijection in which each bit of x decides about all bits of the result (as in SplitMix64).
+// A bijection in which each bit of x affects all bits of the result (as in SplitMix64).
 constexpr uint64_t mixed(uint64_t x) {
   x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9;
   x = (x ^ (x >> 27)) * 0x94d049bb133111eb;
@@ -47,7 +47,7 @@ Sum product(const unsigned char* bytes, int64_t word) {
 
 // `bytes` is a whole block.
 uint64_t block_hash(const unsigned char* bytes, uint64_t position) {
-  Sum even = 0, odd = 0;  // two, because each waits for its last addition
+  Sum even = 0, odd = 0;  // two sums, because each addition to a sum waits for the previous one
   for (int64_t word = 0; word < kWords; word += 4) {
     even += product(bytes, word);
     odd += product(bytes, word + 2);

@@ -18,11 +18,11 @@ namespace torchext {
   __attribute__((flatten, target("avx2,bmi2,avx512f,avx512bw,avx512dq,avx512vl")))
 #endif
 
-// Vector instructions that a kernel may be compiled for, from those that every machine of the
-// architecture has.
+// Sets of vector instructions that a kernel is compiled for. `baseline` is what every machine of
+// the architecture has.
 enum class VectorIsa { baseline, avx2, avx512 };
 
-// The machine's, or less where ATEN_CPU_CAPABILITY (default, avx2) asks ATen for less.
+// The machine's set, or a smaller one if ATEN_CPU_CAPABILITY (default, avx2) asks ATen for less.
 inline VectorIsa vector_isa() {
   static const VectorIsa isa = [] {
 #ifdef TORCHEXT_X86_LEVELS
@@ -43,7 +43,8 @@ inline VectorIsa vector_isa() {
 }
 
 #ifdef TORCHEXT_X86_LEVELS
-// `flatten` inlines everything that Kernel::run calls, so that it too is compiled for the target.
+// `flatten` inlines everything that Kernel::run calls, so that all of it is compiled for the
+// target.
 template <class Kernel, class... Arguments>
 TORCHEXT_AVX2 void run_avx2(const Arguments&... arguments) {
   Kernel::run(arguments...);
@@ -54,7 +55,7 @@ TORCHEXT_AVX512 void run_avx512(const Arguments&... arguments) {
 }
 #endif
 
-// Kernel::run(arguments...), compiled for vector_isa().
+// Calls Kernel::run(arguments...), compiled for vector_isa().
 template <class Kernel, class... Arguments>
 void run_vectorized(const Arguments&... arguments) {
 #ifdef TORCHEXT_X86_LEVELS
@@ -64,8 +65,8 @@ void run_vectorized(const Arguments&... arguments) {
   Kernel::run(arguments...);
 }
 
-// Rounds to nearest and keeps subnormals while it lives, whatever the thread's settings
-// (torch.set_flush_denormal, say): the bits of a result must not depend on them.
+// While an object of this class exists, the thread rounds to nearest and keeps subnormals. The bits
+// of a result must not depend on the thread's settings, such as torch.set_flush_denormal.
 class DefaultFloatingPoint {
  public:
   DefaultFloatingPoint() {
@@ -79,8 +80,8 @@ class DefaultFloatingPoint {
   std::fenv_t saved_;
 };
 
-// Kernel::run(arguments..., begin, end) over parts of [0, count), at least `grain` each, on torch's
-// threads.
+// Calls Kernel::run(arguments..., begin, end) on torch's threads, for parts of [0, count) that have
+// at least `grain` elements each.
 template <class Kernel, class... Arguments>
 void run_parallel(int64_t count, int64_t grain, const Arguments&... arguments) {
   torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {

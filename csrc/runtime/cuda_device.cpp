@@ -1,7 +1,7 @@
-// A Device that is a GPU, over a statically linked CUDA runtime. The runtime finds the context that
-// torch made current through the driver, so the two share streams and memory. What only a CUDA
-// build of torch or a machine with a driver has is looked up when first needed: this library must
-// load on CPU-only torch.
+// A Device that is a GPU, by a statically linked CUDA runtime. The runtime finds, through the
+// driver, the context that torch made current, so the two share streams and memory. This library
+// must load on CPU-only torch. So functions that only a CUDA build of torch or a driver has are
+// looked up at their first use.
 #include <cuda.h>
 #include <cuda_runtime.h>
 

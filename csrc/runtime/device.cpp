@@ -12,7 +12,7 @@ namespace {
 std::atomic<const TorchextSimulator*> installed_simulator{nullptr};
 std::atomic<int32_t> forced_path{0};
 
-// path_of_capability of every capability that a table of this size covers: one load per launch.
+// path_of_capability() of every capability below 256, so that a launch needs one load.
 constexpr auto kPathOfCapability = [] {
   std::array<Path, 256> paths{};
   for (int capability = 0; capability < int(paths.size()); ++capability)

@@ -21,8 +21,8 @@ struct Dim3 {
   uint32_t x = 1, y = 1, z = 1;
 };
 
-// What a kernel may do with a range of memory. A GPU ignores it; the simulator holds the kernel to
-// it, and takes every byte of a `write` range as not yet written.
+// What a kernel may do with a range of memory. A GPU ignores it. The simulator reports a kernel
+// that does more, and treats every byte of a `write` range as not yet written.
 enum class Access : uint32_t { read = 0, write = 1, read_write = 2 };
 
 struct Buffer {
@@ -46,7 +46,7 @@ struct LaunchConfig {
   Dim3 grid;
   Dim3 block;
   uint32_t cluster = 1;   // CTAs along x
-  bool overlaps = false;  // may start before its predecessor has ended, and waits for that itself
+  bool overlaps = false;  // may start before its predecessor ends; the kernel itself waits for it
   uint32_t shared_bytes = 0;
 };
 
@@ -82,7 +82,7 @@ class Device {
   virtual void launch_raw(const void* function, const char* name, const LaunchConfig& config,
                           void** arguments, const Buffer* buffers, size_t num_buffers) = 0;
 
-  // Launches `function` (an extern "C" kernel called `name`) with arguments converted to its
+  // Launches `function`, an extern "C" kernel called `name`, with arguments converted to its
   // parameter types. `buffers` names all global memory that the kernel may touch.
   template <class... Parameters, class... Arguments>
   void launch(void (*function)(Parameters...), const char* name, const LaunchConfig& config,
@@ -111,12 +111,12 @@ constexpr bool kBuiltWithCuda = true;
 constexpr bool kBuiltWithCuda = false;  // CUDA launchers are declared but not linked in
 #endif
 
-// The path of this GPU (path_of_capability), or the one that torchext_force_path asks for; raises if
-// the GPU cannot run that one.
+// The path of this GPU (path_of_capability), or the one that torchext_force_path asks for; raises
+// if the GPU cannot run that one.
 Path path_of(const DeviceProperties& properties, const char* op);
 
-// nullptr: run the CPU kernel. Raises when `tensor` is on a GPU that this build cannot drive. Call
-// CUDA launchers under `if constexpr (kBuiltWithCuda)`.
+// The device that runs the op on `tensor`; nullptr: run the CPU kernel. Raises if `tensor` is on a
+// GPU that this build cannot use. Call CUDA launchers under `if constexpr (kBuiltWithCuda)`.
 Device* device_for(const Tensor& tensor, const char* op);
 
 // The GPU of that index; CUDA builds only.
@@ -124,10 +124,11 @@ Device* cuda_device(int32_t index);
 
 }  // namespace torchext
 
-// Installs (or, with nullptr, removes) what executes kernels on CPU tensors, process-wide. The
-// struct must outlive its installation.
+// Installs the simulator that executes kernels on CPU tensors, for the whole process; nullptr
+// removes it. The struct must exist until then.
 extern "C" __attribute__((visibility("default"))) void torchext_set_simulator(
     const TorchextSimulator* simulator);
 
-// Makes every GPU, simulated or real, run the kernels of one Path, for comparison; 0: of its own.
+// Makes every GPU, simulated or real, run the kernels of one Path, to compare them; 0: of its own
+// path.
 extern "C" __attribute__((visibility("default"))) void torchext_force_path(int32_t path);

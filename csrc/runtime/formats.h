@@ -24,7 +24,7 @@ inline uint32_t bits_of(float value) {
   return bits;
 }
 
-// condition ? a : b, as arithmetic: a compiler that sees a branch may move floating-point
+// condition ? a : b by arithmetic. If the compiler saw a branch, it might move floating-point
 // operations into it, and then not vectorize them.
 inline uint32_t select(bool condition, uint32_t a, uint32_t b) {
   const uint32_t mask = -uint32_t(condition);
@@ -33,23 +33,23 @@ inline uint32_t select(bool condition, uint32_t a, uint32_t b) {
 
 constexpr uint32_t kInfinityBits = 0x7f800000, kNaNBits = 0x7fc00000;  // of FP32
 
-// Sign, exponent and kMantissa bits of fraction, with subnormals, in Bits. Codes (less the sign)
-// from kSpecial on are Inf and NaN.
+// A format with a sign, an exponent, kMantissa fraction bits and subnormals; Bits holds its codes.
+// Codes from kSpecial on, without the sign, are Inf and NaN.
 template <class Bits_, int kMantissa, int kBias, uint32_t kSpecial>
 struct SmallFloat {
   using Bits = Bits_;
   static constexpr uint32_t kSign = uint32_t(1) << (8 * sizeof(Bits) - 1);
 
-  // Rounds to nearest even. Beyond the format's range, the result is meaningless.
+  // Rounds to nearest even. For values outside the format's range, the result is meaningless.
   //
-  // Adding a power of two so large that the format's last place is FP32's makes the FPU round, and
-  // leaves the significand, hidden bit included, in the low bits of the sum.
+  // Trick: add a power of two whose last place is the place at which the format rounds the value.
+  // The FPU then rounds, and the low bits of the sum are the significand, hidden bit included.
   static Bits encode_finite(float value) {
     constexpr int kDropped = 23 - kMantissa;
     constexpr uint32_t kLeastExponent = uint32_t(128 - kBias) << 23;  // subnormals share it
     const uint32_t bits = bits_of(value);
     const uint32_t magnitude = bits & 0x7fffffff;
-    // As signed integers, which more machines can compare.
+    // The maximum is of signed integers, which more machines can compare in vectors.
     const uint32_t exponent =
         uint32_t(std::max(int32_t(magnitude), int32_t(kLeastExponent))) & 0x7f800000;
     const uint32_t rounder = exponent + (uint32_t(kDropped) << 23);
@@ -59,7 +59,7 @@ struct SmallFloat {
   }
 
   static float to_float(Bits code) {
-    // Its last place in FP32 is that of our subnormals.
+    // The last place of kUnit, as an FP32 value, is the last place of the format's subnormals.
     constexpr uint32_t kUnit = uint32_t(151 - kBias - kMantissa) << 23;
     const uint32_t magnitude = code & (kSign - 1);
     const uint32_t normal = (magnitude << (23 - kMantissa)) + (uint32_t(127 - kBias) << 23);
@@ -105,7 +105,7 @@ struct Float {
   static Bits from_float(float value) { return bits_of(value); }
 };
 
-// Calls body(Format()) for the wide format of a dtype that is_wide().
+// Calls body(Format()) for the format of a dtype for which is_wide() is true.
 template <class Body>
 void with_wide_format(ScalarType dtype, const Body& body) {
   switch (dtype) {
@@ -118,7 +118,7 @@ void with_wide_format(ScalarType dtype, const Body& body) {
   }
 }
 
-// The same for FP8.
+// Calls body(Format()) for the FP8 format.
 template <class Body>
 void with_fp8_format(bool e5m2, const Body& body) {
   return e5m2 ? body(E5M2()) : body(E4M3());

@@ -1,5 +1,5 @@
-// The shapes and strides of quantized tensors, as torchext/_dispatch/layout.py states them, and the dtypes
-// that they may have.
+// The shapes and strides of quantized tensors, as torchext/_dispatch/layout.py states them, and the
+// dtypes that they may have.
 #pragma once
 
 #include <optional>
@@ -13,13 +13,14 @@ ScalarType check_fp8_dtype(const char* op, std::optional<ScalarType> dtype);
 
 std::vector<int64_t> sizes_of(const Tensor& x);
 
-// Strides of [..., columns] whose rows, leading dimensions folded, are `row` elements apart.
+// Strides of a tensor [..., columns] whose leading dimensions fold into rows `row` elements apart,
+// and whose columns are `column` elements apart.
 std::vector<int64_t> folded_strides(const std::vector<int64_t>& sizes, int64_t row, int64_t column);
 
-// FP8 data of these sizes, rows round_up(columns, 16) bytes apart.
+// FP8 data of these sizes, with rows round_up(columns, 16) bytes apart.
 Tensor empty_data(const std::vector<int64_t>& sizes, ScalarType dtype, const Tensor& like);
 
-// Scales [..., ceil(columns / 128)] of the 1x128 groups of data of these sizes, M-major.
+// M-major 1x128 scales [..., ceil(columns / 128)] for data of these sizes.
 Tensor empty_group_scale(std::vector<int64_t> sizes, const Tensor& like);
 
 }  // namespace torchext

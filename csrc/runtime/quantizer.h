@@ -1,6 +1,6 @@
-// The arithmetic of a quantizer on the host: what csrc/device/numbers.cuh and formats.cuh are on
-// the GPU, with the same bits. Every CPU kernel that quantizes, by itself or behind another
-// operation, is made of it. Contract: called from a Kernel::run of cpu.h, which compiles it for the
+// The arithmetic of a quantizer on the host; csrc/device/numbers.cuh and formats.cuh are its GPU
+// version, with the same bits. Every CPU kernel that quantizes, alone or after another operation,
+// uses it. Contract: called from a Kernel::run of cpu.h, which compiles it for the
 // machine's vectors and in the default floating-point environment. Numbers: docs/numerics.md.
 #pragma once
 
@@ -17,8 +17,9 @@ namespace torchext::cpu {
 
 constexpr uint8_t kNaN8 = 0x7f;  // in both formats
 
-// A format's magnitudes as signed integers, which are ordered like the values, Inf and NaN last.
-// More machines have a vector maximum of signed integers than of unsigned ones.
+// A format's magnitudes as signed integers. These are ordered like the values, with Inf and NaN
+// last. They are signed because more machines have a vector maximum of signed than of unsigned
+// integers.
 template <class In>
 using Magnitude = std::make_signed_t<typename In::Bits>;
 
@@ -27,8 +28,8 @@ Magnitude<In> magnitude(typename In::Bits bits) {
   return Magnitude<In>(bits & (typename In::Bits(-1) >> 1));
 }
 
-// The scale of a group whose largest magnitude is `largest`. Rounding up to a power of two is
-// rounding up to a multiple of the lowest bit that `dropped_mantissa` leaves.
+// The scale of a group whose largest magnitude is `largest`. To round it up to a power of two is to
+// round its bits up to a multiple of the lowest bit that is not in `dropped_mantissa`.
 template <class In, class Out>
 float scale_of(Magnitude<In> largest, uint32_t dropped_mantissa) {
   const float amax = In::to_float(typename In::Bits(largest));
@@ -43,7 +44,7 @@ inline uint32_t dropped_mantissa(const QuantizeOptions& options) {
   return options.pow2_scale ? 0x007fffff : 0;
 }
 
-// body(n), compiled once more for whole groups.
+// Calls body(n); for whole scale groups, body is compiled with n as a constant.
 template <class Body>
 auto with_count(int n, const Body& body) {
   return n == kScaleGroup ? body(std::integral_constant<int, int(kScaleGroup)>()) : body(n);
@@ -58,8 +59,8 @@ Magnitude<In> largest_magnitude(const typename In::Bits* x, int n) {
   });
 }
 
-// data = x / scale in FP8. No quotient exceeds the largest FP8 value by as much as half a place,
-// since no |x| exceeds amax: nothing needs to saturate.
+// data = x / scale in FP8. Nothing needs to saturate: since no |x| exceeds amax, no quotient
+// exceeds the largest FP8 value by half a place or more.
 template <class In, class Out>
 void encode(const typename In::Bits* __restrict x, int n, float scale, uint8_t* __restrict data) {
   if (scale != scale) {

@@ -111,7 +111,8 @@ std::optional<FoldedRows> fold_rows(const Tensor& tensor) {
 }
 
 int64_t extent_bytes(const Tensor& tensor) {
-  // For every argument of a launch; and each accessor is a call into another library.
+  // This runs for every argument of a launch, and each accessor of a tensor is a call into another
+  // library: so read sizes and strides once.
   const auto sizes = tensor.sizes(), strides = tensor.strides();
   int64_t last = 0;
   for (size_t i = 0; i < sizes.size(); ++i) {

@@ -1,4 +1,4 @@
-// The little of torch that the op library uses, over LibTorch's stable ABI: tensors, dtypes,
+// The part of torch that the op library uses, over LibTorch's stable ABI: tensors, dtypes,
 // allocation with explicit strides, and calls into ATen through the dispatcher.
 #pragma once
 
@@ -35,22 +35,22 @@ std::string stride_string(const Tensor& tensor);
 inline bool is_fp8(ScalarType dtype) {
   return dtype == ScalarType::Float8_e4m3fn || dtype == ScalarType::Float8_e5m2;
 }
-inline bool is_wide(ScalarType dtype) {  // the dtypes that are quantized from and written by GEMMs
+inline bool is_wide(ScalarType dtype) {  // dtypes that quantizers read and GEMMs write
   return dtype == ScalarType::BFloat16 || dtype == ScalarType::Half || dtype == ScalarType::Float;
 }
 
-// Uninitialized, on the device of `like`.
+// An uninitialized tensor on the device of `like`.
 Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
                      ScalarType dtype, const Tensor& like);
 
-// All dimensions but the last as one: their product, and the stride (elements) between its steps.
-// 1-D counts as one row. nullopt where the strides do not allow it.
+// Folds all dimensions but the last into rows: their number, and the stride between them in
+// elements. A 1-D tensor has one row. Returns nullopt if the strides do not allow it.
 struct FoldedRows {
   int64_t count, stride;
 };
 std::optional<FoldedRows> fold_rows(const Tensor& tensor);
 
-// Bytes from data_ptr() to the end of the last element: what a kernel may touch.
+// Bytes from data_ptr() to the end of the last element: the memory that a kernel may access.
 int64_t extent_bytes(const Tensor& tensor);
 
 }  // namespace torchext

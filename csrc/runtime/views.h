@@ -1,5 +1,5 @@
-// How host code describes a matrix and its quantized form to a kernel, on a CPU or a GPU. Plain
-// structs: whoever fills them has checked the tensors that they point into.
+// How host code describes a matrix and its quantized form to a kernel, on a CPU or a GPU. These are
+// plain structs; the code that fills them has checked the tensors that they point into.
 #pragma once
 
 #include <cstdint>

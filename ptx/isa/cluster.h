@@ -19,8 +19,9 @@ TORCHEXT_PTX uint32_t cluster_nctarank() {
   return count;
 }
 
-// All threads of all CTAs of the cluster that have not exited arrive, then wait. Arrival releases
-// and waiting acquires at cluster scope: what any thread wrote before is visible to all after.
+// The cluster's barrier: all threads of all CTAs that have not exited arrive, then wait. Arrival
+// releases and waiting acquires at cluster scope: after the wait, every thread sees what any thread
+// wrote before it arrived.
 TORCHEXT_PTX void barrier_cluster_arrive() {
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 }
@@ -29,7 +30,8 @@ TORCHEXT_PTX void barrier_cluster_wait() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-// Where `address` (of the same variable in this CTA) lies in the CTA of that rank.
+// The cluster address of a variable in the CTA with that rank; `address` is the shared address of
+// the same variable in this CTA.
 TORCHEXT_PTX uint32_t mapa(uint32_t address, uint32_t rank) {
   uint32_t mapped;
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(mapped) : "r"(address), "r"(rank));

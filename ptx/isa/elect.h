@@ -1,5 +1,6 @@
-// One thread of a converged warp (PTX ISA "elect.sync"; PTX 8.0, sm_90). The compiler knows that a
-// single lane follows, and keeps the addresses of TMA instructions in uniform registers.
+// Picks one thread of a converged warp (PTX ISA "elect.sync"; PTX 8.0, sm_90). The compiler then
+// knows that one lane executes what follows, and keeps the addresses of TMA instructions in uniform
+// registers.
 #pragma once
 
 #include "common.h"

@@ -1,6 +1,7 @@
 // Fences between proxies (PTX ISA "membar / fence"; PTX 8.0, sm_90).
-// The async proxy (TMA, wgmma reading shared memory) does not see generic-proxy accesses, nor the
-// other way round, merely because a barrier ordered them; one of these must stand in between.
+// A barrier alone does not order accesses of the generic proxy (loads and stores) with accesses of
+// the async proxy (TMA, and wgmma's reads of shared memory), in either direction: one of these
+// fences must stand in between.
 #pragma once
 
 #include "common.h"
@@ -8,8 +9,8 @@
 namespace ptx {
 
 // Orders this thread's earlier generic-proxy accesses to shared memory before later async-proxy
-// ones. Each thread that wrote runs it, then a barrier, then the thread that starts the async
-// operation.
+// ones. Every thread that wrote executes this fence, then a barrier; the thread that starts the
+// async operation takes part in that barrier, too.
 TORCHEXT_PTX void fence_proxy_async_shared() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }

@@ -7,9 +7,8 @@
 
 namespace ptx {
 
-// Lanes 8j to 8j + 7 give the addresses of the eight 16-byte rows of matrix j, which comes into
-// r[j]. If the elements are bytes, a lane gets four neighbors of row lane / 4, from byte 4 * (lane
-// % 4) on.
+// Loads four matrices. Lanes 8j to 8j + 7 give the addresses of the eight 16-byte rows of matrix j,
+// which r[j] receives. In bytes, r[j] is the four of row lane / 4 from byte 4 * (lane % 4) on.
 TORCHEXT_PTX void ldmatrix_x4(uint32_t (&r)[4], uint32_t shared_row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -17,7 +16,8 @@ TORCHEXT_PTX void ldmatrix_x4(uint32_t (&r)[4], uint32_t shared_row) {
                : "memory");
 }
 
-// Lanes 8j to 8j + 7 give the addresses of the eight 16-byte rows of matrix j.
+// Stores four matrices, matrix j from register rj. Lanes 8j to 8j + 7 give the addresses of its
+// eight 16-byte rows.
 TORCHEXT_PTX void stmatrix_x4(uint32_t shared_row, uint32_t r0, uint32_t r1, uint32_t r2,
                               uint32_t r3) {
   asm volatile(

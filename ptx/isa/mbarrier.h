@@ -1,8 +1,8 @@
 // Memory barriers with phases and transaction counts (PTX ISA "mbarrier"; init, arrive: PTX 7.0,
 // sm_80; try_wait, expect_tx: PTX 7.8 / 8.0, sm_90).
-// Memory: arrive releases and a successful try_wait acquires at CTA scope, so what a thread did
-// before it arrived is visible to whoever waited for that phase. Writes by TMA become visible to a
-// waiter of the phase that their complete_tx completes.
+// Memory: arrive releases and a successful try_wait acquires at CTA scope. So every thread that has
+// waited for a phase sees what other threads wrote before they arrived in that phase. It also sees
+// the writes of the TMA copies whose complete_tx counted in that phase.
 #pragma once
 
 #include "common.h"
@@ -12,8 +12,8 @@ namespace ptx {
 // One per pipeline slot, in shared memory, 8-byte aligned.
 using mbarrier = uint64_t;
 
-// `arrivals`: arrivals that complete a phase. One thread runs it, followed by fence_mbarrier_init()
-// and a barrier before anyone uses it.
+// `arrivals` is the number of arrivals that complete a phase. One thread initializes the mbarrier
+// and executes fence_mbarrier_init(); a barrier follows before any thread uses the mbarrier.
 TORCHEXT_PTX void mbarrier_init(mbarrier* barrier, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
                "r"(arrivals)
@@ -33,9 +33,9 @@ TORCHEXT_PTX void mbarrier_arrive_expect_tx(mbarrier* barrier, uint32_t bytes) {
       : "memory");
 }
 
-// Helper, a loop of mbarrier.try_wait: waits until the phase of that parity has completed. A fresh
-// barrier is in phase 0; waiting for parity 1 on it returns at once (the phase before the first
-// counts as complete).
+// Helper, a loop of mbarrier.try_wait: waits until the phase with that parity is complete. A new
+// mbarrier is in phase 0; a wait for parity 1 on it returns at once, because the phase before the
+// first counts as complete.
 TORCHEXT_PTX void mbarrier_wait(mbarrier* barrier, uint32_t parity) {
   asm volatile(
       "{\n"

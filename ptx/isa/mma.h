@@ -2,9 +2,10 @@
 // Instructions: mma"): D[16, 8] += A[16, K] * B[8, K].T with FP32 accumulators. All 32 lanes take
 // part.
 //
-// Lane l holds d[2 * h + i]: row l / 4 + 8 * h, column 2 * (l % 4) + i. A register of A or B holds
-// four bytes of K: a[h + 2 * s] is row l / 4 + 8 * h, bytes 16 * s + 4 * (l % 4) on; b[s] is row
-// l / 4, the same bytes.
+// What lane l holds, for h, i, s in {0, 1}:
+//   d[2 * h + i]   row l / 4 + 8 * h, column 2 * (l % 4) + i
+//   a[h + 2 * s]   row l / 4 + 8 * h, the four bytes of K from 16 * s + 4 * (l % 4) on
+//   b[s]           row l / 4, the same four bytes of K
 #pragma once
 
 #include "common.h"

@@ -1,9 +1,9 @@
 // The bulk tensor copy engine (PTX ISA "Data Movement and Conversion Instructions: Bulk Tensor
-// copy"; PTX 8.0, sm_90). One thread starts a copy; the engine, in the async proxy, computes
-// addresses from a tensor map, fills what lies outside the tensor with zeros on loads and leaves it
-// out on stores. Coordinates are in elements, innermost first. Shared memory: 128-byte aligned,
-// 1024 under 128B swizzle. Maps: cuTensorMapEncodeTiled, 64-byte aligned, in __grid_constant__
-// parameters.
+// copy"; PTX 8.0, sm_90). One thread starts a copy. The engine, which belongs to the async proxy,
+// computes addresses from a tensor map. For the part of a box outside the tensor, loads give zeros
+// and stores write nothing. Coordinates count elements, innermost dimension first. Alignment in
+// shared memory: 128 bytes, or 1024 with 128-byte swizzle. Maps come from cuTensorMapEncodeTiled;
+// they are 64-byte aligned, in __grid_constant__ parameters.
 #pragma once
 
 #include "common.h"
@@ -15,8 +15,8 @@ TORCHEXT_PTX void prefetch_tensormap(const void* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
-// Global to shared. Its bytes (the whole box, filled part included) count against `barrier`'s
-// expect_tx; data is visible to whoever waits for that phase, in either proxy.
+// Loads a box from global to shared memory. All bytes of the box, zeros included, count toward the
+// expect_tx of `barrier`. Threads that have waited for that phase see the data, in either proxy.
 TORCHEXT_PTX void cp_async_bulk_tensor_2d_load(void* shared, const void* map, mbarrier* barrier,
                                                int32_t x, int32_t y) {
   asm volatile(
@@ -26,8 +26,8 @@ TORCHEXT_PTX void cp_async_bulk_tensor_2d_load(void* shared, const void* map, mb
       : "memory");
 }
 
-// The same to the same place in every CTA of the cluster whose bit of `ctas` is set: each counts
-// the bytes on the mbarrier at `barrier`'s place in its own shared memory.
+// The same load into every CTA of the cluster whose bit in `ctas` is set, at the same offset in its
+// shared memory. Each CTA counts the bytes on its own mbarrier, at the offset of `barrier`.
 TORCHEXT_PTX void cp_async_bulk_tensor_2d_load_multicast(void* shared, const void* map,
                                                          mbarrier* barrier, int32_t x, int32_t y,
                                                          uint16_t ctas) {
@@ -38,8 +38,8 @@ TORCHEXT_PTX void cp_async_bulk_tensor_2d_load_multicast(void* shared, const voi
       : "memory");
 }
 
-// Shared to global, part of this thread's current bulk group. Writers of `shared` must have run
-// fence_proxy_async_shared() and met this thread at a barrier.
+// Stores a box from shared to global memory, in this thread's current bulk group. The threads that
+// wrote `shared` must have executed fence_proxy_async_shared() and met this thread at a barrier.
 TORCHEXT_PTX void cp_async_bulk_tensor_2d_store(const void* map, const void* shared, int32_t x,
                                                 int32_t y) {
   asm volatile(
@@ -61,13 +61,14 @@ TORCHEXT_PTX void cp_async_bulk_commit_group() {
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
 
-// Waits until at most `pending` of this thread's bulk groups have yet to read their shared memory.
+// Waits until at most `pending` of this thread's bulk groups still have shared memory to read.
 template <int pending>
 TORCHEXT_PTX void cp_async_bulk_wait_group_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(pending) : "memory");
 }
 
-// The same until at most `pending` groups are not yet complete, global writes included.
+// Waits until at most `pending` of this thread's bulk groups are incomplete. A complete group has
+// also written to global memory.
 template <int pending>
 TORCHEXT_PTX void cp_async_bulk_wait_group() {
   asm volatile("cp.async.bulk.wait_group %0;" ::"n"(pending) : "memory");

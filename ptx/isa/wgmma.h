@@ -6,10 +6,14 @@
 // Accumulators of warp w, lane l: d[4 * j + 2 * h + i] is row 16 * w + l / 4 + 8 * h,
 // column 8 * j + 2 * (l % 4) + i, for h, i in {0, 1}.
 //
-// Order: wgmma_fence() before the first of a batch and after any other access to the accumulators;
-// the batch; wgmma_commit_group(); wgmma_wait_group<n>() before the accumulators or the shared
-// operands are touched again. Operands are read in the async proxy: written by TMA and waited for
-// on an mbarrier, or followed by fence_proxy_async_shared() and a barrier.
+// Order of calls:
+//   1. wgmma_fence(), after any other access to the accumulators;
+//   2. the wgmmas of a batch;
+//   3. wgmma_commit_group();
+//   4. wgmma_wait_group<n>(), before the accumulators are accessed or the operands in shared memory
+//      are overwritten.
+// wgmma reads its operands in the async proxy. So either TMA wrote them and the warps waited on its
+// mbarrier, or the threads that wrote them executed fence_proxy_async_shared() before a barrier.
 #pragma once
 
 #include "common.h"
@@ -33,22 +37,22 @@ TORCHEXT_PTX void wgmma_wait_group() {
 }
 
 // Helper, no instruction: keeps the compiler from moving reads or writes of an accumulator across
-// the point of the call. It does not know that registers change while a group is in flight.
+// this call. The compiler does not know that the registers change while a group is in flight.
 TORCHEXT_PTX void wgmma_pin(float& accumulator) {
   asm volatile("" : "+f"(accumulator)::"memory");
 }
 
-// Helper, no instruction: descriptor of a K-major operand whose rows are 128 bytes under 128-byte
-// swizzle, as TMA lays them down: eight rows to a 1024-byte atom, atoms 1024 bytes apart, the first
-// at a multiple of 1024. Advancing along K within the 128 bytes adds the bytes to the address, that
-// is bytes / 16 here. (PTX ISA "Matrix Descriptor": address >> 4 in bits 0-13, leading offset >> 4
-// in 16-29, unused in this layout, stride offset >> 4 in 32-45, swizzle mode in 62-63.)
+// Helper, no instruction: the descriptor of a K-major operand with rows of 128 bytes under 128-byte
+// swizzle, which is how TMA writes them: eight rows form an atom of 1024 bytes, atoms are adjacent,
+// and the first is at a multiple of 1024. To advance by n bytes along K within a row, add n / 16 to
+// the descriptor. Bits (PTX ISA "Matrix Descriptor"): 0-13 address >> 4; 16-29 leading offset >> 4,
+// unused in this layout; 32-45 stride offset >> 4; 62-63 swizzle mode.
 TORCHEXT_PTX uint64_t wgmma_descriptor_k_major_128b(const void* shared) {
   constexpr uint64_t kLeadingOffset = 1, kStrideOffset = 1024 >> 4, kSwizzle128B = 1;
   return uint64_t((shared_address(shared) & 0x3ffff) >> 4) | kLeadingOffset << 16 |
          kStrideOffset << 32 | kSwizzle128B << 62;
 }
 
-// The products themselves, wgmma_m64nNk32, are in generated/wgmma_shapes.h.
+// The instructions themselves, wgmma_m64nNk32, are in generated/wgmma_shapes.h.
 
 }  // namespace ptx

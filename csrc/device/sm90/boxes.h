@@ -5,7 +5,7 @@
 namespace torchext::sm90 {
 
 constexpr int kSwizzleBytes = 128;  // bytes of a row of a box
-constexpr int kStoreRows = 64;      // rows of a store's box: what a warpgroup has of an accumulator
+constexpr int kStoreRows = 64;      // rows of a store's box: those of a warpgroup's accumulator
 constexpr int kStoreBoxBytes = kStoreRows * kSwizzleBytes;
 
 }  // namespace torchext::sm90

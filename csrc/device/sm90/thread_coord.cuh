@@ -1,5 +1,5 @@
-// Where a thread of a consumer warpgroup stands, and which elements its accumulators hold: the map
-// of wgmma's D fragment (ptx/isa/wgmma.h). Contract: consumers are whole warpgroups of 128 threads.
+// The place of a thread among the consumers, and which elements its accumulators hold: the map of
+// wgmma's D fragment (ptx/isa/wgmma.h). Contract: consumers are whole warpgroups of 128 threads.
 #pragma once
 
 #include <cstdint>
@@ -19,7 +19,7 @@ struct ThreadCoord {
   static __device__ constexpr uint32_t column_of(int i) { return i / 4 * 8 + i % 2; }
 };
 
-// Named barriers: 0 is __syncthreads, 1 and 2 belong to a consumer warpgroup each, 3 to both.
+// Named barriers: 0 is __syncthreads, 1 and 2 are for one consumer warpgroup each, 3 is for both.
 __device__ __forceinline__ uint32_t warpgroup_barrier(const ThreadCoord& at) {
   return 1 + at.warpgroup;
 }

@@ -1,7 +1,7 @@
 // Accumulators to global memory through TMA: a warpgroup fills boxes of 64 rows and 128 bytes in
 // shared memory, under 128-byte swizzle (the 16-byte chunk of a row is XORed with the row's index
-// modulo 8), and its first thread has TMA store them. TMA's read of a box is awaited only when the
-// box is wanted again.
+// modulo 8), and its first thread has TMA store them. That thread waits for TMA to have read a box
+// only when the box is to be filled again.
 //
 // Contract: all 128 threads of the warpgroup call every function together. `boxes` has kBoxes *
 // kStoreBoxBytes bytes, aligned to 1024. The tensor map has boxes {128 bytes, 64 rows, 1} of the
@@ -22,12 +22,12 @@
 namespace torchext::sm90 {
 
 // `target`: what to store into; target.map() is the tensor map, target.z() the third coordinate and
-// target.dtype() the dtype, FP32, BF16 or FP16 (or FP8, if only `fill` knows it). They are asked for
-// at each store, so that no register holds them meanwhile.
+// target.dtype() the dtype: FP32, BF16 or FP16, or FP8 for send() alone. Each store calls these
+// functions anew, so that no register holds their results between stores.
 template <int kBoxes>
 struct TmaStore {
   uint8_t* boxes;
-  int next = 0;  // a constant once loops are unrolled
+  int next = 0;  // the box to fill next; a constant once loops are unrolled
 
   // Stores one box at column x, row y: fill(box) writes this thread's part of it to shared memory.
   template <class Target, class Fill>

@@ -1,7 +1,8 @@
-// The epilogue of a tile, shared by all kernels for GPUs other than Hopper. The tile's product lies
-// in shared memory as FP32, row after row. A warp takes one row at a time, a lane four of its
-// columns. It applies row-wise scales, bias and the old output, rounds and stores; or it applies an
-// activation and quantizes the row's 128 columns, one scale group, to FP8.
+// The epilogue of a tile, shared by all kernels for GPUs other than Hopper. The tile's product is
+// in shared memory as FP32, row after row. A warp takes one row at a time; each lane handles four
+// of its columns. Either the epilogue applies row-wise scales, bias and the old output, rounds and
+// stores; or it applies an activation and quantizes the row's 128 columns, one scale group, to FP8.
+// Contract: all threads have met at a barrier after the last write of the product.
 #pragma once
 
 #include "../../device/activations.cuh"
@@ -14,10 +15,12 @@
 
 namespace torchext::mma {
 
-// Floats from row to row: four more than columns, so that mma's accumulators meet no bank conflict.
+// Floats from row to row: four more than columns, so that writing accumulators meets no bank
+// conflict.
 constexpr int kTilePitch = kTileN + 4;
 
-// Where b, its scales and bias begin for a tile. M-grouped operands hold one group after another.
+// Where b, its scales and bias begin for a tile's group. M-grouped: b holds one group after
+// another.
 struct GroupOperand {
   const uint8_t* b;
   const float* scale;
@@ -32,7 +35,7 @@ struct GroupOperand {
   }
 };
 
-// Row-wise scale and bias of a lane's four columns, from row b_row of b on.
+// Row-wise scales and biases of a lane's four columns, which are the rows of b from b_row on.
 struct LaneColumns {
   float scale[4], bias[4];
 
@@ -60,7 +63,7 @@ struct LaneColumns {
   }
 };
 
-// The first `count` of four elements.
+// Stores the first `count` of four elements.
 __device__ __forceinline__ void store_four(const KernelParams& params, int64_t offset,
                                            const float (&x)[4], uint32_t count) {
   const GemmProblem& p = params.problem;
@@ -87,7 +90,8 @@ __device__ __forceinline__ void store_four(const KernelParams& params, int64_t o
     if (i < int(count)) out[i] = uint16_t(pairs[i / 2] >> i % 2 * 16);
 }
 
-// The first `count` of four elements as FP8, and their scale, which the warp finds together.
+// Stores the first `count` of four elements as FP8, and the row's scale, which the warp computes
+// together.
 __device__ __forceinline__ void quantize_four(const KernelParams& params, const Tile& tile,
                                               uint32_t row, const float (&x)[4], uint32_t count) {
   const GemmProblem& p = params.problem;
@@ -118,7 +122,7 @@ __device__ __forceinline__ void quantize_four(const KernelParams& params, const 
     if (i < int(count)) out[i] = uint8_t(codes >> 8 * i);
 }
 
-// `gate`: SwiGLU's product with the first half of b's rows; not read by other activations.
+// `gate`: for SwiGLU, the product with the first half of b's rows; otherwise it is not read.
 template <int kTileM>
 __device__ __forceinline__ void finish_tile(const KernelParams& params, const Tile& tile,
                                             const GroupOperand& group, const float* product,

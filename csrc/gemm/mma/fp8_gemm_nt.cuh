@@ -3,20 +3,31 @@
 // in how a warp multiplies (Sm80, Sm89 below). Everything else is common: dense and grouped
 // products, row-wise and block scales, quantizing epilogues.
 //
-// Persistent: each CTA walks over tiles of the output (schedule.cuh). All its warps do the same,
-// and meet at __syncthreads once for each K block:
+// Contract: a kernel is fp8_gemm_nt<Core, Config, granularity>, launched with KernelParams
+// (kernels.h), Config::kThreads threads and kSharedBytes bytes of dynamic shared memory, plus
+// kGateBytes for SwiGLU. The static asserts of Config below and of kernels.h say which tiles are
+// legal.
 //
-//   copy      Each thread keeps kStages - 1 K blocks (128 of K) of a and b on their way to shared
-//             memory, 16 bytes per cp.async. Rows outside the matrix or of another group, and
+// Persistent: each CTA walks over tiles of the output (schedule.cuh). All its warps have the same
+// role. For each K block (128 of K):
+//
+//   copy      Each thread waits for its own copies of this K block, then all meet at __syncthreads:
+//             now the block has arrived for all warps, and the slot of the previous block is free.
+//             Into that slot, each thread starts its copies of the K block that is kStages - 1
+//             ahead, 16 bytes per cp.async. Rows outside the matrix or of another group, and
 //             columns outside K, become zeros (cp.async's source size). A row is 128 bytes in
 //             shared memory; its 16-byte chunks are XORed with the row's index modulo 8, so that
 //             ldmatrix meets no bank conflict.
 //   multiply  A warp owns kWarpRows x kWarpColumns of the tile. ldmatrix leaves FP8 in registers as
-//             mma.sync.m16n8k32 wants it: four neighbors of K per lane. The products of 128 of K go
-//             into `block`.
-//   promote   total += scale * block in FP32. Where registers allow, the scales are loaded while
-//             the warp multiplies.
-//   finish    The tile goes through shared memory to the epilogue (epilogue.cuh).
+//             mma.sync.m16n8k32 needs it: four neighbors of K per lane. The sum over the K block
+//             goes into `block`.
+//   promote   total += scale * block in FP32. If registers allow, the scales are loaded while the
+//             warp multiplies.
+//
+// After the tile's last K block:
+//
+//   finish    The tile goes through shared memory, in place of the operands, to the epilogue
+//             (epilogue.cuh).
 #pragma once
 
 #include "epilogue.cuh"
@@ -35,7 +46,7 @@ struct Sm89 {
   static constexpr bool kScalesFitEarly = true;
   static constexpr int kStepsAtOnce = 4;  // of 32 of K
 
-  // 32 of K of kN x 8 rows of b, as ldmatrix brings them.
+  // kN x 8 rows of b and 32 of K, as ldmatrix loads them.
   template <int kN>
   struct Operand {
     uint32_t words[kN][2];
@@ -54,11 +65,11 @@ struct Sm89 {
 };
 
 // sm_80's tensor cores do not multiply FP8. They multiply f16, which holds every value of both
-// formats exactly (bf16 would, too, but f16 is cheaper to make). An e5m2 is the upper byte of an
+// formats exactly (bf16 does, too, but f16 is cheaper to make). An e5m2 is the upper byte of an
 // f16. An e4m3, shifted by one place, is an f16 of 2^-8 times its value (conversions.cuh; NaN stays
 // NaN); kUnit corrects the product. Four e4m3 take 11 integer instructions and no multiplication.
-// Bytes 0 and 2 of a register form one pair of K, bytes 1 and 3 the other: a and b agree on this,
-// and the order of a sum is free.
+// Bytes 0 and 2 of a register become one pair of f16, bytes 1 and 3 the other. This permutes K, in
+// the same way for a and for b, which does not change what is summed.
 template <class A, class B>
 struct Sm80 {
   // odd: bytes 1 and 3 of `codes`; even: bytes 0 and 2.
@@ -82,7 +93,7 @@ struct Sm80 {
 
   template <int kN>
   struct Operand {
-    uint32_t halves[kN][2][2];  // 16 of K each; even bytes, odd bytes
+    uint32_t halves[kN][2][2];  // [row block][16 of K][even bytes, odd bytes]
     __device__ void set(int j, uint32_t low, uint32_t high) {
       halves[j][0][0] = even(B(), low);
       halves[j][0][1] = odd(B(), low);
@@ -125,13 +136,13 @@ struct Config {
 using Large = Config<128, 2, 4, 3>;  // 96 KiB: fits an SM of sm_86 and sm_89, too
 using Small = Config<32, 1, 4, 4>;   // 80 KiB; SwiGLU: 16 KiB more
 
-// A thread's part of copying a K block: chunk threadIdx.x % 8 of every kRowStep-th row.
+// What a thread copies of a K block: chunk threadIdx.x % 8 of every kRowStep-th row.
 template <class C>
 struct Copier {
   const uint8_t *a, *b;    // the thread's first row of each operand, at column 0
-  int64_t a_step, b_step;  // from one of its rows to the next
+  int64_t a_step, b_step;  // from one of the thread's rows to the next
   uint32_t valid = 0;      // one bit per row of a and, from bit 16 on, per row of b
-  uint32_t shared;         // address of its chunk in its first row of slot 0
+  uint32_t shared;         // address of the thread's chunk in its first row of slot 0
   uint32_t k_begin, k_end;
 
   __device__ Copier(const GemmProblem& p, const Tile& tile, const GroupOperand& group,
@@ -151,7 +162,8 @@ struct Copier {
     shared = shared_base + row * kTileK + ((threadIdx.x % 8) ^ (row % 8)) * 16;
   }
 
-  // 16 bytes of which the first `skipped` belong to another group along K.
+  // Copies a chunk of 16 bytes; the first `skipped` belong to another group along K and become
+  // zeros, as do those from `end` on.
   __device__ static void copy_edge(uint32_t to, const uint8_t* from, int skipped, int end) {
     uint32_t words[4] = {};
 #pragma unroll
@@ -187,8 +199,8 @@ struct Copier {
   }
 };
 
-// Which elements of the tile a thread holds: value [i][j][2 * h + e] is row `row() + 16 * i + 8 *
-// h`, column `column() + 8 * j + e`.
+// Which elements of the tile a thread holds: value [i][j][2 * h + e] is of row
+// row() + 16 * i + 8 * h and column column() + 8 * j + e.
 template <class C>
 struct ThreadCoord {
   uint32_t lane, warp_m, warp_n;
@@ -236,7 +248,7 @@ struct BlockScales {
   }
 };
 
-// total = sum over K blocks of scale * (a block @ b block.T), for rows b_row on of the group's b.
+// total = sum over K blocks of scale * (a block @ b block.T), with the group's b from row b_row on.
 template <class Core, class C, Granularity granularity>
 __device__ __forceinline__ void accumulate_tile(const KernelParams& params, const Tile& tile,
                                                 const GroupOperand& group, uint32_t b_row,
@@ -282,7 +294,7 @@ __device__ __forceinline__ void accumulate_tile(const KernelParams& params, cons
                   b_row + b_rows, k_block);
     };
     constexpr bool kEarly = granularity == Granularity::k1D2D && Core::kScalesFitEarly;
-    if constexpr (kEarly) load_scales();  // they arrive while the warp multiplies
+    if constexpr (kEarly) load_scales();  // the scales arrive while the warp multiplies
 
     const uint32_t a = shared + slot * C::kStageBytes + a_row * kTileK;
     const uint32_t b = shared + slot * C::kStageBytes + C::kBytesA + b_lane_row * kTileK;
@@ -305,7 +317,7 @@ __device__ __forceinline__ void accumulate_tile(const KernelParams& params, cons
         Core::multiply(block[i], words, operand);
       }
     }
-    if constexpr (!kEarly) load_scales();  // any earlier, they would not fit into registers
+    if constexpr (!kEarly) load_scales();  // earlier, there would be too few registers
 
 #pragma unroll
     for (int i = 0; i < C::kM; ++i)
@@ -326,7 +338,7 @@ __device__ __forceinline__ void accumulate_tile(const KernelParams& params, cons
   }
 }
 
-// Registers to rows of kTilePitch floats.
+// Writes the tile from registers to rows of kTilePitch floats in shared memory.
 template <class C>
 __device__ __forceinline__ void stage_tile(float* rows, const float (&total)[C::kM][C::kN][4]) {
   const ThreadCoord<C> at;
@@ -369,8 +381,8 @@ __device__ __forceinline__ void fp8_gemm_nt(const KernelParams& params) {
 
 }  // namespace torchext::mma
 
-// Kernels for one way to multiply and one granularity: all formats and tile sizes, and the function
-// that picks one.
+// The kernels of one way to multiply and one granularity, for all formats and tile sizes, and the
+// function that picks one of them.
 #define TORCHEXT_MMA_KERNEL(NAME, CORE, GRANULARITY, A, B, CONFIG)                         \
   extern "C" __global__ void __launch_bounds__(torchext::mma::CONFIG::kThreads, 1)         \
       NAME(const __grid_constant__ torchext::mma::KernelParams params) {                   \

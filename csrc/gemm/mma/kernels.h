@@ -1,6 +1,6 @@
-// What the launcher (launch.cpp) and the kernels for GPUs other than Hopper agree on: those of
-// fp8_gemm_nt.cuh, on tensor cores (instances in ../sm80 and ../sm89), and the plain one, without
-// (../sm75). All take a GemmProblem as it is.
+// What the launcher (launch.cpp) and the kernels for GPUs other than Hopper agree on. The kernels
+// of fp8_gemm_nt.cuh use tensor cores (instances in ../sm80 and ../sm89); the plain kernel does not
+// (../sm75). All of them take the whole GemmProblem.
 #pragma once
 
 #include "../gemm.h"
@@ -15,7 +15,7 @@ static_assert(kTileN == kScaleGroup,
 struct KernelParams {
   GemmProblem problem;
   uint32_t width;          // columns of out
-  uint32_t b_scale_shift;  // b's scale of column c is that of row c >> b_scale_shift
+  uint32_t b_scale_shift;  // column c of out uses row c >> b_scale_shift of b_scale
   bool aligned_rows;       // rows of out start at multiples of four elements
 };
 
@@ -24,14 +24,15 @@ struct GemmKernel {
   const char* name;
   int tile_m, threads;
   uint32_t shared_bytes;  // dynamic
-  uint32_t gate_bytes;    // more, for SwiGLU
+  uint32_t gate_bytes;    // dynamic, in addition, for SwiGLU
 };
 
-// 128 or 32 rows. A large tile would be mostly empty where a has few rows.
+// Tiles of 128 or 32 rows. A large tile would be mostly empty if a has few rows.
 enum class TileSize { large, small };
 
-// Each is defined in the .cu file of its name. 1D2D: one scale of b for all columns of a tile;
-// 1D1D: a scale of b for each column; row-wise: promotion without scales.
+// Each of these functions is defined in the .cu file with its name. 1d2d: all columns of a tile
+// share one scale of b; 1d1d: each column has its own scale of b; rowwise: promotion uses no
+// scales.
 using SelectKernel = GemmKernel(TileSize size, bool a_e5m2, bool b_e5m2);
 SelectKernel mma89_fp8_gemm_nt_1d2d, mma89_fp8_gemm_nt_1d1d, mma89_fp8_gemm_nt_rowwise;
 SelectKernel mma80_fp8_gemm_nt_1d2d, mma80_fp8_gemm_nt_1d1d, mma80_fp8_gemm_nt_rowwise;

@@ -12,11 +12,12 @@ using namespace mma;
 
 uint32_t shared_limit(int compute_capability) {
   const Architecture* architecture = architecture_of(compute_capability);
-  // Every GPU of the table since Ampere has at least what sm_89 has: a GPU without a row, too.
+  // All GPUs of the table since Ampere have at least as much as sm_89; so do GPUs without a row.
   return (architecture != nullptr ? architecture : architecture_of(89))->shared_per_block;
 }
 
-// One scale of b serves a tile's 128 columns, unless they straddle blocks of b's rows.
+// Whether the 128 columns of each tile share one scale of b: they may not straddle two blocks of
+// b's rows.
 bool one_scale_a_tile(const GemmProblem& p) {
   return p.granularity == Granularity::k1D2D &&
          (!is_gated(p.activation) || out_columns(p) % kScaleGroup == 0);
@@ -34,7 +35,7 @@ GemmKernel select(Path path, const GemmProblem& p, TileSize size) {
   return (sm89 ? mma89_fp8_gemm_nt_1d1d : mma80_fp8_gemm_nt_1d1d)(size, a_e5m2, b_e5m2);
 }
 
-// Large tiles where a group has more rows than a small tile, and where they fill the GPU.
+// Large tiles if a group has more rows than a small tile, and if large tiles fill half of the GPU.
 TileSize size_for(const GemmProblem& p, int64_t sms) {
   constexpr int kLarge = 128, kSmall = 32;
   const bool grouped = p.grouping != Grouping::kNone && p.grouping != Grouping::kAlongK;

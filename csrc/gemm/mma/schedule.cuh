@@ -1,5 +1,5 @@
-// Which tile of the output a CTA computes next: dense and grouped products on one persistent grid,
-// with groups read on the device. Every thread of the CTA computes it for itself.
+// Which tile of the output a CTA computes next, for dense and grouped GEMMs on one persistent grid.
+// Groups are read on the device. Every thread of the CTA computes the sequence for itself.
 #pragma once
 
 #include "../../device/strip_walk.cuh"
@@ -14,14 +14,15 @@ struct Tile {
   uint32_t k_begin, k_end;  // of a and b
 };
 
-// Whether `row` belongs to the tile: it lies before rows_end and is of the tile's group.
+// Whether `row` belongs to the tile: it is before rows_end and belongs to the tile's group.
 __device__ __forceinline__ bool holds(const GemmProblem& p, const Tile& tile, uint32_t row) {
   return row < tile.rows_end &&
          (p.grouping != Grouping::kRowIds || uint32_t(p.group_index[row]) == tile.group);
 }
 
-// Walks tiles blockIdx.x, blockIdx.x + gridDim.x, ...: group after group, each along its strip
-// walk. With an id for every row, a tile is computed once for each group among its rows.
+// Walks tiles blockIdx.x, blockIdx.x + gridDim.x, ... Tiles are numbered group after group, and
+// within a group along its strip walk. With kRowIds, a tile is computed once for each group among
+// its rows.
 template <int kTileM>
 class Schedule {
  public:
@@ -61,7 +62,7 @@ class Schedule {
     return min(max(uint32_t(max(x, 0)), least), most);
   }
 
-  // The tile of index_.
+  // Finds the tile of number index_; false if there is none.
   __device__ bool locate(Tile& tile) {
     for (; range_ < ranges(); ++range_) {
       uint32_t begin, end;
@@ -87,7 +88,8 @@ class Schedule {
     return false;
   }
 
-  // The least id from `least` on among the tile's rows, in every lane.
+  // Sets tile.group to the smallest id among the tile's rows that is at least `least`, in every
+  // lane; false if there is none.
   __device__ bool next_id(Tile& tile, uint32_t least) {
     uint32_t found = ~0u;
     for (uint32_t row = tile.row + threadIdx.x % 32; row < tile.rows_end; row += 32) {

@@ -1,10 +1,20 @@
-// FP8 GEMM without tensor cores, for GPUs that have none for it (sm_75): FP8 becomes FP32 on the
-// way into shared memory, products and sums are FP32 FMAs, promoted every 128 of K with their
-// scales. Written to be simple: any GPU runs it, so that the other kernels can be compared with it.
+// FP8 GEMM without tensor cores, for GPUs whose tensor cores cannot do it (sm_75). FP8 becomes FP32
+// on the way into shared memory; products and sums are FP32 FMAs, promoted every 128 of K with
+// their scales. It is written to be simple: any GPU runs it, so that the other kernels can be
+// compared with it.
 //
-// Eight warps share a tile of 32 x 128: a warp computes four rows, a lane columns `lane`, `lane` +
-// 32, + 64 and + 96 of them. All threads load a step of K into shared memory, meet, and multiply.
-// The tile schedule is ../mma/schedule.cuh; the epilogue is ../mma/epilogue.cuh.
+// Contract: launched with KernelParams (../mma/kernels.h), kPlainThreads threads and, for SwiGLU,
+// dynamic shared memory for the gate's product. The static assert below ties threads to the tile.
+//
+// Eight warps share a tile of 32 x 128, and all have the same role. For each step of 32 of K:
+//
+//   load      After a barrier (all have read the previous step), each thread writes four elements
+//             of one row of a and of four rows of b to shared memory, as FP32.
+//   multiply  After another barrier (the step is complete), a warp computes four rows; a lane
+//             computes columns lane, lane + 32, lane + 64 and lane + 96 of these.
+//
+// After every 128 of K the sums are promoted. The tile schedule is ../mma/schedule.cuh; the
+// epilogue is ../mma/epilogue.cuh.
 #include "../mma/epilogue.cuh"
 
 namespace torchext::mma {
@@ -15,11 +25,11 @@ constexpr int kRows = 4, kCols = kTileN / 32;  // of a thread
 static_assert(kPlainThreads / 8 == kPlainM, "eight threads load a row of a, four bytes each");
 
 struct Step {
-  // Columns of a step of K; padded, so that neither loads nor stores meet bank conflicts.
+  // K-major operands, transposed: [k][row]; padded, so that no access meets a bank conflict.
   float a[kStepK][kPlainM + 1], b[kStepK][kTileN + 1];
 };
 
-// Elements k to k + 3 of a row, those in [k_begin, k_end), as FP32.
+// Elements k to k + 3 of a row as FP32; those outside [k_begin, k_end) are zero.
 __device__ __forceinline__ void load_four(const uint8_t* row, uint32_t k, uint32_t k_begin,
                                           uint32_t k_end, bool e5m2, float (&values)[4]) {
   uint32_t word = 0;
@@ -42,7 +52,7 @@ __device__ __forceinline__ void load_four(const uint8_t* row, uint32_t k, uint32
   }
 }
 
-// total = sum over K blocks of scale * (a block @ b block.T), for rows b_row on of the group's b.
+// total = sum over K blocks of scale * (a block @ b block.T), with the group's b from row b_row on.
 __device__ __forceinline__ void accumulate_plain(const KernelParams& params, const Tile& tile,
                                                  const GroupOperand& group, uint32_t b_row,
                                                  uint32_t b_rows, Step& shared,

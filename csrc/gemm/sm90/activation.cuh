@@ -1,7 +1,7 @@
-// The epilogue of products that are activated and quantized on the way out. Four neighboring lanes
-// hold the 128 columns of a row, one scale group of the output, in FP32. Together they find its
-// largest magnitude; then each quantizes its values as quantize_1x128 does. FP8 data leaves by TMA,
-// scales leave from registers.
+// The epilogue that applies an activation and quantizes. Four neighboring lanes hold the 128
+// columns of a row, one scale group of the output, in FP32. Together they find its largest
+// magnitude; then each quantizes its values as quantize_1x128 does. TMA stores the FP8 data; one
+// lane of the four stores the scale.
 #pragma once
 
 #include "../../device/activations.cuh"

@@ -1,7 +1,7 @@
 // From accumulators to global memory: row-wise scales, bias and the old output are applied in FP32,
-// then the sum is rounded once. Tiles that are not swapped leave from registers, through boxes for
-// TMA or directly. Swapped tiles leave through a transposed copy of the product in shared memory,
-// where a cluster that splits K adds up the parts.
+// then the sum is rounded once. Tiles that are not swapped are stored from registers, either
+// through boxes for TMA or directly. Swapped tiles are stored through a transposed copy of the
+// product in shared memory, where a cluster that splits K adds up the parts.
 #pragma once
 
 #include "../../device/loaders.cuh"
@@ -16,19 +16,19 @@
 
 namespace torchext::sm90 {
 
-// Where row r of a lands in out.
+// Index in out of the first element of row r of a.
 __device__ __forceinline__ int64_t out_offset(const GemmParams& p, const Work& work, uint32_t r) {
   const int64_t group = p.grouping == Grouping::kAlongK ? work.group * p.out_group_stride : 0;
   return group + r * p.out_stride;
 }
 
-// total * scale. __fmul_rn stops contraction with a following bias add into an FMA, which only some
-// tiles would get: their bits would differ.
+// total * scale. __fmul_rn keeps the compiler from contracting this with a following bias add into
+// an FMA. It would do so for some tiles only, and their bits would differ.
 __device__ __forceinline__ float rescaled(float total, float scale) {
   return __fmul_rn(total, scale);
 }
 
-// Row-wise scale, and index of the bias, of feature n of the group's b.
+// Of feature n of the group's b: its row-wise scale, and the index of its bias.
 __device__ __forceinline__ float row_scale_of_b(const GemmParams& p, const Work& work, uint32_t n) {
   return ptx::ld_global_nc_f32(p.b_scale + work.group * p.b_scale_group + n * p.b_scale_row);
 }
@@ -38,8 +38,8 @@ __device__ __forceinline__ int64_t bias_index(const GemmParams& p, const Work& w
 
 // ---- tiles that are not swapped ----
 
-// Row-wise scale and bias of the tile's columns. The threads of a warpgroup load them before the
-// main loop, which hides the latency, and share them through shared memory after it.
+// Row-wise scales and biases of the tile's columns. The threads of a warpgroup load them before the
+// main loop, which hides the latency, and exchange them through shared memory after it.
 template <class L>
 struct ColumnTerms {
   static constexpr int kPerThread = (L::kColumns + 127) / 128;
@@ -75,7 +75,7 @@ struct ColumnTerms {
   }
 };
 
-// The rows and columns of block i of a warpgroup, in a and b.
+// First row of a, and first feature, of a warpgroup's block i.
 template <class L>
 __device__ __forceinline__ uint32_t first_row_of(const Work& work, const ThreadCoord& at, int i) {
   return work.m + (at.warpgroup * L::kSlices + i / L::kParts) * 64;
@@ -114,8 +114,8 @@ __device__ __forceinline__ void finish_tile(const GemmParams& p, Shared<L>& shar
   }
 }
 
-// From registers: any stride, alignment and number of rows. Accumulation loads kAtATime elements of
-// the old output at a time: all of them would not fit into registers beside the accumulators.
+// Stores from registers, with any stride, alignment and number of rows. Accumulation loads the old
+// output kAtATime elements at a time; all of it would not fit in registers beside the accumulators.
 template <class L>
 __device__ __forceinline__ void store_directly(const GemmParams& p, const Work& work,
                                                const ThreadCoord& at, int b,
@@ -170,13 +170,13 @@ template <class L>
 __device__ __forceinline__ void store_tile(const GemmParams& p, Shared<L>& shared, const Work& work,
                                            const ThreadCoord& at,
                                            float (&total)[L::kBlocks][L::kRegisters]) {
-  // The last tile may have stopped at any box; this one starts with the first.
+  // The previous tile may have ended at any box; this one starts with the first.
   if (at.thread() == 0) ptx::cp_async_bulk_wait_group_read<0>();
   TmaStore<L::kStoreBoxes> by_tma{shared.store[at.warpgroup]};
   const bool whole = p.out_aligned && !p.accumulate;
-  // An empty group leaves its output alone: adding zero would turn -0 into 0.
+  // The output of an empty group stays as it is: adding zero would turn -0 into 0.
   if (p.grouping == Grouping::kAlongK && p.accumulate && work.k_begin == work.k_end) return;
-  // TMA stops at the end of a matrix, but not at the end of a group of rows.
+  // TMA stops storing at the end of a matrix, but not at the end of a group of rows.
   const bool bounded = p.grouping == Grouping::kNone || p.grouping == Grouping::kAlongK;
   unrolled<L::kBlocks>([&](auto b) {
     if (whole && (bounded || first_row_of<L>(work, at, b) + 64 <= work.m_end))
@@ -189,8 +189,9 @@ __device__ __forceinline__ void store_tile(const GemmParams& p, Shared<L>& share
 
 // ---- swapped tiles ----
 
-// Lays the product out in shared memory, transposed: one row per token. The CTAs of a cluster that
-// splits K then each add up, in the order of ranks, and store a share of it.
+// Writes the product to shared memory, transposed, with one row per token. In a cluster that splits
+// K, each CTA then adds up a share of the product, in the order of ranks, and stores it. Waits:
+// staged_full, until all CTAs have written their parts; staged_empty, until all have read them.
 template <class L>
 struct StagedEpilogue {
   uint32_t phase = 0;
@@ -212,7 +213,7 @@ struct StagedEpilogue {
     announce(&shared.staged_full);
     ptx::mbarrier_wait_cluster(&shared.staged_full, phase);
 
-    constexpr uint32_t kQuads = L::kRows / 4;  // of features, in a token's row
+    constexpr uint32_t kQuads = L::kRows / 4;  // groups of four features in a token's row
     const uint32_t share = ceil_div_u32(L::kColumns * kQuads, place.cluster);
     const uint32_t end = min((place.rank + 1) * share, L::kColumns * kQuads);
     for (uint32_t i = place.rank * share + at.warpgroup * 128 + at.thread(); i < end;
@@ -238,7 +239,7 @@ struct StagedEpilogue {
   }
 
  private:
-  // Four features of a token.
+  // Finishes and stores four features of a token.
   static __device__ __forceinline__ void store(const GemmParams& p, const Work& work, uint32_t m,
                                                uint32_t n, float (&sum)[4]) {
     const uint32_t count = min(p.n - n, 4u);

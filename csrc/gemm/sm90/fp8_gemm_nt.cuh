@@ -1,5 +1,10 @@
 // Hopper FP8 GEMM: out[M, N] = scales x (a[M, K] @ b[N, K].T), with FP32 promotion every 128 of K.
-// Also M-grouped products (m_grouped_*) and products grouped along K (k_grouped_*).
+// Also M-grouped GEMMs (m_grouped_*) and GEMMs grouped along K (k_grouped_*).
+//
+// Contract: a kernel is fp8_gemm_nt<Layout, A, B>, launched with GemmParams (params.h),
+// Layout::kThreads threads and sizeof(Shared) bytes of shared memory, plus four bytes for each
+// listed group. The static asserts of Layout (layout.cuh) say which tiles are legal; those below
+// check registers and shared memory.
 //
 // Persistent: each CTA, or each cluster of CTAs, walks over tiles of the output (schedule.cuh; the
 // tiles' shapes are in tiles.h). A ring of slots in shared memory holds K blocks (128 of K) of the
@@ -7,8 +12,8 @@
 //
 //   producer    One warp (mainloop.cuh). For each K block: wait for empty[slot]; have TMA load the
 //               tile's rows, columns and 1x128 scales; their bytes complete full[slot]. The other
-//               three warps of its warpgroup wait for the end: the warpgroup exists so that its
-//               registers can go to the consumers.
+//               three warps of its warpgroup do nothing: they are there because registers move
+//               between whole warpgroups, from this one to the consumers.
 //   consumers   One or two warpgroups, each with 64 or 128 rows of the tile. For each K block:
 //                 wait for full[slot];
 //                 multiply: four wgmma into a block of accumulators; wait for them;
@@ -17,20 +22,20 @@
 //               Promotion overlaps with tensor-core work: in small tiles the same warpgroup has the
 //               next K block's wgmmas in flight in a second block of accumulators; in large tiles
 //               the other warpgroup has its own in flight.
-//   epilogue    The consumers, after a tile's last K block (epilogue.cuh). The tile leaves
-//               - by TMA, whose read of shared memory is awaited when the space is wanted again;
+//   epilogue    The consumers, after a tile's last K block (epilogue.cuh). They store the tile
+//               - by TMA; they wait for its read of shared memory before they reuse the space;
 //               - from registers, where TMA cannot store: unaligned rows, accumulation into out,
 //                 the last rows of a group;
-//               - by TMA, activated and quantized (activation.cuh);
+//               - by TMA, after an activation and quantization (activation.cuh);
 //               - through a transposed copy in shared memory, if the tile is swapped.
 //
-// Clusters serve two ends. With multicast, a pair of CTAs shares its rows: each loads half of them
+// Clusters have two uses. With multicast, a pair of CTAs shares its rows: each loads half of them
 // into both, so that empty[slot] counts the consumers of both. Swapped tiles can split K over up to
 // eight CTAs: each sums its part of K, then they exchange the sums through shared memory and add
-// them in the order of ranks. A CTA of a cluster does not exit before the others are done with its
+// them in the order of ranks. A CTA of a cluster exits only after the others are done with its
 // memory.
 //
-// M, N and K may be any size: TMA loads zeros for what lies outside, and stores nothing there.
+// M, N and K may be any size: outside the matrices, TMA loads zeros and stores nothing.
 #pragma once
 
 #include <type_traits>
@@ -46,8 +51,8 @@ namespace torchext::sm90 {
 constexpr uint32_t kSharedLimit = find_architecture(90)->shared_per_block;
 
 // setmaxnreg redistributes the registers that the CTA was launched with: for each thread the SM's
-// registers / threads, rounded down to a multiple of 8. A CTA whose warpgroups together ask for more
-// would wait forever.
+// registers / threads, rounded down to a multiple of 8. A CTA whose warpgroups together ask for
+// more would wait forever.
 template <class L>
 constexpr int kConsumerRegisters = L::kWarpgroups == 1 ? 248 : 232;
 constexpr int kProducerRegisters = 40;
@@ -126,7 +131,8 @@ __device__ __forceinline__ void fp8_gemm_nt(const GemmParams& p) {
   }
 }
 
-// A constant, so that the table is data: tools/sass_report.py reads it in the library.
+// The row is a constant, so that the table is data, which tools/sass_report.py reads in the
+// library.
 template <class L, class A, class B>
 constexpr GemmKernel gemm_kernel(void (*function)(GemmParams), const char* name, const char* tile) {
   return {function,
@@ -162,7 +168,7 @@ constexpr GemmKernel gemm_kernel(void (*function)(GemmParams), const char* name,
       TORCHEXT_GEMM_LAYOUT(ROWS, COLUMNS, STAGES, SWAPPED, GRANULARITY, OUTPUT), ptx::A, ptx::B>(  \
       TORCHEXT_KERNEL(PREFIX##_##TILE), #TILE),
 
-// What a .cu file consists of: kernels and kernels_<granularity>_<kind>.
+// The contents of a .cu file: its kernels, and their table kernels_<granularity>_<kind>.
 #define TORCHEXT_GEMM_KERNELS(G, GRANULARITY, KIND)                                     \
   TORCHEXT_SM90_##KIND(                                                                 \
       TORCHEXT_GEMM_KERNEL, G,                                                          \

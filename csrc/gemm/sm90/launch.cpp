@@ -1,5 +1,5 @@
-// Launches the Hopper GEMM: has a kernel chosen (select.h), describes operands to TMA, sizes the
-// grid.
+// Launches the Hopper GEMM: chooses a kernel (select.h), describes the operands to TMA and sizes
+// the grid.
 #include <algorithm>
 
 #include "../persistent.h"
@@ -26,7 +26,7 @@ TensorMap operand_map(Device& device, const char* name, const void* data, int64_
 
 TensorMap scale_map(Device& device, const char* name, const float* data, int64_t rows,
                     int64_t k_blocks, int64_t k_block_stride, uint32_t box_rows) {
-  // A single K block has no stride, but a map wants one.
+  // With a single K block there is no stride, but a map needs one.
   const int64_t stride = k_blocks > 1 ? k_block_stride : round_up(rows, 4);
   return device.encode({name,
                         Element::f32,
@@ -88,7 +88,7 @@ void fp8_gemm_nt_sm90(Device& device, const GemmProblem& p, std::initializer_lis
   const GemmKernel& kernel = *choice.kernel;
 
   GemmParams params = {};
-  // With K = 0 there is nothing to load, and nothing that a map could describe.
+  // With K = 0 there is nothing to load, and no map can describe an empty matrix.
   if (p.k > 0) describe_operands(device, p, choice, params);
   const int64_t bytes = element_size(p.out_dtype);
   params.out_aligned = p.out_stride * bytes % 16 == 0 && p.out_group_stride * bytes % 16 == 0 &&

@@ -1,4 +1,5 @@
-// What a tile's shape and granularity imply: how the work is divided, what lies in shared memory.
+// What a tile's shape and granularity imply: how the work is divided among warpgroups, and what is
+// in shared memory. The static asserts of Layout are the contract of a tile.
 #pragma once
 
 #include "params.h"
@@ -10,7 +11,7 @@ namespace torchext::sm90 {
 enum class Scales {
   kNone,    // row-wise: the epilogue applies them
   kVector,  // 1x128: one for each row (or column); TMA brings them with the K block
-  kBlock,   // 128x128: one for all rows (or columns), a few in wide tiles; ld.global brings them
+  kBlock,   // 128x128: one for all rows (or columns), a few in wide tiles; by ld.global
 };
 
 template <Granularity granularity, int rows, int columns, int stages, bool swapped,
@@ -40,8 +41,8 @@ struct Layout {
   static constexpr Scales kRowScales = scales_of(kRowsAreB);
   static constexpr Scales kColumnScales = scales_of(!kRowsAreB);
 
-  // Consumer warpgroups, one below the other. For each K block a warpgroup multiplies its kBlocks =
-  // kSlices x kParts blocks of 64 rows and kPartColumns columns, one after the other.
+  // Consumer warpgroups divide the tile's rows. For each K block, a warpgroup computes its kBlocks
+  // = kSlices x kParts blocks of 64 rows and kPartColumns columns, one after another.
   static constexpr int kWarpgroups = rows == 64 ? 1 : 2;
   static constexpr int kConsumers = 128 * kWarpgroups, kThreads = 128 + kConsumers;
   static constexpr int kSlices = rows / (64 * kWarpgroups);
@@ -62,15 +63,15 @@ struct Layout {
   //   256, gated           1             1           3            1
   //   128, activated       2             1           1            1
   //
-  // With two accumulators in turns a warpgroup promotes one while the tensor cores fill the other.
-  // With one, the other warpgroup has the tensor cores meanwhile.
+  // With two buffers, a warpgroup promotes one while the tensor cores fill the other. With one
+  // buffer, the other warpgroup uses the tensor cores while this one promotes.
   static constexpr int kMostColumnsOfTwo = kColumnScales == Scales::kVector ? 127 : 191;
   static constexpr bool kTwoBuffersFit = kBlocks == 1 && kPartColumns <= kMostColumnsOfTwo;
   static constexpr int kBuffers = kTwoBuffersFit ? 2 : 1;
 
-  // 128x128 scales that a tile meets in a K block: one for each kBlockSpan of its features, which
-  // begin at a multiple of the tile's width. 192 features may begin in the middle of a block.
-  // Gated: one of the gate's block, and two of up's, which may begin anywhere in a block.
+  // The 128x128 scales that a tile needs for a K block: one for each kBlockSpan features. A tile's
+  // features begin at a multiple of its width, so 192 of them may begin in the middle of a block. A
+  // gated tile needs one scale for the gate and two for up, which may begin anywhere in a block.
   static constexpr bool kSharesOneBlock = swapped || columns <= 128;
   static constexpr bool kStartsAtBlock = kSharesOneBlock || columns % 128 == 0;
   static constexpr int kBlockSpan = kStartsAtBlock ? 128 : 64;
@@ -81,7 +82,7 @@ struct Layout {
   static constexpr int kBlockScales = count_block_scales();
   static_assert(128 % kTileN == 0 || kTileN % 64 == 0, "a tile begins at half a block of scales");
 
-  // Boxes of the TMA store, of 64 rows and 128 bytes, that a warpgroup fills in turns.
+  // How many boxes of the TMA store, each of 64 rows and 128 bytes, a warpgroup fills in turns.
   static constexpr int count_store_boxes() {
     if (output != Output::kStored) return 1;
     return kBlocks == 2 || columns >= 256 ? 4 : columns / 64;
@@ -103,22 +104,22 @@ struct Shared {
   static constexpr bool kRowVector = L::kRowScales == Scales::kVector;
   static constexpr bool kColumnVector = L::kColumnScales == Scales::kVector;
 
-  // TMA and wgmma want an alignment of 1024 bytes under 128-byte swizzle: every array before the
-  // scales keeps it. The scales keep the 128 bytes that TMA wants without swizzle.
+  // Under 128-byte swizzle, TMA and wgmma need an alignment of 1024 bytes, which every array before
+  // the scales has. The scales have the 128 bytes that TMA needs without swizzle.
   uint8_t rows[L::kStages][L::kRows * kTileK];
   uint8_t columns[L::kStages][L::kColumns * kTileK];
   uint8_t store[L::kSwapped ? 1 : L::kWarpgroups]
                [L::kSwapped ? 1024 : L::kStoreBoxes * kStoreBoxBytes];
   float row_scale[kRowVector ? L::kStages : 1][L::kRows];
   float column_scale[kColumnVector ? L::kStages : 1][L::kColumns < 32 ? 32 : L::kColumns];
-  // Swapped: the product, transposed. Rows have four floats more than they need, so that the
-  // threads that write a column use different banks.
+  // Swapped tiles: the transposed product. Rows have four extra floats, so that the threads that
+  // write a column use different banks.
   float staged[L::kSwapped ? L::kColumns : 1][L::kRows + 4];
-  // Not swapped: row-wise scale and bias of each column.
+  // Other tiles: row-wise scale and bias of each column.
   float factor[L::kSwapped ? 1 : L::kWarpgroups][L::kColumns];
   float bias[L::kSwapped ? 1 : L::kWarpgroups][L::kColumns];
   ptx::mbarrier full[L::kStages], empty[L::kStages];
-  ptx::mbarrier staged_full, staged_empty;  // over the cluster
+  ptx::mbarrier staged_full, staged_empty;  // all CTAs of the cluster arrive
   uint32_t tile_end[];                      // Schedule::list_groups; as many as there are groups
 
   static constexpr uint32_t kBytesPerStage = sizeof rows[0] + sizeof columns[0] +

@@ -1,5 +1,5 @@
 // The main loop of the Hopper GEMM: the producer that keeps the ring of K blocks full, and the
-// consumers that multiply and promote.
+// consumers that multiply and promote. fp8_gemm_nt.cuh has the map of these roles.
 #pragma once
 
 #include "../../device/sm90/ring.cuh"
@@ -16,8 +16,8 @@
 
 namespace torchext::sm90 {
 
-// Row of b where a tile's features begin. M-grouped: b holds the groups one below the other; along
-// K all groups share b.
+// Row of b at which a tile's features begin. M-grouped: b holds the matrices of all groups, one
+// below the other. Along K: all groups share b.
 __device__ __forceinline__ uint32_t row_of_b(const GemmParams& p, const Work& work) {
   return p.grouping == Grouping::kAlongK ? work.n : work.group * p.n + work.n;
 }
@@ -42,7 +42,7 @@ __device__ void produce(const GemmParams& p, Shared<L>& shared) {
           ptx::mbarrier_wait(&shared.empty[ring.slot], ring.phase ^ 1);
         ptx::mbarrier_arrive_expect_tx(full, S::kBytesPerStage);
         const int k = block * kTileK;
-        if (p.multicast) {  // half of the rows from here, half from the other CTA
+        if (p.multicast) {  // this CTA loads half of the rows, the other CTA the rest
           const uint32_t half = ptx::cluster_ctarank() * (L::kRows / 2);
           ptx::cp_async_bulk_tensor_2d_load_multicast(&shared.rows[ring.slot][half * kTileK],
                                                       &p.rows, full, k, row + half, 0b11);
@@ -92,14 +92,14 @@ struct BlockScales {
   }
 };
 
-// A K block that is being multiplied: its slot, and b's block scales.
+// A K block whose wgmmas are in flight: its slot, and b's block scales.
 template <class L>
 struct Pending {
   uint32_t slot;
   float block_scale[L::kBlockScales];
 };
 
-// Groups along K: zeroes the columns of a K block outside [first, last), which belong to other
+// For groups along K: zeroes the columns of a K block outside [first, last), which belong to other
 // groups, in all rows of both operands. All consumers call it together.
 template <class L>
 __device__ __forceinline__ void zero_other_columns(Shared<L>& shared, uint32_t slot, int first,
@@ -123,7 +123,7 @@ __device__ __forceinline__ void zero_other_columns(Shared<L>& shared, uint32_t s
   ptx::bar_sync(kConsumersBarrier, L::kConsumers);
 }
 
-// Starts the product of 64 rows and kPartColumns columns of a K block.
+// Starts the wgmmas of 64 rows and kPartColumns columns of a K block.
 template <class L, class A, class B>
 __device__ __forceinline__ void multiply(Shared<L>& shared, uint32_t slot, uint32_t row,
                                          uint32_t column, float (&block)[L::kRegisters]) {
@@ -157,13 +157,13 @@ struct RowFactors {
   }
 };
 
-// Gated: from this column of the tile on, up has its second block scale.
+// Gated tiles: the first column of the tile at which up has its second block scale.
 template <class L>
 __device__ __forceinline__ uint32_t next_block_of_up(const GemmParams& p, const Work& work) {
   return kScaleGroup - (p.n + work.n) % kScaleGroup;
 }
 
-// total += scales * block. Column scales are read as they are needed, since registers are few.
+// total += scales * block. Column scales are read when they are needed, to save registers.
 // `straddles`: columns from next_block on have up's second block scale.
 template <class L, bool straddles = false>
 __device__ __forceinline__ void promote(const Shared<L>& shared, const Pending<L>& pending,
@@ -210,7 +210,7 @@ __device__ __forceinline__ void accumulate_tile(const GemmParams& p, Shared<L>& 
   BlockScales<L> scales(p, work);
   if (L::k1D2D && work.k_begin < work.k_end) scales.fetch(p, work.k_begin);
 
-  // Waits for the next K block.
+  // Waits for the next K block, and fetches the block scales of the one after it.
   const auto take = [&](uint32_t k_block) {
     Pending<L> pending{ring.slot, {}};
     if constexpr (L::k1D2D) {

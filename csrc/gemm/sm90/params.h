@@ -11,30 +11,33 @@ namespace torchext::sm90 {
 constexpr int kTileK = 128;
 static_assert(kTileK == kScaleGroup, "one scale and one promotion cover a K block");
 
-// The schedule lists the groups of an M-grouped product in shared memory.
+// The schedule lists the groups of an M-grouped GEMM in shared memory.
 constexpr uint32_t kMaxGroups = 1024;
-constexpr uint32_t kMaxSplits = 8;  // of K: CTAs of a portable cluster
+constexpr uint32_t kMaxSplits = 8;  // of K: the CTAs of the largest portable cluster
 
 struct GemmParams : GemmTensors {
   // `rows` fill the 64 rows of wgmma, `columns` its N: a and b, or, for swapped tiles, b and a.
-  // Boxes: {128 of K, the tile's rows (half of them where two CTAs share them)}, {128 of K, its
-  // columns}. Scales, where the granularity has them per row of K: {rows or columns, 1 K block}.
-  // out: {128 bytes, 64 rows, 1 group}.
+  // Boxes:
+  //   rows                      {128 of K, the tile's rows; half of them if two CTAs share them}
+  //   columns                   {128 of K, the tile's columns; gated: half of them}
+  //   row_scale, column_scale   {the tile's rows or columns (gated: half of these), 1 K block};
+  //                             only for 1x128 scales
+  //   out_map                   {128 bytes, 64 rows, 1 group}
   TensorMap rows, columns, row_scale, column_scale, out_map;
-  uint32_t m, n;      // of the output; SwiGLU's b has twice as many rows
+  uint32_t m, n;      // of the output; with SwiGLU, b has 2 * n rows
   uint32_t k_blocks;  // of 128
   uint32_t groups, group_rows;
   // The two CTAs of a cluster share `rows`; otherwise a cluster splits K. Every release of a slot
-  // reads it: at a multiple of four bytes it takes an instruction less.
+  // reads this member: at a multiple of four bytes, the read takes one instruction less.
   alignas(4) bool multicast;
   bool out_aligned;  // rows of out start at multiples of 16 bytes
 };
 
-// What becomes of the product.
+// What the epilogue does with the product.
 enum class Output {
-  kStored,     // as it is
-  kActivated,  // an activation of one operand, quantized 1x128
-  kGated,      // the same of SwiGLU, whose gate and up are computed side by side
+  kStored,     // stores it
+  kActivated,  // applies an activation of one operand, quantizes 1x128
+  kGated,      // the same for SwiGLU; gate and up are computed side by side
 };
 
 inline Output output_of(const GemmProblem& p) {

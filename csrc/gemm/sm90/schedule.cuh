@@ -1,5 +1,5 @@
-// Which tile a CTA computes next. Persistent: unit u of U (a CTA, or a cluster that works together)
-// takes tiles u, u + U, u + 2U, ... Producer and consumers count through them independently.
+// Which tile a CTA computes next. Of U units (CTAs, or clusters that work together), unit u takes
+// tiles u, u + U, u + 2U, ... Producer and consumers each compute this sequence for themselves.
 #pragma once
 
 #include "../../device/strip_walk.cuh"
@@ -9,8 +9,8 @@
 
 namespace torchext::sm90 {
 
-// A tile of one group's product: rows [m, m_end) of a, at most the tile's height; features from n
-// on.
+// A tile of one group's GEMM: rows [m, m_end) of a, at most as many as the tile has, and features
+// from n on.
 struct Work {
   uint32_t m, m_end, n, group;
   uint32_t k_begin, k_end;   // K blocks
@@ -38,13 +38,13 @@ __device__ __forceinline__ uint2 group_rows(const GemmParams& p, uint32_t g) {
 template <class L>
 class Schedule {
  public:
-  // M-grouped: tile_end[g] = tiles of groups 0 to g. All threads call it.
+  // M-grouped: tile_end[g] = number of tiles of groups 0 to g. All threads call it.
   static __device__ void list_groups(const GemmParams& p, uint32_t* tile_end) {
     const uint32_t n_tiles = ceil_div_u32(p.n, width(p));
     for (uint32_t g = threadIdx.x; g < p.groups; g += blockDim.x)
       tile_end[g] = ceil_div_u32(group_rows(p, g).y, L::kTileM) * n_tiles;
     __syncthreads();
-    if (threadIdx.x < 32) {  // each lane sums a run of groups, then adds what lies before it
+    if (threadIdx.x < 32) {  // each lane sums a run of groups, then adds the earlier runs' sums
       const uint32_t run = ceil_div_u32(p.groups, 32), lane = threadIdx.x;
       const uint32_t first = min(lane * run, p.groups), last = min(first + run, p.groups);
       uint32_t sum = 0;
@@ -63,8 +63,8 @@ class Schedule {
       : p_(p), tile_end_(tile_end), index_(Place::here().unit) {}
 
   // Moves on to the unit's next tile; false when there is none. All lanes of a warp call it
-  // together. Loop bounds are broadcast so that the compiler knows that they are uniform: where
-  // warps might diverge it serializes wgmmas in flight (ptxas C7518).
+  // together. Loop bounds are broadcast so that ptxas knows them to be uniform: if warps might
+  // diverge, it serializes wgmmas in flight (C7518).
   __device__ __forceinline__ bool next(Work& work) {
     const bool more = advance(work);
     work.k_begin = __shfl_sync(~0u, work.k_begin, 0);
@@ -73,7 +73,7 @@ class Schedule {
   }
 
  private:
-  // Accumulators leave few registers: what can be computed again is not kept.
+  // Accumulators leave few registers, so everything that can be computed again is.
   __device__ __forceinline__ bool advance(Work& work) {
     const Place place = Place::here();
     const uint32_t n_tiles = ceil_div_u32(p_.n, width(p_));
@@ -113,12 +113,12 @@ class Schedule {
     return true;
   }
 
-  // Features that a unit covers.
+  // How many features a unit covers at a time.
   static __device__ uint32_t width(const GemmParams& p) {
     return p.multicast ? 2 * L::kTileN : L::kTileN;
   }
 
-  // Tile number `index` of `rows` rows, along the strip walk.
+  // Finds the position of tile `index` of a matrix of `rows` rows, along the strip walk.
   __device__ void locate(Work& work, const Place& place, uint32_t index, uint32_t rows,
                          uint32_t n_tiles) const {
     const TilePosition tile = strip_walk(index, ceil_div_u32(rows, L::kTileM), n_tiles);
@@ -137,7 +137,7 @@ class Schedule {
   }
 
   // kRowIds: tiles begin at multiples of the tile's height. Within a tile, each run of rows of one
-  // group is computed as a tile of its own, from the run's first row on.
+  // group is computed as a tile of its own, which begins with the run's first row.
   __device__ bool next_run(Work& work, const Place& place, uint32_t tiles, uint32_t n_tiles) {
     for (; index_ < tiles; index_ += place.units, cursor_ = 0) {
       locate(work, place, index_, p_.m, n_tiles);
@@ -169,7 +169,7 @@ class Schedule {
   const GemmParams& p_;
   const uint32_t* tile_end_;
   uint32_t index_;
-  uint32_t cursor_ = 0;  // by groups: the group; by row ids: rows of this tile already taken
+  uint32_t cursor_ = 0;  // of listed groups: the group; kRowIds: rows of this tile already computed
 };
 
 }  // namespace torchext::sm90

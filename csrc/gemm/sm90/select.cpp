@@ -1,6 +1,6 @@
-// Chooses a kernel (select.h). For each kernel that can compute the problem the model counts the
-// cycles that an SM spends on a K block, the rounds in which CTAs get through all tiles, and the
-// cycles of a round outside the main loop.
+// Chooses a kernel (select.h). For each kernel that can compute the problem, the model counts the
+// cycles that an SM spends on a K block, the waves in which CTAs compute all tiles, and the cycles
+// of a wave outside the main loop.
 #include "select.h"
 
 #include <algorithm>
@@ -26,7 +26,7 @@ constexpr double kL2Bytes = 36, kMemoryBytes = 2400;
 constexpr double kStart = 2500, kTileOverhead = 500, kStoreBytes = 32;
 constexpr double kExchange = 1500, kExchangeBytes = 16;
 
-// Instructions of a warp for a K block, promotion aside: about what docs/sass_report.md counts.
+// Instructions of a warp for a K block, without promotion: about what docs/sass_report.md counts.
 constexpr double kIssueOverhead = 75;
 
 // All kernels.
@@ -48,7 +48,7 @@ int64_t rows_of_group(const GemmProblem& p) {
   return p.grouping == Grouping::kCounts ? p.group_rows : ceil_div(p.m, p.groups);
 }
 
-// Tiles of rows and of features, as far as the host can know.
+// How many tiles of `height` rows the problem has; an estimate if only the device knows the groups.
 int64_t row_tiles(const GemmProblem& p, uint32_t height) {
   switch (p.grouping) {
     case Grouping::kNone:
@@ -77,11 +77,12 @@ Candidate estimate(const GemmProblem& p, const Choice& choice, int sms) {
   Candidate c = {};
   c.choice = choice;
   c.tensor_cycles = rows * columns * kTileK / kTensorMacs;
-  // A scheduler has one warp of each warpgroup. Each register of an accumulator costs an FFMA, and
-  // an FMUL where columns have scales of their own.
+  // Each scheduler has one warp of each warpgroup. Promotion costs an FFMA for each register of an
+  // accumulator, and an FMUL if each column has its own scale.
   const double registers = rows * columns / (64 * warpgroups) / 2;
   c.issue_cycles = warpgroups * (registers * (by_column ? 2 : 1) + kIssueOverhead);
-  // Four wgmmas a block read 64 rows and its columns, 32 bytes each; TMA writes each once.
+  // Each of a block's four wgmmas reads 32 bytes of its 64 rows and of its columns; TMA writes each
+  // row and column of the K block once.
   c.shared_cycles =
       (slices * parts * 4 * 32 * (64 + columns / parts) + (rows + columns) * kTileK) / kSharedBytes;
   c.load_cycles = (rows / (choice.multicast ? 2 : 1) + columns) * kTileK / kL2Bytes;
@@ -115,7 +116,7 @@ Candidate estimate(const GemmProblem& p, const Choice& choice, int sms) {
   return c;
 }
 
-// All kernels that can run the problem, the best first; only those with this split_k unless it is
+// All choices that can run the problem, the best first; only those with this split_k unless it is
 // 0.
 std::vector<Candidate> candidates(const GemmProblem& p, int sms, uint32_t split_k) {
   constexpr int64_t kLeastBlocks = 4;  // K blocks for each CTA that shares K
@@ -197,8 +198,8 @@ Choice forced_choice(const GemmProblem& p, int sms) {
 Selection explain(const GemmProblem& p, int sm_count) {
   const int sms = p.num_sms > 0 ? p.num_sms : sm_count;
   Selection selection;
-  // split_k decides the order of sums, and so the bits. It is chosen for the whole GPU, so that
-  // bits do not depend on num_sms (as long as num_sms is enough for a cluster).
+  // split_k determines the order of sums, and so the bits. It is chosen for the whole GPU, so that
+  // bits do not depend on num_sms (as long as a cluster fits on num_sms SMs).
   Choice choice = measured(p, sm_count);
   selection.source = choice.kernel != nullptr ? "tuned table" : "cost model";
   if (choice.kernel == nullptr) choice = candidates(p, sm_count, 0).front().choice;
@@ -225,7 +226,7 @@ Selection explain(const GemmProblem& p, int sm_count) {
 
 namespace {
 
-// All of a problem that a choice depends on.
+// Everything that a choice depends on.
 struct Key {
   int64_t m = -1, n, k, groups, group_rows, expected_rows;
   Granularity granularity;
@@ -235,7 +236,7 @@ struct Key {
   bool accumulate;
   int num_sms, sm_count;
 
-  Key() = default;  // of no problem
+  Key() = default;  // equals the key of no problem
   Key(const GemmProblem& p, int sm_count)
       : m(p.m),
         n(p.n),
@@ -272,7 +273,7 @@ Choice select(const GemmProblem& p, int sm_count) {
   constexpr size_t kEntries = 256;
   thread_local std::array<Entry, kEntries> remembered;
   const Key key(p, sm_count);
-  // Sizes share their low bits: multiply, and take high ones.
+  // Sizes often have the same low bits: multiply, and take the high bits.
   uint64_t hash = 0;
   for (const int64_t size : {p.m, p.n, p.k, p.groups})
     hash = (hash ^ uint64_t(size)) * 0x9e3779b97f4a7c15;
@@ -300,8 +301,9 @@ void append(std::string& text, const Candidate& c) {
 }  // namespace
 }  // namespace torchext::sm90
 
-// For torchext.gemm_selection. What a GemmProblem needs, as numbers of the enums in gemm.h; the
-// answer is JSON. Returns the bytes that it needs, the ending zero included.
+// For torchext.gemm_selection. The arguments are the fields of a GemmProblem, enums of gemm.h as
+// their numbers. Writes JSON to `text` if its `size` bytes are enough. Returns how many bytes the
+// JSON needs, including the terminating zero.
 extern "C" __attribute__((visibility("default"))) int64_t
 torchext_explain_gemm(int64_t m, int64_t n, int64_t k, int granularity, bool a_e5m2, bool b_e5m2,
                       int64_t out_bytes, bool accumulate, int grouping, int64_t groups,
@@ -335,7 +337,7 @@ torchext_explain_gemm(int64_t m, int64_t n, int64_t k, int granularity, bool a_e
   return int64_t(json.size()) + 1;
 }
 
-// Makes the next launches use a tile (nullptr: chooses again), process-wide.
+// Makes all later launches of the process use a tile; nullptr returns to choosing.
 extern "C" __attribute__((visibility("default"))) void torchext_force_gemm(const char* tile,
                                                                            int split_k,
                                                                            int cluster) {

@@ -1,5 +1,6 @@
-// Which Hopper kernel computes a problem: a table of measured verdicts (tuned.inc) where it has
-// one, else a cost model, whose inputs and verdict torchext.explain_gemm shows.
+// Which Hopper kernel computes a problem. A table of measured verdicts (tuned.inc) decides if it
+// has the problem, otherwise a cost model. torchext.explain_gemm shows the model's inputs and
+// verdict.
 #pragma once
 
 #include <string>
@@ -19,13 +20,13 @@ struct Choice {
 
 struct Candidate {
   Choice choice;
-  int64_t tiles;  // of the output; an estimate where groups are counted on the device
-  int64_t waves;  // rounds in which the CTAs compute them
-  // Cycles of an SM for one K block: the most of the four that follow.
+  int64_t tiles;  // of the output; an estimate if only the device knows the groups
+  int64_t waves;  // in how many rounds the CTAs compute the tiles
+  // Cycles that an SM takes for one K block: the largest of the next four.
   double k_block_cycles;
   double tensor_cycles, issue_cycles, shared_cycles, load_cycles;
-  double memory_cycles;  // for the whole product: to move its bytes, a lower bound
-  double cycles;         // for the whole product
+  double memory_cycles;  // to move the bytes of the whole GEMM: a lower bound
+  double cycles;         // for the whole GEMM
 };
 
 struct Selection {
@@ -34,15 +35,15 @@ struct Selection {
   const char* source;  // "cost model", "tuned table" or "forced"
 };
 
-// Clusters that run at a time on so many SMs. A cluster lies within a GPC. Hopper's GPCs have 16 or
-// 18 SMs, and clusters of four and eight leave two of 18 unused.
+// How many clusters run at a time on `sms` SMs. A cluster runs within one GPC. Hopper's GPCs have
+// 16 or 18 SMs; clusters of four and eight leave two of 18 SMs unused.
 constexpr int64_t clusters_at_a_time(int64_t sms, int64_t cluster) {
   return cluster > 2 && sms >= 16 ? sms / 16 * (16 / cluster) : sms / cluster;
 }
 
 Selection explain(const GemmProblem& problem, int sm_count);
 
-// The same choice, remembered for problems that come again.
+// explain()'s choice. It is remembered for problems that come again.
 Choice select(const GemmProblem& problem, int sm_count);
 
 }  // namespace torchext::sm90

@@ -1,5 +1,4 @@
-// The tiles that the Hopper GEMM is compiled for. A new tile is one line here; nothing else is to
-// be added.
+// The tiles that the Hopper GEMM is compiled for. A new tile needs one line here and nothing else.
 //
 // wgmma multiplies 64 `rows` by up to 192 `columns` at a time. As a rule a tile's rows are rows of
 // a (tokens) and its columns are rows of b (features). In a `swapped` tile rows come from b and
@@ -17,7 +16,7 @@ struct TileShape {
   const char* name;
   uint32_t rows, columns, stages;
   bool swapped;
-  bool gated = false;  // SwiGLU: half of the columns are the gate's, half are up's
+  bool gated = false;  // SwiGLU: half of the columns are of the gate, half of up
   constexpr uint32_t m() const { return swapped ? columns : rows; }
   constexpr uint32_t n() const { return swapped ? rows : gated ? columns / 2 : columns; }
 };
@@ -42,14 +41,15 @@ struct TileShape {
   APPLY(swap_64x128,  128,  64,  6, true, __VA_ARGS__) \
   APPLY(swap_128x128, 128, 128,  4, true, __VA_ARGS__)
 
-// Fewer tiles where an operand is e5m2: each is a kernel for each pair of formats and granularity.
+// There are fewer tiles for operands in e5m2, since each tile is one kernel for each pair of
+// formats and granularity.
 #define TORCHEXT_SM90_E5M2_TILES(APPLY, ...)           \
   APPLY(128x128,     128, 128, 5, false, __VA_ARGS__)  \
   APPLY(256x128,     256, 128, 3, false, __VA_ARGS__)  \
   APPLY(swap_32x128, 128,  32, 8, true,  __VA_ARGS__)
 
-// With an activation and 1x128 quantization: a tile's columns are one scale group of the output;
-// gated, that many of the gate and as many of up.
+// Tiles with an activation and 1x128 quantization: the tile's columns are one scale group of the
+// output, or, gated, one scale group of the gate and one of up.
 #define TORCHEXT_SM90_ACTIVATED_TILES(APPLY, ...) \
   APPLY( 64x128,  64, 128, 7, false, __VA_ARGS__) \
   APPLY(128x128, 128, 128, 5, false, __VA_ARGS__)
@@ -57,8 +57,8 @@ struct TileShape {
   APPLY( 64x128,  64, 256, 4, false, __VA_ARGS__) \
   APPLY(128x128, 128, 256, 3, false, __VA_ARGS__)
 
-// The kernels of a .cu file (TORCHEXT_SM90_FILES in params.h): tiles x pairs of formats. Behind a
-// tile's own fields follow: prefix of the kernels' names, granularity, format of a, of b, output.
+// The kernels of a .cu file (TORCHEXT_SM90_FILES in params.h): tiles x pairs of formats. After a
+// tile's own fields come: prefix of the kernels' names, granularity, format of a, of b, output.
 #define TORCHEXT_SM90_stored(APPLY, G, GRANULARITY)                                             \
   TORCHEXT_SM90_UNSWAPPED_TILES(                                                                \
       APPLY, sm90_fp8_gemm_nt_##G##_e4m3_e4m3, GRANULARITY, e4m3, e4m3, kStored)

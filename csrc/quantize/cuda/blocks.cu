@@ -1,10 +1,16 @@
 // quantize_128x128, and quantize_128x128_dual, which writes the FP8 data transposed as well. Both
 // copies share their scales, so that only bytes are transposed.
 //
-// A block of threads takes a block of the matrix and holds it in registers, 16 elements a lane and
-// eight lanes a row, until its one scale is known. For the transpose the FP8 rows go to shared
-// memory, permuted in units of 16 bytes so that neither side meets a bank conflict; a thread takes
-// 16 rows of 4 columns out and turns them in registers.
+// Contract: the static asserts below tie the CTA's 256 threads to a block of 128x128. Rows of the
+// outputs start at multiples of 16 bytes. Each CTA quantizes one block; its warps all do the same:
+//
+//   load      A lane loads 16 elements (eight lanes load a row) and keeps them in registers.
+//   reduce    Warps write their largest magnitudes to shared memory, meet at __syncthreads, and
+//             each thread computes the block's scale.
+//   store     Each lane quantizes and stores its elements. Dual: it also writes the FP8 data to
+//             shared memory, permuted in units of 16 bytes to avoid bank conflicts.
+//   transpose Dual only, after another __syncthreads: a thread reads 16 rows of 4 columns,
+//             transposes them in registers and stores 16 bytes of each of 4 rows.
 #include "../../device/matrix.cuh"
 #include "../quantize.h"
 
@@ -37,7 +43,7 @@ __device__ inline uint4 transpose4x4(uint32_t a, uint32_t b, uint32_t c, uint32_
           __byte_perm(ab_high, cd_high, 0x5410), __byte_perm(ab_high, cd_high, 0x7632)};
 }
 
-// `interior`: the block's rows and columns all exist, and are aligned.
+// `interior`: all of the block's rows and columns exist and are aligned.
 template <class In, class Out, bool dual, bool interior>
 __device__ void quantize_block(const Source& x, const Sink& out, const Transposed& transposed,
                                uint32_t dropped_mantissa, uint32_t block_row, uint32_t block_col) {

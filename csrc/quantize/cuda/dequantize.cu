@@ -1,5 +1,8 @@
-// FP8 data times scales, in a wide dtype. Eight lanes take 128 columns of a row, 16 each; a warp
-// takes 16 rows, so that M-major scales arrive in whole sectors.
+// Dequantizes FP8 data to a wide dtype. Every warp works by itself, on a tile of 16 rows and 128
+// columns: eight lanes take a row, 16 columns each. With 16 rows, M-major scales are loaded in
+// whole sectors. A lane loads its 16 columns of four rows, then, row by row, loads the scale,
+// multiplies and stores. Contract: all of a lane's 16 columns share a scale (dequantize_cuda checks
+// this).
 #include "../../device/matrix.cuh"
 #include "../quantize.h"
 
@@ -35,7 +38,7 @@ __device__ uint32_t scaled_word(const float* x, float scale) {
     return bits_of(__fmul_rn(x[0], scale));
 }
 
-// The first `valid` of 16 elements.
+// Stores the first `valid` of 16 elements.
 template <class Out>
 __device__ void store(uint8_t* address, bool aligned, int valid, const Elements16<Out>& y) {
   if (aligned && valid == 16) {
@@ -55,7 +58,7 @@ __device__ void store(uint8_t* address, bool aligned, int valid, const Elements1
   }
 }
 
-// `interior`: the warp's rows and columns all exist, and are aligned.
+// `interior`: all of the warp's rows and columns exist and are aligned.
 template <class In, class Out, bool interior>
 __device__ void dequantize_rows(const Source& x, const Scales& scales, const Result& y, int64_t row,
                                 int64_t col) {
@@ -112,7 +115,7 @@ TORCHEXT_QUANTIZERS(KERNEL)
 namespace torchext {
 namespace {
 
-// log2 of how many rows or columns share a scale; where all of them do, a shift that leaves 0.
+// log2 of how many rows or columns share a scale; if all do, a shift that makes every index 0.
 int shift_of(int64_t group, int64_t count) {
   if (group >= count) return 62;
   int shift = 0;

@@ -1,14 +1,22 @@
-// 1x128 groups: along rows (quantize_1x128), along columns with a transposed result
-// (quantize_1x128_t), and both from one read (quantize_1x128_dual).
+// Quantizes with 1x128 scales: along rows (quantize_1x128), along columns with a transposed result
+// (quantize_1x128_t), or both from one read (quantize_1x128_dual).
 //
-// Along rows, eight lanes share a group, 16 elements each. A warp takes 16 rows of one group
-// column, so that its scales, M-major in memory, leave in whole sectors.
+// Contract: the static assert below ties eight lanes to a scale group. Rows of the outputs start at
+// multiples of 16 bytes.
 //
-// A block that transposes takes a tile of 128 x 128. Its threads first pass over it by rows, as
-// above, and leave the input in shared memory; then by columns: a thread owns 16 rows of 4 columns,
-// the eight lanes that are neighbors share those columns' groups, and packing FP8 down a column
-// transposes. Shared memory is permuted in units of 16 bytes so that neither pass meets a bank
-// conflict.
+// Along rows, every warp works by itself: it loads 16 rows of one column of scale groups, finds
+// their scales, quantizes and stores. Eight lanes share a scale group, 16 elements each. With 16
+// rows, the scales, which are M-major in memory, are stored in whole sectors.
+//
+// The kernels that transpose give each CTA a tile of 128 x 128. Its warps all do the same:
+//
+//   row pass     Load the tile by rows, as above, and write the input to shared memory. Dual: also
+//                quantize the rows and store them.
+//   column pass  After __syncthreads, read the tile by columns. A thread takes 16 rows of 4
+//                columns; eight neighboring lanes share the scale groups of these columns. Packing
+//                FP8 down a column transposes it.
+//
+// Shared memory is permuted in units of 16 bytes, so that neither pass meets a bank conflict.
 #include "../../device/matrix.cuh"
 #include "../quantize.h"
 
@@ -21,7 +29,7 @@ constexpr int kWarps = 4;
 constexpr int kRowsPerLane = 4;
 constexpr int kRowsPerWarp = 4 * kRowsPerLane;
 
-// `interior`: the warp's rows and columns all exist, and are aligned.
+// `interior`: all of the warp's rows and columns exist and are aligned.
 template <class In, class Out, bool interior>
 __device__ void quantize_rows(const Source& x, const Sink& out, uint32_t dropped_mantissa,
                               int64_t row, uint32_t group) {
@@ -83,8 +91,9 @@ template <class In>
 struct Tile {
   static constexpr int kChunks = kTile / In::kPerWord / 4;  // of 16 bytes, in a row
 
-  // The row pass writes a row's chunks 2j (4j for FP32) from lanes j, the column pass reads rows
-  // 16j: eight lanes at a time, both into different banks.
+  // Index of a chunk. Eight lanes access shared memory together: in the row pass lane j writes
+  // chunk 2j (4j for FP32) of a row, in the column pass it reads row 16j. Both meet different
+  // banks.
   static __device__ int offset(int row, int chunk) {
     return row * kChunks + (chunk ^ (chunk >> 3) ^ (row >> 4));
   }
@@ -128,8 +137,8 @@ __device__ void quantize_group_tile(const Source& x, const Sink& out, const Sink
 
   constexpr int kColumns = 4;
   constexpr int kWords = kColumns / In::kPerWord;
-  const int lane = threadIdx.x % 8;                 // owns rows 16 * lane to + 15,
-  const int tile_col = threadIdx.x / 8 * kColumns;  // and these columns
+  const int lane = threadIdx.x % 8;                 // takes rows 16 * lane + [0, 16)
+  const int tile_col = threadIdx.x / 8 * kColumns;  // of these columns
   Columns<In, kColumns> e[16];
   const int word = tile_col / In::kPerWord;
   const uint32_t* from =

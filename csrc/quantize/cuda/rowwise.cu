@@ -1,17 +1,25 @@
-// One scale per row. A block has eight warps; one, two, four or eight of them share a row. Each
-// lane holds four chunks of 16 elements of the row in registers (two before sm_89). What lies
-// beyond the 16,384 elements (8,192) that eight warps hold is read twice: once for the largest
-// magnitude, and again, from L2, to be quantized.
+// Quantizes with one scale for each row. A CTA has eight warps; one, two, four or eight of them
+// share a row. The warps of a row do the same:
+//
+//   load     Each lane loads up to four chunks of 16 elements (two before sm_89) and keeps them in
+//            registers. It also reads any further chunks of the row, for their largest magnitude
+//            only: those of rows longer than 16,384 elements (before sm_89: 8,192).
+//   reduce   Warps write their largest magnitudes to shared memory, meet at __syncthreads, and each
+//            thread computes its row's scale.
+//   store    Each lane quantizes and stores the chunks that it holds; it loads the others again,
+//            from L2.
+//
+// Contract: warps_per_row divides kWarps. Rows of the output start at multiples of 16 bytes.
 #include "../../device/matrix.cuh"
 #include "../quantize.h"
 
 namespace torchext::quantizers {
 
 constexpr int kWarps = 8;
-// Chunks of 16 elements that a lane holds; fewer where conversion to FP8 takes registers.
+// How many chunks of 16 elements a lane holds: fewer if converting to FP8 takes registers.
 constexpr int kHeld = kHasFp8Conversions ? 4 : 2;
 
-// `whole`: rows are aligned and end with a full chunk.
+// `whole`: rows are aligned, and their last chunk is full.
 template <class In, class Out, bool whole>
 __device__ void quantize_row(const Source& x, const Sink& out, uint32_t dropped_mantissa,
                              int warps_per_row) {

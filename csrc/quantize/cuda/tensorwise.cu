@@ -1,27 +1,35 @@
-// One scale for the whole tensor, in three launches: zero the amax, reduce the input into it
-// (atomicMax of FP32 bits: the same result in any order), quantize. A warp takes 2048 elements of a
-// row at a time. The quantizer walks the input backward, since its end is what the reduction has
-// left in L2.
+// Quantizes with one scale for the whole tensor, in three launches on one stream:
+//
+//   zero_amax              one thread zeroes the amax.
+//   amax_*                 Every warp loads tiles of 2048 elements of a row and keeps the largest
+//                          magnitude; a CTA's warps meet at __syncthreads; one thread then
+//                          merges its CTA's result into the amax by atomicMax on FP32 bits, which
+//                          gives the same result in any order.
+//   quantize_tensorwise_*  Every warp reads the amax, then loads, quantizes and stores one tile.
+//                          The grid takes tiles from the last to the first, since the reduction has
+//                          left the end of the input in L2.
+//
+// Contract: rows of the output start at multiples of 16 bytes.
 #include "../../device/matrix.cuh"
 #include "../quantize.h"
 
 namespace torchext::quantizers {
 
 constexpr int kWarps = 8;
-constexpr int kChunks = 4;  // of 16 elements a lane
+constexpr int kChunks = 4;  // chunks of 16 elements that a lane loads of a tile
 constexpr int kTile = kChunks * 32 * 16;
 
 struct Tiles {
   uint32_t count, per_row;
 };
 
-// One chunk of 16 elements, of one lane.
+// The position of a chunk of 16 elements, and how many of them exist.
 struct Chunk {
   int64_t row, col;
   int valid;
 };
 
-// `whole`: rows are aligned and end with a full chunk.
+// `whole`: rows are aligned, and their last chunk is full.
 template <bool whole>
 __device__ Chunk chunk_of(const Source& x, const Tiles& tiles, uint32_t tile, int i) {
   Chunk c;
