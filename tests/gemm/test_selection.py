@@ -123,6 +123,7 @@ def variants(granularity, dtypes):
             yield name, {"split_k": cluster} if swapped else {"cluster": cluster}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("granularity", ["1d2d", "1d1d", "rowwise"])
 @pytest.mark.parametrize("dtypes", [(E4M3, E4M3), (E5M2, E4M3)])
 def test_every_tile_gives_the_same_bits(granularity, dtypes):
@@ -138,6 +139,7 @@ def test_every_tile_gives_the_same_bits(granularity, dtypes):
         assert torch.equal(result, expected), (name, options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [False, True])
 @pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float32])
 def test_every_tile_stores_any_rows(out_dtype, accumulate):
@@ -157,7 +159,14 @@ def test_every_tile_stores_any_rows(out_dtype, accumulate):
 GROUPS = torch.tensor([70, 70, 333, 401], dtype=torch.int32)
 
 
-@pytest.mark.parametrize("kind", ["offsets", "group_ids", "masked"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param("offsets", marks=pytest.mark.slow),
+        pytest.param("group_ids", marks=pytest.mark.slow),
+        "masked",
+    ],
+)
 def test_every_tile_computes_groups(kind):
     """Groups of any length, one of them empty; rows of no group are not written. Tiles that split K
     into the same number of parts give the same bits, and the CPU the same up to rounding."""
