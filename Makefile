@@ -34,7 +34,7 @@ PARALLEL_PYTEST := OMP_NUM_THREADS=1 $(PYTEST) -n $(WORKERS) --dist worksteal
 check: $(BUILT) lint
 	$(PARALLEL_PYTEST) -m "not slow and not alone" $(PYTEST_ARGS)
 
-test: $(BUILT) lint test-cpu test-sim
+test: $(BUILT) lint test-cpu test-sim asan
 	$(BIN)/python tools/sass_report.py --check
 
 test-cpu: $(BUILT)
@@ -55,7 +55,8 @@ test-sim: $(BUILT)
 	  done; \
 	else echo 'no nvcc, so no CUDA kernels to simulate'; fi
 
-# The CPU kernels and the simulator under ASan and UBSan. Arguments, of pytest: ARGS="-x tests/sim"
+# Tests of the CPU kernels and of the simulator under ASan and UBSan. ARGS, if given, goes to pytest
+# in place of them: make asan ARGS="-x tests/sim/test_parser.py"
 asan: $(VENV)/.ready
 	$(BIN)/python tools/sanitize.py $(ARGS)
 
