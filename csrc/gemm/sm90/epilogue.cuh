@@ -28,7 +28,7 @@ __device__ __forceinline__ float rescaled(float total, float scale) {
   return __fmul_rn(total, scale);
 }
 
-// Of feature n of the group's b: its row-wise scale, and the index of its bias.
+// Row-wise scale, and index of the bias, of feature n of the group's b.
 __device__ __forceinline__ float row_scale_of_b(const GemmParams& p, const Work& work, uint32_t n) {
   return ptx::ld_global_nc_f32(p.b_scale + work.group * p.b_scale_group + n * p.b_scale_row);
 }

@@ -3,7 +3,8 @@
 Where the design promises equal bits, a job computes its expected result in another way: a GEMM in
 the simplest configuration, each group as a GEMM of its own, quantizers in plain PyTorch. Each GEMM
 must also lie within the documented bound of the float64 product, which shows errors that all
-kernels share. Outputs lie between guard rows.
+kernels share. Outputs lie between guard rows. The file is long because every op has its maker of
+jobs here, where their checks can be compared.
 """
 
 from __future__ import annotations
