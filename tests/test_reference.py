@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 
+from support.cuda_division import CudaDivision
 from support.op_samples import (
     BLOCKS,
     E4M3,
@@ -155,6 +156,29 @@ def test_quantizers_equal_their_references(name, make, dtype, pow2_scale, device
         assert_same(
             getattr(ops, name)(converted, **options), getattr(reference, name)(converted, **options)
         )
+
+
+@pytest.mark.parametrize("pow2_scale", [False, True])
+@pytest.mark.parametrize("dtype", [E4M3, E5M2])
+@pytest.mark.parametrize("make", HOSTILE)
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_references_have_the_same_bits_on_cuda(name, make, dtype, pow2_scale):
+    x = make(torch.device("cpu"))
+    for wide in (x, x.bfloat16()):  # quotients of bfloat16 values are often ties of FP8
+        with CudaDivision():
+            emulated = getattr(reference, name)(wide, dtype=dtype, pow2_scale=pow2_scale)
+        assert_same(emulated, getattr(reference, name)(wide, dtype=dtype, pow2_scale=pow2_scale))
+
+
+@pytest.mark.parametrize("divisor", [448.0, 57344.0])
+def test_emulated_cuda_division(divisor):
+    x = torch.arange(1.0, 1000.0)
+    with CudaDivision():
+        quotients = [x / divisor, x / torch.tensor(divisor), x.clone().div_(divisor)]
+        by_tensor = x / x.new_full((), divisor)
+    reciprocal = torch.full_like(x, 1 / divisor)
+    assert all(torch.equal(quotient, x * reciprocal) for quotient in quotients)
+    assert torch.equal(by_tensor, x / divisor) and not torch.equal(by_tensor, quotients[0])
 
 
 @pytest.mark.parametrize("shape", [(3, 5, 200), (1, 1, 1), (129,), (2, 0, 3), (0,)])

@@ -328,7 +328,9 @@ def _group_amax(x: Tensor, group: int | None) -> Tensor:
 
 
 def _scale(amax: Tensor, largest: float, pow2_scale: bool) -> Tensor:
-    scale = (amax / largest).clamp(min=_SMALLEST_NORMAL)
+    # By a number, or by a scalar tensor on the CPU, CUDA multiplies with the rounded reciprocal.
+    quotient = amax / amax.new_full((), largest)
+    scale = quotient.clamp(min=_SMALLEST_NORMAL)
     if pow2_scale:
         mantissa, exponent = torch.frexp(scale)  # mantissa * 2**exponent, 0.5 <= mantissa < 1
         exponent = torch.where(mantissa == 0.5, exponent - 1, exponent)

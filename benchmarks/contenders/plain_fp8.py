@@ -20,7 +20,9 @@ def round_up(value: int, multiple: int) -> int:
 
 
 def _scale(amax: Tensor) -> Tensor:
-    scale = (amax / E4M3_MAX).clamp_min(torch.finfo(torch.float32).tiny)
+    # By a number, CUDA would multiply with the rounded reciprocal.
+    quotient = amax / amax.new_full((), E4M3_MAX)
+    scale = quotient.clamp_min(torch.finfo(torch.float32).tiny)
     return torch.where(amax == 0, 1.0, scale)
 
 

@@ -10,6 +10,7 @@ from benchmarks.contenders import contenders_for
 from benchmarks.contenders import plain_fp8 as plain
 from benchmarks.contenders.cublaslt import dense_columns, padded_blocks
 from benchmarks.problems import PROBLEMS, WrongResultError, difference, require
+from support.cuda_division import CudaDivision
 from torchext import ops
 
 
@@ -59,6 +60,15 @@ def test_plain_quantizers_equal_torchext_in_bits_and_layout(op, shape):
     for ours, theirs in zip(getattr(plain, op)(x), getattr(ops, op)(x), strict=True):
         assert torch.equal(ours.float(), theirs.float())
         assert ours.stride() == theirs.stride() or ours.shape[-1] == 1 or ours.shape[0] == 1
+
+
+@pytest.mark.parametrize("op", [op for op in QUANTIZERS if op != "dequantize"])
+def test_plain_quantizers_have_the_same_bits_on_cuda(op):
+    x = torch.randn(130, 257).bfloat16()
+    with CudaDivision():
+        emulated = getattr(plain, op)(x)
+    for ours, theirs in zip(emulated, getattr(ops, op)(x), strict=True):
+        assert torch.equal(ours.float(), theirs.float())
 
 
 def test_plain_quantizer_against_numpy():
