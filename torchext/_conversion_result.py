@@ -22,7 +22,10 @@ class ReadOnlyDict(dict[str, str]):
     """A dict that cannot be changed. It is a dict because json and pickle require one."""
 
     def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise TypeError("a ConversionResult is read-only; copy it with dict(...) to change it")
+        raise TypeError(
+            "ConversionResult: skipped must stay as it is (got a change to this read-only dict); "
+            "change a copy, dict(result.skipped)"
+        )
 
     __setitem__ = __delitem__ = __ior__ = _refuse  # type: ignore[assignment]
     clear = pop = popitem = setdefault = update = _refuse  # type: ignore[assignment]

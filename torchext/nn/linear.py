@@ -36,14 +36,6 @@ class Linear(torch.nn.Linear):
     parameter. `torchext.fixed_weights` saves both the hash and the quantization while weights do
     not change.
 
-    Args:
-        in_features, out_features, bias, device, dtype: as in torch.nn.Linear. The parameters must
-            be FP32, BF16 or FP16.
-        recipe: how the input, the weight and the output's gradient are quantized;
-            Recipe.deepseek_v3() if None.
-
-    Raises:
-        TypeError: recipe is not a torchext.Recipe.
     """
 
     recipe: Recipe
@@ -59,6 +51,22 @@ class Linear(torch.nn.Linear):
         *,
         recipe: Recipe | None = None,
     ) -> None:
+        """Allocates and initializes the parameters, as torch.nn.Linear does.
+
+        Args:
+            in_features: size K of the input's last dimension.
+            out_features: size N of the output's last dimension. `weight` is [N, K].
+            bias: whether the layer has a parameter `bias`, [N]; otherwise `bias` is None.
+            device: device of the parameters; torch's default device if None.
+            dtype: dtype of the parameters: FP32, BF16 or FP16; torch's default dtype if None.
+                Only `forward` checks it.
+            recipe: how the input, the weight and the output's gradient are quantized;
+                Recipe.deepseek_v3() if None.
+
+        Raises:
+            TypeError: recipe is not a torchext.Recipe, or a size is not an integer.
+            RuntimeError: a size is negative; dtype is not floating-point; torch lacks the device.
+        """
         super().__init__(in_features, out_features, bias, device, dtype)
         self.recipe = _checked_recipe(recipe)
         self._weight_cache = WeightCache()
