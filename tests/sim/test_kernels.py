@@ -20,7 +20,10 @@ from tests.hardware.gpu_check.op_calls import check
 from torchext import _architectures, gemm_selection, ops
 from torchext._catalog import CATALOG, Entry
 
-sim = pytest.importorskip("torchext.sim")
+available, reason = torchext.is_available("sim")
+if not available:
+    pytest.skip(reason, allow_module_level=True)
+from torchext import sim  # noqa: E402
 
 RUNS = [(seed, mode) for seed in (0, 1, 2) for mode in ("eager", "late", "random")]
 WIDE = (torch.bfloat16, torch.float16, torch.float32)
