@@ -6,21 +6,17 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+import architecture_tables
+import architectures
+import nvcc
 from torchext import _architectures
 from torchext._dispatch.c_api import c_function
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "csrc" / "build"), str(ROOT / "tools")]
-
-import architecture_tables  # noqa: E402
-import architectures  # noqa: E402
-import nvcc  # noqa: E402
-
 ROWS = architectures.ARCHITECTURES
 
 

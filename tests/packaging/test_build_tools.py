@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 
-BUILD = Path(__file__).parents[2] / "csrc" / "build"
-sys.path.insert(0, str(BUILD))
+import nvcc
+import toolchain
 
-import nvcc  # noqa: E402
-import toolchain  # noqa: E402
+BUILD = Path(__file__).parents[2] / "csrc" / "build"
 
 CLEAN = """
 ptxas info    : Compiling entry function 'good' for 'sm_90a'

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT / "csrc" / "build"), str(ROOT / "tools")]
+import sass
+import sass_report
+import toolchain
+from elf import KernelAttributes
 
-import sass  # noqa: E402
-import sass_report  # noqa: E402
-import toolchain  # noqa: E402
-from elf import KernelAttributes  # noqa: E402
+ROOT = Path(__file__).parents[2]
 
 # A persistent kernel as ptxas lays it out. A loop over tiles (1 to 12) contains a main loop (2 to
 # 9). If the first try of its wait fails, the wait spins out of line (14, 15) and jumps back (16).
