@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
+from torch._vmap_internals import _vmap
 from torch.autograd import forward_ad
 from torch.func import (
     functional_call,
@@ -19,7 +23,7 @@ from torch.func import (
 )
 
 from support.linear_testing import OpCounter, main_recipes, normal, normal_linear, train_step
-from torchext import Recipe
+from torchext import Recipe, ops
 from torchext.nn import Linear
 
 pytestmark = pytest.mark.large  # transforms do not depend on the kernels
@@ -117,6 +121,32 @@ def test_batched_gradients(device, recipe, shape):
         single = torch.autograd.grad(y, inputs, dy, retain_graph=True)
         for got, expected in zip(batched, single, strict=True):
             assert_close(got[index], expected)
+
+
+@main_recipes
+def test_batched_gradients_in_another_thread(device, recipe):
+    """As on CUDA, whose backward runs in a thread of its own, with its own count of batches."""
+    linear = normal_linear(device, recipe=recipe)
+    x = normal(6, 200, device=device, grad=True)
+    y = linear(x)
+    dys = torch.randn(2, 3, *y.shape, device=device)
+    inputs = (x, linear.weight, linear.bias)
+
+    def pull(dy):
+        return torch.autograd.grad(y, inputs, dy, retain_graph=True)
+
+    with ThreadPoolExecutor(1) as thread:
+        batched = _vmap(_vmap(lambda dy: thread.submit(pull, dy).result()))(dys)
+    for first, second in itertools.product(range(2), range(3)):
+        for got, expected in zip(batched, pull(dys[first, second]), strict=True):
+            assert_close(got[first, second], expected)
+
+
+def test_an_op_of_an_outer_batch_within_an_inner_batch(device):
+    x, inner = normal(4, 5, 64, device=device), torch.zeros(3, 2, device=device)
+    scale = _vmap(lambda x: _vmap(lambda y: (ops.quantize_rowwise(x)[1], y))(inner)[0])(x)
+    expected = ops.quantize_rowwise(x)[1]
+    assert torch.equal(scale, expected[:, None].expand(-1, 3, -1, -1))
 
 
 def test_batched_gradients_can_be_differentiated_once(device):

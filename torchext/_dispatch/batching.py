@@ -77,27 +77,35 @@ def register_batching(name: str, overload: str, rule: Rule) -> None:
 
 def _apply_to_gradients(rule: Rule, call: Call, operands: list[Any]) -> Any:
     """Applies a rule to batched tensors of the kind that autograd makes for batched gradients."""
-    level = torch._C._vmapmode_increment_nesting() - 1  # the innermost batch
-    torch._C._vmapmode_decrement_nesting()
+    levels = [_innermost_level(operand) for operand in operands]
+    innermost = max(levels)
+    # The rule sees the innermost batch as a dimension. Outer batches stay batched.
+    dims = tuple(0 if level == innermost else None for level in levels)
     physical = [
-        torch._remove_batch_dim(t, level, 1, 0) if _is_batched_gradient(t) else t for t in operands
+        operand if dim is None else torch._remove_batch_dim(operand, innermost, 1, dim)
+        for operand, dim in zip(operands, dims, strict=True)
     ]
-    batched = [p is not t for p, t in zip(physical, operands, strict=True)]
-    size = max(t.shape[0] for t, is_batched in zip(physical, batched, strict=True) if is_batched)
-    dims = tuple(0 if is_batched else None for is_batched in batched)
-    # A tensor that only an outer level batches has got a dimension of size 1 for this level.
-    spread = [
-        t.expand(size, *t.shape[1:]) if is_batched else t
-        for t, is_batched in zip(physical, batched, strict=True)
-    ]
-    torch._C._vmapmode_decrement_nesting()
-    try:
-        results, _ = rule(call, size, dims, *spread)
-    finally:
-        torch._C._vmapmode_increment_nesting()
+    size = next(t.shape[0] for t, dim in zip(physical, dims, strict=True) if dim is not None)
+    results, _ = rule(call, size, dims, *physical)
     if results == ():
         return None
-    return tree_map(lambda t: torch._add_batch_dim(t, 0, level), results)
+    return tree_map(lambda t: torch._add_batch_dim(t, 0, innermost), results)
+
+
+def _innermost_level(t: Any) -> int:
+    """The greatest level at which autograd has batched `t`; 0 if at none.
+
+    torch counts levels in a thread-local variable, which is 0 in the threads that run the backward
+    of CUDA tensors. So this function tries the levels 1, 2, ... until none is left.
+    """
+    level = 0
+    while _is_batched_gradient(t):
+        level += 1
+        # For a level that `t` lacks, torch adds a dimension of the size that is given here.
+        tried = [torch._remove_batch_dim(t, level, size, 0) for size in (1, 2)]
+        if tried[0].shape[0] == tried[1].shape[0]:
+            t = tried[0]
+    return level
 
 
 def _is_batched_gradient(t: Any) -> bool:
