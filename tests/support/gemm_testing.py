@@ -185,12 +185,12 @@ def sum_error(a, b, *, tensor_core, addends=(), terms=None):
 
 
 def assert_within_bound(
-    result, a, b, *, tensor_core, bias=None, old=None, terms=None, out_dtype=None
+    result, a, b, *, tensor_core, bias=None, old=None, terms=None, out_dtype=None, more_error=0.0
 ):
     """Asserts that `result` is a @ b.T (+ bias) (+ old) as closely as docs/numerics.md promises.
 
     The bound is sum_error plus the rounding of (|exact| + sum_error) to the output's dtype. The
-    rounding is at least half the smallest subnormal of that dtype.
+    rounding is at least half the smallest subnormal of that dtype. more_error: added to sum_error.
     """
     out_dtype = out_dtype or result.dtype
     exact = a.dequantized @ b.dequantized.t()
@@ -201,7 +201,7 @@ def assert_within_bound(
         exact = exact + addend
     assert result.dtype == out_dtype
     assert result.shape == exact.shape
-    error = sum_error(a, b, tensor_core=tensor_core, addends=addends, terms=terms)
+    error = sum_error(a, b, tensor_core=tensor_core, addends=addends, terms=terms) + more_error
     rounding = ((exact.abs() + error) * ROUNDING[out_dtype]).clamp(min=LEAST[out_dtype] / 2)
     bound = error + rounding
     distance = (result.double().cpu() - exact).abs()

@@ -21,9 +21,11 @@ def cublaslt_gemm_nt(a: Tensor, b: Tensor, d: Tensor, c: Tensor | None = None) -
         d: [M, N], of any of these dtypes but FP8, written in place.
         c: [M, N], of d's dtype: added to the product. None to store.
 
-    Sums are FP32 and rounded once. Where d's dtype is not the operands', the product is first an
-    FP32 tensor, and operands other than FP8 are widened: as a yardstick of speed, take equal
-    dtypes, or FP8 with N and K multiples of 16.
+    Sums are FP32 and rounded once, but for two cases on CUDA. Tensor cores sum FP8 with fewer bits
+    (docs/numerics.md). And where a, b and d are all bfloat16 or all float16, cuBLAS may round
+    partial sums, and the product before c is added, to that dtype. Where d's dtype is not the
+    operands', the product is first an FP32 tensor, and operands other than FP8 are widened: as a
+    yardstick of speed, take equal dtypes, or FP8 with N and K multiples of 16.
 
     Raises:
         ValueError: shapes or dtypes that do not fit together.
