@@ -148,12 +148,13 @@ def gemm_cases(selection: Selection) -> Iterator[Case]:
                     )
 
 
-def hard_matrix(dtype: torch.dtype, kind: str, seed: int, **options: Any) -> Sample:
+def hard_matrix(of: torch.dtype, kind: str, seed: int, **options: Any) -> Sample:
+    """A matrix of dtype `of`. options: of the quantizer."""
     rng = torch.Generator().manual_seed(seed)
     shape = (197, 388)
-    size = dtype.itemsize
+    size = of.itemsize
     if kind in ("bits", "NaN"):
-        x = torch.randint(0, 256, (*shape, size), generator=rng).to(torch.uint8).view(dtype)[..., 0]
+        x = torch.randint(0, 256, (*shape, size), generator=rng).to(torch.uint8).view(of)[..., 0]
         if kind == "bits":
             x = torch.where(x.isfinite(), x, torch.zeros_like(x))
         else:  # some rows only, else every group is NaN
@@ -168,7 +169,7 @@ def hard_matrix(dtype: torch.dtype, kind: str, seed: int, **options: Any) -> Sam
         if kind == "ties":  # multiples of half a unit in the last place of FP8
             wide = torch.randint(-896, 897, shape, generator=rng) / 2
             wide[:, ::7] = 448.0
-        x = wide.to(dtype)
+        x = wide.to(of)
         x = torch.where(x.isinf(), torch.zeros_like(x), x)
     return Sample((x,), options)
 
