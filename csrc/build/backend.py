@@ -8,6 +8,8 @@ installed, the build environment gets one.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from typing import Any
 
 from setuptools import build_meta as _setuptools
 from toolchain import installed_site_packages
@@ -24,7 +26,7 @@ __all__ = [
 ]
 
 
-def get_requires_for_build_wheel(config_settings=None):
+def get_requires_for_build_wheel(config_settings: Any = None) -> list[str]:
     # setuptools would run setup.py to find out, which imports torch.
     installed = any((site / "torch" / "version.py").exists() for site in installed_site_packages())
     return [] if installed else ["torch>=2.10"]
@@ -33,8 +35,8 @@ def get_requires_for_build_wheel(config_settings=None):
 get_requires_for_build_editable = get_requires_for_build_sdist = get_requires_for_build_wheel
 
 
-def _with_installed_torch(hook):
-    def run(*arguments, **options):
+def _with_installed_torch(hook: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*arguments: Any, **options: Any) -> Any:
         # Appended, so that the build environment's own packages take precedence.
         sites = map(str, installed_site_packages())
         sys.path += [site for site in sites if site not in sys.path]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from pathlib import Path
+from typing import Any
 
 # NVIDIA's compiler on PyPI. `make` installs these packages if no nvcc is found. Together they put a
 # toolkit into site-packages/nvidia/cu13.
@@ -31,7 +32,7 @@ _spec.loader.exec_module(rule)
 installed_site_packages = rule.installed_site_packages
 
 
-def find_toolkit():
+def find_toolkit() -> Any:
     """The first toolkit that torchext can be built with, a rule.Toolkit, or None."""
     return rule.find_toolkit(to_link=True)
 
