@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 
-SUITES = ("quantize", "gemm", "grouped", "linear")
+SUITES = ("quantize", "gemm", "grouped", "fused", "linear")
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,11 @@ GEMMS = (FPROP, FPROP_ROWWISE, FPROP_TENSORWISE, WGRAD, WGRAD_ACCUMULATE)
 # the wgrad [m, n] of each expert, from about k tokens, added to FP32.
 CONTIGUOUS, MASKED, ALONG_K = "contiguous", "masked", "along_k"
 GROUPED = (CONTIGUOUS, MASKED, ALONG_K)
+
+# GEMMs whose epilogue applies an activation and quantizes 1x128; shape (m, n, k), scales 1x128 by
+# 128x128. swiglu halves the n columns of its output.
+SWIGLU, GELU, RELU2 = "swiglu", "gelu", "relu2"
+FUSED = (SWIGLU, GELU, RELU2)
 
 # forward: no gradient; the weight was quantized before. forward_backward: the layer's part of a
 # training step; the weight is quantized again.
@@ -162,6 +167,8 @@ def cuda_cases() -> list[Case]:
             Case("linear", FORWARD, *where, shape[64], 2),
             Case("linear", FORWARD, *where, shape[4096], 2),
         ]
+        if layer.name == "gate_up_proj":
+            cases += [Case("fused", op, *where, shape[m], 1) for op in FUSED for m in (64, 4096)]
     for name, n, k in EXPERTS:
         where = ("deepseek-v3", name)
         for op, groups in ((CONTIGUOUS, CONTIGUOUS_GROUPS), (MASKED, MASKED_GROUPS)):
@@ -185,6 +192,7 @@ def cpu_cases() -> list[Case]:
         ),
         *(Case("gemm", op, *cube, int(op != FPROP)) for op in GEMMS),
         *(Case("grouped", op, "cube", "", (4, 256, 512, 1024)) for op in GROUPED),
+        *(Case("fused", op, *cube) for op in FUSED),
         *(Case("linear", op, *cube, int(op != FORWARD_BACKWARD)) for op in LINEARS),
     ]
 
@@ -195,6 +203,7 @@ def explicit_cases(m: int, n: int, k: int) -> list[Case]:
         *(Case("quantize", op, "given", "", (m, k)) for op in QUANTIZERS),
         *(Case("gemm", op, "given", "", (m, n, k)) for op in GEMMS),
         *(Case("grouped", op, "given", "", (2, m, n, k)) for op in GROUPED),
+        *(Case("fused", op, "given", "", (m, n, k)) for op in FUSED if op != SWIGLU or n % 2 == 0),
         *(Case("linear", op, "given", "", (m, n, k)) for op in LINEARS),
     ]
 

@@ -89,7 +89,7 @@ def _gemm(records: list[dict], ceilings: dict) -> plt.Figure | None:
 def _layers(records: list[dict], ceilings: dict) -> plt.Figure | None:
     linears = _of("linear", records)
     steps = [record for record in linears if record["op"] == cases.FORWARD_BACKWARD]
-    suites = [_of("grouped", records), steps or linears]
+    suites = [_of("grouped", records), _of("fused", records), steps or linears]
     return _bars(suites, "flops_per_s", 1e12, "TFLOPS", ceilings.get("fp8_flops_per_s"))
 
 

@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import cases
@@ -369,6 +370,62 @@ class GroupedProblem(Problem):
         return max(errors, key=lambda error: error["relative"])
 
 
+class FusedProblem(Problem):
+    """activation(left [m, k] @ right [n, k].T), quantized 1x128.
+
+    swiglu: the first n / 2 rows of right are the gate's.
+    """
+
+    UNQUANTIZED_TOLERANCE = 1e-2
+    # The product is rounded to BF16 first: more values fall to the next FP8 number, 1/16 away.
+    UNFUSED_TOLERANCE = 4e-2
+
+    def __init__(self, case: Case, device: str):
+        super().__init__(case, device)
+        m, n, k = case.shape
+        self.op = f"fp8_gemm_nt_{case.op}_quantize"
+        self.columns = n // 2 if case.op == cases.SWIGLU else n  # of the result
+        self.flops = 2.0 * m * n * k
+        self.bytes = entry(self.op).bytes(m, n, k)
+        self.left = random_matrix(m, k, device, self.dtype)
+        # Divided by sqrt(k), so that activations see numbers of their interesting range.
+        self.right = random_matrix(n, k, device, self.dtype) / math.sqrt(k)
+
+    @cached_property
+    def operands(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """a, a_scale, b, b_scale: scales 1x128 by 128x128."""
+        return (*quantize("quantize_1x128", self.left), *quantize("quantize_128x128", self.right))
+
+    def activate(self, product: Tensor) -> Tensor:
+        if self.case.op == cases.SWIGLU:
+            gate, up = product.chunk(2, dim=-1)
+            return F.silu(gate) * up
+        return F.gelu(product) if self.case.op == cases.GELU else product.relu().square()
+
+    @cached_property
+    def expected_fp8(self) -> Tensor:
+        """The reference's result, dequantized, in float64."""
+        data, scale = entry(self.op).reference(*self.operands)
+        return dequantize(data, scale, torch.float64)
+
+    def check_fp8(self, result: object) -> dict:
+        bound: Any = entry(self.op).bound
+        return require(self._difference(result), bound.relative, bound.worst)
+
+    def check_unfused(self, result: object) -> dict:
+        return require(self._difference(result), self.UNFUSED_TOLERANCE)
+
+    def _difference(self, result: object) -> dict:
+        assert isinstance(result, tuple)
+        data, scale = result
+        return difference(dequantize(data, scale, torch.float64), self.expected_fp8)
+
+    def check_unquantized(self, result: object) -> dict:
+        assert isinstance(result, Tensor)
+        expected = self.activate(self.left.double() @ self.right.double().t())
+        return require(difference(result, expected), self.UNQUANTIZED_TOLERANCE)
+
+
 class LinearProblem(Problem):
     """A linear layer: x [m, k], weight [n, k], gradient [m, n]; BF16 on a GPU, FP32 on a CPU."""
 
@@ -436,5 +493,6 @@ PROBLEMS: dict[str, type[Problem]] = {
     "quantize": QuantizeProblem,
     "gemm": GemmProblem,
     "grouped": GroupedProblem,
+    "fused": FusedProblem,
     "linear": LinearProblem,
 }

@@ -21,7 +21,7 @@ def markdown(data: dict) -> str:
         _tests(data),
         _sanitizer(data),
         _soak(data),
-        *(_suite(data, suite) for suite in ("gemm", "grouped", "linear", "quantize")),
+        *(_suite(data, suite) for suite in ("gemm", "grouped", "fused", "linear", "quantize")),
         _host(data),
         _energy(data),
         _failures(data),

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import cases
 from ..problems import (
+    FusedProblem,
     GemmProblem,
     GroupedProblem,
     LinearProblem,
@@ -89,6 +90,25 @@ def unquantized_grouped(problem: GroupedProblem) -> Run:
     return Run(lambda: F.grouped_mm(problem.left, right, offs=offsets), problem.check_unquantized)
 
 
+def fp8_fused(problem: FusedProblem) -> Run:
+    """Dequantizes the operands to FP32, then runs an FP32 GEMM, the activation and a quantizer."""
+    a, b = problem.operands[:2], problem.operands[2:]
+    return Run(
+        lambda: plain.quantize_1x128(problem.activate(_product(a, b, torch.float32))),
+        problem.check_fp8,
+    )
+
+
+def unquantized_fused(problem: FusedProblem) -> Run:
+    """F.linear and the activation in the problem's dtype; the result is not quantized."""
+    (m, n, k), size = problem.case.shape, problem.left.element_size()
+    return Run(
+        lambda: problem.activate(F.linear(problem.left, problem.right)),
+        problem.check_unquantized,
+        bytes=float(size * ((m + n) * k + m * problem.columns)),
+    )
+
+
 class _Fp8Linear(torch.autograd.Function):
     """fprop, dgrad and wgrad on FP8 operands, with the granularities of torchext.nn.Linear."""
 
@@ -134,10 +154,13 @@ CONTENDERS = [
     Contender("plain", "quantize", ("cpu", "cuda"), require, quantize),
     Contender("plain", "gemm", ("cpu",), require, fp8_gemm),
     Contender("plain", "grouped", ("cpu",), require, fp8_grouped),
+    Contender("plain", "fused", ("cpu",), require, fp8_fused),
     Contender("plain", "linear", ("cpu",), require, fp8_linear),
     Contender("bf16", "gemm", ("cuda",), require, unquantized_gemm),
     Contender("bf16", "grouped", ("cuda",), require, unquantized_grouped),
+    Contender("bf16", "fused", ("cuda",), require, unquantized_fused),
     Contender("bf16", "linear", ("cuda",), require, unquantized_linear),
     Contender("fp32", "gemm", ("cpu",), require, unquantized_gemm),
+    Contender("fp32", "fused", ("cpu",), require, unquantized_fused),
     Contender("fp32", "linear", ("cpu",), require, unquantized_linear),
 ]

@@ -8,7 +8,14 @@ import dataclasses
 import torch
 
 from .. import cases
-from ..problems import GemmProblem, GroupedProblem, LinearProblem, QuantizeProblem, Run
+from ..problems import (
+    FusedProblem,
+    GemmProblem,
+    GroupedProblem,
+    LinearProblem,
+    QuantizeProblem,
+    Run,
+)
 from . import SUBJECT, Contender
 
 
@@ -69,6 +76,24 @@ def grouped(problem: GroupedProblem) -> Run:
     )
 
 
+def fused(problem: FusedProblem) -> Run:
+    from torchext import ops
+
+    op, operands = getattr(ops, problem.op), problem.operands
+    return Run(lambda: op(*operands), problem.check_fp8)
+
+
+def unfused(problem: FusedProblem) -> Run:
+    """The same work by three calls: GEMM with a BF16 result, PyTorch's activation, quantizer."""
+    from torchext import ops
+
+    operands = problem.operands
+    return Run(
+        lambda: ops.quantize_1x128(problem.activate(ops.fp8_gemm_nt(*operands))),
+        problem.check_unfused,
+    )
+
+
 def linear(problem: LinearProblem) -> Run:
     import torchext
 
@@ -102,5 +127,7 @@ CONTENDERS = [
     Contender(SUBJECT, "quantize", DEVICES, require, quantize),
     Contender(SUBJECT, "gemm", DEVICES, require, gemm),
     Contender(SUBJECT, "grouped", DEVICES, require, grouped),
+    Contender(SUBJECT, "fused", DEVICES, require, fused),
+    Contender("torchext_unfused", "fused", DEVICES, require, unfused),
     Contender(SUBJECT, "linear", DEVICES, require, linear),
 ]

@@ -5,13 +5,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.cases import GEMMS, GROUPED, LINEARS, QUANTIZERS, Case
-from benchmarks.contenders import contenders_for
+from benchmarks.cases import (
+    FUSED,
+    GEMMS,
+    GROUPED,
+    LINEARS,
+    QUANTIZERS,
+    Case,
+    cpu_cases,
+    cuda_cases,
+)
+from benchmarks.contenders import SUBJECT, all_contenders, contenders_for
 from benchmarks.contenders import plain_fp8 as plain
 from benchmarks.contenders.cublaslt import dense_columns, padded_blocks
 from benchmarks.problems import PROBLEMS, WrongResultError, difference, require
 from support.cuda_division import CudaDivision
 from torchext import ops
+from torchext._catalog import CATALOG
 
 
 def case(suite: str, op: str, shape: tuple[int, ...]) -> Case:
@@ -22,6 +32,7 @@ CASES = [
     *(case("quantize", op, (70, 200)) for op in QUANTIZERS),
     *(case("gemm", op, (48, 144, 272)) for op in GEMMS),
     *(case("grouped", op, (3, 150, 144, 272)) for op in GROUPED),
+    *(case("fused", op, (48, 144, 272)) for op in FUSED),
     *(case("linear", op, (48, 144, 272)) for op in LINEARS),
 ]
 
@@ -38,6 +49,27 @@ def test_every_contender_of_this_machine_is_right(chosen):
                     run.before()
                 error = run.check(run.call())
             assert error["relative"] < 0.06, contender.name
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_every_op_of_the_catalog_is_measured(device, monkeypatch):
+    """For each op of each suite in the table, torchext's contender calls ops at a small shape."""
+    called = set()
+    for name in CATALOG:
+        original = getattr(ops, name)
+
+        def recorded(*args, name=name, original=original, **kwargs):
+            called.add(name)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(ops, name, recorded)
+    measured = {(c.suite, c.op) for c in (cuda_cases if device == "cuda" else cpu_cases)()}
+    prepare = {c.suite: c.prepare for c in all_contenders() if c.name == SUBJECT}
+    for chosen in CASES:
+        if (chosen.suite, chosen.op) in measured:
+            prepare[chosen.suite](PROBLEMS[chosen.suite](chosen, "cpu")).call()
+    assert measured == {(c.suite, c.op) for c in CASES}
+    assert called == set(CATALOG)
 
 
 def test_a_training_step_starts_without_gradients_and_with_a_changed_weight():
