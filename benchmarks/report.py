@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -98,8 +99,13 @@ def _tests(data: dict) -> str:
     counts = ", ".join(f"{count} {outcome}" for outcome, count in tests["counts"].items())
     rows = [(bad["test"], bad["outcome"], bad["message"]) for bad in tests["failures"]]
     header = ("test", "outcome", "message")
-    listing = table(header, rows, numeric_from=3) if rows else "None failed."
-    return f"## Tests\n\n{counts}\n\n{listing}"
+    parts = [counts, table(header, rows, numeric_from=3) if rows else "None failed."]
+    if not_run := tests.get("not_run"):
+        left = Counter((test["test"].partition("::")[0], test["message"]) for test in not_run)
+        whole = {test["test"] for test in not_run if "::" not in test["test"]}
+        listed = [(f, why, "all" if f in whole else count) for (f, why), count in left.items()]
+        parts += ["Not run:", table(("file", "reason", "tests"), listed, numeric_from=2)]
+    return "## Tests\n\n" + "\n\n".join(parts)
 
 
 def _sanitizer(data: dict) -> str:

@@ -115,6 +115,9 @@ def test_markdown_shows_ratios_failures_and_reasons():
     data["tests"] = {
         "counts": {"passed": 3, "hung": 1},
         "failures": [{"test": "t.py::a", "outcome": "hung", "message": "no end"}],
+        "not_run": [
+            {"test": test, "message": "late"} for test in ("t.py::b", "t.py::c[x]", "u.py")
+        ],
     }
     data["sanitizer"] = [
         {"tool": "memcheck", "status": "passed", "calls": 24, "seconds": 9.0, "summary": "0 errors"}
@@ -125,6 +128,8 @@ def test_markdown_shows_ratios_failures_and_reasons():
     assert cells[1:5] == ["200.0", "300.0", "1.50", f"{2 * 4096**2 * 7168 / 2e-4 / 1e12:.1f}"]
     assert "relative error \\| 0.5" in text
     assert "1 measurements were skipped because time ran out." in text
+    assert "| t.py::a | hung | no end |" in text
+    assert "| t.py | late | 2 |\n| u.py | late | all |" in text
     assert "ImportError: x" in text and "3 passed, 1 hung" in text and "memcheck" in text
     for suite in SUITES:  # the report has a section for every suite
         assert f"## {suite}\n" in report.markdown(everything(0.1, 0.2))

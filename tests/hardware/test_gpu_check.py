@@ -12,10 +12,10 @@ import pytest
 
 import torchext
 from tests.hardware.gpu_check import __main__ as gpu_check
-from tests.hardware.gpu_check import op_calls, sanitizer, staging
+from tests.hardware.gpu_check import op_calls, pytest_stage, sanitizer, staging
 from tests.hardware.gpu_check.__main__ import main
 from tests.hardware.gpu_check.pytest_stage import TestRun as Run  # else pytest collects it
-from tests.hardware.gpu_check.pytest_stage import run_tests
+from tests.hardware.gpu_check.pytest_stage import run_tests, files_to_test
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.alone  # tests of time limits
@@ -128,6 +128,51 @@ def test_every_test_has_its_turn_whatever_the_others_do(repository, tmp_path_fac
     assert "in test_hang\n" in (target / "tests.log").read_text()  # the stack was printed
 
 
+DEAD_CONTEXT = """
+import torch
+broken = False
+def synchronize():
+    if broken: raise RuntimeError("an illegal instruction")
+torch.cuda.is_initialized, torch.cuda.synchronize = lambda: True, synchronize
+def test_first(): pass
+def test_passes_and_breaks_the_context(): global broken; broken = True
+def test_next(): synchronize()
+def test_fails_and_breaks_the_context(): global broken; broken = True; assert 0, "its own failure"
+def test_last(): synchronize()
+"""
+
+
+@pytest.mark.slow
+def test_a_dead_context_is_the_failure_of_the_test_that_broke_it(repository, tmp_path_factory):
+    target = tmp_path_factory.mktemp("target")
+    (repository / "tests" / "test_context.py").write_text(DEAD_CONTEXT)
+    staging.stage(repository, [wheel_of(repository)], target, target / "log", 60)
+    run = Run(target, "cpu", time.monotonic() + 200, target / "tests.log", test_limit_s=60.0)
+    summary = run_tests(run, jobs=1, write=lambda values: None)
+    messages = {bad["test"].rpartition("::")[2]: bad["message"] for bad in summary["failures"]}
+    assert messages.keys() == {
+        "test_passes_and_breaks_the_context", "test_fails_and_breaks_the_context"
+    }  # fmt: skip
+    assert "illegal instruction" in messages["test_passes_and_breaks_the_context"]
+    assert "its own failure" in messages["test_fails_and_breaks_the_context"]
+    assert summary["counts"] == {"passed": 3, "failed": 2}
+
+
+def test_files_without_gpu_tests_need_no_process_on_a_gpu():
+    """tests/conftest.py skips every test that does not take the fixture `device`."""
+    on_gpu, everywhere = (set(files_to_test(REPOSITORY, device)) for device in ("cuda", "cpu"))
+    assert Path("tests/gemm/test_fp8_gemm.py") in on_gpu
+    assert Path("tests/test_documents.py") in everywhere - on_gpu
+    assert not {file.parts[1] for file in everywhere} & {"sim", "packaging", "hardware"}
+    others = [
+        path
+        for path in (REPOSITORY / "tests").glob("*/conftest.py")
+        if path.parent.name not in pytest_stage.LEFT_OUT
+    ]
+    # A fixture of theirs that takes `device` would need it in files that do not name it.
+    assert others and not any("device" in path.read_text() for path in others)
+
+
 @pytest.mark.slow
 def test_tests_that_find_no_time_are_said_not_to_have_run(repository, tmp_path_factory):
     target = tmp_path_factory.mktemp("target")
@@ -136,7 +181,9 @@ def test_tests_that_find_no_time_are_said_not_to_have_run(repository, tmp_path_f
     )
     staging.stage(repository, [wheel_of(repository)], target, target / "log", 60)
     run = Run(target, "cpu", time.monotonic() + 12, target / "tests.log", test_limit_s=60.0)
-    counts = run_tests(run, jobs=1, write=lambda values: None)["counts"]
+    summary = run_tests(run, jobs=1, write=lambda values: None)
+    counts = summary["counts"]
+    assert not summary["failures"] and len(summary["not_run"]) == counts["not run"]
     assert counts in ({"not run": 2}, {"not run": 1})  # 1: collection took 12 s, so the file counts
 
 
@@ -248,30 +295,38 @@ def larger(outputs):
 
 FAKE_TOOL = """#!{python}
 import os, sys, time
-skip = sys.argv[sys.argv.index("--skip") + 1:] if "--skip" in sys.argv else []
-for name in ("one", "two 2", "three"):
+skip = sys.argv[sys.argv.index("--skip") + 1:]
+tool = sys.argv[2]
+for name in ("one", "two 2", "three", "four"):
     if name in skip:
         continue
     print("calling", name, flush=True)
-    if name == "two 2" and "racecheck" in sys.argv:
+    if (name, tool) == ("two 2", "racecheck"):
         time.sleep(600)
+    if (name, tool) in (("two 2", "memcheck"), ("three", "memcheck")):
+        print("  what():  CUDA error: an illegal instruction", flush=True)
+        print("========= ERROR SUMMARY: 3 errors", flush=True)
+        os._exit(86)
     print("ok", name, flush=True)
-if "memcheck" in sys.argv:
-    print("========= ERROR SUMMARY: 3 errors")
-    sys.exit(86)
+print("end of calls")
 print("========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)")
+sys.exit(86 if tool == "initcheck" and "--no-results" not in sys.argv else 0)
 """
+BROKE = "broke the process: CUDA error: an illegal instruction; "
 
 
 @pytest.mark.parametrize(
     ("tool", "verdict", "summary"),
     [
-        ("memcheck", ("failed", 3), "ERROR SUMMARY: 3 errors"),
-        ("synccheck", ("passed", 3), "RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0"),
-        ("racecheck", ("failed", 2), "'two 2' did not end; RACECHECK SUMMARY: 0 hazards"),
+        ("memcheck", ("failed", 2, ["two 2", "three"]), f"'two 2' {BROKE}'three' {BROKE}ERROR SUMMARY: 3 errors; RACE"),
+        ("synccheck", ("passed", 4, []), "RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0"),
+        ("initcheck", ("passed", 4, []), "RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0"),
+        ("racecheck", ("failed", 3, ["two 2"]), "'two 2' did not end; RACECHECK SUMMARY: 0 hazards"),
     ],
 )
-def test_sanitizer_verdicts_and_calls_that_hang(tool, verdict, summary, tmp_path, monkeypatch):
+def test_sanitizer_goes_on_after_calls_that_hang_or_crash(
+    tool, verdict, summary, tmp_path, monkeypatch
+):
     program = tmp_path / "bin" / "compute-sanitizer"
     program.parent.mkdir()
     program.write_text(FAKE_TOOL.format(python=sys.executable))
@@ -279,5 +334,39 @@ def test_sanitizer_verdicts_and_calls_that_hang(tool, verdict, summary, tmp_path
     monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
     run = sanitizer.OpCalls(tmp_path, "cuda", time.monotonic() + 15, tmp_path / "sanitizer.log")
     answer = sanitizer.run_tool(run, tool)
-    assert (answer["status"], answer["calls"]) == verdict
+    assert (answer["status"], answer["calls"], answer["broke"]) == verdict
     assert answer["summary"].startswith(summary)
+    skipped = sanitizer.run_tool(run, "memcheck", skip=["two 2", "three"])
+    assert (skipped["status"], skipped["calls"], skipped["broke"]) == ("passed", 2, [])
+
+
+def test_a_call_that_breaks_the_context_or_hangs_ends_op_calls(tmp_path):
+    """In a process of its own, with a fault in place of an op."""
+
+    def run(fault: str, *options: str) -> subprocess.CompletedProcess[str]:
+        code = (
+            "import sys, time, torch\n"
+            "from tests.hardware.gpu_check import op_calls\n"
+            "from torchext import ops\n"
+            "def broken(*args, **kwargs): raise RuntimeError('an illegal instruction')\n"
+            f"{fault}\n"
+            f"sys.argv = ['op_calls', '--device', 'cpu', *{options}]\n"
+            "sys.exit(op_calls.main())\n"
+        )
+        command = (sys.executable, "-c", code)
+        return subprocess.run(
+            command, cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=100
+        )
+
+    hung = run("ops.quantize_1x128 = lambda x, **k: time.sleep(60)", "--call-limit", "1")
+    assert hung.returncode == 1 and "Timeout (0:00:01)!" in hung.stderr
+    assert hung.stdout.splitlines()[-1] == "calling quantize_1x128 ragged"
+    fault = (
+        "torch.cuda.synchronize = broken\n"
+        "op_calls.finish = lambda device, finish=op_calls.finish: finish('cuda')"
+    )
+    died = run(fault)
+    assert died.returncode == op_calls.BROKEN_CONTEXT
+    assert died.stdout.splitlines()[-1] == "BROKEN CONTEXT: an illegal instruction"
+    unchecked = run("op_calls.check = broken", "--no-results")
+    assert unchecked.returncode == 0 and unchecked.stdout.endswith("end of calls\n")

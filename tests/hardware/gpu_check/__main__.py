@@ -10,7 +10,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import date
@@ -184,7 +184,7 @@ def _commit(options: argparse.Namespace) -> dict:
 
 def tests(check: Check, deadline: float) -> None:
     cores = os.cpu_count() or 1
-    jobs = max(1, min(4, cores // 4))
+    jobs = max(1, min(8, cores // 2))
     run = TestRun(
         check.target,
         check.device,
@@ -206,15 +206,18 @@ def sanitizer(check: Check, deadline: float) -> None:
 
     said = threading.Lock()  # keeps an older list from overwriting a newer one
 
-    def one(tool: str | None) -> None:
-        answer = run_tool(run, tool)
+    def one(tool: str | None, skip: Collection[str] = ()) -> dict:
+        answer = run_tool(run, tool, skip)
         with said:
             answers.append(answer)
             check.put(sanitizer=list(answers))
+        return answer
 
-    one(None)
+    broke = one(None)["broke"]
+    # memcheck says where a kernel broke; the other tools need not start again after each.
     with ThreadPoolExecutor(len(TOOLS)) as pool:
-        for future in [pool.submit(one, tool) for tool in TOOLS]:
+        jobs = [pool.submit(one, tool, () if tool == "memcheck" else broke) for tool in TOOLS]
+        for future in jobs:
             future.result()
     bad = [f"{a['tool']}: {a['summary']}" for a in answers if a["status"] == "failed"]
     if bad:

@@ -2,12 +2,15 @@
 
 This program also runs under compute-sanitizer, which makes kernels about a hundred times slower. It
 makes inputs and compares results on the CPU, so that almost all kernels on the GPU are torchext's.
-For each call it prints "calling NAME", then "ok NAME" or "WRONG NAME: why".
+For each call it prints "calling NAME", then "ok NAME" or "WRONG NAME: why"; at last "end of calls".
+A call that breaks the CUDA context or exceeds the time limit ends the process before that.
 """
 
 from __future__ import annotations
 
 import argparse
+import faulthandler
+import os
 import sys
 from collections.abc import Callable
 
@@ -20,6 +23,7 @@ from benchmarks.selection import Configuration, Product, Selection
 from torchext import ops, reference
 from torchext._catalog import BITS, CATALOG, Entry
 
+BROKEN_CONTEXT = 71  # exit status if the CUDA context no longer works
 Call = Callable[[str], object]  # device -> outputs
 
 
@@ -29,7 +33,9 @@ def every_call() -> dict[str, tuple[Entry, str, Call]]:
     def call(entry: Entry, label: str) -> Call:
         def run(device: str) -> object:
             given = entry.sample(label, device)
-            return getattr(ops, entry.name)(*given.args, **given.kwargs)
+            outputs = getattr(ops, entry.name)(*given.args, **given.kwargs)
+            finish(device)  # before `given` is freed, which aborts in a broken context
+            return outputs
 
         return run
 
@@ -51,8 +57,11 @@ def every_tile() -> dict[str, tuple[Entry, str, Call]]:
 
     def in_configuration(configuration: Configuration) -> Call:
         def forced(device: str) -> object:
+            given = entry.sample(label, device)
             with selection.forced(configuration):
-                return ops.fp8_gemm_nt(*entry.sample(label, device).args)
+                outputs = ops.fp8_gemm_nt(*given.args)
+            finish(device)
+            return outputs
 
         return forced
 
@@ -60,6 +69,17 @@ def every_tile() -> dict[str, tuple[Entry, str, Call]]:
         f"fp8_gemm_nt in {configuration}": (entry, label, in_configuration(configuration))
         for configuration in sorted(selection.expected_cycles(product), key=str)
     }
+
+
+def finish(device: str) -> None:
+    """Waits for the GPU. Ends the process if the CUDA context is broken."""
+    if device != "cuda":
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        print(f"BROKEN CONTEXT: {error}", flush=True)
+        os._exit(BROKEN_CONTEXT)
 
 
 def check(entry: Entry, got: object, want: object) -> None:
@@ -100,6 +120,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--skip", nargs="*", default=[], help="names of calls to leave out")
+    parser.add_argument(
+        "--no-results", action="store_true", help="do not copy and compare what the calls return"
+    )
+    parser.add_argument("--call-limit", type=float, metavar="SECONDS", help="limit of each call")
     options = parser.parse_args()
     uncovered = set(ops.OPS) - set(CATALOG)
     if uncovered:
@@ -114,16 +138,20 @@ def main() -> int:
         if name in options.skip:
             continue
         print(f"calling {name}", flush=True)
+        if options.call_limit:
+            faulthandler.dump_traceback_later(options.call_limit, exit=True)
         try:
             got = call(options.device)
-            if options.device == "cuda":
-                torch.cuda.synchronize()
-            check(entry, got, entry.expected(label))
+            if not options.no_results:
+                check(entry, got, entry.expected(label))
         except (WrongResultError, RuntimeError, ValueError) as error:
             wrong += 1
             print(f"WRONG {name}: {error}", flush=True)
+            finish(options.device)
         else:
             print(f"ok {name}", flush=True)
+    faulthandler.cancel_dump_traceback_later()
+    print("end of calls", flush=True)
     return 1 if wrong else 0
 
 

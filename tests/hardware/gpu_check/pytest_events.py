@@ -1,8 +1,9 @@
 """Pytest plugin (-p tests.hardware.gpu_check.pytest_events) that reports each test as it runs.
 
 Events, written to the file descriptor benchmarks.processes.EVENTS_FD: collected (tests), begin
-(test), end (test, outcome, seconds, message). If a failed test leaves a CUDA context that no longer
-works, the process ends at once, and its parent starts another for the remaining tests.
+(test), end (test, outcome, seconds, message). A test after which the CUDA context no longer works
+has failed, even if it has passed: kernels fail after their launch. The process then ends at once,
+and its parent starts another for the remaining tests.
 """
 
 from __future__ import annotations
@@ -50,9 +51,11 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
     emit("begin", test=item.nodeid)
     faulthandler.dump_traceback_later(item.config.getoption("--trace-after"), file=_terminal)
     try:
-        return (yield)
+        result = yield
     finally:
         faulthandler.cancel_dump_traceback_later()
+    _exit_if_context_is_dead(item.nodeid)
+    return result
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
@@ -64,8 +67,8 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         elif report.failed and report.when != "call":
             outcome = "error"
         _end(report.nodeid, outcome, report.duration, _message(report))
-    if report.failed:
-        _exit_if_context_is_dead()
+    if report.failed:  # before teardowns, which may hang in a dead context
+        _exit_if_context_is_dead(report.nodeid)
 
 
 def _end(test: str, outcome: str, seconds: float, message: str) -> None:
@@ -81,12 +84,14 @@ def _message(report: pytest.TestReport) -> str:
     return crash.message if crash else str(report.longrepr)
 
 
-def _exit_if_context_is_dead() -> None:
+def _exit_if_context_is_dead(test: str) -> None:
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
         return
     try:
         torch.cuda.synchronize()
     except RuntimeError as error:
-        os.write(_terminal, f"\nthe CUDA context is dead: {error}\n".encode())
+        said = f"the CUDA context is dead: {error}"
+        _end(test, "failed", 0.0, said)  # counts only if the test has not failed before
+        os.write(_terminal, f"\n{said}\n".encode())
         os._exit(DEAD_CONTEXT)

@@ -6,6 +6,7 @@ import re
 import shutil
 import sys
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from . import staging
 
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 FOUND = 86  # exit status of a run in which the tool found an error
-RETRIES = 3
+RESTARTS = 20
+CALL_LIMIT_S = 60.0
 
 
 @dataclass
@@ -28,10 +30,11 @@ class OpCalls:
     log: Path
 
 
-def run_tool(run: OpCalls, tool: str | None) -> dict:
-    """{"tool", "status": passed|failed|skipped, "calls", "seconds", "summary"}.
+def run_tool(run: OpCalls, tool: str | None, skip: Collection[str] = ()) -> dict:
+    """{"tool", "status": passed|failed|skipped, "calls", "seconds", "summary", "broke": [calls]}.
 
-    tool: None to run without a tool. If a call hangs, the others run again without it.
+    tool: None to run without a tool. skip: names of calls to leave out. If a call hangs or ends the
+    process, a new process makes the calls after it.
     """
     start = time.monotonic()
     name = tool or "none"
@@ -40,45 +43,70 @@ def run_tool(run: OpCalls, tool: str | None) -> dict:
         program = shutil.which("compute-sanitizer")
         if program is None or run.device != "cuda":
             reason = "needs a GPU" if program else "compute-sanitizer is not on PATH"
-            return _answer(name, "skipped", 0, start, reason)
+            return _answer(name, "skipped", 0, start, reason, {})
         prefix = (program, "--tool", tool, "--error-exitcode", str(FOUND), "--print-limit", "50")
     command = (sys.executable, "-m", "tests.hardware.gpu_check.op_calls", "--device", run.device)
+    command += ("--call-limit", f"{CALL_LIMIT_S}")
+    if tool == "initcheck":  # does not see what TMA stores write, and so refuses copies of results
+        command += ("--no-results",)
     # Without torch's caching allocator, every tensor is an allocation whose bounds are checked.
     env = {**staging.environment(run.target), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     log = run.target / f".sanitizer-{name}.log"
-    hung: list[str] = []
+    begun = dict.fromkeys(skip)  # in order, so that a log can be read against it
+    broke: dict[str, str] = {}
     done: set[str] = set()
-    text = ""
-    for _ in range(RETRIES):
+    found: dict[str, None] = {}  # wrong results and the tool's verdicts, each once
+    failed = False
+    for _ in range(RESTARTS):
         log.write_text("")
-        skip = ("--skip", *hung) if hung else ()
-        share = 1.0 if hung else 0.6  # the first run leaves time for another
-        limit = share * (run.deadline - time.monotonic())
-        outcome = processes.run((*prefix, *command, *skip), log, limit, run.target, env)
+        # A run that is killed at its limit leaves time for another.
+        limit = 0.6 * (run.deadline - time.monotonic())
+        outcome = processes.run((*prefix, *command, "--skip", *begun), log, limit, run.target, env)
         text = log.read_text(errors="replace")
         _append(run.log, name, text)
         done |= set(re.findall(r"^ok (.*)$", text, re.MULTILINE))
+        found |= dict.fromkeys(_findings(text))
+        failed |= not outcome.ok
         calling = re.findall(r"^calling (.*)$", text, re.MULTILINE)
-        if outcome.returncode is not None or not calling or time.monotonic() >= run.deadline:
+        complete = re.search(r"^end of calls$", text, re.MULTILINE)
+        if complete or not calling:
+            if outcome.returncode not in (0, 1, FOUND):
+                found[outcome.reason] = None
             break
-        hung.append(calling[-1])
+        broke[calling[-1]] = _cause(text, outcome)
+        begun |= dict.fromkeys(calling)
+        if time.monotonic() >= run.deadline:
+            found["no time was left for later calls"] = None
+            break
+    else:
+        found[f"later calls were left out after {RESTARTS} restarts"] = None
     log.unlink()
-    status = "passed" if outcome.ok and not hung else "failed"
-    return _answer(name, status, len(done), start, _summary(text, outcome, hung))
+    status = "failed" if failed or broke else "passed"
+    parts = [f"{call!r} {cause}" for call, cause in broke.items()]
+    summary = "; ".join([*parts, *found]) or "all results right"
+    return _answer(name, status, len(done), start, summary, broke)
 
 
-def _summary(text: str, outcome: processes.Outcome, hung: list[str]) -> str:
-    """The tool's verdict, preceded by what else failed."""
-    parts = [f"{call!r} did not end" for call in hung]
-    parts += re.findall(r"^(WRONG .*)$", text, re.MULTILINE)
-    if outcome.returncode not in (0, 1, FOUND):
-        parts.append(outcome.reason)
-        parts += re.findall(r"^(\w*Error: .*)$", text, re.MULTILINE)[-1:]
+def _findings(text: str) -> list[str]:
+    """Wrong results, or the error that kept op_calls from starting, and the tool's verdict."""
+    wrong = re.findall(r"^(WRONG .*)$", text, re.MULTILINE)
+    if not re.search(r"^calling ", text, re.MULTILINE):
+        wrong += re.findall(r"^(\w*Error: .*)$", text, re.MULTILINE)[-1:]
     verdicts = re.findall(r"^=+ (.*(?:SUMMARY|Error).*)$", text, re.MULTILINE)
-    return "; ".join(parts + verdicts[-1:]) or "all results right"
+    return wrong + verdicts[-1:]
 
 
-def _answer(tool: str, status: str, calls: int, start: float, summary: str) -> dict:
+def _cause(text: str, outcome: processes.Outcome) -> str:
+    """How a call that has no result ended the process."""
+    if outcome.returncode is None or re.search(r"^Timeout \(.*\)!$", text, re.MULTILINE):
+        return "did not end"
+    said = re.findall(r"^(?:BROKEN CONTEXT|  what\(\)): +(.*)$", text, re.MULTILINE)
+    return f"broke the process: {said[-1] if said else outcome.reason}"
+
+
+def _answer(
+    tool: str, status: str, calls: int, start: float, summary: str, broke: Collection[str]
+) -> dict:
     seconds = time.monotonic() - start
     return {
         "tool": tool,
@@ -86,6 +114,7 @@ def _answer(tool: str, status: str, calls: int, start: float, summary: str) -> d
         "calls": calls,
         "seconds": seconds,
         "summary": summary,
+        "broke": list(broke),
     }
 
 
