@@ -2,6 +2,7 @@
 #include "strong.h"
 
 #include <algorithm>
+#include <array>
 
 namespace torchext::sim {
 
@@ -13,9 +14,14 @@ std::uint64_t key_of(const Place& place, std::uint64_t address) {
 }
 }  // namespace
 
-std::unique_lock<std::mutex> strong_step(Warp& w, const Place& place, std::uint64_t address) {
+std::mutex& strong_lock(std::uint64_t address) {
+  static std::array<std::mutex, 64> locks;
+  return locks[address / kStrongBytes % locks.size()];
+}
+
+std::unique_lock<std::mutex> strong_step(const Place& place, std::uint64_t address) {
   if (place.buffer == nullptr) return {};
-  return std::unique_lock<std::mutex>(w.grid().strong_lock(address));
+  return std::unique_lock<std::mutex>(strong_lock(address));
 }
 
 void strong_read(Warp& w, int lane, const Place& place, std::uint64_t address, Scope scope,

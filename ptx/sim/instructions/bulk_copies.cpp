@@ -50,9 +50,10 @@ void copy_one(Warp& w, const BulkCopy& c, int lane) {
     if (reduces) w.check_read(target, writer, bytes, bit, to);
     w.check_write(target, writer, bytes, bit, to);
     CopyJob job;
+    job.global = target.buffer;
     job.reduction = c.reduction;
     job.runs.push_back({target.host, source.host, bytes, 0});
-    start_grouped(w, lane, std::move(job), target.buffer, "a bulk store");
+    start_grouped(w, lane, std::move(job), "a bulk store");
     return;
   }
   Place source, target;
@@ -106,6 +107,7 @@ void copy_one(Warp& w, const BulkCopy& c, int lane) {
     if (reduces) w.check_read(there, actor, bytes, bit, offset);
     w.check_write(there, actor, bytes, bit, offset);
     CopyJob job;
+    job.global = source.buffer;
     job.reduction = c.reduction;
     job.runs.push_back({cta->shared.data() + offset, source.host, bytes, 0});
     start_signaled(w, std::move(job), signal, bytes, "a bulk copy");

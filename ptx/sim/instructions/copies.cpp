@@ -34,7 +34,7 @@ Step copy(Warp& w, const Instruction& i, U32 mask) {
   g.open = true;
   struct Piece {
     std::uint8_t* to;
-    const std::uint8_t* from;
+    Place source;
     U32 bytes;
   };
   std::vector<Piece> pieces;
@@ -68,13 +68,14 @@ Step copy(Warp& w, const Instruction& i, U32 mask) {
       w.check_read(source, w.actor(lane), bytes, 1u << lane, from);
     }
     w.check_write(target, actor, c.bytes, 1u << lane, to);
-    pieces.push_back({target.host, source.host, bytes});
+    pieces.push_back({target.host, source, bytes});
   });
   auto work = std::make_shared<AsyncWork>();
   work->what = "a cp.async";
   work->finish = [pieces = std::move(pieces), size = c.bytes] {
     for (const Piece& p : pieces) {
-      if (p.bytes != 0) std::memcpy(p.to, p.from, p.bytes);
+      const auto guard = p.source.guard();
+      if (p.bytes != 0) std::memcpy(p.to, p.source.host, p.bytes);
       std::memset(p.to + p.bytes, 0, size - p.bytes);
     }
   };

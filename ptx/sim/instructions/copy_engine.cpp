@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "../check/strong.h"
 #include "../frontend/decode.h"
 #include "../numerics/number_formats.h"
 #include "mbarrier.h"
@@ -136,15 +137,35 @@ Signal make_signal(Cta& cta, std::uint32_t offset, const MBarrier& m) {
 }
 
 namespace {
-void run_job(const CopyJob& job) {
-  for (const CopyRun& r : job.runs) {
-    const std::uint8_t* from = r.from != nullptr ? r.from : job.fills[r.fill].data();
-    if (job.reduction.op != ReduceOp::none)
-      reduce_bytes(job.reduction, r.to, from, r.bytes);
-    else
-      std::memcpy(r.to, from, r.bytes);
+
+// Each element is reduced in one step, as by red.
+void reduce_global(const CopyJob& job, std::uint8_t* to, const std::uint8_t* from,
+                   std::uint32_t bytes) {
+  for (std::uint32_t at = 0; at < bytes;) {
+    const auto address = reinterpret_cast<std::uint64_t>(to + at);
+    const auto n = std::min<std::uint32_t>(bytes - at, kStrongBytes - address % kStrongBytes);
+    const std::lock_guard<std::mutex> step(strong_lock(address));
+    const auto guard = job.global->guard();
+    reduce_bytes(job.reduction, to + at, from + at, n);
+    at += n;
   }
 }
+
+void run_job(const CopyJob& job) {
+  const bool reduces = job.reduction.op != ReduceOp::none;
+  for (const CopyRun& r : job.runs) {
+    const std::uint8_t* from = r.from != nullptr ? r.from : job.fills[r.fill].data();
+    if (reduces && job.global != nullptr) {
+      reduce_global(job, r.to, from, r.bytes);
+    } else if (reduces) {
+      reduce_bytes(job.reduction, r.to, from, r.bytes);
+    } else {
+      const auto guard = job.global != nullptr ? job.global->guard() : std::unique_lock<SpinLock>();
+      std::memcpy(r.to, from, r.bytes);
+    }
+  }
+}
+
 }  // namespace
 
 void start_signaled(Warp& w, CopyJob job, const Signal& signal, std::uint32_t bytes,
@@ -178,7 +199,7 @@ CopyGroups& bulk_group(Warp& w, int lane) {
 }
 
 // Reading the source and writing the result are separate steps, as wait_group.read allows.
-void start_grouped(Warp& w, int lane, CopyJob job, GlobalBuffer* target, std::string what) {
+void start_grouped(Warp& w, int lane, CopyJob job, std::string what) {
   CopyGroups& g = bulk_group(w, lane);
   g.open = true;
   g.last_pc = w.pc();
@@ -193,14 +214,7 @@ void start_grouped(Warp& w, int lane, CopyJob job, GlobalBuffer* target, std::st
       r.from = nullptr;
     }
   };
-  work->finish = [shared_job, target] {
-    if (target != nullptr && shared_job->reduction.op != ReduceOp::none) {
-      const std::lock_guard<SpinLock> lock(target->lock);
-      run_job(*shared_job);
-    } else {
-      run_job(*shared_job);
-    }
-  };
+  work->finish = [shared_job] { run_job(*shared_job); };
   g.work[g.current].push_back(work);
   w.cluster().start(work);
 }

@@ -29,6 +29,7 @@ struct CopyRun {
 
 // A copy: its runs execute later, then it signals.
 struct CopyJob {
+  GlobalBuffer* global = nullptr;  // that the runs read or write
   std::vector<CopyRun> runs;
   std::vector<std::vector<std::uint8_t>> fills;
   Reduction reduction;
@@ -49,7 +50,7 @@ void start_signaled(Warp& w, CopyJob job, const Signal& signal, std::uint32_t by
 
 // For copies out of shared memory, which belong to the lane's current bulk group.
 CopyGroups& bulk_group(Warp& w, int lane);
-void start_grouped(Warp& w, int lane, CopyJob job, GlobalBuffer* target, std::string what);
+void start_grouped(Warp& w, int lane, CopyJob job, std::string what);
 // Adds the copy that lane `leader` has just started to this lane's bulk group.
 void join_group(Warp& w, int lane, int leader);
 

@@ -51,11 +51,10 @@ Step load(Warp& w, const Instruction& i, std::uint32_t mask) {
     Place place;
     std::uint8_t data[32] = {};
     if (w.resolve(lane, t.space, address, total, false, &place)) {
-      const auto step = strong ? strong_step(w, place, address) : std::unique_lock<std::mutex>();
+      const auto step = strong ? strong_step(place, address) : std::unique_lock<std::mutex>();
       Actor actor = w.actor(lane, t.scope);
       if (t.noncoherent) actor.proxy = Proxy::noncoherent;
-      w.check_read(place, actor, total, 1u << lane, address);
-      std::memcpy(data, place.host, total);
+      w.read(place, actor, data, total, 1u << lane, address);
       if (place.valid != nullptr) {
         for (std::uint32_t e = 0; e < t.elements; ++e) {
           const std::uint64_t bits = extended(t, place.valid + e * t.bytes);
@@ -101,9 +100,8 @@ Step store(Warp& w, const Instruction& i, std::uint32_t mask) {
       }
       std::memcpy(place.host, data, total);
     } else {
-      const auto step = strong ? strong_step(w, place, address) : std::unique_lock<std::mutex>();
-      changed |= std::memcmp(place.host, data, total) != 0;
-      w.write(place, w.actor(lane, t.scope), data, total, 1u << lane, address);
+      const auto step = strong ? strong_step(place, address) : std::unique_lock<std::mutex>();
+      changed |= w.write(place, w.actor(lane, t.scope), data, total, 1u << lane, address);
       if (strong) strong_write(w, lane, place, address, t.scope, t.release);
     }
   });

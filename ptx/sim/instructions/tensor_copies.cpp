@@ -35,6 +35,7 @@ bool fetch_map(Warp& w, const TensorCopy& c, int lane, TensorMapFields* fields, 
     read_tensor_map(w, lane, place, address, by.first, by.second);
   }
   try {
+    const auto guard = place.guard();
     *fields = decode_tensor_map(place.host);
   } catch (const TensorMapError& e) {
     w.finding(FindingKind::tensor_map, e.what(), 1u << lane, address);
@@ -170,7 +171,9 @@ void load_box(Warp& w, const TensorCopy& c, int lane) {
     const auto check = [&](const GlobalRange& r) {
       Place source;
       good = resolve_global(w, lane, r.begin, r.end - r.begin, false, &source) && good;
-      if (good) w.check_read(source, actor, static_cast<U32>(r.end - r.begin), 1u << lane, r.begin);
+      if (!good) return;
+      job.global = source.buffer;
+      w.check_read(source, actor, static_cast<U32>(r.end - r.begin), 1u << lane, r.begin);
     };
     const bool dense = span == bytes;
     for_each_run(f, at, offset, [&](const BoxRun& r) {
@@ -231,12 +234,11 @@ bool store_box(Warp& w, const TensorCopy& c, int lane) {
   std::uint8_t* base = place.cta->shared.data();
   GlobalRange range;
   bool good = true;
-  GlobalBuffer* target = nullptr;
   const auto check = [&](const GlobalRange& r) {
     Place to;
     good = resolve_global(w, lane, r.begin, r.end - r.begin, true, &to) && good;
     if (!good) return;
-    target = to.buffer;
+    job.global = to.buffer;
     if (c.reduction.op != ReduceOp::none)
       w.check_read(to, writer, static_cast<U32>(r.end - r.begin), 1u << lane, r.begin);
     w.check_write(to, writer, static_cast<U32>(r.end - r.begin), 1u << lane, r.begin);
@@ -256,7 +258,7 @@ bool store_box(Warp& w, const TensorCopy& c, int lane) {
     }
   });
   if (range.begin != range.end) check(range);
-  if (good) start_grouped(w, lane, std::move(job), target, "a tensor store");
+  if (good) start_grouped(w, lane, std::move(job), "a tensor store");
   return good;
 }
 

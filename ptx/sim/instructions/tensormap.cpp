@@ -27,6 +27,7 @@ Step replace(Warp& w, const Instruction& i, U32 mask) {
     w.check_read(place, w.actor(lane), kTensorMapBytes, 1u << lane, address);
     w.check_write(place, w.actor(lane), kTensorMapBytes, 1u << lane, address);
     try {
+      const auto guard = place.guard();
       replace_tensor_map_field(place.host, r.field, r.ordinal, w.integer(i.s[1], lane));
     } catch (const TensorMapError& e) {
       w.finding(FindingKind::tensor_map, e.what(), 1u << lane, address);
@@ -88,7 +89,10 @@ Step copy_and_fence(Warp& w, const Instruction& i, U32 mask) {
   }
   w.check_read(source, w.actor(lane), kTensorMapBytes, 1u << lane, from);
   w.check_write(target, w.actor(lane), kTensorMapBytes, 1u << lane, to);
-  std::memcpy(target.host, source.host, kTensorMapBytes);
+  {
+    const auto guard = target.guard();
+    std::memcpy(target.host, source.host, kTensorMapBytes);
+  }
   if (converged) w.order_lanes(mask);
   const auto scope = static_cast<Scope>(i.target);
   w.release_maps(mask, scope);

@@ -112,9 +112,8 @@ Step load_tile(Warp& w, const Instruction& i, U32 mask) {
     each_access(w, i, t, lane, [&](int r, int bit, U64 address, U32 bytes) {
       Place place;
       if (!resolve_tile(w, t, lane, address, bytes, false, &place)) return;
-      w.check_read(place, w.actor(lane), bytes, 1u << lane, address);
       U64 value = 0;
-      std::memcpy(&value, place.host, bytes);
+      w.read(place, w.actor(lane), &value, bytes, 1u << lane, address);
       values[r] |= value << bit;
     });
     for (int r = 0; r < t.registers; ++r)
@@ -138,6 +137,7 @@ Step store_tile(Warp& w, const Instruction& i, U32 mask) {
       if (!resolve_tile(w, t, lane, address, bytes, true, &place)) return;
       w.check_write(place, w.actor(lane), bytes, 1u << lane, address);
       const U64 value = w.integer(i.list[static_cast<std::size_t>(r)], lane) >> bit;
+      const auto guard = place.guard();
       std::memcpy(place.host, &value, bytes);
     });
   });

@@ -27,12 +27,12 @@ std::uint8_t* DeviceHeap::data() {
   return reinterpret_cast<std::uint8_t*>(begin_);
 }
 
-void DeviceHeap::start_launch() {
+std::uint64_t DeviceHeap::start_launch() {
   const std::lock_guard<std::mutex> lock(mutex_);
-  ++launch_;
+  return ++launches_;
 }
 
-std::uint64_t DeviceHeap::allocate(std::uint64_t bytes, std::uint32_t pc) {
+std::uint64_t DeviceHeap::allocate(std::uint64_t bytes, std::uint32_t pc, std::uint64_t launch) {
   const std::lock_guard<std::mutex> lock(mutex_);
   if (bytes > kBytes) return 0;
   std::uint64_t address = next_;
@@ -40,7 +40,7 @@ std::uint64_t DeviceHeap::allocate(std::uint64_t bytes, std::uint32_t pc) {
     next_ += with_gap(bytes);
   else
     address = reuse(bytes);
-  if (address != 0) blocks_[address] = {address, bytes, true, launch_, pc};
+  if (address != 0) blocks_[address] = {address, bytes, true, launch, pc};
   return address;
 }
 
@@ -61,12 +61,13 @@ bool DeviceHeap::exists() const {
   return storage_ != nullptr;
 }
 
-bool DeviceHeap::release(std::uint64_t begin, std::uint32_t pc) {
+bool DeviceHeap::release(std::uint64_t begin, std::uint32_t pc, std::uint64_t launch) {
   const std::lock_guard<std::mutex> lock(mutex_);
-  Block& block = blocks_.at(begin);
-  if (!block.live) return false;
+  const auto found = blocks_.find(begin);  // reuse forgets freed blocks
+  if (found == blocks_.end() || !found->second.live) return false;
+  Block& block = found->second;
   block.live = false;
-  block.launch = launch_;
+  block.launch = launch;
   block.pc = pc;
   return true;
 }
@@ -84,7 +85,8 @@ bool DeviceHeap::may_access(std::uint64_t address, std::uint64_t bytes) const {
   return find(address, &block) && block.live && address + bytes <= block.begin + block.bytes;
 }
 
-std::string DeviceHeap::describe(std::uint64_t address, const Program& program) const {
+std::string DeviceHeap::describe(std::uint64_t address, const Program& program,
+                                 std::uint64_t launch) const {
   Block block;
   if (!find(address, &block)) return "memory that malloc has not returned";
   const std::uint64_t offset = address - block.begin;
@@ -93,16 +95,16 @@ std::string DeviceHeap::describe(std::uint64_t address, const Program& program) 
                           : std::to_string(offset - block.bytes) + " bytes after the end";
   place += " of a block of " + std::to_string(block.bytes) + " bytes that " +
            (block.live ? "malloc returned" : "has been freed");
-  const std::lock_guard<std::mutex> lock(mutex_);
-  return place + (block.launch == launch_ ? " in " + program.place(program.code[block.pc].line)
-                                          : " in an earlier launch");
+  return place + (block.launch == launch  ? " in " + program.place(program.code[block.pc].line)
+                  : block.launch < launch ? " in an earlier launch"
+                                          : " in another launch");
 }
 
-std::vector<DeviceHeap::Block> DeviceHeap::kept() const {
+std::vector<DeviceHeap::Block> DeviceHeap::kept(std::uint64_t launch) const {
   const std::lock_guard<std::mutex> lock(mutex_);
   std::vector<Block> all;
   for (const auto& [begin, block] : blocks_) {
-    if (block.live && block.launch == launch_) all.push_back(block);
+    if (block.live && block.launch == launch) all.push_back(block);
   }
   return all;
 }

@@ -44,7 +44,8 @@ Grid::Grid(const Module& module, std::shared_ptr<const Program> p, const LaunchO
       sink(o.max_findings),
       checks(o.checks),
       files_(module.files()),
-      heap_(module.heap()) {
+      heap_(module.heap()),
+      heap_launch_(heap_.start_launch()) {
   const Function& f = program->attributes;
   const std::string& name = program->kernel;
   const LaunchShape shape = check_launch(*program, o);
@@ -98,7 +99,6 @@ Grid::Grid(const Module& module, std::shared_ptr<const Program> p, const LaunchO
   if (reads(Special::workspace_low))
     memory.add({workspace_, sizeof workspace_, Buffer::ReadWrite, "grid workspace"}, checks, true);
   if (reads(Special::reserved_shared_slot)) shared_begin = 0;
-  heap_.start_launch();
   const bool uses_heap = program->uses_heap || heap_.exists();
   if (uses_heap)
     memory.add({heap_.data(), DeviceHeap::kBytes, Buffer::ReadWrite, "device heap"}, checks, true);
@@ -119,7 +119,7 @@ std::size_t Report::count(Grade grade) const {
 // Notes the blocks of the device heap that the launch has not freed, by the call of malloc.
 void Grid::note_kept_blocks() {
   std::map<std::uint32_t, std::pair<std::uint64_t, std::uint64_t>> kept;  // pc: blocks, bytes
-  for (const DeviceHeap::Block& block : heap_.kept()) {
+  for (const DeviceHeap::Block& block : heap_.kept(heap_launch_)) {
     ++kept[block.pc].first;
     kept[block.pc].second += block.bytes;
   }

@@ -297,9 +297,11 @@ class Warp {
                   std::uint64_t address);
   void check_write(const Place& place, const Actor& actor, std::uint32_t bytes, std::uint32_t lanes,
                    std::uint64_t address);
-  // Checks a store of `data` and stores it, in one step.
-  void write(const Place& place, const Actor& actor, const std::uint8_t* data, std::uint32_t bytes,
-             std::uint32_t lanes, std::uint64_t address);
+  // These check a load or a store of `data` and make it, in one step.
+  void read(const Place& place, const Actor& actor, void* data, std::uint32_t bytes,
+            std::uint32_t lanes, std::uint64_t address);
+  bool write(const Place& place, const Actor& actor, const std::uint8_t* data, std::uint32_t bytes,
+             std::uint32_t lanes, std::uint64_t address);  // true if the bytes have changed
   void conflict(const Conflict& c, const Actor& actor, const Place& place, bool write,
                 std::uint32_t lanes, std::uint64_t address);
 
@@ -464,22 +466,19 @@ class Grid {
   std::atomic<std::uint64_t> global_progress{0};
 
   GridSync sync;  // strong accesses to global memory, between clusters
-  // One mutex per 32 bytes, which no aligned access crosses. It makes a strong access one step.
-  std::mutex& strong_lock(std::uint64_t address) {
-    return strong_locks_[address / 32 % strong_locks_.size()];
-  }
 
   // The grid workspace of cooperative groups: its size in bytes, and the grid's barrier.
   std::uint64_t workspace_address() const { return reinterpret_cast<std::uint64_t>(workspace_); }
   DeviceHeap& heap() const { return heap_; }
+  std::uint64_t heap_launch() const { return heap_launch_; }  // this launch's number, to the heap
   void print(const std::string& text);
   const std::vector<std::string>& files() const { return files_; }
 
  private:
   void note_kept_blocks();
-  std::array<std::mutex, 64> strong_locks_;
   const std::vector<std::string>& files_;
   DeviceHeap& heap_;
+  std::uint64_t heap_launch_;
   alignas(8) std::uint32_t workspace_[2] = {8, 0};
   std::mutex output_mutex_;
   std::string output_;

@@ -164,7 +164,7 @@ bool Warp::resolve(int lane, Space space, std::uint64_t address, std::uint32_t b
         const bool freed = b->heap->find(address, &block) && !block.live;
         finding(freed ? FindingKind::freed_memory : FindingKind::out_of_bounds,
                 std::string("global ") + verb + " of " + std::to_string(bytes) + " bytes, " +
-                    b->heap->describe(address, program_),
+                    b->heap->describe(address, program_, grid_.heap_launch()),
                 lanes, address);
         return false;
       }
@@ -311,20 +311,40 @@ void Warp::check_write(const Place& place, const Actor& actor, std::uint32_t byt
   if (c.kind != Conflict::none) conflict(c, actor, place, true, lanes, address);
 }
 
-void Warp::write(const Place& place, const Actor& actor, const std::uint8_t* data,
-                 std::uint32_t bytes, std::uint32_t lanes, std::uint64_t address) {
+void Warp::read(const Place& place, const Actor& actor, void* data, std::uint32_t bytes,
+                std::uint32_t lanes, std::uint64_t address) {
   if (place.shadow == nullptr) {
-    std::memcpy(place.host, data, bytes);
+    std::memcpy(data, place.host, bytes);
     return;
+  }
+  const Conflict c = locked(place, [&] {
+    std::memcpy(data, place.host, bytes);
+    return place.shadow->read(actor, place.offset, bytes);
+  });
+  dirty_ |= lanes;
+  if (c.kind != Conflict::none) conflict(c, actor, place, false, lanes, address);
+}
+
+bool Warp::write(const Place& place, const Actor& actor, const std::uint8_t* data,
+                 std::uint32_t bytes, std::uint32_t lanes, std::uint64_t address) {
+  bool changed = false;
+  const auto store = [&] {
+    changed = std::memcmp(place.host, data, bytes) != 0;
+    std::memcpy(place.host, data, bytes);
+  };
+  if (place.shadow == nullptr) {
+    store();
+    return changed;
   }
   const Stored stored{place.host, data};
   const Conflict c = locked(place, [&] {
     const Conflict found = place.shadow->write(actor, place.offset, bytes, &stored);
-    std::memcpy(place.host, data, bytes);
+    store();
     return found;
   });
   dirty_ |= lanes;
   if (c.kind != Conflict::none) conflict(c, actor, place, true, lanes, address);
+  return changed;
 }
 
 }  // namespace torchext::sim

@@ -4,7 +4,9 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "../check/shadow.h"
@@ -34,7 +36,8 @@ constexpr std::uint32_t kReservedSharedSlot = 512;
 class SpinLock {
  public:
   void lock() {
-    while (flag_.test_and_set(std::memory_order_acquire)) {
+    for (unsigned tries = 1; flag_.test_and_set(std::memory_order_acquire); ++tries) {
+      if (tries % 64 == 0) std::this_thread::yield();  // the owner may wait for this core
     }
   }
   void unlock() { flag_.clear(std::memory_order_release); }
@@ -48,8 +51,14 @@ struct GlobalBuffer {
   bool writable;
   std::unique_ptr<Shadow> shadow;  // none for read-only memory
   std::string name;
-  SpinLock lock;               // of shadow
+  SpinLock lock;               // of shadow, and of the bytes while there is a shadow
   DeviceHeap* heap = nullptr;  // if set, only its blocks may be accessed
+
+  // The lock for an access to the bytes. It keeps a race of the kernel from being one of the host
+  // threads too. Empty if there is no shadow: read-only memory, or a launch without checks.
+  std::unique_lock<SpinLock> guard() {
+    return shadow != nullptr ? std::unique_lock<SpinLock>(lock) : std::unique_lock<SpinLock>();
+  }
 };
 
 // The place that an address denotes.
@@ -60,6 +69,10 @@ struct Place {
   GlobalBuffer* buffer = nullptr;
   Cta* cta = nullptr;             // shared
   std::uint8_t* valid = nullptr;  // local: which bits of each byte are valid
+
+  std::unique_lock<SpinLock> guard() const {
+    return buffer != nullptr ? buffer->guard() : std::unique_lock<SpinLock>();
+  }
 };
 
 class Memory {

@@ -41,7 +41,7 @@ std::int64_t sign_extended(U64 value, int bits) {
 bool read_byte(Warp& w, int lane, U64 address, char* out) {
   Place place;
   if (!w.resolve(lane, Space::generic, address, 1, false, &place)) return false;
-  *out = static_cast<char>(*place.host);
+  w.read(place, w.actor(lane), out, 1, 1u << lane, address);
   return true;
 }
 
@@ -163,7 +163,7 @@ Step allocate(Warp& w, const Instruction& i, U32 mask) {
   const auto& c = *static_cast<const CallPlan*>(i.extra);
   for_lanes(mask, [&](int l) {
     const U64 bytes = argument(w, c, 0, l);
-    const U64 address = w.grid().heap().allocate(bytes, w.pc());
+    const U64 address = w.grid().heap().allocate(bytes, w.pc(), w.grid().heap_launch());
     if (address != 0) w.start_block(address, bytes);
     put_result(w, c, l, address);
   });
@@ -177,18 +177,19 @@ Step release(Warp& w, const Instruction& i, U32 mask) {
     const U64 address = argument(w, c, 0, l);
     if (address == 0) return;
     DeviceHeap& heap = w.grid().heap();
+    const U64 launch = w.grid().heap_launch();
     DeviceHeap::Block block;
     if (!heap.find(address, &block) || block.begin != address) {
-      w.finding(FindingKind::invalid_free, "free of " + heap.describe(address, w.program()),
+      w.finding(FindingKind::invalid_free, "free of " + heap.describe(address, w.program(), launch),
                 1u << l, address);
       return;
     }
     Place place;  // free counts as a store to the whole block
     if (block.live && block.bytes != 0 && w.resolve(l, Space::global, address, 1, true, &place))
       w.check_write(place, w.actor(l), static_cast<U32>(block.bytes), 1u << l, address);
-    if (!heap.release(address, w.pc())) {
-      w.finding(FindingKind::invalid_free, "second free of " + heap.describe(address, w.program()),
-                1u << l, address);
+    if (!heap.release(address, w.pc(), launch)) {
+      w.finding(FindingKind::invalid_free,
+                "second free of " + heap.describe(address, w.program(), launch), 1u << l, address);
     }
   });
   ++w.cluster().progress;
