@@ -77,12 +77,18 @@ struct LaneBits {
   std::uint64_t of[32];
 };
 
+template <class F, class R, class Form, class... A>
+std::decay_t<Form> first_argument(R (F::*)(Form, A...) const);
+// What a function F that takes a form before its operands finds kept in the instruction.
+template <class F>
+using FormOf = decltype(first_argument(&F::operator()));
+
 template <class R, class F, class... A, std::size_t... k>
 R apply_to_bits(const Instruction& i, const std::uint64_t* x, std::index_sequence<k...>) {
-  if constexpr (std::is_invocable_v<F, const Instruction&, A...>)
-    return F()(i, from_bits<A>(x[k])...);
-  else
+  if constexpr (std::is_invocable_v<F, A...>)
     return F()(from_bits<A>(x[k])...);
+  else
+    return F()(i.as<FormOf<F>>(), from_bits<A>(x[k])...);
 }
 
 // The valid bits of R = F(A...) with the operands s[0], s[1], ... The functions of lanes.h call

@@ -2,6 +2,7 @@
 // its opcodes. A decoder takes the modifiers that it knows; any other modifier is an error.
 #pragma once
 
+#include <cstring>
 #include <initializer_list>
 #include <map>
 #include <string>
@@ -88,12 +89,17 @@ class Decoder {
   // Space of .global, .shared, .shared::cta, .shared::cluster, .local, .param, .const, or none.
   Space take_space();
 
+  // Keeps `value` for `execute`, which reads it with Instruction::as<T>() and the same T.
   template <class T>
-  T* own(T value) {
-    auto p = std::make_shared<T>(std::move(value));
-    own_pointer(p);
-    out.extra = p.get();
-    return p.get();
+  void keep(T value) {
+    if constexpr (Instruction::fits<T>) {
+      std::memcpy(out.kept, &value, sizeof value);
+    } else {
+      auto owner = std::make_shared<T>(std::move(value));
+      const T* address = owner.get();
+      own_pointer(std::move(owner));
+      std::memcpy(out.kept, &address, sizeof address);
+    }
   }
   ProgramBuilder& builder() { return builder_; }
   const Function& function() const { return function_; }

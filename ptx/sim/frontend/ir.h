@@ -3,11 +3,13 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 #include <map>
 #include <memory>
 #include <set>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "integers.h"
@@ -215,13 +217,27 @@ struct Instruction {
   std::uint32_t guard_reg = 0;
   bool guard_negated = false;
   bool aligned = false;            // all lanes of the warp must be here
-  std::uint16_t small = 0;         // family-specific
-  std::uint32_t target = 0;        // family-specific
   std::uint32_t reconverge = ~0u;  // immediate post-dominator of a branch
+  // What Decoder::keep kept for `execute`: the struct if it fits, else its address, in memory that
+  // the program owns.
+  alignas(8) std::uint8_t kept[16] = {};
+  template <class T>
+  static constexpr bool fits = sizeof(T) <= sizeof kept && std::is_trivially_copyable_v<T>;
+  template <class T>
+  decltype(auto) as() const {
+    if constexpr (fits<T>) {
+      T value;
+      std::memcpy(&value, kept, sizeof value);
+      return value;
+    } else {
+      const T* value;
+      std::memcpy(&value, kept, sizeof value);
+      return *value;
+    }
+  }
   Slot d, d2, s[4];
   std::vector<Slot> list;              // vectors: destinations first
   std::int64_t offset = 0;             // of an address
-  const void* extra = nullptr;         // owned by the program
   std::vector<std::uint32_t> tracked;  // wgmma fragment registers it touches (index, write flag)
   std::uint32_t opcode = 0;            // index into Program::opcodes
   std::uint32_t line = 0, file = 0, source_line = 0;

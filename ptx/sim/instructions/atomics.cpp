@@ -57,7 +57,7 @@ void add_flushing(std::uint8_t* to, const std::uint8_t* from, U32 bytes) {
 }
 
 Step atomic(Warp& w, const Instruction& i, U32 mask) {
-  const auto& a = *static_cast<const Atomic*>(i.extra);
+  const auto& a = i.as<Atomic>();
   w.need(i.s[0], mask, "as an address");
   const std::size_t values = a.returns ? a.elements : 0;  // list: results, then values
   for (std::size_t e = values; e < i.list.size(); ++e)
@@ -175,7 +175,7 @@ void decode_atomic(Decoder& d) {
     each(d.arg(k), [&](const Arg& x) { d.out.list.push_back(d.source(x, a.type)); });
   d.reads(a.space, a.bytes * a.elements);
   d.writes(a.space, a.bytes * a.elements);
-  d.own(a);
+  d.keep(a);
   d.out.execute = atomic;
 }
 

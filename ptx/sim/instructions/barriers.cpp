@@ -7,7 +7,7 @@ namespace torchext::sim {
 
 namespace {
 
-enum : U16 { kSync, kArrive, kRedAnd, kRedOr, kRedPopc };
+enum BarrierForm : std::uint8_t { kSync, kArrive, kRedAnd, kRedOr, kRedPopc };
 
 // The thread count of a barrier instruction that names none.
 U32 all_threads(const Cta& cta) {
@@ -19,6 +19,7 @@ U32 all_threads(const Cta& cta) {
 Step barrier(Warp& w, const Instruction& i, U32 mask) {
   const auto first = static_cast<int>(lane_of(mask));
   const auto id = static_cast<U32>(w.integer(i.s[0], first));
+  const auto form = i.as<BarrierForm>();
   const bool counted = i.s[1].bytes != 0;
   const auto count = counted ? static_cast<U32>(w.integer(i.s[1], first)) : 0;
   Cta& cta = w.cta();
@@ -26,11 +27,11 @@ Step barrier(Warp& w, const Instruction& i, U32 mask) {
     NamedBarrier& b = cta.barriers[id];
     if (b.generation == w.group().generation) return Step::block;
     w.acquire(mask, b.completed);
-    if (i.small >= kRedAnd) {
-      if (i.small == kRedPopc) {
+    if (form >= kRedAnd) {
+      if (form == kRedPopc) {
         for_lanes(mask, [&](int l) { w.put(i.d, l, b.result_count); });
       } else {
-        w.set_predicate(i.d, mask, (i.small == kRedAnd ? b.result_and : b.result_or) ? ~0u : 0);
+        w.set_predicate(i.d, mask, (form == kRedAnd ? b.result_and : b.result_or) ? ~0u : 0);
       }
       w.set_valid(i.d, mask, mask);
     }
@@ -74,7 +75,7 @@ Step barrier(Warp& w, const Instruction& i, U32 mask) {
     b.reduce_and = 1;
     b.reduce_or = b.reduce_count = 0;
   }
-  if (i.small >= kRedAnd) {
+  if (form >= kRedAnd) {
     const U32 set = w.predicate(i.s[2]) & mask;
     b.reduce_and &= set == mask;
     b.reduce_or |= set != 0;
@@ -88,7 +89,7 @@ Step barrier(Warp& w, const Instruction& i, U32 mask) {
   g.generation = b.generation;
   complete_barrier_if_full(cta, b);
   ++w.cluster().progress;
-  if (i.small == kArrive) return Step::next;
+  if (form == kArrive) return Step::next;
   g.arrived = true;
   return b.generation == g.generation ? Step::block : barrier(w, i, mask);
 }
@@ -117,11 +118,7 @@ void decode_bar(Decoder& d) {
   if (!red && !arrive && !d.take("sync")) d.fail("unknown form");
   d.out.aligned = d.take("aligned") || bar;
   if (red) d.take_type();
-  d.out.small = arrive        ? kArrive
-                : !red        ? kSync
-                : op == "and" ? kRedAnd
-                : op == "or"  ? kRedOr
-                              : kRedPopc;
+  d.keep(arrive ? kArrive : !red ? kSync : op == "and" ? kRedAnd : op == "or" ? kRedOr : kRedPopc);
   d.finish(1, 4);
   std::size_t k = 0;
   if (red) {
@@ -143,6 +140,10 @@ void decode_bar(Decoder& d) {
 
 // ---- barrier.cluster ----------------------------------------------------------------------------
 
+struct ClusterArrival {
+  bool relaxed;
+};
+
 Step cluster_arrive(Warp& w, const Instruction& i, U32 mask) {
   Cluster& c = w.cluster();
   const U32 again = mask & w.cluster_arrived;
@@ -153,7 +154,7 @@ Step cluster_arrive(Warp& w, const Instruction& i, U32 mask) {
   }
   w.cluster_arrived |= mask;
   w.cluster_pending |= mask;
-  if (i.small) {  // .relaxed: releases only what an earlier fence released
+  if (i.as<ClusterArrival>().relaxed) {  // releases only what an earlier fence released
     w.order_lanes(mask);
     for_lanes(mask & w.fenced_lanes, [&](int l) {
       const Scoped& k = w.fence_released[l];
@@ -202,7 +203,7 @@ void decode_cluster_barrier(Decoder& d) {
   d.is(OpClass::cluster_barrier);
   const bool arrive = d.take("arrive");
   if (!arrive && !d.take("wait")) d.fail("expected .arrive or .wait");
-  d.out.small = d.take("relaxed");
+  d.keep(ClusterArrival{d.take("relaxed")});
   d.take(arrive ? "release" : "acquire");
   d.out.aligned = d.take("aligned");
   d.finish(0);

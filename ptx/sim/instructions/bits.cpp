@@ -6,18 +6,16 @@ namespace torchext::sim {
 
 namespace {
 
-enum : U16 { kSigned = 1, kWrap = 2 };
-
-enum PermuteMode : U16 { kIndex, kF4e, kB4e, kRc8, kEcl, kEcr, kRc16 };
+enum PermuteMode : std::uint8_t { kIndex, kF4e, kB4e, kRc8, kEcl, kEcr, kRc16 };
 struct Permute {
   static constexpr Spread spread = Spread::bits;
   static constexpr std::size_t data = 2;
-  U32 operator()(const Instruction& i, U32 a, U32 b, U32 c) const {
+  U32 operator()(PermuteMode mode, U32 a, U32 b, U32 c) const {
     const U64 bytes = U64{b} << 32 | a;
     U32 selector[4];
     const U32 n = c & 3;
     for (U32 k = 0; k < 4; ++k) {
-      switch (i.small) {
+      switch (mode) {
         case kIndex:
           selector[k] = (c >> (4 * k)) & 15;
           break;
@@ -44,7 +42,7 @@ struct Permute {
     U32 r = 0;
     for (U32 k = 0; k < 4; ++k) {
       U32 byte = static_cast<U32>(bytes >> (8 * (selector[k] & 7))) & 0xff;
-      if (i.small == kIndex && (selector[k] & 8)) byte = byte & 0x80 ? 0xff : 0;
+      if (mode == kIndex && (selector[k] & 8)) byte = byte & 0x80 ? 0xff : 0;
       r |= byte << (8 * k);
     }
     return r;
@@ -55,16 +53,16 @@ void decode_prmt(Decoder& d) {
   if (d.take_type() != Type::b32) d.fail("expected .b32");
   const std::string mode = d.take_one_of({"f4e", "b4e", "rc8", "ecl", "ecr", "rc16"});
   d.finish(4);
-  d.out.small = mode.empty()    ? kIndex
-                : mode == "f4e" ? kF4e
-                : mode == "b4e" ? kB4e
-                : mode == "rc8" ? kRc8
-                : mode == "ecl" ? kEcl
-                : mode == "ecr" ? kEcr
-                                : kRc16;
+  d.keep(mode.empty()    ? kIndex
+         : mode == "f4e" ? kF4e
+         : mode == "b4e" ? kB4e
+         : mode == "rc8" ? kRc8
+         : mode == "ecl" ? kEcl
+         : mode == "ecr" ? kEcr
+                         : kRc16);
   d.out.d = d.destination(0, 4);
   for (std::size_t k = 0; k < 3; ++k) d.out.s[k] = d.source(k + 1, Type::b32);
-  d.out.execute = map3i<U32, U32, U32, U32, Permute>;
+  d.out.execute = map3_form<U32, U32, U32, U32, Permute>;
 }
 
 struct Bfe {
@@ -156,47 +154,55 @@ void decode_bfi(Decoder& d) {
   d.out.execute = size_of(type) == 8 ? insert_field<U64> : insert_field<U32>;
 }
 
+struct FieldForm {  // bmsk, szext
+  bool wrap = false, sign = false;
+};
+
 struct Bmsk {
-  U32 operator()(const Instruction& i, U32 at, U32 length, U32) const {
-    if (i.small) at &= 31, length &= 31;
+  U32 operator()(FieldForm form, U32 at, U32 length, U32) const {
+    if (form.wrap) at &= 31, length &= 31;
     if (at >= 32 || length == 0) return 0;
     const U64 ones = length >= 32 ? 0xffffffffull : (1ull << length) - 1;
     return static_cast<U32>(ones << at);
   }
 };
 void decode_bmsk(Decoder& d) {
-  d.out.small = d.take("wrap");
-  if (!d.out.small) d.take("clamp");
+  FieldForm form;
+  form.wrap = d.take("wrap");
+  if (!form.wrap) d.take("clamp");
+  d.keep(form);
   d.take_type();
   d.finish(3);
   d.out.d = d.destination(0, 4);
   d.out.s[0] = d.source(1, Type::u32);
   d.out.s[1] = d.source(2, Type::u32);
   d.out.s[2] = d.constant(0, 4);
-  d.out.execute = map3i<U32, U32, U32, U32, Bmsk>;
+  d.out.execute = map3_form<U32, U32, U32, U32, Bmsk>;
 }
 
 struct Szext {
   static constexpr Spread spread = Spread::bits;
   static constexpr std::size_t data = 1;
-  U32 operator()(const Instruction& i, U32 a, U32 n, U32) const {
-    n = i.small & kWrap ? n & 31 : n > 32 ? 32 : n;
+  U32 operator()(FieldForm form, U32 a, U32 n, U32) const {
+    n = form.wrap ? n & 31 : n > 32 ? 32 : n;
     if (n == 0) return 0;
     if (n >= 32) return a;
     const U32 field = a & ((1u << n) - 1);
-    return (i.small & kSigned) && (field >> (n - 1)) & 1 ? field | ~((1u << n) - 1) : field;
+    return form.sign && (field >> (n - 1)) & 1 ? field | ~((1u << n) - 1) : field;
   }
 };
 void decode_szext(Decoder& d) {
-  d.out.small = d.take("wrap") ? kWrap : 0;
-  if (!d.out.small) d.take("clamp");
-  if (is_signed(d.take_type())) d.out.small |= kSigned;
+  FieldForm form;
+  form.wrap = d.take("wrap");
+  if (!form.wrap) d.take("clamp");
+  form.sign = is_signed(d.take_type());
+  d.keep(form);
   d.finish(3);
   d.out.d = d.destination(0, 4);
   d.out.s[0] = d.source(1, Type::u32);
   d.out.s[1] = d.source(2, Type::u32);
   d.out.s[2] = d.constant(0, 4);
-  d.out.execute = map3i<U32, U32, U32, U32, Szext>;
+  d.out.execute = map3_form<U32, U32, U32, U32, Szext>;
 }
 
 struct Popc {

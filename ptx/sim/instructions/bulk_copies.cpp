@@ -115,7 +115,7 @@ void copy_one(Warp& w, const BulkCopy& c, int lane) {
 }
 
 Step copy(Warp& w, const Instruction& i, U32 mask) {
-  const auto& c = *static_cast<const BulkCopy*>(i.extra);
+  const auto& c = i.as<BulkCopy>();
   w.need(c.to, mask, "as an address");
   w.need(c.from, mask, "as an address");
   w.need(c.size, mask, "as a size");
@@ -136,9 +136,14 @@ Step commit(Warp& w, const Instruction&, U32 mask) {
   return Step::next;
 }
 
+struct GroupWait {
+  U32 allowed;     // groups that may go on
+  bool read_only;  // .read: until the sources have been read
+};
+
 Step wait_groups(Warp& w, const Instruction& i, U32 mask) {
-  const U32 allowed = i.target;
-  const bool read_only = i.small != 0;
+  const U32 allowed = i.as<GroupWait>().allowed;
+  const bool read_only = i.as<GroupWait>().read_only;
   bool ready = true;
   for_lanes(mask, [&](int lane) {
     const auto it = w.bulk_groups.find(lane);
@@ -185,7 +190,7 @@ struct AsyncStore {
 };
 
 Step async_store(Warp& w, const Instruction& i, U32 mask) {
-  const auto& t = *static_cast<const AsyncStore*>(i.extra);
+  const auto& t = i.as<AsyncStore>();
   w.need(i.s[0], mask, "as an address");
   for (const Slot& s : i.list) w.need(s, mask, "as a value to store");
   const U32 total = t.bytes * t.elements;
@@ -258,7 +263,7 @@ void decode_async_store(Decoder& d, bool reduce) {
   if (reduce) d.reads(Space::shared_cluster, t.bytes * t.elements, Proxy::async);
   d.writes(Space::shared_cluster, t.bytes * t.elements, Proxy::async);
   d.out.traits.completion = Completion::mbarrier;
-  d.own(t);
+  d.keep(t);
   d.out.execute = async_store;
 }
 
@@ -272,9 +277,9 @@ void decode_bulk(Decoder& d, bool reduce) {
       return;
     }
     if (d.take("wait_group")) {
-      d.out.small = d.take("read");
+      const bool read_only = d.take("read");
       d.finish(1);
-      d.out.target = static_cast<U32>(d.immediate(0));
+      d.keep(GroupWait{static_cast<U32>(d.immediate(0)), read_only});
       d.is(OpClass::async_group);
       d.out.traits.wait = Wait::bulk_group;
       d.out.execute = wait_groups;
@@ -326,7 +331,7 @@ void decode_bulk(Decoder& d, bool reduce) {
                             : Space::shared_cluster,
            0, Proxy::async);
   d.out.traits.completion = c.to_global ? Completion::bulk_group : Completion::mbarrier;
-  d.own(c);
+  d.keep(c);
   d.out.execute = copy;
 }
 

@@ -5,6 +5,7 @@
 // affect each other, even if they execute the same instruction together.
 #include <algorithm>
 #include <cstdio>
+#include <type_traits>
 
 #include "../check/validity.h"
 #include "../frontend/decode.h"
@@ -51,12 +52,19 @@ void hold(Warp& w, const Meeting& m, Hold f) {
   f(w, m);
 }
 
+// Whether lanes at `a` and lanes at `b` can meet. Form: what the decoders of both keep, or void.
+template <class Form>
 bool same_kind(const Instruction& a, const Instruction& b) {
-  return a.execute == b.execute && a.small == b.small && a.s[0].bytes == b.s[0].bytes;
+  if (a.execute != b.execute || a.s[0].bytes != b.s[0].bytes) return false;
+  if constexpr (std::is_void_v<Form>)
+    return true;
+  else
+    return a.as<Form>() == b.as<Form>();
 }
+using SameKind = bool (*)(const Instruction&, const Instruction&);
 
 // Handles lanes with different masks, or with partners at another instruction.
-Step meet(Warp& w, const Instruction& i, U32 mask, Hold f) {
+Step meet(Warp& w, const Instruction& i, U32 mask, Hold f, SameKind same_kind) {
   U32 masks[32];
   const Instruction* at[32];
   U32 waiting = 0;
@@ -108,7 +116,7 @@ Step meet(Warp& w, const Instruction& i, U32 mask, Hold f) {
   return Step::next;
 }
 
-template <Hold f>
+template <Hold f, class Form = void>
 Step collective(Warp& w, const Instruction& i, U32 mask) {
   if (w.group().released) return Step::next;
   const Slot& slot = i.s[kMembers];
@@ -118,7 +126,7 @@ Step collective(Warp& w, const Instruction& i, U32 mask) {
   bool together = (members & w.live()) == mask;
   if (together && slot.bank == 0)
     for_lanes(mask, [&](int lane) { together &= masks[lane] == members; });
-  if (!together) return meet(w, i, mask, f);
+  if (!together) return meet(w, i, mask, f, same_kind<Form>);
   hold(w, Meeting(mask, i), f);
   return Step::next;
 }
@@ -143,7 +151,7 @@ void set_collective(Decoder& d, const Arg& members, Execute execute) {
 
 // ---- shfl ---------------------------------------------------------------------------------------
 
-enum ShuffleMode : U16 { kUp, kDown, kBfly, kIdx };
+enum ShuffleMode : std::uint8_t { kUp, kDown, kBfly, kIdx };
 
 void shuffle(Warp& w, const Meeting& m) {
   U32 result[32] = {}, in_range = 0;
@@ -158,7 +166,7 @@ void shuffle(Warp& w, const Meeting& m) {
     const int max_lane = (lane & segment) | (clamp & ~segment), min_lane = lane & segment;
     int j;
     bool p;
-    switch (i.small) {
+    switch (i.as<ShuffleMode>()) {
       case kUp:
         j = lane - b;
         p = j >= max_lane;
@@ -218,15 +226,15 @@ void decode_shfl(Decoder& d) {
   if (d.take_type() != Type::b32) d.fail("expected .b32");
   d.finish(sync ? 5 : 4);
   if (!sync) d.fail("shfl without .sync was removed in PTX 6.4");
-  d.out.small = mode == "up" ? kUp : mode == "down" ? kDown : mode == "bfly" ? kBfly : kIdx;
+  d.keep(mode == "up" ? kUp : mode == "down" ? kDown : mode == "bfly" ? kBfly : kIdx);
   take_result_and_predicate(d);
   for (std::size_t k = 0; k < kMembers; ++k) d.out.s[k] = d.source(k + 1, Type::b32);
-  set_collective(d, d.arg(4), collective<shuffle>);
+  set_collective(d, d.arg(4), collective<shuffle, ShuffleMode>);
 }
 
 // ---- vote, activemask, match, redux, elect ------------------------------------------------------
 
-enum VoteMode : U16 { kAll, kAny, kUni, kBallot };
+enum VoteMode : std::uint8_t { kAll, kAny, kUni, kBallot };
 
 void vote(Warp& w, const Meeting& m) {
   U32 set = 0;
@@ -235,12 +243,13 @@ void vote(Warp& w, const Meeting& m) {
     set |= w.predicate(i.s[0]) & lanes;
   });
   m.each([&](const Instruction& i, U32 lanes) {
-    if (i.small == kBallot) {
+    const auto mode = i.as<VoteMode>();
+    if (mode == kBallot) {
       for_lanes(lanes, [&](int lane) { w.put(i.d, lane, set); });
     } else {
-      const bool yes = i.small == kAll   ? set == m.lanes
-                       : i.small == kAny ? set != 0
-                                         : set == 0 || set == m.lanes;
+      const bool yes = mode == kAll   ? set == m.lanes
+                       : mode == kAny ? set != 0
+                                      : set == 0 || set == m.lanes;
       w.set_predicate(i.d, lanes, yes ? ~0u : 0);
     }
     w.set_valid(i.d, lanes, lanes);
@@ -249,15 +258,19 @@ void vote(Warp& w, const Meeting& m) {
 
 void decode_vote(Decoder& d) {
   if (!d.take("sync")) d.fail("vote without .sync was removed in PTX 6.4");
-  const std::string mode = d.take_one_of({"all", "any", "uni", "ballot"});
-  if (mode.empty()) d.fail("no mode");
+  const std::string name = d.take_one_of({"all", "any", "uni", "ballot"});
+  if (name.empty()) d.fail("no mode");
   const Type type = d.take_type();
   d.finish(3);
-  d.out.small = mode == "all" ? kAll : mode == "any" ? kAny : mode == "uni" ? kUni : kBallot;
-  if ((type == Type::b32) != (d.out.small == kBallot)) d.fail("bad type");
-  d.out.d = d.out.small == kBallot ? d.destination(0, 4) : d.predicate_destination(d.arg(0));
+  const VoteMode mode = name == "all"   ? kAll
+                        : name == "any" ? kAny
+                        : name == "uni" ? kUni
+                                        : kBallot;
+  d.keep(mode);
+  if ((type == Type::b32) != (mode == kBallot)) d.fail("bad type");
+  d.out.d = mode == kBallot ? d.destination(0, 4) : d.predicate_destination(d.arg(0));
   d.out.s[0] = d.predicate(1);
-  set_collective(d, d.arg(2), collective<vote>);
+  set_collective(d, d.arg(2), collective<vote, VoteMode>);
 }
 
 Step active_mask(Warp& w, const Instruction& i, U32 mask) {
@@ -273,6 +286,8 @@ void decode_activemask(Decoder& d) {
   d.out.execute = active_mask;
 }
 
+enum class MatchMode : std::uint8_t { any, all };
+
 void match(Warp& w, const Meeting& m) {
   U64 value[32];
   U32 result[32] = {}, all = ~0u;
@@ -284,7 +299,8 @@ void match(Warp& w, const Meeting& m) {
     if (result[lane] != m.lanes) all = 0;
   });
   m.each([&](const Instruction& i, U32 lanes) {
-    for_lanes(lanes, [&](int lane) { w.put(i.d, lane, i.small && !all ? 0 : result[lane]); });
+    const bool none = i.as<MatchMode>() == MatchMode::all && !all;
+    for_lanes(lanes, [&](int lane) { w.put(i.d, lane, none ? 0 : result[lane]); });
     w.set_valid(i.d, lanes, w.valid(i.s[0]));
     if (i.d2.sink) return;
     w.set_predicate(i.d2, lanes, all);
@@ -293,14 +309,15 @@ void match(Warp& w, const Meeting& m) {
 }
 
 void decode_match(Decoder& d) {
-  d.out.small = d.take("all");
-  if (!d.out.small && !d.take("any")) d.fail("expected .any or .all");
+  const bool all = d.take("all");
+  if (!all && !d.take("any")) d.fail("expected .any or .all");
+  d.keep(all ? MatchMode::all : MatchMode::any);
   if (!d.take("sync")) d.fail("expected .sync");
   const Type type = d.take_type();
   d.finish(3);
   take_result_and_predicate(d);
   d.out.s[0] = d.source(1, type);
-  set_collective(d, d.arg(2), collective<match>);
+  set_collective(d, d.arg(2), collective<match, MatchMode>);
 }
 
 template <class T, class F>

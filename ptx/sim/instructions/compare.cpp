@@ -65,8 +65,12 @@ struct Nan {
   }
 };
 
-enum Combine : U16 { kNone, kAnd, kOr, kXor };
-enum : U16 { kFtz = 16 };
+enum Combine : std::uint8_t { kNone, kAnd, kOr, kXor };
+struct Comparison {
+  Combine combine = kNone;
+  bool ftz = false;
+  U64 truth = 0;  // what set writes for true
+};
 
 struct AsF16 {
   U16 bits;
@@ -101,7 +105,7 @@ U32 compare(Warp& w, const Instruction& i, U32 mask) {
   const auto* a = w.at(i.s[0]);
   const auto* b = w.at(i.s[1]);
   U32 result = 0;
-  const bool ftz = i.small & kFtz;
+  const bool ftz = i.as<Comparison>().ftz;
   each_lane(mask, [&](int l) {
     const auto x = operand(Element<T>::load(a, l), ftz), y = operand(Element<T>::load(b, l), ftz);
     result |= static_cast<U32>(F()(x, y)) << l;
@@ -110,7 +114,7 @@ U32 compare(Warp& w, const Instruction& i, U32 mask) {
 }
 
 U32 combine(Warp& w, const Instruction& i, U32 result, U32* valid) {
-  const U32 mode = i.small & 15;
+  const Combine mode = i.as<Comparison>().combine;
   if (mode == kNone) return result;
   const U32 c = w.predicate(i.s[2]);
   *valid &= w.valid(i.s[2]);
@@ -139,7 +143,7 @@ template <class T, class F>
 Step set_register(Warp& w, const Instruction& i, U32 mask) {
   U32 valid = w.valid(i.s[0]) & w.valid(i.s[1]);
   const U32 result = combine(w, i, compare<T, F>(w, i, mask), &valid);
-  const auto truth = static_cast<U64>(i.offset);
+  const auto truth = i.as<Comparison>().truth;
   for_lanes(mask, [&](int l) { w.put(i.d, l, (result >> l) & 1 ? truth : 0); });
   w.set_valid(i.d, mask, valid);
   return Step::next;
@@ -210,9 +214,12 @@ std::string take_comparison(Decoder& d) {
   if (op.empty()) d.fail("no comparison");
   return op;
 }
-U16 take_combine(Decoder& d) {
+Comparison take_form(Decoder& d) {
+  Comparison form;
   const std::string mode = d.take_one_of({"and", "or", "xor"});
-  return mode.empty() ? kNone : mode == "and" ? kAnd : mode == "or" ? kOr : kXor;
+  form.combine = mode.empty() ? kNone : mode == "and" ? kAnd : mode == "or" ? kOr : kXor;
+  form.ftz = d.take("ftz");
+  return form;
 }
 
 // f16x2, bf16x2: the combined results of both halves, and the lanes in which they are valid.
@@ -222,7 +229,7 @@ struct HalfResults {
 template <class T, class F>
 HalfResults compare_halves(Warp& w, const Instruction& i, U32 mask) {
   HalfResults r;
-  const bool ftz = i.small & kFtz;
+  const bool ftz = i.as<Comparison>().ftz;
   for_lanes(mask, [&](int l) {
     const U64 a = w.integer(i.s[0], l), b = w.integer(i.s[1], l);
     const auto at = [&](U64 v, int h) { return operand(T{static_cast<U16>(v >> (16 * h))}, ftz); };
@@ -255,7 +262,7 @@ Step set_pair(Warp& w, const Instruction& i, U32 mask) {
 template <class T, class F>
 Step set_halves(Warp& w, const Instruction& i, U32 mask) {
   const HalfResults r = compare_halves<T, F>(w, i, mask);
-  const auto truth = static_cast<U32>(i.offset);
+  const auto truth = static_cast<U32>(i.as<Comparison>().truth);
   LaneBits bits;
   for_lanes(mask, [&](int l) {
     w.put(i.d, l, ((r.low >> l) & 1 ? truth : 0) | ((r.high >> l) & 1 ? truth << 16 : 0));
@@ -290,9 +297,9 @@ Execute pair_comparison(const std::string& op, bool to_register) {
 
 void decode_setp(Decoder& d) {
   const std::string op = take_comparison(d);
-  d.out.small = take_combine(d);
-  const bool combined = d.out.small != kNone;
-  if (d.take("ftz")) d.out.small |= kFtz;
+  const Comparison form = take_form(d);
+  const bool combined = form.combine != kNone;
+  d.keep(form);
   const Type type = d.take_type();
   d.finish(combined ? 4 : 3);
   const Arg& to = d.arg(0);
@@ -313,9 +320,8 @@ void decode_setp(Decoder& d) {
 
 void decode_set(Decoder& d) {
   const std::string op = take_comparison(d);
-  d.out.small = take_combine(d);
-  const bool combined = d.out.small != kNone;
-  if (d.take("ftz")) d.out.small |= kFtz;
+  Comparison form = take_form(d);
+  const bool combined = form.combine != kNone;
   const Type result = d.take_type(), type = d.take_type();
   d.finish(combined ? 4 : 3);
   d.out.d = d.destination(0, size_of(result));
@@ -323,12 +329,13 @@ void decode_set(Decoder& d) {
   d.out.s[1] = d.source(2, type);
   if (combined) d.out.s[2] = d.predicate(3);
   const bool halves = type == Type::f16x2 || type == Type::bf16x2;
-  d.out.offset = result == Type::f32                              ? 0x3f800000
-                 : result == Type::f16 || result == Type::f16x2   ? 0x3c00
-                 : result == Type::bf16 || result == Type::bf16x2 ? 0x3f80
-                 : size_of(result) == 2 || halves                 ? 0xffff
-                 : size_of(result) == 4                           ? 0xffffffff
-                                                                  : -1;
+  form.truth = result == Type::f32                              ? 0x3f800000
+               : result == Type::f16 || result == Type::f16x2   ? 0x3c00
+               : result == Type::bf16 || result == Type::bf16x2 ? 0x3f80
+               : size_of(result) == 2 || halves                 ? 0xffff
+               : size_of(result) == 4                           ? 0xffffffff
+                                                                : ~U64{0};
+  d.keep(form);
   if (halves && size_of(result) != 4) d.fail("the result must have two halves");
   d.out.execute = type == Type::f16x2    ? pair_comparison<AsF16>(op, true)
                   : type == Type::bf16x2 ? pair_comparison<AsBf16>(op, true)
@@ -361,7 +368,7 @@ bool test_property(const std::string& property, T v) {
 }
 
 Step test_float(Warp& w, const Instruction& i, U32 mask) {
-  const auto& property = *static_cast<const std::string*>(i.extra);
+  const auto& property = i.as<std::string>();
   U32 result = 0;
   for_lanes(mask, [&](int l) {
     const bool yes = i.s[0].bytes == 8
@@ -382,7 +389,7 @@ void decode_testp(Decoder& d) {
   d.finish(2);
   d.out.d = d.predicate_destination(d.arg(0));
   d.out.s[0] = d.source(1, type);
-  d.own(property);
+  d.keep(property);
   d.out.execute = test_float;
 }
 
@@ -409,7 +416,7 @@ Step select_by_sign(Warp& w, const Instruction& i, U32 mask) {
     bool first = static_cast<S32>(bits) >= 0;
     if (floating) {
       float c = float_from_bits(bits);
-      if (i.small) c = flush_subnormal(c);
+      if (i.as<Comparison>().ftz) c = flush_subnormal(c);
       first = c >= 0;
     }
     not_negative |= static_cast<U32>(first) << l;
@@ -419,7 +426,7 @@ Step select_by_sign(Warp& w, const Instruction& i, U32 mask) {
 }
 
 void decode_slct(Decoder& d) {
-  d.out.small = d.take("ftz");
+  d.keep(Comparison{kNone, d.take("ftz"), 0});
   const Type type = d.take_type(), by = d.take_type();
   d.finish(4);
   d.out.d = d.destination(0, size_of(type));

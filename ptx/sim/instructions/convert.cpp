@@ -160,7 +160,7 @@ U64 convert_one(const Conversion& c, U64 bits) {
 }
 
 Step convert(Warp& w, const Instruction& i, U32 mask) {
-  const auto& c = *static_cast<const Conversion*>(i.extra);
+  const auto& c = i.as<Conversion>();
   const bool whole = (mask & ~w.valid(i.s[0])) == 0;
   // Without saturation, each bit of an integer result is a bit of the source, or its sign.
   const bool by_bit = !is_float(c.from) && !is_float(c.to) && !c.sat;
@@ -235,7 +235,7 @@ U64 pair_validity(bool low, bool high, int bits) {
 
 // d = {high: a, low: b}, from two f32
 Step pack_two(Warp& w, const Instruction& i, U32 mask) {
-  const auto& c = *static_cast<const Conversion*>(i.extra);
+  const auto& c = i.as<Conversion>();
   const int bits = element_bits(c.to);
   const bool whole = (mask & ~(w.valid(i.s[0]) & w.valid(i.s[1]))) == 0;
   LaneBits valid;
@@ -253,7 +253,7 @@ Step pack_two(Warp& w, const Instruction& i, U32 mask) {
 }
 // pair to pair
 Step convert_pair(Warp& w, const Instruction& i, U32 mask) {
-  const auto& c = *static_cast<const Conversion*>(i.extra);
+  const auto& c = i.as<Conversion>();
   const int in = element_bits(c.from), out = element_bits(c.to);
   const U32 field = in == 8 ? 0xff : 0xffff;
   const bool whole = (mask & ~w.valid(i.s[0])) == 0;
@@ -278,7 +278,7 @@ struct PackIntegers {
   Type from;
 };
 Step pack_integers(Warp& w, const Instruction& i, U32 mask) {
-  const auto& c = *static_cast<const PackIntegers*>(i.extra);
+  const auto& c = i.as<PackIntegers>();
   const int bits = c.bits;
   const U64 field = (U64{1} << bits) - 1;
   const bool whole = (mask & ~(w.valid(i.s[0]) & w.valid(i.s[1]) & w.valid(i.s[2]))) == 0;
@@ -321,7 +321,7 @@ void decode_pack(Decoder& d) {
   d.out.s[1] = d.source(2, from);
   d.out.s[2] = more ? d.source(3, Type::b32) : d.constant(0, 4);
   if (bits < 8 && !more) d.fail("a result of less than 8 bits needs a third operand");
-  d.own(PackIntegers{bits, to[0] == 's', from});
+  d.keep(PackIntegers{bits, to[0] == 's', from});
   d.out.execute = pack_integers;
 }
 
@@ -348,7 +348,7 @@ void decode_cvt(Decoder& d) {
     d.out.d = d.destination(0, size_of(c.to));
     d.out.s[0] = d.source(1, Type::f32);
     d.out.s[1] = d.source(2, Type::f32);
-    d.own(c);
+    d.keep(c);
     d.out.execute = pack_two;
     return;
   }
@@ -357,7 +357,7 @@ void decode_cvt(Decoder& d) {
     if (!is_pair(c.to) || !is_pair(c.from)) d.fail("not supported");
     d.out.d = d.destination(0, size_of(c.to));
     d.out.s[0] = d.source(1, c.from);
-    d.own(c);
+    d.keep(c);
     d.out.execute = convert_pair;
     return;
   }
@@ -365,7 +365,7 @@ void decode_cvt(Decoder& d) {
     d.fail("float to integer needs a rounding to integer");
   d.out.d = d.destination_at_least(d.arg(0), size_of(c.to));
   d.out.s[0] = d.source_at_least(d.arg(1), c.from);
-  d.own(c);
+  d.keep(c);
   d.out.execute = convert;
   const bool exact_slots = d.out.d.bytes == (size_of(c.to) == 8 ? 8 : 4) &&
                            d.out.s[0].bytes == (size_of(c.from) == 8 ? 8 : 4);

@@ -26,7 +26,7 @@ void need_agent(Warp& w) {
 }
 
 Step copy(Warp& w, const Instruction& i, U32 mask) {
-  const auto& c = *static_cast<const AsyncCopy*>(i.extra);
+  const auto& c = i.as<AsyncCopy>();
   w.need(c.to, mask, "as an address");
   w.need(c.from, mask, "as an address");
   need_agent(w);
@@ -113,7 +113,7 @@ void decode_copy(Decoder& d) {
   d.reads(Space::global, c.bytes);
   d.writes(Space::shared, c.bytes);
   d.out.traits.completion = Completion::copy_group;
-  d.own(c);
+  d.keep(c);
   d.out.execute = copy;
 }
 
@@ -137,13 +137,18 @@ bool groups_done(Warp& w, U32 upto) {
   return ready;
 }
 
+struct GroupWait {
+  U32 allowed = 0;   // groups that may go on
+  bool all = false;  // wait_all: also what has not been committed
+};
+
 Step wait(Warp& w, const Instruction& i, U32 mask) {
+  const auto form = i.as<GroupWait>();
   CopyGroups& g = w.cp_async;
   const U32 committed = g.current - 1;
-  // wait_all includes copies that are not committed yet.
-  const U32 upto = i.small ? g.current : committed > i.target ? committed - i.target : 0;
+  const U32 upto = form.all ? g.current : committed > form.allowed ? committed - form.allowed : 0;
   if (!groups_done(w, upto)) return Step::block;
-  if (i.small) {
+  if (form.all) {
     ++g.current;
     g.open = false;
   }
@@ -153,6 +158,11 @@ Step wait(Warp& w, const Instruction& i, U32 mask) {
   return Step::next;
 }
 
+struct Arrival {
+  Space space = Space::generic;
+  bool counted = false;  // .noinc: the barrier's count includes this arrival already
+};
+
 // Arrives when the lane's earlier copies are done. Without .noinc the phase expects one more.
 Step arrive_later(Warp& w, const Instruction& i, U32 mask) {
   CopyGroups& g = w.cp_async;
@@ -160,10 +170,10 @@ Step arrive_later(Warp& w, const Instruction& i, U32 mask) {
   for_lanes(mask, [&](int lane) {
     Cta* owner;
     U32 offset;
-    MBarrier* m = find_mbarrier(w, lane, static_cast<Space>(i.small & 15),
-                                w.address(i.s[0], i.offset, lane), &owner, &offset);
+    MBarrier* m = find_mbarrier(w, lane, i.as<Arrival>().space, w.address(i.s[0], i.offset, lane),
+                                &owner, &offset);
     if (m == nullptr) return;
-    if (!(i.small & 16)) ++m->pending;
+    if (!i.as<Arrival>().counted) ++m->pending;
     Knowledge k = base;
     if (g.write_agent != 0 && w.grid().checks) {
       VectorClock known = *k.known;
@@ -192,11 +202,11 @@ Step arrive_later(Warp& w, const Instruction& i, U32 mask) {
 
 void decode_arrive(Decoder& d) {
   if (!d.take("arrive")) d.fail("expected .arrive");
-  d.out.small = d.take("noinc") ? 16 : 0;
+  const bool counted = d.take("noinc");
   Space space = d.take_space();
   if (d.take_type() != Type::b64) d.fail("expected .b64");
   d.finish(1);
-  d.out.small |= static_cast<U16>(space);
+  d.keep(Arrival{space, counted});
   d.out.s[0] = d.address(d.arg(0), &d.out.offset, &space);
   d.is(OpClass::mbarrier);
   d.reads(space, 8);
@@ -227,12 +237,12 @@ void decode_cp(Decoder& d) {
   }
   if (d.take("wait_group")) {
     d.finish(1);
-    d.out.target = static_cast<U32>(d.immediate(0));
+    d.keep(GroupWait{static_cast<U32>(d.immediate(0)), false});
     return set_wait(d);
   }
   if (d.take("wait_all")) {
     d.finish(0);
-    d.out.small = 1;
+    d.keep(GroupWait{0, true});
     return set_wait(d);
   }
   if (d.take("mbarrier")) return decode_arrive(d);

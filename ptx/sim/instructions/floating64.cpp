@@ -42,10 +42,13 @@ struct Sqrt {
   D operator()(D a, D, D) const { return std::sqrt(a); }
 };
 
-// offset: the <cfenv> rounding mode
+struct RoundingMode {
+  int cfenv;  // FE_TONEAREST, ...
+};
+
 template <class F>
 Step rounded(Warp& w, const Instruction& i, U32 mask) {
-  const RoundingScope scope(static_cast<int>(i.offset));
+  const RoundingScope scope(i.as<RoundingMode>().cfenv);
   const auto *a = w.at(i.s[0]), *b = w.at(i.s[1]), *c = w.at(i.s[2]);
   auto* d = w.at(i.d);
   each_lane(mask, [&](int l) {
@@ -108,7 +111,7 @@ void decode_f64_arithmetic(Decoder& d) {
   d.is(OpClass::fp64);
   const std::string& op = d.opcode();
   const std::string rounding = d.take_one_of({"rn", "rz", "rm", "rp"});
-  d.out.offset = rounding_mode(rounding);
+  d.keep(RoundingMode{rounding_mode(rounding)});
   if (op == "add") return operands(d, 2, rounded<Add>);
   if (op == "sub") return operands(d, 2, rounded<Sub>);
   if (op == "mul") return operands(d, 2, rounded<Mul>);
@@ -134,7 +137,7 @@ void decode_f64_root(Decoder& d) {
   }
   const std::string rounding = d.take_one_of({"rn", "rz", "rm", "rp"});
   if (rounding.empty() || op == "rsqrt") d.fail("expected a rounding (.rn, .rz, .rm, .rp)");
-  d.out.offset = rounding_mode(rounding);
+  d.keep(RoundingMode{rounding_mode(rounding)});
   operands(d, 1, op == "rcp" ? rounded<Rcp> : rounded<Sqrt>);
 }
 

@@ -84,17 +84,18 @@ Step map3(Warp& w, const Instruction& i, std::uint32_t mask) {
   return Step::next;
 }
 
-// As map3, but F also gets the instruction, whose `small` holds its modifiers.
+// As map3, but F also gets, as its first argument, what the decoder has kept.
 template <class R, class A, class B, class C, class F>
-Step map3i(Warp& w, const Instruction& i, std::uint32_t mask) {
+Step map3_form(Warp& w, const Instruction& i, std::uint32_t mask) {
   auto* d = w.at(i.d);
   const auto* a = w.at(i.s[0]);
   const auto* b = w.at(i.s[1]);
   const auto* c = w.at(i.s[2]);
+  const auto& form = i.as<FormOf<F>>();
   with_validity<R, F, A, B, C>(w, i, mask, [&] {
     each_lane(mask, [&](int l) {
       Element<R>::store(
-          d, l, F()(i, Element<A>::load(a, l), Element<B>::load(b, l), Element<C>::load(c, l)));
+          d, l, F()(form, Element<A>::load(a, l), Element<B>::load(b, l), Element<C>::load(c, l)));
     });
   });
   return Step::next;

@@ -38,7 +38,7 @@ std::uint64_t beyond(const Transfer& t) {
 }
 
 Step load(Warp& w, const Instruction& i, std::uint32_t mask) {
-  const auto& t = *static_cast<const Transfer*>(i.extra);
+  const auto& t = i.as<Transfer>();
   w.need(i.s[0], mask, "as an address");
   const bool strong = t.scope != Scope::none;
   if (strong) w.polled();
@@ -76,7 +76,7 @@ Step load(Warp& w, const Instruction& i, std::uint32_t mask) {
 }
 
 Step store(Warp& w, const Instruction& i, std::uint32_t mask) {
-  const auto& t = *static_cast<const Transfer*>(i.extra);
+  const auto& t = i.as<Transfer>();
   w.need(i.s[0], mask, "as an address");
   if (t.space != Space::local) {
     for (const Slot& s : i.list) w.need(s, mask, "as a value to store", ~beyond(t));
@@ -156,7 +156,7 @@ void decode_load(Decoder& d) {
   d.out.s[0] = d.address(d.arg(1), &d.out.offset, &t.space);
   if (d.has_cache_policy) d.source(2, Type::b64);
   d.reads(t.space, t.bytes * t.elements, t.noncoherent ? Proxy::noncoherent : Proxy::generic);
-  d.own(t);
+  d.keep(t);
   d.out.execute = load;
 }
 
@@ -175,24 +175,27 @@ void decode_store(Decoder& d) {
                                                                                   : type));
   if (d.has_cache_policy) d.source(2, Type::b64);
   d.writes(t.space, t.bytes * t.elements);
-  d.own(t);
+  d.keep(t);
   d.out.execute = store;
 }
 
 // ---- Addresses ----------------------------------------------------------------------------------
 
-enum : std::uint16_t { kAdd, kSubtract };
+struct WindowForm {
+  std::uint64_t window = 0;  // where the state space begins in generic addresses
+  bool to = false;           // from a generic address
+};
 
 Step convert_address(Warp& w, const Instruction& i, std::uint32_t mask) {
-  const auto window = static_cast<std::uint64_t>(i.offset);
+  const auto form = i.as<WindowForm>();
   for_lanes(mask, [&](int lane) {
     std::uint64_t a = w.integer(i.s[0], lane);
-    if (i.small == kAdd)
-      a |= window;
-    else if (window == kSharedWindow)
+    if (!form.to)
+      a |= form.window;
+    else if (form.window == kSharedWindow)
       a = static_cast<std::uint32_t>(a);
     else
-      a &= ~window;
+      a &= ~form.window;
     w.put(i.d, lane, a);
   });
   w.set_valid(i.d, mask, w.valid(i.s[0]));
@@ -200,25 +203,26 @@ Step convert_address(Warp& w, const Instruction& i, std::uint32_t mask) {
 }
 
 void decode_cvta(Decoder& d) {
-  const bool to = d.take("to");
+  WindowForm form;
+  form.to = d.take("to");
   const Space space = d.take_space();
   const Type type = d.take_type();
   d.finish(2);
   d.out.d = d.destination(0, size_of(type));
   d.out.s[0] = d.source(1, type);
-  d.out.small = to ? kSubtract : kAdd;
   if (space == Space::shared || space == Space::shared_cluster) {
-    d.out.offset = static_cast<std::int64_t>(kSharedWindow);
+    form.window = kSharedWindow;
   } else if (space == Space::local) {
-    d.out.offset = static_cast<std::int64_t>(kLocalWindow);
+    form.window = kLocalWindow;
   } else if (space == Space::generic) {
     d.fail("no state space");
   }
+  d.keep(form);
   d.out.execute = convert_address;
 }
 
 Step is_space(Warp& w, const Instruction& i, std::uint32_t mask) {
-  const auto space = static_cast<Space>(i.small);
+  const auto space = i.as<Space>();
   std::uint32_t result = 0;
   for_lanes(mask, [&](int lane) {
     const std::uint64_t a = w.integer(i.s[0], lane), window = a & kWindowMask;
@@ -243,9 +247,13 @@ void decode_isspacep(Decoder& d) {
   d.finish(2);
   d.out.d = d.predicate_destination(d.arg(0));
   d.out.s[0] = d.source(1, Type::u64);
-  d.out.small = static_cast<std::uint16_t>(space);
+  d.keep(space);
   d.out.execute = is_space;
 }
+
+struct Mapping {
+  bool in_shared;  // gives an address in .shared::cluster, not a generic one
+};
 
 // mapa gives the address of a variable in another CTA of the cluster. getctarank is the reverse.
 Step map_address(Warp& w, const Instruction& i, std::uint32_t mask) {
@@ -260,7 +268,7 @@ Step map_address(Warp& w, const Instruction& i, std::uint32_t mask) {
     }
     const std::uint64_t offset = a & kSharedOffsetMask;
     const std::uint64_t mapped = offset | (std::uint64_t{rank} + 1) << kSharedRankShift;
-    w.put(i.d, lane, i.small ? mapped : mapped | kSharedWindow);
+    w.put(i.d, lane, i.as<Mapping>().in_shared ? mapped : mapped | kSharedWindow);
   });
   w.set_valid(i.d, mask, w.valid(i.s[0]) & w.valid(i.s[1]));
   return Step::next;
@@ -273,7 +281,7 @@ void decode_mapa(Decoder& d) {
   d.out.d = d.destination(0, size_of(type));
   d.out.s[0] = d.source(1, type);
   d.out.s[1] = d.source(2, Type::u32);
-  d.out.small = shared;
+  d.keep(Mapping{shared});
   d.out.execute = map_address;
 }
 

@@ -168,19 +168,24 @@ void decode_shift(Decoder& d) {
   }
 }
 
+struct TruthTable {
+  U32 outputs;  // bit 4a + 2b + c: of the inputs a, b, c
+};
+
 struct Lop3 {
   static constexpr Spread spread = Spread::bits;
   static constexpr std::size_t data = 3;
-  U32 operator()(const Instruction& i, U32 a, U32 b, U32 c) const {
+  U32 operator()(TruthTable table, U32 a, U32 b, U32 c) const {
     U32 r = 0;
-    if (i.small & 0x01) r |= ~a & ~b & ~c;
-    if (i.small & 0x02) r |= ~a & ~b & c;
-    if (i.small & 0x04) r |= ~a & b & ~c;
-    if (i.small & 0x08) r |= ~a & b & c;
-    if (i.small & 0x10) r |= a & ~b & ~c;
-    if (i.small & 0x20) r |= a & ~b & c;
-    if (i.small & 0x40) r |= a & b & ~c;
-    if (i.small & 0x80) r |= a & b & c;
+    const U32 truth = table.outputs;
+    if (truth & 0x01) r |= ~a & ~b & ~c;
+    if (truth & 0x02) r |= ~a & ~b & c;
+    if (truth & 0x04) r |= ~a & b & ~c;
+    if (truth & 0x08) r |= ~a & b & c;
+    if (truth & 0x10) r |= a & ~b & ~c;
+    if (truth & 0x20) r |= a & ~b & c;
+    if (truth & 0x40) r |= a & b & ~c;
+    if (truth & 0x80) r |= a & b & c;
     return r;
   }
 };
@@ -189,7 +194,7 @@ struct Lop3 {
 template <bool conjunction>
 Step lop3_with_test(Warp& w, const Instruction& i, U32 mask) {
   const U32 q = w.predicate(i.s[3]), q_valid = w.valid(i.s[3]);
-  map3i<U32, U32, U32, U32, Lop3>(w, i, mask);
+  map3_form<U32, U32, U32, U32, Lop3>(w, i, mask);
   U32 set = 0;
   for_lanes(mask, [&](int l) { set |= U32{w.integer(i.d, l) != 0} << l; });
   w.set_predicate(i.d2, mask, conjunction ? set & q : set | q);
@@ -211,20 +216,22 @@ void decode_lop3(Decoder& d) {
     d.out.s[3] = d.predicate(5);
   }
   for (std::size_t k = 0; k < 3; ++k) d.out.s[k] = d.source(k + 1, Type::b32);
-  d.out.small = static_cast<U16>(d.immediate(4) & 0xff);
-  d.out.execute = test.empty()    ? map3i<U32, U32, U32, U32, Lop3>
+  d.keep(TruthTable{static_cast<U32>(d.immediate(4) & 0xff)});
+  d.out.execute = test.empty()    ? map3_form<U32, U32, U32, U32, Lop3>
                   : test == "and" ? lop3_with_test<true>
                                   : lop3_with_test<false>;
 }
 
-enum : U16 { kRight = 1, kWrap = 2 };
+struct FunnelForm {
+  bool right, wrap;
+};
 struct Funnel {
   static constexpr Spread spread = Spread::bits;
   static constexpr std::size_t data = 2;
-  U32 operator()(const Instruction& i, U32 low, U32 high, U32 n) const {
-    n = i.small & kWrap ? n & 31 : n > 32 ? 32 : n;
+  U32 operator()(FunnelForm form, U32 low, U32 high, U32 n) const {
+    n = form.wrap ? n & 31 : n > 32 ? 32 : n;
     const U64 both = U64{high} << 32 | low;
-    return i.small & kRight ? static_cast<U32>(both >> n) : static_cast<U32>((both << n) >> 32);
+    return form.right ? static_cast<U32>(both >> n) : static_cast<U32>((both << n) >> 32);
   }
 };
 
@@ -237,8 +244,8 @@ void decode_shf(Decoder& d) {
   d.finish(4);
   d.out.d = d.destination(0, 4);
   for (std::size_t k = 0; k < 3; ++k) d.out.s[k] = d.source(k + 1, Type::b32);
-  d.out.small = static_cast<U16>((right ? kRight : 0) | (wrap ? kWrap : 0));
-  d.out.execute = map3i<U32, U32, U32, U32, Funnel>;
+  d.keep(FunnelForm{right, wrap});
+  d.out.execute = map3_form<U32, U32, U32, U32, Funnel>;
 }
 
 }  // namespace

@@ -17,7 +17,7 @@ struct Matrices {
 };
 
 Step load_matrix(Warp& w, const Instruction& i, U32 mask) {
-  const auto& m = *static_cast<const Matrices*>(i.extra);
+  const auto& m = i.as<Matrices>();
   const U32 used = m.count == 4 ? ~0u : (1u << (8 * m.count)) - 1;
   w.need(i.s[0], mask & used, "as an address");
   w.order_if_converged(mask);
@@ -48,7 +48,7 @@ Step load_matrix(Warp& w, const Instruction& i, U32 mask) {
 }
 
 Step store_matrix(Warp& w, const Instruction& i, U32 mask) {
-  const auto& m = *static_cast<const Matrices*>(i.extra);
+  const auto& m = i.as<Matrices>();
   const U32 used = m.count == 4 ? ~0u : (1u << (8 * m.count)) - 1;
   w.need(i.s[0], mask & used, "as an address");
   for (const Slot& s : i.list) w.need(s, mask, "as a value to store");
@@ -100,7 +100,7 @@ void decode_matrices(Decoder& d) {
     d.reads(m.space, bytes);
   else
     d.writes(m.space, bytes);
-  d.own(m);
+  d.keep(m);
   d.out.execute = load ? load_matrix : store_matrix;
 }
 

@@ -47,8 +47,15 @@ void complete_if_ready(Cta& cta, MBarrier& m) {
   ++cta.cluster.progress;
 }
 
+struct Operation {
+  Space space = Space::generic;
+  bool drop = false, expect = false, no_complete = false;  // arrivals
+  bool parity = false, patient = false;                    // waits; patient: try_wait
+  bool relaxed = false, cta_scope = false;
+};
+
 Space space_of(const Instruction& i) {
-  return static_cast<Space>(i.small & 15);
+  return i.as<Operation>().space;
 }
 
 // ---- init, inval --------------------------------------------------------------------------------
@@ -95,10 +102,10 @@ Step init(Warp& w, const Instruction& i, U32 mask) {
 }
 
 void decode_init(Decoder& d) {
-  d.out.small = static_cast<U16>(d.take_space());
+  Space space = d.take_space();
   if (d.take_type() != Type::b64) d.fail("expected .b64");
   d.finish(2);
-  Space space = space_of(d.out);
+  d.keep(Operation{space});
   d.out.s[0] = d.address(d.arg(0), &d.out.offset, &space);
   d.out.s[1] = d.source(1, Type::u32);
   d.writes(space, 8);
@@ -126,10 +133,10 @@ Step inval(Warp& w, const Instruction& i, U32 mask) {
 }
 
 void decode_inval(Decoder& d) {
-  d.out.small = static_cast<U16>(d.take_space());
+  Space space = d.take_space();
   if (d.take_type() != Type::b64) d.fail("expected .b64");
   d.finish(1);
-  Space space = space_of(d.out);
+  d.keep(Operation{space});
   d.out.s[0] = d.address(d.arg(0), &d.out.offset, &space);
   d.writes(space, 8);
   d.out.execute = inval;
@@ -137,21 +144,10 @@ void decode_inval(Decoder& d) {
 
 // ---- arrive, expect_tx, complete_tx -------------------------------------------------------------
 
-enum : U16 {
-  kDrop = 16,
-  kExpect = 32,
-  kRelaxed = 64,
-  kNoComplete = 128,
-  kParity = 256,
-  kTry = 512,
-  kCtaScope = 1024,
-};
-
 // An arrival or a wait without a scope counts as .cluster, although PTX says .cta, because CUTLASS
 // and others omit the scope where CTAs signal each other.
-void take_scope(Decoder& d, U16* flags) {
-  const std::string scope = d.take_one_of({"cta", "cluster"});
-  if (scope == "cta") *flags |= kCtaScope;
+void take_scope(Decoder& d, Operation* operation) {
+  operation->cta_scope = d.take_one_of({"cta", "cluster"}) == "cta";
 }
 
 // The knowledge that an arrival passes on. Only threads of the barrier's CTA can wait for it.
@@ -167,10 +163,11 @@ void pass_on(Warp& w, const Cta& owner, MBarrier& m, bool cta_scope, const Scope
 }
 
 Step arrive_at(Warp& w, const Instruction& i, U32 mask) {
+  const auto form = i.as<Operation>();
   w.need(i.s[0], mask, "as an address");
   w.need(i.s[1], mask, "as a count");
   Scoped knowledge;
-  if (!(i.small & kRelaxed)) knowledge.fill(w.release(mask));
+  if (!form.relaxed) knowledge.fill(w.release(mask));
   for_lanes(mask, [&](int lane) {
     Cta* owner;
     U32 offset;
@@ -178,8 +175,8 @@ Step arrive_at(Warp& w, const Instruction& i, U32 mask) {
         find_mbarrier(w, lane, space_of(i), w.address(i.s[0], i.offset, lane), &owner, &offset);
     if (m == nullptr) return;
     const auto operand = static_cast<U32>(w.integer(i.s[1], lane));
-    const U32 count = i.small & kExpect ? 1 : operand;
-    if (i.small & kExpect) {
+    const U32 count = form.expect ? 1 : operand;
+    if (form.expect) {
       expect_transactions(*m, operand);
       if (m->transactions > kMaxTransactions) {
         w.finding(FindingKind::mbarrier_misuse,
@@ -195,13 +192,13 @@ Step arrive_at(Warp& w, const Instruction& i, U32 mask) {
                 1u << lane, offset);
       return;
     }
-    if ((i.small & kNoComplete) && count == m->pending) {
+    if (form.no_complete && count == m->pending) {
       w.finding(FindingKind::mbarrier_misuse,
                 name_of(*owner, offset) + ": .noComplete completes the phase", 1u << lane, offset);
     }
-    if (i.small & kDrop) m->expected -= count;
-    const bool fenced = (i.small & kRelaxed) && (w.fenced_lanes >> lane & 1);
-    pass_on(w, *owner, *m, i.small & kCtaScope, fenced ? w.fence_released[lane] : knowledge);
+    if (form.drop) m->expected -= count;
+    const bool fenced = form.relaxed && (w.fenced_lanes >> lane & 1);
+    pass_on(w, *owner, *m, form.cta_scope, fenced ? w.fence_released[lane] : knowledge);
     arrive(*owner, *m, count, {});
   });
   if (!i.d.sink) w.set_valid(i.d, mask, mask);
@@ -210,17 +207,17 @@ Step arrive_at(Warp& w, const Instruction& i, U32 mask) {
 }
 
 void decode_arrive(Decoder& d, bool drop) {
-  U16 flags = drop ? kDrop : 0;
-  if (d.take("expect_tx")) flags |= kExpect;
-  if (d.take("noComplete")) flags |= kNoComplete;
-  if (d.take("relaxed"))
-    flags |= kRelaxed;
-  else
-    d.take("release");
-  take_scope(d, &flags);
+  Operation operation;
+  operation.drop = drop;
+  operation.expect = d.take("expect_tx");
+  operation.no_complete = d.take("noComplete");
+  operation.relaxed = d.take("relaxed");
+  if (!operation.relaxed) d.take("release");
+  take_scope(d, &operation);
   Space space = d.take_space();
   if (d.take_type() != Type::b64) d.fail("expected .b64");
-  d.out.small = static_cast<U16>(flags | static_cast<U16>(space));
+  operation.space = space;
+  d.keep(operation);
   // A remote barrier may have no state operand.
   const bool has_state = d.arg(0).kind != Arg::memory;
   std::size_t k = has_state ? 1 : 0;
@@ -233,7 +230,7 @@ void decode_arrive(Decoder& d, bool drop) {
   d.finish(k + 1, k + 2);
   d.out.s[0] = d.address(d.arg(k), &d.out.offset, &space);
   const bool has_count = d.count() == k + 2;
-  if ((flags & (kExpect | kNoComplete)) && !has_count) d.fail("a count is missing");
+  if ((operation.expect || operation.no_complete) && !has_count) d.fail("a count is missing");
   d.out.s[1] = has_count ? d.source(k + 1, Type::u32) : d.constant(1, 4);
   d.reads(space, 8);
   d.writes(space, 8);
@@ -265,7 +262,7 @@ void decode_transactions(Decoder& d) {
   Space space = d.take_space();
   if (d.take_type() != Type::b64) d.fail("expected .b64");
   d.finish(2);
-  d.out.small = static_cast<U16>(space);
+  d.keep(Operation{space});
   d.out.s[0] = d.address(d.arg(0), &d.out.offset, &space);
   d.out.s[1] = d.source(1, Type::u32);
   d.reads(space, 8);
@@ -276,8 +273,9 @@ void decode_transactions(Decoder& d) {
 // ---- test_wait, try_wait ------------------------------------------------------------------------
 
 Step wait(Warp& w, const Instruction& i, U32 mask) {
+  const auto form = i.as<Operation>();
   w.need(i.s[0], mask, "as an address");
-  w.need(i.s[1], mask, i.small & kParity ? "as a parity" : "as a state");
+  w.need(i.s[1], mask, form.parity ? "as a parity" : "as a state");
   Group& g = w.group();
   U32 complete = 0;
   Knowledge own, all;  // for .cta and for .cluster
@@ -291,11 +289,10 @@ Step wait(Warp& w, const Instruction& i, U32 mask) {
       return;
     }
     const U64 operand = w.integer(i.s[1], lane);
-    const bool done =
-        i.small & kParity ? (m->phase & 1) != (operand & 1) : m->phase > operand >> 32;
+    const bool done = form.parity ? (m->phase & 1) != (operand & 1) : m->phase > operand >> 32;
     if (done) {
       complete |= 1u << lane;
-      if (i.small & (kCtaScope | kRelaxed)) {
+      if (form.cta_scope || form.relaxed) {
         own.join(m->completed);
         if (m->remote_completed.known)
           own.join(refused(m->remote_completed, Scope::cluster, Scope::cta));
@@ -310,12 +307,12 @@ Step wait(Warp& w, const Instruction& i, U32 mask) {
     }
   });
   if (complete != mask) {
-    const bool patient = (i.small & kTry) && !g.give_up;
+    const bool patient = form.patient && !g.give_up;
     if (patient && (g.blocked || w.cluster().random.below(4) != 0)) return Step::block;
     ++w.cluster().spins;
   }
-  const Knowledge& reached = i.small & kCtaScope ? own : all;
-  if (!(i.small & kRelaxed)) {
+  const Knowledge& reached = form.cta_scope ? own : all;
+  if (!form.relaxed) {
     if (complete != 0) w.acquire(complete, reached);
   } else if (w.grid().checks) {  // a later fence may acquire it
     for_lanes(complete, [&](int lane) {
@@ -350,7 +347,7 @@ std::string describe_wait(Warp& w, const Group& g) {
   const auto it = cta.mbarriers.find(offset);
   if (it == cta.mbarriers.end()) return "waits at " + w.program().opcodes[i.opcode];
   const MBarrier& m = it->second;
-  const bool parity = i.small & kParity;
+  const bool parity = i.as<Operation>().parity;
   const U64 operand = w.integer(i.s[1], lane);
   char text[128];
   std::snprintf(text, sizeof text, "waits for %s %llu of mbarrier 0x%x, which is in phase %llu ",
@@ -362,20 +359,20 @@ std::string describe_wait(Warp& w, const Group& g) {
 
 template <bool patient>
 void decode_wait(Decoder& d) {
-  U16 flags = patient ? kTry : 0;
-  if (d.take("parity")) flags |= kParity;
-  if (d.take("relaxed"))
-    flags |= kRelaxed;
-  else
-    d.take("acquire");
-  take_scope(d, &flags);
+  Operation operation;
+  operation.patient = patient;
+  operation.parity = d.take("parity");
+  operation.relaxed = d.take("relaxed");
+  if (!operation.relaxed) d.take("acquire");
+  take_scope(d, &operation);
   Space space = d.take_space();
   if (d.take_type() != Type::b64) d.fail("expected .b64");
   d.finish(3, patient ? 4 : 3);
-  d.out.small = static_cast<U16>(flags | static_cast<U16>(space));
+  operation.space = space;
+  d.keep(operation);
   d.out.d = d.predicate_destination(d.arg(0));
   d.out.s[0] = d.address(d.arg(1), &d.out.offset, &space);
-  d.out.s[1] = d.source(2, flags & kParity ? Type::u32 : Type::b64);
+  d.out.s[1] = d.source(2, operation.parity ? Type::u32 : Type::b64);
   if (d.count() == 4) d.source(3, Type::u32);  // time hint
   if (patient) d.out.traits.wait = Wait::mbarrier;
   d.out.traits.times_out = patient;

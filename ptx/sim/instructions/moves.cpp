@@ -16,40 +16,44 @@ Step move_predicate(Warp& w, const Instruction& i, U32 mask) {
   w.set_valid(i.d, mask, w.valid(i.s[0]));
   return Step::next;
 }
-// small: bits of one element
+struct Elements {
+  U32 bits;  // of each
+};
+
 Step pack(Warp& w, const Instruction& i, U32 mask) {
   U32 valid = mask;
   for (const Slot& s : i.list) valid &= w.valid(s);
-  const U64 field = i.small >= 64 ? ~U64{0} : (U64{1} << i.small) - 1;
+  const U32 each = i.as<Elements>().bits;
+  const U64 field = each >= 64 ? ~U64{0} : (U64{1} << each) - 1;
   LaneBits bits;
   for_lanes(valid == mask ? 0 : mask, [&](int l) {
-    bits.of[l] = i.small * i.list.size() >= 64 ? 0 : ~U64{0} << (i.small * i.list.size());
+    bits.of[l] = each * i.list.size() >= 64 ? 0 : ~U64{0} << (each * i.list.size());
     for (std::size_t e = 0; e < i.list.size(); ++e)
-      bits.of[l] |= (w.valid_bits(i.list[e], l) & field) << (i.small * e);
+      bits.of[l] |= (w.valid_bits(i.list[e], l) & field) << (each * e);
   });
   for_lanes(mask, [&](int l) {
     U64 value = 0;
     for (std::size_t e = 0; e < i.list.size(); ++e)
-      value |= (w.integer(i.list[e], l) & field) << (i.small * e);
+      value |= (w.integer(i.list[e], l) & field) << (each * e);
     w.put(i.d, l, value);
   });
   w.set_validity(i.d, mask, valid == mask, bits);
   return Step::next;
 }
 Step unpack(Warp& w, const Instruction& i, U32 mask) {
-  const U64 field = (U64{1} << i.small) - 1;
+  const U32 each = i.as<Elements>().bits;
+  const U64 field = (U64{1} << each) - 1;
   const bool whole = (mask & ~w.valid(i.s[0])) == 0;
   LaneBits source;
   for_lanes(whole ? 0 : mask, [&](int l) { source.of[l] = w.valid_bits(i.s[0], l); });
   for_lanes(mask, [&](int l) {
     const U64 value = w.integer(i.s[0], l);
     for (std::size_t e = 0; e < i.list.size(); ++e)
-      w.put(i.list[e], l, (value >> (i.small * e)) & field);
+      w.put(i.list[e], l, (value >> (each * e)) & field);
   });
   for (std::size_t e = 0; e < i.list.size(); ++e) {
     LaneBits part;
-    for_lanes(whole ? 0 : mask,
-              [&](int l) { part.of[l] = source.of[l] >> (i.small * e) | ~field; });
+    for_lanes(whole ? 0 : mask, [&](int l) { part.of[l] = source.of[l] >> (each * e) | ~field; });
     w.set_validity(i.list[e], mask, whole, part);
   }
   return Step::next;
@@ -67,10 +71,14 @@ Step move_elements(Warp& w, const Instruction& i, U32 mask) {
   for (std::size_t e = 0; e < n; ++e) w.set_valid(i.list[e], mask, valid[e]);
   return Step::next;
 }
+struct Clock {
+  bool high;  // the upper half of the 64 bits
+};
+
 Step read_clock(Warp& w, const Instruction& i, U32 mask) {
   ++w.cluster().spins;
   const U64 now = w.cluster().executed * 4 + w.cluster().spins * 16;
-  const U64 value = i.small ? now >> 32 : now;
+  const U64 value = i.as<Clock>().high ? now >> 32 : now;
   for_lanes(mask, [&](int l) { w.put(i.d, l, value); });
   w.set_valid(i.d, mask, mask);
   return Step::next;
@@ -115,7 +123,7 @@ void decode_mov(Decoder& d) {
     const int each = bytes / static_cast<int>(from.args.size());
     d.out.d = d.destination(to, bytes);
     for (const Arg& a : from.args) d.out.list.push_back(d.source(a, element_type(each)));
-    d.out.small = static_cast<U16>(8 * each);
+    d.keep(Elements{static_cast<U32>(8 * each)});
     d.out.execute = pack;
     return;
   }
@@ -124,17 +132,17 @@ void decode_mov(Decoder& d) {
     if (each == 0 || each == 8) d.fail("bad vector");
     for (const Arg& a : to.args) d.out.list.push_back(d.destination_at_least(a, each));
     d.out.s[0] = d.source(from, type);
-    d.out.small = static_cast<U16>(8 * each);
+    d.keep(Elements{static_cast<U32>(8 * each)});
     d.out.execute = unpack;
     return;
   }
   d.out.d = d.destination(to, bytes);
   if (from.kind == Arg::special) {
     for (const char* clock : {"%clock", "%clock64", "%globaltimer", "%globaltimer_lo"}) {
-      if (from.text == clock) d.out.execute = read_clock;
+      if (from.text == clock) d.out.execute = read_clock, d.keep(Clock{false});
     }
     for (const char* clock : {"%clock_hi", "%globaltimer_hi"}) {
-      if (from.text == clock) d.out.execute = read_clock, d.out.small = 1;
+      if (from.text == clock) d.out.execute = read_clock, d.keep(Clock{true});
     }
     if (d.out.execute != nullptr) return;
   }

@@ -11,10 +11,14 @@ namespace {
 
 // ---- fence, membar ------------------------------------------------------------------------------
 
-enum : std::uint16_t { kAcquires = 1, kReleases = 2 };
+struct MemoryFence {
+  Scope scope = Scope::none;
+  bool acquires = true, releases = true;
+};
 
 Step memory_fence(Warp& w, const Instruction& i, U32 mask) {
-  w.memory_fence(mask, static_cast<Scope>(i.target), i.small & kAcquires, i.small & kReleases);
+  const auto [scope, acquires, releases] = i.as<MemoryFence>();
+  w.memory_fence(mask, scope, acquires, releases);
   return Step::next;
 }
 
@@ -26,10 +30,14 @@ void mark_mbarriers_fenced(Warp& w, U32 mask) {
   }
 }
 
-// small: a bit for each AsyncSpace
+struct AsyncFence {
+  U32 spaces;  // a bit for each AsyncSpace
+};
+
 Step async_fence(Warp& w, const Instruction& i, U32 mask) {
-  w.async_fence(mask, i.small);
-  if ((i.small >> kOwnShared) & 1) mark_mbarriers_fenced(w, mask);
+  const U32 spaces = i.as<AsyncFence>().spaces;
+  w.async_fence(mask, spaces);
+  if ((spaces >> kOwnShared) & 1) mark_mbarriers_fenced(w, mask);
   return Step::next;
 }
 
@@ -41,7 +49,7 @@ Step alias_fence(Warp& w, const Instruction&, U32 mask) {
 }
 
 Step release_maps(Warp& w, const Instruction& i, U32 mask) {
-  const auto scope = static_cast<Scope>(i.target);
+  const auto scope = i.as<Scope>();
   w.release_maps(mask, scope);
   w.memory_fence(mask, scope, false, true);
   return Step::next;
@@ -49,7 +57,7 @@ Step release_maps(Warp& w, const Instruction& i, U32 mask) {
 
 Step acquire_map(Warp& w, const Instruction& i, U32 mask) {
   w.need(i.s[0], mask, "as a tensor map's address");
-  const auto scope = static_cast<Scope>(i.target);
+  const auto scope = i.as<Scope>();
   w.memory_fence(mask, scope, true, false);
   for_lanes(mask, [&](int lane) {
     acquire_tensor_map(w, lane, w.integer(i.s[0], lane) + static_cast<std::uint64_t>(i.offset),
@@ -77,18 +85,17 @@ Step mbarrier_fence(Warp& w, const Instruction&, U32 mask) {
 }
 
 void decode_proxy_fence(Decoder& d) {
-  constexpr std::uint16_t own = 1 << kOwnShared, cluster = own | 1 << kClusterShared,
-                          global = 1 << kGlobal;
+  constexpr U32 own = 1 << kOwnShared, cluster = own | 1 << kClusterShared, global = 1 << kGlobal;
   if (d.take("alias")) {
     d.finish(0);
     d.out.execute = alias_fence;
   } else if (d.take("async")) {
     const bool is_global = d.take("global"), is_cluster = d.take("shared::cluster");
     const bool is_own = d.take("shared::cta") || d.take("shared");
-    d.out.small = is_global    ? global
-                  : is_cluster ? cluster
-                  : is_own     ? own
-                               : static_cast<std::uint16_t>(cluster | global);
+    d.keep(AsyncFence{is_global    ? global
+                      : is_cluster ? cluster
+                      : is_own     ? own
+                                   : (cluster | global)});
     d.finish(0);
     d.out.execute = async_fence;
   } else if (d.take("async::generic")) {  // only for shared memory
@@ -96,14 +103,14 @@ void decode_proxy_fence(Decoder& d) {
     d.take_one_of({"sync_restrict::shared::cta", "sync_restrict::shared::cluster"});
     d.take_scope();
     d.finish(0);
-    d.out.small = cluster;
+    d.keep(AsyncFence{cluster});
     d.out.execute = async_fence;
   } else if (d.take("tensormap::generic")) {
     const bool acquire = d.take("acquire");
     if (!acquire && !d.take("release")) d.fail("expected .acquire or .release");
     const Scope scope = d.take_scope();
     if (scope == Scope::none) d.fail("no scope");
-    d.out.target = static_cast<U32>(scope);
+    d.keep(scope);
     d.finish(acquire ? 2 : 0);
     d.out.execute = acquire ? acquire_map : release_maps;
     if (!acquire) return;
@@ -117,15 +124,12 @@ void decode_proxy_fence(Decoder& d) {
 
 void decode_fence(Decoder& d) {
   d.out.execute = memory_fence;
-  d.out.small = kAcquires | kReleases;
   if (d.opcode() == "membar") {
     if (d.take("proxy")) return decode_proxy_fence(d);
     const std::string level = d.take_one_of({"cta", "gl", "sys"});
     if (level.empty()) d.fail("no level");
     d.finish(0);
-    d.out.target = static_cast<U32>(level == "cta"  ? Scope::cta
-                                    : level == "gl" ? Scope::gpu
-                                                    : Scope::sys);
+    d.keep(MemoryFence{level == "cta" ? Scope::cta : level == "gl" ? Scope::gpu : Scope::sys});
     return;
   }
   if (d.take("mbarrier_init")) {
@@ -136,22 +140,25 @@ void decode_fence(Decoder& d) {
   }
   if (d.take("proxy")) return decode_proxy_fence(d);
   const std::string order = d.take_one_of({"sc", "acq_rel", "acquire", "release"});
-  if (order == "acquire") d.out.small = kAcquires;
-  if (order == "release") d.out.small = kReleases;
   d.take_one_of({"sync_restrict::shared::cta", "sync_restrict::shared::cluster"});
   const Scope scope = d.take_scope();
   if (scope == Scope::none) d.fail("no scope");
-  d.out.target = static_cast<U32>(scope);
+  d.keep(MemoryFence{scope, order != "release", order != "acquire"});
   d.finish(0);
 }
 
 // ---- setmaxnreg ---------------------------------------------------------------------------------
 
+struct Registers {
+  U32 count;
+  bool increase;  // .inc
+};
+
 Step set_registers(Warp& w, const Instruction& i, U32 mask) {
-  const U32 count = i.target;
+  const auto [count, increase] = i.as<Registers>();
   Cta& cta = w.cta();
   const std::int64_t more = (std::int64_t{count} - w.registers) * 32;
-  if (i.small) {  // inc
+  if (increase) {
     if (count < w.registers) {
       w.finding(FindingKind::register_pool,
                 "setmaxnreg.inc to " + std::to_string(count) + " of a warp with " +
@@ -174,24 +181,25 @@ Step set_registers(Warp& w, const Instruction& i, U32 mask) {
 
 std::string describe_registers(Warp& w, const Group& g) {
   const Instruction& i = w.program().code[g.pc];
-  return "waits for registers: setmaxnreg to " + std::to_string(i.target) + " from " +
-         std::to_string(w.registers) + ", but the CTA's pool has " +
+  return "waits for registers: setmaxnreg to " + std::to_string(i.as<Registers>().count) +
+         " from " + std::to_string(w.registers) + ", but the CTA's pool has " +
          std::to_string(w.cta().register_pool) + " left";
 }
 
 void decode_setmaxnreg(Decoder& d) {
-  d.out.small = d.take("inc");
-  if (!d.out.small && !d.take("dec")) d.fail("expected .inc or .dec");
+  const bool increase = d.take("inc");
+  if (!increase && !d.take("dec")) d.fail("expected .inc or .dec");
   if (!d.take("sync") || !d.take("aligned")) d.fail("expected .sync.aligned");
   if (d.take_type() != Type::u32) d.fail("expected .u32");
   d.finish(1);
-  d.out.target = static_cast<U32>(d.immediate(0));
-  if (d.out.target < 24 || d.out.target > 256 || d.out.target % 8 != 0)
+  const auto count = static_cast<U32>(d.immediate(0));
+  if (count < 24 || count > 256 || count % 8 != 0)
     d.fail("the count must be a multiple of 8 from 24 to 256");
   Program& program = d.builder().program();
-  program.most_registers = std::max(program.most_registers, d.out.target);
-  program.asks_for_registers |= d.out.small != 0;
-  if (d.out.small) d.out.traits.wait = Wait::registers;
+  program.most_registers = std::max(program.most_registers, count);
+  program.asks_for_registers |= increase;
+  d.keep(Registers{count, increase});
+  if (increase) d.out.traits.wait = Wait::registers;
   d.out.traits.describe_wait = describe_registers;
   d.out.aligned = true;
   d.out.execute = set_registers;

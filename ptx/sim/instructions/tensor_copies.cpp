@@ -287,7 +287,7 @@ void store_boxes(Warp& w, const TensorCopy& c, U32 mask) {
 }
 
 Step copy(Warp& w, const Instruction& i, U32 mask) {
-  const auto& c = *static_cast<const TensorCopy*>(i.extra);
+  const auto& c = i.as<TensorCopy>();
   w.need(c.map, mask, "as a tensor map's address");
   w.need(c.shared, mask, "as an address");
   for (U32 k = 0; k < c.rank; ++k) w.need(c.coordinates[k], mask, "as a coordinate");
@@ -307,7 +307,7 @@ Step copy(Warp& w, const Instruction& i, U32 mask) {
 
 // Prefetching the box is only a hint, but the instruction reads the map.
 Step prefetch(Warp& w, const Instruction& i, U32 mask) {
-  const auto& c = *static_cast<const TensorCopy*>(i.extra);
+  const auto& c = i.as<TensorCopy>();
   w.need(c.map, mask, "as a tensor map's address");
   for (U32 k = 0; k < c.rank; ++k) w.need(c.coordinates[k], mask, "as a coordinate");
   for_lanes(mask, [&](int lane) {
@@ -346,7 +346,7 @@ void decode_bulk_tensor(Decoder& d, bool reduce) {
     d.finish(d.has_cache_policy ? 2 : 1);
     take_map(d, c, d.arg(0));
     d.reads(Space::global, 0, Proxy::async);
-    d.own(c);
+    d.keep(c);
     d.out.execute = prefetch;
     return;
   }
@@ -386,7 +386,7 @@ void decode_bulk_tensor(Decoder& d, bool reduce) {
                             : Space::shared_cluster,
            0, Proxy::async);
   d.out.traits.completion = c.store ? Completion::bulk_group : Completion::mbarrier;
-  d.own(c);
+  d.keep(c);
   d.out.execute = copy;
 }
 

@@ -17,7 +17,7 @@ struct Replace {
 };
 
 Step replace(Warp& w, const Instruction& i, U32 mask) {
-  const auto& r = *static_cast<const Replace*>(i.extra);
+  const auto& r = i.as<Replace>();
   w.need(i.s[0], mask, "as an address");
   w.need(i.s[1], mask, "as the new value");
   for_lanes(mask, [&](int lane) {
@@ -60,23 +60,29 @@ void decode_replace(Decoder& d) {
   if (has_ordinal) r.ordinal = static_cast<U32>(d.immediate(1));
   d.out.s[0] = d.address(d.arg(0), &d.out.offset, &r.space);
   d.out.s[1] = d.source(has_ordinal ? 2 : 1, type);
-  d.own(r);
+  d.keep(r);
   d.writes(r.space, 8);
   d.out.execute = replace;
 }
+
+struct CopyAndFence {
+  std::int64_t from_offset;
+  Scope scope;
+};
 
 // The warp copies one map and releases it to the tensormap proxy.
 Step copy_and_fence(Warp& w, const Instruction& i, U32 mask) {
   w.need(i.s[0], mask, "as an address");
   w.need(i.s[1], mask, "as an address");
+  const auto form = i.as<CopyAndFence>();
   const bool converged = w.grid().options.lane_order == LaunchOptions::converged;
   if (converged) w.order_lanes(mask);
   const int lane = static_cast<int>(lane_of(mask));
   const U64 to = w.address(i.s[0], i.offset, lane);
-  const U64 from = w.address(i.s[1], *static_cast<const std::int64_t*>(i.extra), lane);
+  const U64 from = w.address(i.s[1], form.from_offset, lane);
   for_lanes(mask, [&](int other) {
     if (w.address(i.s[0], i.offset, other) == to &&
-        w.address(i.s[1], *static_cast<const std::int64_t*>(i.extra), other) == from) {
+        w.address(i.s[1], form.from_offset, other) == from) {
       return;
     }
     w.finding(FindingKind::invalid_operand,
@@ -94,7 +100,7 @@ Step copy_and_fence(Warp& w, const Instruction& i, U32 mask) {
     std::memcpy(target.host, source.host, kTensorMapBytes);
   }
   if (converged) w.order_lanes(mask);
-  const auto scope = static_cast<Scope>(i.target);
+  const Scope scope = form.scope;
   w.release_maps(mask, scope);
   w.memory_fence(mask, scope, false, true);
   ++w.cluster().progress;
@@ -107,7 +113,6 @@ void decode_copy_and_fence(Decoder& d) {
   }
   const Scope scope = d.take_scope();
   if (scope == Scope::none) d.fail("no scope");
-  d.out.target = static_cast<U32>(scope);
   if (!d.take("sync") || !d.take("aligned")) d.fail("expected .sync.aligned");
   d.finish(3);
   if (d.immediate(2) != kTensorMapBytes) d.fail("the size must be 128");
@@ -115,7 +120,7 @@ void decode_copy_and_fence(Decoder& d) {
   std::int64_t from_offset = 0;
   d.out.s[0] = d.address(d.arg(0), &d.out.offset, &to);
   d.out.s[1] = d.address(d.arg(1), &from_offset, &from);
-  d.own(from_offset);
+  d.keep(CopyAndFence{from_offset, scope});
   d.out.aligned = true;
   d.is(OpClass::fence);
   d.reads(Space::shared, kTensorMapBytes);

@@ -162,14 +162,12 @@ U32 lanewise(const Video& v, U32 a, U32 b, U32 c) {
 
 template <U32 (*compute)(const Video&, U32, U32, U32)>
 struct Apply {
-  U32 operator()(const Instruction& i, U32 a, U32 b, U32 c) const {
-    return compute(*static_cast<const Video*>(i.extra), a, b, c);
-  }
+  U32 operator()(const Video& v, U32 a, U32 b, U32 c) const { return compute(v, a, b, c); }
 };
 
 template <U32 (*compute)(const Video&, U32, U32, U32)>
 Execute video() {
-  return map3i<U32, U32, U32, U32, Apply<compute>>;
+  return map3_form<U32, U32, U32, U32, Apply<compute>>;
 }
 
 // ---- Decoding -----------------------------------------------------------------------------------
@@ -311,7 +309,7 @@ void decode_video(Decoder& d) {
   v.negate_product = negate_a != negate_b;
   if (v.plus_one && (negate_a || negate_b || v.negate_c)) d.fail(".po takes no negated operand");
   d.out.execute = v.lanes > 1 ? video<lanewise>() : mad ? video<multiply_add>() : video<scalar>();
-  d.own(v);
+  d.keep(v);
 }
 
 }  // namespace

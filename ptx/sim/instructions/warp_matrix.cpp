@@ -211,7 +211,7 @@ void multiply(const WarpProduct& p, const std::uint8_t* a, const std::uint8_t* b
 template <class T>
 Step multiply_matrices(Warp& w, const Instruction& i, U32 mask) {
   using Register = std::conditional_t<sizeof(T) == 8, U64, U32>;
-  const auto& p = *static_cast<const WarpProduct*>(i.extra);
+  const auto& p = i.as<WarpProduct>();
   const Slot* d = i.list.data();
   const Slot *a = d + p.registers_d(), *b = a + p.a.registers, *c = b + p.b.registers;
   for (auto r = static_cast<std::size_t>(p.registers_d()); r < i.list.size(); ++r)
@@ -347,7 +347,7 @@ WarpProduct take_product(Decoder& d, bool wmma) {
   return p;
 }
 
-void decode_product(Decoder& d, const WarpProduct& p) {
+void decode_product(Decoder& d, WarpProduct p) {
   d.finish(4);
   const auto add = [&](std::size_t n, int count, Type type) {
     const Arg& arg = d.arg(n);
@@ -370,10 +370,10 @@ void decode_product(Decoder& d, const WarpProduct& p) {
   d.out.execute = wide                                 ? multiply_matrices<double>
                   : p.kind == WarpProduct::tensor_core ? multiply_matrices<float>
                                                        : multiply_matrices<std::int32_t>;
-  WarpProduct* product = d.own(p);
-  product->a_at = places_of(p.a);
-  product->b_at = places_of(p.b);
-  product->c_at = places_of(p.c);
+  p.a_at = places_of(p.a);
+  p.b_at = places_of(p.b);
+  p.c_at = places_of(p.c);
+  d.keep(std::move(p));
 }
 
 namespace {

@@ -58,7 +58,7 @@ struct WarpProduct {
 // Takes the shape, the types and the other modifiers of an mma or a wmma.mma.
 WarpProduct take_product(Decoder& d, bool wmma);
 // The operands D, A, B, C into d.out.list, and d.out.execute.
-void decode_product(Decoder& d, const WarpProduct& product);
+void decode_product(Decoder& d, WarpProduct product);
 
 // "m16n8k16"
 struct MatrixShape {

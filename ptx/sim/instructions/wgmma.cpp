@@ -130,8 +130,13 @@ Step commit(Warp& w, const Instruction&, U32 mask) {
   return Step::next;
 }
 
+struct GroupWait {
+  U32 allowed;  // groups that may go on
+};
+
 Step wait(Warp& w, const Instruction& i, U32 mask) {
-  const U32 committed = w.wgmma_group - 1, upto = committed > i.target ? committed - i.target : 0;
+  const U32 allowed = i.as<GroupWait>().allowed;
+  const U32 committed = w.wgmma_group - 1, upto = committed > allowed ? committed - allowed : 0;
   const std::size_t first = w.index() / 4 * 4;
   const auto& warps = w.cta().warps;
   const std::size_t last = std::min(first + 4, warps.size());
@@ -161,7 +166,7 @@ Step wait(Warp& w, const Instruction& i, U32 mask) {
 
 // Checks the bytes that a wgmma reads, with the knowledge of `reader`.
 void check_operands(Warp& w, const PendingWgmma& p, const Actor& reader) {
-  const auto& shape = *static_cast<const WgmmaShape*>(p.instruction->extra);
+  const auto& shape = p.instruction->as<WgmmaShape>();
   Place place;
   place.cta = &w.cta();
   place.shadow = w.grid().checks ? &w.cta().shadow : nullptr;
@@ -240,7 +245,7 @@ void meet(Warp& w, std::shared_ptr<PendingWgmma> issued, bool a_in_registers) {
 }
 
 Step issue(Warp& w, const Instruction& i, U32 mask) {
-  const auto& shape = *static_cast<const WgmmaShape*>(i.extra);
+  const auto& shape = i.as<WgmmaShape>();
   const bool checks = w.grid().checks;
   const auto first = static_cast<int>(lane_of(mask));
   w.need(shape.b_descriptor, mask, "as a descriptor");
@@ -370,7 +375,7 @@ void decode_mma_async(Decoder& d) {
   }
   d.reads(Space::shared, 0, Proxy::async);
   d.out.traits.completion = Completion::wgmma_group;
-  d.own(s);
+  d.keep(s);
   d.out.execute = issue;
 }
 
@@ -383,7 +388,7 @@ void decode_wgmma(Decoder& d) {
   if (is_mma) return decode_mma_async(d);
   if (is_wait) {
     d.finish(1);
-    d.out.target = static_cast<U32>(d.immediate(0));
+    d.keep(GroupWait{static_cast<U32>(d.immediate(0))});
     d.is(OpClass::async_group);
     d.out.traits.wait = Wait::wgmma_group;
     d.out.execute = wait;
@@ -399,7 +404,7 @@ void decode_wgmma(Decoder& d) {
 
 void compute(Warp& w, PendingWgmma& p) {
   const Instruction& i = *p.instruction;
-  const auto& s = *static_cast<const WgmmaShape*>(i.extra);
+  const auto& s = i.as<WgmmaShape>();
   thread_local MmaOperand a, b;
   thread_local std::vector<float> product;
   if (s.a_in_registers)

@@ -102,7 +102,7 @@ bool resolve_tile(Warp& w, const Tile& t, int lane, U64 address, U32 bytes, bool
 }
 
 Step load_tile(Warp& w, const Instruction& i, U32 mask) {
-  const auto& t = *static_cast<const Tile*>(i.extra);
+  const auto& t = i.as<Tile>();
   w.need(i.s[0], mask, "as an address");
   w.need(i.s[1], mask, "as a stride");
   check_operands(w, i, t, mask);
@@ -125,7 +125,7 @@ Step load_tile(Warp& w, const Instruction& i, U32 mask) {
 }
 
 Step store_tile(Warp& w, const Instruction& i, U32 mask) {
-  const auto& t = *static_cast<const Tile*>(i.extra);
+  const auto& t = i.as<Tile>();
   w.need(i.s[0], mask, "as an address");
   w.need(i.s[1], mask, "as a stride");
   for (const Slot& s : i.list) w.need(s, mask, "as a value to store");
@@ -202,7 +202,7 @@ void decode_tile(Decoder& d, bool load) {
   else
     d.writes(t.space, bytes);
   d.out.aligned = true;
-  d.own(t);
+  d.keep(t);
   d.out.execute = load ? load_tile : store_tile;
 }
 

@@ -76,7 +76,7 @@ const Callee* callee_at(Warp& w, const CallPlan& plan, int lane) {
 }
 
 Step call(Warp& w, const Instruction& i, U32 mask) {
-  const auto& plan = *static_cast<const CallPlan*>(i.extra);
+  const auto& plan = i.as<CallPlan>();
   const Callee* targets[32];
   if (plan.direct == nullptr) w.need(plan.pointer, mask, "as a function's address");
   for_lanes(mask, [&](int l) { targets[l] = plan.direct ? plan.direct : callee_at(w, plan, l); });
@@ -106,7 +106,7 @@ Step leave(Warp& w, const Instruction&, U32 mask) {
     return Step::jump;
   }
   const CallFrame frame = w.group().calls.back();
-  const auto& plan = *static_cast<const CallPlan*>(w.program().code[frame.pc].extra);
+  const auto& plan = w.program().code[frame.pc].as<CallPlan>();
   Values values;
   gather(w, frame.callee->results, mask, &values);
   w.leave(mask);
@@ -206,7 +206,7 @@ void decode_call(Decoder& d) {
     return;
   }
   if (callee != nullptr) plan.direct = d.builder().callee(*callee);
-  d.own(std::move(plan));
+  d.keep(std::move(plan));
   d.out.traits.flow = Flow::call;
   d.out.execute = call;
 }

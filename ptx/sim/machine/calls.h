@@ -46,7 +46,7 @@ struct Callee {
   std::vector<std::pair<Slot, std::uint32_t>> addresses;  // of local variables: slot, offset
 };
 
-struct CallPlan {  // Instruction::extra of a call
+struct CallPlan {  // what the decoder of a call keeps
   std::vector<CallValue> arguments, results;
   const Callee* direct = nullptr;
   Slot pointer;                           // if it is not direct

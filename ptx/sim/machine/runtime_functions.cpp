@@ -140,7 +140,7 @@ std::string format(Warp& w, int lane, const std::string& f, U64 arguments) {
 }
 
 Step print(Warp& w, const Instruction& i, U32 mask) {
-  const auto& c = *static_cast<const CallPlan*>(i.extra);
+  const auto& c = i.as<CallPlan>();
   for_lanes(mask, [&](int l) {
     w.grid().print(format(w, l, read_string(w, l, argument(w, c, 0, l)), argument(w, c, 1, l)));
     put_result(w, c, l, 0);
@@ -149,7 +149,7 @@ Step print(Warp& w, const Instruction& i, U32 mask) {
 }
 
 Step assertion(Warp& w, const Instruction& i, U32 mask) {
-  const auto& c = *static_cast<const CallPlan*>(i.extra);
+  const auto& c = i.as<CallPlan>();
   const auto l = static_cast<int>(lane_of(mask));
   w.finding(FindingKind::assertion,
             read_string(w, l, argument(w, c, 1, l)) + ":" + std::to_string(argument(w, c, 2, l)) +
@@ -160,7 +160,7 @@ Step assertion(Warp& w, const Instruction& i, U32 mask) {
 }
 
 Step allocate(Warp& w, const Instruction& i, U32 mask) {
-  const auto& c = *static_cast<const CallPlan*>(i.extra);
+  const auto& c = i.as<CallPlan>();
   for_lanes(mask, [&](int l) {
     const U64 bytes = argument(w, c, 0, l);
     const U64 address = w.grid().heap().allocate(bytes, w.pc(), w.grid().heap_launch());
@@ -172,7 +172,7 @@ Step allocate(Warp& w, const Instruction& i, U32 mask) {
 }
 
 Step release(Warp& w, const Instruction& i, U32 mask) {
-  const auto& c = *static_cast<const CallPlan*>(i.extra);
+  const auto& c = i.as<CallPlan>();
   for_lanes(mask, [&](int l) {
     const U64 address = argument(w, c, 0, l);
     if (address == 0) return;
@@ -223,7 +223,7 @@ void decode_runtime_call(Decoder& d, const std::string& name, CallPlan plan) {
     if (plan.arguments.size() != f.arguments || plan.results.size() != f.results)
       d.fail("'" + name + "' is not declared as the CUDA runtime has it");
     d.builder().program().uses_heap |= f.heap;
-    d.own(std::move(plan));
+    d.keep(std::move(plan));
     d.out.execute = f.execute;
     return;
   }

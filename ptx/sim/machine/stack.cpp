@@ -10,10 +10,14 @@ namespace torchext::sim {
 
 namespace {
 
-// small: alignment
+struct Allocation {
+  U32 align;
+};
+
 Step take_stack(Warp& w, const Instruction& i, U32 mask) {
   w.need(i.s[0], mask, "as a size");
-  for_lanes(mask, [&](int l) { w.put(i.d, l, w.grow_stack(l, w.integer(i.s[0], l), i.small)); });
+  const U32 align = i.as<Allocation>().align;
+  for_lanes(mask, [&](int l) { w.put(i.d, l, w.grow_stack(l, w.integer(i.s[0], l), align)); });
   w.set_valid(i.d, mask, mask);
   ++w.cluster().progress;
   return Step::next;
@@ -50,7 +54,7 @@ void decode_alloca(Decoder& d) {
   d.out.s[0] = d.source(1, bytes == 8 ? Type::u64 : Type::u32);
   const U64 align = d.count() == 3 ? d.immediate(2) : 8;
   if (align == 0 || align > 4096 || (align & (align - 1)) != 0) d.fail("bad alignment");
-  d.out.small = static_cast<std::uint16_t>(align);
+  d.keep(Allocation{static_cast<U32>(align)});
   d.builder().program().uses_stack = true;
   d.out.execute = take_stack;
 }
