@@ -1,11 +1,12 @@
 """Host time of a call, for every op and for a Linear forward, beside torch's addmm and Linear.
 
-    python -m benchmarks.host_overhead [--device cuda]
+    python -m benchmarks.host_overhead [--device cuda] [--rows 0]
 
 `measure(device)` returns the figures as a dictionary. On a CPU the operands have no rows: a call
 checks, allocates and dispatches as usual, and its kernel returns at once. On a GPU the operands
 have rows, so that the time includes tensor maps and launches; the GPU's own work runs
-asynchronously and does not count.
+asynchronously and does not count. On a GPU, the difference to `--rows 0` is the time of tensor maps
+and launches (but weights always have rows).
 """
 
 from __future__ import annotations
@@ -27,16 +28,17 @@ ROWS = {"cpu": 0, "cuda": 16}
 CALLS_IN_A_BATCH = 100  # fits into a stream's queue, so that the host never waits for the GPU
 
 
-def measure(device: str = "cpu", rounds: int = 50) -> dict[str, float]:
+def measure(device: str = "cpu", rounds: int = 50, rows: int | None = None) -> dict[str, float]:
     """Name of a call -> host time in microseconds: the median over `rounds` interleaved batches.
 
+    `rows` of the input; None for ROWS[device].
     Time is CPU time of the calling thread, so that other work on the machine does not count.
 
     Keys: "torch.*" for comparison; "ops.NAME" for the functions of torchext.ops, followed by a word
     for variants; "op NAME" for torch.ops.torchext.NAME.default; "Linear forward, training" and so
     on for torchext.nn.Linear.
     """
-    calls = _calls(device)
+    calls = _calls(device, ROWS[device] if rows is None else rows)
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         _batch(call, device)
@@ -55,9 +57,9 @@ def _batch(call: Callable[[], object], device: str) -> float:
     return 1e6 * (time.thread_time() - start) / CALLS_IN_A_BATCH
 
 
-def _calls(device: str) -> dict[str, Callable[[], object]]:
+def _calls(device: str, rows: int) -> dict[str, Callable[[], object]]:
     new = partial(torch.randn, device=device, dtype=torch.bfloat16)
-    x, weight, bias = new(ROWS[device], FEATURES), new(FEATURES, FEATURES), new(FEATURES)
+    x, weight, bias = new(rows, FEATURES), new(FEATURES, FEATURES), new(FEATURES)
     return (
         _calls_of_torch(x, weight, bias)
         | _calls_of_ops(x, weight, bias)
@@ -124,8 +126,9 @@ def _calls_of_linear(
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.host_overhead")
     parser.add_argument("--device", choices=tuple(ROWS), default="cpu")
-    device = parser.parse_args().device
-    for name, microseconds in measure(device).items():
+    parser.add_argument("--rows", type=int, help="rows of the input; default: 0 on cpu, 16 on cuda")
+    options = parser.parse_args()
+    for name, microseconds in measure(options.device, rows=options.rows).items():
         print(f"{microseconds:7.2f} us  {name}")
 
 

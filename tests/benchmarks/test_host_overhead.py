@@ -6,6 +6,7 @@ from torchext import ops
 
 def test_every_op_and_linear_are_measured():
     figures = host_overhead.measure("cpu", rounds=1)
+    assert figures.keys() == host_overhead.measure("cpu", rounds=1, rows=3).keys()
     assert {f"ops.{name}" for name in ops.OPS} <= figures.keys()
     assert {"Linear forward, training", "Linear forward, frozen"} <= figures.keys()
     assert all(microseconds > 0 for microseconds in figures.values())

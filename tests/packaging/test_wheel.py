@@ -19,7 +19,7 @@ OTHER_TORCH = "2.10.0"  # the oldest supported
 
 # A program for the environment with the other torch: every kind of op once, with its results.
 SMOKE = """
-import pathlib, sys, torch, torchext
+import concurrent.futures, pathlib, sys, torch, torch._vmap_internals, torchext
 assert torch.__version__.startswith(sys.argv[1]), torch.__version__
 package = pathlib.Path(torchext.__file__).parent
 assert "site-packages" in str(package), package
@@ -36,6 +36,13 @@ assert (y - exact).abs().max() < 1e-3 * exact.abs().max()
 model = torchext.convert_to_fp8_training(torch.nn.Sequential(torch.nn.Linear(256, 128))).model
 model(torch.randn(8, 256)).square().mean().backward()
 assert model[0].weight.grad.isfinite().all() and type(model[0]) is torchext.nn.Linear
+# Batched gradients, in another thread as on CUDA. They rely on private functions of torch.
+x = torch.randn(2, 256, requires_grad=True)
+y, dys = model(x), torch.randn(3, 2, 128)
+pull = lambda dy: torch.autograd.grad(y, x, dy, retain_graph=True)[0]
+with concurrent.futures.ThreadPoolExecutor(1) as thread:
+    batched = torch._vmap_internals._vmap(lambda dy: thread.submit(pull, dy).result())(dys)
+torch.testing.assert_close(batched, torch.stack([pull(dy) for dy in dys]))
 try:
     torchext.ops.quantize_1x128(x.double())
 except TypeError as error:

@@ -68,6 +68,10 @@ class WeightCache:
         # in each forward, and a subclass may keep its values elsewhere.
         if type(weight) is not torch.nn.Parameter:
             return None
+        if not self.fixed and not weight.is_cpu:  # for speed, before anything else on a GPU
+            if self._kept:
+                self.clear()
+            return None
         if _is_traced():
             return None
         if self.fixed:
@@ -140,10 +144,8 @@ def _same_bits(x: Tensor, y: Tensor) -> bool:
 def _content(weight: Tensor) -> tuple[Any, ...] | None:
     """Everything that determines the values of `weight`, with its bytes as a hash.
 
-    None on other devices than the CPU, without memory to hash, or if hashing costs too much.
+    weight: on the CPU. None without memory to hash, or if hashing costs too much.
     """
-    if not weight.is_cpu:
-        return None
     shape, strides = weight.shape, weight.stride()
     extent = weight.nbytes
     if not weight.is_contiguous():
