@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 BUILT := build/.built
 SOURCES := setup.py pyproject.toml $(shell find csrc ptx -type f -not -name '*.pyc' -not -name '*.md')
 
-.PHONY: all demo check test test-cpu test-sim asan lint format bench soak wheel gpu-check sass-report clean
+.PHONY: all demo check test test-cpu test-sim asan tsan lint format bench soak wheel gpu-check sass-report clean
 all: $(BUILT)
 
 $(VENV)/.ready: pyproject.toml Makefile csrc/build/setup_venv.sh csrc/build/toolchain.py
@@ -34,7 +34,7 @@ PARALLEL_PYTEST := OMP_NUM_THREADS=1 $(PYTEST) -n $(WORKERS) --dist worksteal
 check: $(BUILT) lint
 	$(PARALLEL_PYTEST) -m "not slow and not alone" $(PYTEST_ARGS)
 
-test: $(BUILT) lint test-cpu test-sim asan
+test: $(BUILT) lint test-cpu test-sim asan tsan
 	$(BIN)/python tools/sass_report.py --check
 
 test-cpu: $(BUILT)
@@ -55,10 +55,14 @@ test-sim: $(BUILT)
 	  done; \
 	else echo 'no nvcc, so no CUDA kernels to simulate'; fi
 
-# Tests of the CPU kernels and of the simulator under ASan and UBSan. ARGS, if given, goes to pytest
-# in place of them: make asan ARGS="-x tests/sim/test_parser.py"
+# asan: tests of the CPU kernels and of the simulator under ASan and UBSan. tsan: tests of what the
+# simulator's host threads share, under TSan. ARGS, if given, goes to pytest in place of them:
+# make asan ARGS="-x tests/sim/test_parser.py"
 asan: $(VENV)/.ready
-	$(BIN)/python tools/sanitize.py $(ARGS)
+	$(BIN)/python tools/sanitize.py address $(ARGS)
+
+tsan: $(VENV)/.ready
+	$(BIN)/python tools/sanitize.py thread $(ARGS)
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -1,51 +1,74 @@
-"""Builds the CPU kernels and the simulator with GCC's ASan and UBSan, and tests them.
+"""Builds the CPU kernels and the simulator with GCC's sanitizers, and tests them.
 
-    python tools/sanitize.py [arguments of pytest]
+    python tools/sanitize.py address|thread [arguments of pytest]
 
-A finding ends the process that made it, and so fails the run. The build has a folder of its own
-(build/address), without CUDA, that later runs bring up to date. Python and torch are not
-instrumented, so leaks are not looked for.
+`address` is ASan and UBSan: a finding ends the process that made it. `thread` is TSan, for what the
+simulator's host threads share: findings are printed, and the run fails at its end. Each build has a
+folder of its own (build/address, build/thread), without CUDA, that later runs bring up to date.
+Python and torch are not instrumented, so leaks are not looked for.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-BASE = ROOT / "build" / "address"
-# Python is not linked with them, so they must be loaded before it. libstdc++: ASan wraps its throw.
-LIBRARIES = ("libasan.so", "libubsan.so", "libstdc++.so.6")
-OPTIONS = {
-    "ASAN_OPTIONS": "detect_leaks=0",
-    "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
-    "OMP_NUM_THREADS": "1",
-}
-# What runs without arguments: tests of the CPU kernels, of the simulator's parser and of some kinds
-# of instructions. One test preloads a library of its own into another process, ahead of ASan's.
-TESTS = [
-    "tests/quantize",
-    "tests/gemm/test_fp8_gemm.py",
-    "--deselect=tests/gemm/test_fp8_gemm.py"
-    "::test_products_that_round_their_operands_are_noticed_and_avoided",
-    *(
-        f"tests/sim/test_{name}.py"
-        for name in ("parser", "module", "op_integer", "op_convert", "op_copy", "op_matrix")
+
+
+@dataclass(frozen=True)
+class Sanitizer:
+    """What differs between the sanitizers.
+
+    Attributes:
+        libraries: to load before Python, which is not linked with them.
+        options: environment variables.
+        tests: the arguments of pytest that run by default.
+    """
+
+    libraries: tuple[str, ...]
+    options: dict[str, str]
+    tests: tuple[str, ...]
+
+
+SANITIZERS = {
+    "address": Sanitizer(
+        ("libasan.so", "libubsan.so", "libstdc++.so.6"),  # ASan wraps libstdc++'s throw
+        {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1"},
+        (
+            *("tests/quantize", "tests/gemm/test_fp8_gemm.py"),
+            # It preloads a library of its own into another process, ahead of ASan's.
+            "--deselect=tests/gemm/test_fp8_gemm.py"
+            "::test_products_that_round_their_operands_are_noticed_and_avoided",
+            *(
+                f"tests/sim/test_{name}.py"
+                for name in ("parser", "module", "op_integer", "op_convert", "op_copy", "op_matrix")
+            ),
+        ),
     ),
-]
+    "thread": Sanitizer(
+        ("libtsan.so",),
+        {"TSAN_OPTIONS": "exitcode=66"},
+        # pytest-xdist would hide the exit code. Each test has host threads of its own.
+        ("tests/sim/test_threads.py",),
+    ),
+}
 
 
-def build() -> Path:
+def build(name: str) -> Path:
     """The folder to import this build's torchext from."""
+    base = ROOT / "build" / name
     subprocess.run(
-        [sys.executable, "setup.py", "-q", "build", f"--build-base={BASE}"],
+        [sys.executable, "setup.py", "-q", "build", f"--build-base={base}"],
         cwd=ROOT,
-        env={**os.environ, "TORCHEXT_SANITIZE": "address", "TORCHEXT_WERROR": "1"},
+        env={**os.environ, "TORCHEXT_SANITIZE": name, "TORCHEXT_WERROR": "1"},
         check=True,
     )
-    (package,) = BASE.glob("lib*/torchext")
+    (package,) = base.glob("lib*/torchext")
     return package.parent
 
 
@@ -54,16 +77,29 @@ def path_of(library: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def test(folder: Path, arguments: list[str]) -> int:
+def test(sanitizer: Sanitizer, folder: Path, arguments: list[str]) -> int:
     """Runs pytest with `folder` first on Python's path, before the torchext of the working tree."""
-    preload = ":".join(map(path_of, LIBRARIES))
+    # Without --capture=sys, pytest keeps the sanitizer's reports to itself.
+    command = [sys.executable, "-m", "pytest", "--capture=sys"]
     return subprocess.run(
-        [sys.executable, "-m", "pytest", "-o", f"pythonpath={folder} . tests", *arguments],
+        [*command, "-o", f"pythonpath={folder} . tests", *(arguments or sanitizer.tests)],
         cwd=ROOT,
-        env={**os.environ, **OPTIONS, "LD_PRELOAD": preload},
+        env={
+            **os.environ,
+            **sanitizer.options,
+            "OMP_NUM_THREADS": "1",
+            "LD_PRELOAD": ":".join(map(path_of, sanitizer.libraries)),
+        },
         check=False,
     ).returncode
 
 
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("sanitizer", choices=SANITIZERS)
+    name, arguments = parser.parse_known_args()
+    return test(SANITIZERS[name.sanitizer], build(name.sanitizer), arguments)
+
+
 if __name__ == "__main__":
-    sys.exit(test(build(), sys.argv[1:] or TESTS))
+    sys.exit(main())

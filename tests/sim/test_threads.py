@@ -121,7 +121,7 @@ def test_findings_of_all_threads_are_kept_once():
 RACES = {
     "stores": "st.global.u32 [%rd1], %r3;\n",
     "loads and stores": "ld.global.v2.u32 {%r5, %r6}, [%rd1];\nst.global.u8 [%rd1+5], %r3;\n",
-    "loads and atomics": "ld.global.u32 %r5, [%rd1];\nred.global.add.u32 [%rd1], 1;\n",
+    "loads and atomics": "ld.global.u32 %r5, [%rd1];\nred.global.add.u32 [%rd1], 1;\n" * 16,
     "copies": """.shared .align 16 .b8 tile[16];\nmov.u32 %r5, tile;
     cp.async.ca.shared.global [%r5], [%rd1], 16;\ncp.async.wait_all;
     st.global.u32 [%rd1], %r3;\n""",
@@ -202,6 +202,16 @@ def test_atomics_lose_nothing():
         assert out[5] == CTAS * BLOCK - 1 and out[7] == 7
 
 
+def test_releases_at_many_addresses():
+    """Each thread publishes at a word of its own what the next thread may read."""
+    kernels = module("""atom.acq_rel.gpu.global.add.u32 %r5, [%rd2], 1;
+        ld.acquire.gpu.global.u32 %r5, [%rd2+4];
+        st.release.gpu.global.u32 [%rd2], 2;""")
+    report, out = launch(kernels, words=CTAS * BLOCK + 1)
+    assert report.ok, str(report)
+    np.testing.assert_array_equal(out[:-1], np.full(CTAS * BLOCK, 2))
+
+
 LAST = """st.global.u32 [%rd2+4], %r2;
 {release}
 mov.u32 %r5, %envreg2;\nmov.u32 %r6, %envreg1;\nmov.b64 %rd3, {{%r5, %r6}};
@@ -244,16 +254,17 @@ def test_copies_that_reduce_lose_nothing(atomics):
     np.testing.assert_array_equal(out, want)
 
 
-MAP = """.shared .align 128 .b8 tile[128];
-fence.proxy.tensormap::generic.acquire.gpu [%rd1], 128;
+USE_MAP = """fence.proxy.tensormap::generic.acquire.gpu [%rd1], 128;
 prefetch.tensormap [%rd1];
+cp.async.bulk.prefetch.tensor.1d.L2.global.tile [%rd1, {%r9}];
 """
+CHANGE_MAP = "tensormap.replace.tile.global_address.global.b1024.b64 [%rd1], %rd1;\n"
 
 
 def test_tensor_maps_are_fenced_and_changed_on_every_thread():
     """CTAs change a map while others use it: the kernel's race, and none of the simulator."""
-    change = "tensormap.replace.tile.global_address.global.b1024.b64 [%rd1], %rd1;\n"
-    report, _ = launch(module(MAP + change + MAP.split("\n", 1)[1]), words=32, block=1)
+    code = "mov.u32 %r9, 0;\n" + (CHANGE_MAP * 9 + USE_MAP) * 9
+    report, _ = launch(module(code), words=32, block=1)
     assert "data race" in {f.kind for f in report.findings}, str(report)
 
 
