@@ -48,10 +48,10 @@ OTHER_ARCHITECTURES := $(shell sed -n 's/^TORCHEXT_PATH(.*, \([0-9]*\), 0)/\1/p'
 test-sim: $(BUILT)
 	@if ls torchext/_ptx/*/*.ptx >/dev/null 2>&1; then \
 	  $(PARALLEL_PYTEST) --device sim tests/gemm tests/quantize tests/nn tests/compat \
-	    tests/test_ops.py && \
+	    tests/test_catalog.py tests/test_ops.py && \
 	  for arch in $(OTHER_ARCHITECTURES); do \
 	    $(PARALLEL_PYTEST) --device sim --sim-arch $$arch --sim-sms 3 -m every_architecture \
-	      tests/gemm tests/quantize || exit; \
+	      tests/gemm tests/quantize tests/test_catalog.py || exit; \
 	  done; \
 	else echo 'no nvcc, so no CUDA kernels to simulate'; fi
 

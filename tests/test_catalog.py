@@ -32,6 +32,11 @@ from torchext._catalog import CATALOG
 Tensor = torch.Tensor
 SAMPLES = [(name, label) for name, entry in CATALOG.items() for label in entry.samples]
 FIRST = [(name, next(iter(entry.samples))) for name, entry in CATALOG.items()]
+# On older GPUs' PTX only the first sample of each op is run, to save time.
+ON_EVERY_ARCHITECTURE = [
+    pytest.param(*case, marks=[pytest.mark.every_architecture] if case in FIRST else [])
+    for case in SAMPLES
+]
 every_sample = pytest.mark.parametrize("name, label", SAMPLES)
 every_op = pytest.mark.parametrize("name, label", FIRST, ids=CATALOG)
 
@@ -102,7 +107,7 @@ def test_the_first_sample_is_ordinary(name, label):
     assert all(t.numel() for t in tensors(sample))
 
 
-@every_sample
+@pytest.mark.parametrize("name, label", ON_EVERY_ARCHITECTURE)
 def test_kernels_equal_the_reference(name, label, device):
     """Results are bit-equal or within the entry's bound."""
     entry = CATALOG[name]
@@ -189,6 +194,7 @@ def test_vmap(name, label, device):
             torch.testing.assert_close(element.float(), single.float(), rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.large  # counts do not depend on the kernels
 @every_sample
 def test_flops(name, label, device):
     entry = CATALOG[name]
