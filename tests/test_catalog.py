@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -144,7 +145,7 @@ def test_fakes_keep_sizes_symbolic(name, label, device):
     given = CATALOG[name].sample(label, device)
 
     def symbolic(tensor):
-        dynamic = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * tensor.dim())
+        dynamic: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * tensor.dim())
         return mode.from_tensor(tensor, symbolic_context=dynamic)
 
     with FakeTensorMode(shape_env=ShapeEnv()) as mode:

@@ -12,6 +12,7 @@ import json
 import pickle
 import re
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -146,7 +147,7 @@ def test_summary_groups_repeated_blocks(names, lines):
 
 
 def test_result_is_frozen():
-    result = convert_to_fp8_training(Model())
+    result: Any = convert_to_fp8_training(Model())
     with pytest.raises(dataclasses.FrozenInstanceError):
         result.converted = ()
     with pytest.raises(TypeError):
@@ -327,8 +328,9 @@ def test_a_result_and_a_model_that_keeps_it_are_copied(copied):
         assert isinstance(kept, torchext.ConversionResult)
         assert kept.to_dict() == model.conversion.to_dict()
         assert str(kept) == str(model.conversion)
+        skipped: Any = kept.skipped
         with pytest.raises(TypeError, match="read-only"):
-            kept.skipped["linear"] = "no reason"
+            skipped["linear"] = "no reason"
     assert copy.deepcopy(model).conversion.model is not model
     # Hashed by identity, like modules.
     assert len({model.conversion, copied(model.conversion)}) == 2
@@ -432,7 +434,7 @@ def test_the_model_itself_is_a_linear():
 
 def test_layers_keep_their_identity_and_state(device):
     model = Model().to(device).eval()
-    query = model.blocks[0].query
+    query: Any = model.blocks[0].query
     query.weight.requires_grad_(False)
     model.blocks[1].query = query  # one layer in two places
     parameters, state = dict(model.named_parameters()), copy.deepcopy(model.state_dict())
@@ -468,7 +470,7 @@ def test_a_converted_model_learns(device, recipe):
 
 
 def test_converting_twice_changes_nothing():
-    model = Model()
+    model: Any = Model()
     convert_to_fp8_training(model, Recipe.rowwise())
     result = convert_to_fp8_training(model)
     assert result.converted == ()
@@ -522,7 +524,7 @@ def test_what_no_filter_can_convert(make, reason):
 
 
 def test_pruned_layers_stay_pruned(device):
-    linear = nn.Linear(128, 128, device=device)
+    linear: Any = nn.Linear(128, 128, device=device)
     prune.l1_unstructured(linear, "weight", 0.5)
     convert_to_fp8_training(linear)
     linear(torch.ones(4, 128, device=device)).sum().backward()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ def test_pow2_scale(name):
 
 
 def test_it_is_a_value():
-    recipe = Recipe.tensorwise()
+    recipe: Any = Recipe.tensorwise()
     assert hash(recipe) == hash(Recipe.tensorwise())
     assert pickle.loads(pickle.dumps(recipe)) == recipe
     with pytest.raises(dataclasses.FrozenInstanceError):

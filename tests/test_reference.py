@@ -289,13 +289,13 @@ def test_grouped_references_by_hand(case):
         ends = torch.tensor([1, 1, 5])
         result = reference.k_grouped_fp8_gemm_nt(a, scale, a, scale, ends)
         values = a.double() * scale.double()
-        expected = [values[:, i:j] @ values[:, i:j].t() for i, j in ((0, 1), (1, 1), (1, 5))]
-        assert torch.equal(result, torch.stack(expected))
+        products = [values[:, i:j] @ values[:, i:j].t() for i, j in ((0, 1), (1, 1), (1, 5))]
+        assert torch.equal(result, torch.stack(products))
     elif case == "masked":
         a, scale = x.view(3, 2, 4), x_scale.view(3, 2, 1)
         result = reference.m_grouped_fp8_gemm_nt_masked(a, scale, *b, torch.tensor([2, 0, 1]))
-        factors = torch.tensor([[1.0, 1], [torch.nan, torch.nan], [3, torch.nan]])
-        expected = values.view(3, 2, 4) * factors[:, :, None]
+        masks = torch.tensor([[1.0, 1], [torch.nan, torch.nan], [3, torch.nan]])
+        expected = values.view(3, 2, 4) * masks[:, :, None]
         assert torch.equal(result.nan_to_num(-1), expected.nan_to_num(-1))
     else:
         index, factors = {

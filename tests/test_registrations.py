@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -51,7 +53,7 @@ def test_fakes_of_quantizers_equal_the_kernels(name, shape, dtype, device):
 
 
 def symbolic(mode, tensor):
-    dynamic = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * tensor.dim())
+    dynamic: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * tensor.dim())
     return mode.from_tensor(tensor, symbolic_context=dynamic)
 
 
@@ -290,7 +292,11 @@ def in_groups(case, grad, tensors, options):
 def test_gradient_of_the_bias_of_groups(case, bias_dtype, device):
     """A group's bias gradient is the sum over its rows. Rows of no group (NaN) do not count."""
     name, tensors, options = grouped(case, 150, 40, 200, device=device)
-    none = {"offsets": slice(140, None), "group ids": slice(5, 9), "masked": (1, slice(30, None))}
+    none: dict[str, Any] = {
+        "offsets": slice(140, None),
+        "group ids": slice(5, 9),
+        "masked": (1, slice(30, None)),
+    }
     if case == "offsets":
         tensors[4][2] = 140
     elif case == "group ids":

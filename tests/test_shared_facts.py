@@ -71,6 +71,7 @@ def test_tensor_map_codes():
     if cuda is not None:  # the source of both
         text = cuda.read_text()
         enum = re.search(r"typedef enum CUtensorMapDataType_enum \{(.*?)\}", text, re.DOTALL)
+        assert enum is not None
         codes = re.findall(r"CU_TENSOR_MAP_DATA_TYPE_(\w+)", enum[1])
         official = {"u8": "UINT8", "f16": "FLOAT16", "f32": "FLOAT32", "bf16": "BFLOAT16"}
         assert elements == {short: codes.index(name) for short, name in official.items()}

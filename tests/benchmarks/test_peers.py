@@ -2,6 +2,7 @@
 
 import sys
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ def spread(pair: tuple[Tensor, Tensor]) -> Tensor:
 @pytest.fixture
 def deep_gemm(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """What DeepGEMM 2.6 computes on Hopper, in the layouts that its functions document."""
-    module = ModuleType("deep_gemm")
+    module: Any = ModuleType("deep_gemm")
 
     def contiguous(a, b, d, row_groups, *, disable_ue8m0_cast):
         assert disable_ue8m0_cast and d.dtype == torch.bfloat16 and row_groups.dtype == torch.int32

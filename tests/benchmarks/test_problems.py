@@ -18,7 +18,16 @@ from benchmarks.cases import (
 from benchmarks.contenders import SUBJECT, all_contenders, contenders_for
 from benchmarks.contenders import plain_fp8 as plain
 from benchmarks.contenders.cublaslt import dense_columns, padded_blocks
-from benchmarks.problems import PROBLEMS, WrongResultError, difference, require
+from benchmarks.problems import (
+    PROBLEMS,
+    GemmProblem,
+    GroupedProblem,
+    LinearProblem,
+    QuantizeProblem,
+    WrongResultError,
+    difference,
+    require,
+)
 from support.cuda_division import CudaDivision
 from torchext import ops
 from torchext._catalog import CATALOG
@@ -73,10 +82,12 @@ def test_every_op_of_the_catalog_is_measured(device, monkeypatch):
 
 
 def test_a_training_step_starts_without_gradients_and_with_a_changed_weight():
-    problem = PROBLEMS["linear"](case("linear", "forward_backward", (16, 32, 48)), "cpu")
+    problem = LinearProblem(case("linear", "forward_backward", (16, 32, 48)), "cpu")
     weight = torch.nn.Parameter(problem.weight.clone())
     run = problem.run(lambda x: x @ weight.t(), weight, 1e-2)
-    _, grad_x, grad_weight = run.call()
+    result = run.call()
+    assert isinstance(result, tuple) and run.before is not None
+    _, grad_x, grad_weight = result
     assert grad_x is not None and grad_weight is weight.grad
     version, value = weight._version, weight.detach().clone()
     run.before()
@@ -123,7 +134,7 @@ def test_one_wrong_element_is_found(spoil):
 
 
 def test_a_wrong_tile_and_a_wrong_shape_are_found():
-    problem = PROBLEMS["gemm"](case("gemm", "fprop", (256, 256, 256)), "cpu")
+    problem = GemmProblem(case("gemm", "fprop", (256, 256, 256)), "cpu")
     right = problem.expected_fp8.to(torch.bfloat16)
     assert problem.check_fp8(right)["relative"] < 5e-3
     wrong = right.clone()
@@ -135,7 +146,7 @@ def test_a_wrong_tile_and_a_wrong_shape_are_found():
 
 @pytest.mark.parametrize("op", GROUPED)
 def test_a_wrong_group_is_found_and_rows_of_no_group_are_not_looked_at(op):
-    problem = PROBLEMS["grouped"](case("grouped", op, (3, 150, 144, 272)), "cpu")
+    problem = GroupedProblem(case("grouped", op, (3, 150, 144, 272)), "cpu")
     assert sum(problem.lengths) > 0 and len(problem.parts) == 3
     right = [part.to(torch.bfloat16) for part in problem.expected_fp8]
     if problem.along_k:
@@ -153,20 +164,20 @@ def test_a_wrong_group_is_found_and_rows_of_no_group_are_not_looked_at(op):
 
 
 def test_groups_are_described_to_every_contender_alike():
-    contiguous = PROBLEMS["grouped"](case("grouped", "contiguous", (4, 300, 16, 128)), "cpu")
+    contiguous = GroupedProblem(case("grouped", "contiguous", (4, 300, 16, 128)), "cpu")
     assert all(length % 128 == 0 for length in contiguous.lengths)
     assert contiguous.offsets.tolist()[-1] == contiguous.rows == len(contiguous.row_groups)
     assert torch.bincount(contiguous.row_groups).tolist() == contiguous.lengths
-    masked = PROBLEMS["grouped"](case("grouped", "masked", (4, 300, 16, 128)), "cpu")
+    masked = GroupedProblem(case("grouped", "masked", (4, 300, 16, 128)), "cpu")
     assert masked.counts.tolist() == masked.lengths and max(masked.lengths) <= masked.room
     assert masked.left_fp8[0].shape == (4, masked.room, 128)
     assert masked.left_fp8[1].stride() == (masked.room, 1, 4 * masked.room)
-    along_k = PROBLEMS["grouped"](case("grouped", "along_k", (4, 16, 24, 300)), "cpu")
+    along_k = GroupedProblem(case("grouped", "along_k", (4, 16, 24, 300)), "cpu")
     assert along_k.flops == 2 * 16 * 24 * sum(along_k.lengths) == 2 * 16 * 24 * along_k.k
 
 
 def test_a_flipped_bit_of_a_quantizer_is_found():
-    problem = PROBLEMS["quantize"](case("quantize", "quantize_1x128", (8, 128)), "cpu")
+    problem = QuantizeProblem(case("quantize", "quantize_1x128", (8, 128)), "cpu")
     data, scale = plain.quantize_1x128(problem.x)
     problem.check_bits((data, scale))
     data.view(torch.uint8)[3, 5] ^= 1
@@ -177,7 +188,7 @@ def test_a_flipped_bit_of_a_quantizer_is_found():
 
 
 def test_gradients_are_checked_one_by_one():
-    problem = PROBLEMS["linear"](case("linear", "forward_backward", (16, 24, 32)), "cpu")
+    problem = LinearProblem(case("linear", "forward_backward", (16, 24, 32)), "cpu")
     weight = torch.nn.Parameter(problem.weight.clone())
     check = problem.run(lambda x: x @ weight.t(), weight, 1e-2).check
     check(problem.expected)
@@ -190,20 +201,22 @@ def test_gradients_are_checked_one_by_one():
 
 def test_traffic_is_counted_as_published():
     def per_element(op: str) -> float:
-        return PROBLEMS["quantize"](case("quantize", op, (128, 256)), "cpu").bytes / (128 * 256)
+        least = QuantizeProblem(case("quantize", op, (128, 256)), "cpu").bytes
+        assert least is not None
+        return least / (128 * 256)
 
     assert round(per_element("quantize_1x128"), 2) == 3.03
     assert round(per_element("quantize_1x128_dual"), 2) == 4.06
     assert per_element("quantize_128x128") == 3
-    gemm = PROBLEMS["gemm"](case("gemm", "fprop", (16, 32, 48)), "cpu")
+    gemm = GemmProblem(case("gemm", "fprop", (16, 32, 48)), "cpu")
     assert gemm.bytes == 16 * 48 + 32 * 48 + 2 * 16 * 32
     assert gemm.flops == 2 * 16 * 32 * 48
     assert gemm.traffic(operand=2) == 2 * (16 * 48 + 32 * 48) + 2 * 16 * 32
-    added = PROBLEMS["gemm"](case("gemm", "wgrad_accumulate", (16, 32, 48)), "cpu")
+    added = GemmProblem(case("gemm", "wgrad_accumulate", (16, 32, 48)), "cpu")
     assert added.bytes == 32 * 16 + 48 * 16 + 8 * 32 * 48
-    rows = PROBLEMS["grouped"](case("grouped", "contiguous", (2, 300, 32, 48)), "cpu")
+    rows = GroupedProblem(case("grouped", "contiguous", (2, 300, 32, 48)), "cpu")
     assert rows.bytes == rows.rows * 48 + 2 * 32 * 48 + 2 * rows.rows * 32
-    columns = PROBLEMS["grouped"](case("grouped", "along_k", (2, 16, 24, 300)), "cpu")
+    columns = GroupedProblem(case("grouped", "along_k", (2, 16, 24, 300)), "cpu")
     assert columns.bytes == (16 + 24) * columns.k + 8 * 2 * 16 * 24
 
 

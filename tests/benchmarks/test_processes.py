@@ -83,7 +83,9 @@ def test_a_grandchild_that_holds_the_pipe_neither_delays_the_end_nor_survives(tm
     )
     process = EventProcess((*PYTHON, code), tmp_path / "log")
     start = time.monotonic()
-    grandchild = process.next_event(60)["pid"]
+    event = process.next_event(60)
+    assert event is not None
+    grandchild = event["pid"]
     assert process.next_event(60) is None
     assert time.monotonic() - start < 30
     assert alive(grandchild)

@@ -66,12 +66,16 @@ def test_on_a_gpu_caches_are_cleared_and_the_host_gets_ahead(monkeypatch):
         sizes.append(4 * size)
         return Buffer()
 
+    def spin(cycles):
+        spins.append(cycles)
+        log.append("spin")
+
     properties = SimpleNamespace(L2_cache_size=100 << 20)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    monkeypatch.setattr(torch.cuda, "_sleep", lambda n: (spins.append(n), log.append("spin")))
+    monkeypatch.setattr(torch.cuda, "_sleep", spin)
     monkeypatch.setattr(torch, "empty", empty)
     subject = run(log, "call", 0.003)
     subject.before = lambda: log.append("before")

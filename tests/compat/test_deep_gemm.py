@@ -11,6 +11,7 @@ import re
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -162,7 +163,7 @@ from deep_gemm.utils import per_token_cast_to_fp4, per_token_cast_to_fp8
 from deep_gemm.utils.layout import get_mn_major_tma_aligned_tensor
 from deep_gemm.utils.math import align
 """
-    names = {}
+    names: dict[str, Any] = {}
     exec(block + imports, names)
     assert names["deep_gemm"] is deep_gemm
     assert names["align"] is deep_gemm.align
@@ -397,9 +398,12 @@ def test_num_sms(device, monkeypatch):
     multiply("nt", a, b, expected)
     passed = []
     op = torchext.ops.fp8_gemm_nt
-    monkeypatch.setattr(
-        gemm.ops, "fp8_gemm_nt", lambda *args, **kw: passed.append(kw["num_sms"]) or op(*args, **kw)
-    )
+
+    def recorded(*args, **options):
+        passed.append(options["num_sms"])
+        return op(*args, **options)
+
+    monkeypatch.setattr(gemm.ops, "fp8_gemm_nt", recorded)
     for count in (1, 3, 20):
         deep_gemm.set_num_sms(count)
         assert deep_gemm.get_num_sms() == count

@@ -6,6 +6,7 @@ Above 500 lines because each of DeepGEMM's groupings and names has its own call.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import pytest
 import torch
@@ -90,11 +91,11 @@ def test_contiguous_by_ends_of_groups(lengths, alignment, device, tensor_core, c
     deep_gemm.set_mk_alignment_for_contiguous_layout(alignment)
     ids = ids_of([*lengths, 0], alignment, device)
     padded, ids = len(ids), torch.cat((ids, ids.new_full((9,), -1)))
-    ends, end = [], 0
+    stops, end = [], 0
     for length in lengths:
         end = deep_gemm.align(end, alignment) + length
-        ends.append(end)
-    ends = torch.tensor(ends, dtype=torch.int32, device=device)
+        stops.append(end)
+    ends = torch.tensor(stops, dtype=torch.int32, device=device)
     found, padding = deep_gemm.utils.layout.rows_of_groups(ends, len(ids))
     assert torch.equal(found, ids)
     assert torch.equal(padding[:padded], ids[:padded] < 0) and not padding[padded:].any()
@@ -131,11 +132,11 @@ def test_padding_becomes_zero(layout, lengths, dtype, device, tensor_core, copie
     d = torch.full((len(ids), 44), torch.nan, dtype=dtype, device=device)[:, :40]
     function = getattr(deep_gemm, f"m_grouped_fp8_gemm_{layout.replace('ends', 'nt')}_contiguous")
     if layout == "ends":
-        ends, end = [], 0
+        stops, end = [], 0
         for length in lengths:
             end = deep_gemm.align(end, 128) + length
-            ends.append(end)
-        ends = torch.tensor(ends, dtype=torch.int32, device=device)
+            stops.append(end)
+        ends = torch.tensor(stops, dtype=torch.int32, device=device)
         function(poisoned(a, ids), b, d, ends, use_psum_layout=True)
     else:
         function(poisoned(a, ids), b, d, ids)
@@ -290,7 +291,7 @@ def test_k_grouped_by_packed_exponents(ks, device, copies):
     sizes = torch.tensor(ks, dtype=torch.int32, device=device)
     wide, packed = [], []
     for rows in (40, 24):
-        parts = []
+        parts: list[torch.Tensor] = []
         for k in ks:
             x = torch.randn(deep_gemm.align(k, 128), rows, device=device)
             x[k:] = 0
@@ -350,6 +351,10 @@ def test_names_of_1_x(device, tensor_core):
 # ---- settings, torch.compile ----
 
 
+def _accumulate(call, d):
+    return call(d, c=d)
+
+
 def calls(device):
     """For each function: (a call that takes d, d's shape), with operands bound."""
     a, bs = by_token(150, 256, device), stacked(weights(3, 40, 256, device))
@@ -371,7 +376,7 @@ def calls(device):
         x, y = (k_grouped(layout, rows, ks, device)[1] for rows in (40, 24))
         sizes = torch.tensor(ks, dtype=torch.int32, device=device)
         call = functools.partial(function, x, y, ks=ks, grouped_layout=sizes)
-        found.append((lambda d, call=call: call(d, c=d), (2, 40, 24)))
+        found.append((functools.partial(_accumulate, call), (2, 40, 24)))
     return found
 
 
@@ -385,7 +390,8 @@ def test_num_sms(num_sms, device, copies, monkeypatch):
         return call
 
     for call, shape in calls(device):
-        expected, d, passed = *(torch.full(shape, KEPT, device=device) for _ in range(2)), []
+        expected, d = (torch.full(shape, KEPT, device=device) for _ in range(2))
+        passed: list[int] = []
         call(expected)
         with monkeypatch.context() as patch:
             for name in ops.OPS:
@@ -433,7 +439,7 @@ BF16 = dict(
     a=torch.zeros(20, 64).bfloat16(), b=torch.zeros(3, 40, 64).bfloat16(),
     d=torch.zeros(20, 40).bfloat16(), grouped_layout=IDS,
 )  # fmt: skip
-WRONG = [
+WRONG: list[tuple[str, Any, list[tuple[type[Exception], str, dict[str, Any]]]]] = [
     ("m_grouped_fp8_gemm_nt_contiguous", CONTIGUOUS, [
         (TypeError, "grouped_layout must be torch.int32 .*int64", dict(grouped_layout=IDS.long())),
         (ValueError, r"grouped_layout must be contiguous of shape \[20\] .*\[3\]",

@@ -3,8 +3,9 @@ quantization rule, within the bound of docs/numerics.md."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from support.op_samples import GRANULARITIES, metadata
 
 ops = torch.ops.torchext
 
-OPS = {
+OPS: dict[str, Callable[..., Any]] = {
     "swiglu": ops.fp8_gemm_nt_swiglu_quantize,
     "gelu": ops.fp8_gemm_nt_gelu_quantize,
     "gelu_tanh": partial(ops.fp8_gemm_nt_gelu_quantize, tanh_approximation=True),

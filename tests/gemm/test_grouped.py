@@ -5,6 +5,8 @@ Above 500 lines because the three ways to group share their inputs and checks.""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -70,7 +72,7 @@ def check_contiguous(
     a, b, tensor_core, *, out_dtype=torch.bfloat16, bias=None, out=None, accumulate=False, **index
 ):
     """Runs the op and compares each group; rows of no group must keep their former content."""
-    old = None if out is None else out.clone()
+    old: Any = None if out is None else out.clone()
     if out is None:
         result = ops.m_grouped_fp8_gemm_nt_contiguous(
             *a.quantized, *b.quantized, bias=bias, out_dtype=out_dtype, **index
@@ -403,7 +405,7 @@ def check_along_k(
     m, n, k = shape
     a, b = operands("1d1d", m, n, k, device, dtypes=dtypes)
     offsets = ends(lengths, device)
-    old = None if out is None else out.clone()
+    old: Any = None if out is None else out.clone()
     if out is None:
         result = ops.k_grouped_fp8_gemm_nt(*a.quantized, *b.quantized, offsets, out_dtype=out_dtype)
         assert result.is_contiguous()

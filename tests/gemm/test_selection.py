@@ -174,7 +174,8 @@ def test_every_tile_computes_groups(kind):
     x, w = torch.randn(m, k), torch.randn(4, n, k)
     a, b = ops.quantize_1x128(x), ops.quantize_128x128(w)
     if kind == "masked":
-        a = tuple(t.view(4, m // 4, -1) for t in a)
+        data, scale = (t.view(4, m // 4, -1) for t in a)
+        a = data, scale
         counts = torch.tensor([105, 0, 33, 70], dtype=torch.int32)
         used = (torch.arange(m // 4) < counts[:, None]).flatten()
     else:

@@ -70,8 +70,9 @@ def test_recorded_changes_of_fixed_weights_are_seen(device, change):
 
 
 def test_fixed_weights_nest_and_end_with_the_last(device):
-    model = torch.nn.Sequential(square_linear(device), square_linear(device))
-    model.append(model[0])  # shared
+    layers = [square_linear(device), square_linear(device)]
+    layers.append(layers[0])  # shared
+    model = torch.nn.Sequential(*layers)
     x = normal(8, 160, device=device, grad=True)
     with fixed_weights(model):
         with fixed_weights(model[1]), OpCounter() as counter:
@@ -79,11 +80,11 @@ def test_fixed_weights_nest_and_end_with_the_last(device):
         model(x)
         with pytest.raises(KeyError), fixed_weights(model):
             raise KeyError
-        for layer in model:
+        for layer in layers:
             assert_quantized_afresh(layer, x, times=0)
         assert counter.of(*QUANTIZE_WEIGHT) == 2
-    assert all(len(layer._weight_cache) == layer._weight_cache.fixed == 0 for layer in model)
-    for layer in model:
+    assert all(len(layer._weight_cache) == layer._weight_cache.fixed == 0 for layer in layers)
+    for layer in layers:
         layer.weight.data.mul_(0.5)
         assert_quantized_afresh(layer, x)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch.autograd import forward_ad
@@ -14,6 +16,7 @@ from support.linear_testing import (
     OpCounter,
     assert_quantized_afresh,
     every_recipe,
+    gradient,
     main_recipes,
     normal,
     normal_linear,
@@ -37,7 +40,8 @@ def test_output_and_gradients_are_close_to_float64(device, recipe, dtype, mnk):
     dy = normal(m, n, device=device, dtype=dtype)
     y = linear(x)
     y.backward(dy)
-    assert y.dtype == x.grad.dtype == linear.weight.grad.dtype == linear.bias.grad.dtype == dtype
+    assert y.dtype == gradient(x).dtype == dtype
+    assert gradient(linear.weight).dtype == gradient(linear.bias).dtype == dtype
     # e5m2 has 2 bits of mantissa: data alone has an SQNR of 25.6 dB, and its product with e4m3 data
     # (31.6 dB) 24.6 dB.
     coarse = torch.float8_e5m2
@@ -46,9 +50,9 @@ def test_output_and_gradients_are_close_to_float64(device, recipe, dtype, mnk):
     least_dw = 22.0 if recipe.input_dtype is coarse else least_dx
     wide_x, wide_w, wide_dy = x.detach().double(), linear.weight.detach().double(), dy.double()
     assert sqnr(wide_x @ wide_w.t() + linear.bias.double(), y) >= least_y
-    assert sqnr(wide_dy @ wide_w, x.grad) >= least_dx
-    assert sqnr(wide_dy.t() @ wide_x, linear.weight.grad) >= least_dw
-    assert sqnr(wide_dy.sum(0), linear.bias.grad) >= 40
+    assert sqnr(wide_dy @ wide_w, gradient(x)) >= least_dx
+    assert sqnr(wide_dy.t() @ wide_x, gradient(linear.weight)) >= least_dw
+    assert sqnr(wide_dy.sum(0), gradient(linear.bias)) >= 40
 
 
 @main_recipes
@@ -68,7 +72,7 @@ def test_bias_gradient_is_summed_in_fp32(device, bias):
     y.backward(torch.full_like(y, 1.0))
     if bias:
         # 300 ones: a BF16 running sum would stop at 256.
-        assert torch.equal(linear.bias.grad, torch.full_like(linear.bias, 300.0))
+        assert torch.equal(gradient(linear.bias), torch.full_like(linear.bias, 300.0))
     else:
         assert linear.bias is None
 
@@ -101,8 +105,8 @@ def test_any_leading_shape(device, recipe, leading):
     flat_y.sum().backward()
     assert torch.equal(y.reshape(-1, 136), flat_y)
     assert torch.equal(x.grad.reshape(-1, 200), flat_x.grad)
-    assert torch.equal(linear.weight.grad, flat.weight.grad)
-    assert torch.equal(linear.bias.grad, flat.bias.grad)
+    assert torch.equal(gradient(linear.weight), gradient(flat.weight))
+    assert torch.equal(gradient(linear.bias), gradient(flat.bias))
 
 
 @main_recipes
@@ -113,7 +117,7 @@ def test_any_number_of_features(device, recipe, k, n):
     y = train_step(linear, x)
     reference = x.double() @ linear.weight.double().t() + linear.bias.double()
     assert sqnr(reference, y) >= 24
-    assert x.grad.isfinite().all() and linear.weight.grad.isfinite().all()
+    assert gradient(x).isfinite().all() and gradient(linear.weight).isfinite().all()
 
 
 @main_recipes
@@ -136,8 +140,8 @@ def test_strided_inputs_and_gradients(device, recipe):
     other_x = x.detach().contiguous().requires_grad_()
     y = other(other_x)
     y.backward(torch.ones_like(y))
-    assert torch.equal(x.grad, other_x.grad)
-    assert torch.equal(linear.weight.grad, other.weight.grad)
+    assert torch.equal(gradient(x), other_x.grad)
+    assert torch.equal(gradient(linear.weight), gradient(other.weight))
 
 
 @pytest.mark.parametrize("shape", [(), (5,), (3, 199), (200, 3)], ids=str)
@@ -305,7 +309,7 @@ def test_meta_device(device, recipe):
     y = linear(x)
     assert y.is_meta and y.shape == (2, 3, 136)
     y.sum().backward()
-    assert x.grad.shape == x.shape and linear.weight.grad.shape == (136, 200)
+    assert gradient(x).shape == x.shape and gradient(linear.weight).shape == (136, 200)
     linear.to_empty(device=device)
     torch.nn.init.zeros_(linear.weight)
     torch.nn.init.ones_(linear.bias)
@@ -341,7 +345,7 @@ def test_autocast(device, dtype, input_dtype):
         assert y.dtype == plain(x).dtype == dtype
     y.sum().backward()
     assert x.grad.dtype == input_dtype
-    assert linear.weight.grad.dtype == linear.bias.grad.dtype == torch.float32
+    assert gradient(linear.weight).dtype == gradient(linear.bias).dtype == torch.float32
     assert linear(x).dtype == input_dtype
     if input_dtype == torch.float32:
         # x is quantized from FP32 directly, and y is rounded once.
@@ -358,18 +362,18 @@ def test_checkpoint(device, recipe, use_reentrant):
     with fixed_weights(linear), OpCounter() as counter:
         y = checkpoint(linear, x, use_reentrant=use_reentrant)
         y.square().mean().backward()
-    dx, x.grad = x.grad, None
+    dx, x.grad = gradient(x), None
     assert torch.equal(y, train_step(plain, x))
-    assert torch.equal(dx, x.grad)
-    assert torch.equal(linear.weight.grad, plain.weight.grad)
-    assert torch.equal(linear.bias.grad, plain.bias.grad)
+    assert torch.equal(dx, gradient(x))
+    assert torch.equal(gradient(linear.weight), gradient(plain.weight))
+    assert torch.equal(gradient(linear.bias), gradient(plain.bias))
     if recipe.granularity == "blockwise":
         assert counter.of(*QUANTIZE_WEIGHT) == 1
 
 
 def test_hooks(device):
     linear = normal_linear(device)
-    seen = []
+    seen: list[Any] = []
     linear.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
     linear.register_full_backward_hook(lambda module, dx, dy: seen.append((dx, dy)))
     linear.weight.register_hook(lambda grad: grad * 0)
@@ -378,8 +382,8 @@ def test_hooks(device):
     assert torch.equal(y, normal_linear(device)(x * 2))
     y.sum().backward()
     ((dx, dy),) = seen
-    assert torch.equal(dx[0] * 2, x.grad) and dy[0].shape == y.shape
-    assert not linear.weight.grad.any()
+    assert torch.equal(dx[0] * 2, gradient(x)) and dy[0].shape == y.shape
+    assert not gradient(linear.weight).any()
 
 
 def test_tied_weights(device):

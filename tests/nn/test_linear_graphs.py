@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import torchext
 from support.linear_testing import (
     every_recipe,
+    gradient,
     main_recipes,
     normal,
     normal_linear,
@@ -53,16 +55,16 @@ def gradients(module: torch.nn.Module, x: Tensor) -> dict[str, Tensor]:
     module.zero_grad()
     x.grad = None
     train_step(module, x)
-    return {**{name: p.grad for name, p in module.named_parameters()}, "x": x.grad}
+    return {**{name: gradient(p) for name, p in module.named_parameters()}, "x": gradient(x)}
 
 
 def assert_trains_like(module: torch.nn.Module, model: torch.nn.Module, x: Tensor) -> None:
     assert torch.equal(module(x), model(x))
     expected, got = gradients(model, x), gradients(module, x)
     assert got.keys() == expected.keys()
-    for name, gradient in expected.items():
+    for name, wanted in expected.items():
         assert got[name] is not None, f"no gradient for {name}"
-        assert torch.equal(got[name], gradient), name
+        assert torch.equal(got[name], wanted), name
 
 
 def targets(graph: torch.fx.Graph) -> list[str]:
@@ -90,7 +92,7 @@ def test_symbolic_trace_calls_the_layer(device, recipe):
 
 def test_symbolic_trace_of_a_layer_itself(device):
     linear, x = normal_linear(device), normal(8, 200, device=device, grad=True)
-    traced = torch.fx.symbolic_trace(linear)
+    traced: Any = torch.fx.symbolic_trace(linear)
     assert_trains_like(traced, linear, x)
     with torch.no_grad():
         traced.weight.mul_(0.5)  # the graph reads the parameter
@@ -118,7 +120,7 @@ def test_symbolic_trace_runs_what_surrounds_the_forward_once(device):
     x = normal(8, 200, device=device)
     replaced = normal_linear(device)
     forward = replaced.forward
-    replaced.forward = lambda x: forward(x) + 1
+    replaced.forward = lambda input: forward(input) + 1
     for layer in (Doubles(200, 136, device=device), replaced):
         model = torch.nn.Sequential(layer)
         assert torch.equal(torch.fx.symbolic_trace(model)(x), model(x))
@@ -358,8 +360,8 @@ def test_a_pass_on_fake_tensors_leaves_no_trace(device, recipe):
         copied = copy.deepcopy(linear)(fake)
         assert copied.dtype == x.dtype
     got = gradients(linear, x)
-    for name, gradient in expected.items():
-        assert torch.equal(got[name], gradient)
+    for name, wanted in expected.items():
+        assert torch.equal(got[name], wanted)
 
 
 def test_functionalization(device):

@@ -51,7 +51,7 @@ def test_a_range_ends_where_a_forward_fails(device):
 
 
 def test_no_range_is_opened_without_a_profiler(device, monkeypatch):
-    opened = []
+    opened: list[str] = []
     monkeypatch.setattr(linear_ranges, "_RecordFunctionFast", opened.append)
     x = torch.randn(8, 64, device=device, requires_grad=True)
     Linear(64, 40, device=device)(x).sum().backward()

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from support.linear_testing import every_recipe, main_recipes, normal, normal_linear
+from support.linear_testing import every_recipe, gradient, main_recipes, normal, normal_linear
 from support.op_samples import opcheck
 from torchext import ops
 from torchext.ops.linear_function import quantize_activation, quantize_weight
@@ -85,7 +86,7 @@ def gradients(
         y = module(x)
     dy = torch.arange(y.numel(), device=y.device).remainder_(7).view_as(y).to(y)
     y.backward(dy)
-    return [x.grad, *(p.grad for p in module.parameters())]
+    return [gradient(x), *map(gradient, module.parameters())]
 
 
 def assert_equal(got: list[Tensor], expected: list[Tensor]) -> None:
@@ -222,8 +223,8 @@ def test_frozen_weights_and_inputs_of_compiled_layers(device):
 def test_what_compiled_layers_keep(device, recipe, shape):
     x = normal(*shape, device=device)
     rows, columns = x.numel() // max(shape[-1], 1) if x.numel() else shape[0], shape[-1]
-    eager = quantize_activation(x, recipe.input_dtype, recipe, plain=True, transposed=True)
-    kept = quantize_activation(
+    eager: Any = quantize_activation(x, recipe.input_dtype, recipe, plain=True, transposed=True)
+    kept: Any = quantize_activation(
         x, recipe.input_dtype, recipe, plain=True, transposed=True, kept=True
     )
     assert torch.equal(kept.data.float(), eager.data.float())

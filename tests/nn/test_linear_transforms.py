@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
@@ -22,7 +23,14 @@ from torch.func import (
     vmap,
 )
 
-from support.linear_testing import OpCounter, main_recipes, normal, normal_linear, train_step
+from support.linear_testing import (
+    OpCounter,
+    gradient,
+    main_recipes,
+    normal,
+    normal_linear,
+    train_step,
+)
 from torchext import Recipe, ops
 from torchext.nn import Linear
 
@@ -33,6 +41,10 @@ def parameters_of(linear: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: parameter.detach() for name, parameter in linear.named_parameters()}
 
 
+def sum_of(f, x):
+    return f(x).sum()
+
+
 def squares(linear: torch.nn.Module, parameters, x):
     return functional_call(linear, parameters, (x,)).square().mean()
 
@@ -40,7 +52,7 @@ def squares(linear: torch.nn.Module, parameters, x):
 def gradients(linear: torch.nn.Module, x) -> dict[str, torch.Tensor]:
     linear.zero_grad()
     train_step(linear, x)
-    return {name: parameter.grad for name, parameter in linear.named_parameters()}
+    return {name: gradient(parameter) for name, parameter in linear.named_parameters()}
 
 
 def assert_equal(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
@@ -65,7 +77,7 @@ def test_grad_and_vjp(device, recipe, shape):
     x = normal(*shape, device=device, grad=True)
     got = grad(lambda p: squares(linear, p, x.detach()))(parameters_of(linear))
     assert_equal(got, gradients(linear, x))
-    y, pull = vjp(linear, x.detach())
+    y, pull, *_ = vjp(linear, x.detach())
     dy = torch.randn_like(y)
     (expected,) = torch.autograd.grad(linear(x), x, dy)
     assert torch.equal(y, linear(x)) and torch.equal(pull(dy)[0], expected)
@@ -314,10 +326,10 @@ def test_the_weight_is_used_as_it_is(device):
         lambda f, x: jvp(f, (x,), (x,)),
         lambda f, x: vmap(lambda row: jvp(f, (row,), (row,)))(x),
         lambda f, x: jvp(vmap(f), (x,), (x,)),
-        lambda f, x: jvp(grad(lambda x: f(x).sum()), (x,), (x,)),
+        lambda f, x: jvp(grad(partial(sum_of, f)), (x,), (x,)),
         linearize,
         lambda f, x: jacfwd(f)(x),
-        lambda f, x: hessian(lambda x: f(x).sum())(x),
+        lambda f, x: hessian(partial(sum_of, f))(x),
         lambda f, x: torch.autograd.functional.jacobian(
             f, x, vectorize=True, strategy="forward-mode"
         ),
@@ -347,7 +359,7 @@ def test_no_tangent_is_no_derivative(device):
     x = normal(3, 12, device=device)
     with forward_ad.dual_level():
         assert torch.equal(linear(x), linear(x))
-    _, tangent = jvp(lambda t: t * linear(x).sum(), (x,), (x,))
+    _, tangent, *_ = jvp(lambda t: t * linear(x).sum(), (x,), (x,))
     assert torch.equal(tangent, x * linear(x).sum())
 
 

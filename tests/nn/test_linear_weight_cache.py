@@ -15,6 +15,7 @@ from support.linear_testing import (
     QUANTIZE_WEIGHT,
     OpCounter,
     assert_quantized_afresh,
+    gradient,
     halve,
     main_recipes,
     normal,
@@ -41,7 +42,7 @@ def test_weight_is_quantized_once_for_all_micro_steps(device, recipe):
         assert torch.equal(train_step(linear, x), first)
     with torch.no_grad():
         linear(x)
-    linear.weight.grad.zero_()
+    gradient(linear.weight).zero_()
     if device.type == "cpu":
         assert linear._quantized_weight(linear.weight, x) is weight
     else:
@@ -57,8 +58,8 @@ def test_gradient_accumulation_adds_up(device):
     for half in x:
         single.zero_grad()
         single(half).sum().backward()
-        gradients.append(single.weight.grad.clone())
-    assert torch.equal(accumulated.weight.grad, gradients[0] + gradients[1])
+        gradients.append(gradient(single.weight).clone())
+    assert torch.equal(gradient(accumulated.weight), gradients[0] + gradients[1])
 
 
 def test_equal_bytes_are_the_same_weight(device):
@@ -291,9 +292,11 @@ def test_what_is_kept_is_freed(device, end):
     x = normal(8, 200, device=device)
     with fixed_weights(linear):
         linear(x)
-        data = linear._quantized_weight(linear.weight, x).data
+        operand = linear._quantized_weight(linear.weight, x)
+        assert operand is not None and operand.data is not None
+        data = operand.data
         reference = torch.multiprocessing.reductions.StorageWeakRef(data.untyped_storage())
-        del data
+        del operand, data
         assert not reference.expired()
         if end == "refresh":
             linear.refresh_weight()

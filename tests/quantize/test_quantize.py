@@ -281,9 +281,9 @@ def test_other_arguments_are_refused(name, device):
             RuntimeError, match=rf"^{name}: x must be .*got {bad.dtype}.*\[TypeError\]"
         ):
             quantize(name, bad)
-    for bad in (torch.bfloat16, torch.float8_e4m3fnuz, torch.uint8):
+    for dtype in (torch.bfloat16, torch.float8_e4m3fnuz, torch.uint8):
         with pytest.raises(RuntimeError, match=rf"^{name}: dtype must be .*got .*\[TypeError\]"):
-            quantize(name, x, bad)
+            quantize(name, x, dtype)
     shapes = [()] if name in FOLDING else [(), (4,)]
     for shape in shapes:
         with pytest.raises(RuntimeError, match=rf"^{name}: x must have shape .*\[ValueError\]"):

@@ -18,6 +18,7 @@ from torchext.sim.compiler import CompileError, find_nvcc
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "docs" / "examples"
 _spec = importlib.util.spec_from_file_location("ladder", EXAMPLES / "run.py")
+assert _spec is not None and _spec.loader is not None
 ladder = sys.modules["ladder"] = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(ladder)
 

@@ -212,7 +212,7 @@ def test_relocatable_modules_of_nvcc(tmp_path):
         subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
     module = sim.Module([tmp_path / "a.ptx", tmp_path / "b.ptx"])
     module.variable("total").set(1000)
-    module.variable("factors").set(np.int32([1, 2, 3, 4]))
+    module.variable("factors").set(np.array([1, 2, 3, 4], np.int32))
     out = np.zeros(32, np.int32)
     (kernel,) = module.kernels()
     report = module.launch(kernel.name, grid=1, block=32, args=[out])

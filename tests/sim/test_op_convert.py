@@ -1,6 +1,7 @@
 """cvt: integers, floats, rounding to integer, saturation, packed FP8, f16x2 and bf16x2."""
 
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 from support.opcodes import lanes, random_bits
 
-INTS = {
+INTS: dict[str, Any] = {
     "u8": np.uint8, "s8": np.int8, "u16": np.uint16, "s16": np.int16, "u32": np.uint32,
     "s32": np.int32, "u64": np.uint64, "s64": np.int64,
 }  # fmt: skip
@@ -99,9 +100,9 @@ def test_float_to_float():
     got = lanes("cvt.rn.bf16.f32 %z, %a;", np.uint16, a)
     np.testing.assert_array_equal(got[1:], bf[1:])
     got = lanes("cvt.rna.tf32.f32 %z, %a;", np.uint32, a)[1:]
-    want = (a.view(np.uint32)[1:] + 0x1000) & 0xFFFFE000
+    tf32 = (a.view(np.uint32)[1:] + 0x1000) & 0xFFFFE000
     finite = np.isfinite(a[1:])
-    np.testing.assert_array_equal(got[finite], want[finite])
+    np.testing.assert_array_equal(got[finite], tf32[finite])
     sat = lanes("cvt.sat.f32.f32 %z, %a;", np.float32, a)
     np.testing.assert_array_equal(sat, np.where(np.isnan(a), 0, np.clip(a, 0, 1)))
 
@@ -177,7 +178,7 @@ def test_cvt_pack():
 def test_64_bit_integers_round_as_told(destination, source, mode):
     a = np.concatenate([random_bits(INTS[source]), random_bits(INTS[source], seed=1) >> 7])
     a[:4] = np.array([2**53 + 1, 2**54 + 3, 2**62 + 1, 2**63 - 1]).astype(INTS[source])
-    dtype = {"f64": np.float64, "f32": np.float32}[destination]
+    dtype: Any = {"f64": np.float64, "f32": np.float32}[destination]
     got = lanes(f"cvt.{mode}.{destination}.{source} %z, %a;", dtype, a)
     below, above = np.nextafter(got, dtype(-np.inf)), np.nextafter(got, dtype(np.inf))
     for value, *neighbors in zip(a.tolist(), got, below, above, strict=True):

@@ -1,6 +1,8 @@
 """Floating-point opcodes: rounding modes, NaNs, ftz, sat, halves, approximate functions."""
 
+from collections.abc import Callable
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
@@ -58,7 +60,7 @@ def round_exactly(value: Fraction, mode: str) -> np.float32:
         return below if value >= 0 else above
     low, high = value - Fraction(float(below)), Fraction(float(above)) - value
     if low == high:
-        return below if bits(np.float32([below]))[0] % 2 == 0 else above
+        return below if bits(np.array([below], np.float32))[0] % 2 == 0 else above
     return below if low < high else above
 
 
@@ -144,10 +146,10 @@ def test_min_max():
     got = lanes(
         "max.xorsign.abs.f32 %z, %a, %b;",
         np.float32,
-        np.float32([-3, 2, -1, -5] * 8),
-        np.float32([2, 3, -4, 1] * 8),
+        np.array([-3, 2, -1, -5] * 8, np.float32),
+        np.array([2, 3, -4, 1] * 8, np.float32),
     )
-    np.testing.assert_array_equal(got, np.float32([-3, 3, 4, -5] * 8))
+    np.testing.assert_array_equal(got, np.array([-3, 3, 4, -5] * 8, np.float32))
     got = lanes("max.f32 %z, %a, %b, %c;", np.float32, A, B, C, target="sm_100")
     np.testing.assert_array_equal(got, np.fmax(np.fmax(A, B), C))
 
@@ -162,7 +164,9 @@ def test_neg_abs_copysign():
     np.testing.assert_array_equal(lanes("copysign.f32 %z, %a, %b;", np.uint32, A, B), bits(want))
 
 
-APPROXIMATE = {  # the largest relative error that the PTX ISA documents, or a little more
+APPROXIMATE: dict[
+    str, tuple[Callable[..., Any], float, float, float]
+] = {  # the largest relative error that the PTX ISA documents, or a little more
     "ex2.approx.f32": (np.exp2, 2.0**-21, -10, 10),
     "lg2.approx.f32": (np.log2, 2.0**-20, 2, 1000),
     "rcp.approx.f32": (lambda x: 1 / x, 2.0**-22, 0.01, 100),
@@ -187,7 +191,7 @@ def test_special_values_of_roots():
     with np.errstate(all="ignore"):
         np.testing.assert_array_equal(
             lanes("rsqrt.approx.f32 %z, %a;", np.float32, x)[:7],
-            np.float32([np.inf, -np.inf, 0, np.nan, np.nan, np.nan, 0.5]),
+            np.array([np.inf, -np.inf, 0, np.nan, np.nan, np.nan, 0.5], np.float32),
         )
         assert lanes("rcp.approx.ftz.f32 %z, %a;", np.float32, x)[7] == np.inf
         d = x.astype(np.float64)
@@ -272,7 +276,7 @@ def test_division_in_f32():
     large = np.array([2.0**127, -(2.0**127), 2.0**127, 2.0**126] * 8, np.float32)
     x = np.array([2.0**127, 2.0**127, np.inf, 2.0**126] * 8, np.float32)
     got = lanes("div.approx.f32 %z, %a, %b;", np.float32, x, large)[:4]
-    np.testing.assert_array_equal(got, np.float32([0, -0.0, np.nan, 1]))
+    np.testing.assert_array_equal(got, np.array([0, -0.0, np.nan, 1], np.float32))
     with pytest.raises(ValueError, match="or a rounding"):
         lanes("div.f32 %z, %a, %a;", np.float32, A)
 

@@ -1,5 +1,7 @@
 """Integer arithmetic against Python: products, quotients, carries, dot products."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 
@@ -22,7 +24,7 @@ def trunc_div(a, b):
     return abs(a) // abs(b) * (1 if (a < 0) == (b < 0) else -1)
 
 
-BINARY = {
+BINARY: dict[str, Callable[[int, int], int]] = {
     "add": lambda a, b: a + b,
     "sub": lambda a, b: a - b,
     "mul.lo": lambda a, b: a * b,

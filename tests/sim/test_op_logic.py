@@ -1,5 +1,8 @@
 """mov, bitwise, shifts, lop3, shf, prmt, bit fields and counts, setp, set, selp, slct."""
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -258,7 +261,7 @@ def test_lop3_with_a_test(test, f):
 HALVES = np.array(
     [0.0, -0.0, 1.0, -1.0, np.nan, np.inf, 6e-8, -6e-8, 65504, 6.1e-5, 2.0, 0.5], np.float16
 )
-HALF_COMPARISONS = {
+HALF_COMPARISONS: dict[str, Callable[..., Any]] = {
     "eq": np.equal, "lt": np.less, "ge": np.greater_equal,
     "ne": lambda a, b: (a != b) & ~np.isnan(a) & ~np.isnan(b),
     "neu": np.not_equal, "ltu": lambda a, b: ~(a >= b),

@@ -1,5 +1,8 @@
 """ld, st, cvta, isspacep, prefetch, cache policies, local and constant memory, atomics."""
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -120,7 +123,7 @@ def test_global_and_constant_variables():
         assert report.ok and out[0] == want, str(report)
 
 
-ATOMICS = {
+ATOMICS: dict[str, tuple[Any, Callable[..., Any]]] = {
     "add.u32": (np.uint32, lambda v: np.sum(v, dtype=np.uint32)),
     "add.s32": (np.int32, lambda v: np.sum(v, dtype=np.int32)),
     "add.u64": (np.uint64, lambda v: np.sum(v, dtype=np.uint64)),

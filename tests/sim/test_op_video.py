@@ -2,6 +2,7 @@
 
 import itertools
 import operator
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ B = B[::-1].copy()
 A[:8] = [0x7F80FF00, 0x80007FFF, 0xFF017F80, 0, 0xFFFFFFFF, 0x80808080, 0x00FF00FF, 1]
 B[:8] = [0x80FF7F01, 0x7FFF8000, 0x00FF8001, 0xFFFFFFFF, 0, 0x7F7F7F7F, 0xFF00FF00, 33]
 
-OPERATIONS = {
+OPERATIONS: dict[str, Callable[[int, int], int]] = {
     "vadd": operator.add,
     "vsub": operator.sub,
     "vabsdiff": lambda a, b: abs(a - b),

@@ -64,7 +64,7 @@ def test_match():
         warp = a[i // 32 * 32 : i // 32 * 32 + 32]
         assert got[i] == sum(1 << j for j in range(32) if warp[j] == a[i])
     code = "match.all.sync.b64 %z|%p, %a, -1;\nselp.u32 %y, 1, 0, %p;"
-    same, equal = lanes(code, [np.uint32, np.uint32], np.repeat(np.uint64([7, 9]), 32))
+    same, equal = lanes(code, [np.uint32, np.uint32], np.repeat(np.array([7, 9], np.uint64), 32))
     assert (same == 0xFFFFFFFF).all() and equal.all()
     same, equal = lanes(code, [np.uint32, np.uint32], np.arange(64, dtype=np.uint64))
     assert not same.any() and not equal.any()

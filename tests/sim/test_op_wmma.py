@@ -15,7 +15,7 @@ TORCH = {"f16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32, "f
 
 
 def sizes(shape: str) -> tuple[int, ...]:
-    return tuple(map(int, re.fullmatch(r"m(\d+)n(\d+)k(\d+)", shape).groups()))
+    return tuple(map(int, re.findall(r"\d+", shape)))
 
 
 def integers(type_: str, rows: int, columns: int, seed: int) -> np.ndarray:

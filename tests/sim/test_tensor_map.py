@@ -122,13 +122,13 @@ def expected_image(tensor, corner, box, element_strides, span):
             offsets = (i, *index[::-1])
             at = [c + o * s for c, o, s in zip(corner, offsets, steps, strict=True)]
             inside = all(0 <= x < n for x, n in zip(at, tensor.shape[::-1], strict=True))
-            raw = tensor[tuple(at[::-1])].tobytes() if inside else None
+            raw = tensor[tuple(at[::-1])].tobytes() if inside else [None] * element
             for byte in range(element):
                 offset = row * pitch + i * element + byte
                 line, chunk = offset // 128, offset // 16 % 8
                 chunk ^= line % (span // 16) if span > 16 else 0
                 where = line * 128 + chunk * 16 + offset % 16
-                image[where] = raw[byte] if inside else None
+                image[where] = raw[byte]
     return image
 
 

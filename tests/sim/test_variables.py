@@ -43,14 +43,14 @@ def test_variables_are_listed(module):
 
 
 def test_the_host_reads_initial_values(module):
-    np.testing.assert_array_equal(module.variable("scale").get(), np.float32([1.5, 2]))
+    np.testing.assert_array_equal(module.variable("scale").get(), np.array([1.5, 2], np.float32))
     np.testing.assert_array_equal(module.variable("table").get(), [[1, 2, 3], [4, 0, 0]])
     assert module.variable("counter").get().shape == () and module.variable("counter").get() == 0
     assert module.variable("table").get(np.uint64).tolist() == [1 | 2 << 32, 3 | 4 << 32, 0]
 
 
 def test_the_host_fills_constant_memory(module):
-    module.variable("scale").set(np.float32([3, 4]))
+    module.variable("scale").set(np.array([3, 4], np.float32))
     report, out = run(module, dtype=np.float32)
     assert report.ok, str(report)
     assert (out == 4).all()
@@ -78,15 +78,15 @@ def test_modules_do_not_share_variables(module):
 @pytest.mark.parametrize(
     ("name", "value", "expected"),
     [
-        ("scale", [1, 2.5], np.float32([1, 2.5])),
-        ("scale", torch.tensor([5.0, 6.0]), np.float32([5, 6])),
-        ("scale", np.float32([7, 0, 8, 0])[::2], np.float32([7, 8])),
-        ("scale", torch.arange(4.0)[::2], np.float32([0, 2])),
-        ("scale", b"\0\0\x80\x3f\0\0\0\x40", np.float32([1, 2])),
+        ("scale", [1, 2.5], np.array([1, 2.5], np.float32)),
+        ("scale", torch.tensor([5.0, 6.0]), np.array([5, 6], np.float32)),
+        ("scale", np.array([7, 0, 8, 0], np.float32)[::2], np.array([7, 8], np.float32)),
+        ("scale", torch.arange(4.0)[::2], np.array([0, 2], np.float32)),
+        ("scale", b"\0\0\x80\x3f\0\0\0\x40", np.array([1, 2], np.float32)),
         ("counter", 4294967295, 4294967295),
         ("counter", np.int32(-1), 4294967295),
         ("counter", True, 1),
-        ("config", np.float64([1, 2]), np.float64([1, 2]).view(np.uint8)),
+        ("config", np.array([1, 2], np.float64), np.array([1, 2], np.float64).view(np.uint8)),
         ("config", bytes(range(16)), np.arange(16)),
         ("vectors", np.arange(8, dtype=np.int16), np.arange(8).reshape(2, 4)),
         ("halves", torch.ones(2, dtype=torch.float16), [0x3C00, 0x3C00]),
@@ -101,21 +101,26 @@ def test_set(module, name, value, expected):
 
 def test_set_of_a_part(module):
     table = module.variable("table")
-    table.set(np.uint32([9, 8]), offset=8)
+    table.set(np.array([9, 8], np.uint32), offset=8)
     np.testing.assert_array_equal(table.get(), [[1, 2, 9], [8, 0, 0]])
     table.set(b"", offset=24)
     with pytest.raises(ValueError, match=r"24 bytes \(got 8 bytes at offset 20\)"):
-        table.set(np.uint32([9, 8]), offset=20)
+        table.set(np.array([9, 8], np.uint32), offset=20)
     with pytest.raises(ValueError, match="got 8 bytes at offset -4"):
-        table.set(np.uint32([9, 8]), offset=-4)
+        table.set(np.array([9, 8], np.uint32), offset=-4)
 
 
 @pytest.mark.parametrize(
     ("name", "value", "error", "message"),
     [
-        ("scale", np.float32([1]), ValueError, r"must have 8 bytes \(got 4\); pass offset="),
-        ("scale", np.float64([1]), TypeError, r"type .f32 \(got float64\); convert them"),
-        ("scale", np.int32([1, 2]), TypeError, r"type .f32 \(got int32\)"),
+        (
+            "scale",
+            np.array([1], np.float32),
+            ValueError,
+            r"must have 8 bytes \(got 4\); pass offset=",
+        ),
+        ("scale", np.array([1], np.float64), TypeError, r"type .f32 \(got float64\); convert them"),
+        ("scale", np.array([1, 2], np.int32), TypeError, r"type .f32 \(got int32\)"),
         ("scale", torch.ones(2, dtype=torch.float16), TypeError, "got float16"),
         ("table", np.zeros(6, np.float32), TypeError, r"type .u32 \(got float32\)"),
         ("counter", 1.5, TypeError, r"type .u32 \(got float64 from float\)"),

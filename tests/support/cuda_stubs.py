@@ -50,8 +50,8 @@ def write_stubs(torch_lib: Path, folder: Path) -> None:
             symbols[library_of_version[version]][version].add(name)
         elif not version and re.match(r"cu|nccl|nv", name):
             symbols[missing[0]][None].add(name)  # has no version: any stub may define it
-    for library, versions in symbols.items():
-        _build(folder, library, versions)
+    for name, versions in symbols.items():
+        _build(folder, name, versions)
 
 
 def _build(folder: Path, soname: str, versions: dict[str | None, set[str]]) -> None:

@@ -32,6 +32,11 @@ QUANTIZE_WEIGHT = ("quantize_128x128", "quantize_128x128_dual")
 QUANTIZE_ACTIVATION = ("quantize_1x128", "quantize_1x128_t", "quantize_1x128_dual")
 
 
+def gradient(tensor: Tensor) -> Tensor:
+    assert tensor.grad is not None
+    return tensor.grad
+
+
 class OpCounter(TorchDispatchMode):
     """Counts calls of torch.ops.torchext.*, and of ATen's matrix products, by name.
 

@@ -20,8 +20,8 @@ FOLDING = (
 BLOCKS = ("quantize_128x128", "quantize_128x128_dual")
 QUANTIZERS = FOLDING + BLOCKS
 STACKS = [(3, 130, 300), (2, 1, 5, 48), (2, 128, 70), (0, 3, 4), (2, 0, 40), (2, 7, 0)]
-MATRICES = [(130, 300), (5, 48), (1, 129), (2, 1), (0, 40), (7, 0)]
-TENSORS = [(3, 7, 129), (2, 3, 1, 16), (64,), (2, 0, 24), (0,)]
+MATRICES: list[tuple[int, ...]] = [(130, 300), (5, 48), (1, 129), (2, 1), (0, 40), (7, 0)]
+TENSORS: list[tuple[int, ...]] = [(3, 7, 129), (2, 3, 1, 16), (64,), (2, 0, 24), (0,)]
 CASES = [(name, shape) for name in FOLDING for shape in MATRICES + TENSORS] + [
     (name, shape) for name in BLOCKS for shape in MATRICES + STACKS
 ]

@@ -27,9 +27,9 @@ def lanes(code: str, out, *inputs, block: int | None = None, target: str = "sm_9
     return results
 
 
-def lanes_report(code, out, *inputs, block=None, target="sm_90a", **options):
+def lanes_report(code, out, *arrays, block=None, target="sm_90a", **options):
     outs = out if isinstance(out, list) else [out]
-    inputs = [np.ascontiguousarray(x) for x in inputs]
+    inputs = [np.ascontiguousarray(x) for x in arrays]
     count = block or max([len(x) for x in inputs], default=32)
     names_in, names_out = "abcdefg"[: len(inputs)], "zyxwv"[: len(outs)]
     results = [np.zeros(count, dtype) for dtype in outs]

@@ -193,13 +193,13 @@ class Shadow:
             )
             return report
 
-        module_class.__init__, module_class.launch = init, launch  # type: ignore[method-assign]
+        module_class.__init__, module_class.launch = init, launch  # type: ignore[assignment, method-assign]
         sim_module.Arena = _RecordingArena  # type: ignore[misc]
         try:
             yield
         finally:
-            module_class.__init__ = original_init  # type: ignore[method-assign]
-            module_class.launch = original_launch  # type: ignore[method-assign]
+            module_class.__init__ = original_init  # type: ignore[assignment, method-assign]
+            module_class.launch = original_launch  # type: ignore[assignment, method-assign]
             sim_module.Arena = original_arena  # type: ignore[misc]
 
     def repeat(self, launched: _Launched) -> None:
