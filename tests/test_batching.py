@@ -10,11 +10,11 @@ from torch.utils._pytree import tree_map
 
 from support.op_samples import (
     BLOCKS,
-    E5M2,
     FUSED,
     GRANULARITIES,
     GROUPINGS,
     M_GROUPINGS,
+    OPERAND_QUANTIZERS,
     QUANTIZERS,
     assert_same,
     grouped,
@@ -24,6 +24,7 @@ from support.op_samples import (
     random,
 )
 from torchext import Recipe, ops
+from torchext._catalog.entry import E5M2
 from torchext.ops.linear import op_options
 
 pytestmark = pytest.mark.large  # batches do not depend on the kernels
@@ -83,12 +84,7 @@ def test_what_an_op_refuses_it_refuses_in_a_batch(name, device):
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_products_of_what_was_quantized_in_the_batch(granularity, m, device):
     """Tensors that were quantized in a batch have the layout that GEMMs require."""
-    quantize_a, quantize_b = {
-        "1d2d": (ops.quantize_1x128, ops.quantize_128x128),
-        "1d1d": (ops.quantize_1x128, ops.quantize_1x128),
-        "rowwise": (ops.quantize_rowwise, ops.quantize_rowwise),
-        "tensorwise": (ops.quantize_tensorwise, ops.quantize_tensorwise),
-    }[granularity]
+    quantize_a, quantize_b = (getattr(ops, q.__name__) for q in OPERAND_QUANTIZERS[granularity])
     x, w = random(3, m, 200, device=device), random(3, 40, 200, device=device)
 
     def product(x, w):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 import random
 from typing import Any
@@ -198,11 +199,24 @@ def test_vmap(name, label, device):
 @pytest.mark.large  # counts do not depend on the kernels
 @every_sample
 def test_flops(name, label, device):
-    entry = CATALOG[name]
+    """FlopCounterMode counts two FLOP for each multiplication of a GEMM, also in rows of no group:
+    by function and op, if the bias needs a gradient, and for a result in `out`."""
+    entry, function = CATALOG[name], getattr(ops, name)
     given = entry.sample(label, device)
-    with FlopCounterMode(display=False) as counter:
-        getattr(ops, name)(*given.args, **given.kwargs)
-    assert counter.get_total_flops() == entry.flops(*entry.shape(*given.args, **given.kwargs))
+    args, kwargs = given.args, given.kwargs
+
+    def count(called, **changes):
+        with FlopCounterMode(display=False) as counter:
+            results.append(called(*args, **{**kwargs, **changes}))
+        return counter.get_total_flops()
+
+    results: list[Any] = []
+    counts = [count(function), count(getattr(torch.ops.torchext, name))]
+    if "bias" in kwargs:
+        counts.append(count(function, bias=kwargs["bias"].clone().requires_grad_()))
+    if "out" in inspect.signature(function).parameters:
+        counts.append(count(function, out=torch.empty_like(results[0])))
+    assert set(counts) == {entry.flops(*entry.shape(*args, **kwargs))}
 
 
 @every_op

@@ -11,7 +11,6 @@ import torch
 import torchext
 from support.op_samples import (
     BLOCKS,
-    E4M3,
     FOLDING,
     FUSED,
     GROUPINGS,
@@ -22,6 +21,7 @@ from support.op_samples import (
     random,
 )
 from torchext import ops
+from torchext._catalog.entry import E4M3
 from torchext._dispatch.errors import python_error
 
 

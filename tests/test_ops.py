@@ -9,8 +9,6 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from support.op_samples import (
-    E4M3,
-    E5M2,
     FUSED,
     GRANULARITIES,
     GROUPINGS,
@@ -23,6 +21,7 @@ from support.op_samples import (
     random,
 )
 from torchext import ops, reference
+from torchext._catalog.entry import E4M3, E5M2
 
 
 def registered_ops():
@@ -226,7 +225,6 @@ def test_compile_gemm_with_the_gradient_of_bias(compiled, device):
     assert_same(gradient, expected)
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 @pytest.mark.large
 def test_compile_a_chain_with_inductor(device):

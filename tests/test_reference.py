@@ -11,8 +11,6 @@ import torch
 from support.cuda_division import CudaDivision
 from support.op_samples import (
     BLOCKS,
-    E4M3,
-    E5M2,
     FOLDING,
     FUSED,
     GRANULARITIES,
@@ -26,6 +24,7 @@ from support.op_samples import (
     random,
 )
 from torchext import ops, reference
+from torchext._catalog.entry import E4M3, E5M2
 
 # ---- references, by hand ----
 

@@ -17,7 +17,6 @@ from torch.utils._pytree import tree_map_only
 from support.op_samples import (
     BLOCKS,
     CASES,
-    E5M2,
     FOLDING,
     FUSED,
     GRANULARITIES,
@@ -35,6 +34,7 @@ from support.op_samples import (
     random,
 )
 from torchext import ops, reference
+from torchext._catalog.entry import E5M2
 
 # ---- fake kernels ----
 

@@ -10,7 +10,7 @@ import torch
 
 import torchext  # noqa: F401  (loads the ops)
 from support import reference
-from support.op_samples import E4M3, E5M2
+from torchext._catalog.entry import E4M3, E5M2
 
 WIDE = [torch.bfloat16, torch.float16, torch.float32]
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from support.op_samples import E4M3, E5M2
 from torchext import _architectures
+from torchext._catalog.entry import E4M3, E5M2
 
 WIDE = [torch.bfloat16, torch.float16, torch.float32]
 SMALLEST_NORMAL = {E4M3: 2.0**-6, E5M2: 2.0**-14}

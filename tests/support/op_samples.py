@@ -8,17 +8,12 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from torchext import ops
+from torchext._catalog import CATALOG
+from torchext._catalog.entry import GRANULARITIES as OPERAND_QUANTIZERS
 
-E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
-FOLDING = (
-    "quantize_1x128",
-    "quantize_1x128_t",
-    "quantize_1x128_dual",
-    "quantize_rowwise",
-    "quantize_tensorwise",
-)
-BLOCKS = ("quantize_128x128", "quantize_128x128_dual")
-QUANTIZERS = FOLDING + BLOCKS
+QUANTIZERS = tuple(name for name in CATALOG if name.startswith("quantize_"))
+FOLDING = tuple(name for name in QUANTIZERS if "vector" in CATALOG[name].samples)
+BLOCKS = tuple(name for name in QUANTIZERS if name not in FOLDING)
 STACKS = [(3, 130, 300), (2, 1, 5, 48), (2, 128, 70), (0, 3, 4), (2, 0, 40), (2, 7, 0)]
 MATRICES: list[tuple[int, ...]] = [(130, 300), (5, 48), (1, 129), (2, 1), (0, 40), (7, 0)]
 TENSORS: list[tuple[int, ...]] = [(3, 7, 129), (2, 3, 1, 16), (64,), (2, 0, 24), (0,)]
@@ -47,16 +42,11 @@ def quantized(granularity, m, n, k, *, device, leading=None, groups=None):
     """
     x = random(*((m,) if leading is None else leading), k, device=device)
     w = random(*(() if groups is None else (groups,)), n, k, device=device)
-    quantize_a, quantize_b = {
-        "1d2d": (ops.quantize_1x128, ops.quantize_128x128),
-        "1d1d": (ops.quantize_1x128, ops.quantize_1x128),
-        "rowwise": (ops.quantize_rowwise, ops.quantize_rowwise),
-        "tensorwise": (ops.quantize_tensorwise, ops.quantize_tensorwise),
-    }[granularity]
+    quantize_a, quantize_b = (getattr(ops, q.__name__) for q in OPERAND_QUANTIZERS[granularity])
     return (*quantize_a(x), *quantize_b(w))
 
 
-GRANULARITIES = ["1d2d", "1d1d", "rowwise", "tensorwise"]
+GRANULARITIES = list(OPERAND_QUANTIZERS)
 
 
 def grouped(case, m, n, k, *, device, granularity="1d2d"):
@@ -83,11 +73,11 @@ def grouped(case, m, n, k, *, device, granularity="1d2d"):
 
 GROUPINGS = ["offsets", "group ids", "masked", "along k"]
 M_GROUPINGS = GROUPINGS[:3]
-FUSED = [
-    ("fp8_gemm_nt_swiglu_quantize", {}),
-    ("fp8_gemm_nt_gelu_quantize", {}),
-    ("fp8_gemm_nt_gelu_quantize", {"tanh_approximation": True}),
-    ("fp8_gemm_nt_relu2_quantize", {}),
+FUSED: list[tuple[str, dict[str, bool]]] = [
+    (name, options)
+    for name in CATALOG
+    if name.startswith("fp8_gemm_nt_")
+    for options in ([{}, {"tanh_approximation": True}] if "gelu" in name else [{}])
 ]
 
 
