@@ -318,10 +318,18 @@ BROKE = "broke the process: CUDA error: an illegal instruction; "
 @pytest.mark.parametrize(
     ("tool", "verdict", "summary"),
     [
-        ("memcheck", ("failed", 2, ["two 2", "three"]), f"'two 2' {BROKE}'three' {BROKE}ERROR SUMMARY: 3 errors; RACE"),
+        (
+            "memcheck",
+            ("failed", 2, ["two 2", "three"]),
+            f"'two 2' {BROKE}'three' {BROKE}ERROR SUMMARY: 3 errors; RACE",
+        ),
         ("synccheck", ("passed", 4, []), "RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0"),
         ("initcheck", ("passed", 4, []), "RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0"),
-        ("racecheck", ("failed", 3, ["two 2"]), "'two 2' did not end; RACECHECK SUMMARY: 0 hazards"),
+        (
+            "racecheck",
+            ("failed", 3, ["two 2"]),
+            "'two 2' did not end; RACECHECK SUMMARY: 0 hazards",
+        ),
     ],
 )
 def test_sanitizer_goes_on_after_calls_that_hang_or_crash(

@@ -351,7 +351,12 @@ def test_ops_of_many_threads_are_simulated_at_once(tmp_path):
     options = launch_options("test", seed=0, completion="late", num_threads=2)
     simulator = _sim.OpSimulator([str(path)], options, 90)
     out = np.zeros(CTAS * BLOCK, np.uint32)
-    at_once(*[lambda: [launch_op(simulator, out) for _ in range(3)]] * LAUNCHES)
+
+    def launch_three():
+        for _ in range(3):
+            launch_op(simulator, out)
+
+    at_once(*[launch_three] * LAUNCHES)
     launches = simulator.launches()
     assert len(launches) == 3 * LAUNCHES
     assert all(len(raw["output"].splitlines()) == CTAS * BLOCK for raw in launches)

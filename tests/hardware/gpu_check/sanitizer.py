@@ -45,7 +45,8 @@ def run_tool(run: OpCalls, tool: str | None, skip: Collection[str] = ()) -> dict
             reason = "needs a GPU" if program else "compute-sanitizer is not on PATH"
             return _answer(name, "skipped", 0, start, reason, {})
         prefix = (program, "--tool", tool, "--error-exitcode", str(FOUND), "--print-limit", "50")
-    command = (sys.executable, "-m", "tests.hardware.gpu_check.op_calls", "--device", run.device)
+    command: tuple[str, ...] = (sys.executable, "-m", "tests.hardware.gpu_check.op_calls")
+    command += ("--device", run.device)
     command += ("--call-limit", f"{CALL_LIMIT_S}")
     if tool == "initcheck":  # does not see what TMA stores write, and so refuses copies of results
         command += ("--no-results",)
