@@ -43,7 +43,7 @@ def run_tool(run: OpCalls, tool: str | None, skip: Collection[str] = ()) -> dict
         program = shutil.which("compute-sanitizer")
         if program is None or run.device != "cuda":
             reason = "needs a GPU" if program else "compute-sanitizer is not on PATH"
-            return _answer(name, "skipped", 0, start, reason, {})
+            return _answer(name, "skipped", 0, start, reason)
         prefix = (program, "--tool", tool, "--error-exitcode", str(FOUND), "--print-limit", "50")
     command: tuple[str, ...] = (sys.executable, "-m", "tests.hardware.gpu_check.op_calls")
     command += ("--device", run.device)
@@ -85,7 +85,7 @@ def run_tool(run: OpCalls, tool: str | None, skip: Collection[str] = ()) -> dict
     status = "failed" if failed or broke else "passed"
     parts = [f"{call!r} {cause}" for call, cause in broke.items()]
     summary = "; ".join([*parts, *found]) or "all results right"
-    return _answer(name, status, len(done), start, summary, broke)
+    return _answer(name, status, len(done), start, summary, broke=broke)
 
 
 def _findings(text: str) -> list[str]:
@@ -106,7 +106,7 @@ def _cause(text: str, outcome: processes.Outcome) -> str:
 
 
 def _answer(
-    tool: str, status: str, calls: int, start: float, summary: str, broke: Collection[str]
+    tool: str, status: str, calls: int, start: float, summary: str, *, broke: Collection[str] = ()
 ) -> dict:
     seconds = time.monotonic() - start
     return {
