@@ -15,7 +15,7 @@ from tests.hardware.gpu_check import __main__ as gpu_check
 from tests.hardware.gpu_check import op_calls, pytest_stage, sanitizer, staging
 from tests.hardware.gpu_check.__main__ import main
 from tests.hardware.gpu_check.pytest_stage import TestRun as Run  # else pytest collects it
-from tests.hardware.gpu_check.pytest_stage import run_tests, files_to_test
+from tests.hardware.gpu_check.pytest_stage import files_to_test, run_tests
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.alone  # tests of time limits
