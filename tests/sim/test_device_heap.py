@@ -113,5 +113,7 @@ def test_blocks_outlive_the_launch():
 
 def test_wrong_declarations_are_refused():
     text = text_of("call free, (%rd1, %rd1);", ".extern .func free(.param .b64 p, .param .b64 q);")
-    with pytest.raises(sim.PtxError, match="'free' is not declared as the CUDA runtime has it"):
+    with pytest.raises(
+        sim.PtxError, match="'free' must be declared as the CUDA runtime has it, with 1"
+    ):
         sim.Module(text).check("k")

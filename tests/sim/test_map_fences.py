@@ -352,9 +352,15 @@ def test_prefetch():
 @pytest.mark.parametrize(
     "text,message",
     [
-        ("fence.proxy.tensormap::generic.acquire.gpu [%rd1], 64;", "the size must be 128"),
-        ("fence.proxy.tensormap::generic.acquire [%rd1], 128;", "no scope"),
-        ("fence.proxy.tensormap::generic.release;", "no scope"),
+        (
+            "fence.proxy.tensormap::generic.acquire.gpu [%rd1], 64;",
+            r"operand 2 must be 128 \(got 64\)",
+        ),
+        (
+            "fence.proxy.tensormap::generic.acquire [%rd1], 128;",
+            "must include .cta, .cluster, .gpu or .sys",
+        ),
+        ("fence.proxy.tensormap::generic.release;", "must include .cta, .cluster, .gpu or .sys"),
     ],
 )
 def test_forms_that_there_are_not(text, message):

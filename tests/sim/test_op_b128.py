@@ -93,9 +93,9 @@ def test_misalignment_and_halves_never_assigned():
 
 
 @pytest.mark.parametrize("code,message", [
-    ("atom.global.add.b128 %w, [%u0], %w;", "exch and .cas alone"),
-    ("ld.global.v2.b128 {%w, %w}, [%u0];", "vectors of .b128"),
-    ("add.u64 %u0, %w, %u1;", "bad operand"),
+    ("atom.global.add.b128 %w, [%u0], %w;", "must be .exch or .cas"),
+    ("ld.global.v2.b128 {%w, %w}, [%u0];", r"got \.b128"),
+    ("add.u64 %u0, %w, %u1;", r"must be a register, a number or a name \(got a vector of 2"),
     ("mov.b128 %w, %u0;", "vector of 2"),
 ])  # fmt: skip
 def test_what_is_refused(code, message):

@@ -168,7 +168,7 @@ def test_cvt_pack():
         got = lanes(f"cvt.pack.sat.{type_}.s32.b32 %z, %a, %b, %c;", np.uint32, a, b, c)
         above = c.view(np.uint32) << np.uint32(2 * bits) | field(a) << np.uint32(bits)
         np.testing.assert_array_equal(got, above | field(b))
-    with pytest.raises(ValueError, match="needs a third operand"):
+    with pytest.raises(ValueError, match="a third source"):
         lanes("cvt.pack.sat.u4.s32 %z, %a, %b;", np.uint32, a, b)
 
 

@@ -115,8 +115,9 @@ def test_gross_reciprocals():
 
 
 @pytest.mark.parametrize("code,message", [
-    ("rcp.f64 %z, %a;", "expected a rounding"), ("sqrt.approx.f64 %z, %a;", "no such approximate"),
-    ("rcp.approx.f64 %z, %a;", "no such approximate"), ("add.sat.f64 %z, %a, %a;", "'.sat'"),
+    ("rcp.f64 %z, %a;", "must include .rn, .rz, .rm or .rp"),
+    ("sqrt.approx.f64 %z, %a;", "'.approx'"),
+    ("rcp.approx.f64 %z, %a;", "must include .ftz"), ("add.sat.f64 %z, %a, %a;", "'.sat'"),
     ("add.rz.ftz.f64 %z, %a, %a;", "'.ftz'"), ("min.rz.f64 %z, %a, %a;", "'.rz'"),
     ("min.NaN.f64 %z, %a, %a;", "'.NaN'"),
 ])  # fmt: skip

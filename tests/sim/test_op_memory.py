@@ -348,5 +348,5 @@ def test_clearing_or_setting_unwritten_bits_reads_nothing(op, identity):
 @pytest.mark.parametrize("type_", ["f32", "f64"])
 def test_floating_minima_are_no_atomics(type_):
     register = "%f1" if type_ == "f32" else "%rd2"
-    with pytest.raises(ValueError, match=r"no reduction but \.add"):
+    with pytest.raises(ValueError, match=r"must be \.add"):
         kernel(f"red.global.min.{type_} [%rd1], {register};").check("kernel")

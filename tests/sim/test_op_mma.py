@@ -131,12 +131,12 @@ def test_f64(shape, target, mode):
 
 
 @pytest.mark.parametrize("code,target,message", [
-    ("mma.sync.aligned.m8n8k4.row.col.f32.f16.f16.f32 {}, {}, {}, {};", "sm_80", "this shape"),
+    ("mma.sync.aligned.m8n8k4.row.col.f32.f16.f16.f32 {}, {}, {}, {};", "sm_80", "shape must be"),
     ("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {}, {}, {}, {};", "sm_75", "must be sm_80"),
     ("mma.sync.aligned.m16n8k8.row.col.f64.f64.f64.f64 {}, {}, {}, {};", "sm_80", "must be sm_90"),
     ("mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 {}, {}, {}, {};", "sm_80", "sm_89"),
-    ("mma.sync.aligned.m16n8k16.row.col.f32.f16.bf16.f32 {}, {}, {}, {};", "sm_80", "kinds"),
-    ("mma.sync.aligned.m16n8k16.row.col.f16.bf16.bf16.f32 {}, {}, {}, {};", "sm_80", "C and D"),
+    ("mma.sync.aligned.m16n8k16.row.col.f32.f16.bf16.f32 {}, {}, {}, {};", "sm_80", "of one kind"),
+    ("mma.sync.aligned.m16n8k16.row.col.f16.bf16.bf16.f32 {}, {}, {}, {};", "sm_80", "of D and C"),
     ("mma.sync.aligned.m16n8k16.row.col.s32.s8.s8.f32 {}, {}, {}, {};", "sm_80", "must be .s32"),
     ("mma.sync.aligned.m16n8k32.row.col.f32.e2m1.e2m1.f32 {}, {}, {}, {};", "sm_90a", "types"),
     ("mma.sp.sync.aligned.m16n8k32.row.col.f32.f16.f16.f32 {}, {}, {}, {}, %t0, 0;", "sm_80",

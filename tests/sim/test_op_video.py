@@ -197,15 +197,15 @@ def test_lane_comparisons(how, opcode):
 
 
 @pytest.mark.parametrize("code,message", [
-    ("vadd.u32.u32.u32 %z, %a.b4, %b;", "unknown selector '.b4'"),
-    ("vadd2.u32.u32.u32 %z.b0, %a, %b, %c;", "unknown mask '.b0'"),
-    ("vadd4.u32.u32.u32 %z, %a.b8000, %b, %c;", "unknown selector '.b8000'"),
-    ("vadd.u32.u32.u32.add %z.b0, %a, %b, %c;", "cannot be chosen here"),
-    ("vmad.u32.u32.u32.po %z, -%a, %b, %c;", "takes no negated operand"),
-    ("vshl.u32.u32.u32 %z, %a, %b;", "expected .clamp or .wrap"),
-    ("vadd.u32.u32 %z, %a, %b;", "no type"),
-    ("add.u32 %z, %a.b0, %b;", "part of a register"),
-    ("add.u32 %z, -%a, %b;", "cannot be negated"),
+    ("vadd.u32.u32.u32 %z, %a.b4, %b;", r"must be \.b0 to \.b3, .* \(got \.b4\)"),
+    ("vadd2.u32.u32.u32 %z.b0, %a, %b, %c;", r"from high to low, such as .h10 \(got \.b0\)"),
+    ("vadd4.u32.u32.u32 %z, %a.b8000, %b, %c;", r"\.b0000 to \.b7777 \(got \.b8000\)"),
+    ("vadd.u32.u32.u32.add %z.b0, %a, %b, %c;", "operand 1 must be a whole register"),
+    ("vmad.u32.u32.u32.po %z, -%a, %b, %c;", "no operand must be negated"),
+    ("vshl.u32.u32.u32 %z, %a, %b;", "must include .clamp or .wrap"),
+    ("vadd.u32.u32 %z, %a, %b;", "must include a type"),
+    ("add.u32 %z, %a.b0, %b;", r"must be a whole register \(got .* register '%a\.b0'"),
+    ("add.u32 %z, -%a, %b;", r"operand 2 must be a register that is not negated \(got .*'-%a'"),
 ])  # fmt: skip
 def test_what_is_refused(code, message):
     with pytest.raises(ValueError, match=message):

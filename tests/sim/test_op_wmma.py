@@ -255,18 +255,18 @@ def test_shared_tiles_are_checked(fill, block, kind):
 
 @pytest.mark.parametrize("code,message", [
     ("wmma.load.a.sync.aligned.row.m16n16k16.bf16 {%t0, %t1, %t2, %t3}, [%u0];", "must be sm_80"),
-    ("wmma.load.a.sync.aligned.row.m16n8k16.f16 {%t0, %t1, %t2, %t3}, [%u0];", "this shape"),
-    ("wmma.load.a.sync.aligned.row.m16n16k16.f16 {%t0, %t1, %t2, %t3}, [%u0];", "8 registers"),
-    ("wmma.load.b.sync.aligned.row.m8n8k32.s4 {%t0}, [%u0];", "B .col"),
-    ("wmma.load.c.sync.aligned.row.m16n16k16.s8 {%t0}, [%u0];", "this shape"),
-    ("wmma.mma.sync.aligned.row.col.m16n16k16.f32.f16 {%t0}, {%t0}, {%t0}, {%t0};", "8 registers"),
+    ("wmma.load.a.sync.aligned.row.m16n8k16.f16 {%t0, %t1, %t2, %t3}, [%u0];", "shape must be"),
+    ("wmma.load.a.sync.aligned.row.m16n16k16.f16 {%t0, %t1, %t2, %t3}, [%u0];", "8 elements"),
+    ("wmma.load.b.sync.aligned.row.m8n8k32.s4 {%t0}, [%u0];", ".col for B"),
+    ("wmma.load.c.sync.aligned.row.m16n16k16.s8 {%t0}, [%u0];", "shape must be"),
+    ("wmma.mma.sync.aligned.row.col.m16n16k16.f32.f16 {%t0}, {%t0}, {%t0}, {%t0};", "8 elements"),
     ("wmma.mma.sync.aligned.row.col.m8n8k128.s32.b1.b1.s32 {%t0}, {%t0}, {%t0}, {%t0};", "popc"),
     ("wmma.mma.and.popc.sync.aligned.row.col.m8n8k128.s32.b1.b1.s32 {%t0}, {%t0}, {%t0}, {%t0};",
      "must be sm_80"),
     ("wmma.mma.sync.aligned.row.col.m16n16k16.f16.f16.satfinite {%t0}, {%t0}, {%t0}, {%t0};",
-     "integer operands"),
+     "got '.satfinite'"),
     ("wmma.mma.sync.aligned.row.col.m16n16k16.s32.s8.u4.s32 {%t0}, {%t0}, {%t0}, {%t0};",
-     "different kinds"),
+     "of one kind"),
 ])  # fmt: skip
 def test_what_is_refused(code, message):
     with pytest.raises(ValueError, match=message):

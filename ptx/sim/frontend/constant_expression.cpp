@@ -130,12 +130,12 @@ Arg TokenReader::number_literal() {
 }
 
 std::uint32_t TokenReader::take_integer() {
-  if (peek().kind != Token::number) fail("expected a number (got '" + peek().text + "')");
+  if (peek().kind != Token::number) fail_token("a number");
   const std::uint32_t line = peek().line;
   const std::string word = peek().text;
   const Arg arg = number_literal();
   if (arg.kind != Arg::integer || arg.bits > ~0u)
-    fail_at(line, "expected an integer below 2^32 (got '" + word + "')");
+    fail_at(line, "a number must be an integer below 2^32 here (got '" + word + "')");
   return static_cast<std::uint32_t>(arg.bits);
 }
 
@@ -156,7 +156,7 @@ Arg TokenReader::constant_term() {
 std::int64_t TokenReader::constant_integer() {
   const std::uint32_t line = peek().line;
   const Arg arg = constant_expression();
-  if (arg.kind != Arg::integer) fail_at(line, "expected an integer");
+  if (arg.kind != Arg::integer) fail_at(line, "an expression must be an integer here");
   return static_cast<std::int64_t>(arg.bits);
 }
 
@@ -193,7 +193,8 @@ Arg TokenReader::unary_expression() {
     if (to_signed || (peek().is(".u64") && peek(1).is(')'))) {
       take(), take();
       const Arg value = unary_expression();
-      if (value.kind != Arg::integer) fail_at(token.line, "only integers can be cast");
+      if (value.kind != Arg::integer)
+        fail_at(token.line, "the operand of a cast must be an integer");
       return integer_constant(value.bits, !to_signed);
     }
     const Arg inner = conditional_expression();
@@ -210,17 +211,17 @@ Arg TokenReader::unary_expression() {
   }
   if (accept('~')) {
     const Arg value = unary_expression();
-    if (value.kind != Arg::integer) fail_at(token.line, "'~' takes an integer");
+    if (value.kind != Arg::integer) fail_at(token.line, "the operand of '~' must be an integer");
     return integer_constant(~value.bits, value.text == "u");
   }
   if (accept('!')) return integer_constant(!is_nonzero(unary_expression()), false);
-  fail("expected a number or an expression (got '" + token.text + "')");
+  fail_token("a number or an expression");
 }
 
 Arg TokenReader::combined(const std::string& op, const Arg& x, const Arg& y,
                           std::uint32_t line) const {
   if (is_exact(x) || is_exact(y))
-    fail_at(line, "0f and 0d constants cannot be operands of '" + op + "'");
+    fail_at(line, "the operands of '" + op + "' must not be 0f and 0d constants");
   if (op == "&&") return integer_constant(is_nonzero(x) && is_nonzero(y), false);
   if (op == "||") return integer_constant(is_nonzero(x) || is_nonzero(y), false);
   if (x.kind == Arg::real || y.kind == Arg::real) {
@@ -235,13 +236,13 @@ Arg TokenReader::combined(const std::string& op, const Arg& x, const Arg& y,
     if (op == ">=") return integer_constant(a >= b, false);
     if (op == "==") return integer_constant(a == b, false);
     if (op == "!=") return integer_constant(a != b, false);
-    fail_at(line, "'" + op + "' takes integers");
+    fail_at(line, "the operands of '" + op + "' must be integers");
   }
   const std::uint64_t a = x.bits, b = y.bits;
   const auto sa = static_cast<std::int64_t>(a), sb = static_cast<std::int64_t>(b);
   if (op == "<<" || op == ">>") {
     const bool is_unsigned = x.text == "u";
-    if (b > 63) fail_at(line, "a shift by " + std::to_string(sb));
+    if (b > 63) fail_at(line, "a shift must be by 0 to 63 bits (got " + std::to_string(sb) + ")");
     if (op == "<<") return integer_constant(a << b, is_unsigned);
     return integer_constant(is_unsigned ? a >> b : static_cast<std::uint64_t>(sa >> b),
                             is_unsigned);
@@ -259,7 +260,7 @@ Arg TokenReader::combined(const std::string& op, const Arg& x, const Arg& y,
   if (op == ">") return integer_constant(is_unsigned ? a > b : sa > sb, false);
   if (op == "<=") return integer_constant(is_unsigned ? a <= b : sa <= sb, false);
   if (op == ">=") return integer_constant(is_unsigned ? a >= b : sa >= sb, false);
-  if (b == 0) fail_at(line, "division by zero");
+  if (b == 0) fail_at(line, "a divisor must not be 0");
   const bool overflows = !is_unsigned && sb == -1;  // the smallest integer has no negation
   if (op == "/")
     return integer_constant(is_unsigned ? a / b

@@ -41,16 +41,27 @@ class Decoder {
   std::string take_one_of(std::initializer_list<const char*> modifiers);  // "" if none
   // The modifier that comes first in the opcode; "" if none is present.
   std::string take_first_of(std::initializer_list<const char*> modifiers);
+  // Like take and take_one_of, for modifiers that must be there.
+  void need(std::initializer_list<const char*> all);
+  std::string need_one_of(std::initializer_list<const char*> modifiers);
   bool take_prefix(const char* prefix, std::string* rest);  // "m64n" -> "m64n128k32"
   Type take_type();                                         // fails if there is none
   Type take_type_if_any();
+  void need_type(Type type);
   // Takes modifiers that change speed and not results.
   void take_cache_hints();
-  Scope take_scope();                  // Scope::none if there is none
+  Scope take_scope();  // Scope::none if there is none
+  Scope need_scope();
   bool has_cache_policy = false;       // .L2::cache_hint: one more operand
   void finish(std::size_t arguments);  // no modifier left, this many operands
   void finish(std::size_t least, std::size_t most);
+  // Errors, which begin with "FILE:LINE: OPCODE: ". `what` says "ARGUMENT must be EXPECTED (got
+  // ACTUAL); REMEDY". The opcode shows its modifiers, so an error about them needs no ACTUAL.
   [[noreturn]] void fail(const std::string& what) const;
+  [[noreturn]] void fail_type(Type type) const;  // that this form does not take
+  [[noreturn]] void fail_modifier(const std::string& name) const;
+  [[noreturn]] void fail_operand(const Arg& arg, const std::string& expected,
+                                 const std::string& remedy = "") const;
   [[noreturn]] void fail_unknown(const std::string& name) const;
 
   // Operands.
@@ -67,6 +78,10 @@ class Decoder {
   Slot predicate_destination(const Arg& arg);
   Slot constant(std::uint64_t value, int bytes);
   std::uint64_t immediate(std::size_t i) const;  // fails unless it is an integer literal
+  void need_immediate(std::size_t i, std::uint64_t value) const;
+  // The elements of a vector, which must have `count`.
+  const std::vector<Arg>& vector(const Arg& arg, std::size_t count) const;
+  std::vector<Arg> vector_or_one(const Arg& arg, std::size_t count) const;  // {r} or r
   // [base + offset]. The caller handles any further elements of arg.args.
   Slot address(const Arg& arg, std::int64_t* offset, Space* space);
   bool is_register(const Arg& a) const { return a.kind == Arg::reg; }
@@ -107,6 +122,7 @@ class Decoder {
  private:
   void own_pointer(std::shared_ptr<void> p);
   Slot register_slot(const Arg& arg) const;
+  std::string describe(const Arg& arg) const;
   ProgramBuilder& builder_;
   const Function& function_;
   std::vector<std::string> modifiers_;

@@ -39,13 +39,14 @@ Variable Parser::variable_head(Linkage how) {
   const bool parameter = peek().is(".param") || peek().is(".reg");
   v.space = space_named(take_word());
   if (how == Linkage::common && v.space != Space::global)
-    fail_at(v.line, ".common variables must be .global");
+    fail_at(v.line, "a .common variable must be .global");
   bool aligned = false, pointee = false;
   while (peek().kind == Token::word && peek().text[0] == '.') {
     const std::string word = take_word();
     if (word == ".align") {
       const auto align = take_integer();
-      if (align == 0 || align > 4096 || (align & (align - 1)) != 0) fail("bad alignment");
+      if (align == 0 || align > 4096 || (align & (align - 1)) != 0)
+        fail("an alignment must be a power of two up to 4096 (got " + std::to_string(align) + ")");
       if (pointee) continue;  // after .ptr: of what the parameter points to
       v.align = align;
       aligned = true;
@@ -59,13 +60,14 @@ Variable Parser::variable_head(Linkage how) {
     } else if (word == ".attribute") {
       skip_attribute();
     } else {
-      if (v.type != Type::none) fail("a declaration with two types");
+      if (v.type != Type::none)
+        fail("a declaration must have one type (got a second, '" + word + "')");
       v.type = type_named(word.substr(1));
       if (v.type == Type::none) fail("unknown type '" + word + "'");
     }
   }
-  if (v.type == Type::none) fail("declaration without a type");
-  if (v.type == Type::pred) fail("predicates must be registers");
+  if (v.type == Type::none) fail("a declaration must have a type");
+  if (v.type == Type::pred) fail("a predicate must be a register");
   if (!aligned) v.align = static_cast<std::uint32_t>(element_bytes(v) * v.lanes);
   return v;
 }
@@ -74,7 +76,7 @@ Variable Parser::variable_head(Linkage how) {
 void Parser::skip_attribute() {
   expect('(');
   for (int depth = 1; depth > 0; take()) {
-    if (peek().kind == Token::end) fail("expected ')'");
+    if (peek().kind == Token::end) fail_token("')'");
     if (peek().is('(')) ++depth;
     if (peek().is(')')) --depth;
   }
@@ -86,14 +88,16 @@ void Parser::declarator(Variable& v, bool parameter) {
   std::uint64_t count = 1;
   while (accept('[')) {
     if (accept(']')) {
-      if (!v.dimensions.empty()) fail("only the first size of '" + v.name + "' may be left out");
+      if (!v.dimensions.empty())
+        fail("the sizes of '" + v.name + "' must be given, except for the first");
       v.dimensions.push_back(0);
       continue;
     }
     v.dimensions.push_back(take_integer());
-    if (v.dimensions.back() == 0 && v.dimensions.size() > 1) fail("an array of size 0");
+    if (v.dimensions.back() == 0 && v.dimensions.size() > 1)
+      fail("a size of '" + v.name + "' must be positive, except for the first");
     if (v.dimensions.back() != 0) count *= v.dimensions.back();
-    if (count > (1ull << 40)) fail("array too large");
+    if (count > (1ull << 40)) fail("'" + v.name + "' must have at most 2^40 elements");
     expect(']');
   }
   const bool unsized = !v.dimensions.empty() && v.dimensions[0] == 0;
@@ -101,8 +105,8 @@ void Parser::declarator(Variable& v, bool parameter) {
   v.bytes = unsized ? 0 : count * each;
   if (peek().is('=')) {
     if (v.space != Space::global && v.space != Space::constant)
-      fail("'" + v.name + "': only .global and .const variables take an initial value");
-    if (v.is_external()) fail("'" + v.name + "' is .extern and takes no initial value");
+      fail("'" + v.name + "' must be .global or .const to have an initial value");
+    if (v.is_external()) fail("'" + v.name + "' must have no initial value, as it is .extern");
     take();
     std::vector<std::uint64_t> counts = v.dimensions;
     if (v.lanes > 1) counts.push_back(static_cast<std::uint64_t>(v.lanes));
@@ -113,7 +117,7 @@ void Parser::declarator(Variable& v, bool parameter) {
     }
   }
   if (v.bytes == 0 && !parameter && !v.is_external())
-    fail_at(v.line, "'" + v.name + "' has no size, and is not .extern");
+    fail_at(v.line, "'" + v.name + "' must have a size, or be .extern");
 }
 
 // Braces nest like the array's dimensions. Elements that are left out are zero.
@@ -128,8 +132,8 @@ void Parser::initializer(Variable& v, const std::vector<std::uint64_t>& counts, 
   if (!peek().is('}')) {
     do {
       if (counts[level] != 0 && count == counts[level])
-        fail("more than " + std::to_string(count) + " elements in the initializer of '" + v.name +
-             "'");
+        fail("the initializer of '" + v.name + "' must have at most " + std::to_string(count) +
+             " elements here");
       initializer(v, counts, level + 1);
       ++count;
     } while (accept(','));
@@ -137,7 +141,8 @@ void Parser::initializer(Variable& v, const std::vector<std::uint64_t>& counts, 
   expect('}');
   // The outermost array is not padded: it may be huge, and mostly zero.
   if (level > 0) {
-    if (counts[level] * each > 1u << 28) fail("the initializer of '" + v.name + "' is too large");
+    if (counts[level] * each > 1u << 28)
+      fail("the initializer of '" + v.name + "' must have at most 2^28 bytes");
     v.initial.resize(begin + counts[level] * each);
   }
 }
@@ -152,7 +157,8 @@ void Parser::element(Variable& v) {
     int shift = 0;
     while (shift < 64 && mask.bits != 0xffull << shift) shift += 8;
     if (mask.kind != Arg::integer || shift == 64)
-      fail_at(line, "'" + text + "' selects not one byte of an address");
+      fail_at(line,
+              "the mask of an address must be 0xFF, shifted by whole bytes (got " + text + ")");
     expect('(');
     address_element(v, shift, 1);
     expect(')');
@@ -164,17 +170,18 @@ void Parser::element(Variable& v) {
     std::uint64_t bits = arg.bits;
     if (arg.kind == Arg::real) {
       if (!floating && !untyped)
-        fail_at(line, "a floating-point initial value of the integer variable '" + v.name + "'");
+        fail_at(line, "the initial values of '" + v.name + "' must be integers");
       bits = real_bits(arg, bytes == 8 ? Type::f64 : Type::f32);
     } else if (floating || v.type == Type::f16 || v.type == Type::bf16) {
-      fail_at(line, "an integer initial value of the floating-point variable '" + v.name + "'");
+      fail_at(line, "the initial values of '" + v.name + "' must be floating-point numbers");
     }
     for (int i = 0; i < bytes; ++i)
       v.initial.push_back(i < 8 ? static_cast<std::uint8_t>(bits >> (8 * i)) : 0);
   } else {
-    if (peek().kind != Token::word) fail("expected a value (got '" + peek().text + "')");
+    if (peek().kind != Token::word) fail_token("a value");
     if (bytes < 8)
-      fail("an address does not fit into an element of '" + v.name + "'; 0xFF(...) takes a byte");
+      fail("an element of '" + v.name +
+           "' must have 8 bytes to hold an address; 0xFF(...) takes a byte");
     address_element(v, 0, 8);
   }
 }
@@ -199,7 +206,7 @@ std::vector<Variable> Parser::parameters(bool declare) {
   expect('(');
   while (!accept(')')) {
     const bool reg = peek().is(".reg");
-    if (!peek().is(".param") && !reg) fail("expected a parameter");
+    if (!peek().is(".param") && !reg) fail_token(".param or .reg");
     Variable v = variable_head(Linkage::internal);
     declarator(v, true);
     if (reg) {
@@ -239,7 +246,8 @@ void Parser::registers() {
     if (accept('<')) {
       const std::uint32_t count = take_integer();
       expect('>');
-      if (count > 1000000) fail("too many registers");
+      if (count > 1000000)
+        fail("the number of registers must be at most 1000000 (got " + std::to_string(count) + ")");
       for (std::uint32_t i = 0; i < count; ++i)
         add_registers(name + std::to_string(i), type, lanes);
     } else {

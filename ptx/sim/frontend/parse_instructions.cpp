@@ -78,7 +78,7 @@ void Parser::location() {
     } else if (accept("inlined_at")) {
       for (int i = 0; i < 3; ++i) take_integer();
     } else {
-      fail("expected function_name or inlined_at (got '" + peek().text + "')");
+      fail_token("function_name or inlined_at");
     }
   }
 }
@@ -131,16 +131,17 @@ void Parser::instruction() {
     const std::string name = take_word();
     const std::uint32_t* reg = find(registers_, name);
     if (reg == nullptr) fail("unknown predicate '" + name + "'");
-    if (f.registers[*reg].type != Type::pred) fail("'" + name + "' is not a predicate");
+    if (f.registers[*reg].type != Type::pred)
+      fail("a guard must be a predicate (got '" + name + "')");
     ins.guard = static_cast<int>(*reg);
   }
   ins.opcode = take_word();
   ins.parts = split(ins.opcode, '.');
   in_call_ = ins.parts[0] == "call";
   while (!accept(';')) {
-    if (peek().kind == Token::end || peek().is('}')) fail("expected ';'");
+    if (peek().kind == Token::end || peek().is('}')) fail_token("';'");
     ins.args.push_back(operand());
-    if (!peek().is(';') && !accept(',')) fail("expected ',' or ';' (got '" + peek().text + "')");
+    if (!peek().is(';') && !accept(',')) fail_token("',' or ';'");
   }
   f.code.push_back(std::move(ins));
 }
@@ -161,9 +162,9 @@ Arg Parser::sequence(Arg::Kind kind, char close) {
   Arg arg;
   arg.kind = kind;
   while (!accept(close)) {
-    if (peek().kind == Token::end) fail(std::string("expected '") + close + "'");
+    if (peek().kind == Token::end) fail_token(std::string("'") + close + "'");
     arg.args.push_back(operand());
-    if (!peek().is(close) && !accept(',')) fail("expected ',' (got '" + peek().text + "')");
+    if (!peek().is(close) && !accept(',')) fail_token(std::string("',' or '") + close + "'");
   }
   return arg;
 }
@@ -195,7 +196,7 @@ Arg Parser::simple_operand() {
   if (peek().is('-') && peek(1).kind == Token::word && !peek(1).is("WARP_SZ")) {
     take();
     Arg arg = name_operand(take_word(), false);
-    if (arg.kind != Arg::reg) fail("only a register can be negated");
+    if (arg.kind != Arg::reg) fail("the operand after '-' must be a register or a number");
     arg.minus = true;
     return arg;
   }
@@ -244,7 +245,8 @@ Arg Parser::name_operand(const std::string& word, bool negate) {
   arg.kind = Arg::name;
   const std::string* unique = find(variables_, word);
   arg.text = unique != nullptr ? *unique : word;
-  if (peek().is('[')) fail("array indexing is not supported: write [" + word + "+n], n in bytes");
+  if (peek().is('['))
+    fail("an element of an array must be named by its address; write [" + word + "+n], n in bytes");
   arg.offset = displacement();
   return arg;
 }
@@ -255,7 +257,7 @@ std::int64_t Parser::displacement() {
   while (peek().is('+') || peek().is('-')) {
     const Token sign = take();
     const Arg value = constant_term();
-    if (value.kind != Arg::integer) fail_at(sign.line, "expected an integer offset");
+    if (value.kind != Arg::integer) fail_at(sign.line, "an offset must be an integer");
     total += sign.is('-') ? ~value.bits + 1 : value.bits;
   }
   return static_cast<std::int64_t>(total);

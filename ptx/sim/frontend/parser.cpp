@@ -20,12 +20,12 @@ ParsedModule Parser::run() {
 void Parser::top_level() {
   const Token token = peek();
   if (accept(".version")) {
-    if (peek().kind != Token::number) fail("expected a version such as 8.8");
+    if (peek().kind != Token::number) fail_token("a version such as 8.8");
     take();
   } else if (token.is(".target")) {
     target_directive();
   } else if (accept(".address_size")) {
-    if (take_integer() != 64) fail_at(token.line, "only 64-bit PTX is supported");
+    if (take_integer() != 64) fail_at(token.line, ".address_size must be 64");
   } else if (token.is(".file")) {
     file_directive();
   } else if (token.is(".section")) {
@@ -48,7 +48,7 @@ void Parser::top_level() {
       fail("unknown directive '" + next.text + "'");
     }
   } else {
-    fail("unexpected '" + token.text + "' outside a function");
+    fail_token("a directive, outside a function");
   }
 }
 
@@ -74,9 +74,11 @@ void Parser::target_directive() {
 void Parser::file_directive() {
   const std::uint32_t line = take().line;
   const std::uint32_t number = take_integer();
-  if (number > 100000) fail_at(line, "file number out of range");
+  if (number > 100000)
+    fail_at(line,
+            "the number of a file must be at most 100000 (got " + std::to_string(number) + ")");
   if (module_.files.size() <= number) module_.files.resize(number + 1);
-  if (peek().kind != Token::string) fail("expected a file name");
+  if (peek().kind != Token::string) fail_token("a file name in quotes");
   module_.files[number] = take().text;
   while (accept(',')) constant_integer();
 }
@@ -85,12 +87,12 @@ void Parser::file_directive() {
 void Parser::section() {
   take();
   while (!peek().is('{')) {
-    if (peek().kind == Token::end) fail("expected '{' after .section");
+    if (peek().kind == Token::end) fail_token("'{'");
     take();
   }
   int depth = 0;
   do {
-    if (peek().kind == Token::end) fail("section without an end");
+    if (peek().kind == Token::end) fail_token("'}', the end of the section");
     if (peek().is('{')) ++depth;
     if (peek().is('}')) --depth;
     take();
@@ -101,7 +103,7 @@ void Parser::section() {
 void Parser::pragma() {
   take();
   do {
-    if (peek().kind != Token::string) fail("expected a string after .pragma");
+    if (peek().kind != Token::string) fail_token("a string");
     take();
   } while (accept(','));
   expect(';');

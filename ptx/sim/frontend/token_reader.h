@@ -21,6 +21,11 @@ class TokenReader {
   [[noreturn]] void fail_at(std::uint32_t line, const std::string& what) const {
     throw PtxError(name_, line, what);
   }
+  // Fails at the next token.
+  [[noreturn]] void fail_token(const std::string& expected) const {
+    fail("the next token must be " + expected + " (got " +
+         (peek().kind == Token::end ? "the end of the text" : "'" + peek().text + "'") + ")");
+  }
   const Token& peek(std::size_t ahead = 0) const {
     const std::size_t i = at_ + ahead;
     return tokens_[i < tokens_.size() ? i : tokens_.size() - 1];
@@ -41,15 +46,15 @@ class TokenReader {
     return true;
   }
   void expect(char c) {
-    if (!accept(c)) fail(std::string("expected '") + c + "' (got '" + peek().text + "')");
+    if (!accept(c)) fail_token(std::string("'") + c + "'");
   }
   std::string take_word() {
-    if (peek().kind != Token::word) fail("expected a name (got '" + peek().text + "')");
+    if (peek().kind != Token::word) fail_token("a name");
     return take().text;
   }
   void skip_to_semicolon() {
     while (!peek().is(';')) {
-      if (peek().kind == Token::end) fail("expected ';'");
+      if (peek().kind == Token::end) fail_token("';'");
       ++at_;
     }
     ++at_;

@@ -145,22 +145,24 @@ void decode_atomic(Decoder& d) {
   a.type = d.take_type();
   if (a.type == Type::b128) {  // a .b128 register is two halves
     if (a.elements > 1 || (!a.exchange && !a.compare_and_swap))
-      d.fail(".b128 is for .exch and .cas alone");
+      d.fail("the operation on .b128 must be .exch or .cas, and not on a vector");
     a.type = Type::b64;
     a.elements = 2;
   }
   if ((a.type == Type::f32 || a.type == Type::f64) && a.reduction.op != ReduceOp::add &&
       a.reduction.op != ReduceOp::none)
-    d.fail(".f32 and .f64 have no reduction but .add");
+    d.fail("the operation on .f32 and .f64 must be .add, .exch or .cas");
   a.bytes = static_cast<U32>(size_of(a.type));
-  if (a.bytes < 2 || a.bytes > 8 || a.bytes * a.elements > 16) d.fail("unsupported size");
+  if (a.bytes < 2 || a.bytes > 8 || a.bytes * a.elements > 16) {
+    d.fail("an element must have 2 to 8 bytes, and all elements at most 16 (got " +
+           std::to_string(a.elements) + " of " + std::to_string(a.bytes) + " bytes)");
+  }
   std::size_t k = red ? 0 : 1;
   const std::size_t sources = a.compare_and_swap ? 2 : 1;
   d.finish(k + 1 + sources + (d.has_cache_policy ? 1 : 0));
   const auto each = [&](const Arg& arg, auto&& add) {
     if (a.elements == 1) return add(arg);
-    if (arg.kind != Arg::vector || arg.args.size() != a.elements) d.fail("bad vector");
-    for (const Arg& element : arg.args) add(element);
+    for (const Arg& element : d.vector(arg, a.elements)) add(element);
   };
   if (!red) {
     if (d.arg(0).kind == Arg::sink)

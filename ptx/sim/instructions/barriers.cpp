@@ -115,7 +115,7 @@ void decode_bar(Decoder& d) {
   std::string op;
   if (red) op = d.take_one_of({"and", "or", "popc"});
   const bool arrive = !red && d.take("arrive");
-  if (!red && !arrive && !d.take("sync")) d.fail("unknown form");
+  if (!red && !arrive) d.need_one_of({"sync", "arrive", "red", "warp", "cluster"});
   d.out.aligned = d.take("aligned") || bar;
   if (red) d.take_type();
   d.keep(arrive ? kArrive : !red ? kSync : op == "and" ? kRedAnd : op == "or" ? kRedOr : kRedPopc);
@@ -131,8 +131,9 @@ void decode_bar(Decoder& d) {
   if (rest == 1)
     d.out.s[1] = d.source(k, Type::u32);
   else if (rest != 0)
-    d.fail("too many operands");
-  if (arrive && rest != 1) d.fail("arrive needs a thread count");
+    d.fail("the operands must be [d,] barrier [, threads] [, predicate] (got " +
+           std::to_string(d.count()) + " operands)");
+  if (arrive && rest != 1) d.fail("the operands of .arrive must be a barrier and a thread count");
   if (!arrive) d.out.traits.wait = Wait::barrier;
   d.out.traits.describe_wait = describe_barrier;
   d.out.execute = barrier;
@@ -201,8 +202,7 @@ std::string describe_cluster_barrier(Warp& w, const Group&) {
 
 void decode_cluster_barrier(Decoder& d) {
   d.is(OpClass::cluster_barrier);
-  const bool arrive = d.take("arrive");
-  if (!arrive && !d.take("wait")) d.fail("expected .arrive or .wait");
+  const bool arrive = d.need_one_of({"arrive", "wait"}) == "arrive";
   d.keep(ClusterArrival{d.take("relaxed")});
   d.take(arrive ? "release" : "acquire");
   d.out.aligned = d.take("aligned");

@@ -50,7 +50,7 @@ struct Permute {
 };
 
 void decode_prmt(Decoder& d) {
-  if (d.take_type() != Type::b32) d.fail("expected .b32");
+  d.need_type(Type::b32);
   const std::string mode = d.take_one_of({"f4e", "b4e", "rc8", "ecl", "ecr", "rc16"});
   d.finish(4);
   d.keep(mode.empty()    ? kIndex
@@ -110,7 +110,7 @@ void decode_bfe(Decoder& d) {
       d.out.execute = map3<S64, S64, U32, U32, Bfe>;
       break;
     default:
-      d.fail("not for this type");
+      d.fail_type(type);
   }
 }
 
@@ -273,7 +273,7 @@ void decode_count(Decoder& d) {
         d.out.execute = shift ? map1<U32, S64, BfindShift> : map1<U32, S64, Bfind>;
         break;
       default:
-        d.fail("not for this type");
+        d.fail_type(type);
     }
     return;
   }

@@ -235,8 +235,8 @@ void decode_async_store(Decoder& d, bool reduce) {
   d.take("weak");
   d.take("relaxed");
   d.take("cluster");
-  if (!d.take("shared::cluster")) d.fail("expected .shared::cluster");
-  if (!d.take("mbarrier::complete_tx::bytes")) d.fail("expected .mbarrier::complete_tx::bytes");
+  d.need({"shared::cluster"});
+  d.need({"mbarrier::complete_tx::bytes"});
   AsyncStore t{};
   t.elements = d.take("v2") ? 2 : d.take("v4") ? 4 : 1;
   Type type;
@@ -247,7 +247,7 @@ void decode_async_store(Decoder& d, bool reduce) {
     type = d.take_type();
   }
   t.bytes = static_cast<U32>(size_of(type));
-  if (t.bytes < 4) d.fail("expected a 32- or 64-bit type");
+  if (t.bytes < 4) d.fail_type(type);
   d.finish(3);
   Space space = Space::shared_cluster;
   d.out.s[0] = d.address(d.arg(0), &d.out.offset, &space);
@@ -255,8 +255,7 @@ void decode_async_store(Decoder& d, bool reduce) {
   if (t.elements == 1 && value.kind != Arg::vector) {
     d.out.list.push_back(d.source(value, type));
   } else {
-    if (value.kind != Arg::vector || value.args.size() != t.elements) d.fail("bad vector");
-    for (const Arg& a : value.args) d.out.list.push_back(d.source(a, type));
+    for (const Arg& a : d.vector(value, t.elements)) d.out.list.push_back(d.source(a, type));
   }
   t.barrier = d.address(d.arg(2), &t.barrier_offset, &space);
   d.is(OpClass::async_store);
@@ -301,16 +300,23 @@ void decode_bulk(Decoder& d, bool reduce) {
     if (part == "global" || part == "shared::cta" || part == "shared::cluster")
       spaces.push_back(part);
   }
-  if (spaces.size() != 2) d.fail("expected a destination and a source space");
+  if (spaces.size() != 2) {
+    d.fail("the modifiers must include a destination's and a source's state space (got " +
+           std::to_string(spaces.size()) + ")");
+  }
   for (const std::string& s : spaces) d.take(s.c_str());
   c.to_global = spaces[0] == "global";
   c.from_global = spaces[1] == "global";
   c.own_cta_only = spaces[0] == "shared::cta";
-  if (spaces[1] == "shared::cluster" || (c.to_global && c.from_global)) d.fail("bad state spaces");
+  if (spaces[1] == "shared::cluster" || (c.to_global && c.from_global)) {
+    d.fail(
+        "a copy must be between global and shared memory, from .shared::cta if from shared (got ." +
+        spaces[0] + "." + spaces[1] + ")");
+  }
   if (c.to_global) {
-    if (!d.take("bulk_group")) d.fail("expected .bulk_group");
+    d.need({"bulk_group"});
   } else {
-    if (!d.take("mbarrier::complete_tx::bytes")) d.fail("expected .mbarrier::complete_tx::bytes");
+    d.need({"mbarrier::complete_tx::bytes"});
     c.multicast = d.take("multicast::cluster");
   }
   if (reduce) c.reduction = take_reduction(d, true);

@@ -221,11 +221,10 @@ void take_result_and_predicate(Decoder& d) {
 
 void decode_shfl(Decoder& d) {
   const bool sync = d.take("sync");
-  const std::string mode = d.take_one_of({"up", "down", "bfly", "idx"});
-  if (mode.empty()) d.fail("no mode");
-  if (d.take_type() != Type::b32) d.fail("expected .b32");
+  const std::string mode = d.need_one_of({"up", "down", "bfly", "idx"});
+  d.need_type(Type::b32);
   d.finish(sync ? 5 : 4);
-  if (!sync) d.fail("shfl without .sync was removed in PTX 6.4");
+  if (!sync) d.fail("the modifiers must include .sync; PTX 6.4 removed shfl without it");
   d.keep(mode == "up" ? kUp : mode == "down" ? kDown : mode == "bfly" ? kBfly : kIdx);
   take_result_and_predicate(d);
   for (std::size_t k = 0; k < kMembers; ++k) d.out.s[k] = d.source(k + 1, Type::b32);
@@ -257,9 +256,8 @@ void vote(Warp& w, const Meeting& m) {
 }
 
 void decode_vote(Decoder& d) {
-  if (!d.take("sync")) d.fail("vote without .sync was removed in PTX 6.4");
-  const std::string name = d.take_one_of({"all", "any", "uni", "ballot"});
-  if (name.empty()) d.fail("no mode");
+  if (!d.take("sync")) d.fail("the modifiers must include .sync; PTX 6.4 removed vote without it");
+  const std::string name = d.need_one_of({"all", "any", "uni", "ballot"});
   const Type type = d.take_type();
   d.finish(3);
   const VoteMode mode = name == "all"   ? kAll
@@ -267,7 +265,7 @@ void decode_vote(Decoder& d) {
                         : name == "uni" ? kUni
                                         : kBallot;
   d.keep(mode);
-  if ((type == Type::b32) != (mode == kBallot)) d.fail("bad type");
+  if (type != (mode == kBallot ? Type::b32 : Type::pred)) d.fail_type(type);
   d.out.d = mode == kBallot ? d.destination(0, 4) : d.predicate_destination(d.arg(0));
   d.out.s[0] = d.predicate(1);
   set_collective(d, d.arg(2), collective<vote, VoteMode>);
@@ -309,10 +307,9 @@ void match(Warp& w, const Meeting& m) {
 }
 
 void decode_match(Decoder& d) {
-  const bool all = d.take("all");
-  if (!all && !d.take("any")) d.fail("expected .any or .all");
+  const bool all = d.need_one_of({"any", "all"}) == "all";
   d.keep(all ? MatchMode::all : MatchMode::any);
-  if (!d.take("sync")) d.fail("expected .sync");
+  d.need({"sync"});
   const Type type = d.take_type();
   d.finish(3);
   take_result_and_predicate(d);
@@ -357,13 +354,13 @@ struct Max {
 };
 
 void decode_redux(Decoder& d) {
-  if (!d.take("sync")) d.fail("expected .sync");
-  const std::string op = d.take_one_of({"add", "min", "max", "and", "or", "xor"});
+  d.need({"sync"});
+  const std::string op = d.need_one_of({"add", "min", "max", "and", "or", "xor"});
   const Type type = d.take_type();
   d.finish(3);
   d.out.d = d.destination(0, 4);
   d.out.s[0] = d.source(1, type);
-  if (size_of(type) != 4 || type == Type::f32) d.fail("not for this type");
+  if (size_of(type) != 4 || type == Type::f32) d.fail_type(type);
   const bool sign = is_signed(type);
   Execute execute = nullptr;
   if (op == "add")
@@ -376,10 +373,8 @@ void decode_redux(Decoder& d) {
     execute = collective<reduce<U32, Xor>>;
   else if (op == "min")
     execute = sign ? collective<reduce<S32, Min>> : collective<reduce<U32, Min>>;
-  else if (op == "max")
-    execute = sign ? collective<reduce<S32, Max>> : collective<reduce<U32, Max>>;
   else
-    d.fail("no operation");
+    execute = sign ? collective<reduce<S32, Max>> : collective<reduce<U32, Max>>;
   set_collective(d, d.arg(2), execute);
 }
 
@@ -395,10 +390,10 @@ void elect(Warp& w, const Meeting& m) {
 }
 
 void decode_elect(Decoder& d) {
-  if (!d.take("sync")) d.fail("expected .sync");
+  d.need({"sync"});
   d.finish(2);
   const Arg& to = d.arg(0);
-  if (to.kind != Arg::pair) d.fail("expected d|p");
+  if (to.kind != Arg::pair) d.fail_operand(to, "a pair of registers \'d|p\'");
   d.out.d = d.destination(to.args[0], 4);
   d.out.d2 = d.predicate_destination(to.args[1]);
   set_collective(d, d.arg(1), collective<elect>);
@@ -412,7 +407,7 @@ void warp_barrier(Warp& w, const Meeting& m) {
 }  // namespace
 
 void decode_warp_barrier(Decoder& d) {
-  if (!d.take("sync")) d.fail("expected .sync");
+  d.need({"sync"});
   d.finish(1);
   d.is(OpClass::warp);
   set_collective(d, d.arg(0), collective<warp_barrier>);

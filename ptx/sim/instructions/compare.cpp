@@ -209,10 +209,8 @@ Execute comparison_of(Type type, const std::string& op, bool to_register) {
 }
 
 std::string take_comparison(Decoder& d) {
-  const std::string op = d.take_one_of({"eq", "ne", "lt", "le", "gt", "ge", "lo", "ls", "hi", "hs",
-                                        "equ", "neu", "ltu", "leu", "gtu", "geu", "num", "nan"});
-  if (op.empty()) d.fail("no comparison");
-  return op;
+  return d.need_one_of({"eq", "ne", "lt", "le", "gt", "ge", "lo", "ls", "hi", "hs", "equ", "neu",
+                        "ltu", "leu", "gtu", "geu", "num", "nan"});
 }
 Comparison take_form(Decoder& d) {
   Comparison form;
@@ -314,7 +312,7 @@ void decode_setp(Decoder& d) {
   d.out.execute = type == Type::f16x2    ? pair_comparison<AsF16>(op, false)
                   : type == Type::bf16x2 ? pair_comparison<AsBf16>(op, false)
                                          : comparison_of(type, op, false);
-  if (d.out.execute == nullptr) d.fail("no such comparison for this type");
+  if (d.out.execute == nullptr) d.fail_type(type);
   if (type == Type::f64) d.is(OpClass::fp64);
 }
 
@@ -336,11 +334,13 @@ void decode_set(Decoder& d) {
                : size_of(result) == 4                           ? 0xffffffff
                                                                 : ~U64{0};
   d.keep(form);
-  if (halves && size_of(result) != 4) d.fail("the result must have two halves");
+  if (halves && size_of(result) != 4)
+    d.fail("the first type must have 32 bits, for two halves (got ." +
+           std::string(name_of(result)) + ")");
   d.out.execute = type == Type::f16x2    ? pair_comparison<AsF16>(op, true)
                   : type == Type::bf16x2 ? pair_comparison<AsBf16>(op, true)
                                          : comparison_of(type, op, true);
-  if (d.out.execute == nullptr) d.fail("no such comparison for this type");
+  if (d.out.execute == nullptr) d.fail_type(type);
   if (type == Type::f64) d.is(OpClass::fp64);
 }
 
@@ -383,8 +383,7 @@ Step test_float(Warp& w, const Instruction& i, U32 mask) {
 
 void decode_testp(Decoder& d) {
   const std::string property =
-      d.take_one_of({"finite", "infinite", "number", "notanumber", "normal", "subnormal"});
-  if (property.empty()) d.fail("no property");
+      d.need_one_of({"finite", "infinite", "number", "notanumber", "normal", "subnormal"});
   const Type type = d.take_type();
   d.finish(2);
   d.out.d = d.predicate_destination(d.arg(0));

@@ -40,7 +40,7 @@ Step brx(Warp& w, const Instruction& i, U32 mask) {
 }
 
 void decode_brx(Decoder& d) {
-  if (!d.take("idx")) d.fail("expected .idx");
+  d.need({"idx"});
   d.take("uni");
   d.finish(2);
   d.out.s[0] = d.source(0, Type::u32);

@@ -309,9 +309,9 @@ bool is_pair(Type t) {
 }
 
 void decode_pack(Decoder& d) {
-  if (!d.take("sat")) d.fail("expected .sat");
+  d.need({"sat"});
   const std::string to = d.take_first_of({"u16", "s16", "u8", "s8", "u4", "s4", "u2", "s2"});
-  if (to.empty()) d.fail("expected a result of 2 to 16 bits");
+  if (to.empty()) d.fail("the first type must be .u16, .s16, .u8, .s8, .u4, .s4, .u2 or .s2");
   const int bits = std::stoi(to.substr(1));
   const Type from = d.take_type();
   const bool more = d.take_type_if_any() != Type::none;  // .b32: a third operand, placed above
@@ -320,7 +320,8 @@ void decode_pack(Decoder& d) {
   d.out.s[0] = d.source(1, from);
   d.out.s[1] = d.source(2, from);
   d.out.s[2] = more ? d.source(3, Type::b32) : d.constant(0, 4);
-  if (bits < 8 && !more) d.fail("a result of less than 8 bits needs a third operand");
+  if (bits < 8 && !more)
+    d.fail("the last type must be .b32, that of a third source, if a result has less than 8 bits");
   d.keep(PackIntegers{bits, to[0] == 's', from});
   d.out.execute = pack_integers;
 }
@@ -354,7 +355,8 @@ void decode_cvt(Decoder& d) {
   }
   d.finish(2);
   if (is_pair(c.to) || is_pair(c.from)) {
-    if (!is_pair(c.to) || !is_pair(c.from)) d.fail("not supported");
+    if (!is_pair(c.to)) d.fail_type(c.to);
+    if (!is_pair(c.from)) d.fail_type(c.from);
     d.out.d = d.destination(0, size_of(c.to));
     d.out.s[0] = d.source(1, c.from);
     d.keep(c);
@@ -362,7 +364,7 @@ void decode_cvt(Decoder& d) {
     return;
   }
   if (!is_float(c.to) && is_float(c.from) && !c.integral)
-    d.fail("float to integer needs a rounding to integer");
+    d.need_one_of({"rni", "rzi", "rmi", "rpi"});
   d.out.d = d.destination_at_least(d.arg(0), size_of(c.to));
   d.out.s[0] = d.source_at_least(d.arg(1), c.from);
   d.keep(c);

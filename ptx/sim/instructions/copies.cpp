@@ -87,10 +87,9 @@ Step copy(Warp& w, const Instruction& i, U32 mask) {
 
 void decode_copy(Decoder& d) {
   AsyncCopy c;
-  const bool cg = d.take("cg");
-  if (!cg && !d.take("ca")) d.fail("expected .ca or .cg");
-  if (!d.take("global")) d.fail("expected .global");
-  if (!d.take("shared") && !d.take("shared::cta")) d.fail("expected .shared");
+  const bool cg = d.need_one_of({"ca", "cg"}) == "cg";
+  d.need({"global"});
+  d.need_one_of({"shared", "shared::cta"});
   d.take_cache_hints();
   const std::size_t extra = d.has_cache_policy ? 1 : 0;
   d.finish(3, 4 + extra);
@@ -99,7 +98,9 @@ void decode_copy(Decoder& d) {
   space = Space::global;
   c.from = d.address(d.arg(1), &c.from_offset, &space);
   c.bytes = static_cast<U32>(d.immediate(2));
-  if (c.bytes != 16 && (cg || (c.bytes != 4 && c.bytes != 8))) d.fail("bad cp-size");
+  if (c.bytes != 16 && (cg || (c.bytes != 4 && c.bytes != 8)))
+    d.fail("operand 3 must be " + std::string(cg ? "16" : "4, 8 or 16") + " (got " +
+           std::to_string(c.bytes) + ")");
   if (d.count() > 3 + extra) {
     const Arg& a = d.arg(3);
     if (d.register_type(a) == Type::pred) {
@@ -201,10 +202,10 @@ Step arrive_later(Warp& w, const Instruction& i, U32 mask) {
 }
 
 void decode_arrive(Decoder& d) {
-  if (!d.take("arrive")) d.fail("expected .arrive");
+  d.need({"arrive"});
   const bool counted = d.take("noinc");
   Space space = d.take_space();
-  if (d.take_type() != Type::b64) d.fail("expected .b64");
+  d.need_type(Type::b64);
   d.finish(1);
   d.keep(Arrival{space, counted});
   d.out.s[0] = d.address(d.arg(0), &d.out.offset, &space);
@@ -223,12 +224,12 @@ void set_wait(Decoder& d) {
 
 void decode_cp(Decoder& d) {
   const bool reduce = d.take("reduce");
-  if (!d.take("async")) d.fail("expected .async");
+  d.need({"async"});
   if (d.take("bulk")) {
     if (d.take("tensor")) return decode_bulk_tensor(d, reduce);
     return decode_bulk(d, reduce);
   }
-  if (reduce) d.fail("unknown form");
+  if (reduce) d.need({"bulk"});
   if (d.take("commit_group")) {
     d.finish(0);
     d.is(OpClass::async_group);

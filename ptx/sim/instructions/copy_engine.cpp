@@ -68,8 +68,7 @@ void reduce_as(ReduceOp op, std::uint8_t* to, const std::uint8_t* from, std::siz
 
 Reduction take_reduction(Decoder& d, bool with_type) {
   Reduction r;
-  const std::string op = d.take_one_of({"add", "min", "max", "inc", "dec", "and", "or", "xor"});
-  if (op.empty()) d.fail("no reduction");
+  const std::string op = d.need_one_of({"add", "min", "max", "inc", "dec", "and", "or", "xor"});
   r.op = op == "add"   ? ReduceOp::add
          : op == "min" ? ReduceOp::min
          : op == "max" ? ReduceOp::max

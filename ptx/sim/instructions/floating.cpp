@@ -348,7 +348,7 @@ void take_modes(Decoder& d, Modes* modes) {
 }
 
 void operands(Decoder& d, const Modes& modes, Type type, std::size_t sources, Execute execute) {
-  if (execute == nullptr) d.fail("not for this type");
+  if (execute == nullptr) d.fail_type(type);
   d.keep(modes);
   d.finish(1 + sources);
   d.out.d = d.destination(0, size_of(type));
@@ -371,15 +371,15 @@ void decode_float_arithmetic(Decoder& d, Type type) {
   const bool rounded = take_rounding(d, &modes);
   take_modes(d, &modes);
   const bool full = d.take("full"), approximate = d.take("approx");
-  if ((full || approximate) && op != "div") d.fail("no approximate form");
+  if ((full || approximate) && op != "div") d.fail_modifier(full ? "full" : "approx");
   if (op == "min" || op == "max") {
     modes.nan = d.take("NaN");
     modes.xorsign = d.take("xorsign");
     modes.abs = d.take("abs");
-    if (modes.xorsign && !modes.abs) d.fail(".xorsign needs .abs");
+    if (modes.xorsign && !modes.abs) d.fail("the modifiers must include .abs after .xorsign");
   }
   if (type == Type::f32) {
-    if (modes.relu) d.fail("unknown modifier '.relu'");
+    if (modes.relu) d.fail_modifier("relu");
     const bool plain = modes.rounding == Rounding::nearest_even && !modes.ftz && !modes.sat;
     if (op == "add")
       return operands(d, modes, type, 2,
@@ -396,7 +396,7 @@ void decode_float_arithmetic(Decoder& d, Type type) {
     }
     if (op == "div") {
       if (rounded + full + approximate != 1)
-        d.fail("expected .approx, .full or a rounding (.rn, .rz, .rm, .rp)");
+        d.fail("the modifiers must include one of .approx, .full, .rn, .rz, .rm and .rp");
       return operands(d, modes, type, 2,
                       approximate ? f32_form<ApproximateDiv32>() : f32_form<Div32>());
     }
@@ -410,7 +410,8 @@ void decode_float_arithmetic(Decoder& d, Type type) {
     if (op == "abs") return operands(d, modes, type, 1, f32_form<Abs32>());
     if (op == "copysign") return operands(d, modes, type, 2, f32_form<CopySign32>());
   } else {
-    if (modes.rounding != Rounding::nearest_even) d.fail("only .rn");
+    if (modes.rounding != Rounding::nearest_even)
+      d.fail("the rounding must be .rn for a type other than .f32 and .f64");
     if (op == "add") return operands(d, modes, type, 2, half_form<HAdd>(type));
     if (op == "sub") return operands(d, modes, type, 2, half_form<HSub>(type));
     if (op == "mul") return operands(d, modes, type, 2, half_form<HMul>(type));
@@ -420,7 +421,7 @@ void decode_float_arithmetic(Decoder& d, Type type) {
     if (op == "neg") return operands(d, modes, type, 1, sign_form<HSign<0xffff, 0x8000>>(type));
     if (op == "abs") return operands(d, modes, type, 1, sign_form<HSign<0x7fff, 0>>(type));
   }
-  d.fail("not for this type");
+  d.fail_type(type);
 }
 
 namespace {
@@ -436,22 +437,22 @@ void decode_root(Decoder& d) {  // rcp, sqrt, rsqrt
   const bool approximate = d.take("approx");
   Modes modes;
   if (approximate == take_rounding(d, &modes))
-    d.fail("expected .approx or a rounding (.rn, .rz, .rm, .rp)");
-  if (!approximate && d.opcode() == "rsqrt") d.fail("expected .approx");
+    d.fail("the modifiers must include one of .approx, .rn, .rz, .rm and .rp");
+  if (!approximate && d.opcode() == "rsqrt") d.need({"approx"});
   take_modes(d, &modes);
-  if (type != Type::f32) d.fail("not for this type");
+  if (type != Type::f32) d.fail_type(type);
   operands(d, modes, type, 1, f32_form<F>());  // correctly rounded is within any documented error
 }
 
 template <class F, class H>
 void decode_approximate(Decoder& d) {
-  if (!d.take("approx")) d.fail("expected .approx");
+  d.need({"approx"});
   Modes modes;
   take_modes(d, &modes);
   const Type type = d.take_type();
   if (type == Type::f32) return operands(d, modes, type, 1, f32_form<F>());
   if constexpr (!std::is_same_v<H, void>) return operands(d, modes, type, 1, half_form<H>(type));
-  d.fail("not for this type");
+  d.fail_type(type);
 }
 
 }  // namespace

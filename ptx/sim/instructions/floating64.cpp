@@ -117,13 +117,13 @@ void decode_f64_arithmetic(Decoder& d) {
   if (op == "mul") return operands(d, 2, rounded<Mul>);
   if (op == "div") return operands(d, 2, rounded<Div>);
   if (op == "fma" || op == "mad") return operands(d, 3, rounded<Fma>);
-  if (!rounding.empty()) d.fail("unknown modifier '." + rounding + "'");
+  if (!rounding.empty()) d.fail_modifier(rounding);
   if (op == "min") return operands(d, 2, map2<D, D, D, MinMax<false>>);
   if (op == "max") return operands(d, 2, map2<D, D, D, MinMax<true>>);
   if (op == "neg") return operands(d, 1, map1<D, D, Neg>);
   if (op == "abs") return operands(d, 1, map1<D, D, Abs>);
   if (op == "copysign") return operands(d, 2, map2<D, D, D, CopySign>);
-  d.fail("not for .f64");
+  d.fail_type(Type::f64);
 }
 
 void decode_f64_root(Decoder& d) {
@@ -133,10 +133,12 @@ void decode_f64_root(Decoder& d) {
     const bool upper = d.take("ftz");
     if (op == "rcp" && upper) return operands(d, 1, map1<D, D, GrossRcp>);
     if (op == "rsqrt") return operands(d, 1, upper ? map1<D, D, GrossRsqrt> : map1<D, D, Rsqrt>);
-    d.fail("no such approximate form for .f64");
+    if (op == "rcp") d.need({"ftz"});
+    d.fail_modifier("approx");
   }
   const std::string rounding = d.take_one_of({"rn", "rz", "rm", "rp"});
-  if (rounding.empty() || op == "rsqrt") d.fail("expected a rounding (.rn, .rz, .rm, .rp)");
+  if (op == "rsqrt") d.need({"approx"});
+  if (rounding.empty()) d.need_one_of({"rn", "rz", "rm", "rp"});
   d.keep(RoundingMode{rounding_mode(rounding)});
   operands(d, 1, op == "rcp" ? rounded<Rcp> : rounded<Sqrt>);
 }

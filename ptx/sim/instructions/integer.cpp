@@ -265,7 +265,7 @@ Execute unary_signed(Type t) {
 }
 
 void set_binary(Decoder& d, Type type, Execute execute) {
-  if (execute == nullptr) d.fail("not for this type");
+  if (execute == nullptr) d.fail_type(type);
   d.finish(3);
   d.out.d = d.destination(0, size_of(type));
   d.out.s[0] = d.source(1, type);
@@ -274,7 +274,7 @@ void set_binary(Decoder& d, Type type, Execute execute) {
 }
 
 void set_ternary(Decoder& d, Type type, Execute execute) {
-  if (execute == nullptr) d.fail("not for this type");
+  if (execute == nullptr) d.fail_type(type);
   d.finish(4);
   d.out.d = d.destination(0, size_of(type));
   for (std::size_t k = 0; k < 3; ++k) d.out.s[k] = d.source(k + 1, type);
@@ -388,14 +388,14 @@ void decode_mul(Decoder& d) {
   const bool lo = d.take("lo"), hi = d.take("hi"), wide = d.take("wide");
   const Type type = d.take_type();
   if (!is_integer(type)) {
-    if (lo || hi || wide) d.fail("not for this type");
+    if (lo || hi || wide) d.fail_type(type);
     return decode_float_arithmetic(d, type);
   }
-  if (lo + hi + wide != 1) d.fail("expected one of .lo, .hi, .wide");
+  if (lo + hi + wide != 1) d.fail("the modifiers must include one of .lo, .hi and .wide");
   if (!wide) return set_binary(d, type, lo ? binary<MulLow>(type) : binary<MulHigh>(type));
   d.finish(3);
   const int bytes = size_of(type);
-  if (bytes > 4) d.fail(".wide needs a 16- or 32-bit type");
+  if (bytes > 4) d.fail_type(type);
   d.out.d = d.destination(0, 2 * bytes);
   d.out.s[0] = d.source(1, type);
   d.out.s[1] = d.source(2, type);
@@ -413,16 +413,17 @@ void decode_mad(Decoder& d) {
   const bool saturate = hi && !use && !set && d.take("sat");
   const Type type = d.take_type();
   if (!is_integer(type)) {
-    if (lo || hi || wide || set || use) d.fail("not for this type");
+    if (lo || hi || wide || set || use) d.fail_type(type);
     return decode_float_arithmetic(d, type);
   }
-  if (lo + hi + wide != 1) d.fail("expected one of .lo, .hi, .wide");
+  if (lo + hi + wide != 1) d.fail("the modifiers must include one of .lo, .hi and .wide");
   d.finish(4);
   const int bytes = size_of(type);
   d.out.s[0] = d.source(1, type);
   d.out.s[1] = d.source(2, type);
   if (wide) {
-    if (bytes > 4 || set || use) d.fail("bad .wide form");
+    if (bytes > 4) d.fail_type(type);
+    if (set || use) d.fail("the modifiers must include .lo or .hi with a carry");
     const Type wide_type = bytes == 4 ? Type::u64 : Type::u32;
     d.out.d = d.destination(0, 2 * bytes);
     d.out.s[2] = d.source(3, wide_type);
@@ -450,11 +451,11 @@ void decode_mad(Decoder& d) {
                                         : pick_high(std::int64_t{});
     return;
   }
-  if (saturate && type != Type::s32) d.fail(".sat needs .s32");
+  if (saturate && type != Type::s32) d.fail_type(type);
   d.out.execute = saturate ? saturated<MulHigh>
                   : lo     ? ternary<MadLow>(type)
                            : ternary<MadHigh>(type);
-  if (d.out.execute == nullptr) d.fail("not for this type");
+  if (d.out.execute == nullptr) d.fail_type(type);
 }
 
 template <class F, bool floats>
@@ -478,7 +479,7 @@ void decode_signed_unary(Decoder& d) {
   const Type type = d.take_type();
   if (!is_integer(type)) return decode_float_arithmetic(d, type);
   d.out.execute = unary_signed<F>(type);
-  if (d.out.execute == nullptr) d.fail("not for this type");
+  if (d.out.execute == nullptr) d.fail_type(type);
   d.finish(2);
   d.out.d = d.destination(0, size_of(type));
   d.out.s[0] = d.source(1, type);
@@ -491,12 +492,10 @@ void decode_ternary(Decoder& d) {
 }
 
 void decode_mul24(Decoder& d) {
-  const bool mad = d.opcode() == "mad24", high = d.take("hi");
-  if (!high && !d.take("lo")) d.fail("expected .lo or .hi");
+  const bool mad = d.opcode() == "mad24", high = d.need_one_of({"lo", "hi"}) == "hi";
   const bool saturate = mad && high && d.take("sat");
   const Type type = d.take_type();
-  if (size_of(type) != 4 || !is_integer(type) || (saturate && type != Type::s32))
-    d.fail("not for this type");
+  if (size_of(type) != 4 || !is_integer(type) || (saturate && type != Type::s32)) d.fail_type(type);
   if (!mad) return set_binary(d, type, high ? binary<Mul24High>(type) : binary<Mul24>(type));
   set_ternary(d, type,
               saturate ? saturated<Mul24High>
@@ -542,7 +541,8 @@ using Dp2aHigh = Dp2a<A, B, 2>;
 void decode_dot(Decoder& d) {
   const bool two = d.opcode() == "dp2a", low = d.take("lo"), high = d.take("hi");
   const bool a = is_signed(d.take_type()), b = is_signed(d.take_type());
-  if (two != (low || high)) d.fail("bad form");
+  if (two && !low && !high) d.need_one_of({"lo", "hi"});
+  if (!two && (low || high)) d.fail_modifier(low ? "lo" : "hi");
   d.finish(4);
   d.out.d = d.destination(0, 4);
   for (std::size_t k = 0; k < 3; ++k) d.out.s[k] = d.source(k + 1, Type::b32);

@@ -118,34 +118,32 @@ Transfer take_transfer(Decoder& d, bool is_store) {
   }
   if (!is_store && d.take("acquire")) strong = t.acquire = true;
   if (is_store && d.take("release")) strong = t.release = true;
-  if (d.take("weak") && strong) d.fail("weak and strong at once");
+  if (d.take("weak") && strong) d.fail_modifier("weak");
   if (strong) {
     t.scope = d.take_scope();
     if (t.scope == Scope::none) t.scope = Scope::sys;  // .volatile
   }
   t.space = d.take_space();
   t.noncoherent = !is_store && (d.take("nc") || d.opcode() == "ldu");
-  if (t.noncoherent && t.space != Space::global && d.opcode() != "ldu") d.fail(".nc needs .global");
+  if (t.noncoherent && t.space != Space::global && d.opcode() != "ldu") d.need({"global"});
   d.take("unified");
   d.take_cache_hints();
   t.elements = d.take("v2") ? 2 : d.take("v4") ? 4 : d.take("v8") ? 8 : 1;
   Type type = d.take_type();
   if (type == Type::b128) {
-    if (t.elements > 1) d.fail("vectors of .b128 are not supported");
+    if (t.elements > 1) d.fail_type(type);
     t.elements = 2;  // a .b128 register is two halves
     type = Type::b64;
   }
   t.bytes = static_cast<std::uint32_t>(size_of(type));
   t.sign_extend = is_signed(type);
-  if (t.bytes * t.elements > 32 || t.bytes == 0) d.fail("bad access size");
+  if (t.bytes * t.elements > 32 || t.bytes == 0) d.fail_type(type);
   return t;
 }
 
 std::vector<Arg> elements(Decoder& d, const Arg& arg, std::uint32_t count) {
   if (count == 1 && arg.kind != Arg::vector) return {arg};
-  if (arg.kind != Arg::vector || arg.args.size() != count)
-    d.fail("expected a vector of " + std::to_string(count) + " registers");
-  return arg.args;
+  return d.vector(arg, count);
 }
 
 void decode_load(Decoder& d) {
@@ -215,7 +213,8 @@ void decode_cvta(Decoder& d) {
   } else if (space == Space::local) {
     form.window = kLocalWindow;
   } else if (space == Space::generic) {
-    d.fail("no state space");
+    d.need_one_of(
+        {"global", "shared", "shared::cta", "shared::cluster", "local", "param", "const"});
   }
   d.keep(form);
   d.out.execute = convert_address;
@@ -321,8 +320,7 @@ void decode_prefetch(Decoder& d) {
     d.take("L1");
   } else if (!of_map) {
     d.take_space();
-    if (d.take_one_of({"L1", "L2", "L2::evict_last", "L2::evict_normal"}).empty())
-      d.fail("no cache level");
+    d.need_one_of({"L1", "L2", "L2::evict_last", "L2::evict_normal"});
   } else {
     d.take_space();
   }
@@ -345,9 +343,9 @@ Step discard(Warp& w, const Instruction& i, std::uint32_t mask) {
 
 void decode_discard(Decoder& d) {
   Space space = d.take_space();
-  if (!d.take("L2")) d.fail("expected .L2");
+  d.need({"L2"});
   d.finish(2);
-  if (d.immediate(1) != 128) d.fail("the size must be 128");
+  d.need_immediate(1, 128);
   d.out.s[0] = d.address(d.arg(0), &d.out.offset, &space);
   d.writes(Space::global, 128);
   d.out.execute = discard;
@@ -355,7 +353,7 @@ void decode_discard(Decoder& d) {
 
 void decode_applypriority(Decoder& d) {
   d.take_space();
-  if (!d.take("L2::evict_normal")) d.fail("expected .L2::evict_normal");
+  d.need({"L2::evict_normal"});
   d.finish(2);
   d.out.execute = no_operation;
 }
@@ -367,8 +365,7 @@ Step policy(Warp& w, const Instruction& i, std::uint32_t mask) {
 }
 
 void decode_createpolicy(Decoder& d) {
-  const bool range = d.take("range"), convert = d.take("cvt");
-  if (!range && !convert && !d.take("fractional")) d.fail("unknown form");
+  d.need_one_of({"fractional", "range", "cvt"});
   d.take("L2");
   d.take("global");
   std::string rest;
@@ -378,9 +375,9 @@ void decode_createpolicy(Decoder& d) {
          {"L2::evict_last", "L2::evict_normal", "L2::evict_first", "L2::evict_unchanged"}) {
       known |= rest == hint;
     }
-    if (!known) d.fail("unknown modifier '." + rest + "'");
+    if (!known) d.fail_modifier(rest);
   }
-  if (d.take_type() != Type::b64) d.fail("expected .b64");
+  d.need_type(Type::b64);
   d.finish(1, 4);
   d.out.d = d.destination(0, 8);
   d.out.execute = policy;

@@ -77,7 +77,7 @@ void decode_bitwise(Decoder& d) {
       d.out.execute = map2<U64, U64, U64, F>;
       break;
     default:
-      d.fail("not for this type");
+      d.fail_type(type);
   }
 }
 
@@ -92,7 +92,7 @@ void decode_not(Decoder& d) {
   const Type type = d.take_type();
   d.finish(2);
   if (type == Type::pred) {
-    if (d.opcode() != "not") d.fail("not for predicates");
+    if (d.opcode() != "not") d.fail_type(type);
     d.out.d = d.predicate_destination(d.arg(0));
     d.out.s[0] = d.predicate(1);
     d.out.execute = not_predicate;
@@ -111,7 +111,7 @@ void decode_not(Decoder& d) {
       d.out.execute = map1<U64, U64, F>;
       break;
     default:
-      d.fail("not for this type");
+      d.fail_type(type);
   }
 }
 
@@ -164,7 +164,7 @@ void decode_shift(Decoder& d) {
       d.out.execute = map2<S64, S64, U32, F>;
       break;
     default:
-      d.fail("not for this type");
+      d.fail_type(type);
   }
 }
 
@@ -204,13 +204,13 @@ Step lop3_with_test(Warp& w, const Instruction& i, U32 mask) {
 
 void decode_lop3(Decoder& d) {
   const std::string test = d.take_one_of({"or", "and"});
-  if (d.take_type() != Type::b32) d.fail("expected .b32");
+  d.need_type(Type::b32);
   d.finish(test.empty() ? 5 : 6);
   if (test.empty()) {
     d.out.d = d.destination(0, 4);
   } else {
     const Arg& to = d.arg(0);
-    if (to.kind != Arg::pair) d.fail("expected d|p");
+    if (to.kind != Arg::pair) d.fail_operand(to, "a pair of registers \'d|p\'");
     d.out.d = d.destination(to.args[0], 4);
     d.out.d2 = d.predicate_destination(to.args[1]);
     d.out.s[3] = d.predicate(5);
@@ -236,10 +236,8 @@ struct Funnel {
 };
 
 void decode_shf(Decoder& d) {
-  const bool right = d.take("r");
-  if (!right && !d.take("l")) d.fail("expected .l or .r");
-  const bool wrap = d.take("wrap");
-  if (!wrap && !d.take("clamp")) d.fail("expected .wrap or .clamp");
+  const bool right = d.need_one_of({"l", "r"}) == "r";
+  const bool wrap = d.need_one_of({"wrap", "clamp"}) == "wrap";
   d.take_type();
   d.finish(4);
   d.out.d = d.destination(0, 4);

@@ -79,19 +79,14 @@ Step store_matrix(Warp& w, const Instruction& i, U32 mask) {
 template <bool load>
 void decode_matrices(Decoder& d) {
   Matrices m;
-  if (!d.take("sync") || !d.take("aligned")) d.fail("expected .sync.aligned");
-  if (!d.take("m8n8")) d.fail("only .m8n8 is supported");
-  m.count = d.take("x1") ? 1 : d.take("x2") ? 2 : d.take("x4") ? 4 : 0;
-  if (m.count == 0) d.fail("expected .x1, .x2 or .x4");
+  d.need({"sync", "aligned"});
+  d.need({"m8n8"});
+  m.count = std::stoul(d.need_one_of({"x1", "x2", "x4"}).substr(1));
   m.transposed = d.take("trans");
   m.space = d.take_space();
-  if (d.take_type() != Type::b16) d.fail("only .b16 is supported");
+  d.need_type(Type::b16);
   d.finish(2);
-  const Arg& registers = d.arg(load ? 0 : 1);
-  std::vector<Arg> each =
-      registers.kind == Arg::vector ? registers.args : std::vector<Arg>{registers};
-  if (each.size() != m.count) d.fail("expected " + std::to_string(m.count) + " registers");
-  for (const Arg& a : each)
+  for (const Arg& a : d.vector_or_one(d.arg(load ? 0 : 1), m.count))
     d.out.list.push_back(load ? d.destination(a, 4) : d.source(a, Type::b32));
   d.out.s[0] = d.address(d.arg(load ? 1 : 0), &d.out.offset, &m.space);
   d.out.aligned = true;
@@ -122,9 +117,8 @@ Step move_matrix(Warp& w, const Instruction& i, U32 mask) {
 }
 
 void decode_movmatrix(Decoder& d) {
-  if (!d.take("sync") || !d.take("aligned") || !d.take("m8n8") || !d.take("trans"))
-    d.fail("expected .sync.aligned.m8n8.trans");
-  if (d.take_type() != Type::b16) d.fail("expected .b16");
+  d.need({"sync", "aligned", "m8n8", "trans"});
+  d.need_type(Type::b16);
   d.finish(2);
   d.out.d = d.destination(0, 4);
   d.out.s[0] = d.source(1, Type::b32);

@@ -103,7 +103,7 @@ Step init(Warp& w, const Instruction& i, U32 mask) {
 
 void decode_init(Decoder& d) {
   Space space = d.take_space();
-  if (d.take_type() != Type::b64) d.fail("expected .b64");
+  d.need_type(Type::b64);
   d.finish(2);
   d.keep(Operation{space});
   d.out.s[0] = d.address(d.arg(0), &d.out.offset, &space);
@@ -134,7 +134,7 @@ Step inval(Warp& w, const Instruction& i, U32 mask) {
 
 void decode_inval(Decoder& d) {
   Space space = d.take_space();
-  if (d.take_type() != Type::b64) d.fail("expected .b64");
+  d.need_type(Type::b64);
   d.finish(1);
   d.keep(Operation{space});
   d.out.s[0] = d.address(d.arg(0), &d.out.offset, &space);
@@ -215,7 +215,7 @@ void decode_arrive(Decoder& d, bool drop) {
   if (!operation.relaxed) d.take("release");
   take_scope(d, &operation);
   Space space = d.take_space();
-  if (d.take_type() != Type::b64) d.fail("expected .b64");
+  d.need_type(Type::b64);
   operation.space = space;
   d.keep(operation);
   // A remote barrier may have no state operand.
@@ -230,7 +230,8 @@ void decode_arrive(Decoder& d, bool drop) {
   d.finish(k + 1, k + 2);
   d.out.s[0] = d.address(d.arg(k), &d.out.offset, &space);
   const bool has_count = d.count() == k + 2;
-  if ((operation.expect || operation.no_complete) && !has_count) d.fail("a count is missing");
+  if ((operation.expect || operation.no_complete) && !has_count)
+    d.fail("the last operand must be a count (got the barrier's address)");
   d.out.s[1] = has_count ? d.source(k + 1, Type::u32) : d.constant(1, 4);
   d.reads(space, 8);
   d.writes(space, 8);
@@ -260,7 +261,7 @@ void decode_transactions(Decoder& d) {
   d.take("relaxed");
   d.take_one_of({"cta", "cluster"});
   Space space = d.take_space();
-  if (d.take_type() != Type::b64) d.fail("expected .b64");
+  d.need_type(Type::b64);
   d.finish(2);
   d.keep(Operation{space});
   d.out.s[0] = d.address(d.arg(0), &d.out.offset, &space);
@@ -366,7 +367,7 @@ void decode_wait(Decoder& d) {
   if (!operation.relaxed) d.take("acquire");
   take_scope(d, &operation);
   Space space = d.take_space();
-  if (d.take_type() != Type::b64) d.fail("expected .b64");
+  d.need_type(Type::b64);
   d.finish(3, patient ? 4 : 3);
   operation.space = space;
   d.keep(operation);
@@ -397,14 +398,15 @@ void decode_mbarrier(Decoder& d) {
   if (d.take("test_wait")) return decode_wait<false>(d);
   if (d.take("try_wait")) return decode_wait<true>(d);
   if (d.take("pending_count")) {
-    if (d.take_type() != Type::b64) d.fail("expected .b64");
+    d.need_type(Type::b64);
     d.finish(2);
     d.out.d = d.destination(0, 4);
     d.out.s[0] = d.source(1, Type::b64);
     d.out.execute = pending_count;
     return;
   }
-  d.fail("unknown form");
+  d.need_one_of({"init", "inval", "arrive", "arrive_drop", "expect_tx", "complete_tx", "test_wait",
+                 "try_wait", "pending_count"});
 }
 
 }  // namespace

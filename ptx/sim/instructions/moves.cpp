@@ -91,12 +91,9 @@ Type element_type(int bytes) {
 // mov.v4.u32 {a, b, c, d}, %tid
 void decode_vector_mov(Decoder& d, std::size_t elements, Type type) {
   d.finish(2);
-  for (const Arg* vector : {&d.arg(0), &d.arg(1)}) {
-    if (vector->kind != Arg::vector || vector->args.size() != elements)
-      d.fail("expected a vector of " + std::to_string(elements) + " elements");
-  }
-  for (const Arg& a : d.arg(0).args) d.out.list.push_back(d.destination(a, size_of(type)));
-  for (const Arg& a : d.arg(1).args) d.out.list.push_back(d.source(a, type));
+  for (const Arg& a : d.vector(d.arg(0), elements))
+    d.out.list.push_back(d.destination(a, size_of(type)));
+  for (const Arg& a : d.vector(d.arg(1), elements)) d.out.list.push_back(d.source(a, type));
   d.out.execute = move_elements;
 }
 
@@ -115,10 +112,11 @@ void decode_mov(Decoder& d) {
   const int bytes = size_of(type);
   const Arg &to = d.arg(0), &from = d.arg(1);
   if (from.kind == Arg::vector && !from.text.empty())
-    d.fail("'" + from.text + "' has four elements: write mov.v4, or " + from.text + ".x");
-  if ((from.kind == Arg::vector && from.args.empty()) ||
-      (to.kind == Arg::vector && to.args.empty()))
-    d.fail("bad vector");
+    d.fail_operand(from, "one number", "write mov.v4, or " + from.text + ".x");
+  for (const Arg* arg : {&to, &from}) {
+    if (arg->kind == Arg::vector && arg->args.empty())
+      d.fail_operand(*arg, "a register, or a vector of 2 to 8 elements");
+  }
   if (from.kind == Arg::vector) {
     const int each = bytes / static_cast<int>(from.args.size());
     d.out.d = d.destination(to, bytes);
@@ -129,7 +127,8 @@ void decode_mov(Decoder& d) {
   }
   if (to.kind == Arg::vector) {
     const int each = bytes / static_cast<int>(to.args.size());
-    if (each == 0 || each == 8) d.fail("bad vector");
+    if (each == 0 || each == 8)
+      d.fail_operand(to, "a vector of 2 to " + std::to_string(bytes) + " elements");
     for (const Arg& a : to.args) d.out.list.push_back(d.destination_at_least(a, each));
     d.out.s[0] = d.source(from, type);
     d.keep(Elements{static_cast<U32>(8 * each)});

@@ -99,26 +99,24 @@ void decode_proxy_fence(Decoder& d) {
     d.finish(0);
     d.out.execute = async_fence;
   } else if (d.take("async::generic")) {  // only for shared memory
-    if (d.take_one_of({"acquire", "release"}).empty()) d.fail("expected .acquire or .release");
+    d.need_one_of({"acquire", "release"});
     d.take_one_of({"sync_restrict::shared::cta", "sync_restrict::shared::cluster"});
     d.take_scope();
     d.finish(0);
     d.keep(AsyncFence{cluster});
     d.out.execute = async_fence;
   } else if (d.take("tensormap::generic")) {
-    const bool acquire = d.take("acquire");
-    if (!acquire && !d.take("release")) d.fail("expected .acquire or .release");
-    const Scope scope = d.take_scope();
-    if (scope == Scope::none) d.fail("no scope");
+    const bool acquire = d.need_one_of({"acquire", "release"}) == "acquire";
+    const Scope scope = d.need_scope();
     d.keep(scope);
     d.finish(acquire ? 2 : 0);
     d.out.execute = acquire ? acquire_map : release_maps;
     if (!acquire) return;
-    if (d.immediate(1) != 128) d.fail("the size must be 128");
+    d.need_immediate(1, 128);
     Space space = Space::generic;
     d.out.s[0] = d.address(d.arg(0), &d.out.offset, &space);
   } else {
-    d.fail("unknown proxy");
+    d.need_one_of({"alias", "async", "async::generic", "tensormap::generic"});
   }
 }
 
@@ -126,14 +124,13 @@ void decode_fence(Decoder& d) {
   d.out.execute = memory_fence;
   if (d.opcode() == "membar") {
     if (d.take("proxy")) return decode_proxy_fence(d);
-    const std::string level = d.take_one_of({"cta", "gl", "sys"});
-    if (level.empty()) d.fail("no level");
+    const std::string level = d.need_one_of({"cta", "gl", "sys"});
     d.finish(0);
     d.keep(MemoryFence{level == "cta" ? Scope::cta : level == "gl" ? Scope::gpu : Scope::sys});
     return;
   }
   if (d.take("mbarrier_init")) {
-    if (!d.take("release") || !d.take("cluster")) d.fail("expected .release.cluster");
+    d.need({"release", "cluster"});
     d.finish(0);
     d.out.execute = mbarrier_fence;
     return;
@@ -141,8 +138,7 @@ void decode_fence(Decoder& d) {
   if (d.take("proxy")) return decode_proxy_fence(d);
   const std::string order = d.take_one_of({"sc", "acq_rel", "acquire", "release"});
   d.take_one_of({"sync_restrict::shared::cta", "sync_restrict::shared::cluster"});
-  const Scope scope = d.take_scope();
-  if (scope == Scope::none) d.fail("no scope");
+  const Scope scope = d.need_scope();
   d.keep(MemoryFence{scope, order != "release", order != "acquire"});
   d.finish(0);
 }
@@ -187,14 +183,13 @@ std::string describe_registers(Warp& w, const Group& g) {
 }
 
 void decode_setmaxnreg(Decoder& d) {
-  const bool increase = d.take("inc");
-  if (!increase && !d.take("dec")) d.fail("expected .inc or .dec");
-  if (!d.take("sync") || !d.take("aligned")) d.fail("expected .sync.aligned");
-  if (d.take_type() != Type::u32) d.fail("expected .u32");
+  const bool increase = d.need_one_of({"inc", "dec"}) == "inc";
+  d.need({"sync", "aligned"});
+  d.need_type(Type::u32);
   d.finish(1);
   const auto count = static_cast<U32>(d.immediate(0));
   if (count < 24 || count > 256 || count % 8 != 0)
-    d.fail("the count must be a multiple of 8 from 24 to 256");
+    d.fail("operand 1 must be a multiple of 8 from 24 to 256 (got " + std::to_string(count) + ")");
   Program& program = d.builder().program();
   program.most_registers = std::max(program.most_registers, count);
   program.asks_for_registers |= increase;
@@ -206,7 +201,7 @@ void decode_setmaxnreg(Decoder& d) {
 }
 
 void decode_griddepcontrol(Decoder& d) {
-  if (d.take_one_of({"launch_dependents", "wait"}).empty()) d.fail("unknown form");
+  d.need_one_of({"launch_dependents", "wait"});
   d.finish(0);
   d.out.execute = no_operation;  // launches are serial: all earlier ones are complete
 }
@@ -217,7 +212,7 @@ Step sleep(Warp& w, const Instruction&, U32) {
 }
 
 void decode_nanosleep(Decoder& d) {
-  if (d.take_type() != Type::u32) d.fail("expected .u32");
+  d.need_type(Type::u32);
   d.finish(1);
   d.out.s[0] = d.source(0, Type::u32);
   d.out.execute = sleep;

@@ -318,17 +318,14 @@ Step prefetch(Warp& w, const Instruction& i, U32 mask) {
 }
 
 U32 take_rank(Decoder& d) {
-  for (U32 rank = 1; rank <= 5; ++rank) {
-    if (d.take((std::to_string(rank) + "d").c_str())) return rank;
-  }
-  d.fail("no dimension");
+  return static_cast<U32>(d.need_one_of({"1d", "2d", "3d", "4d", "5d"})[0] - '0');
 }
 
 void take_map(Decoder& d, TensorCopy& c, const Arg& arg) {
   Space space = Space::generic;
   c.map = d.address(arg, &c.map_offset, &space);
   if (arg.args.size() != 2 || arg.args[1].kind != Arg::vector || arg.args[1].args.size() != c.rank)
-    d.fail("expected [map, {" + std::to_string(c.rank) + " coordinates}]");
+    d.fail_operand(arg, "[map, {" + std::to_string(c.rank) + " coordinates}]");
   for (U32 k = 0; k < c.rank; ++k) c.coordinates[k] = d.source(arg.args[1].args[k], Type::s32);
 }
 
@@ -356,13 +353,13 @@ void decode_bulk_tensor(Decoder& d, bool reduce) {
     c.reduction = take_reduction(d, false);
     d.take("bulk_group");
   }
-  if (!d.take("global")) d.fail("expected .global");
+  d.need({"global"});
   if (c.store) {
-    if (!d.take("shared::cta")) d.fail("expected .shared::cta");
+    d.need({"shared::cta"});
   } else {
     c.own_cta_only = d.take("shared::cta");
-    if (!c.own_cta_only && !d.take("shared::cluster")) d.fail("expected .shared::cluster");
-    if (!d.take("mbarrier::complete_tx::bytes")) d.fail("expected .mbarrier::complete_tx::bytes");
+    if (!c.own_cta_only) d.need_one_of({"shared::cluster", "shared::cta"});
+    d.need({"mbarrier::complete_tx::bytes"});
     c.multicast = d.take("multicast::cluster");
   }
   d.take("tile");

@@ -38,7 +38,7 @@ Step replace(Warp& w, const Instruction& i, U32 mask) {
 }
 
 void decode_replace(Decoder& d) {
-  if (!d.take("tile")) d.fail("expected .tile");
+  d.need({"tile"});
   Replace r{};
   bool known = false;
   for (const auto& [name, field] : tensor_map_field_names()) {
@@ -46,13 +46,17 @@ void decode_replace(Decoder& d) {
     r.field = field;
     known = true;
   }
-  if (!known) d.fail("unknown field");
+  if (!known) {
+    std::string names;
+    for (const auto& [name, field] : tensor_map_field_names()) names += " ." + name;
+    d.fail("the modifiers must include one of" + names);
+  }
   r.space = d.take_space();
-  if (!d.take("b1024")) d.fail("expected .b1024");
+  d.need({"b1024"});
   const Type type = d.take_type();
   const bool wide =
       r.field == TensorMapField::global_address || r.field == TensorMapField::global_stride;
-  if (type != (wide ? Type::b64 : Type::b32)) d.fail("the field has another size");
+  if (type != (wide ? Type::b64 : Type::b32)) d.fail_type(type);
   const bool has_ordinal =
       r.field == TensorMapField::box_dim || r.field == TensorMapField::global_dim ||
       r.field == TensorMapField::global_stride || r.field == TensorMapField::element_stride;
@@ -108,14 +112,11 @@ Step copy_and_fence(Warp& w, const Instruction& i, U32 mask) {
 }
 
 void decode_copy_and_fence(Decoder& d) {
-  for (const char* modifier : {"global", "shared::cta", "tensormap::generic", "release"}) {
-    if (!d.take(modifier)) d.fail(std::string("expected .") + modifier);
-  }
-  const Scope scope = d.take_scope();
-  if (scope == Scope::none) d.fail("no scope");
-  if (!d.take("sync") || !d.take("aligned")) d.fail("expected .sync.aligned");
+  d.need({"global", "shared::cta", "tensormap::generic", "release"});
+  const Scope scope = d.need_scope();
+  d.need({"sync", "aligned"});
   d.finish(3);
-  if (d.immediate(2) != kTensorMapBytes) d.fail("the size must be 128");
+  d.need_immediate(2, kTensorMapBytes);
   Space to = Space::global, from = Space::shared;
   std::int64_t from_offset = 0;
   d.out.s[0] = d.address(d.arg(0), &d.out.offset, &to);
@@ -131,7 +132,7 @@ void decode_copy_and_fence(Decoder& d) {
 void decode_tensormap(Decoder& d) {
   if (d.take("replace")) return decode_replace(d);
   if (d.take("cp_fenceproxy")) return decode_copy_and_fence(d);
-  d.fail("unknown form of tensormap");
+  d.need_one_of({"replace", "cp_fenceproxy"});
 }
 
 }  // namespace

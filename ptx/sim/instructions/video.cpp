@@ -177,7 +177,7 @@ Field field_named(Decoder& d, const std::string& selector) {
   const int n = selector.size() == 2 ? selector[1] - '0' : -1;
   if (selector[0] == 'b' && n >= 0 && n < 4) return {8 * n, 8};
   if (selector[0] == 'h' && n >= 0 && n < 2) return {16 * n, 16};
-  d.fail("unknown selector '." + selector + "'");
+  d.fail("a part of a source must be .b0 to .b3, .h0 or .h1 (got ." + selector + ")");
 }
 
 // ".h10", ".b7654": the lanes, highest first. Default: `first` and the following.
@@ -188,7 +188,11 @@ void select_lanes(Decoder& d, const std::string& selector, int lanes, int first,
                     selector[0] == (lanes == 2 ? 'h' : 'b');
   for (int n = 0; n < lanes; ++n) {
     const int lane = fits ? selector[static_cast<std::size_t>(lanes - n)] - '0' : -1;
-    if (lane < 0 || lane >= 2 * lanes) d.fail("unknown selector '." + selector + "'");
+    if (lane < 0 || lane >= 2 * lanes) {
+      d.fail("the lanes of a source must be " +
+             std::string(lanes == 2 ? ".h00 to .h33" : ".b0000 to .b7777") + " (got ." + selector +
+             ")");
+    }
     out[n] = lane;
   }
 }
@@ -205,7 +209,10 @@ U32 write_mask(Decoder& d, const std::string& selector, int lanes) {
     above = lane;
     if (fits) mask |= 1u << lane;
   }
-  if (!fits) d.fail("unknown mask '." + selector + "'");
+  if (!fits) {
+    d.fail("the lanes of the destination must be named from high to low, such as " +
+           std::string(lanes == 2 ? ".h10" : ".b20") + " (got ." + selector + ")");
+  }
   return mask;
 }
 
@@ -220,7 +227,7 @@ Slot part_source(Decoder& d, std::size_t n, Type type, std::string* selector, bo
 
 bool take_signedness(Decoder& d) {
   const Type type = d.take_type();
-  if (type != Type::u32 && type != Type::s32) d.fail("expected .u32 or .s32");
+  if (type != Type::u32 && type != Type::s32) d.fail_type(type);
   return is_signed(type);
 }
 
@@ -248,8 +255,7 @@ void decode_video(Decoder& d) {
   const bool shift = v.op == VideoOp::shl || v.op == VideoOp::shr;
   const bool mad = v.op == VideoOp::mad;
   if (v.op == VideoOp::set) {
-    const std::string how = d.take_one_of({"eq", "ne", "lt", "le", "gt", "ge"});
-    if (how.empty()) d.fail("no comparison");
+    const std::string how = d.need_one_of({"eq", "ne", "lt", "le", "gt", "ge"});
     v.compare = how == "eq"   ? Compare::eq
                 : how == "ne" ? Compare::ne
                 : how == "lt" ? Compare::lt
@@ -263,9 +269,8 @@ void decode_video(Decoder& d) {
   v.a_signed = take_signedness(d);
   v.b_signed = take_signedness(d);
   if (shift) {
-    if (v.b_signed) d.fail("the amount must be .u32");
-    v.wrap = d.take("wrap");
-    if (!v.wrap && !d.take("clamp")) d.fail("expected .clamp or .wrap");
+    if (v.b_signed) d.fail("the type of the amount must be .u32 (got .s32)");
+    v.wrap = d.need_one_of({"clamp", "wrap"}) == "wrap";
   }
   if (mad) {
     v.plus_one = d.take("po");
@@ -298,16 +303,16 @@ void decode_video(Decoder& d) {
     v.a = field_named(d, a_part);
     v.b = field_named(d, b_part);
     v.d = field_named(d, part);
-    if (v.merge && (mad || v.second != Second::none))
-      d.fail("a part of the destination cannot be chosen here");
+    if (v.merge && (mad || v.second != Second::none)) d.fail_operand(d.arg(0), "a whole register");
   }
   const bool third = mad || v.lanes > 1 || v.merge || v.second != Second::none;
   d.finish(third ? 4 : 3);
   d.out.s[2] =
       third ? part_source(d, 3, Type::b32, &c_part, mad ? &v.negate_c : nullptr) : d.constant(0, 4);
-  if (!c_part.empty()) d.fail("a part of the third operand cannot be chosen");
+  if (!c_part.empty()) d.fail_operand(d.arg(3), "a whole register");
   v.negate_product = negate_a != negate_b;
-  if (v.plus_one && (negate_a || negate_b || v.negate_c)) d.fail(".po takes no negated operand");
+  if (v.plus_one && (negate_a || negate_b || v.negate_c))
+    d.fail("no operand must be negated with .po");
   d.out.execute = v.lanes > 1 ? video<lanewise>() : mad ? video<multiply_add>() : video<scalar>();
   d.keep(v);
 }

@@ -65,7 +65,7 @@ MatrixShape take_shape(Decoder& d) {
   if (!d.take_prefix("m", &text) ||
       std::sscanf(text.c_str(), "m%dn%dk%d%n", &shape.m, &shape.n, &shape.k, &used) != 3 ||
       used != static_cast<int>(text.size()))
-    d.fail("expected a shape such as .m16n8k16");
+    d.fail("the modifiers must include a shape such as .m16n8k16");
   return shape;
 }
 
@@ -121,7 +121,9 @@ void check_shape(Decoder& d, bool wmma, const std::string& type, const MatrixSha
     known = true;
     if (s.shape == shape) return;
   }
-  d.fail(known ? "." + type + " does not come in this shape" : "unsupported operand type ." + type);
+  d.fail(known
+             ? "the shape must be one that exists for ." + type
+             : "the type of A and B must be one that " + d.opcode() + " takes (got ." + type + ")");
 }
 
 // ---- Arithmetic ---------------------------------------------------------------------------------
@@ -278,7 +280,7 @@ void require_wmma_shape(Decoder& d, bool accumulator, const std::string& type,
       if (s.wmma && s.shape == shape && s.type == family_of(name)) return;
     }
   }
-  d.fail("." + type + " does not come in this shape");
+  d.fail("the shape must be one that exists for ." + type);
 }
 
 WarpProduct take_product(Decoder& d, bool wmma) {
@@ -296,10 +298,17 @@ WarpProduct take_product(Decoder& d, bool wmma) {
               .empty())
     types.push_back(type);
   if (wmma && types.size() == 2) types = {types[0], "f16", "f16", types[1]};
-  if (types.size() != 4) d.fail("expected the types of D, A, B and C");
+  if (types.size() != 4)
+    d.fail("the types must be those of D, A, B and C (got " + std::to_string(types.size()) +
+           " types)");
   const std::string &result = types[0], &a = types[1], &b = types[2], &c = types[3];
-  if (family_of(a) != family_of(b)) d.fail("A and B are of different kinds");
+  if (family_of(a) != family_of(b))
+    d.fail("the types of A and B must be of one kind (got ." + a + " and ." + b + ")");
   check_shape(d, wmma, a, shape);
+  const auto fail_accumulators = [&](const char* expected) {
+    d.fail(std::string("the types of D and C must be ") + expected + " (got ." + result + " and ." +
+           c + ")");
+  };
 
   const int bits = element_bits(a);
   p.a = {shape.m, shape.k, bits, false, 0};
@@ -311,7 +320,7 @@ WarpProduct take_product(Decoder& d, bool wmma) {
 
   if (a == "f64") {
     p.kind = WarpProduct::doubles;
-    if (result != "f64" || c != "f64") d.fail("C and D must be .f64");
+    if (result != "f64" || c != "f64") fail_accumulators(".f64");
     p.rounding = rounding_mode(rounding);
   } else if (a == "b1") {
     p.kind = WarpProduct::single_bits;
@@ -323,9 +332,9 @@ WarpProduct take_product(Decoder& d, bool wmma) {
     p.half_d = result == "f16";
     p.half_c = c == "f16";
     if ((!p.half_d && result != "f32") || (!p.half_c && c != "f32"))
-      d.fail("C and D must be .f16 or .f32");
+      fail_accumulators(".f16 or .f32");
     if (p.half_c != p.half_d && !(wmma && a == "f16"))
-      d.fail("C and D of different types need wmma.mma and .f16 operands");
+      fail_accumulators("equal, unless wmma multiplies .f16");
     // If C or D is f32, the sum is f32: C is widened first, D is rounded last.
     const bool half = p.half_c && p.half_d;
     try {
@@ -336,11 +345,12 @@ WarpProduct take_product(Decoder& d, bool wmma) {
     }
   }
   const bool integral = p.kind == WarpProduct::integers || p.kind == WarpProduct::single_bits;
-  if (integral && (result != "s32" || c != "s32")) d.fail("C and D must be .s32");
-  if (p.saturate && p.kind != WarpProduct::integers) d.fail(".satfinite needs integer operands");
-  if (!rounding.empty() && p.kind != WarpProduct::doubles) d.fail("a rounding needs .f64");
+  if (integral && (result != "s32" || c != "s32")) fail_accumulators(".s32");
+  if (p.saturate && p.kind != WarpProduct::integers) d.fail_modifier("satfinite");
+  if (!rounding.empty() && p.kind != WarpProduct::doubles) d.fail_modifier(rounding);
   if (counts != (p.kind == WarpProduct::single_bits) || operation.empty() == counts)
-    d.fail(".b1 operands need .xor.popc or .and.popc, and only they take it");
+    d.fail(
+        "the modifiers must include .xor.popc or .and.popc for A and B of .b1, and for no others");
   p.a_signed = a == "s8" || a == "s4";
   p.b_signed = b == "s8" || b == "s4";
   p.conjunction = operation == "and";
@@ -350,12 +360,7 @@ WarpProduct take_product(Decoder& d, bool wmma) {
 void decode_product(Decoder& d, WarpProduct p) {
   d.finish(4);
   const auto add = [&](std::size_t n, int count, Type type) {
-    const Arg& arg = d.arg(n);
-    const std::vector<Arg> each = arg.kind == Arg::vector ? arg.args : std::vector<Arg>{arg};
-    if (static_cast<int>(each.size()) != count)
-      d.fail("operand " + std::to_string(n + 1) + " must have " + std::to_string(count) +
-             " registers (got " + std::to_string(each.size()) + ")");
-    for (const Arg& x : each)
+    for (const Arg& x : d.vector_or_one(d.arg(n), static_cast<std::size_t>(count)))
       d.out.list.push_back(n == 0 ? d.destination(x, size_of(type)) : d.source(x, type));
   };
   const bool wide = p.kind == WarpProduct::doubles;
@@ -380,8 +385,8 @@ namespace {
 
 void decode_mma(Decoder& d) {
   if (d.take("sp") || d.take("sp::ordered_metadata")) d.fail("sparse mma is not supported");
-  if (!d.take("sync") || !d.take("aligned")) d.fail("expected .sync.aligned");
-  if (!d.take("row") || !d.take("col")) d.fail("expected .row.col");
+  d.need({"sync", "aligned"});
+  d.need({"row", "col"});
   if (d.take("block_scale")) d.fail("block scales (sm_120a) are not supported");
   d.take("kind::f8f6f4");
   decode_product(d, take_product(d, false));

@@ -320,13 +320,16 @@ NumberFormat format_named(Decoder& d, Type t) {
     case Type::tf32:
       return NumberFormat::tf32;
     default:
-      d.fail("unsupported operand type");
+      d.fail_type(t);
   }
 }
 
 bool sign(Decoder& d, std::size_t n) {
   const U64 v = d.immediate(n);
-  if (v != 1 && v != ~U64{0}) d.fail("imm-scale must be 1 or -1");
+  if (v != 1 && v != ~U64{0}) {
+    d.fail("operand " + std::to_string(n + 1) + " must be 1 or -1 (got " +
+           std::to_string(static_cast<std::int64_t>(v)) + ")");
+  }
   return v != 1;
 }
 
@@ -334,17 +337,19 @@ void decode_mma_async(Decoder& d) {
   if (d.take("sp")) d.fail("sparse wgmma is not supported");
   WgmmaShape s;
   std::string text;
-  if (!d.take_prefix("m64n", &text)) d.fail("no shape");
+  const auto fail_shape = [&] {
+    d.fail("the shape must be .m64nNkK, N a multiple of 8 to 256, K elements of 32 bytes");
+  };
+  if (!d.take_prefix("m64n", &text)) fail_shape();
   if (std::sscanf(text.c_str(), "m64n%dk%d", &s.n, &s.k) != 2 || s.n < 8 || s.n > 256 ||
       s.n % 8 != 0)
-    d.fail("bad shape");
+    fail_shape();
   const Type accumulator = d.take_type();
   s.a_format = format_named(d, d.take_type());
   s.b_format = format_named(d, d.take_type());
-  if (s.k_bytes() != 32 || size_in_bytes(s.a_format) != size_in_bytes(s.b_format))
-    d.fail("bad shape");
+  if (s.k_bytes() != 32 || size_in_bytes(s.a_format) != size_in_bytes(s.b_format)) fail_shape();
   s.f16_accumulator = accumulator == Type::f16;
-  if (!s.f16_accumulator && accumulator != Type::f32) d.fail("unsupported accumulator");
+  if (!s.f16_accumulator && accumulator != Type::f32) d.fail_type(accumulator);
   try {
     s.model = wgmma_model(s.a_format, s.f16_accumulator ? NumberFormat::f16 : NumberFormat::f32);
   } catch (const std::invalid_argument& e) {
@@ -354,13 +359,9 @@ void decode_mma_async(Decoder& d) {
   s.a_in_registers = d.arg(1).kind == Arg::vector;
   d.finish(6 + (may_transpose ? (s.a_in_registers ? 1 : 2) : 0));
   s.accumulators = static_cast<std::size_t>(s.f16_accumulator ? s.n / 4 : s.n / 2);
-  const Arg& to = d.arg(0);
-  if (to.kind != Arg::vector || to.args.size() != s.accumulators)
-    d.fail("expected " + std::to_string(s.accumulators) + " accumulators");
-  for (const Arg& a : to.args) d.out.list.push_back(d.destination(a, 4));
+  for (const Arg& a : d.vector(d.arg(0), s.accumulators)) d.out.list.push_back(d.destination(a, 4));
   if (s.a_in_registers) {
-    if (d.arg(1).args.size() != 4) d.fail("expected 4 registers for A");
-    for (const Arg& a : d.arg(1).args) d.out.list.push_back(d.source(a, Type::b32));
+    for (const Arg& a : d.vector(d.arg(1), 4)) d.out.list.push_back(d.source(a, Type::b32));
   } else {
     s.a_descriptor = d.source(1, Type::b64);
   }
@@ -383,7 +384,7 @@ void decode_wgmma(Decoder& d) {
   const bool is_fence = d.take("fence"), is_commit = d.take("commit_group"),
              is_wait = d.take("wait_group");
   const bool is_mma = d.take("mma_async");
-  if (!d.take("sync") || !d.take("aligned")) d.fail("expected .sync.aligned");
+  d.need({"sync", "aligned"});
   d.out.aligned = true;
   if (is_mma) return decode_mma_async(d);
   if (is_wait) {
@@ -394,7 +395,7 @@ void decode_wgmma(Decoder& d) {
     d.out.execute = wait;
     return;
   }
-  if (!is_fence && !is_commit) d.fail("unknown form");
+  if (!is_fence && !is_commit) d.need_one_of({"fence", "mma_async", "commit_group", "wait_group"});
   d.finish(0);
   d.is(is_fence ? OpClass::fence : OpClass::async_group);
   d.out.execute = is_fence ? fence : commit;

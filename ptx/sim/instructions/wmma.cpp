@@ -149,28 +149,26 @@ Step store_tile(Warp& w, const Instruction& i, U32 mask) {
 void decode_tile(Decoder& d, bool load) {
   Tile t;
   if (load) {
-    const std::string part = d.take_one_of({"a", "b", "c"});
-    if (part.empty()) d.fail("expected .a, .b or .c");
+    const std::string part = d.need_one_of({"a", "b", "c"});
     t.part = part == "a" ? Tile::a : part == "b" ? Tile::b : Tile::c;
   } else {
-    if (!d.take("d")) d.fail("expected .d");
+    d.need({"d"});
     t.part = Tile::c;
   }
-  if (!d.take("sync") || !d.take("aligned")) d.fail("expected .sync.aligned");
-  t.rows_contiguous = d.take("row");
-  if (!t.rows_contiguous && !d.take("col")) d.fail("expected .row or .col");
+  d.need({"sync", "aligned"});
+  t.rows_contiguous = d.need_one_of({"row", "col"}) == "row";
   const MatrixShape shape = take_shape(d);
   t.space = d.take_space();
   if (t.space != Space::generic && t.space != Space::global && t.space != Space::shared)
-    d.fail("expected .global, .shared or no state space");
+    d.fail("the state space must be .global, .shared or none");
   const std::string type =
       d.take_first_of({"f16", "bf16", "tf32", "f32", "f64", "s8", "u8", "s4", "u4", "b1", "s32"});
-  if (type.empty()) d.fail("no type");
+  if (type.empty()) d.fail("the modifiers must include a type");
   require_wmma_shape(d, t.part == Tile::c, type, shape);
   t.bits = element_bits(type);
   const bool sub_byte = t.bits < 8;
   if (sub_byte && t.rows_contiguous != (t.part == Tile::a))
-    d.fail("A must be .row and B .col for elements of less than a byte");
+    d.fail("the layout must be .row for A and .col for B if elements have less than a byte");
   t.operand = {t.part == Tile::a ? shape.m : shape.n, shape.k, t.bits, t.part == Tile::b, 0};
   t.accumulator = {shape.m, shape.n};
   t.registers = t.distinct();
@@ -178,11 +176,8 @@ void decode_tile(Decoder& d, bool load) {
 
   d.finish(2, 3);
   const std::size_t memory = load ? 1 : 0;
-  const Arg& fragment = d.arg(1 - memory);
   const std::vector<Arg> each =
-      fragment.kind == Arg::vector ? fragment.args : std::vector<Arg>{fragment};
-  if (static_cast<int>(each.size()) != t.registers)
-    d.fail("expected " + std::to_string(t.registers) + " registers");
+      d.vector_or_one(d.arg(1 - memory), static_cast<std::size_t>(t.registers));
   const Type held = type == "f64"   ? Type::f64
                     : type == "f32" ? Type::f32
                     : type == "s32" ? Type::s32
@@ -209,11 +204,12 @@ void decode_tile(Decoder& d, bool load) {
 void decode_wmma(Decoder& d) {
   if (d.take("load")) return decode_tile(d, true);
   if (d.take("store")) return decode_tile(d, false);
-  if (!d.take("mma")) d.fail("expected .load, .store or .mma");
-  if (!d.take("sync") || !d.take("aligned")) d.fail("expected .sync.aligned");
+  if (!d.take("mma")) d.need_one_of({"load", "store", "mma"});
+  d.need({"sync", "aligned"});
   // The placement of elements does not depend on the layout of the matrix in memory.
   const std::string a = d.take_first_of({"row", "col"}), b = d.take_first_of({"row", "col"});
-  if (a.empty() || b.empty()) d.fail("expected the layouts of A and B");
+  if (a.empty() || b.empty())
+    d.fail("the modifiers must include the layouts of A and B, .row or .col");
   decode_product(d, take_product(d, true));
 }
 

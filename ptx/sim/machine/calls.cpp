@@ -141,7 +141,8 @@ CallValue actual(Decoder& d, const Arg& a, const Variable& formal, bool result) 
   if (a.kind == Arg::name) {
     const Symbol* s = d.builder().symbol(d.function(), a.text);
     if (s == nullptr || s->space != Space::local || a.offset != 0)
-      d.fail("'" + plain_name(a.text) + "' is not a .param variable");
+      d.fail("an argument must be a .param variable, a register or a number (got '" +
+             plain_name(a.text) + "')");
     if (s->bytes < formal.bytes) {
       d.fail("'" + plain_name(a.text) + "' must have " + std::to_string(formal.bytes) +
              " bytes, as the function's " + formal.name + " (got " + std::to_string(s->bytes) +
@@ -152,7 +153,7 @@ CallValue actual(Decoder& d, const Arg& a, const Variable& formal, bool result) 
     return v;
   }
   if (!formal.dimensions.empty() || formal.lanes > 1 || formal.bytes > 8)
-    d.fail("an array cannot be passed in a register");
+    d.fail_operand(a, "a .param variable, which an array is passed in");
   v.kind = CallValue::in_register;
   v.slot = result ? d.destination_at_least(a, static_cast<int>(formal.bytes))
                   : d.source_at_least(a, formal.type);
@@ -169,7 +170,7 @@ void decode_call(Decoder& d) {
   if (k < d.count() && d.arg(k).kind == Arg::list) arguments = d.arg(k++).args;
   const Arg* signature = k < d.count() ? &d.arg(k++) : nullptr;
   if (k != d.count() || (signature != nullptr && signature->kind != Arg::name))
-    d.fail("expected [results,] function [, arguments] [, prototype or targets]");
+    d.fail("the operands must be [results,] function [, arguments] [, prototype or targets]");
   const ParsedModule& module = d.builder().module();
   const std::vector<Variable>*params = nullptr, *returned = nullptr;
   CallPlan plan;
@@ -177,10 +178,11 @@ void decode_call(Decoder& d) {
   if (target.kind == Arg::name) {
     callee = module.function(target.text);
     if (callee == nullptr) d.fail("unknown function '" + target.text + "'");
-    if (callee->is_kernel) d.fail("'" + target.text + "' is a kernel");
+    if (callee->is_kernel) d.fail("the function must not be a kernel (got '" + target.text + "')");
     params = &callee->params, returned = &callee->results;
   } else {
-    if (signature == nullptr) d.fail("an indirect call needs a .callprototype or .calltargets");
+    if (signature == nullptr)
+      d.fail("the last operand of an indirect call must name a .callprototype or .calltargets");
     plan.pointer = d.source(target, Type::u64);
     const auto found = d.builder().indirect_callees(d.function(), d.raw);
     for (const Function* f : found) plan.candidates.push_back(d.builder().callee(*f));
@@ -192,7 +194,7 @@ void decode_call(Decoder& d) {
     } else if (!found.empty()) {
       params = &found[0]->params, returned = &found[0]->results;
     } else {
-      d.fail("'" + signature->text + "' is no .callprototype and no list of functions");
+      d.fail_operand(*signature, "the name of a .callprototype or of a list of functions");
     }
   }
   check_signature(d, *params, *returned, arguments.size(), results.size());

@@ -221,7 +221,9 @@ void decode_runtime_call(Decoder& d, const std::string& name, CallPlan plan) {
   for (const RuntimeFunction& f : kFunctions) {
     if (name != f.name) continue;
     if (plan.arguments.size() != f.arguments || plan.results.size() != f.results)
-      d.fail("'" + name + "' is not declared as the CUDA runtime has it");
+      d.fail("'" + name + "' must be declared as the CUDA runtime has it, with " +
+             std::to_string(f.arguments) + " parameters and " + std::to_string(f.results) +
+             " results");
     d.builder().program().uses_heap |= f.heap;
     d.keep(std::move(plan));
     d.out.execute = f.execute;

@@ -43,7 +43,7 @@ Step restore_stack(Warp& w, const Instruction& i, U32 mask) {
 
 int address_bytes(Decoder& d) {
   const Type type = d.take_type();
-  if (type != Type::u32 && type != Type::u64) d.fail("expected .u32 or .u64");
+  if (type != Type::u32 && type != Type::u64) d.fail_type(type);
   return size_of(type);
 }
 
@@ -53,7 +53,8 @@ void decode_alloca(Decoder& d) {
   d.out.d = d.destination(0, bytes);
   d.out.s[0] = d.source(1, bytes == 8 ? Type::u64 : Type::u32);
   const U64 align = d.count() == 3 ? d.immediate(2) : 8;
-  if (align == 0 || align > 4096 || (align & (align - 1)) != 0) d.fail("bad alignment");
+  if (align == 0 || align > 4096 || (align & (align - 1)) != 0)
+    d.fail("operand 3 must be a power of two up to 4096 (got " + std::to_string(align) + ")");
   d.keep(Allocation{static_cast<U32>(align)});
   d.builder().program().uses_stack = true;
   d.out.execute = take_stack;
