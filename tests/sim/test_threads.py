@@ -263,8 +263,11 @@ CHANGE_MAP = "tensormap.replace.tile.global_address.global.b1024.b64 [%rd1], %rd
 
 def test_tensor_maps_are_fenced_and_changed_on_every_thread():
     """CTAs change a map while others use it: the kernel's race, and none of the simulator."""
-    code = "mov.u32 %r9, 0;\n" + (CHANGE_MAP * 9 + USE_MAP) * 9
-    report, _ = launch(module(code), words=32, block=1)
+    uint32 = 2  # CU_TENSOR_MAP_DATA_TYPE_UINT32
+    encoded = _sim.encode_tensor_map(uint32, 4096, [32], [], [4], [1])
+    kernels = module("mov.u32 %r9, 0;\n" + (CHANGE_MAP * 9 + USE_MAP) * 9)
+    report = kernels.launch("k", grid=CTAS, block=1, args=[np.frombuffer(encoded, np.uint8).copy()],
+                            num_threads=THREADS)  # fmt: skip
     assert "data race" in {f.kind for f in report.findings}, str(report)
 
 
@@ -296,6 +299,12 @@ def test_launches_of_a_module_at_once():
         if kernel == 1:
             assert f"{8 * BLOCK} blocks" in report.findings[0].message
     assert kernels.variable("total").get() == LAUNCHES * 2 * 8 * BLOCK
+
+
+def test_the_heap_of_a_module_begins_in_any_launch():
+    for _ in range(30):
+        kernels = module(KEEP + FREE)
+        at_once(*[lambda m=kernels: launch(m, grid=1, num_threads=1)] * LAUNCHES)
 
 
 # ---- Simulated ops ----
