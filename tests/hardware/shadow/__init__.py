@@ -2,6 +2,7 @@
 
     python -m pytest tests/sim -p tests.hardware.shadow.plugin --shadow-gpu FOLDER
 
-`driver` calls the CUDA driver, `compare` judges differences, `shadow` repeats a launch on the GPU,
-`plugin` is the pytest plugin. docs/benchmarks.md says how to read the result.
+`driver` calls the CUDA driver, `compare` judges differences, `known` lists those that stay,
+`shadow` repeats a launch on the GPU, `plugin` is the pytest plugin. docs/benchmarks.md says how to
+read the result.
 """

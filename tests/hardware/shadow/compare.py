@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -31,6 +32,8 @@ _NAN = {
     "float32": (0x7FFFFFFF, 0x7F800000), "float64": (0x7FFFFFFFFFFFFFFF, 0x7FF0000000000000),
     "float8_e5m2": (0x7F, 0x7C), "float8_e4m3fn": (0x7F, 0x7E),
 }  # fmt: skip
+FUNCTION_WINDOW = 3  # the highest byte of a function's address in the simulator
+TENSOR_MAP_MAGIC = int.from_bytes(b"xtexTmap", "little")  # its tensor maps begin so
 _BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
@@ -83,7 +86,8 @@ def compare(
         return
     for what, where in (
         ("NaN payload", _both_nan(gpu, sim, buffer.dtype, text)),
-        ("address", _same_address(gpu, sim, allocations)),
+        ("address", _by_bytes(_addresses, buffer, size, allocations)),
+        ("tensor map", _by_bytes(_tensor_maps, buffer, size, allocations)),
     ):
         verdict.counts[what] += int((differs & where).sum())
         differs &= ~where
@@ -147,15 +151,37 @@ def _both_nan(gpu: np.ndarray, sim: np.ndarray, dtype: str, text: str) -> np.nda
     return found
 
 
-def _same_address(
-    gpu: np.ndarray, sim: np.ndarray, allocations: list[tuple[int, int, int]]
+Allocations = list[tuple[int, int, int]]
+
+
+def _by_bytes(
+    find: Callable[[np.ndarray, np.ndarray, Allocations], np.ndarray],
+    buffer: Buffer,
+    size: int,
+    allocations: Allocations,
 ) -> np.ndarray:
-    found = np.zeros(gpu.shape, bool)
-    if gpu.itemsize != 8:
-        return found
+    """For each element of `size` bytes, whether it lies in an 8-byte word that `find` chooses."""
+    words = len(buffer.sim) // 8
+    gpu, sim = (np.frombuffer(data, np.uint64, words) for data in (buffer.gpu, buffer.sim))
+    chosen = np.zeros(len(buffer.sim), bool)
+    chosen[: 8 * words] = np.repeat(find(gpu, sim, allocations), 8)
+    return np.asarray(chosen.reshape(-1, size).all(1))
+
+
+def _addresses(gpu: np.ndarray, sim: np.ndarray, allocations: Allocations) -> np.ndarray:
+    """Words that are the same place of an allocation, or a function on both sides."""
+    found = (sim >> np.uint64(56) == FUNCTION_WINDOW) & (gpu != 0)
     for simulated, device, size in allocations:
         inside = (sim >= np.uint64(simulated)) & (sim <= np.uint64(simulated + size))
         found |= inside & (sim - np.uint64(simulated) == gpu - np.uint64(device))
+    return found
+
+
+def _tensor_maps(gpu: np.ndarray, sim: np.ndarray, allocations: Allocations) -> np.ndarray:
+    """The 16 words of tensor maps, whose layout is the driver's and the simulator's own."""
+    found = np.zeros(sim.shape, bool)
+    for at in np.flatnonzero(sim == TENSOR_MAP_MAGIC):
+        found[at : at + 16] = True
     return found
 
 

@@ -9,6 +9,7 @@ from ctypes import POINTER, byref, c_char, c_char_p, c_int, c_size_t, c_uint, c_
 from dataclasses import dataclass
 
 # Enumerators of cuda.h.
+UNSUPPORTED_PTX_VERSION = 222
 NOT_FOUND = 500
 NOT_READY = 600
 MULTIPROCESSOR_COUNT, CAPABILITY_MAJOR, CAPABILITY_MINOR = 16, 75, 76

@@ -8,7 +8,15 @@
 #include <string.h>
 
 typedef int Result;
-enum { kOk = 0, kInvalid = 1, kInvalidPtx = 218, kNotFound = 500, kNotReady = 600, kFault = 700 };
+enum {
+  kOk = 0,
+  kInvalid = 1,
+  kInvalidPtx = 218,
+  kUnsupportedVersion = 222,
+  kNotFound = 500,
+  kNotReady = 600,
+  kFault = 700
+};
 
 typedef struct {
   char* image;
@@ -74,6 +82,7 @@ Result cuModuleLoadDataEx(Module** module, const char* image, unsigned n, const 
     snprintf(values[2], (size_t)values[3], "line 1: a fake message");
     return kInvalidPtx;
   }
+  if (strstr(image, "TOO NEW")) return kUnsupportedVersion;
   *module = calloc(1, sizeof(Module));
   (*module)->image = strdup(image);
   (*module)->word = 5;

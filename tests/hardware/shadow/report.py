@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-GOOD = ("same", "skipped", "map bytes")
+GOOD = ("same", "skipped", "known")
 
 
 def written(parts: Path, file: Path) -> str:
@@ -25,7 +25,10 @@ def rendered(records: Iterable[dict[str, Any]]) -> tuple[str, str]:
     """(summary, whole report)."""
     records = list(records)
     statuses = Counter(r["status"] for r in records)
-    skips = Counter(r["reason"] for r in records if r["status"] == "skipped")
+    reasons = {
+        status: Counter(r["reason"] for r in records if r["status"] == status)
+        for status in ("skipped", "known")
+    }
     counts: Counter[str] = Counter()
     errors: dict[str, tuple[float, float]] = {}
     for r in records:
@@ -33,7 +36,11 @@ def rendered(records: Iterable[dict[str, Any]]) -> tuple[str, str]:
         for function, (error, limit) in r.get("errors", {}).items():
             errors[function] = (max(error, errors.get(function, (0.0, 0.0))[0]), limit)
     summary = ["launches: " + ", ".join(f"{n} {s}" for s, n in statuses.most_common())]
-    summary += [f"  skipped {n}: {reason}" for reason, n in skips.most_common()]
+    summary += [
+        f"  {status} {n}: {reason}"
+        for status, counter in reasons.items()
+        for reason, n in counter.most_common()
+    ]
     summary += [f"  elements {n}: {what}" for what, n in counts.most_common()]
     summary += [
         f"  {function}: differs from the simulator by up to {error:.3g} (documented: {limit:.3g})"
@@ -50,10 +57,6 @@ def rendered(records: Iterable[dict[str, Any]]) -> tuple[str, str]:
         code = "\n".join(f"    | {line}" for line in r.get("code", [])[:14])
         reason = "\n".join(f"  {line}" for line in r["reason"].splitlines())
         body.append(f"{r['status'].upper()} {r['test']} ({r['target']})\n{reason}\n{code}\n")
-    for r in [r for r in records if r["status"] == "map bytes"][:40]:
-        body.append(
-            f"MAP BYTES {r['reason']} at 0x{r['address']:x}\n  gpu {r['gpu']}\n  sim {r['sim']}\n"
-        )
     head = "\n".join(summary) + "\n"
     return head, head + "\n" + "\n".join(body)
 
