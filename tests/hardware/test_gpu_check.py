@@ -203,13 +203,14 @@ def test_a_whole_rehearsal_leaves_one_folder_with_all_findings(
     data = json.loads((out / "results.json").read_text())
     stages = {stage["name"]: stage for stage in data["stages"]}
     order = list(stages)
-    assert order[:2] == ["install", "environment"] and order[4:] == ["soak", "benchmarks", "report"]
+    assert order[:2] == ["install", "environment"]
+    assert order[4:] == ["soak", "comparison", "benchmarks", "report"]
     assert set(order[2:4]) == {"tests", "sanitizer"}
     status = {name: stage["status"] for name, stage in stages.items()}
     assert status["install"] == status["environment"] == status["report"] == "passed"
     assert status["tests"] == status["benchmarks"] == "failed"
     # The fake package has neither references nor the ops that the soak calls.
-    assert status["sanitizer"] == status["soak"] == "failed"
+    assert status["sanitizer"] == status["soak"] == status["comparison"] == "failed"
     assert "==== soak ====" in (out / "sanitizer.log").read_text()
     assert data["environment"]["torchext"] == "0.0.fake"
     assert data["environment"]["commit"] == "abc"
@@ -267,6 +268,32 @@ def test_the_soak_stage_tells_faults_from_none(tmp_path):
     with check.stage("soak"):
         gpu_check.soak(check)
     assert check.results.data["stages"][-1]["status"] == "failed"
+
+
+def test_the_comparison_fits_the_gpu_and_tells_differences(tmp_path, monkeypatch):
+    options = gpu_check.parse(["--wheel", "w", "--out", str(tmp_path / "out"), "--device", "cpu"])
+    check = gpu_check.Check(options, tmp_path)
+    check.results.data["environment"] = {}
+    assert list(gpu_check.comparisons(check)) == ["bits"]
+    check.results.data["environment"] = {"gpu": {"compute_capability": "9.0"}}
+    assert list(gpu_check.comparisons(check)) == ["bits", "tensor cores", "instructions"]
+    commands = {
+        name: ((sys.executable, "-c", f"print('{name}: 1 case'); raise SystemExit({code})"), 30.0)
+        for name, code in (("alike", 0), ("other", 1))
+    }
+    monkeypatch.setattr(gpu_check, "comparisons", lambda check: commands)
+    with check.stage("comparison"):
+        gpu_check.comparison(check)
+    assert check.results.data["stages"][-1]["status"] == "failed"
+    alike, other = check.results.data["comparison"]
+    assert alike == {"name": "alike", "summary": "alike: 1 case", "reason": ""}
+    assert other["summary"] == "other: 1 case" and other["reason"]
+    log = check.log("sanitizer").read_text()
+    assert "==== comparison with the simulator: alike ====\nalike: 1 case\n" in log
+    del commands["other"]
+    with check.stage("comparison"):
+        gpu_check.comparison(check)
+    assert check.passed("comparison")
 
 
 def test_op_calls_cover_every_op_and_notice_a_wrong_one(monkeypatch, capsys):

@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import date
+from importlib.util import find_spec
 from pathlib import Path
 
 from benchmarks import goals, processes
@@ -31,6 +32,8 @@ BUDGET_S = 520.0
 REPORT_S = 25.0  # kept back for the report
 CORRECTNESS_SHARE = 0.5  # of the budget: for tests and sanitizer, which run side by side
 SOAK_MINUTES = 0.75
+# Tests of single instructions, whose launches are repeated on the GPU.
+SHADOWED = ("tests/sim", "-k", "test_op_ or test_initializers or test_cuda_features")
 LOG_BYTES = 4_000_000
 
 
@@ -267,6 +270,46 @@ def soak(check: Check) -> None:
         raise StageError(f"{outcome.reason}: {said}")
 
 
+def comparisons(check: Check) -> dict[str, tuple[tuple[str, ...], float]]:
+    """Commands that compare the GPU with the simulator bit for bit, and their limits in seconds."""
+    python = (sys.executable, "-m")
+    out = ("--out", str(check.target / "comparison"), "--device", check.device)
+    share = check.options.budget / BUDGET_S
+    chosen: dict[str, tuple[tuple[str, ...], float]] = {
+        "bits": ((*python, "tests.hardware.bits", *out, "--budget", f"{40 * share}"), 60 * share)
+    }
+    capability = check.results.data["environment"].get("gpu", {}).get("compute_capability")
+    if capability == "9.0":
+        chosen["tensor cores"] = ((*python, "tests.hardware.tensor_core", *out), 30 * share)
+        jobs = ("-n", str(min(8, os.cpu_count() or 1))) if find_spec("xdist") else ()
+        report = str(check.target / "shadow.txt")
+        chosen["instructions"] = (
+            (*python, "pytest", "-q", "--tb=no", "-p", "no:cacheprovider", *jobs, *SHADOWED,
+             "-p", "tests.hardware.shadow.plugin", "--shadow-gpu", report), 60 * share,
+        )  # fmt: skip
+    return chosen
+
+
+def comparison(check: Check) -> None:
+    """Compares the GPU with the simulator. The output goes behind the soak's in sanitizer.log."""
+    answers: list[dict] = []
+    for name, (command, limit_s) in comparisons(check).items():
+        log = check.target / "comparison.log"
+        log.write_text("")
+        env = staging.environment(check.target)
+        outcome = processes.run(command, log, min(limit_s, check.left()), check.target, env)
+        with check.log("sanitizer").open("a") as output:  # the check writes at most eight files
+            text = log.read_text(errors="replace")[-400_000:]
+            output.write(f"==== comparison with the simulator: {name} ====\n{text}\n")
+        said = staging.last_line(log)
+        reason = "" if outcome.ok else outcome.reason
+        answers.append({"name": name, "summary": said, "reason": reason})
+        check.put(comparison=answers)
+    bad = [f"{a['name']}: {a['reason']}: {a['summary']}" for a in answers if a["reason"]]
+    if bad:
+        raise StageError("; ".join(bad))
+
+
 def selected(options: argparse.Namespace) -> list[str]:
     shapes = ["--shapes", *options.shapes] if options.shapes else []
     return shapes + (["--quick"] if options.quick else [])
@@ -330,6 +373,8 @@ def main(arguments: list[str] | None = None) -> int:
             correctness(check)
             with check.stage("soak"):
                 soak(check)
+            with check.stage("comparison"):
+                comparison(check)
             with check.stage("benchmarks"):
                 benchmarks(check)
         with check.stage("report"):
