@@ -160,8 +160,11 @@ def test_half_accumulator():
     inputs = fragment(as_numpy(a), 4) + fragment(as_numpy(b), 2)
     code = (
         "mma.sync.aligned.m16n8k16.row.col.f16.f16.f16.f16 "
-        "{%z, %y}, {%a, %b, %c, %d}, {%e, %f}, {0, 0};"
+        "{%z, %y}, {%a, %b, %c, %d}, {%e, %f}, {%z, 0};"
     )
+    with pytest.raises(sim.PtxError, match=r"C of \.f16 must have a register"):
+        lanes(code.replace("{%z, 0}", "{0, 0}"), [np.uint32] * 2, *inputs)
+    code = "mov.b32 %z, 0;\n" + code
     got = lanes(code, [np.uint32] * 2, *inputs)
     for h in range(2):
         pairs = got[h].view(np.float16).reshape(32, 2)

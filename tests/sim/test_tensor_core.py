@@ -162,6 +162,36 @@ def test_hopper_mma_sync_widens_fp8(name, acc):
     assert_same_bits(got, c + d)
 
 
+# Elements in which an H200 contradicted an earlier model (2026-11-26): instruction, formats of a, b
+# and accumulator, non-zero codes of a and b by k, c, result.
+MEASURED = [
+    ("mma.sync", "e4m3", "e5m2", "f32", {14: (0x81, 0xEA), 29: (0x01, 0xB0), 31: (0xAB, 0x01)},
+     "0x1.064ea8p+3", "0x1.c64c9cp+3"),
+    ("mma.sync", "e4m3", "e5m2", "f32", {14: (0x81, 0xDE), 29: (0x01, 0x83), 31: (0xAB, 0xC2)},
+     "-0x0p+0", "0x1.c7fffep+0"),
+    ("mma.sync", "e4m3", "e5m2", "f32", {7: (0x02, 0x81), 18: (0x02, 0x60), 21: (0x4B, 0x8E)},
+     "-0x1.1f368ap-18", "0x1.ff7bb6p+0"),
+    ("mma.sync", "e5m2", "e4m3", "f32", {5: (0x81, 0x9D), 18: (0x60, 0x82)},
+     "0x1.8afc1p-5", "-0x1.f3a806p+0"),
+    ("mma.sync", "e5m2", "e4m3", "f32", {14: (0x29, 0xD1), 26: (0x03, 0x3B), 31: (0x70, 0x01)},
+     "-0x0p+0", "0x1.f4c084p+3"),
+    ("wgmma", "e5m2", "e5m2", "f16", {3: (0x12, 0x03), 8: (0xBB, 0x81)},
+     "0x1.4p-20", "0x1.e8p-17"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MEASURED)
+@pytest.mark.parametrize("slow", [False, True])
+def test_measured_elements(case, slow):
+    instruction, a_name, b_name, acc, codes, c, expected = case
+    a, b = np.zeros((1, 32), np.uint8), np.zeros((1, 32), np.uint8)
+    for k, (x, y) in codes.items():
+        a[0, k], b[0, k] = x, y
+    c = np.full((1, 1), float.fromhex(c), np.float32)
+    got = _sim.mma(instruction, 90, acc, a, a_name, b, b_name, c, 32, slow)
+    assert got.item().hex() == float.fromhex(expected).hex()
+
+
 @pytest.mark.parametrize(
     "name, acc",
     [("e4m3", "f32"), ("e5m2", "f16"), ("f16", "f32"), ("f16", "f16"), ("bf16", "f32"),

@@ -112,10 +112,11 @@ py::array_t<float> mma(const std::string& instruction, int target, const std::st
   const std::uint8_t* a_bytes = a.data();
   const std::uint8_t* b_bytes = b.data();
   py::gil_scoped_release unlocked;
+  const bool widened = model.fp8_widened_to_f16;
   MmaOperand x, y;
   for (int k = 0; k < pitch; k += step) {
-    decode_operand(x, fa, a_bytes + k, rows, k_per_instruction, pitch, size);
-    decode_operand(y, fb, b_bytes + k, columns, k_per_instruction, pitch, size);
+    decode_operand(x, fa, a_bytes + k, rows, k_per_instruction, pitch, size, false, widened);
+    decode_operand(y, fb, b_bytes + k, columns, k_per_instruction, pitch, size, false, widened);
     if (!one_by_one) {
       multiply_accumulate(model, x, y, out, columns);
       continue;

@@ -170,8 +170,9 @@ int element(const std::uint8_t* row, int k, int bits, bool is_signed) {
 void multiply(const WarpProduct& p, const std::uint8_t* a, const std::uint8_t* b, float* c) {
   thread_local MmaOperand left, right;
   const int bytes = p.a.bits / 8;
-  decode_operand(left, p.a_format, a, p.c.m, p.a.k, p.a.k * bytes, bytes);
-  decode_operand(right, p.b_format, b, p.c.n, p.b.k, p.b.k * bytes, bytes);
+  const bool widened = p.model.fp8_widened_to_f16;
+  decode_operand(left, p.a_format, a, p.c.m, p.a.k, p.a.k * bytes, bytes, false, widened);
+  decode_operand(right, p.b_format, b, p.c.n, p.b.k, p.b.k * bytes, bytes, false, widened);
   multiply_accumulate(p.model, left, right, c, p.c.n);
 }
 
@@ -360,8 +361,14 @@ WarpProduct take_product(Decoder& d, bool wmma) {
 void decode_product(Decoder& d, WarpProduct p) {
   d.finish(4);
   const auto add = [&](std::size_t n, int count, Type type) {
-    for (const Arg& x : d.vector_or_one(d.arg(n), static_cast<std::size_t>(count)))
+    const auto& each = d.vector_or_one(d.arg(n), static_cast<std::size_t>(count));
+    for (const Arg& x : each)
       d.out.list.push_back(n == 0 ? d.destination(x, size_of(type)) : d.source(x, type));
+    const auto is_constant = [](const Arg& x) {
+      return x.kind == Arg::integer || x.kind == Arg::real;
+    };
+    if (n == 3 && p.half_c && std::all_of(each.begin(), each.end(), is_constant))
+      d.fail("a C of .f16 must have a register, as ptxas demands");
   };
   const bool wide = p.kind == WarpProduct::doubles;
   const Type accumulator = wide                                 ? Type::f64

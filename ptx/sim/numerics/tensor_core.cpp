@@ -113,7 +113,8 @@ Steps steps_of(const MmaModel& model, int k) {
 float step_element(const MmaModel& model, const MmaOperand& a, int m, const MmaOperand& b, int n,
                    const int* ks, int count, float c) {
   double special = std::isfinite(c) ? 0.0 : double{c};
-  int largest = c == 0 || !std::isfinite(c) ? model.zero_exponent : exponent_of(c, -126);
+  int largest = c == 0 || !std::isfinite(c) ? model.zero_exponent
+                                             : exponent_of(c, model.least_addend_exponent);
   for (int i = 0; i < count; ++i) {
     const std::size_t at_a = std::size_t(ks[i]) * a.count + m;
     const std::size_t at_b = std::size_t(ks[i]) * b.count + n;
@@ -168,8 +169,8 @@ bool step_row(const MmaModel& model, const MmaOperand& a, int m, const MmaOperan
     const std::uint32_t magnitude = bits_from_float(c[n]) & 0x7fffffff;
     const int field = static_cast<int>(magnitude >> 23);
     finite &= field != 255;
-    largest[n] =
-        static_cast<std::int16_t>(magnitude == 0 ? model.zero_exponent : std::max(field, 1) - 127);
+    largest[n] = static_cast<std::int16_t>(
+        magnitude == 0 ? model.zero_exponent : std::max(field - 127, model.least_addend_exponent));
   }
   if (!finite) return false;
   for (int i = 0; i < count; ++i) {
@@ -234,10 +235,11 @@ bool step_row(const MmaModel& model, const MmaOperand& a, int m, const MmaOperan
 MmaModel wgmma_model(NumberFormat inputs, NumberFormat accumulator) {
   require_accumulator("wgmma.mma_async", inputs, accumulator);
   const bool f16 = accumulator == NumberFormat::f16;
+  const MmaResult result = f16              ? MmaResult::f16
+                           : is_fp8(inputs) ? MmaResult::e8m13
+                                            : MmaResult::f32;
   return MmaModel{32 / size_in_bytes(inputs), is_fp8(inputs) ? 13 : 25, f16 ? -21 : -133,
-                  f16              ? MmaResult::f16
-                  : is_fp8(inputs) ? MmaResult::e8m13
-                                   : MmaResult::f32};
+                  result, false, min_exponent(accumulator)};
 }
 
 MmaModel mma_sync_model(int target, NumberFormat inputs, NumberFormat accumulator) {
@@ -264,7 +266,7 @@ MmaModel mma_sync_model(int target, NumberFormat inputs, NumberFormat accumulato
   if (rounding == 90) {
     const bool widened = is_fp8(inputs);
     return MmaModel{widened ? 16 : 32 / size_in_bytes(inputs), 25, f16 ? -21 : -133, result,
-                    widened};
+                    widened, min_exponent(accumulator)};
   }
   const int zero_exponent = f16 ? -20 : -132;
   if (is_fp8(inputs)) {
@@ -274,14 +276,14 @@ MmaModel mma_sync_model(int target, NumberFormat inputs, NumberFormat accumulato
 }
 
 void decode_operand(MmaOperand& operand, NumberFormat format, const void* data, int count, int k,
-                    std::ptrdiff_t stride, std::ptrdiff_t k_stride, bool negate) {
+                    std::ptrdiff_t stride, std::ptrdiff_t k_stride, bool negate, bool widened) {
   operand.format = format;
   operand.count = count;
   operand.k = k;
   operand.value.resize(std::size_t(count) * k);
   operand.exponent.resize(std::size_t(count) * k);
   operand.has_nonfinite = false;
-  const int least = min_exponent(format);
+  const int least = min_exponent(widened ? NumberFormat::f16 : format);
   const auto* bytes = static_cast<const unsigned char*>(data);
   const auto decode_with = [&](auto to_float) {
     for (int i = 0; i < count; ++i) {
