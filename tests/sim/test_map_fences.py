@@ -322,8 +322,18 @@ def test_stores_read_their_map_until_their_group_is_waited_for(mode, waited):
 
 
 def test_a_parameter_needs_no_fence():
-    body = "mov.u64 %rd2, base;\n" + USE
+    body = "mov.u64 %rd2, base;\ncvta.param.u64 %rd2, %rd2;\n" + USE
     check(run(body)[0])
+
+
+def test_the_address_of_a_parameter_is_not_generic_before_cvta():
+    # An H200 faults on both (2026-11-26).
+    report, _ = run("mov.u64 %rd2, base;\n" + USE)
+    assert "given by its address in the .param space" in str(report)
+    report, _ = run("mov.u64 %rd2, base;\nld.u32 %r7, [%rd2];\n")
+    assert "generic read of a kernel parameter" in str(report)
+    report, _ = run("mov.u64 %rd2, base;\nprefetch.tensormap [%rd2];\n")
+    assert "given by its address in the .param space" in str(report)
 
 
 def test_not_in_shared_memory():
@@ -334,13 +344,16 @@ def test_not_in_shared_memory():
 
 
 def test_misaligned():
-    body = "mov.u64 %rd2, base;\nadd.u64 %rd2, %rd2, 32;\n" + USE
+    body = "mov.u64 %rd2, base;\ncvta.param.u64 %rd2, %rd2;\nadd.u64 %rd2, %rd2, 32;\n" + USE
     report, _ = run(body)
     assert "not aligned to 64 bytes" in str(report)
 
 
 def test_prefetch():
-    fine = "mov.u64 %rd2, base;\nprefetch.tensormap [%rd2];\nprefetch.param.tensormap [%rd2];\n"
+    fine = (
+        "mov.u64 %rd2, base;\nprefetch.param.tensormap [%rd2];\ncvta.param.u64 %rd2, %rd2;\n"
+        "prefetch.tensormap [%rd2];\n"
+    )
     check(run(fine + USE)[0])
     report, _ = run("mov.u64 %rd2, 4096;\nprefetch.tensormap [%rd2];\n")
     assert kinds(report) == {"out of bounds"}

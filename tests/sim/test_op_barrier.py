@@ -166,7 +166,8 @@ def test_mbarrier_state_tokens_drop_and_pending_count():
     """
     )
     got = lanes(code, np.uint32, block=64)
-    np.testing.assert_array_equal(np.sort(got), np.arange(1, 65))
+    # The 32 lanes of a warp get one token, from before their arrivals (an H200, 2026-11-26).
+    np.testing.assert_array_equal(np.sort(got), np.repeat([32, 64], 32))
 
 
 def test_transactions_hold_a_phase_open():

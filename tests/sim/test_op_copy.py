@@ -261,6 +261,7 @@ TENSOR = """
     .shared .align 1024 .b8 tile[16384];
     .shared .align 8 .b8 bar[8];
     mov.u64 %rd1, map;
+    cvta.param.u64 %rd1, %rd1;
     ld.param.u64 %rd2, [out];
     mov.u32 %r1, %tid.x;
     mov.u32 %r2, tile;
@@ -351,6 +352,7 @@ def test_tensor_load_swizzled(span):
 STORE = """
     .shared .align 1024 .b8 tile[1024];
     mov.u64 %rd1, map;
+    cvta.param.u64 %rd1, %rd1;
     mov.u32 %r1, %tid.x;
     mov.u32 %r2, tile;
     mad.lo.u32 %r3, %r1, 4, %r2;
@@ -437,6 +439,7 @@ def test_multicast(completion):
         .shared .align 128 .b8 tile[1024];
         .shared .align 8 .b8 bar[8];
         mov.u64 %rd1, map;
+        cvta.param.u64 %rd1, %rd1;
         ld.param.u64 %rd2, [out];
         mov.u32 %r1, %tid.x;
         mov.u32 %r2, tile;

@@ -127,6 +127,9 @@ def test_ftz_and_sat():
     got = lanes("mul.sat.f32 %z, %a, %b;", np.float32, A, np.ones_like(A))
     with np.errstate(all="ignore"):
         np.testing.assert_array_equal(got, np.where(np.isnan(A), 0, np.clip(A, 0, 1)))
+    zeros = np.array([0.0, -0.0] * 16, np.float32)  # -0 gives +0: an H200, 2026-11-26
+    for code in ("mul.sat.f32 %z, %a, %b;", "cvt.sat.f32.f32 %z, %a;"):
+        assert not lanes(code, np.uint32, zeros, np.ones_like(zeros)).any()
 
 
 def test_min_max():

@@ -31,7 +31,7 @@ BINARY: dict[str, Callable[[int, int], int]] = {
     "min": min,
     "max": max,
     "div": lambda a, b: trunc_div(a, b) if b else -1,
-    "rem": lambda a, b: a - b * trunc_div(a, b) if b else a,
+    "rem": lambda a, b: a - b * trunc_div(a, b) if b else -1,  # by 0: as an H200, 2026-11-26
 }
 
 

@@ -102,8 +102,8 @@ def test_global_and_constant_variables():
 .target sm_90a
 .address_size 64
 .const .align 4 .u32 table[4] = {10, 20, 30, 40};
-.global .align 8 .u64 pointer = generic(counter);
 .global .align 4 .u32 counter = 5;
+.global .align 8 .u64 pointer = generic(counter);
 .visible .entry kernel(.param .u64 out)
 {
     .reg .b32 %r<8>;

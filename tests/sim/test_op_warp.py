@@ -252,7 +252,9 @@ def test_trap_and_exit():
     report = kernel("trap;").launch("kernel", grid=1, block=32, args=[np.zeros(1)])
     assert kinds(report) == {"trap"}
     body = "mov.u32 %r1, %tid.x;\nsetp.gt.u32 %p1, %r1, 3;\n@%p1 exit;\n"
-    body += "bar.sync 0;\nbrkpt;\npmevent 1;"
+    report = kernel(body + "brkpt;").launch("kernel", grid=1, block=32, args=[np.zeros(1)])
+    assert kinds(report) == {"trap"} and "no debugger" in str(report)
+    body += "bar.sync 0;\n@%p1 brkpt;\npmevent 1;"
     report = kernel(body).launch("kernel", grid=1, block=128, args=[np.zeros(1)])
     assert report.ok, str(report)
     assert report.instructions["bar.sync"] == 1

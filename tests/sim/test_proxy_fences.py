@@ -154,6 +154,7 @@ def test_tensor_load_of_what_the_kernel_has_written(fence):
     .shared .align 128 .b8 tile[1024];
     .shared .align 8 .b8 bar[8];
     mov.u64 %rd1, map;
+    cvta.param.u64 %rd1, %rd1;
     ld.param.u64 %rd2, [x];
     mov.u32 %r1, %tid.x;
     mov.u32 %r2, tile;

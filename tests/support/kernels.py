@@ -69,6 +69,7 @@ TMA = (
     .shared .align 128 .b8 tile[512];
     .shared .align 8 .b8 full[8];
     mov.u64 %rd1, map;
+    cvta.param.u64 %rd1, %rd1;
     ld.param.u64 %rd2, [out];
     ld.param.u32 %r1, [x];
     ld.param.u32 %r2, [y];
@@ -213,6 +214,7 @@ STORE = (
     .shared .align 128 .b8 tile[512];
     ld.param.u32 %r1, [step];
     mov.u64 %rd1, map;
+    cvta.param.u64 %rd1, %rd1;
     mov.u32 %r2, %tid.x;
     mov.u32 %r3, tile;
     shl.b32 %r4, %r2, 4;

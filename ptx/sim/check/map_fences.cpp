@@ -64,6 +64,13 @@ std::string missing(Warp& w, int lane, std::uint64_t address, const LastWrite& w
 }  // namespace
 
 bool resolve_tensor_map(Warp& w, int lane, std::uint64_t address, Place* place) {
+  if ((address & kWindowMask) == kParamWindow) {
+    w.finding(FindingKind::tensor_map,
+              "the tensor map is given by its address in the .param space; cvta.param makes that "
+              "generic",
+              1u << lane, address);
+    return false;
+  }
   if (address % kTensorMapAlignment != 0) {
     w.finding(FindingKind::tensor_map, "the tensor map is not aligned to 64 bytes", 1u << lane,
               address);

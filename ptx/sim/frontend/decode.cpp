@@ -449,7 +449,8 @@ Slot Decoder::source_at_least(const Arg& a, Type type) {
         return symbol->slot;
       }
       if (symbol->kernel_param)
-        return builder_.param_address(static_cast<std::int64_t>(symbol->address) + a.offset);
+        return builder_.param_address(static_cast<std::int64_t>(symbol->address | kParamWindow) +
+                                      a.offset);
       return constant(symbol->address + static_cast<std::uint64_t>(a.offset), bytes);
     }
     default:
@@ -500,8 +501,10 @@ Slot Decoder::address(const Arg& a, std::int64_t* offset, Space* space) {
     // Parameters of device functions live with the lane's local memory.
     if (*space == Space::param && !symbol->kernel_param) *space = Space::local;
     if (symbol->framed) return symbol->slot;
-    if (symbol->kernel_param)
-      return builder_.param_address(static_cast<std::int64_t>(symbol->address));
+    if (symbol->kernel_param) {
+      const std::uint64_t window = *space == Space::param ? 0 : kParamWindow;
+      return builder_.param_address(static_cast<std::int64_t>(symbol->address | window));
+    }
     if (*space == Space::generic && symbol->space == Space::shared)
       return constant(symbol->address | kSharedWindow, 8);
     return constant(symbol->address, 8);

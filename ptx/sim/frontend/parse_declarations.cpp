@@ -110,24 +110,30 @@ void Parser::declarator(Variable& v, bool parameter) {
     take();
     std::vector<std::uint64_t> counts = v.dimensions;
     if (v.lanes > 1) counts.push_back(static_cast<std::uint64_t>(v.lanes));
-    initializer(v, counts, 0);
+    const std::uint64_t rows = initializer(v, counts, 0);
     if (unsized) {
-      v.bytes = v.initial.size();
-      v.dimensions[0] = v.bytes / (count * each);
+      v.bytes = rows * count * each;
+      v.dimensions[0] = rows;
+      if (v.bytes > 1u << 28)
+        fail("the initializer of '" + v.name + "' must have at most 2^28 bytes");
     }
   }
+  if (!parameter) declared_.insert(v.name);
   if (v.bytes == 0 && !parameter && !v.is_external())
     fail_at(v.line, "'" + v.name + "' must have a size, or be .extern");
 }
 
-// Braces nest like the array's dimensions. Elements that are left out are zero.
-void Parser::initializer(Variable& v, const std::vector<std::uint64_t>& counts, std::size_t level) {
-  if (level == counts.size()) return element(v);
+// Braces nest like the array's dimensions; returns the number of elements within. As with ptxas,
+// the values fill the array from its beginning, and zeros follow the last: {{1}, {2, 3}} in [3][2]
+// is 1, 2, 3, 0, 0, 0 (the PTX manual, as C, has 1, 0, 2, 3, 0, 0).
+std::uint64_t Parser::initializer(Variable& v, const std::vector<std::uint64_t>& counts,
+                                  std::size_t level) {
+  if (level == counts.size()) {
+    element(v);
+    return 1;
+  }
   const Nested nested(*this);
   expect('{');
-  auto each = static_cast<std::uint64_t>(element_bytes(v));
-  for (std::size_t inner = level + 1; inner < counts.size(); ++inner) each *= counts[inner];
-  const std::size_t begin = v.initial.size();
   std::uint64_t count = 0;
   if (!peek().is('}')) {
     do {
@@ -139,12 +145,7 @@ void Parser::initializer(Variable& v, const std::vector<std::uint64_t>& counts, 
     } while (accept(','));
   }
   expect('}');
-  // The outermost array is not padded: it may be huge, and mostly zero.
-  if (level > 0) {
-    if (counts[level] * each > 1u << 28)
-      fail("the initializer of '" + v.name + "' must have at most 2^28 bytes");
-    v.initial.resize(begin + counts[level] * each);
-  }
+  return count;
 }
 
 void Parser::element(Variable& v) {
@@ -197,6 +198,9 @@ void Parser::address_element(Variable& v, int shift, int bytes) {
     expect(')');
   }
   addend += displacement();
+  if (declared_.count(symbol) == 0)
+    fail_at(line, "the initial value of '" + v.name + "' refers to '" + symbol +
+                      "', which is not declared before it");
   v.references.push_back({v.initial.size(), symbol, addend, bytes, shift, line});
   v.initial.resize(v.initial.size() + static_cast<std::size_t>(element_bytes(v)));
 }

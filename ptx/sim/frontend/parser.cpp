@@ -115,6 +115,7 @@ void Parser::alias() {
   expect(',');
   if (!module_.aliases.emplace(name, take_word()).second)
     fail_at(line, "'" + name + "' is an alias already");
+  declared_.insert(name);
   expect(';');
 }
 
@@ -148,6 +149,7 @@ void Parser::function(Linkage how) {
   while (accept(".attribute")) skip_attribute();
   if (peek().is('(')) f.results = parameters();
   f.name = take_word();
+  declared_.insert(f.name);
   if (peek().is('(')) f.params = parameters();
   while (peek().kind == Token::word) function_directive(f);
   if (!accept(';')) {

@@ -3,6 +3,7 @@
 // operands).
 #pragma once
 
+#include <set>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -34,7 +35,8 @@ class Parser : TokenReader {
   std::vector<Variable> variables(Linkage linkage);
   Variable variable_head(Linkage linkage);
   void declarator(Variable& v, bool parameter);
-  void initializer(Variable& v, const std::vector<std::uint64_t>& counts, std::size_t level);
+  std::uint64_t initializer(Variable& v, const std::vector<std::uint64_t>& counts,
+                            std::size_t level);
   void element(Variable& v);
   void address_element(Variable& v, int shift, int bytes);
   // "(.param .u32 a, .reg .u64 b)". The registers of a prototype are not declared.
@@ -74,6 +76,7 @@ class Parser : TokenReader {
   std::vector<std::unordered_map<std::string, std::uint32_t>> registers_;
   std::vector<std::unordered_map<std::string, std::vector<std::uint32_t>>> vectors_;
   std::vector<std::unordered_map<std::string, std::string>> variables_;
+  std::set<std::string> declared_;  // variables and functions, so far
   int scope_ = 0;
   bool in_call_ = false;  // '(' opens a list of arguments, not an expression
   std::uint32_t file_ = 0, source_line_ = 0;

@@ -66,6 +66,12 @@ Step trap(Warp& w, const Instruction&, U32 mask) {
   throw LaunchStopped{};
 }
 
+Step breakpoint(Warp& w, const Instruction&, U32 mask) {
+  w.finding(FindingKind::trap,
+            "the kernel executed brkpt, which ends a launch that no debugger watches", mask);
+  throw LaunchStopped{};
+}
+
 template <Step (*execute)(Warp&, const Instruction&, U32), Flow flow>
 void decode_plain(Decoder& d) {
   d.take("uni");
@@ -81,7 +87,7 @@ void add_control(OpcodeTable& t) {
   t["brx"] = {decode_brx, {OpClass::control}};
   t["exit"] = {decode_plain<exit, Flow::exit>, {OpClass::control}};
   t["trap"] = {decode_plain<trap, Flow::trap>, {OpClass::control}};
-  t["brkpt"] = {decode_plain<no_operation, Flow::next>, {OpClass::machine}};
+  t["brkpt"] = {decode_plain<breakpoint, Flow::trap>, {OpClass::machine}};
 }
 
 }  // namespace torchext::sim

@@ -1,4 +1,5 @@
 // cvt between integers and floating-point formats, cvt.pack.
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -56,7 +57,7 @@ double decode_float(Type type, U64 bits, bool ftz) {
 }
 
 U64 encode_float(const Conversion& c, double v) {
-  if (c.sat) v = v != v ? 0 : v < 0 ? 0 : v > 1 ? 1 : v;
+  if (c.sat) v = v > 0 ? std::min(v, 1.0) : 0;  // NaN and -0 give +0
   switch (c.to) {
     case Type::f16:
       return encode_f16(v, c.modifiers);
@@ -326,6 +327,12 @@ void decode_pack(Decoder& d) {
   d.out.execute = pack_integers;
 }
 
+// Whether every value of the integer type `from` is one of `to`.
+bool contains(Type to, Type from) {
+  const int more = size_of(to) - size_of(from);
+  return is_signed(to) == is_signed(from) ? more >= 0 : is_signed(to) && more > 0;
+}
+
 void decode_cvt(Decoder& d) {
   if (d.take("pack")) return decode_pack(d);
   Conversion c{};
@@ -365,6 +372,8 @@ void decode_cvt(Decoder& d) {
   }
   if (!is_float(c.to) && is_float(c.from) && !c.integral)
     d.need_one_of({"rni", "rzi", "rmi", "rpi"});
+  if (c.sat && !is_float(c.to) && !is_float(c.from) && contains(c.to, c.from))
+    d.fail("the destination type must lack values of the source type with .sat");
   d.out.d = d.destination_at_least(d.arg(0), size_of(c.to));
   d.out.s[0] = d.source_at_least(d.arg(1), c.from);
   d.keep(c);

@@ -1,5 +1,6 @@
 // Floating-point arithmetic: f32, f16, bf16 and their packed pairs, with PTX's rounding modes, NaN
 // rules, .ftz, .sat and .relu; and the approximate functions. floating64.cpp has f64.
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -75,7 +76,7 @@ float finish32(double exact_to_odd, Modes modes) {
                 ? static_cast<float>(exact_to_odd)
                 : float_from_bits(encode_f32(exact_to_odd, {modes.rounding, false, false}));
   if (modes.ftz) v = flush_subnormal(v);
-  if (modes.sat) v = v != v ? 0.0f : v < 0 ? 0.0f : v > 1 ? 1.0f : v;
+  if (modes.sat) v = v > 0 ? std::min(v, 1.0f) : 0.0f;  // NaN and -0 give +0
   return canonical(v);
 }
 float in32(float v, Modes modes) {

@@ -212,6 +212,9 @@ void decode_cvta(Decoder& d) {
     form.window = kSharedWindow;
   } else if (space == Space::local) {
     form.window = kLocalWindow;
+  } else if (space == Space::param) {
+    form.window = kParamWindow;
+    form.to = !form.to;  // the address within the window is not the generic one
   } else if (space == Space::generic) {
     d.need_one_of(
         {"global", "shared", "shared::cta", "shared::cluster", "local", "param", "const"});
@@ -309,22 +312,25 @@ Step prefetch_map(Warp& w, const Instruction& i, std::uint32_t mask) {
   w.need(i.s[0], mask, "as a tensor map's address");
   for_lanes(mask, [&](int lane) {
     Place place;
-    resolve_tensor_map(w, lane, w.address(i.s[0], i.offset, lane), &place);
+    std::uint64_t address = w.address(i.s[0], i.offset, lane);
+    if (i.as<Space>() == Space::param) address &= ~kWindowMask;
+    resolve_tensor_map(w, lane, address, &place);
   });
   return Step::next;
 }
 
 void decode_prefetch(Decoder& d) {
   const bool of_map = d.opcode() == "prefetch" && d.take("tensormap");
+  Space space = Space::generic;
   if (d.opcode() == "prefetchu") {
     d.take("L1");
   } else if (!of_map) {
     d.take_space();
     d.need_one_of({"L1", "L2", "L2::evict_last", "L2::evict_normal"});
   } else {
-    d.take_space();
+    space = d.take_space();
   }
-  Space space = Space::generic;
+  d.keep(space);
   d.finish(1);
   d.out.s[0] = d.address(d.arg(0), &d.out.offset, &space);
   if (of_map) d.reads(Space::generic, 128, Proxy::tensormap);

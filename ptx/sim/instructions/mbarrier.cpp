@@ -168,12 +168,18 @@ Step arrive_at(Warp& w, const Instruction& i, U32 mask) {
   w.need(i.s[1], mask, "as a count");
   Scoped knowledge;
   if (!form.relaxed) knowledge.fill(w.release(mask));
+  // The lanes of a warp that arrive at a barrier in one phase get the same token: the count of
+  // pending arrivals before all of them (measured on an H200).
+  const MBarrier* last = nullptr;
+  U64 token = 0;
   for_lanes(mask, [&](int lane) {
     Cta* owner;
     U32 offset;
     MBarrier* m =
         find_mbarrier(w, lane, space_of(i), w.address(i.s[0], i.offset, lane), &owner, &offset);
     if (m == nullptr) return;
+    if (m != last || m->phase != token >> 32) token = m->phase << 32 | static_cast<U64>(m->pending);
+    last = m;
     const auto operand = static_cast<U32>(w.integer(i.s[1], lane));
     const U32 count = form.expect ? 1 : operand;
     if (form.expect) {
@@ -184,7 +190,7 @@ Step arrive_at(Warp& w, const Instruction& i, U32 mask) {
                   offset);
       }
     }
-    if (!i.d.sink) w.put(i.d, lane, m->phase << 32 | static_cast<U64>(m->pending));
+    if (!i.d.sink) w.put(i.d, lane, token);
     if (count == 0 || count > m->pending) {
       w.finding(FindingKind::mbarrier_misuse,
                 name_of(*owner, offset) + ": " + std::to_string(count) +

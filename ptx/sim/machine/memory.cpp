@@ -72,6 +72,15 @@ bool Warp::resolve(int lane, Space space, std::uint64_t address, std::uint32_t b
         space = Space::global;
     }
   }
+  if (space == Space::param) address &= ~kWindowMask;
+  if ((address & kWindowMask) == kParamWindow) {
+    finding(FindingKind::out_of_bounds,
+            std::string("generic ") + verb +
+                " of a kernel parameter by its address in the .param "
+                "space; cvta.param makes that generic",
+            lanes, address);
+    return false;
+  }
   if (address & (bytes - 1)) {
     finding(FindingKind::misaligned_access,
             std::string(verb) + " of " + std::to_string(bytes) + " bytes at " + hex(address) +

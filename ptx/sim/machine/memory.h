@@ -20,6 +20,8 @@ class DeviceHeap;
 // Generic addresses: shared and local memory lie far above every host address.
 constexpr std::uint64_t kSharedWindow = 0x0100'0000'0000'0000;
 constexpr std::uint64_t kLocalWindow = 0x0200'0000'0000'0000;
+// Addresses of a kernel's parameters before cvta.param makes them generic.
+constexpr std::uint64_t kParamWindow = 0x0400'0000'0000'0000;
 // Addresses of functions. Nothing can be loaded from them.
 constexpr std::uint64_t kFunctionWindow = 0x0300'0000'0000'0000;
 constexpr std::uint64_t kWindowMask = 0xff00'0000'0000'0000;

@@ -114,7 +114,7 @@ float step_element(const MmaModel& model, const MmaOperand& a, int m, const MmaO
                    const int* ks, int count, float c) {
   double special = std::isfinite(c) ? 0.0 : double{c};
   int largest = c == 0 || !std::isfinite(c) ? model.zero_exponent
-                                             : exponent_of(c, model.least_addend_exponent);
+                                            : exponent_of(c, model.least_addend_exponent);
   for (int i = 0; i < count; ++i) {
     const std::size_t at_a = std::size_t(ks[i]) * a.count + m;
     const std::size_t at_b = std::size_t(ks[i]) * b.count + n;
@@ -238,8 +238,9 @@ MmaModel wgmma_model(NumberFormat inputs, NumberFormat accumulator) {
   const MmaResult result = f16              ? MmaResult::f16
                            : is_fp8(inputs) ? MmaResult::e8m13
                                             : MmaResult::f32;
-  return MmaModel{32 / size_in_bytes(inputs), is_fp8(inputs) ? 13 : 25, f16 ? -21 : -133,
-                  result, false, min_exponent(accumulator)};
+  return MmaModel{
+      32 / size_in_bytes(inputs), is_fp8(inputs) ? 13 : 25, f16 ? -21 : -133, result, false,
+      min_exponent(accumulator)};
 }
 
 MmaModel mma_sync_model(int target, NumberFormat inputs, NumberFormat accumulator) {
@@ -265,8 +266,12 @@ MmaModel mma_sync_model(int target, NumberFormat inputs, NumberFormat accumulato
   const MmaResult result = f16 ? MmaResult::f16 : MmaResult::f32;
   if (rounding == 90) {
     const bool widened = is_fp8(inputs);
-    return MmaModel{widened ? 16 : 32 / size_in_bytes(inputs), 25, f16 ? -21 : -133, result,
-                    widened, min_exponent(accumulator)};
+    return MmaModel{widened ? 16 : 32 / size_in_bytes(inputs),
+                    25,
+                    f16 ? -21 : -133,
+                    result,
+                    widened,
+                    min_exponent(accumulator)};
   }
   const int zero_exponent = f16 ? -20 : -132;
   if (is_fp8(inputs)) {
