@@ -1,5 +1,6 @@
 """Arguments of a simulated launch: Python numbers, and .ptx and .cu files in their usual forms."""
 
+import contextlib
 import ctypes
 import struct
 from pathlib import Path
@@ -132,11 +133,17 @@ def launches(module):
 def test_files_as_editors_leave_them(tmp_path, data):
     path = tmp_path / "scale.ptx"
     path.write_bytes(data)
-    assert launches(sim.Module(path)) and launches(sim.Module(str(path)))
+    # ptxas 13.0: "Unexpected non-ASCII character encountered on line 1"
+    warned: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+    if not data.isascii():
+        warned = pytest.warns(UserWarning, match=r"scale\.ptx:1: .* ptxas refuses the file")
+    with warned:
+        assert launches(sim.Module(path)) and launches(sim.Module(str(path)))
 
 
 def test_text_with_a_byte_order_mark():
-    assert launches(sim.Module("\ufeff" + SCALE))
+    with pytest.warns(UserWarning, match="<ptx>:1: PTX must be ASCII text"):
+        assert launches(sim.Module("\ufeff" + SCALE))
 
 
 @pytest.mark.parametrize(

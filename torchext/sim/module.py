@@ -13,7 +13,7 @@ from . import names
 from .arguments import argument_of
 from .memory import Arena
 from .options import launch_options
-from .ptx_file import read_ptx
+from .ptx_file import read_ptx, warn_unless_ascii
 from .report import Report, report_from
 from .variables import Variable
 
@@ -80,6 +80,7 @@ def _dim3(name: str, value: int | Sequence[int]) -> tuple[int, int, int]:
 def _named_text(ptx_text_or_path: str | Path, name: str | None) -> tuple[str, str]:
     if isinstance(ptx_text_or_path, str) and "\n" in ptx_text_or_path:
         path, text = "<ptx>", ptx_text_or_path.removeprefix("\ufeff")
+        warn_unless_ascii(ptx_text_or_path, path)
     else:
         path, text = str(ptx_text_or_path), read_ptx(ptx_text_or_path)
     return path if name is None else name, text

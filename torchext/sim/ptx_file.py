@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from pathlib import Path
 
 from torchext import _sim
@@ -20,8 +21,21 @@ _SIGNATURES = {
 _NOT_TEXT = re.compile(rb"[\x00-\x08\x0e-\x1f]")
 
 
+def warn_unless_ascii(text: bytes | str, name: str | Path) -> None:
+    """Warns of what the simulator skips and ptxas 13.0 refuses, even in a comment."""
+    if not text.isascii():
+        data = text.encode(errors="replace") if isinstance(text, str) else text
+        at = next(at for at, byte in enumerate(data) if byte > 127)
+        line = data.count(b"\n", 0, at) + 1
+        warnings.warn(
+            f"{name}:{line}: PTX must be ASCII text (got byte 0x{data[at]:02x}); the simulator "
+            "skips such bytes in comments, but ptxas refuses the file: remove them",
+            stacklevel=2,
+        )
+
+
 def read_ptx(path: str | Path) -> str:
-    """The text of a PTX file, without a byte-order mark.
+    """The text of a PTX file, without a byte-order mark. Warns of bytes that ptxas refuses.
 
     Raises OSError if it cannot be read, PtxError if it is not text; both name the file.
     """
@@ -50,6 +64,7 @@ def read_ptx(path: str | Path) -> str:
         )
     if not data.strip():
         raise _sim.PtxError(f"{path}: the file must be PTX text (got an empty file)")
+    warn_unless_ascii(data, path)
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError:
