@@ -324,10 +324,10 @@ def slice_box(array, box, coordinates):
 @pytest.mark.parametrize("shape,box,coordinates", [
     ((64,), (16,), (8,)),
     ((20, 32), (8, 16), (4, 3)),
-    ((20, 32), (8, 16), (-5, -2)),
+    ((20, 32), (8, 16), (-4, -2)),
     ((20, 32), (8, 16), (28, 17)),
     ((6, 10, 16), (3, 4, 8), (4, 8, -1)),
-    ((4, 3, 5, 8), (2, 2, 3, 4), (1, 3, 2, 3)),
+    ((4, 3, 5, 8), (2, 2, 3, 4), (-4, 3, 2, 3)),
     ((3, 2, 3, 4, 8), (2, 2, 2, 2, 4), (4, 3, 2, -1, 2)),
 ])  # fmt: skip
 def test_tensor_load(shape, box, coordinates, completion):
@@ -369,7 +369,7 @@ END:
 
 
 @pytest.mark.parametrize("completion", COMPLETIONS)
-@pytest.mark.parametrize("x,y", [(0, 0), (24, 17), (-3, -2)])
+@pytest.mark.parametrize("x,y", [(0, 0), (24, 17), (-4, -2)])
 def test_tensor_store_and_reduce(x, y, completion):
     # 8 rows of 16 words, of which only 128 threads' words are written
     array = np.full((20, 32), 7, np.int32)
@@ -397,6 +397,45 @@ def test_tensor_store_and_reduce(x, y, completion):
         report = module.launch("kernel", grid=1, block=128, args=args, completion=completion)
         assert report.ok, str(report)
         np.testing.assert_array_equal(out, expected)
+
+
+@pytest.mark.parametrize("x", [-3, 1, 2, 30])
+@pytest.mark.parametrize("load", [True, False])
+def test_boxes_begin_at_multiples_of_16_bytes(load, x):
+    """An H200 reports an illegal instruction for others."""
+    array = np.zeros((20, 32), np.int32)
+    if load:
+        with pytest.raises(AssertionError, match=f"innermost coordinate is {x}"):
+            load_box(array, (8, 16), (x, 0))
+        return
+    copy = f"cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%rd1, {{{x}, 0}}], [%r2];"
+    module = kernel(STORE.format(copy=copy), ".param .align 64 .b8 map[128]")
+    args = [sim.tensor_map(array, box=(8, 16))]
+    report = module.launch("kernel", grid=1, block=128, args=args)
+    assert [finding.kind for finding in report.findings] == ["misaligned access"], str(report)
+    assert not array.any()
+
+
+@pytest.mark.parametrize("columns", [29, 30, 31, 32])
+def test_a_store_fills_the_last_16_bytes_of_a_row(columns):
+    """Seen on an H200: behind the end of a tensor's row, up to 12 bytes come from the box."""
+    array = np.full((20, 36), 7, np.int32)
+    copy = "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%rd1, {24, -5}], [%r2];"
+    module = kernel(STORE.format(copy=copy), ".param .align 64 .b8 map[128]")
+    args = [sim.tensor_map(array[:, :columns], box=(8, 16))]
+    report = module.launch("kernel", grid=1, block=128, args=args)
+    assert report.ok, str(report)
+    want = np.full_like(array, 7)
+    want[:3, 24:32] = np.arange(128).reshape(8, 16)[5:, :8]
+    np.testing.assert_array_equal(array, want)
+
+
+def test_a_store_may_run_past_the_end_of_a_buffer():
+    array = np.zeros((20, 36), np.int32)
+    copy = "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%rd1, {24, 17}], [%r2];"
+    module = kernel(STORE.format(copy=copy), ".param .align 64 .b8 map[128]")
+    args = [sim.tensor_map(array[:, :31], box=(8, 16))]
+    assert kinds(module.launch("kernel", grid=1, block=128, args=args)) == {"out of bounds"}
 
 
 def test_two_ctas_that_store_one_tile_race():

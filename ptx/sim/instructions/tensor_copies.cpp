@@ -102,13 +102,27 @@ MapReader next_map_read(Warp& w, int lane) {
   return {g.map_agent, ++g.map_clock};
 }
 
+// The box's coordinates. Reports a box that begins at an address that is no multiple of 16 bytes:
+// PTX does not mention it, but a GPU stops with "illegal instruction" (seen on an H200).
+bool read_coordinates(Warp& w, const TensorCopy& c, int lane, const TensorMapFields& f,
+                      std::int32_t (&at)[kMaxTensorMapRank]) {
+  for (U32 k = 0; k < c.rank; ++k)
+    at[k] = static_cast<std::int32_t>(w.integer(c.coordinates[k], lane));
+  const std::int64_t bytes = std::int64_t{at[0]} * size_in_bytes(f.data_type);
+  if (bytes % 16 == 0) return true;
+  w.finding(FindingKind::misaligned_access,
+            "the innermost coordinate is " + std::to_string(at[0]) + ", at " +
+                std::to_string(bytes) + " bytes; a tensor copy begins at a multiple of 16 bytes",
+            1u << lane);
+  return false;
+}
+
 void load_box(Warp& w, const TensorCopy& c, int lane) {
   TensorMapFields f;
   MapReader map_reader{0, 0};
   if (!fetch_map(w, c, lane, &f, [&] { return map_reader = next_map_read(w, lane); })) return;
   std::int32_t at[kMaxTensorMapRank] = {};
-  for (U32 k = 0; k < c.rank; ++k)
-    at[k] = static_cast<std::int32_t>(w.integer(c.coordinates[k], lane));
+  if (!read_coordinates(w, c, lane, f, at)) return;
   const U32 bytes = box_bytes(f), span = box_span_bytes(f);
   Place place;
   const U64 shared = w.address(c.shared, c.shared_offset, lane);
@@ -217,8 +231,7 @@ bool store_box(Warp& w, const TensorCopy& c, int lane) {
   if (!fetch_map(w, c, lane, &f, [&] { return MapReader{group.read_agent, group.current}; }))
     return false;
   std::int32_t at[kMaxTensorMapRank] = {};
-  for (U32 k = 0; k < c.rank; ++k)
-    at[k] = static_cast<std::int32_t>(w.integer(c.coordinates[k], lane));
+  if (!read_coordinates(w, c, lane, f, at)) return false;
   Place place;
   const U64 shared = w.address(c.shared, c.shared_offset, lane);
   if (!resolve_shared(w, lane, shared, box_span_bytes(f), 128, false, &place)) return false;
@@ -245,16 +258,19 @@ bool store_box(Warp& w, const TensorCopy& c, int lane) {
   };
   for_each_run(f, at, offset, [&](const BoxRun& r) {
     if (!r.in_bounds) return;
-    merged(range, r.global_address, r.bytes, check);
+    // A GPU stores whole units of 16 bytes: where a row of the tensor ends within one, the bytes
+    // behind it are overwritten from the box (seen on an H200).
+    const U32 bytes = c.reduction.op == ReduceOp::none ? (r.bytes + 15) / 16 * 16 : r.bytes;
+    merged(range, r.global_address, bytes, check);
     CopyRun run;
     run.from = base + r.shared_address;
     run.to = reinterpret_cast<std::uint8_t*>(r.global_address);
-    run.bytes = r.bytes;
+    run.bytes = bytes;
     job.runs.push_back(run);
     if (w.grid().checks) {
       Place part = place;
       part.offset = r.shared_address;
-      w.check_read(part, reader, r.bytes, 1u << lane, r.shared_address);
+      w.check_read(part, reader, bytes, 1u << lane, r.shared_address);
     }
   });
   if (range.begin != range.end) check(range);
