@@ -38,6 +38,28 @@ __device__ uint32_t scaled_word(const float* x, float scale) {
     return bits_of(__fmul_rn(x[0], scale));
 }
 
+// Stores 16 elements of each lane. Two neighboring lanes, whose elements are neighbors too, swap
+// halves of 32 bytes, so that each store of a pair fills a whole sector of memory.
+template <class Out>
+__device__ void store_whole(uint8_t* address, const Elements16<Out>& y) {
+  constexpr int kBytes = Elements16<Out>::kWords * 4;  // of a lane
+  const bool odd = threadIdx.x % 2 != 0;
+#pragma unroll
+  for (int i = 0; i < Elements16<Out>::kWords; i += 8) {
+    uint4 kept, other;
+    uint32_t *keep = &kept.x, *swap = &other.x;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const uint32_t low = y.words[i + j], high = y.words[i + j + 4];
+      keep[j] = odd ? high : low;
+      swap[j] = __shfl_xor_sync(~0u, odd ? low : high, 1);
+    }
+    uint8_t* even = address + i * 4 + (odd ? 16 - kBytes : 0);  // of the even lane's sector
+    *reinterpret_cast<uint4*>(even) = odd ? other : kept;
+    *reinterpret_cast<uint4*>(even + kBytes) = odd ? kept : other;
+  }
+}
+
 // Stores the first `valid` of 16 elements.
 template <class Out>
 __device__ void store(uint8_t* address, bool aligned, int valid, const Elements16<Out>& y) {
@@ -83,7 +105,10 @@ __device__ void dequantize_rows(const Source& x, const Scales& scales, const Res
           if constexpr (Out::kPerWord == 1)
             result.words[j + 1] = scaled_word<Out>(values + 1, scale);
         }
-        store(to + 4 * i * y.stride, interior || y.aligned, valid, result);
+        if constexpr (interior)
+          store_whole(to + 4 * i * y.stride, result);
+        else
+          store(to + 4 * i * y.stride, y.aligned, valid, result);
       });
 }
 
