@@ -90,7 +90,7 @@ extern "C" __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads
     }
     ptx::fence_mbarrier_init();
   }
-  ptx::barrier_cluster_arrive();  // both CTAs' barriers are initialized
+  ptx::barrier_cluster_arrive_relaxed();  // both CTAs' barriers are initialized
   ptx::barrier_cluster_wait();
   RingPosition ring;
 
@@ -103,7 +103,7 @@ extern "C" __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads
         for (int k_block = 0; k_block < k_blocks; ++k_block, ring.advance()) {
           ptx::mbarrier* full = &shared->full[ring.slot];
           uint8_t *a = shared->a[ring.slot] + rank * kShare * kTileK, *b = shared->b[ring.slot];
-          ptx::mbarrier_wait_cluster(&shared->empty[ring.slot], ring.phase ^ 1);
+          ptx::mbarrier_wait(&shared->empty[ring.slot], ring.phase ^ 1);
           ptx::mbarrier_arrive_expect_tx(full, sizeof shared->a[0] + sizeof shared->b[0]);
           ptx::cp_async_bulk_tensor_2d_load_multicast(a, &a_map, full, k_block * kTileK, first_row,
                                                       0b11);
@@ -115,6 +115,7 @@ extern "C" __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads
   } else {  // ---- consumers ----
     const int warpgroup = warp / 4, lane = threadIdx.x % 32;
     const int row_of_thread = 16 * (warp % 4) + lane / 4;  // of the warpgroup's 64, and row + 8
+    const uint32_t empty = ptx::mapa(ptx::shared_address(&shared->empty[0]), lane % kCluster);
     for (int pair = blockIdx.x / kCluster; pair < pairs; pair += clusters) {
       const int first_row = pair / n_pairs * kTileM + 64 * warpgroup;
       const int n_tile = pair % n_pairs * kCluster + rank;  // with an odd number of tiles, the
@@ -132,7 +133,7 @@ extern "C" __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads
         float block[64];
         multiply(shared->a[ring.slot] + warpgroup * 64 * kTileK, shared->b[ring.slot], block);
         __syncwarp();  // all lanes have waited for the product
-        if (lane < kCluster) ptx::mbarrier_arrive_cluster(&shared->empty[ring.slot], lane);
+        if (lane < kCluster) ptx::mbarrier_arrive_done_reading(empty + ring.slot * 8);
         for (int i = 0; i < 64; ++i) total[i] = __fmaf_rn(scale[i / 2 % 2], block[i], total[i]);
       }
 
@@ -160,6 +161,6 @@ extern "C" __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads
     }
     if (threadIdx.x % 128 == 0) ptx::cp_async_bulk_wait_group<0>();  // TMA reads the CTA's memory
   }
-  ptx::barrier_cluster_arrive();  // the other CTA is done with this one's memory
+  ptx::barrier_cluster_arrive_relaxed();  // the other CTA is done with this one's memory
   ptx::barrier_cluster_wait();
 }

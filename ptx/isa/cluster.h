@@ -26,6 +26,11 @@ TORCHEXT_PTX void barrier_cluster_arrive() {
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 }
 
+// Arrival that releases nothing but what an earlier fence has released. Without the release, which
+// waits until the GPU has performed all earlier writes, it takes no time.
+TORCHEXT_PTX void barrier_cluster_arrive_relaxed() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
 TORCHEXT_PTX void barrier_cluster_wait() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
@@ -55,8 +60,17 @@ TORCHEXT_PTX void mbarrier_arrive_cluster(mbarrier* barrier, uint32_t rank) {
                : "memory");
 }
 
+// Helper, the same at the default scope: tells the other CTA that this thread has finished reading,
+// so that shared memory may be overwritten. It passes no writes on. To release at cluster scope, the
+// GPU first performs all of the thread's writes to any memory (MEMBAR.ALL.GPU in machine code): on
+// an H200, that took longer than the tensor cores need for a K block. `address` is the barrier's
+// cluster address.
+TORCHEXT_PTX void mbarrier_arrive_done_reading(uint32_t address) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(address) : "memory");
+}
+
 // Helper, a loop of mbarrier.try_wait: mbarrier_wait() that acquires at cluster scope, for phases
-// that threads of other CTAs complete.
+// that threads of other CTAs complete with mbarrier_arrive_cluster().
 TORCHEXT_PTX void mbarrier_wait_cluster(mbarrier* barrier, uint32_t parity) {
   asm volatile(
       "{\n"

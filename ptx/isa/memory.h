@@ -12,6 +12,10 @@ TORCHEXT_PTX float ld_global_nc_f32(const float* address) {
   return value;
 }
 
+TORCHEXT_PTX void prefetch_global_l2(const void* address) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+}
+
 TORCHEXT_PTX float ld_shared_f32(uint32_t address) {
   float value;
   asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");

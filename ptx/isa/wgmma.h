@@ -42,15 +42,21 @@ TORCHEXT_PTX void wgmma_pin(float& accumulator) {
   asm volatile("" : "+f"(accumulator)::"memory");
 }
 
-// Helper, no instruction: the descriptor of a K-major operand with rows of 128 bytes under 128-byte
+// Helpers, no instruction: the descriptor of a K-major operand with rows of 128 bytes under 128-byte
 // swizzle, which is how TMA writes them: eight rows form an atom of 1024 bytes, atoms are adjacent,
-// and the first is at a multiple of 1024. To advance by n bytes along K within a row, add n / 16 to
-// the descriptor. Bits (PTX ISA "Matrix Descriptor"): 0-13 address >> 4; 16-29 leading offset >> 4,
-// unused in this layout; 32-45 stride offset >> 4; 62-63 swizzle mode.
+// and the first is at a multiple of 1024. To advance by n bytes, along K within a row or to another
+// atom, add n / 16 to the low word. Bits (PTX ISA "Matrix Descriptor"): 0-13 address >> 4; 16-29
+// leading offset >> 4, unused in this layout; 32-45 stride offset >> 4; 62-63 swizzle mode.
+TORCHEXT_PTX uint32_t wgmma_descriptor_low_word(const void* shared) {
+  constexpr uint32_t kLeadingOffset = 1;
+  return (shared_address(shared) & 0x3ffff) >> 4 | kLeadingOffset << 16;
+}
+TORCHEXT_PTX uint64_t wgmma_descriptor_k_major_128b(uint32_t low_word) {
+  constexpr uint64_t kStrideOffset = 1024 >> 4, kSwizzle128B = 1;
+  return low_word | kStrideOffset << 32 | kSwizzle128B << 62;
+}
 TORCHEXT_PTX uint64_t wgmma_descriptor_k_major_128b(const void* shared) {
-  constexpr uint64_t kLeadingOffset = 1, kStrideOffset = 1024 >> 4, kSwizzle128B = 1;
-  return uint64_t((shared_address(shared) & 0x3ffff) >> 4) | kLeadingOffset << 16 |
-         kStrideOffset << 32 | kSwizzle128B << 62;
+  return wgmma_descriptor_k_major_128b(wgmma_descriptor_low_word(shared));
 }
 
 // The instructions themselves, wgmma_m64nNk32, are in generated/wgmma_shapes.h.

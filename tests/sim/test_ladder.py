@@ -96,18 +96,17 @@ FAULTS = [
           "    ring = RingPosition();\n    float total[64] = {};",
           ("deadlock", "data race", "uninitialized memory")),
     Fault("slot released to its own CTA alone", "06",
-          "if (lane < kCluster) ptx::mbarrier_arrive_cluster(&shared->empty[ring.slot], lane)",
-          "if (lane < kCluster) ptx::mbarrier_arrive_cluster(&shared->empty[ring.slot], rank)",
+          "&shared->empty[0]), lane % kCluster)", "&shared->empty[0]), rank)",
           ("data race", "wgmma operand in flight")),
     Fault("copy into a CTA that may not be ready", "06",
-          "  ptx::barrier_cluster_arrive();  // both CTAs' barriers are initialized\n"
+          "  ptx::barrier_cluster_arrive_relaxed();  // both CTAs' barriers are initialized\n"
           "  ptx::barrier_cluster_wait();\n", "  __syncthreads();\n",
           ("mbarrier misuse", "missing mbarrier fence", "data race")),
     Fault("only half of A's bytes expected", "06", "sizeof shared->a[0] + sizeof",
           "sizeof shared->a[0] / 2 + sizeof",
           ("mbarrier misuse", "data race", "uninitialized memory", "deadlock")),
     Fault("CTA that exits before the other is done", "06",
-          "  ptx::barrier_cluster_arrive();  // the other CTA is done with this one's memory\n"
+          "  ptx::barrier_cluster_arrive_relaxed();  // the other CTA is done with this one's memory\n"
           "  ptx::barrier_cluster_wait();\n", "",
           ("exited CTA",), rare=True),
 ]  # fmt: skip

@@ -136,6 +136,15 @@ def _groups() -> tuple[torch.Tensor, ...]:
     return (ops.m_grouped_fp8_gemm_nt_contiguous(*a, *b, offsets),)
 
 
+def _unaligned_groups() -> tuple[torch.Tensor, ...]:
+    """Groups that begin at odd rows, with more K blocks than the ring has slots."""
+    generator = torch.Generator().manual_seed(12)
+    a = _on_the_cpu(ops.quantize_1x128, torch.randn(300, 900, generator=generator))
+    b = _on_the_cpu(ops.quantize_128x128, torch.randn(3, 136, 900, generator=generator))
+    offsets = torch.tensor([37, 202, 300], dtype=torch.int32)
+    return (ops.m_grouped_fp8_gemm_nt_contiguous(*a, *b, offsets),)
+
+
 def _swiglu() -> tuple[torch.Tensor, ...]:
     generator = torch.Generator().manual_seed(11)
     a = _on_the_cpu(ops.quantize_1x128, torch.randn(140, 300, generator=generator))
@@ -156,6 +165,7 @@ PROBLEMS = {
     ),
     "along K": Problem(_kernel(MEDIUM, "1d1d"), _along_k, tile=MEDIUM),
     "groups": Problem(_kernel(LARGE), _groups, tile=LARGE),
+    "unaligned groups": Problem(_kernel(SWAPPED), _unaligned_groups, tile=SWAPPED),
     "gated": Problem(_kernel(GATED, op="_swiglu_quantize", output="kGated"), _swiglu, tile=GATED),
     "by cp.async": Problem(MMA_SOURCE, _gemm(256, 256, 1024), capability=89),
     "dual": Problem(GROUPS, _dual),
@@ -172,16 +182,16 @@ class Mutant:
     new: str
 
 
-START_AND_FINISH = """      multiply<L, A, B>(shared, pending.slot, first_row, 0, block);
+START_AND_FINISH = """      multiply<L, A, B>(pending, 0, 0, block);
+      prepare(k_block, pending);
       return pending;
     };
     const auto finish = [&](const Pending<L>& pending, float (&block)[L::kRegisters]) {
-      const RowFactors<L> rows(shared, pending, first_row, at);
 #pragma unroll
       for (float& value : block) ptx::wgmma_pin(value);
       if constexpr (!Shared<L>::kColumnVector) release(pending);
 """
-MULTIPLY, FINISH = "0, block);\n      return pending;", "if constexpr (!Shared<L>::kColumnVector) "
+MULTIPLY, FINISH = "      return pending;", "if constexpr (!Shared<L>::kColumnVector) "
 WAIT_AND_FINISH = """      ptx::wgmma_wait_group<1>();
       finish(first, even);
       first = start"""
@@ -198,8 +208,8 @@ CHECK_SCALE = """
 
 MUTANTS = [
     Mutant("slot released before wgmma has read it", "by TMA", MAINLOOP, START_AND_FINISH,
-           START_AND_FINISH.replace(MULTIPLY, "0, block);\n      release(pending);\n      "
-                                    "return pending;").replace(FINISH + "release(pending);", ""),),
+           START_AND_FINISH.replace(MULTIPLY, "      release(pending);\n" + MULTIPLY).replace(
+               FINISH + "release(pending);", "")),
     Mutant("no wgmma.fence", "by TMA", MAINLOOP, "  ptx::wgmma_fence();\n", ""),
     Mutant("no wgmma.commit_group", "by TMA", MAINLOOP, "  ptx::wgmma_commit_group();\n", ""),
     Mutant("no wgmma.wait_group", "by TMA", MAINLOOP, "      ptx::wgmma_wait_group<1>();\n", ""),
@@ -220,12 +230,12 @@ MUTANTS = [
            "fence.proxy.async.shared::cta;", "fence.proxy.async.global;"),
     Mutant("only the storing thread fences", "by TMA", TMA_STORE,
            "    ptx::fence_proxy_async_shared();\n",
-           "    if (leader) ptx::fence_proxy_async_shared();\n"),
+           "    if (at.thread() == 0) ptx::fence_proxy_async_shared();\n"),
     Mutant("no barrier before the TMA store", "by TMA", TMA_STORE,
            "    ptx::fence_proxy_async_shared();\n    ptx::bar_sync(warpgroup_barrier(at), 128);\n",
            "    ptx::fence_proxy_async_shared();\n"),
     Mutant("box refilled before the store has read it", "in FP32", TMA_STORE,
-           "    if (leader) ptx::cp_async_bulk_wait_group_read<kBoxes - 1>();\n", ""),
+           "    if (at.thread() == 0) ptx::cp_async_bulk_wait_group_read<kBoxes - 1>();\n", ""),
     Mutant("exit without waiting for the last store", "by TMA", KERNEL,
            "    if (at.thread() == 0) ptx::cp_async_bulk_wait_group<0>();\n", ""),
     Mutant("store never committed to a group", "by TMA", TMA_STORE,
@@ -237,28 +247,29 @@ MUTANTS = [
            "&shared.full[ring.slot], ring.phase", "&shared.full[ring.slot], ring.phase ^ 1"),
     Mutant("phase not flipped when the ring wraps", "by TMA", RING, "      phase ^= 1;", ""),
     Mutant("expect_tx 16 bytes short", "by TMA", MAINLOOP,
-           "(full, S::kBytesPerStage)", "(full, S::kBytesPerStage - 16)"),
+           "S::kBytesPerStage + scale", "S::kBytesPerStage - 16 + scale"),
     Mutant("expect_tx 16 bytes long", "by TMA", MAINLOOP,
-           "(full, S::kBytesPerStage)", "(full, S::kBytesPerStage + 16)"),
+           "S::kBytesPerStage + scale", "S::kBytesPerStage + 16 + scale"),
     Mutant("one arrival too many expected", "by TMA", KERNEL,
            "2 * warps : warps);", "2 * warps : warps + 1);"),
-    Mutant("one arrival too few expected", "by TMA", KERNEL,
-           "2 * warps : warps);", "2 * warps : warps - 1);"),
+    Mutant("one warpgroup's arrivals not expected", "by TMA", KERNEL,
+           "2 * warps : warps);", "2 * warps : warps - 4);"),
     Mutant("one warpgroup forgets to release", "by TMA", MAINLOOP,
-           "} else if (at.lane == 0) {", "} else if (at.lane == 0 && at.warpgroup == 0) {"),
-    Mutant("scales of all slots loaded into one", "by TMA", MAINLOOP,
-           "(shared.row_scale[ring.slot], &p.row_scale", "(shared.row_scale[0], &p.row_scale"),
+           "tells = at.lane < (p.multicast ? 2 : 1);",
+           "tells = at.warpgroup == 0 && at.lane < (p.multicast ? 2 : 1);"),
+    Mutant("scales of all slots loaded into one", "along K", MAINLOOP,
+           "scales = shared.column_scale[ring.slot];", "scales = shared.column_scale[0];"),
     Mutant("named barrier expects a warp too few", "by TMA", TMA_STORE,
-           "ptx::bar_sync(warpgroup_barrier(at), 128);\n    if (!leader)",
-           "ptx::bar_sync(warpgroup_barrier(at), 96);\n    if (!leader)"),
+           "ptx::bar_sync(warpgroup_barrier(at), 128);\n    return box",
+           "ptx::bar_sync(warpgroup_barrier(at), 96);\n    return box"),
     Mutant("wrong swizzle of the staged tile", "by TMA", TMA_STORE,
            "(j + at.lane / 16) ^ (row % 8)", "(j + at.lane / 16) ^ (row % 4)"),
     Mutant("wrong stride in the wgmma descriptor", "by TMA", "ptx/isa/wgmma.h",
            "kStrideOffset = 1024 >> 4", "kStrideOffset = 512 >> 4"),
     Mutant("scale of the wrong row", "by TMA", MAINLOOP,
-           "h * 8 * sizeof(float)", "h * 4 * sizeof(float)"),
+           "const int r = i * 64 + h * 8;", "const int r = i * 64 + h * 4;"),
     Mutant("scale of the wrong K block of b", "by TMA", MAINLOOP,
-           "scales.fetch(p, k_block + 1)", "scales.fetch(p, k_block)"),
+           "      blocks[i] += uint32_t(p.b_scale_k_block);\n", ""),
     Mutant("misaligned staging", "by TMA", TMA_STORE,
            "tensor_3d_store(target.map(), box,", "tensor_3d_store(target.map(), box + 64,"),
     Mutant("row bound off by one", "by threads", EPILOGUE,
@@ -269,21 +280,21 @@ MUTANTS = [
     Mutant("pair not met before it multicasts", "in pairs", KERNEL,
            "  if (place.cluster > 1) {\n    ptx::barrier", "  if (false) {\n    ptx::barrier"),
     Mutant("slot released to one CTA of the pair alone", "in pairs", MAINLOOP,
-           "if (at.lane < 2) ptx::mbarrier_arrive_cluster(&shared.empty[pending.slot], at.lane)",
-           "if (at.lane < 2) ptx::mbarrier_arrive_cluster(&shared.empty[pending.slot], 0)"),
+           "p.multicast ? at.lane % 2 : ptx::cluster_ctarank()",
+           "p.multicast ? 0 : ptx::cluster_ctarank()"),
     Mutant("both halves of the rows from one place", "in pairs", MAINLOOP,
            "full, k, row + half, 0b11", "full, k, row, 0b11"),
     Mutant("sums read before all parts are there", "split", EPILOGUE,
            "    ptx::mbarrier_wait_cluster(&shared.staged_full, phase);\n", ""),
     Mutant("sums overwritten while a CTA reads them", "split", EPILOGUE,
-           "    ptx::mbarrier_wait_cluster(&shared.staged_empty, phase ^ 1);\n", ""),
+           "    ptx::mbarrier_wait(&shared.staged_empty, phase ^ 1);\n", ""),
     Mutant("parts announced at .cta scope", "split", "ptx/isa/cluster.h",
            "mbarrier.arrive.release.cluster.", "mbarrier.arrive.release.cta."),
     Mutant("parts waited for at .cta scope", "split", "ptx/isa/cluster.h",
            "try_wait.parity.acquire.cluster.", "try_wait.parity.acquire.cta."),
     Mutant("lanes announced before they have written", "split", EPILOGUE,
-           "      __syncwarp();\n      if (at.lane < place.cluster)",
-           "      if (at.lane < place.cluster)"),
+           "    __syncwarp();\n    if (at.lane < place.cluster) ptx::mbarrier_arrive_cluster(",
+           "    if (at.lane < place.cluster) ptx::mbarrier_arrive_cluster("),
     Mutant("a part of K counted twice", "split", EPILOGUE,
            "ptx::mapa(address, rank)", "ptx::mapa(address, rank & ~1u)"),
     Mutant("masked columns not fenced", "along K", MAINLOOP,
@@ -292,6 +303,12 @@ MUTANTS = [
            KEEP, "  ptx::fence_proxy_async_shared();\n"),
     Mutant("columns of the next group kept", "along K", MAINLOOP,
            "first > 0 || last < kTileK", "first > 0"),
+    Mutant("scales of any row loaded by TMA", "unaligned groups", MAINLOOP,
+           "return count == 0 || row % 4 == 0;", "return true;"),
+    Mutant("scales copied before the slot is empty", "unaligned groups", MAINLOOP,
+           "        __syncwarp();  // the slot is empty\n", ""),
+    Mutant("slot announced before all lanes have copied", "unaligned groups", MAINLOOP,
+           "        __syncwarp();\n      }\n      if (!leader)", "      }\n      if (!leader)"),
     Mutant("rows of the next group stored", "groups", EPILOGUE,
            "first_row_of<L>(work, at, b) + 64 <= work.m_end", "work.m < work.m_end"),
     Mutant("boxes of the last tile taken for free", "groups", EPILOGUE,

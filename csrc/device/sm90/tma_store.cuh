@@ -29,19 +29,24 @@ struct TmaStore {
   uint8_t* boxes;
   int next = 0;  // the box to fill next; a constant once loops are unrolled
 
-  // Stores one box at column x, row y: fill(box) writes this thread's part of it to shared memory.
-  template <class Target, class Fill>
-  __device__ __forceinline__ void send(const Target& target, const ThreadCoord& at, uint32_t x,
-                                       uint32_t y, const Fill& fill) {
+  // Fills the next box: fill(address) writes this thread's part of it to shared memory.
+  template <class Fill>
+  __device__ __forceinline__ uint8_t* filled(const ThreadCoord& at, const Fill& fill) {
     uint8_t* box = boxes + next * kStoreBoxBytes;
     next = (next + 1) % kBoxes;
-    const bool leader = at.thread() == 0;
-    if (leader) ptx::cp_async_bulk_wait_group_read<kBoxes - 1>();
+    if (at.thread() == 0) ptx::cp_async_bulk_wait_group_read<kBoxes - 1>();
     ptx::bar_sync(warpgroup_barrier(at), 128);
     fill(ptx::shared_address(box));
     ptx::fence_proxy_async_shared();
     ptx::bar_sync(warpgroup_barrier(at), 128);
-    if (!leader) return;
+    return box;
+  }
+
+  // Stores a box that is filled(), at column x, row y.
+  template <class Target>
+  __device__ __forceinline__ void send(const Target& target, const ThreadCoord& at, uint32_t x,
+                                       uint32_t y, const uint8_t* box) const {
+    if (at.thread() != 0) return;
     ptx::cp_async_bulk_tensor_3d_store(target.map(), box, x, y, target.z());
     ptx::cp_async_bulk_commit_group();
   }
@@ -55,7 +60,7 @@ struct TmaStore {
       const uint32_t row = at.row();
 #pragma unroll
       for (int first = 0; first < 2 * registers; first += 32) {
-        send(target, at, x + first, y, [&](uint32_t box) {
+        const uint8_t* ready = filled(at, [&](uint32_t box) {
 #pragma unroll
           for (int j = 0; j < 4; ++j) {  // eight columns, 32 bytes
 #pragma unroll
@@ -68,13 +73,14 @@ struct TmaStore {
             }
           }
         });
+        send(target, at, x + first, y, ready);
       }
       return;
     }
     const uint32_t row = at.warp * 16 + at.lane % 16;  // the row whose address this lane gives
 #pragma unroll
     for (int first = 0; first < 2 * registers; first += 64) {
-      send(target, at, x + first, y, [&](uint32_t box) {
+      const uint8_t* ready = filled(at, [&](uint32_t box) {
 #pragma unroll
         for (int j = 0; j < 8; j += 2) {  // sixteen columns, 32 bytes
           const uint32_t chunk = (j + at.lane / 16) ^ (row % 8);
@@ -85,6 +91,7 @@ struct TmaStore {
               pack_16bit(target.dtype(), t[6], t[7]));
         }
       });
+      send(target, at, x + first, y, ready);
     }
   }
 };

@@ -13,6 +13,20 @@ namespace torchext::sm90 {
 using quantizers::divide, quantizers::fp8_max, quantizers::GroupScale, quantizers::kMantissa,
     quantizers::scale_of;
 
+// Stores a box of FP8 data byte by byte, for a number of columns that TMA cannot store.
+template <class L>
+__device__ void store_box_directly(const GemmParams& p, const Work& work, const ThreadCoord& at,
+                                   const uint8_t* box) {
+  const uint32_t first = first_row_of<L>(work, at, 0);
+  const uint32_t columns = work.n < p.n ? min(p.n - work.n, uint32_t(kSwizzleBytes)) : 0;
+  for (uint32_t i = at.thread(); i < 64 * kSwizzleBytes; i += 128) {
+    const uint32_t r = i / kSwizzleBytes, c = i % kSwizzleBytes;
+    if (first + r >= work.m_end || c >= columns) continue;
+    const uint32_t at_box = r * kSwizzleBytes + ((c / 16) ^ (r % 8)) * 16 + c % 16;
+    static_cast<uint8_t*>(p.out)[out_offset(p, work, first + r) + work.n + c] = box[at_box];
+  }
+}
+
 template <class L>
 __device__ __forceinline__ void activate_and_store(const GemmParams& p, Shared<L>& shared,
                                                    const Work& work, const ThreadCoord& at,
@@ -41,8 +55,8 @@ __device__ __forceinline__ void activate_and_store(const GemmParams& p, Shared<L
     if (at.lane % 4 == 0 && row + 8 * h < work.m_end && work.n < p.n)
       p.out_scale[row + 8 * h + work.n / kScaleGroup * p.out_scale_column_block] = scale[h].scale;
   }
-  TmaStore<L::kStoreBoxes> by_tma{shared.store[at.warpgroup]};
-  by_tma.send(OutTarget{p, work}, at, work.n, first_row_of<L>(work, at, 0), [&](uint32_t box) {
+  TmaStore<L::kStoreBoxes> store{shared.store[at.warpgroup]};
+  const uint8_t* ready = store.filled(at, [&](uint32_t box) {
 #pragma unroll
     for (int i = 0; i < L::kRegisters; i += 2) {
       const GroupScale& s = scale[i / 2 % 2];
@@ -52,6 +66,10 @@ __device__ __forceinline__ void activate_and_store(const GemmParams& p, Shared<L
       ptx::st_shared_u16(box + r * kSwizzleBytes + ((c / 16) ^ (r % 8)) * 16 + c % 16, pair);
     }
   });
+  if (p.out_by_tma)
+    store.send(OutTarget{p, work}, at, work.n, first_row_of<L>(work, at, 0), ready);
+  else
+    store_box_directly<L>(p, work, at, ready);
 }
 
 }  // namespace torchext::sm90

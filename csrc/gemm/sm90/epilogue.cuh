@@ -38,42 +38,30 @@ __device__ __forceinline__ int64_t bias_index(const GemmParams& p, const Work& w
 
 // ---- tiles that are not swapped ----
 
-// Row-wise scales and biases of the tile's columns. The threads of a warpgroup load them before the
-// main loop, which hides the latency, and exchange them through shared memory after it.
+// Puts row-wise scales and biases of the tile's columns into shared memory, if there are any. It is
+// called before the main loop, which has no registers for them; finish_tile() reads them after it.
 template <class L>
-struct ColumnTerms {
-  static constexpr int kPerThread = (L::kColumns + 127) / 128;
-  float factor[kPerThread], bias[kPerThread];
-
-  __device__ __forceinline__ ColumnTerms(const GemmParams& p, const Work& work,
-                                         const ThreadCoord& at) {
+__device__ __forceinline__ void share_column_terms(const GemmParams& p, Shared<L>& shared,
+                                                   const Work& work, const ThreadCoord& at) {
+  if (!L::kRowwise && p.bias == nullptr) return;
+  ptx::bar_sync(warpgroup_barrier(at), 128);  // the warpgroup has read the last tile's terms
 #pragma unroll
-    for (int i = 0; i < kPerThread; ++i) {
-      factor[i] = 1;
-      bias[i] = 0;
-      const uint32_t column = at.thread() + i * 128;
-      const uint32_t n = work.n + (L::kGated ? column % L::kTileN : column);
-      if (column >= L::kColumns || n >= p.n) continue;
-      const uint32_t feature = n + (L::kGated && i == 1 ? p.n : 0);
-      if constexpr (L::kRowwise) factor[i] = row_scale_of_b(p, work, feature);
+  for (int column = at.thread(); column < L::kColumns; column += 128) {
+    const bool up = L::kGated && column >= L::kTileN;
+    const uint32_t n = work.n + column - (up ? L::kTileN : 0);
+    float factor = 1, bias = 0;
+    if (n < p.n) {
+      const uint32_t feature = n + (up ? p.n : 0);
+      if constexpr (L::kRowwise) factor = row_scale_of_b(p, work, feature);
       if (p.bias != nullptr)
         with_loader(p.bias_dtype,
-                    [&](auto load) { bias[i] = load(p.bias, bias_index(p, work, feature)); });
+                    [&](auto load) { bias = load(p.bias, bias_index(p, work, feature)); });
     }
+    shared.factor[at.warpgroup][column] = factor;
+    shared.bias[at.warpgroup][column] = bias;
   }
-
-  __device__ __forceinline__ void share(Shared<L>& shared, const ThreadCoord& at) const {
-    ptx::bar_sync(warpgroup_barrier(at), 128);  // the warpgroup has read the last tile's terms
-#pragma unroll
-    for (int i = 0; i < kPerThread; ++i) {
-      const uint32_t column = at.thread() + i * 128;
-      if (column >= L::kColumns) continue;
-      shared.factor[at.warpgroup][column] = factor[i];
-      shared.bias[at.warpgroup][column] = bias[i];
-    }
-    ptx::bar_sync(warpgroup_barrier(at), 128);
-  }
-};
+  ptx::bar_sync(warpgroup_barrier(at), 128);
+}
 
 // First row of a, and first feature, of a warpgroup's block i.
 template <class L>
@@ -88,10 +76,8 @@ __device__ __forceinline__ uint32_t first_column_of(const Work& work, int i) {
 template <class L>
 __device__ __forceinline__ void finish_tile(const GemmParams& p, Shared<L>& shared,
                                             const Work& work, const ThreadCoord& at,
-                                            const ColumnTerms<L>& terms,
                                             float (&total)[L::kBlocks][L::kRegisters]) {
   if (L::kRowwise || p.bias != nullptr) {
-    terms.share(shared, at);
 #pragma unroll
     for (int b = 0; b < L::kBlocks; ++b) {
       const uint32_t row = first_row_of<L>(work, at, b) + at.row();
@@ -173,7 +159,7 @@ __device__ __forceinline__ void store_tile(const GemmParams& p, Shared<L>& share
   // The previous tile may have ended at any box; this one starts with the first.
   if (at.thread() == 0) ptx::cp_async_bulk_wait_group_read<0>();
   TmaStore<L::kStoreBoxes> by_tma{shared.store[at.warpgroup]};
-  const bool whole = p.out_aligned && !p.accumulate;
+  const bool whole = p.out_by_tma && !p.accumulate;
   // The output of an empty group stays as it is: adding zero would turn -0 into 0.
   if (p.grouping == Grouping::kAlongK && p.accumulate && work.k_begin == work.k_end) return;
   // TMA stops storing at the end of a matrix, but not at the end of a group of rows.
@@ -199,18 +185,15 @@ struct StagedEpilogue {
   __device__ __forceinline__ void run(const GemmParams& p, Shared<L>& shared, const Work& work,
                                       const ThreadCoord& at, const float (&total)[L::kRegisters]) {
     const Place place = Place::here();
-    const auto announce = [&](ptx::mbarrier* barrier) {
-      __syncwarp();
-      if (at.lane < place.cluster) ptx::mbarrier_arrive_cluster(barrier, at.lane);
-    };
-    ptx::mbarrier_wait_cluster(&shared.staged_empty, phase ^ 1);
+    ptx::mbarrier_wait(&shared.staged_empty, phase ^ 1);
     const uint32_t row = at.warpgroup * 64 + at.row();
 #pragma unroll
     for (int i = 0; i < L::kRegisters; ++i)
       ptx::st_shared_f32(
           ptx::shared_address(&shared.staged[at.column() + at.column_of(i)][row + at.row_of(i)]),
           total[i]);
-    announce(&shared.staged_full);
+    __syncwarp();
+    if (at.lane < place.cluster) ptx::mbarrier_arrive_cluster(&shared.staged_full, at.lane);
     ptx::mbarrier_wait_cluster(&shared.staged_full, phase);
 
     constexpr uint32_t kQuads = L::kRows / 4;  // groups of four features in a token's row
@@ -234,7 +217,10 @@ struct StagedEpilogue {
       }
       store(p, work, m, n, sum);
     }
-    announce(&shared.staged_empty);
+    __syncwarp();
+    if (at.lane < place.cluster)
+      ptx::mbarrier_arrive_done_reading(
+          ptx::mapa(ptx::shared_address(&shared.staged_empty), at.lane));
     phase ^= 1;
   }
 

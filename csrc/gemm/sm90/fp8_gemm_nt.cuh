@@ -11,7 +11,8 @@
 // tile's operands; see ../../device/sm90/ring.cuh for the two mbarriers of a slot.
 //
 //   producer    One warp (mainloop.cuh). For each K block: wait for empty[slot]; have TMA load the
-//               tile's rows, columns and 1x128 scales; their bytes complete full[slot]. The other
+//               tile's rows, columns and 1x128 scales; their bytes complete full[slot]. (Where TMA
+//               cannot read the scales, the warp's lanes copy them.) The other
 //               three warps of its warpgroup do nothing: they are there because registers move
 //               between whole warpgroups, from this one to the consumers.
 //   consumers   One or two warpgroups, each with 64 or 128 rows of the tile. For each K block:
@@ -83,7 +84,7 @@ __device__ __forceinline__ void set_up(const GemmParams& p, Shared<L>& shared) {
     Schedule<L>::list_groups(p, shared.tile_end);
   __syncthreads();
   if (place.cluster > 1) {
-    ptx::barrier_cluster_arrive();
+    ptx::barrier_cluster_arrive_relaxed();  // fence_mbarrier_init() has released the barriers
     ptx::barrier_cluster_wait();
   }
   ptx::griddepcontrol_launch_dependents();
@@ -104,18 +105,19 @@ __device__ __forceinline__ void fp8_gemm_nt(const GemmParams& p) {
   } else {
     ptx::setmaxnreg_inc<kConsumerRegisters<L>>();
     const ThreadCoord at{warpgroup - 1, threadIdx.x / 32 % 4, threadIdx.x % 32};
+    const EmptySlots empty(p, shared.empty, at);
     RingPosition<L::kStages> ring;
     Schedule<L> schedule(p, shared.tile_end);
     StagedEpilogue<L> staged;
     for (Work work; schedule.next(work);) {
       float total[L::kBlocks][L::kRegisters];
       if constexpr (L::kSwapped) {
-        accumulate_tile<L, B, A>(p, shared, work, at, ring, total);
+        accumulate_tile<L, B, A>(p, shared, work, at, empty, ring, total);
         staged.run(p, shared, work, at, total[0]);
       } else {
-        const ColumnTerms<L> terms(p, work, at);
-        accumulate_tile<L, A, B>(p, shared, work, at, ring, total);
-        finish_tile<L>(p, shared, work, at, terms, total);
+        share_column_terms<L>(p, shared, work, at);
+        accumulate_tile<L, A, B>(p, shared, work, at, empty, ring, total);
+        finish_tile<L>(p, shared, work, at, total);
         if constexpr (L::kOutput == Output::kStored)
           store_tile<L>(p, shared, work, at, total);
         else
@@ -126,7 +128,7 @@ __device__ __forceinline__ void fp8_gemm_nt(const GemmParams& p) {
   }
   if (ptx::cluster_nctarank() > 1) {
     __syncwarp();
-    ptx::barrier_cluster_arrive();
+    ptx::barrier_cluster_arrive_relaxed();  // this thread has finished with the others' memory
     ptx::barrier_cluster_wait();
   }
 }

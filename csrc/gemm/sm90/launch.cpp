@@ -68,11 +68,12 @@ void describe_operands(Device& device, const GemmProblem& p, const Choice& choic
   a = operand_map(device, "a", p.a, p.m, p.k, p.a_stride, swapped ? tile.columns : row_box);
   b = operand_map(device, "b", p.b, b_rows, p.k, p.b_stride, swapped ? row_box : tile.n());
   if (p.granularity == Granularity::kRowwise) return;
-  TensorMap& a_scale = swapped ? params.column_scale : params.row_scale;
-  a_scale = scale_map(device, "a_scale", p.a_scale, p.m, k_blocks, p.a_scale_k_block, tile.m());
-  if (p.granularity == Granularity::k1D2D) return;
-  TensorMap& b_scale = swapped ? params.row_scale : params.column_scale;
-  b_scale = scale_map(device, "b_scale", p.b_scale, b_rows, k_blocks, p.b_scale_k_block, tile.n());
+  if (swapped)
+    params.column_scale =
+        scale_map(device, "a_scale", p.a_scale, p.m, k_blocks, p.a_scale_k_block, tile.m());
+  else if (p.granularity == Granularity::k1D1D)
+    params.column_scale =
+        scale_map(device, "b_scale", p.b_scale, b_rows, k_blocks, p.b_scale_k_block, tile.n());
 }
 
 }  // namespace
@@ -93,7 +94,8 @@ void fp8_gemm_nt_sm90(Device& device, const GemmProblem& p, std::initializer_lis
   const int64_t bytes = element_size(p.out_dtype);
   params.out_aligned = p.out_stride * bytes % 16 == 0 && p.out_group_stride * bytes % 16 == 0 &&
                        reinterpret_cast<uintptr_t>(p.out) % 16 == 0;
-  if (params.out_aligned && !kernel.tile.swapped) params.out_map = out_map(device, p);
+  params.out_by_tma = params.out_aligned && out_columns(p) * bytes % 16 == 0;
+  if (params.out_by_tma && !kernel.tile.swapped) params.out_map = out_map(device, p);
   static_cast<GemmTensors&>(params) = p;
   params.m = uint32_t(p.m);
   params.n = uint32_t(out_columns(p));

@@ -10,7 +10,8 @@ namespace torchext::sm90 {
 // How an operand's scales reach the accumulators.
 enum class Scales {
   kNone,    // row-wise: the epilogue applies them
-  kVector,  // 1x128: one for each row (or column); TMA brings them with the K block
+  kVector,  // 1x128: one for each row or column. Columns': TMA brings them with the K block. Rows':
+            // each thread loads those of its rows
   kBlock,   // 128x128: one for all rows (or columns), a few in wide tiles; by ld.global
 };
 
@@ -23,7 +24,8 @@ struct Layout {
   static constexpr int kRows = rows, kColumns = columns, kStages = stages;
   static constexpr bool kSwapped = swapped;
   static constexpr int kTileM = swapped ? columns : rows;
-  static constexpr int kTileN = swapped ? rows : kGated ? columns / 2 : columns;
+  static constexpr int kTileColumns = kGated ? columns / 2 : columns;  // that one box of b holds
+  static constexpr int kTileN = swapped ? rows : kTileColumns;
 
   // Which operand has which scales:
   //
@@ -101,7 +103,6 @@ struct Layout {
 
 template <class L>
 struct Shared {
-  static constexpr bool kRowVector = L::kRowScales == Scales::kVector;
   static constexpr bool kColumnVector = L::kColumnScales == Scales::kVector;
 
   // Under 128-byte swizzle, TMA and wgmma need an alignment of 1024 bytes, which every array before
@@ -110,7 +111,6 @@ struct Shared {
   uint8_t columns[L::kStages][L::kColumns * kTileK];
   uint8_t store[L::kSwapped ? 1 : L::kWarpgroups]
                [L::kSwapped ? 1024 : L::kStoreBoxes * kStoreBoxBytes];
-  float row_scale[kRowVector ? L::kStages : 1][L::kRows];
   float column_scale[kColumnVector ? L::kStages : 1][L::kColumns < 32 ? 32 : L::kColumns];
   // Swapped tiles: the transposed product. Rows have four extra floats, so that the threads that
   // write a column use different banks.
@@ -122,9 +122,7 @@ struct Shared {
   ptx::mbarrier staged_full, staged_empty;  // all CTAs of the cluster arrive
   uint32_t tile_end[];                      // Schedule::list_groups; as many as there are groups
 
-  static constexpr uint32_t kBytesPerStage = sizeof rows[0] + sizeof columns[0] +
-                                             (kRowVector ? L::kRows * sizeof(float) : 0) +
-                                             (kColumnVector ? L::kColumns * sizeof(float) : 0);
+  static constexpr uint32_t kBytesPerStage = sizeof rows[0] + sizeof columns[0];  // no scales
 };
 
 }  // namespace torchext::sm90

@@ -18,12 +18,11 @@ constexpr uint32_t kMaxSplits = 8;  // of K: the CTAs of the largest portable cl
 struct GemmParams : GemmTensors {
   // `rows` fill the 64 rows of wgmma, `columns` its N: a and b, or, for swapped tiles, b and a.
   // Boxes:
-  //   rows                      {128 of K, the tile's rows; half of them if two CTAs share them}
-  //   columns                   {128 of K, the tile's columns; gated: half of them}
-  //   row_scale, column_scale   {the tile's rows or columns (gated: half of these), 1 K block};
-  //                             only for 1x128 scales
-  //   out_map                   {128 bytes, 64 rows, 1 group}
-  TensorMap rows, columns, row_scale, column_scale, out_map;
+  //   rows           {128 of K, the tile's rows; half of them if two CTAs share them}
+  //   columns        {128 of K, the tile's columns; gated: half of them}
+  //   column_scale   {the tile's columns; gated: half of them, 1 K block}; only for 1x128 scales
+  //   out_map        {128 bytes, 64 rows, 1 group}
+  TensorMap rows, columns, column_scale, out_map;
   uint32_t m, n;      // of the output; with SwiGLU, b has 2 * n rows
   uint32_t k_blocks;  // of 128
   uint32_t groups, group_rows;
@@ -31,6 +30,7 @@ struct GemmParams : GemmTensors {
   // reads this member: at a multiple of four bytes, the read takes one instruction less.
   alignas(4) bool multicast;
   bool out_aligned;  // rows of out start at multiples of 16 bytes
+  bool out_by_tma;   // and end at multiples: past its row's end, TMA fills the last 16 bytes
 };
 
 // What the epilogue does with the product.
