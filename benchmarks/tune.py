@@ -3,6 +3,7 @@ csrc/gemm/sm90/tuned.inc: the shapes at which another configuration is faster th
 choice. The table is compiled into the selector.
 
     python -m benchmarks.tune                 on a GPU that is otherwise idle; then build again
+    python -m benchmarks.tune --timings FILE  from timings that were measured before
 
 The table has a line `TUNED(granularity, m_low, m_high, n, k, "configuration", split_k, cluster)`
 for a range of m. A measured m stands for all m above the next smaller measured one, because tiles
@@ -12,6 +13,7 @@ round m up.
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import statistics
 import sys
@@ -117,6 +119,23 @@ def verdict(product: Product, selection: Selection, timer: Timer) -> Configurati
     if choice in final and final[choice] <= GOOD_ENOUGH * final[best]:
         return None
     return best
+
+
+def recorded(path: Path, selection: Selection) -> list[Entry]:
+    """The table by the timings in a file: a list of objects with the fields of a Product ("m", "n",
+    "k", "granularity") and "microseconds", by configuration."""
+    groups: dict[tuple[str, int, int], list[tuple[Product, Configuration | None]]] = {}
+    rows = sorted(json.loads(path.read_text()), key=lambda row: row["m"])
+    for row in rows:
+        product = Product(row["m"], row["n"], row["k"], row["granularity"], E4M3, E4M3, 0)
+        expected = selection.expected_cycles(product)
+        times = {c: row["microseconds"][str(c)] for c in expected if str(c) in row["microseconds"]}
+        best = min(times, key=lambda c: times[c])
+        choice = min(expected, key=lambda c: expected[c])
+        stands = choice in times and times[choice] <= GOOD_ENOUGH * times[best]
+        of = (product.granularity, product.n, product.k)
+        groups.setdefault(of, []).append((product, None if stands else best))
+    return [entry for group in groups.values() for entry in merge(group)]
 
 
 def merge(group: Sequence[tuple[Product, Configuration | None]]) -> list[Entry]:
@@ -226,7 +245,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--granularity", nargs="+", choices=tuple(NAMES), default=list(NAMES))
     parser.add_argument("--out", type=Path, default=TABLE)
     parser.add_argument("--budget", type=float, default=float("inf"), metavar="SECONDS")
+    parser.add_argument("--timings", type=Path, help="timings to use instead of measuring")
     options = parser.parse_args(arguments)
+    if options.timings:
+        from torchext import _architectures
+
+        entries = recorded(options.timings, Selection(_architectures.architectures()[90].sms))
+        options.out.write_text(render(entries, [f"By the timings in {options.timings}."]))
+        print(f"{options.out}: {len(entries)} lines; build again to compile them in")
+        return 0
     import torchext
 
     from .environment import describe

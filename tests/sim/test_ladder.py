@@ -106,8 +106,8 @@ FAULTS = [
           "sizeof shared->a[0] / 2 + sizeof",
           ("mbarrier misuse", "data race", "uninitialized memory", "deadlock")),
     Fault("CTA that exits before the other is done", "06",
-          "  ptx::barrier_cluster_arrive_relaxed();  // the other CTA is done with this one's memory\n"
-          "  ptx::barrier_cluster_wait();\n", "",
+          "  ptx::barrier_cluster_arrive_relaxed();  // the other CTA is done with this one's "
+          "memory\n  ptx::barrier_cluster_wait();\n", "",
           ("exited CTA",), rare=True),
 ]  # fmt: skip
 FAULTY_SHAPE = (130, 140, 656)  # four tiles, or two pairs, of six K blocks
