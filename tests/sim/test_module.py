@@ -150,7 +150,7 @@ def test_structs():
     assert padded.size == 24 and padded.alignment == 8
 
 
-@pytest.mark.parametrize("corner", [(0, 0), (4, 3), (-2, -1), (30, 18)])
+@pytest.mark.parametrize("corner", [(0, 0), (4, 3), (-4, -1), (28, 18)])
 @pytest.mark.parametrize("library", ["numpy", "torch"])
 def test_tensor_maps(library, corner):
     data = np.random.default_rng(0).standard_normal((20, 36)).astype(np.float32)
@@ -183,7 +183,7 @@ def test_tensor_map_of_a_view():
 def test_lanes_that_agree_make_one_tensor_store(completion):
     """ptxas issues one UTMASTG for each distinct value of the operands."""
     out = np.zeros((8, 64), np.int32)
-    for step, kinds in ((0, set()), (1, {"data race"})):
+    for step, kinds in ((0, set()), (4, {"data race"})):
         args = [np.int32(step), sim.tensor_map(sim.output(out), box=(8, 16))]
         report = sim.Module(STORE).launch(
             "store", grid=1, block=32, args=args, completion=completion
