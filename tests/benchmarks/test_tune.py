@@ -1,5 +1,6 @@
 """The tuner with stand-ins for cost model and GPU: what is timed, and the table that follows."""
 
+import re
 import time
 from contextlib import nullcontext
 
@@ -8,7 +9,7 @@ import torch
 
 from benchmarks import tune
 from benchmarks.cases import LAYERS
-from benchmarks.selection import Configuration, NoSelection, Product
+from benchmarks.selection import Configuration, NoSelection, Product, Selection
 from benchmarks.tune import Entry
 
 SMALL, LARGE, SPLIT = (
@@ -82,6 +83,14 @@ def test_the_table_is_read_back_as_written():
     ]
     assert "// Fake GPU; 2026-01-01" in lines
     assert tune.parse(text) == sorted(entries, key=lambda e: (*e.of, e.m_low))
+
+
+def test_the_table_that_ships_follows_from_the_timings_that_it_names():
+    text = tune.TABLE.read_text()
+    (named,) = re.findall(r"By the timings in (\S+)\.$", text, re.M)
+    entries = tune.recorded(tune.TABLE.parents[3] / named, Selection(132))
+    assert tune.parse(text) == sorted(entries, key=lambda e: (*e.of, e.m_low))
+    assert entries
 
 
 def test_all_deepseek_shapes_are_tuned_over_m():

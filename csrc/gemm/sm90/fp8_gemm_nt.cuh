@@ -11,8 +11,8 @@
 // tile's operands; see ../../device/sm90/ring.cuh for the two mbarriers of a slot.
 //
 //   producer    One warp (mainloop.cuh). For each K block: wait for empty[slot]; have TMA load the
-//               tile's rows, columns and 1x128 scales; their bytes complete full[slot]. (Where TMA
-//               cannot read the scales, the warp's lanes copy them.) The other
+//               tile's rows, columns and columns' scales; their bytes complete full[slot]. (Where
+//               TMA cannot read the scales, the warp's lanes copy them.) The other
 //               three warps of its warpgroup do nothing: they are there because registers move
 //               between whole warpgroups, from this one to the consumers.
 //   consumers   One or two warpgroups, each with 64 or 128 rows of the tile. For each K block:
