@@ -6,9 +6,10 @@ if nvcc is found. `torchext._sim` has the Python objects of the PTX simulator. I
 serves only the Python that built it. The build also adds the PTX of every kernel
 (torchext/_ptx/ARCHITECTURE) and the ptx/isa headers (torchext/include) to the package.
 
-Two environment variables are for developers. TORCHEXT_WERROR=1 asks for more warnings and makes
-them errors: the Makefile sets it; a user's compiler may warn of more than ours. TORCHEXT_SANITIZE,
-"address" or "thread", builds for the CPU alone, with GCC's sanitizers.
+Two environment variables are for developers. TORCHEXT_WERROR=1 asks for more warnings, of nvcc and
+its host compiler too, and makes them errors: the Makefile sets it; a user's compiler may warn of
+more than ours. TORCHEXT_SANITIZE, "address" or "thread", builds for the CPU alone, with GCC's
+sanitizers.
 """
 
 import os
@@ -35,20 +36,27 @@ STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 SANITIZERS = {
     "": [],
     "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
-    "thread": ["-fsanitize=thread"],
+    # As calls, because GCC does not instrument the code it writes in place of them.
+    "thread": [
+        "-fsanitize=thread",
+        *(f"-fno-builtin-{name}" for name in ("memcpy", "memmove", "memset", "memcmp")),
+    ],
 }[SANITIZE]
 COMMON = [] if SANITIZE else ["-O3", "-g0"]
 COMMON += ["-std=c++17", "-fvisibility=hidden", "-Wall"]
+NVCC_WARNINGS: list[str] = []
 if os.environ.get("TORCHEXT_WERROR") == "1":
-    COMMON.append("-Wextra")
     # Our code only: to GCC, a folder that is also given with -isystem is the system's.
+    system = []
     for folder in (
         *cpp_extension.include_paths(),
         pybind11.get_include(),
         *map(sysconfig.get_path, ("include", "platinclude")),
+        *([] if TOOLKIT is None else [str(TOOLKIT.home / "include")]),
     ):
-        COMMON += ["-isystem", folder]
-    COMMON.append("-Werror")
+        system += ["-isystem", folder]
+    COMMON += ["-Wextra", *system, "-Werror"]
+    NVCC_WARNINGS = ["-Xcompiler", "-Wall,-Wextra,-Werror", "-Werror=all-warnings", *system]
 else:
     COMMON.append("-Wno-unused-function")
 if SANITIZE:
@@ -79,6 +87,7 @@ def op_library() -> Extension:
             STABLE_ABI,
             "-DTORCHEXT_CUDA",
             BY_FOLDER,
+            *NVCC_WARNINGS,
         ]
         include_dirs.append(str(TOOLKIT.home / "include"))
         link += [f"-L{TOOLKIT.library_dir}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]

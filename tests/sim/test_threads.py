@@ -4,9 +4,7 @@
 No kernel here polls other CTAs: under ThreadSanitizer that takes minutes.
 
 On 26 November 2026, 28 locks of the simulator were removed, one at a time. ThreadSanitizer reported
-24. It missed the two for tensor maps in global memory (tensormap.replace, decoding), that of
-DeviceHeap::exists (before the test of it was here; not tried again), and that of
-OpSimulator::open, which Python never calls in two threads at once.
+27. It missed that of OpSimulator::open, which Python never calls in two threads at once.
 """
 
 from __future__ import annotations
