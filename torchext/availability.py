@@ -10,6 +10,8 @@ import torch
 
 from ._architectures import architectures, path_of
 from ._dispatch import library
+from ._dispatch.c_api import c_function
+from ._dispatch.errors import python_error
 
 
 def get_include() -> str:
@@ -64,7 +66,9 @@ def is_available(feature: str | None = None) -> Availability | Availabilities:
 
     Args:
         feature: one of these, or None.
-            "cpu": the CPU kernels. Always true.
+            "cpu": the CPU kernels. The reason names the vector instructions that they use: the
+            best that the machine has, or what the environment variable TORCHEXT_CPU asks for.
+            False if it asks for what the machine lacks.
             "cuda": the CUDA kernels were built, and torch's current GPU can run them (compute
             capability 7.5 or later). The reason says which kernels the GPU runs.
             "sm90": as "cuda", and the GPU has compute capability 9.0, which Hopper's kernels need.
@@ -91,7 +95,10 @@ def is_available(feature: str | None = None) -> Availability | Availabilities:
 
 
 def _cpu() -> tuple[bool, str]:
-    return True, "CPU kernels are part of every build"
+    level = c_function("torchext_cpu_level")().decode()
+    if " " in level:  # an error
+        return False, str(python_error(RuntimeError(level)))
+    return True, f"CPU kernels are part of every build; this process uses those for {level}"
 
 
 def _cuda() -> tuple[bool, str]:

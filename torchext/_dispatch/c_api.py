@@ -12,6 +12,8 @@ from .library import PATH
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
     # csrc/runtime/content_hash.cpp: (data, bytes)
     "torchext_content_hash": (c_uint64, c_void_p, c_int64),
+    # csrc/runtime/cpu_level.h: the level of the CPU kernels, or an error's message
+    "torchext_cpu_level": (c_char_p,),
     # csrc/runtime/device.h: (path, 0 for none)
     "torchext_force_path": (None, c_int32),
     # csrc/runtime/device.h: (simulator's interface, null for none)
