@@ -17,7 +17,7 @@ from .report import markdown
 from .results import Results
 from .runner import Runner, subject_ok, warm_up
 
-ROUNDS = {"cpu": 9, "cuda": 30}
+ROUNDS = {"cpu": 25, "cuda": 30}
 QUICK_ROUNDS = 3
 
 
@@ -31,14 +31,17 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--peers", nargs="*", help="measure only these beside torchext")
     parser.add_argument("--quick", action="store_true", help="the most important cases, few rounds")
     parser.add_argument("--budget", type=float, default=float("inf"), metavar="SECONDS")
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/<date>-<hardware>")
+    parser.add_argument(
+        "--out", type=Path, help="default: benchmarks/results/<date>-<hardware>-torch-<version>"
+    )
     parser.add_argument("--warm-up", type=int, metavar="JOBS", help="only let peers compile")
     return parser.parse_args(arguments)
 
 
 def default_folder(environment: dict) -> Path:
     name = (environment.get("gpu") or {}).get("name") or environment["cpu"]
-    return Path("benchmarks/results") / f"{date.today()}-{slug(name)}"
+    version = environment["torch"].partition("+")[0]
+    return Path("benchmarks/results") / f"{date.today()}-{slug(name)}-torch-{version}"
 
 
 def main(arguments: list[str] | None = None) -> int:

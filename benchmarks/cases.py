@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
-SUITES = ("quantize", "gemm", "grouped", "fused", "linear")
+SUITES = ("quantize", "gemm", "grouped", "fused", "linear", "training")
+SUBJECT = "torchext"  # the contender that the others are compared with
 
 
 @dataclass(frozen=True)
@@ -59,13 +60,17 @@ QUANTIZERS = (
 # fprop with n and k exchanged.
 FPROP, FPROP_ROWWISE, FPROP_TENSORWISE = "fprop", "fprop_rowwise", "fprop_tensorwise"
 WGRAD, WGRAD_ACCUMULATE = "wgrad", "wgrad_accumulate"
+# fprop of BF16 rows, whose quantization is part of the time. The contender `torchext_w8a16`
+# multiplies the same rows, not quantized, by the same FP8 weight.
+FPROP_BF16 = "fprop_bf16"
 GEMMS = (FPROP, FPROP_ROWWISE, FPROP_TENSORWISE, WGRAD, WGRAD_ACCUMULATE)
 
 # GEMMs of experts; shape (groups, m, n, k). contiguous, masked: each of `groups` weights [n, k] has
 # about m rows of input. contiguous: groups lie one after another, with lengths that are multiples
 # of 128, as DeepGEMM requires. masked: each group fills the first rows of a longer buffer. along_k:
-# the wgrad [m, n] of each expert, from about k tokens, added to FP32.
-CONTIGUOUS, MASKED, ALONG_K = "contiguous", "masked", "along_k"
+# the wgrad [m, n] of each expert, from about k tokens, added to FP32. ragged: contiguous, with
+# lengths from 1 to 2m.
+CONTIGUOUS, MASKED, ALONG_K, RAGGED = "contiguous", "masked", "along_k", "ragged"
 GROUPED = (CONTIGUOUS, MASKED, ALONG_K)
 
 # GEMMs whose epilogue applies an activation and quantizes 1x128; shape (m, n, k), scales 1x128 by
@@ -77,6 +82,12 @@ FUSED = (SWIGLU, GELU, RELU2)
 # training step; the weight is quantized again.
 FORWARD, FORWARD_BACKWARD = "forward", "forward_backward"
 LINEARS = (FORWARD, FORWARD_BACKWARD)
+
+# A training step of torchext.demo's transformer, optimizer included; shape (batch, length, width).
+STEP = "step"
+
+WITHOUT_FP8 = ("bf16", "fp32")
+BY_NAME = ("copy", "torchext_w8a16")  # contenders only of the cases that name them
 
 # Number of rows m -> priority of a DeepSeek-V3 fprop with m rows.
 ROWS = {
@@ -105,7 +116,7 @@ ALONG_K_GROUPS = {(8, 4096): 0, (4, 8192): 1}
 @dataclass(frozen=True)
 class Case:
     """One op on one shape; `shape` is (rows, columns) for quantizers, (groups, m, n, k) for grouped
-    GEMMs, else (m, n, k)."""
+    GEMMs, (batch, length, width) for training, else (m, n, k)."""
 
     suite: str
     op: str
@@ -115,18 +126,31 @@ class Case:
     priority: int = 1
     host: bool = False  # also measure the host time of a call
     energy: bool = False  # also measure energy, if the GPU has a counter
+    threads: int = 0  # of the CPU; 0: all
+    dtype: str = ""  # before quantization; default: bfloat16 on a GPU, float32 on a CPU
+    peers: tuple[str, ...] = ()  # the only contenders beside torchext; (): all that can run
 
     @property
     def name(self) -> str:
         shape = "x".join(map(str, self.shape))
-        return "/".join(filter(None, (self.suite, self.op, self.model, self.layer, shape)))
+        threads = {0: "", 1: "1 thread"}.get(self.threads, f"{self.threads} threads")
+        parts = (self.suite, self.op, self.model, self.layer, self.dtype, threads, shape)
+        return "/".join(filter(None, parts))
+
+    def has(self, contender: str) -> bool:
+        """Whether `contender` takes part."""
+        if contender == SUBJECT:
+            return True
+        return contender in self.peers if self.peers else contender not in BY_NAME
 
     def as_dict(self) -> dict:
         return asdict(self)
 
     @staticmethod
     def from_dict(values: dict) -> Case:
-        return Case(**{**values, "shape": tuple(values["shape"])})
+        """The case of `as_dict`, also of results that older versions wrote, with fewer fields."""
+        lists = {key: tuple(values.get(key, ())) for key in ("shape", "peers")}
+        return Case(**{**values, **lists})
 
 
 def cuda_cases() -> list[Case]:
@@ -169,6 +193,7 @@ def cuda_cases() -> list[Case]:
         ]
         if layer.name == "gate_up_proj":
             cases += [Case("fused", op, *where, shape[m], 1) for op in FUSED for m in (64, 4096)]
+            cases += [bf16_rows(*where, shape[m], 2, fp32=False) for m in (1, 16)]
     for name, n, k in EXPERTS:
         where = ("deepseek-v3", name)
         for op, groups in ((CONTIGUOUS, CONTIGUOUS_GROUPS), (MASKED, MASKED_GROUPS)):
@@ -183,18 +208,74 @@ def cuda_cases() -> list[Case]:
     return cases
 
 
+def bf16_rows(
+    model: str, layer: str, shape: tuple[int, ...], priority: int = 1, *, fp32: bool = True
+) -> Case:
+    peers = ("torchext_w8a16", *WITHOUT_FP8) if fp32 else ("torchext_w8a16", "bf16")
+    return Case("gemm", FPROP_BF16, model, layer, shape, priority, dtype="bfloat16", peers=peers)
+
+
+# (n, k) of the plot of time against m, and its m. The FP8 weight alone exceeds most L2 caches.
+SWEEP = (4096, 4096)
+SWEEP_ROWS = tuple(2**i for i in range(13))
+FEW_ROWS, MANY_ROWS = (1, 4, 16), 256
+# Weights [n, k] beside the sweep's, and fprops with many rows.
+WEIGHTS = ((4096, 7168), (7168, 2048), (2048, 2048))
+LARGE = (
+    (512, 4096, 7168), (256, 2048, 2048), (256, 4096, 7168), (1024, 7168, 2048), (2048, 4096, 4096),
+)  # fmt: skip
+STEPS = ((1024, 1024, 1024), (2048, 4096, 4096))  # of a layer: forward and backward
+
+
 def cpu_cases() -> list[Case]:
     cube = ("cube", "", (1024, 1024, 1024))
+    small = ("small", "host overhead", (16, 16, 128), 0)
     return [
+        *goal_cases(),
+        *(replace(case, threads=1, priority=max(1, case.priority)) for case in goal_cases()),
+        Case("gemm", FPROP, *small, host=True, threads=1, peers=WITHOUT_FP8),
+        Case("linear", FORWARD, *small, host=True, threads=1, peers=WITHOUT_FP8),
         *(
-            Case("quantize", op, "activation", "", (4096, 7168), int(op != "quantize_1x128"))
+            Case("quantize", op, "activation", "against plain PyTorch", (1024, 7168), 2)
             for op in QUANTIZERS
         ),
-        *(Case("gemm", op, *cube, int(op != FPROP)) for op in GEMMS),
-        *(Case("grouped", op, "cube", "", (4, 256, 512, 1024)) for op in GROUPED),
-        *(Case("fused", op, *cube) for op in FUSED),
-        *(Case("linear", op, *cube, int(op != FORWARD_BACKWARD)) for op in LINEARS),
+        *(Case("gemm", op, *cube, 2) for op in GEMMS),
+        *(Case("grouped", op, "cube", "", (4, 256, 512, 1024), 2) for op in GROUPED),
+        *(Case("fused", op, *cube, 2) for op in FUSED),
+        *(Case("linear", op, *cube, 2) for op in LINEARS),
     ]
+
+
+def goal_cases() -> list[Case]:
+    """What the CPU's goals cover (goals.py), and the sweep over m; on all threads."""
+    rows = [(m, *weight) for weight in WEIGHTS for m in FEW_ROWS]
+    dtypes = (("float32", "fp32"), ("bfloat16", "bf16"))
+    return [
+        *(
+            Case(
+                "quantize", op, "activation", "", (4096, 7168), int(op != "quantize_1x128"),
+                peers=("copy",),
+            )
+            for op in QUANTIZERS
+        ),
+        *(
+            Case("gemm", FPROP, "weight", "", shape, int(shape != LARGE[0]), peers=WITHOUT_FP8)
+            for shape in LARGE
+        ),
+        *(bf16_rows("weight", "", shape, int(shape[1:] != WEIGHTS[0])) for shape in rows),
+        bf16_rows("weight", "", (1, 1024, 1024), 0),
+        *(bf16_rows("sweep", "", (m, *SWEEP), 2 if m > MANY_ROWS else 1) for m in SWEEP_ROWS),
+        Case("grouped", RAGGED, "experts", "", (64, 32, 512, 2048), 0, peers=("bf16",)),
+        *(
+            Case(
+                "linear", FORWARD_BACKWARD, "layer", "", shape, int(shape != STEPS[0]), dtype=dtype,
+                peers=(peer,),
+            )
+            for shape in STEPS
+            for dtype, peer in dtypes
+        ),
+        Case("training", STEP, "demo", "", (16, 128, 192), 0, peers=("fp32",)),
+    ]  # fmt: skip
 
 
 def explicit_cases(m: int, n: int, k: int) -> list[Case]:
@@ -202,6 +283,7 @@ def explicit_cases(m: int, n: int, k: int) -> list[Case]:
     return [
         *(Case("quantize", op, "given", "", (m, k)) for op in QUANTIZERS),
         *(Case("gemm", op, "given", "", (m, n, k)) for op in GEMMS),
+        bf16_rows("given", "", (m, n, k)),
         *(Case("grouped", op, "given", "", (2, m, n, k)) for op in GROUPED),
         *(Case("fused", op, "given", "", (m, n, k)) for op in FUSED if op != SWIGLU or n % 2 == 0),
         *(Case("linear", op, "given", "", (m, n, k)) for op in LINEARS),

@@ -2,7 +2,8 @@
 
 A goal computes a figure for each case, from torchext's measurement and, if it compares, from a
 peer's measurement of the same case. One statistic of these figures must satisfy a bound. A verdict
-says how many of the goal's cases were measured.
+says how many of the goal's cases were measured. A CPU's goals are stated twice: for all threads,
+and for one.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ class Goal:
     peer: str | None = None
     at_least: float | None = None
     at_most: float | None = None
+    subject: str = SUBJECT
 
 
 def _deepseek(op: str, rows: range = range(1, 1 << 20)) -> Callable[[Case], bool]:
@@ -76,6 +78,110 @@ def _is(suite: str, *ops: str, shape: tuple[int, ...] | None = None) -> Callable
 def _host(suite: str) -> Callable[[Case], bool]:
     return lambda case: case.suite == suite and case.host
 
+
+def _weights(op: str, rows: range | tuple[int, ...]) -> Callable[[Case], bool]:
+    """Products with M in `rows` and N, K >= 2048."""
+    return lambda case: case.op == op and case.shape[0] in rows and min(case.shape[1:]) >= 2048
+
+
+def _step(dtype: str) -> Callable[[Case], bool]:
+    return lambda case: case.op == cases.FORWARD_BACKWARD and case.dtype == dtype
+
+
+def _on_a_cpu(
+    name: str,
+    text: str,
+    covers: Callable[[Case], bool],
+    peer: str,
+    at_least: float,
+    *,
+    subject: str = SUBJECT,
+) -> Iterator[Goal]:
+    """The worst case's speedup against `peer`, on all threads and on one."""
+    for threads, where in ((0, "all threads"), (1, "one thread")):
+
+        def covered(case: Case, threads: int = threads) -> bool:
+            return case.threads == threads and covers(case)
+
+        yield Goal(
+            f"cpu_{name}_{where.replace(' ', '_')}",
+            f"{text}, {where}",
+            "cpu",
+            covered,
+            speedup,
+            min,
+            peer=peer,
+            at_least=at_least,
+            subject=subject,
+        )
+
+
+_MANY = range(cases.MANY_ROWS, 1 << 20)
+CPU_GOALS = (
+    *_on_a_cpu(
+        "many_rows_vs_bf16", "fp8_gemm_nt, M >= 256, N, K >= 2048, against BF16 F.linear",
+        _weights(cases.FPROP, _MANY), "bf16", 0.9,
+    ),
+    *_on_a_cpu(
+        "many_rows_vs_fp32", "fp8_gemm_nt, M >= 256, N, K >= 2048, against FP32 F.linear",
+        _weights(cases.FPROP, _MANY), "fp32", 2.0,
+    ),
+    *(
+        goal
+        for m, bound in zip(cases.FEW_ROWS, (2.0, 1.7, 1.5), strict=True)
+        for goal in _on_a_cpu(
+            f"m{m}",
+            f"quantize_1x128 and fp8_gemm_nt, M = {m}, N, K >= 2048, against BF16 F.linear",
+            _weights(cases.FPROP_BF16, (m,)), "bf16", bound,
+        )
+    ),
+    *_on_a_cpu(
+        "m1_1024", "quantize_1x128 and fp8_gemm_nt, 1 x 1024 x 1024, against BF16 F.linear",
+        _is("gemm", cases.FPROP_BF16, shape=(1, 1024, 1024)), "bf16", 1.0,
+    ),
+    *(
+        goal
+        for m, bound in ((1, 2.0), (16, 1.5))
+        for goal in _on_a_cpu(
+            f"w8a16_m{m}", f"fp8_linear, M = {m}, N, K >= 2048, against BF16 F.linear",
+            _weights(cases.FPROP_BF16, (m,)), "bf16", bound, subject="torchext_w8a16",
+        )
+    ),
+    *(
+        goal
+        for dtype, peer, bound in (("float32", "fp32", 1.7), ("bfloat16", "bf16", 0.85))
+        for goal in _on_a_cpu(
+            f"linear_vs_{peer}",
+            f"Linear forward + backward in {peer.upper()}, against nn.Linear in {peer.upper()}",
+            _step(dtype), peer, bound,
+        )
+    ),
+    *_on_a_cpu(
+        "experts", "64 experts of 512 x 2048, 1 to 64 rows each, against a loop of BF16 F.linear",
+        _is("grouped", cases.RAGGED), "bf16", 1.5,
+    ),
+    *(
+        goal
+        for ops in (("quantize_1x128",), ("quantize_128x128",), ("dequantize",),
+                    ("quantize_1x128_dual", "quantize_128x128_dual"))
+        for goal in _on_a_cpu(
+            ops[0], f"{' and '.join(ops)}, 4096 x 7168, share of the speed of a copy",
+            _is("quantize", *ops, shape=(4096, 7168)), "copy", 0.8,
+        )
+    ),
+    *_on_a_cpu(
+        "training_step", "a training step of the demo, against the FP32 step",
+        _is("training", cases.STEP), "fp32", 1.15,
+    ),
+    Goal(
+        "cpu_host_op", "fp8_gemm_nt, 16 x 16 x 128, microseconds, one thread", "cpu",
+        _host("gemm"), host_microseconds, max, at_most=5.0,
+    ),
+    Goal(
+        "cpu_host_linear_forward", "Linear forward, 16 x 16 x 128, microseconds, one thread", "cpu",
+        _host("linear"), host_microseconds, max, at_most=20.0,
+    ),
+)  # fmt: skip
 
 GOALS = (
     Goal(
@@ -188,26 +294,7 @@ GOALS = (
         )
         for peer in ("deepgemm", "cublaslt")
     ),
-    Goal(
-        "cpu_quantize",
-        "quantize_1x128 of 4096 x 7168 on a CPU against plain PyTorch",
-        "cpu",
-        _is("quantize", "quantize_1x128", shape=(4096, 7168)),
-        speedup,
-        min,
-        peer="plain",
-        at_least=5.0,
-    ),
-    Goal(
-        "cpu_linear",
-        "Linear forward + backward at 1024^3 on a CPU against FP32 nn.Linear",
-        "cpu",
-        _is("linear", cases.FORWARD_BACKWARD, shape=(1024, 1024, 1024)),
-        speedup,
-        min,
-        peer="fp32",
-        at_least=0.5,
-    ),
+    *CPU_GOALS,
 )
 
 
@@ -250,10 +337,10 @@ def _figures(goal: Goal, data: dict) -> Iterator[tuple[str, float]]:
             by_case.setdefault(record["case"], {})[record["contender"]] = record
     fields = Case.__dataclass_fields__
     for name, records in by_case.items():
-        subject, peer = records.get(SUBJECT), records.get(goal.peer or SUBJECT)
+        subject, peer = records.get(goal.subject), records.get(goal.peer or goal.subject)
         if subject is None or peer is None:
             continue
-        case = Case.from_dict({key: subject[key] for key in fields})
+        case = Case.from_dict({key: subject[key] for key in fields if key in subject})
         if not goal.covers(case):
             continue
         try:

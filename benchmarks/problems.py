@@ -2,11 +2,13 @@
 
 Data is random, never all zeros: zeros hide unwritten outputs and run faster. torchext.reference
 quantizes each operand once, so that all contenders multiply the same FP8 numbers. Functions import
-torchext when they need it, so that the linear suite can measure peers without it.
+torchext when they need it, so that the linear suite can measure peers without it. All problems
+are in one file because they share its helpers, checks and bounds.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -124,7 +126,8 @@ class Problem:
     def __init__(self, case: Case, device: str):
         self.case = case
         self.device = device
-        self.dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        default = "bfloat16" if device == "cuda" else "float32"
+        self.dtype: torch.dtype = getattr(torch, case.dtype or default)
 
     flops: float | None = None
     bytes: float | None = None
@@ -203,11 +206,12 @@ class GemmProblem(Problem):
     def traffic(self, operand: int) -> float:
         """Least bytes: operands read once, output written once, and read once if it accumulates.
 
-        operand: bytes of an operand's element.
+        operand: bytes of an operand's element. The left operand of fprop_bf16 always has two.
         """
         out = 8 if self.case.op == cases.WGRAD_ACCUMULATE else 2
         shape = (self.rows, self.cols, self.inner)
-        return entry("fp8_gemm_nt").bytes(*shape, operand=operand, out=out)
+        wider = (2 - operand) * self.rows * self.inner if self.case.op == cases.FPROP_BF16 else 0
+        return entry("fp8_gemm_nt").bytes(*shape, operand=operand, out=out) + wider
 
     @cached_property
     def left_fp8(self) -> tuple[Tensor, Tensor]:
@@ -226,7 +230,8 @@ class GemmProblem(Problem):
 
     @property
     def _right_quantizer(self) -> str:
-        return "quantize_128x128" if self.case.op == cases.FPROP else self._left_quantizer
+        blocks = self.case.op in (cases.FPROP, cases.FPROP_BF16)
+        return "quantize_128x128" if blocks else self._left_quantizer
 
     @cached_property
     def expected_fp8(self) -> Tensor:
@@ -235,9 +240,18 @@ class GemmProblem(Problem):
         return left @ right.t()
 
     @cached_property
+    def expected_w8a16(self) -> Tensor:
+        """The product of the unquantized left operand and the dequantized right one, in float64."""
+        return self.left.double() @ dequantize(*self.right_fp8, torch.float64).t()
+
+    @cached_property
     def expected(self) -> Tensor:
         """The product of the unquantized operands, in float64."""
         return self.left.double() @ self.right.double().t()
+
+    def check_w8a16(self, result: object) -> dict:
+        assert isinstance(result, Tensor)
+        return require(difference(result, self.expected_w8a16), *product_tolerance())
 
     def check_fp8(self, result: object, promoted: bool = True) -> dict:
         assert isinstance(result, Tensor)
@@ -256,25 +270,27 @@ class GroupedProblem(Problem):
     output in BF16. Along K: a [m, tokens] times b [n, tokens], scales 1x128, added to FP32.
 
     lengths: rows, or tokens, of each group: random, up to 30 % above or below the case's length,
-    and multiples of 128 if groups lie one after another. room: the rows of a masked group's slice,
-    1.5 times the case's length, rounded up to 128.
+    and multiples of 128 if groups lie one after another; ragged: from 1 to twice the case's length.
+    room: the rows of a masked group's slice, 1.5 times the case's length, rounded up to 128.
     """
 
     def __init__(self, case: Case, device: str):
         super().__init__(case, device)
         self.groups, m, self.n, k = case.shape
-        self.along_k = case.op == cases.ALONG_K
+        self.along_k, self.masked = case.op == cases.ALONG_K, case.op == cases.MASKED
         self.expected = k if self.along_k else m  # length of a group
         step = 1 if case.op == cases.MASKED else GROUP
         self.lengths = [
             max(step, round(self.expected * (0.7 + 0.6 * x) / step) * step)
             for x in torch.rand(self.groups).tolist()
         ]
+        if case.op == cases.RAGGED:
+            self.lengths = torch.randint(1, 2 * m + 1, (self.groups,)).tolist()
         total = sum(self.lengths)
         self.room = round_up(self.expected * 3 // 2, GROUP)  # masked
         self.rows: int = m if self.along_k else total
         self.k: int = total if self.along_k else k
-        if case.op == cases.MASKED:
+        if self.masked:
             self.rows = self.groups * self.room
         weights = self.n if self.along_k else self.groups * self.n
         self.flops = 2.0 * total * self.n * (m if self.along_k else k)
@@ -282,7 +298,7 @@ class GroupedProblem(Problem):
             shape = (m, self.n, total, self.groups)
             self.bytes = entry("k_grouped_fp8_gemm_nt").bytes(*shape, out=8)
         else:
-            op = f"m_grouped_fp8_gemm_nt_{case.op}"
+            op = f"m_grouped_fp8_gemm_nt_{cases.MASKED if self.masked else cases.CONTIGUOUS}"
             self.bytes = entry(op).bytes(total, self.n, k, self.groups)
         self.left = random_matrix(self.rows, self.k, device, self.dtype)
         self.right = random_matrix(weights, self.k, device, self.dtype)
@@ -290,7 +306,7 @@ class GroupedProblem(Problem):
     @property
     def parts(self) -> list[slice]:
         """The columns of each group if grouped along K, else its rows."""
-        if self.case.op == cases.MASKED:
+        if self.masked:
             return [slice(g * self.room, g * self.room + n) for g, n in enumerate(self.lengths)]
         ends = [sum(self.lengths[: g + 1]) for g in range(self.groups)]
         return [slice(end - n, end) for end, n in zip(ends, self.lengths, strict=True)]
@@ -316,7 +332,7 @@ class GroupedProblem(Problem):
     def left_fp8(self) -> tuple[Tensor, Tensor]:
         """(data, scales) of a. Masked: [groups, room, k] and [groups, room, k / 128]."""
         data, scale = quantize("quantize_1x128", self.left)
-        if self.case.op != cases.MASKED:
+        if not self.masked:
             return data, scale
         size = (self.groups, self.room)
         return data.unflatten(0, size), scale.unflatten(0, size)
@@ -336,7 +352,9 @@ class GroupedProblem(Problem):
         return [left[part] @ of_group[g].t() for g, part in enumerate(self.parts)]
 
     def results(self, result: object) -> list[Tensor]:
-        """Each group's part of a contender's result."""
+        """Each group's part of a contender's result, which may be the list of them."""
+        if isinstance(result, list):
+            return result
         assert isinstance(result, Tensor)
         if self.along_k:
             return list(result)
@@ -427,7 +445,7 @@ class FusedProblem(Problem):
 
 
 class LinearProblem(Problem):
-    """A linear layer: x [m, k], weight [n, k], gradient [m, n]; BF16 on a GPU, FP32 on a CPU."""
+    """A linear layer: x [m, k], weight [n, k], gradient [m, n]."""
 
     FP8_TOLERANCE = 10 ** (-25 / 20)  # an SQNR of 25 dB
     E5M2_TOLERANCE = 0.12  # for gradients in e5m2, and for one scale per row or tensor
@@ -453,12 +471,13 @@ class LinearProblem(Problem):
         return output, grad @ weight, grad.t() @ x
 
     def run(self, model: Callable[[Tensor], Tensor], weight: Tensor, tolerance: float) -> Run:
-        """A Run that calls `model`, whose parameter is `weight`.
+        """A Run that calls `model`, whose parameter is `weight`, on data of the weight's dtype.
 
         Before every forward_backward, the weight is written with equal values. This counts as an
         optimizer's change, so that a layer that caches the quantized weight quantizes it again.
         """
-        x = self.x.clone().requires_grad_(self.backward)
+        x = self.x.to(weight.dtype, copy=True).requires_grad_(self.backward)
+        grad = self.grad.to(weight.dtype)
 
         def forward() -> tuple[Tensor, ...]:
             with torch.no_grad():
@@ -466,7 +485,7 @@ class LinearProblem(Problem):
 
         def forward_backward() -> tuple[Tensor | None, ...]:
             output = model(x)
-            output.backward(self.grad)
+            output.backward(grad)
             return output, x.grad, weight.grad
 
         def new_step() -> None:
@@ -489,10 +508,48 @@ class LinearProblem(Problem):
         return Run(forward, check)
 
 
+class TrainingProblem(Problem):
+    """A step of torchext.demo: transformer, cross-entropy, backward and AdamW."""
+
+    LOSS_TOLERANCE = 1e-2
+
+    def __init__(self, case: Case, device: str):
+        from torchext.demo.model import ByteTransformer
+
+        super().__init__(case, device)
+        batch, length, width = case.shape
+        self.model = ByteTransformer(width, max_length=length).to(device)
+        self.tokens = torch.randint(256, (batch, length + 1), device=device)
+
+    @cached_property
+    def expected(self) -> float:
+        """The loss before the first step."""
+        logits = self.model(self.tokens[:, :-1])
+        return F.cross_entropy(logits.flatten(0, 1), self.tokens[:, 1:].flatten()).item()
+
+    def run(self, model: torch.nn.Module) -> Run:
+        """Trains `model`, a copy of the problem's, on the same tokens from the same start."""
+        from torchext.demo.train import new_optimizer, training_step
+
+        optimizer, start = new_optimizer(model), copy.deepcopy(model.state_dict())
+        return Run(
+            lambda: training_step(model, optimizer, self.tokens),
+            self.check,
+            before=lambda: model.load_state_dict(start),
+        )
+
+    def check(self, result: object) -> dict:
+        """The loss is the unquantized model's."""
+        assert isinstance(result, Tensor)
+        error = abs(result.item() / self.expected - 1)
+        return require({"relative": error, "worst": error}, self.LOSS_TOLERANCE, what="loss")
+
+
 PROBLEMS: dict[str, type[Problem]] = {
     "quantize": QuantizeProblem,
     "gemm": GemmProblem,
     "grouped": GroupedProblem,
     "fused": FusedProblem,
     "linear": LinearProblem,
+    "training": TrainingProblem,
 }

@@ -10,7 +10,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from . import goals
+from .cases import Case
 from .contenders import SUBJECT
+
+SECTIONS = ("gemm", "grouped", "fused", "linear", "training", "quantize")
 
 
 def markdown(data: dict) -> str:
@@ -22,7 +25,9 @@ def markdown(data: dict) -> str:
         _tests(data),
         _sanitizer(data),
         _soak(data),
-        *(_suite(data, suite) for suite in ("gemm", "grouped", "fused", "linear", "quantize")),
+        *(_suite(data, suite) for suite in SECTIONS),
+        _roofline(data),
+        _scaling(data),
         _host(data),
         _energy(data),
         _failures(data),
@@ -48,19 +53,30 @@ def _environment(data: dict) -> str:
     gpu = facts.pop("gpu", None) or {}
     rows = [(key, value) for key, value in facts.items() if value is not None]
     rows += [(f"gpu: {key}", value) for key, value in gpu.items()]
-    ceilings = data["ceilings"]
-    if "copy_bytes_per_s" in ceilings:
-        rows += [
-            ("measured copy bandwidth", f"{ceilings['copy_bytes_per_s'] / 1e9:.0f} GB/s"),
-            (
-                f"measured {ceilings['gemm_dtype']} GEMM rate",
-                f"{ceilings['gemm_flops_per_s'] / 1e12:.2f} TFLOPS",
-            ),
-        ]
-    elif ceilings:
-        rows.append(("ceilings", ceilings["reason"]))
+    if "reason" in data["ceilings"]:
+        rows.append(("ceilings", data["ceilings"]["reason"]))
+    for threads, where in ((0, ""), (1, ", one thread")):
+        ceilings = ceilings_of(data, threads)
+        if "copy_bytes_per_s" in ceilings:
+            rows += [
+                (
+                    f"measured copy bandwidth{where}",
+                    f"{ceilings['copy_bytes_per_s'] / 1e9:.0f} GB/s",
+                ),
+                (
+                    f"measured {ceilings['gemm_dtype']} GEMM rate{where}",
+                    f"{ceilings['gemm_flops_per_s'] / 1e12:.2f} TFLOPS",
+                ),
+            ]
     rows.append(("created", data["created"]))
     return "## Measured on\n\n" + table(("what", "value"), rows, numeric_from=2)
+
+
+def ceilings_of(data: dict, threads: int) -> dict:
+    """The ceilings that a case with `threads` threads (0: all) is compared with; {} if there are
+    none."""
+    ceilings = data["ceilings"]
+    return ceilings.get("one_thread", {}) if threads == 1 else ceilings
 
 
 def _stages(data: dict) -> str:
@@ -137,10 +153,13 @@ def _suite(data: dict, suite: str) -> str:
         by_case.setdefault(record["case"], {})[record["contender"]] = record
     header = ["case", *(f"{name}, us" for name in names)]
     header += [f"{SUBJECT} against {name}" for name in others]
-    header += ["TFLOPS"] if suite != "quantize" else []
-    header += ["share of FP8 rate"] if suite != "quantize" else []
-    header += ["GB/s", "share of copy"] if suite != "linear" else []
-    ceilings = data["ceilings"]
+    of_rate = (
+        "share of BF16 rate" if data["environment"].get("device") == "cpu" else "share of FP8 rate"
+    )
+    compute = suite not in ("quantize", "training")
+    header += ["TFLOPS", of_rate] if compute else []
+    memory = suite not in ("linear", "training")
+    header += ["GB/s", "share of copy"] if memory else []
     rows = []
     for case in sorted(by_case, key=_case_order):
         group = by_case[case]
@@ -150,10 +169,11 @@ def _suite(data: dict, suite: str) -> str:
         row = [case.removeprefix(f"{suite}/")]
         row += [_microseconds(group.get(name)) for name in names]
         row += [_ratio(_ok(group.get(name)), subject) for name in others]
-        if suite != "quantize":
+        ceilings = ceilings_of(data, next(iter(group.values())).get("threads", 0))
+        if compute:
             row.append(_scaled(subject, "flops_per_s", 1e12))
             row.append(_share(subject, "flops_per_s", ceilings.get("fp8_flops_per_s")))
-        if suite != "linear":
+        if memory:
             row.append(_scaled(subject, "bytes_per_s", 1e9))
             row.append(_share(subject, "bytes_per_s", ceilings.get("copy_bytes_per_s")))
         rows.append(row)
@@ -162,6 +182,65 @@ def _suite(data: dict, suite: str) -> str:
         f" TFLOPS, GB/s and shares are {SUBJECT}'s."
     )
     return f"## {suite}\n\n{note}\n\n" + table(header, rows)
+
+
+def roof_seconds(record: dict, ceilings: dict) -> float:
+    """The least seconds that the two ceilings allow for a measurement's work: its FLOP at the
+    BF16 rate (twice that on a GPU), or its least bytes at the bandwidth of a copy."""
+    seconds = record["milliseconds"]["median"] / 1e3
+    flops = record["flops_per_s"] * seconds
+    moved = record["bytes_per_s"] * seconds
+    return max(flops / ceilings["fp8_flops_per_s"], moved / ceilings["copy_bytes_per_s"])
+
+
+def _roofline(data: dict) -> str:
+    """On a CPU: how much of the roofline each product reaches."""
+    if data["environment"].get("device") != "cpu":
+        return ""
+    rows = []
+    for record in sorted(data["measurements"], key=lambda r: _case_order(r["case"])):
+        ceilings = ceilings_of(data, record.get("threads", 0))
+        whole = record.get("flops_per_s") and record.get("bytes_per_s")
+        ours = record["contender"].startswith(SUBJECT)
+        if not (ours and whole and "fp8_flops_per_s" in ceilings):
+            continue
+        intensity = record["flops_per_s"] / record["bytes_per_s"]
+        ridge = ceilings["fp8_flops_per_s"] / ceilings["copy_bytes_per_s"]
+        share = 1e3 * roof_seconds(record, ceilings) / record["milliseconds"]["median"]
+        bound = "arithmetic" if intensity > ridge else "memory"
+        rows.append(
+            (record["case"], record["contender"], f"{intensity:.1f}", bound, f"{100 * share:.0f} %")
+        )
+    if not rows:
+        return ""
+    note = (
+        "The roof is the measured BF16 GEMM rate, or the measured copy bandwidth times FLOP per"
+        " byte, on as many threads as the case. Work that only reads may exceed the bandwidth of a"
+        " copy; work whose operands stay in the cache exceeds it by far."
+    )
+    header = ("case", "contender", "FLOP/byte", "bound by", "share of the roof")
+    return f"## Roofline\n\n{note}\n\n" + table(header, rows, numeric_from=2)
+
+
+def _scaling(data: dict) -> str:
+    """Speedup of all threads over one, for every case that was measured with both."""
+    medians: dict[tuple[str, str], dict[int, float]] = {}
+    for record in data["measurements"]:
+        if record["status"] == "ok":
+            fields = {k: record[k] for k in Case.__dataclass_fields__ if k in record}
+            key = (Case.from_dict(fields | {"threads": 0}).name, record["contender"])
+            of_threads = medians.setdefault(key, {})
+            of_threads[record.get("threads", 0)] = record["milliseconds"]["median"]
+    threads = data["environment"].get("cpu_threads")
+    rows = [
+        (case, contender, f"{of[1]:.3f}", f"{of[0]:.3f}", f"{of[1] / of[0]:.2f}")
+        for (case, contender), of in sorted(
+            medians.items(), key=lambda item: _case_order(item[0][0])
+        )
+        if {0, 1} <= of.keys()
+    ]
+    header = ("case", "contender", "1 thread, ms", f"{threads} threads, ms", "speedup")
+    return "## Scaling\n\n" + table(header, rows, numeric_from=2) if rows else ""
 
 
 def _case_order(case: str) -> tuple:

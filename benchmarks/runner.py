@@ -92,7 +92,8 @@ class Runner:
                 [
                     name
                     for name in self.names[case.suite]
-                    if (case.suite, name) not in self.unavailable
+                    if case.has(name)
+                    and (case.suite, name) not in self.unavailable
                     and (case.name, name) not in self.recorded
                 ],
             )

@@ -1,4 +1,4 @@
-"""Measures interleaved device times, host times, energy, and the two ceilings of a roofline.
+"""Measures interleaved times, host times, energy, and the two ceilings of a roofline.
 
 Contenders take turns, one call each in every round and in rotating order. A drift of clocks or
 temperature then affects all contenders alike.
@@ -7,6 +7,7 @@ temperature then affects all contenders alike.
 from __future__ import annotations
 
 import ctypes
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -53,23 +54,36 @@ def interleave(
 
 
 class CpuStopwatch:
+    # A sample of a short call is the mean of as many calls in a row as last this long; a call that
+    # needs preparation before it is always a sample of its own.
+    SAMPLE_SECONDS = 5e-4
+
     def __init__(self) -> None:
         self._cost: dict[int, float] = {}
+        self._calls: dict[int, int] = {}
 
     def sample(self, run: Run) -> Callable[[], float]:
-        """Calls `run` once. The returned function gives the seconds; call it after finish()."""
+        """Calls `run`. The returned function gives the seconds of a call; call it after
+        finish()."""
         if run.before:
             run.before()
+        calls = self._calls.get(id(run), 1)
         start = time.perf_counter()
-        run.call()
-        elapsed = time.perf_counter() - start
+        for _ in range(calls):
+            run.call()
+        elapsed = (time.perf_counter() - start) / calls
         return lambda: elapsed
 
     def learn(self, run: Run) -> None:
-        """Measures the seconds that a sample of `run` takes, everything included."""
+        """Chooses the number of calls in a sample of `run`, and measures the seconds that the
+        sample takes, everything included."""
         start = time.perf_counter()
-        self.sample(run)
+        seconds = self.sample(run)()
         self._cost[id(run)] = time.perf_counter() - start
+        if run.before is None:
+            calls = math.ceil(self.SAMPLE_SECONDS / max(1e-7, seconds))
+            self._calls[id(run)] = calls
+            self._cost[id(run)] *= calls
 
     def cost(self, run: Run) -> float:
         return self._cost[id(run)]
@@ -122,16 +136,23 @@ class CudaStopwatch(CpuStopwatch):
         torch.cuda.synchronize()
 
 
-def host_microseconds(run: Run, batches: int = 9, calls: int = 100) -> float:
-    """Host microseconds of one call, as a median over batches. The GPU works asynchronously."""
+def host_microseconds(run: Run, device: str, batches: int = 9, calls: int = 100) -> float:
+    """Host microseconds of one call, as a median over batches.
+
+    A GPU works asynchronously, so that its time does not count. On a CPU this is the calling
+    thread's CPU time, kernel included, so that other work on the machine does not count.
+    """
+    clock = time.perf_counter if device == "cuda" else time.thread_time
     means = []
     for _ in range(batches + 1):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        start = clock()
         for _ in range(calls):
             run.call()
-        means.append((time.perf_counter() - start) / calls)
-    torch.cuda.synchronize()
+        means.append((clock() - start) / calls)
+    if device == "cuda":
+        torch.cuda.synchronize()
     return 1e6 * statistics.median(means[1:])
 
 
@@ -210,12 +231,24 @@ class EnergyMeter:
 def measure_ceilings(device: str) -> dict:
     """The machine's measured peak rates: the two lines of a roofline.
 
-    copy_bytes_per_s: a large copy, bytes read plus bytes written. gemm_flops_per_s: a large GEMM on
-    random data, in BF16 on a GPU, in FP32 on a CPU. fp8_flops_per_s: the rate that reports take
-    shares of: twice the BF16 rate on a GPU; on a CPU, which has no FP8 units, the FP32 rate.
+    copy_bytes_per_s: a large copy, bytes read plus bytes written. gemm_flops_per_s: a large BF16
+    GEMM on random data. fp8_flops_per_s: the rate that reports take shares of: twice the BF16 rate
+    on a GPU; on a CPU, which has no FP8 units, the BF16 rate. On a CPU, the rates are those of all
+    threads; one_thread: the same rates of one.
     """
+    if device == "cuda":
+        return _ceilings(device)
+    threads = torch.get_num_threads()
+    everything = _ceilings(device)
+    torch.set_num_threads(1)
+    one = _ceilings(device)
+    torch.set_num_threads(threads)
+    return everything | {"one_thread": one}
+
+
+def _ceilings(device: str) -> dict:
     megabytes, size = (2048, 8192) if device == "cuda" else (256, 1536)
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    dtype = torch.bfloat16
     source = torch.randint(0, 127, (megabytes << 20,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))

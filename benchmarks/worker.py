@@ -29,7 +29,7 @@ from .problems import PROBLEMS, Problem, Run, UnsupportedError, WrongResultError
 
 COMPILE_LIMIT_S = 150.0
 CEILINGS_LIMIT_S = 60.0
-SECONDS_PER_CASE = {"cpu": 20.0, "cuda": 4.0}
+SECONDS_PER_CASE = {"cpu": 6.0, "cuda": 4.0}
 DEAD_CONTEXT = 71  # exit status if the CUDA context no longer works
 
 
@@ -39,6 +39,7 @@ class Worker:
         self.device: str = plan["device"]
         self.limit_s: float = plan["case_limit_s"]
         self._events = os.fdopen(events, "w", buffering=1)
+        self._threads = torch.get_num_threads()
         self._meter: timing.EnergyMeter | None = None
         self._meter_missing: str | None = None
         if self.device == "cuda":
@@ -85,6 +86,7 @@ class Worker:
 
     def measure(self, case: Case, contenders: list[Contender]) -> None:
         torch.manual_seed(0)
+        torch.set_num_threads(self._threads)  # for preparations and checks
         problem = PROBLEMS[case.suite](case, self.device)
         runs, errors = {}, {}
         for contender in contenders:
@@ -105,6 +107,7 @@ class Worker:
         if not runs or self.plan["mode"] == "warm-up":
             return
         self.emit("timing", case=case.name, contenders=list(runs), limit_s=self.limit_s)
+        torch.set_num_threads(case.threads or self._threads)
         times = timing.interleave(
             runs, self.device, self.plan["rounds"], SECONDS_PER_CASE[self.device]
         )
@@ -129,11 +132,11 @@ class Worker:
         }
 
     def extras(self, case: Case, run: Run) -> dict:
-        if self.device != "cuda":
-            return {}
         extras: dict[str, object] = {}
         if case.host:
-            extras["host_microseconds"] = timing.host_microseconds(run)
+            extras["host_microseconds"] = timing.host_microseconds(run, self.device)
+        if self.device != "cuda":
+            return extras
         if case.energy and self._meter:
             extras["joules"] = self._meter.joules(run)
         elif case.energy:

@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
+from ..cases import SUBJECT
 from ..problems import Run
 
+__all__ = ["PLUGINS", "SUBJECT", "Contender", "all_contenders", "contenders_for"]
+
 PLUGINS = ("torchext_ops", "plain_torch", "cublaslt", "deepgemm", "torchao_float8")
-SUBJECT = "torchext"  # the contender that the others are compared with
 
 
 @dataclass(frozen=True)

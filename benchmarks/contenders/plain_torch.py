@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from ..problems import (
     LinearProblem,
     QuantizeProblem,
     Run,
+    TrainingProblem,
     UnsupportedError,
 )
 from . import Contender
@@ -32,6 +35,14 @@ def quantize(problem: QuantizeProblem) -> Run:
         return Run(lambda: plain.dequantize(data, scale, torch.bfloat16), problem.check_bits)
     op = getattr(plain, problem.case.op)
     return Run(lambda: op(problem.x), problem.check_bits)
+
+
+def copy_of_as_many_bytes(problem: QuantizeProblem) -> Run:
+    """A copy that reads and writes as many bytes, together, as the op must."""
+    assert problem.bytes
+    source = torch.randint(0, 127, (int(problem.bytes) // 2,), dtype=torch.uint8)
+    target = torch.empty_like(source)
+    return Run(lambda: target.copy_(source), lambda result: {"relative": 0.0, "worst": 0.0})
 
 
 Quantized = tuple[Tensor, Tensor]
@@ -55,15 +66,20 @@ def fp8_gemm(problem: GemmProblem) -> Run:
     )
 
 
-def unquantized_gemm(problem: GemmProblem) -> Run:
-    """What nn.Linear does: F.linear in the problem's dtype."""
-    if problem.case.op == cases.WGRAD_ACCUMULATE and problem.device == "cuda":
-        raise UnsupportedError("nn.Linear has no BF16 GEMM that accumulates in FP32")
-    return Run(
-        lambda: F.linear(problem.left, problem.right),
-        problem.check_unquantized,
-        bytes=problem.traffic(operand=problem.left.element_size()),
-    )
+def unquantized_gemm(dtype: torch.dtype) -> Callable[[GemmProblem], Run]:
+    """What nn.Linear does: F.linear in `dtype`."""
+
+    def prepare(problem: GemmProblem) -> Run:
+        if problem.case.op == cases.WGRAD_ACCUMULATE and dtype == torch.bfloat16:
+            raise UnsupportedError("nn.Linear has no BF16 GEMM that accumulates in FP32")
+        left, right = problem.left.to(dtype), problem.right.to(dtype)
+        return Run(
+            lambda: F.linear(left, right),
+            problem.check_unquantized,
+            bytes=problem.traffic(operand=dtype.itemsize),
+        )
+
+    return prepare
 
 
 def fp8_grouped(problem: GroupedProblem) -> Run:
@@ -88,6 +104,16 @@ def unquantized_grouped(problem: GroupedProblem) -> Run:
     right = problem.right.unflatten(0, (problem.groups, problem.n)).transpose(1, 2)
     offsets = problem.offsets
     return Run(lambda: F.grouped_mm(problem.left, right, offs=offsets), problem.check_unquantized)
+
+
+def loop_over_groups(problem: GroupedProblem) -> Run:
+    """F.linear in BF16, group by group. The result is a list: no copy into one tensor."""
+    left, right = problem.left.bfloat16(), problem.right.bfloat16()
+    if problem.along_k:
+        raise UnsupportedError("nn.Linear has no BF16 GEMM that accumulates in FP32")
+    weights = right.split(problem.n)
+    pairs = [(left[part], weights[g]) for g, part in enumerate(problem.parts)]
+    return Run(lambda: [F.linear(x, w) for x, w in pairs], problem.check_unquantized)
 
 
 def fp8_fused(problem: FusedProblem) -> Run:
@@ -142,12 +168,19 @@ def fp8_linear(problem: LinearProblem) -> Run:
     return problem.run(model, model.weight, problem.FP8_TOLERANCE)
 
 
-def unquantized_linear(problem: LinearProblem) -> Run:
-    n, k = problem.weight.shape
-    model = torch.nn.Linear(k, n, bias=False, device=problem.device, dtype=problem.dtype)
-    with torch.no_grad():
-        model.weight.copy_(problem.weight)
-    return problem.run(model, model.weight, problem.UNQUANTIZED_TOLERANCE)
+def unquantized_linear(dtype: torch.dtype) -> Callable[[LinearProblem], Run]:
+    def prepare(problem: LinearProblem) -> Run:
+        n, k = problem.weight.shape
+        model = torch.nn.Linear(k, n, bias=False, device=problem.device, dtype=dtype)
+        with torch.no_grad():
+            model.weight.copy_(problem.weight)
+        return problem.run(model, model.weight, problem.UNQUANTIZED_TOLERANCE)
+
+    return prepare
+
+
+def training(problem: TrainingProblem) -> Run:
+    return problem.run(copy.deepcopy(problem.model))
 
 
 CONTENDERS = [
@@ -156,11 +189,14 @@ CONTENDERS = [
     Contender("plain", "grouped", ("cpu",), require, fp8_grouped),
     Contender("plain", "fused", ("cpu",), require, fp8_fused),
     Contender("plain", "linear", ("cpu",), require, fp8_linear),
-    Contender("bf16", "gemm", ("cuda",), require, unquantized_gemm),
+    Contender("copy", "quantize", ("cpu",), require, copy_of_as_many_bytes),
+    Contender("bf16", "gemm", ("cpu", "cuda"), require, unquantized_gemm(torch.bfloat16)),
+    Contender("bf16", "grouped", ("cpu",), require, loop_over_groups),
     Contender("bf16", "grouped", ("cuda",), require, unquantized_grouped),
     Contender("bf16", "fused", ("cuda",), require, unquantized_fused),
-    Contender("bf16", "linear", ("cuda",), require, unquantized_linear),
-    Contender("fp32", "gemm", ("cpu",), require, unquantized_gemm),
+    Contender("bf16", "linear", ("cpu", "cuda"), require, unquantized_linear(torch.bfloat16)),
+    Contender("fp32", "gemm", ("cpu",), require, unquantized_gemm(torch.float32)),
     Contender("fp32", "fused", ("cpu",), require, unquantized_fused),
-    Contender("fp32", "linear", ("cpu",), require, unquantized_linear),
+    Contender("fp32", "linear", ("cpu",), require, unquantized_linear(torch.float32)),
+    Contender("fp32", "training", ("cpu",), require, training),
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 
 import torch
@@ -15,6 +16,7 @@ from ..problems import (
     LinearProblem,
     QuantizeProblem,
     Run,
+    TrainingProblem,
 )
 from . import SUBJECT, Contender
 
@@ -40,6 +42,12 @@ def quantize(problem: QuantizeProblem) -> Run:
 def gemm(problem: GemmProblem) -> Run:
     from torchext import ops
 
+    if problem.case.op == cases.FPROP_BF16:
+        x, weight = problem.left, problem.right_fp8
+        return Run(
+            lambda: ops.fp8_gemm_nt(*ops.quantize_1x128(x), *weight),
+            problem.check_fp8,
+        )
     operands = (*problem.left_fp8, *problem.right_fp8)
     if problem.case.op != cases.WGRAD_ACCUMULATE:
         return Run(lambda: ops.fp8_gemm_nt(*operands), problem.check_fp8)
@@ -52,11 +60,27 @@ def gemm(problem: GemmProblem) -> Run:
     )
 
 
+def require_weights_only(device: str) -> str:
+    from torchext import ops
+
+    if "fp8_linear" not in ops.OPS:
+        raise RuntimeError("this version of torchext has no fp8_linear")
+    return require(device)
+
+
+def weights_only(problem: GemmProblem) -> Run:
+    """fprop of rows that are not quantized, by an FP8 weight."""
+    from torchext import ops
+
+    op, x, weight = vars(ops)["fp8_linear"], problem.left, problem.right_fp8
+    return Run(lambda: op(x, *weight), problem.check_w8a16)
+
+
 def grouped(problem: GroupedProblem) -> Run:
     from torchext import ops
 
     op, operands = problem.case.op, (*problem.left_fp8, *problem.right_fp8)
-    if op == cases.CONTIGUOUS:
+    if op in (cases.CONTIGUOUS, cases.RAGGED):
         offsets = problem.offsets
         return Run(
             lambda: ops.m_grouped_fp8_gemm_nt_contiguous(*operands, offsets), problem.check_fp8
@@ -122,12 +146,22 @@ def linear(problem: LinearProblem) -> Run:
     return dataclasses.replace(run, before=new_step)
 
 
+def training(problem: TrainingProblem) -> Run:
+    import torchext
+
+    model = copy.deepcopy(problem.model)
+    torchext.convert_to_fp8_training(model)
+    return problem.run(model)
+
+
 DEVICES = ("cpu", "cuda")
 CONTENDERS = [
     Contender(SUBJECT, "quantize", DEVICES, require, quantize),
     Contender(SUBJECT, "gemm", DEVICES, require, gemm),
+    Contender("torchext_w8a16", "gemm", DEVICES, require_weights_only, weights_only),
     Contender(SUBJECT, "grouped", DEVICES, require, grouped),
     Contender(SUBJECT, "fused", DEVICES, require, fused),
     Contender("torchext_unfused", "fused", DEVICES, require, unfused),
     Contender(SUBJECT, "linear", DEVICES, require, linear),
+    Contender(SUBJECT, "training", DEVICES, require, training),
 ]

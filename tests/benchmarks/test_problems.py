@@ -1,17 +1,24 @@
 """References, checks and layouts, which keep a wrong result from being published."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from benchmarks.cases import (
+    ALONG_K,
     FUSED,
     GEMMS,
     GROUPED,
     LINEARS,
     QUANTIZERS,
+    RAGGED,
+    STEP,
+    WGRAD_ACCUMULATE,
     Case,
+    bf16_rows,
     cpu_cases,
     cuda_cases,
 )
@@ -24,6 +31,8 @@ from benchmarks.problems import (
     GroupedProblem,
     LinearProblem,
     QuantizeProblem,
+    TrainingProblem,
+    UnsupportedError,
     WrongResultError,
     difference,
     require,
@@ -37,10 +46,15 @@ def case(suite: str, op: str, shape: tuple[int, ...]) -> Case:
     return Case(suite, op, "given", "", shape)
 
 
+WEIGHTS_ONLY = ("torchext_w8a16",) if "fp8_linear" in ops.OPS else ()
+UNSUPPORTED = {("bf16", WGRAD_ACCUMULATE), ("bf16", ALONG_K)}  # no BF16 GEMM adds to FP32
 CASES = [
     *(case("quantize", op, (70, 200)) for op in QUANTIZERS),
     *(case("gemm", op, (48, 144, 272)) for op in GEMMS),
     *(case("grouped", op, (3, 150, 144, 272)) for op in GROUPED),
+    case("grouped", RAGGED, (3, 15, 144, 272)),
+    replace(bf16_rows("given", "", (48, 144, 272)), peers=("bf16", "fp32", *WEIGHTS_ONLY)),
+    case("training", STEP, (2, 16, 96)),
     *(case("fused", op, (48, 144, 272)) for op in FUSED),
     *(case("linear", op, (48, 144, 272)) for op in LINEARS),
 ]
@@ -50,8 +64,12 @@ CASES = [
 def test_every_contender_of_this_machine_is_right(chosen):
     problem = PROBLEMS[chosen.suite](chosen, "cpu")
     for contender in contenders_for("cpu"):
-        if contender.suite == chosen.suite:
+        if contender.suite == chosen.suite and chosen.has(contender.name):
             contender.require("cpu")
+            if (contender.name, chosen.op) in UNSUPPORTED:
+                with pytest.raises(UnsupportedError, match="accumulates in FP32"):
+                    contender.prepare(problem)
+                continue
             run = contender.prepare(problem)
             for _ in range(2):  # `before` must make a second call do the same work
                 if run.before:
@@ -73,12 +91,36 @@ def test_every_op_of_the_catalog_is_measured(device, monkeypatch):
 
         monkeypatch.setattr(ops, name, recorded)
     measured = {(c.suite, c.op) for c in (cuda_cases if device == "cuda" else cpu_cases)()}
-    prepare = {c.suite: c.prepare for c in all_contenders() if c.name == SUBJECT}
+    ours = [c for c in all_contenders() if c.name in (SUBJECT, *WEIGHTS_ONLY)]
     for chosen in CASES:
         if (chosen.suite, chosen.op) in measured:
-            prepare[chosen.suite](PROBLEMS[chosen.suite](chosen, "cpu")).call()
-    assert measured == {(c.suite, c.op) for c in CASES}
+            for contender in ours:
+                if contender.suite == chosen.suite and chosen.has(contender.name):
+                    contender.prepare(PROBLEMS[chosen.suite](chosen, "cpu")).call()
+    only_on_cpu = {("grouped", RAGGED), ("training", STEP)} if device == "cuda" else set()
+    assert measured == {(c.suite, c.op) for c in CASES} - only_on_cpu
     assert called == set(CATALOG)
+
+
+def test_ragged_groups_have_from_one_row_to_twice_the_mean():
+    problem = GroupedProblem(case("grouped", RAGGED, (200, 4, 16, 32)), "cpu")
+    assert set(problem.lengths) == set(range(1, 9))
+    assert problem.offsets[-1] == problem.rows == sum(problem.lengths)
+
+
+def test_a_step_of_the_demo_is_compared_with_the_unquantized_loss():
+    problem = TrainingProblem(case("training", STEP, (2, 16, 96)), "cpu")
+    assert problem.check(torch.tensor(problem.expected))["relative"] < 1e-6
+    for wrong in (1.02 * problem.expected, float("nan")):
+        with pytest.raises(WrongResultError, match="loss: relative error"):
+            problem.check(torch.tensor(wrong))
+
+
+def test_an_unquantized_layer_runs_in_its_own_dtype():
+    problem = LinearProblem(case("linear", "forward", (16, 32, 48)), "cpu")
+    (bf16,) = [c for c in contenders_for("cpu") if (c.name, c.suite) == ("bf16", "linear")]
+    result = bf16.prepare(problem).call()
+    assert isinstance(result, tuple) and result[0].dtype == torch.bfloat16
 
 
 def test_a_training_step_starts_without_gradients_and_with_a_changed_weight():

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from benchmarks import goals, report
-from benchmarks.cases import SUITES, Case, cuda_cases
+from benchmarks.cases import SUITES, Case, cpu_cases, cuda_cases
 from benchmarks.results import Results, finite, scrub
 
 
@@ -102,6 +102,94 @@ def test_large_shapes_are_arithmetic_bound():
     assert not any(m <= 128 or k == 512 for m, n, k in covered)
 
 
+def cpu_results(ours: float, theirs: float) -> dict:
+    """As `everything`, on a CPU: half of the speed on one thread."""
+    rows = []
+    for case in cpu_cases():
+        slower = 2.0 if case.threads == 1 else 1.0
+        host = {"host_microseconds": 4.0 * ours} if case.host else {}
+        rows.append(record(case, "torchext", slower * ours, **host))
+        for name in case.peers:
+            milliseconds = ours if name == "torchext_w8a16" else theirs
+            rows.append(record(case, name, slower * milliseconds, **host))
+    data = results(rows, "cpu")
+    data["environment"] = {"device": "cpu", "cpu": "Fake CPU", "cpu_threads": 2}
+    one = {key: 0.5 * rate for key, rate in data["ceilings"].items() if key != "gemm_dtype"}
+    data["ceilings"]["one_thread"] = one | {"gemm_dtype": "bfloat16"}
+    return data
+
+
+def cpu_report(ours: float, theirs: float) -> str:
+    return report.markdown(cpu_results(ours, theirs))
+
+
+def test_every_goal_of_a_cpu_is_stated_for_all_threads_and_for_one():
+    fast, slow = verdicts(cpu_results(1.0, 2.0)), verdicts(cpu_results(6.0, 1.0))
+    assert {goal["verdict"] for goal in fast.values()} == {"met"}
+    assert {goal["verdict"] for goal in slow.values()} == {"not met"}
+    for name, goal in fast.items():
+        assert goal["measured"] == goal["of"] > 0, name
+        if name.endswith("_all_threads"):
+            one = fast[name.replace("all_threads", "one_thread")]
+            assert one["bound"] == goal["bound"] and "/1 thread/" in one["at"]
+
+
+def test_a_cpus_goals_are_those_of_the_issue():
+    bounds = {
+        name.removesuffix("_all_threads"): goal["bound"]
+        for name, goal in verdicts(cpu_results(1.0, 1.0)).items()
+        if not name.endswith("_one_thread")
+    }
+    share = {f"cpu_{op}": ">= 0.8" for op in (
+        "quantize_1x128", "quantize_128x128", "quantize_1x128_dual", "dequantize",
+    )}  # fmt: skip
+    assert bounds == share | {
+        "cpu_many_rows_vs_bf16": ">= 0.9",
+        "cpu_many_rows_vs_fp32": ">= 2",
+        "cpu_m1": ">= 2",
+        "cpu_m4": ">= 1.7",
+        "cpu_m16": ">= 1.5",
+        "cpu_m1_1024": ">= 1",
+        "cpu_w8a16_m1": ">= 2",
+        "cpu_w8a16_m16": ">= 1.5",
+        "cpu_linear_vs_fp32": ">= 1.7",
+        "cpu_linear_vs_bf16": ">= 0.85",
+        "cpu_experts": ">= 1.5",
+        "cpu_training_step": ">= 1.15",
+        "cpu_host_op": "<= 5",
+        "cpu_host_linear_forward": "<= 20",
+    }
+
+
+def test_weights_only_products_are_compared_by_their_own_time():
+    case = next(c for c in cpu_cases() if c.op == "fprop_bf16" and c.shape == (1, 4096, 7168))
+    times = {"torchext": 9.0, "torchext_w8a16": 1.0, "bf16": 3.0}
+    found = verdicts(results([record(case, name, ms) for name, ms in times.items()], "cpu"))
+    assert found["cpu_w8a16_m1_all_threads"]["value"] == pytest.approx(3.0)
+    assert found["cpu_m1_all_threads"]["value"] == pytest.approx(1 / 3)
+
+
+def test_a_roof_is_the_slower_of_arithmetic_and_memory():
+    ceilings = {"fp8_flops_per_s": 100.0, "copy_bytes_per_s": 10.0}
+    work = {"milliseconds": {"median": 2000.0}, "flops_per_s": 50.0, "bytes_per_s": 1.0}
+    assert report.roof_seconds(work, ceilings) == pytest.approx(1.0)  # 100 FLOP
+    assert report.roof_seconds(work | {"bytes_per_s": 8.0}, ceilings) == pytest.approx(1.6)
+
+
+def test_a_cpus_report_has_roofline_and_scaling():
+    text = cpu_report(1.0, 2.0)
+    shape = "512x4096x7168"
+    scaling = text.partition("## Scaling")[2]
+    assert f"| gemm/fprop/weight/{shape} | torchext | 2.000 | 1.000 | 2.00 |" in scaling
+    # 2 ms on one thread: 2 M N K FLOP at 8e14 a second.
+    share = 2 * 512 * 4096 * 7168 / 8e14 / 2e-3
+    roofline = text.partition("## Roofline")[2]
+    row = f"| gemm/fprop/weight/1 thread/{shape} | torchext | "
+    (line,) = [line for line in roofline.splitlines() if line.startswith(row)]
+    assert line.endswith(f"{100 * max(share, 0.5):.0f} % |")
+    assert "share of BF16 rate" in text and "measured copy bandwidth, one thread" in text
+
+
 def test_markdown_shows_ratios_failures_and_reasons():
     case = next(c for c in cuda_cases() if c.op == "fprop" and c.shape == (4096, 4096, 7168))
     late = record(case, "bf16", 1.0) | {
@@ -132,7 +220,7 @@ def test_markdown_shows_ratios_failures_and_reasons():
     assert "| t.py | late | 2 |\n| u.py | late | all |" in text
     assert "ImportError: x" in text and "3 passed, 1 hung" in text and "memcheck" in text
     for suite in SUITES:  # the report has a section for every suite
-        assert f"## {suite}\n" in report.markdown(everything(0.1, 0.2))
+        assert f"## {suite}\n" in report.markdown(everything(0.1, 0.2)) + cpu_report(1.0, 1.0)
     columns = {line.count(" | ") for line in text.splitlines() if line.startswith("| fprop/")}
     assert len(columns) == 1
 

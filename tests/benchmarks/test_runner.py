@@ -115,7 +115,10 @@ def test_command_line_measures_everything_there_is(tmp_path, monkeypatch, capsys
     data = json.loads((out / "results.json").read_text())
     subject = [r for r in data["measurements"] if r["contender"] == "torchext"]
     assert {r["case"] for r in subject} == {c.name for c in explicit_cases(40, 48, 128)}
-    assert {r["status"] for r in data["measurements"]} == {"ok"}
+    other = {
+        (r["contender"], r["op"]): r["status"] for r in data["measurements"] if r["status"] != "ok"
+    }
+    assert other == {("bf16", "wgrad_accumulate"): "skipped", ("bf16", "along_k"): "skipped"}
     assert data["ceilings"]["copy_bytes_per_s"] > 1e6
     assert data["ceilings"]["fp8_flops_per_s"] == data["ceilings"]["gemm_flops_per_s"] > 1e6
     report = (out / "report.md").read_text()

@@ -36,6 +36,28 @@ def test_few_rounds_when_time_is_short_but_never_fewer_than_three():
     assert len(timing.interleave({"a": run(calls, "a", 0.01)}, "cpu", 9, 0.0)["a"]) == 3
 
 
+def test_short_calls_are_sampled_by_the_mean_of_many():
+    calls: list[str] = []
+    times = timing.interleave({"a": run(calls, "a", 0.0)}, "cpu", rounds=3, seconds=60)
+    assert len(times["a"]) == 3
+    in_a_sample, rest = divmod(len(calls) - timing.WARM_UPS - 1, 3)
+    assert in_a_sample > 1 and rest == 0
+    assert max(times["a"]) < timing.CpuStopwatch.SAMPLE_SECONDS
+
+
+def test_a_cpus_ceilings_are_those_of_all_threads_and_of_one(monkeypatch):
+    threads: list[int] = [torch.get_num_threads()]
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    monkeypatch.setattr(timing, "_ceilings", lambda device: {"threads": threads[-1]})
+    ceilings = timing.measure_ceilings("cpu")
+    assert ceilings == {"threads": threads[0], "one_thread": {"threads": 1}}
+    assert threads[-1] == threads[0]
+
+
+def test_host_time_on_a_cpu_is_cpu_time():
+    assert timing.host_microseconds(run([], "a", 0.002), "cpu", batches=2, calls=2) < 1000
+
+
 def test_summary_is_in_milliseconds():
     summary = timing.summarize([0.005, 0.001, 0.003, 0.002, 0.004])
     assert summary == pytest.approx({"median": 3, "p20": 2, "p80": 4, "samples": 5})
@@ -84,7 +106,7 @@ def test_on_a_gpu_caches_are_cleared_and_the_host_gets_ahead(monkeypatch):
     assert sizes == [400 << 20]
     assert len(times["a"]) == 5 and 0.003 <= min(times["a"]) < 0.1
     assert spins[-1] >= 0.003 * timing.CudaStopwatch.CYCLES_PER_SECOND  # as long as the launch
-    assert timing.host_microseconds(subject, batches=2, calls=3) >= 3000
+    assert timing.host_microseconds(subject, "cuda", batches=2, calls=3) >= 3000
 
 
 def test_joules_are_counted_from_tick_to_tick(monkeypatch):

@@ -48,7 +48,7 @@ def train(name: str, model: nn.Module, train_batches: Tensor, held_out_batches: 
     train_batches, held_out_batches = train_batches.to(device), held_out_batches.to(device)
     saved_bytes, op_calls = _measure_one_step(model, train_batches[0])
     steps = len(train_batches)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = new_optimizer(model)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: _learning_rate_factor(step, steps)
     )
@@ -58,10 +58,7 @@ def train(name: str, model: nn.Module, train_batches: Tensor, held_out_batches: 
     progress = Progress(name, steps)
     start = time.perf_counter()
     for step, tokens in enumerate(train_batches, start=1):
-        loss = _loss(model, tokens)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        loss = training_step(model, optimizer, tokens)
         schedule.step()
         run.losses.append(loss.item())
         if step in evaluate_at:
@@ -72,6 +69,19 @@ def train(name: str, model: nn.Module, train_batches: Tensor, held_out_batches: 
     run.seconds = time.perf_counter() - start
     progress.close()
     return run
+
+
+def new_optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.1)
+
+
+def training_step(model: nn.Module, optimizer: torch.optim.Optimizer, tokens: Tensor) -> Tensor:
+    """Forward, backward and the optimizer's step on int64 tokens [batch, length + 1]; the loss."""
+    loss = _loss(model, tokens)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.detach()
 
 
 def _learning_rate_factor(step: int, steps: int) -> float:
