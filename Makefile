@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 BUILT := build/.built
 SOURCES := setup.py pyproject.toml $(shell find csrc ptx -type f -not -name '*.pyc' -not -name '*.md')
 
-.PHONY: all demo check test test-cpu test-sim asan tsan lint format bench soak wheel gpu-check sass-report clean
+.PHONY: all demo check test test-cpu test-sim asan tsan lint format bench bench-cpu soak wheel gpu-check sass-report clean
 all: $(BUILT)
 
 $(VENV)/.ready: pyproject.toml Makefile csrc/build/setup_venv.sh csrc/build/toolchain.py
@@ -78,6 +78,10 @@ format: $(VENV)/.ready
 # Pass arguments by ARGS: make bench ARGS="--suite gemm --quick"
 bench: $(BUILT)
 	$(BIN)/python -m benchmarks $(ARGS)
+
+# Measures what the CPU's goals need, in at most 12 minutes, and writes the documents' figures.
+bench-cpu: $(BUILT)
+	$(BIN)/python -m benchmarks --device cpu --budget 690 --documents $(ARGS)
 
 # Pass arguments by ARGS: make soak ARGS="--minutes 30 --seed 7"
 soak: $(BUILT)

@@ -1,5 +1,5 @@
 """Speed of torchext beside its peers: `python -m benchmarks` (docs/benchmarks.md).
 
 Reading order: cases, problems, contenders, timing, worker, runner; then results, goals, report,
-plots. `python -m benchmarks.tune` tunes the Hopper GEMM.
+plots, documents. `python -m benchmarks.tune` tunes the Hopper GEMM.
 """

@@ -34,6 +34,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--out", type=Path, help="default: benchmarks/results/<date>-<hardware>-torch-<version>"
     )
+    parser.add_argument(
+        "--documents", action="store_true", help="then write the documents' figures (CPU)"
+    )
     parser.add_argument("--warm-up", type=int, metavar="JOBS", help="only let peers compile")
     return parser.parse_args(arguments)
 
@@ -95,6 +98,10 @@ def main(arguments: list[str] | None = None) -> int:
     for goal in results.data["goals"]:
         value = "" if goal["value"] is None else f" {goal['value']:.3f} ({goal['bound']})"
         print(f"{goal['verdict']:>13}: {goal['text']}{value}")
+    if options.documents:
+        from .documents import write
+
+        write(out.resolve())
     print(f"results: {out}")
     return 0 if subject_ok(results) else 1
 

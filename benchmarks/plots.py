@@ -1,5 +1,5 @@
 """Plots of results.json: gemm.png (TFLOPS by M, for every peer), layers.png (grouped GEMMs and
-Linear) and quantize.png."""
+Linear), quantize.png and, of a CPU, rows.png (time by M, and speedup by threads)."""
 
 from __future__ import annotations
 
@@ -23,15 +23,71 @@ MARKERS = "os^Dv<>"
 def draw(data: dict, folder: Path) -> Iterator[Path]:
     """Writes the plots for which `data` has figures, and yields their paths."""
     records = [r for r in data["measurements"] if r["status"] == "ok" and not r["host"]]
-    for name, plot in (("gemm", _gemm), ("layers", _layers), ("quantize", _quantize)):
-        figure = plot(records, data["ceilings"])
+    plots = {"gemm": _gemm, "layers": _layers, "quantize": _quantize}
+    figures = {name: plot(records, data["ceilings"]) for name, plot in plots.items()}
+    figures["rows"] = rows(data)
+    for name, figure in figures.items():
         if figure is None:
             continue
-        figure.suptitle(f"{name} on {_hardware(data)}")
+        if name != "rows":  # which has titles of its own
+            figure.suptitle(f"{name} on {_hardware(data)}")
         path = folder / f"{name}.png"
         figure.savefig(path, dpi=130)
         plt.close(figure)
         yield path
+
+
+LABELS = {
+    SUBJECT: "FP8: quantize_1x128, fp8_gemm_nt",
+    "torchext_w8a16": "FP8 weight only: fp8_linear",
+    "bf16": "BF16 F.linear",
+    "fp32": "FP32 F.linear",
+}
+
+
+def rows(data: dict) -> plt.Figure | None:
+    """Time of a product by M, on all threads and on one, and the speedup of all threads."""
+    sweep = [
+        record
+        for record in data["measurements"]
+        if record["model"] == "sweep" and record["status"] == "ok"
+    ]
+    times = {(r.get("threads", 0), r["contender"], r["shape"][0]): r for r in sweep}
+    names = [name for name in LABELS if any(r["contender"] == name for r in sweep)]
+    if not names:
+        return None
+    figure, (both, one, scaling) = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
+    threads = data["environment"].get("cpu_threads")
+    for axis, count, title in ((both, 0, f"{threads} threads"), (one, 1, "1 thread")):
+        for i, name in enumerate(names):
+            points = sorted(
+                (m, r["milliseconds"]["median"])
+                for (of, who, m), r in times.items()
+                if (of, who) == (count, name)
+            )
+            if points:
+                x, y = zip(*points, strict=True)
+                axis.plot(x, y, color=COLORS[i], marker=MARKERS[i], ms=4, label=LABELS[name])
+        axis.set(title=title, ylabel="milliseconds", yscale="log")
+    for i, name in enumerate(names):
+        speedups = sorted(
+            (m, record["milliseconds"]["median"] / times[0, name, m]["milliseconds"]["median"])
+            for (of, who, m), record in times.items()
+            if (of, who) == (1, name) and (0, name, m) in times
+        )
+        if speedups:
+            x, y = zip(*speedups, strict=True)
+            scaling.plot(x, y, color=COLORS[i], marker=MARKERS[i], ms=4)
+    scaling.set(title=f"speedup of {threads} threads over 1", ylim=(0, None))
+    n, k = cases.SWEEP
+    for axis in (both, one, scaling):
+        axis.set_xscale("log", base=2)
+        axis.set_xlabel(f"M, rows (N {n}, K {k})")
+        axis.grid(alpha=0.3)
+    both.legend(fontsize="small")
+    version = data["environment"].get("torch")
+    figure.suptitle(f"{_hardware(data)}, torch {version}, {data['created'][:10]}")
+    return figure
 
 
 def _of(suite: str, records: list[dict]) -> list[dict]:
