@@ -11,7 +11,7 @@ autograd contain the alias.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +26,7 @@ _IMPL = torch.library.Library("torchext", "IMPL")
 
 
 class Gradient(NamedTuple):
-    """The gradient of an op with respect to one tensor argument, and to no other.
+    """The gradient of an op with respect to one tensor argument.
 
     Attributes:
         argument: the argument's name.
@@ -85,50 +85,66 @@ def recorded_outside(op: Any, *operands: Any, **options: Any) -> Any:
         return op(*operands, **options)
 
 
-def register_gradient(name: str, gradient: Gradient) -> None:
-    """Gives an op its Gradient, and makes its alias fall through at the Autograd key.
+def register_gradient(name: str, gradients: Sequence[Gradient]) -> None:
+    """Gives an op its Gradients, and makes its alias fall through at the Autograd key.
 
     torch.library.register_autograd cannot be used: it takes no keyword-only tensors.
     """
-    argument, formula, saved = gradient
     op, alias = getattr(_ops, name).default, getattr(_ops, f"_{name}").default
     names = _argument_names(name)
-    position = names.index(argument)
+    arguments = [(names.index(gradient.argument), gradient.argument) for gradient in gradients]
+    saved = [argument for gradient in gradients for argument in gradient.saved]
 
     def autograd(*operands: Any, **options: Any) -> Tensor:
-        tensor = operands[position] if position < len(operands) else options.get(argument)
-        if not asks_gradient(tensor):
+        tensors = [
+            operands[position] if position < len(operands) else options.get(argument)
+            for position, argument in arguments
+        ]
+        if not any(map(asks_gradient, tensors)):
             return alias(*operands, **options)
         given = dict(zip(names, operands, strict=False)) | options
         transformed = torch._C._are_functorch_transforms_active()
         run = functools.partial(recorded_outside, op) if transformed else alias
-        call = (run, operands, options, formula, f"{name}: {argument}")
-        return apply(_Differentiable, tensor, call, *map(given.get, saved))
+        call = (run, operands, options, gradients, name)
+        return apply(_Differentiable, call, *tensors, *map(given.get, saved))
 
     _IMPL.impl(name, autograd, "Autograd")
     fall_through(f"_{name}", "Autograd")
 
 
 class _Differentiable(torch.autograd.Function):
-    """An op as a function of the one argument that it has a gradient for."""
+    """An op as a function of the arguments that it has gradients for.
+
+    The inputs are the call, the arguments of its gradients, and what their formulas need.
+    """
 
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, call: tuple[Any, ...], *saved: Tensor | None) -> Tensor:
-        run, operands, options, ctx.formula, ctx.argument = call
-        ctx.save_for_backward(*saved)
-        ctx.shape, ctx.dtype = tensor.shape, tensor.dtype
+    def forward(ctx: Any, call: tuple[Any, ...], *tensors: Tensor | None) -> Tensor:
+        run, operands, options, ctx.gradients, ctx.op = call
+        count = len(ctx.gradients)
+        ctx.save_for_backward(*tensors[count:])
+        ctx.arguments = [None if t is None else (t.shape, t.dtype) for t in tensors[:count]]
         return run(*operands, **options)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        gradient = ctx.formula(grads[0], ctx.shape, *saved)
-        return gradient.to(ctx.dtype), None, *(None for _ in saved)
+        saved, results = list(ctx.saved_tensors), []
+        for index, (gradient, argument) in enumerate(
+            zip(ctx.gradients, ctx.arguments, strict=True)
+        ):
+            needed = [saved.pop(0) for _ in gradient.saved]
+            if ctx.needs_input_grad[1 + index]:
+                shape, dtype = argument
+                results.append(gradient.formula(grads[0], shape, *needed).to(dtype))
+            else:
+                results.append(None)
+        return None, *results, *(None for _ in ctx.saved_tensors)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        arguments = " and ".join(gradient.argument for gradient in ctx.gradients)
         raise NotImplementedError(
-            f"{ctx.argument} must have no tangent (got one, from torch.func.jvp, jacfwd or "
+            f"{ctx.op}: {arguments} must have no tangent (got one, from torch.func.jvp, jacfwd or "
             "torch.autograd.forward_ad): the op has no forward-mode derivative; use reverse mode"
         )
 

@@ -66,7 +66,7 @@ def declare(
     fake: Callable[..., Any],
     flops: Callable[..., int] | None,
     batching: Rule,
-    gradient: Gradient | Callable[..., Any] | None = None,
+    gradient: Gradient | list[Gradient] | Callable[..., Any] | None = None,
     out: bool = False,
     autocast: Callable[..., Any] | None = None,
     sharding: Callable[..., Sequence[Sharding]] | None = None,
@@ -80,9 +80,9 @@ def declare(
         flops: the op's flop formula, called with the shapes of its arguments; None for an op that
             multiplies nothing.
         batching: the batching rule of the op and its alias. `.out` runs once for each element.
-        gradient: None for an op whose outputs require no gradient; a Gradient for an op that has a
-            gradient with respect to one argument (such an op needs an alias); or a kernel for the
-            Autograd key.
+        gradient: None for an op whose outputs require no gradient; a Gradient for each argument
+            that the op has a gradient for (such an op needs an alias); or a kernel for the Autograd
+            key.
         out: whether the op and its alias have an overload `.out`.
         autocast: called as autocast(device type, *arguments) under torch.autocast.
         sharding: sharding rule, called with the module torch.distributed.tensor and the op's
@@ -96,12 +96,14 @@ def declare(
             f"torchext: {name} must have one declaration (got a second one); remove one of them"
         )
     op = getattr(_ops, name).default
-    has_alias = isinstance(gradient, Gradient)
+    if isinstance(gradient, Gradient):
+        gradient = [gradient]
+    has_alias = isinstance(gradient, list)
     alias = getattr(_ops, f"_{name}").default if has_alias else None
     overloads = [name]
     _register_fake(name, fake)
     register_batching(name, "default", batching)
-    if isinstance(gradient, Gradient):
+    if isinstance(gradient, list):
         overloads.append(f"_{name}")
         _register_fake(f"_{name}", _by_name(fake, op))
         register_batching(f"_{name}", "default", batching)
