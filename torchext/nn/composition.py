@@ -6,7 +6,6 @@ function and must not see a cached weight. docs/composition.md lists what works 
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.fx import Proxy
 
+from .._dispatch.dtensor import is_distributed
 from ..ops.linear import linear_op
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def composed(layer: Linear, input: Tensor, weight: Tensor, bias: Tensor | None) 
     through_op = is_composed_in_graph() if compiling else is_composed()
     if not compiling:
         through_op = through_op or _overrides_functions(input) or _overrides_functions(weight)
-    if through_op or _is_distributed(input) or _is_distributed(weight):
+    if through_op or is_distributed(input) or is_distributed(weight):
         return linear_op(input, weight, bias, layer.recipe)
     return None
 
@@ -67,16 +67,6 @@ def _overrides_functions(tensor: Tensor) -> bool:
     override = getattr(type(tensor), "__torch_function__", None)
     own = override not in (None, torch._C._disabled_torch_function_impl)
     return own and type(tensor) not in (Tensor, torch.nn.Parameter)
-
-
-def _is_distributed(tensor: Tensor) -> bool:
-    # Importing DTensor takes most of a second. A program that has a DTensor has imported it.
-    module = sys.modules.get("torch.distributed.tensor")
-    if module is None or not isinstance(tensor, module.DTensor):
-        return False
-    from .._dispatch import sharding  # noqa: F401  (registers the strategies, once)
-
-    return True
 
 
 # ---- torch.fx ----
