@@ -7,6 +7,7 @@
 #include <string>
 
 #include "gemm/gemm.h"
+#include "gemm/weights_only.h"
 #include "linear/kept.h"
 #include "linear/linear.h"
 #include "quantize/quantize.h"
@@ -61,6 +62,11 @@ const Op kOps[] = {
     {"fp8_gemm_nt.out(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, *, Tensor(a!) out,"
      " bool accumulate=False, Tensor? bias=None, int num_sms=0) -> ()",
      TORCH_BOX(&torchext::fp8_gemm_nt_out), kHasAlias},
+
+    // x @ dequantize(weight).T for an x that is not quantized; the result has x's dtype.
+    {"fp8_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias=None, *,"
+     " int num_sms=0) -> Tensor",
+     TORCH_BOX(&torchext::fp8_linear), kHasAlias},
 
     // Quantizers and product for the form that a compiled linear layer keeps for backward
     // (linear/kept.h).

@@ -134,6 +134,18 @@ def fp8_gemm_nt(
     return out.copy_(out.double() + product if accumulate else product)
 
 
+def fp8_linear(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """x @ dequantized weight.T (+ bias), computed in float64, which is also the result's dtype.
+
+    See `torchext.ops.fp8_linear`.
+    """
+    scale = _spread(_matrix(weight_scale), *weight.shape)
+    product = x.double() @ (weight.double() * scale).t()
+    return product if bias is None else product + bias.double()
+
+
 def m_grouped_fp8_gemm_nt_contiguous(
     a: Tensor,
     a_scale: Tensor,

@@ -21,11 +21,12 @@ constexpr ScalarType kE5M2 = ScalarType::Float8_e5m2;
 constexpr int64_t kMostRows = 2048, kMostK = 2048;
 constexpr int64_t kFewRows = 64, kMostRowsForFew = 256;
 
-// a or b: rows of FP8, with one scale for every 128 columns of row_group rows.
+// a or b: rows of FP8, with one scale for every 128 columns of row_group rows. Or rows of a wide
+// dtype, which have no scale.
 struct Operand {
   const uint8_t* data;
-  int64_t stride;
-  bool e5m2;
+  int64_t stride;  // elements
+  ScalarType dtype;
   const float* scale;
   int64_t scale_row, scale_group;
   int64_t row_group;
@@ -34,7 +35,7 @@ struct Operand {
 Operand operand_a(const GemmProblem& p) {
   return {static_cast<const uint8_t*>(p.a),
           p.a_stride,
-          p.a_dtype == kE5M2,
+          p.a_dtype,
           p.a_scale,
           p.a_scale_row,
           p.a_scale_k_block,
@@ -45,7 +46,7 @@ Operand operand_a(const GemmProblem& p) {
 Operand operand_b(const GemmProblem& p, int64_t group) {
   return {static_cast<const uint8_t*>(p.b) + group * p.n * p.b_stride,
           p.b_stride,
-          p.b_dtype == kE5M2,
+          p.b_dtype,
           p.b_scale + group * p.b_scale_group,
           p.b_scale_row,
           p.b_scale_k_block,
@@ -84,6 +85,20 @@ struct Dequantize {
   }
 };
 
+// The same for an operand of a wide dtype.
+template <class In>
+struct Widen {
+  static void run(const Operand& x, const Rows& rows, int64_t col, int64_t cols, float* out,
+                  int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const auto* __restrict from =
+          reinterpret_cast<const typename In::Bits*>(x.data) + rows[i] * x.stride + col;
+      float* __restrict to = out + i * cols;
+      for (int64_t j = 0; j < cols; ++j) to[j] = In::to_float(from[j]);
+    }
+  }
+};
+
 // The fewest rows of `cols` elements that are worth a thread.
 int64_t grain(int64_t cols) {
   return ceil_div(1 << 15, cols);
@@ -94,7 +109,11 @@ float* floats(const Tensor& tensor) {
 }
 
 void dequantize(const Operand& x, const Rows& rows, int64_t col, int64_t cols, float* out) {
-  with_fp8_format(x.e5m2, [&](auto in) {
+  if (is_wide(x.dtype))
+    return with_wide_format(x.dtype, [&](auto in) {
+      run_parallel<Widen<decltype(in)>>(rows.count, grain(cols), x, rows, col, cols, out);
+    });
+  with_fp8_format(x.dtype == kE5M2, [&](auto in) {
     run_parallel<Dequantize<decltype(in)>>(rows.count, grain(cols), x, rows, col, cols, out);
   });
 }

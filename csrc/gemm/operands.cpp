@@ -21,6 +21,8 @@ FoldedRows folded(const char* op, const char* name, const Tensor& tensor) {
   return *rows;
 }
 
+}  // namespace
+
 void check_operand(const char* op, const char* name, const Tensor& tensor, const FoldedRows& rows) {
   const int64_t k = tensor.size(tensor.dim() - 1);
   TORCHEXT_CHECK_TYPE(is_fp8(tensor.scalar_type()), op, ": ", name,
@@ -39,6 +41,8 @@ void check_operand(const char* op, const char* name, const Tensor& tensor, const
       ", data_ptr() % 16 == ", address(tensor.data_ptr()) % 16,
       "); torchext.ops.restore_layout(data, scale) copies into rows of stride round_up(K, 16)");
 }
+
+namespace {
 
 void check_shapes(const GemmCall& call, Grouping grouping) {
   const Tensor &a = call.a, &b = call.b;
@@ -74,13 +78,6 @@ void check_shapes(const GemmCall& call, Grouping grouping) {
                        "N, K], not [", b.dim() == 3 ? "G, " : "", "K, N]");
 }
 
-// Scales as [batch, row, scale group of K]. A stride of 0 repeats the only scale.
-struct Scale {
-  const float* data;
-  int64_t batches, rows, groups;
-  int64_t batch_stride, row_stride, group_stride;
-};
-
 void check_scale_tensor(const char* op, const char* name, const Tensor& scale) {
   TORCHEXT_CHECK_TYPE(scale.scalar_type() == ScalarType::Float, op, ": ", name,
                       " must be torch.float32 (got ", dtype_name(scale.scalar_type()), ")");
@@ -89,7 +86,8 @@ void check_scale_tensor(const char* op, const char* name, const Tensor& scale) {
                        "1] (got a 0-dimensional tensor)");
 }
 
-// Scales as one batch: leading dimensions are folded into rows.
+}  // namespace
+
 Scale check_scale(const char* op, const char* name, const Tensor& scale) {
   check_scale_tensor(op, name, scale);
   const FoldedRows rows = folded(op, name, scale);
@@ -103,6 +101,8 @@ Scale check_scale(const char* op, const char* name, const Tensor& scale) {
           groups == 1 ? 0 : scale.stride(scale.dim() - 1)};
 }
 
+namespace {
+
 // b_scale of M-grouped GEMMs: [G, rows, scale groups], or one scale for everything.
 Scale check_batched_scale(const char* op, const char* name, const Tensor& scale) {
   check_scale_tensor(op, name, scale);
@@ -115,6 +115,8 @@ Scale check_batched_scale(const char* op, const char* name, const Tensor& scale)
   const auto stride = [&](int64_t dim) { return scale.size(dim) == 1 ? 0 : scale.stride(dim); };
   return {data, scale.size(0), scale.size(1), scale.size(2), stride(0), stride(1), stride(2)};
 }
+
+}  // namespace
 
 // TMA loads 1x128 scales a column of a tile's rows at a time, whichever group the rows belong to.
 void check_m_major(const char* op, const char* name, const Tensor& tensor, const Scale& scale) {
@@ -130,6 +132,8 @@ void check_m_major(const char* op, const char* name, const Tensor& tensor, const
                        ", data_ptr() % 16 == ", address(scale.data) % 16,
                        "); torchext.ops.restore_layout(data, scale) copies it so");
 }
+
+namespace {
 
 // The shapes that the scales may have, for errors.
 std::string granularities(const GemmProblem& p) {
@@ -190,6 +194,8 @@ void check_scales(const GemmCall& call, GemmProblem& p) {
   p.b_scale_group = sb.batch_stride;
 }
 
+}  // namespace
+
 void check_bias(const GemmCall& call, GemmProblem& p) {
   const Tensor& bias = *call.bias;
   TORCHEXT_CHECK_TYPE(is_wide(bias.scalar_type()), call.op,
@@ -212,7 +218,12 @@ void check_bias(const GemmCall& call, GemmProblem& p) {
   p.bias_dtype = bias.scalar_type();
 }
 
-}  // namespace
+void check_num_sms(const GemmCall& call, GemmProblem& p) {
+  TORCHEXT_CHECK_VALUE(call.num_sms >= 0 && call.num_sms <= (1 << 16), call.op,
+                       ": num_sms must be 0 (all SMs) or the number of SMs to use (got ",
+                       call.num_sms, ")");
+  p.num_sms = int(call.num_sms);
+}
 
 bool same_device(const Tensor& x, const Tensor& y) {
   return x.is_cpu() == y.is_cpu() && x.get_device_index() == y.get_device_index();
@@ -247,10 +258,7 @@ GemmProblem check_operands(const GemmCall& call, Grouping grouping) {
     TORCHEXT_CHECK_VALUE(same_device(*tensor, a), call.op, ": ", name,
                          " must be on the device of a; move it there with .to(a.device)");
   if (call.bias) check_bias(call, p);
-  TORCHEXT_CHECK_VALUE(call.num_sms >= 0 && call.num_sms <= (1 << 16), call.op,
-                       ": num_sms must be 0 (all SMs) or the number of SMs to use (got ",
-                       call.num_sms, ")");
-  p.num_sms = int(call.num_sms);
+  check_num_sms(call, p);
   p.a_dtype = a.scalar_type();
   p.b_dtype = b.scalar_type();
   p.a = a.data_ptr();
@@ -347,7 +355,7 @@ void run(const GemmCall& call, const GemmProblem& p, const Tensor& out, const Te
         written,
         out_scale ? writes(*out_scale, "out_scale") : written};
     const Path path = path_of(device->properties(), call.op);
-    if (path == Path::sm90)
+    if (path == Path::sm90 && is_fp8(p.a_dtype))
       fp8_gemm_nt_sm90(*device, p, buffers);
     else
       fp8_gemm_nt_mma(*device, path, p, buffers);

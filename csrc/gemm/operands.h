@@ -14,6 +14,23 @@ struct GemmCall {
   int64_t num_sms;
 };
 
+// Scales as [batch, row, scale group of K]. A stride of 0 repeats the only scale.
+struct Scale {
+  const float* data;
+  int64_t batches, rows, groups;
+  int64_t batch_stride, row_stride, group_stride;
+};
+
+// Checks dtype and layout of an FP8 operand, the argument `name`.
+void check_operand(const char* op, const char* name, const Tensor& tensor, const FoldedRows& rows);
+// Checks the dtype of scales. They are one batch: leading dimensions are folded into rows.
+Scale check_scale(const char* op, const char* name, const Tensor& scale);
+// Checks that 1x128 scales are M-major.
+void check_m_major(const char* op, const char* name, const Tensor& tensor, const Scale& scale);
+// These set the fields of p.
+void check_bias(const GemmCall& call, GemmProblem& p);
+void check_num_sms(const GemmCall& call, GemmProblem& p);
+
 // Checks the operands and returns the problem, still without the start of its groups and its
 // output. M-grouped: b is [G, N, K].
 GemmProblem check_operands(const GemmCall& call, Grouping grouping);

@@ -28,13 +28,17 @@ TORCHEXT_MMA_M16N8K32(e5m2, e4m3)
 TORCHEXT_MMA_M16N8K32(e5m2, e5m2)
 #undef TORCHEXT_MMA_M16N8K32
 
-// f16, K = 16 (PTX 7.0, sm_80).
-TORCHEXT_PTX void mma_m16n8k16_f16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2,
-                                   uint32_t a3, uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
-      " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
+// f16 and bf16, K = 16 (PTX 7.0, sm_80).
+#define TORCHEXT_MMA_M16N8K16(FORMAT)                                                           \
+  TORCHEXT_PTX void mma_m16n8k16_##FORMAT(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, \
+                                          uint32_t a3, uint32_t b0, uint32_t b1) {              \
+    asm("mma.sync.aligned.m16n8k16.row.col.f32." #FORMAT "." #FORMAT                            \
+        ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                  \
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                        \
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));                                \
+  }
+TORCHEXT_MMA_M16N8K16(f16)
+TORCHEXT_MMA_M16N8K16(bf16)
+#undef TORCHEXT_MMA_M16N8K16
 
 }  // namespace ptx

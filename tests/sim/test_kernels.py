@@ -99,6 +99,15 @@ def cases(capability: int) -> dict[str, Case]:
                         break  # one kernel serves all output dtypes, which tests/gemm runs
                 if capability == 90:
                     found |= hopper_family(name, a, b)
+        for b_dtype in FP8:
+            b = quantize_b(weight, dtype=b_dtype)
+            for x_dtype in WIDE:
+                for num_sms in (132, 2):
+                    found[f"fp8_linear {name} {b_dtype} {x_dtype} {num_sms}"] = Case(
+                        partial(ops.fp8_linear, wide.to(x_dtype), *b), num_sms
+                    )
+            if name != "1d2d" or capability not in {80, 90}:
+                break  # granularities share kernels, and sm_89 runs those of sm_80
     return found | (other_ops(found) if capability == 90 else {})
 
 
@@ -180,7 +189,7 @@ def test_no_finding_and_the_same_bits(capability: int, name: str) -> None:
         outputs, on_cpu = (
             (ops.dequantize(*o, out_dtype=torch.float32),) for o in (outputs, on_cpu)
         )
-    if name.startswith("fp8_gemm_nt"):
+    if name.startswith(("fp8_gemm_nt", "fp8_linear")):
         error = (outputs[0].double() - on_cpu[0].double()).abs()
         row_size = on_cpu[0].double().abs().amax(1, keepdim=True)
         # A coarse limit; tests/gemm has the exact bound. Quantized outputs may be one step of e4m3

@@ -12,7 +12,9 @@ from torchext import _architectures
 from torchext._catalog.entry import E4M3, E5M2
 
 WIDE = [torch.bfloat16, torch.float16, torch.float32]
-SMALLEST_NORMAL = {E4M3: 2.0**-6, E5M2: 2.0**-14}
+SMALLEST_NORMAL = {
+    E4M3: 2.0**-6, E5M2: 2.0**-14, torch.bfloat16: 2.0**-126, torch.float16: 2.0**-14,
+}  # fmt: skip
 ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
 LEAST = {torch.bfloat16: 2.0**-133, torch.float16: 2.0**-24, torch.float32: 2.0**-149}
 
@@ -24,7 +26,10 @@ ops = torch.ops.torchext
 
 @dataclass(frozen=True)
 class Operand:
-    """A quantized matrix (data, scale); its data and each element's scale in float64 on the CPU."""
+    """A quantized matrix (data, scale); its data and each element's scale in float64 on the CPU.
+
+    A matrix that is not quantized has scales of 1.
+    """
 
     data: torch.Tensor
     scale: torch.Tensor
@@ -50,6 +55,15 @@ class Operand:
             scales = scales.repeat_interleave(128, 1)
         return Operand(data, scale, values, scales[:rows, :columns].expand(rows, columns))
 
+    @staticmethod
+    def wide(x):
+        values = x.double().cpu()
+        return Operand(x, torch.ones(1, 1), values, torch.ones_like(values))
+
+    @property
+    def transposed(self):
+        return replace(self, values=self.values.t(), scales=self.scales.t())
+
     def rows(self, index):
         """The operand with some rows of `values` and `scales`; `data` and `scale` stay whole."""
         return replace(self, values=self.values[index], scales=self.scales[index])
@@ -66,6 +80,12 @@ class Operand:
 
 def tensor_core_of(config: pytest.Config) -> TensorCore | None:
     """The (maybe simulated) tensor core that sums FP8 products; None if FP32 arithmetic does."""
+    path = path_of(config)
+    return None if path is None else TENSOR_CORES.get(path)
+
+
+def path_of(config: pytest.Config) -> str | None:
+    """The path of the (maybe simulated) GPU; None on the CPU."""
     where = config.getoption("--device")
     if where == "cpu":
         return None
@@ -73,7 +93,7 @@ def tensor_core_of(config: pytest.Config) -> TensorCore | None:
     if where == "cuda":
         major, minor = torch.cuda.get_device_capability()
         capability = 10 * major + minor
-    return TENSOR_CORES.get(_architectures.path_of(capability))
+    return _architectures.path_of(capability)
 
 
 QUANTIZERS = {
@@ -134,6 +154,13 @@ class TensorCore:
 TENSOR_CORES = {
     "sm90": TensorCore(32, 2.0**-13),
     "sm89": TensorCore(16, 2.0**-13),
+    "sm80": TensorCore(8, 2.0**-23),
+}
+# The weights-only product multiplies FP16 or BF16 by mma.sync on all of them. sm_90 truncates terms
+# 25 bits below the largest.
+WIDE_TENSOR_CORES = {
+    "sm90": TensorCore(16, 2.0**-23),
+    "sm89": TensorCore(8, 2.0**-23),
     "sm80": TensorCore(8, 2.0**-23),
 }
 

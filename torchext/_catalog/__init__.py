@@ -5,11 +5,13 @@ entry. Nothing else in torchext imports this package. It is part of the wheel, s
 finds it on a machine with a GPU.
 """
 
-from . import fused, gemm, grouped, quantize
+from . import fused, gemm, grouped, quantize, weights_only
 from .entry import BITS, Bits, Bound, Entry, Sample
 
 CATALOG: dict[str, Entry] = {
-    entry.name: entry for module in (quantize, gemm, grouped, fused) for entry in module.ENTRIES
+    entry.name: entry
+    for module in (quantize, gemm, grouped, fused, weights_only)
+    for entry in module.ENTRIES
 }
 
 __all__ = ["BITS", "CATALOG", "Bits", "Bound", "Entry", "Sample"]

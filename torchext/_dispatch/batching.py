@@ -204,6 +204,18 @@ def multiply_rows(
     return call(*pair, *rest), 0
 
 
+def multiply_wide_rows(call: Call, size: int, dims: BatchDims, *operands: Any) -> tuple[Any, Any]:
+    """Rule for a wide x times a quantized weight: x, weight, weight's scale, ..."""
+    x, (x_dim, *others) = operands[0], dims
+    if x_dim is not None and x.dim() > 1 and all(dim is None for dim in others):
+        return call(x.movedim(x_dim, 0), *operands[1:]), 0
+
+    def product(x: Tensor, weight: Tensor, scale: Tensor, *rest: Any) -> Any:
+        return call(x, *as_products_read(weight, scale), *rest)
+
+    return each(product, size, dims, *operands)
+
+
 def _element_shape(x: Tensor, dim: int) -> list[int]:
     return [size for d, size in enumerate(x.shape) if d != dim]
 

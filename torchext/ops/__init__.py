@@ -1,4 +1,5 @@
-"""The ops as typed functions: quantization to FP8, and FP8 GEMMs: dense, grouped and fused.
+"""The ops as typed functions: quantization to FP8, FP8 GEMMs (dense, grouped and fused), and the
+product of an input that is not quantized with an FP8 weight.
 
 Each function calls the op of the same name under `torch.ops.torchext`. The function raises
 ValueError and TypeError; the op itself, and so a compiled graph, can only raise a RuntimeError,
@@ -60,6 +61,7 @@ from .quantize import (
     quantize_tensorwise,
     restore_layout,
 )
+from .weights_only import fp8_linear
 
 __all__ = [
     "dequantize",
@@ -67,6 +69,7 @@ __all__ = [
     "fp8_gemm_nt_gelu_quantize",
     "fp8_gemm_nt_relu2_quantize",
     "fp8_gemm_nt_swiglu_quantize",
+    "fp8_linear",
     "k_grouped_fp8_gemm_nt",
     "m_grouped_fp8_gemm_nt_contiguous",
     "m_grouped_fp8_gemm_nt_masked",

@@ -28,7 +28,7 @@ def _fake(
     return a.new_empty((*leading_sizes(a), b.shape[0]), dtype=out_dtype or torch.bfloat16)
 
 
-def _gradient_of_bias(grad: Tensor, bias_shape: torch.Size) -> Tensor:
+def gradient_of_bias(grad: Tensor, bias_shape: torch.Size) -> Tensor:
     rows = grad.reshape(math.prod(grad.shape[:-1]), grad.shape[-1])
     return rows.sum(0, dtype=torch.float32)
 
@@ -38,7 +38,7 @@ _fp8_gemm_nt, _fp8_gemm_nt_alias, _write_fp8_gemm_nt = declare(
     fake=_fake,
     flops=product_flops,
     batching=multiply_rows,
-    gradient=Gradient("bias", _gradient_of_bias),
+    gradient=Gradient("bias", gradient_of_bias),
     out=True,
 )
 

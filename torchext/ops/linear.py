@@ -26,6 +26,7 @@ from torch.autograd import forward_ad
 from .._dispatch.autograd import apply, recorded_outside
 from .._dispatch.batching import BatchDims, Call, Rule, each
 from .._dispatch.declaration import Sharding, declare
+from .._dispatch.flops import linear_flops
 from ..recipe import GRANULARITIES, Recipe
 from .linear_function import apply_eagerly, gradient_of_bias, refuse_second_gradient
 from .linear_operands import bias_fits, fit, layer_error, misfit
@@ -219,10 +220,6 @@ def _autocast(device: str, *arguments: Any) -> Tensor:
 # ---- flop formulas ----
 
 
-def _linear_flops(input_shape: Any, weight_shape: Any, *_: Any, **options: Any) -> int:
-    return 2 * math.prod(input_shape) * weight_shape[0]
-
-
 def _dgrad_flops(dy_shape: Any, weight_shape: Any, *_: Any, **options: Any) -> int:
     return 2 * math.prod(dy_shape) * weight_shape[1]
 
@@ -305,7 +302,7 @@ def _shard_wgrad(placements: Any, dy: Any, input: Any, *options: object) -> list
 declare(
     "_linear",
     fake=_fake_linear,
-    flops=_linear_flops,
+    flops=linear_flops,
     batching=_batch_rows(granularity=3),
     gradient=_autograd,
     autocast=_autocast,

@@ -140,7 +140,7 @@ __device__ __forceinline__ void finish_tile(const KernelParams& params, const Ti
   for (int i = threadIdx.x / 32; i < kTileM; i += blockDim.x / 32) {
     const uint32_t row = tile.row + i;
     if (!holds(p, tile, row)) continue;
-    const float row_scale = p.granularity == Granularity::kRowwise
+    const float row_scale = p.granularity == Granularity::kRowwise && p.a_scale != nullptr
                                 ? ptx::ld_global_nc_f32(p.a_scale + row * p.a_scale_row)
                                 : 1;
     float x[4];

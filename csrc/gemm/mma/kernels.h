@@ -1,6 +1,6 @@
 // What the launcher (launch.cpp) and the kernels for GPUs other than Hopper agree on. The kernels
-// of fp8_gemm_nt.cuh use tensor cores (instances in ../sm80 and ../sm89); the plain kernel does not
-// (../sm75). All of them take the whole GemmProblem.
+// of fp8_gemm_nt.cuh (instances in ../sm80 and ../sm89) and of fp8_linear.cuh (../sm80 and, for
+// Hopper itself, ../sm90) use tensor cores; the plain kernel does not (../sm75). All of them take the whole GemmProblem.
 #pragma once
 
 #include "../gemm.h"
@@ -37,5 +37,9 @@ using SelectKernel = GemmKernel(TileSize size, bool a_e5m2, bool b_e5m2);
 SelectKernel mma89_fp8_gemm_nt_1d2d, mma89_fp8_gemm_nt_1d1d, mma89_fp8_gemm_nt_rowwise;
 SelectKernel mma80_fp8_gemm_nt_1d2d, mma80_fp8_gemm_nt_1d1d, mma80_fp8_gemm_nt_rowwise;
 GemmKernel plain_fp8_gemm_nt();  // any granularity, formats and size
+
+// Weights-only products of a BF16 or FP16 a (fp8_linear.cuh), for every granularity.
+using SelectLinear = GemmKernel(TileSize size, bool bf16, bool b_e5m2);
+SelectLinear mma80_fp8_linear, sm90_fp8_linear;
 
 }  // namespace torchext::mma

@@ -1,7 +1,8 @@
 // FP8 GEMM without tensor cores, for GPUs whose tensor cores cannot do it (sm_75). FP8 becomes FP32
 // on the way into shared memory; products and sums are FP32 FMAs, promoted every 128 of K with
 // their scales. It is written to be simple: any GPU runs it, so that the other kernels can be
-// compared with it.
+// compared with it. `a` may also be wide, without a scale (fp8_linear): BF16 and FP16 become FP32
+// exactly.
 //
 // Contract: launched with KernelParams (../mma/kernels.h), kPlainThreads threads and, for SwiGLU,
 // dynamic shared memory for the gate's product. The static assert below ties threads to the tile.
@@ -52,6 +53,15 @@ __device__ __forceinline__ void load_four(const uint8_t* row, uint32_t k, uint32
   }
 }
 
+// The same for a row of a wide `dtype` that begins at element `row`.
+__device__ __forceinline__ void load_four_wide(const void* data, ScalarType dtype, int64_t row,
+                                               uint32_t k, uint32_t k_end, float (&values)[4]) {
+  with_loader(dtype, [&](auto load) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) values[i] = k + i < k_end ? load(data, row + k + i) : 0;
+  });
+}
+
 // total = sum over K blocks of scale * (a block @ b block.T), with the group's b from row b_row on.
 __device__ __forceinline__ void accumulate_plain(const KernelParams& params, const Tile& tile,
                                                  const GroupOperand& group, uint32_t b_row,
@@ -61,6 +71,7 @@ __device__ __forceinline__ void accumulate_plain(const KernelParams& params, con
   const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const bool a_e5m2 = p.a_dtype == ScalarType::Float8_e5m2;
   const bool b_e5m2 = p.b_dtype == ScalarType::Float8_e5m2;
+  const bool wide = !a_e5m2 && p.a_dtype != ScalarType::Float8_e4m3fn;
   const int own = threadIdx.x / 8, k_own = threadIdx.x % 8 * 4;
   const uint8_t* a = static_cast<const uint8_t*>(p.a) + (tile.row + own) * p.a_stride;
   const uint8_t* b = group.b + (b_row + own) * p.b_stride;
@@ -76,7 +87,10 @@ __device__ __forceinline__ void accumulate_plain(const KernelParams& params, con
     for (int step = 0; step < kTileK; step += kStepK) {
       const uint32_t k = block * kTileK + step + k_own;
       float values[4];
-      load_four(a, k, tile.k_begin, a_end, a_e5m2, values);
+      if (wide)
+        load_four_wide(p.a, p.a_dtype, (tile.row + own) * p.a_stride, k, a_end, values);
+      else
+        load_four(a, k, tile.k_begin, a_end, a_e5m2, values);
       __syncthreads();  // the last step has been read
 #pragma unroll
       for (int i = 0; i < 4; ++i) shared.a[k_own + i][own] = values[i];
@@ -116,7 +130,7 @@ __device__ __forceinline__ void accumulate_plain(const KernelParams& params, con
     for (int i = 0; i < kRows; ++i) {
       const uint32_t row = tile.row + warp * kRows + i;
       float a_scale = 1;
-      if (scaled && row < tile.rows_end)
+      if (scaled && row < tile.rows_end && !wide)
         a_scale =
             ptx::ld_global_nc_f32(p.a_scale + row * p.a_scale_row + block * p.a_scale_k_block);
 #pragma unroll
