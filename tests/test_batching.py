@@ -1,5 +1,5 @@
-"""The ops under torch.vmap, torch.func and forward-mode derivatives give the results of separate
-calls for each element of a batch."""
+"""Chains of ops under torch.vmap, and ops under torch.func and forward-mode derivatives, give the
+results of separate calls for each element of a batch. tests/test_catalog.py has each op alone."""
 
 from __future__ import annotations
 
@@ -8,23 +8,18 @@ import torch
 from torch.func import grad, jvp, vmap
 from torch.utils._pytree import tree_map
 
-from support.op_samples import (
+from support.op_testing import (
     BLOCKS,
     FUSED,
     GRANULARITIES,
-    GROUPINGS,
-    M_GROUPINGS,
     OPERAND_QUANTIZERS,
     QUANTIZERS,
-    assert_same,
-    grouped,
     opcheck,
     overload,
     quantized,
     random,
 )
 from torchext import Recipe, ops
-from torchext._catalog.entry import E5M2
 from torchext.ops.linear import op_options
 
 pytestmark = pytest.mark.large  # batches do not depend on the kernels
@@ -34,40 +29,11 @@ def bits(outputs):
     return tree_map(lambda t: t.float(), outputs)
 
 
-def assert_elements(batched, elements, dim=0):
+def assert_elements(batched, elements):
     """Asserts that each element of a batch of results equals the result of its own call."""
     for index, element in enumerate(elements):
-        got = tree_map(lambda t, index=index: t.select(dim, index), bits(batched))
+        got = tree_map(lambda t, index=index: t[index], bits(batched))
         torch.testing.assert_close(got, bits(element), rtol=1e-5, atol=1e-4, equal_nan=True)
-
-
-def stacked(elements):
-    """The batch, as torch.stack lays it out: without the row pitch of its elements."""
-    return tree_map(lambda *ts: None if ts[0] is None else torch.stack(ts), *elements)
-
-
-# ---- quantizers ----
-
-
-@pytest.mark.parametrize("dim", [0, 1, 2])
-@pytest.mark.parametrize("name", QUANTIZERS)
-def test_quantizers(name, dim, device):
-    x = random(3, 37, 300, device=device)
-    function = getattr(ops, name)
-    options = {"dtype": E5M2, "pow2_scale": True} if dim == 2 else {}
-    batched = vmap(lambda x: function(x, **options), in_dims=dim)(x.movedim(0, dim).contiguous())
-    for index, element in enumerate(x):
-        for got, expected in zip(batched, function(element, **options), strict=True):
-            assert torch.equal(got[index].float(), expected.float())
-
-
-@pytest.mark.parametrize("name", sorted(set(QUANTIZERS) - set(BLOCKS)))
-def test_quantizers_of_rows_and_of_stacks(name, device):
-    function = getattr(ops, name)
-    for x in (random(3, 200, device=device), random(3, 2, 5, 200, device=device)):
-        assert_elements(vmap(function)(x), [function(element) for element in x])
-        twice = vmap(vmap(function))(random(2, 3, 4, 48, device=device))
-        assert all(t.shape[:2] == (2, 3) for t in twice)
 
 
 @pytest.mark.parametrize("name", QUANTIZERS)
@@ -77,7 +43,7 @@ def test_what_an_op_refuses_it_refuses_in_a_batch(name, device):
         vmap(getattr(ops, name))(x)
 
 
-# ---- GEMMs ----
+# ---- ops in sequence ----
 
 
 @pytest.mark.parametrize("m", [1, 37])
@@ -102,86 +68,18 @@ def test_products_of_what_was_quantized_in_the_batch(granularity, m, device):
         assert_elements(batched, elements)
 
 
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("granularity", GRANULARITIES)
-def test_products_of_stacked_operands(granularity, transposed, device):
-    """A stack loses the layout of its elements; the batching rule restores it."""
-    elements = [quantized(granularity, 37, 40, 200, device=device) for _ in range(3)]
-    operands = stacked(elements)
-    dim = 0
-    if transposed:
-        operands, dim = tree_map(lambda t: t.movedim(0, -1).contiguous(), operands), -1
-    bias = random(40, device=device)
-    for options in ({}, {"bias": bias, "out_dtype": torch.float32}):
-        expected = [ops.fp8_gemm_nt(*element, **options) for element in elements]
-        batched = vmap(lambda *t, o=options: ops.fp8_gemm_nt(*t, **o), in_dims=dim)(*operands)
-        assert_elements(batched, expected)
-        a_alone = vmap(
-            lambda a, s, o=options: ops.fp8_gemm_nt(a, s, *elements[0][2:], **o), in_dims=dim
-        )(*operands[:2])
-        assert_elements(
-            a_alone, [ops.fp8_gemm_nt(*e[:2], *elements[0][2:], **options) for e in elements]
-        )
-
-
-@pytest.mark.parametrize("case", GROUPINGS)
-@pytest.mark.parametrize("granularity", ["1d2d", "rowwise"])
-def test_grouped_products(case, granularity, device):
-    samples = [grouped(case, 20, 40, 208, device=device, granularity=granularity) for _ in range(2)]
-    name, function = samples[0][0], getattr(ops, samples[0][0])
-    expected = [function(*tensors, **options) for _, tensors, options in samples]
-    tensors, options = stacked([sample[1:] for sample in samples])
-    names = list(options)
-    batched = vmap(
-        lambda *t: function(*t[: len(tensors)], **dict(zip(names, t[len(tensors) :], strict=True)))
-    )(*tensors, *options.values())
-    assert_elements(batched, expected)
-    # out= may be a batch too.
-    out = torch.zeros_like(batched)
-    arguments = (*tensors, *options.values(), out)
-
-    def write(*t):
-        function(
-            *t[: len(tensors)],
-            out=t[-1],
-            accumulate=True,
-            **dict(zip(names, t[len(tensors) : -1], strict=True)),
-        )
-        return t[-1]
-
-    vmap(write)(*arguments)
-    assert_same(out, batched)
-    assert name.endswith("gemm_nt") or case in M_GROUPINGS
-
-
 @pytest.mark.parametrize("name, options", FUSED)
-def test_fused_products(name, options, device):
-    elements = [quantized("1d2d", 20, 40, 200, device=device) for _ in range(3)]
-    function = getattr(ops, name)
-    batched = vmap(lambda *t: function(*t, **options))(*stacked(elements))
-    assert_elements(batched, [function(*element, **options) for element in elements])
-    # The result of a batch may be an operand of the next GEMM.
-    down = quantized("1d2d", 20, 16, batched[0].shape[-1], device=device)[2:]
-    again = vmap(lambda data, scale: ops.fp8_gemm_nt(data, scale, *down))(*batched)
-    assert_elements(
-        again, [ops.fp8_gemm_nt(*function(*element, **options), *down) for element in elements]
-    )
+def test_the_result_of_a_batch_is_an_operand_of_the_next_gemm(name, options, device):
+    x, w = random(3, 20, 200, device=device), random(40, 200, device=device)
+    b = ops.quantize_128x128(w)
+    n = getattr(ops, name)(*ops.quantize_1x128(x[0]), *b, **options)[0].shape[-1]
+    down = ops.quantize_128x128(random(16, n, device=device))
 
+    def chain(x):
+        hidden = getattr(ops, name)(*ops.quantize_1x128(x), *b, **options)
+        return ops.fp8_gemm_nt(*hidden, *down)
 
-def test_out_of_a_batch(device):
-    elements = [quantized("1d2d", 20, 40, 200, device=device) for _ in range(3)]
-    out = torch.ones(3, 20, 40, device=device)
-
-    def write(a, a_scale, b, b_scale, out):
-        ops.fp8_gemm_nt(a, a_scale, b, b_scale, out=out, accumulate=True)
-        return out
-
-    vmap(write)(*stacked(elements), out)
-    expected = [
-        ops.fp8_gemm_nt(*element, out=torch.ones(20, 40, device=device), accumulate=True)
-        for element in elements
-    ]
-    assert_elements(out, expected)
+    assert_elements(vmap(chain)(x), [chain(element) for element in x])
 
 
 @pytest.mark.parametrize(

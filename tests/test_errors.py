@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import torchext
-from support.op_samples import (
+from support.op_testing import (
     BLOCKS,
     FOLDING,
     FUSED,

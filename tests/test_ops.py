@@ -1,4 +1,5 @@
-"""The ops as Python functions: their signatures, the layout of what they return, torch.compile."""
+"""The ops as Python functions: their signatures, the layout of what they return, and chains of them
+under torch.compile. tests/test_catalog.py compiles each op."""
 
 from __future__ import annotations
 
@@ -6,20 +7,8 @@ import inspect
 
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounterWithBackend
 
-from support.op_samples import (
-    FUSED,
-    GRANULARITIES,
-    GROUPINGS,
-    M_GROUPINGS,
-    QUANTIZERS,
-    assert_same,
-    grouped,
-    overload,
-    quantized,
-    random,
-)
+from support.op_testing import FUSED, overload, quantized, random
 from torchext import ops, reference
 from torchext._catalog.entry import E4M3, E5M2
 
@@ -111,120 +100,6 @@ def test_layout_of_fused_outputs(name, options, device):
 # ---- torch.compile ----
 
 
-@pytest.fixture
-def compiled():
-    """Compiles a function to one graph, with AOTAutograd but without code generation."""
-    torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")
-
-    def compile(function, dynamic=False):
-        return torch.compile(function, fullgraph=True, dynamic=dynamic, backend=counter), counter
-
-    yield compile
-    torch._dynamo.reset()
-
-
-@pytest.mark.parametrize("name", QUANTIZERS)
-def test_compile_quantizers(name, compiled, device):
-    function, _ = compiled(getattr(ops, name))
-    x = random(37, 300, device=device).requires_grad_()
-    assert_same(function(x, dtype=E5M2), getattr(ops, name)(x, dtype=E5M2))
-
-
-@pytest.mark.parametrize("name", QUANTIZERS)
-def test_compile_quantizers_once_for_all_sizes(name, compiled, device):
-    """One graph serves all sizes that torch's guards do not distinguish. They ask which outputs are
-    contiguous, which depends on sizes <= 1, sizes of one group and multiples of 16."""
-    function, counter = compiled(getattr(ops, name), dynamic=True)
-    for shape in [(137, 300), (301, 135), (1001, 513)]:
-        x = random(*shape, device=device)
-        assert_same(function(x), getattr(ops, name)(x))
-    assert counter.frame_count == 1
-
-
-@pytest.mark.parametrize("granularity", GRANULARITIES)
-def test_compile_gemm_once_for_all_sizes(granularity, compiled, device):
-    function, counter = compiled(ops.fp8_gemm_nt, dynamic=True)
-    for m, n, k in [(150, 201, 299), (133, 157, 515), (303, 257, 459)]:
-        operands = quantized(granularity, m, n, k, device=device)
-        bias = random(n, device=device)
-        assert_same(function(*operands, bias=bias), ops.fp8_gemm_nt(*operands, bias=bias))
-    assert counter.frame_count == 1
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", GROUPINGS)
-def test_compile_grouped_gemms_once_for_all_sizes(case, compiled, device):
-    name, _, _ = grouped(case, 0, 0, 0, device=device)
-    function, counter = compiled(getattr(ops, name), dynamic=True)
-    # The sizes of the first call must all differ.
-    for m, n, k in [(150, 201, 515), (133, 157, 299), (303, 257, 459)]:
-        _, tensors, options = grouped(case, m, n, k, device=device)
-        assert_same(function(*tensors, **options), getattr(ops, name)(*tensors, **options))
-    assert counter.frame_count == 1
-
-
-@pytest.mark.parametrize("name, options", FUSED)
-def test_compile_fused_gemms_once_for_all_sizes(name, options, compiled, device):
-    function, counter = compiled(getattr(ops, name), dynamic=True)
-    for m, n, k in [(150, 402, 299), (133, 358, 515), (303, 514, 459)]:
-        operands = quantized("1d2d", m, n, k, device=device)
-        assert_same(function(*operands, **options), getattr(ops, name)(*operands, **options))
-    assert counter.frame_count == 1
-
-
-@pytest.mark.parametrize("case", M_GROUPINGS)
-def test_compile_grouped_gemms_with_the_gradient_of_bias(case, compiled, device):
-    name, tensors, options = grouped(case, 20, 40, 300, device=device)
-
-    def loss(tensors, options, bias):
-        y = getattr(ops, name)(*tensors, bias=bias, out_dtype=torch.float32, **options)
-        return y.square().sum()
-
-    bias = random(3, 40, device=device).requires_grad_()
-    function, _ = compiled(loss)
-    (gradient,) = torch.autograd.grad(function(tensors, options, bias), bias)
-    (expected,) = torch.autograd.grad(loss(tensors, options, bias), bias)
-    assert_same(gradient, expected)
-
-
-def test_compile_gemm_into_out(compiled, device):
-    def accumulate(a, a_scale, b, b_scale, out):
-        return ops.fp8_gemm_nt(a, a_scale, b, b_scale, out=out, accumulate=True) * 2
-
-    function, _ = compiled(accumulate)
-    operands = quantized("1d2d", 20, 40, 300, device=device)
-    out = random(20, 40, device=device, dtype=torch.float32)
-    expected_out = out.clone()
-    expected = accumulate(*operands, expected_out)
-    assert_same(function(*operands, out), expected)
-    assert_same(out, expected_out)
-
-
-def test_compile_dequantize_with_its_gradient(compiled, device):
-    def loss(data, scale):
-        return ops.dequantize(data, scale, out_dtype=torch.float32).square().sum()
-
-    data, scale = ops.quantize_1x128(random(37, 300, device=device))
-    scale.requires_grad_()
-    function, _ = compiled(loss)
-    (gradient,) = torch.autograd.grad(function(data, scale), scale)
-    (expected,) = torch.autograd.grad(loss(data, scale), scale)
-    assert_same(gradient, expected)
-
-
-def test_compile_gemm_with_the_gradient_of_bias(compiled, device):
-    def loss(operands, bias):
-        return ops.fp8_gemm_nt(*operands, bias=bias, out_dtype=torch.float32).square().sum()
-
-    operands = quantized("1d2d", 20, 40, 300, device=device)
-    bias = random(40, device=device).requires_grad_()
-    function, _ = compiled(loss)
-    (gradient,) = torch.autograd.grad(function(operands, bias), bias)
-    (expected,) = torch.autograd.grad(loss(operands, bias), bias)
-    assert_same(gradient, expected)
-
-
 @pytest.mark.slow
 @pytest.mark.large
 def test_compile_a_chain_with_inductor(device):
@@ -256,13 +131,3 @@ def test_the_functions_leave_no_trace_of_their_own_in_a_graph(device):
     calls = [node.target for node in graphs[0].graph.nodes if node.op == "call_function"]
     assert overload("quantize_1x128") in calls
     torch._dynamo.reset()
-
-
-# ---- out= ----
-
-
-def test_out_is_returned_and_written(device):
-    operands = quantized("1d2d", 20, 40, 300, device=device)
-    out = torch.full((20, 40), torch.nan, device=device, dtype=torch.bfloat16)
-    assert ops.fp8_gemm_nt(*operands, out=out) is out
-    assert_same(out, ops.fp8_gemm_nt(*operands))

@@ -9,14 +9,13 @@ import pytest
 import torch
 
 from support.cuda_division import CudaDivision
-from support.op_samples import (
+from support.op_testing import (
     BLOCKS,
     FOLDING,
     FUSED,
     GRANULARITIES,
     GROUPINGS,
     QUANTIZERS,
-    STACKS,
     assert_same,
     grouped,
     metadata,
@@ -185,6 +184,9 @@ def test_emulated_cuda_division(divisor):
 def test_quantizers_of_other_ranks_equal_their_references(name, shape, device):
     x = random(*shape, device=device)
     assert_same(getattr(ops, name)(x), getattr(reference, name)(x))
+
+
+STACKS = [(3, 130, 300), (2, 1, 5, 48), (2, 128, 70), (0, 3, 4), (2, 0, 40), (2, 7, 0)]
 
 
 @pytest.mark.parametrize("shape", STACKS)

@@ -13,7 +13,7 @@ import torch
 
 import torchext  # noqa: F401  (loads the ops)
 from support.gemm_testing import E4M3, E5M2, WIDE, Operand, check, operands
-from support.op_samples import GRANULARITIES
+from support.op_testing import GRANULARITIES
 
 ops = torch.ops.torchext
 

@@ -12,7 +12,7 @@ import torch
 
 import torchext  # noqa: F401  (loads the ops)
 from support.gemm_testing import E4M3, E5M2, QUANTIZERS, WIDE, operands, sum_error
-from support.op_samples import GRANULARITIES, metadata
+from support.op_testing import GRANULARITIES, metadata
 
 ops = torch.ops.torchext
 

@@ -21,7 +21,7 @@ from support.gemm_testing import (
     operands,
     unquantized,
 )
-from support.op_samples import GRANULARITIES
+from support.op_testing import GRANULARITIES
 
 ops = torch.ops.torchext
 

@@ -26,7 +26,7 @@ from support.gemm_testing import (
     path_of,
     unquantized,
 )
-from support.op_samples import assert_same, metadata, overload
+from support.op_testing import assert_same, metadata, overload
 from torchext import ops, reference
 
 BLOCKS, GROUPS, ROWS, WHOLE = GRANULARITIES = ["blocks", "1x128", "rowwise", "tensorwise"]

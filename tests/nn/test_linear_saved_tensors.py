@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from support.linear_testing import every_recipe, gradient, main_recipes, normal, normal_linear
-from support.op_samples import opcheck
+from support.op_testing import opcheck
 from torchext import ops
 from torchext.ops.linear_function import quantize_activation, quantize_weight
 from torchext.recipe import GRANULARITIES

@@ -15,7 +15,7 @@ import torch
 
 import torchext  # noqa: F401  (loads the ops)
 from support import reference
-from support.op_samples import FOLDING, QUANTIZERS
+from support.op_testing import FOLDING, QUANTIZERS
 from torchext._catalog.entry import E4M3, E5M2
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]

@@ -78,6 +78,9 @@ class Entry:
         Samples are small enough for compute-sanitizer and the simulator. The first is ordinary, has
         ragged sizes and no `out`, defines every element of its result, and keeps its strides when
         it is cloned.
+    sized: label -> function of a call's sizes that makes its arguments: of rows and columns for
+        quantizers, of m, n and k for GEMMs. The labels are the cases that a graph of torch.compile
+        distinguishes. At multiples of 16 the tensors keep their strides when they are cloned.
     shape: the arguments of a call -> the arguments of `bytes` and `flops`.
     bytes: least memory traffic in bytes, if inputs are read once and outputs written once.
     flops: two for each multiplication of a GEMM.
@@ -86,6 +89,7 @@ class Entry:
 
     name: str
     samples: Mapping[str, Callable[[], Sample]]
+    sized: Mapping[str, Callable[..., Sample]]
     shape: Callable[..., tuple[int, ...]]
     bytes: Callable[..., float]
     flops: Callable[..., float]

@@ -40,17 +40,31 @@ def samples(shrink: int, **more: Callable[[], Sample]) -> dict[str, Callable[[],
         "one row": call("1d2d", 1, 130, 129),
         "2 SMs": call("1d2d", 140, 144, 256, num_sms=2),
         "leading dimensions": call("1d2d", (3, 4), 40, 200),
+        "leading dimensions, ragged": call("1d2d", (3, 4), 300, 200),
+        "vector": call("1d2d", (), 40, 200),
         "m = 0": call("1d2d", 0, 40, 200),
+        "m = 0 in a stack": call("1d2d", (2, 0), 300, 200),
         "n = 0": call("1d2d", 12, 0, 200),
+        "n = 0, leading dimensions": call("1d2d", (3, 4), 0, 200),
         "k = 0": call("1d1d", 12, 40, 0),
         **more,
     }
 
 
-def entry(name: str, samples: dict[str, Callable[[], Sample]], shrink: int = 1) -> Entry:
+def sized(shrink: int, **options: Any) -> Callable[..., Sample]:
+    return lambda m, n, k: sample(*operands("1d2d", m, shrink * n, k), **options)
+
+
+def entry(
+    name: str,
+    samples: dict[str, Callable[[], Sample]],
+    shrink: int = 1,
+    **more: Callable[..., Sample],
+) -> Entry:
     return Entry(
         name,
         samples=samples,
+        sized={"1d2d": sized(shrink), **more},
         shape=lambda a, a_scale, b, b_scale, **_: (
             math.prod(a.shape[:-1]),
             b.shape[0],
@@ -68,6 +82,10 @@ def _tanh() -> Sample:
 
 ENTRIES = (
     entry("fp8_gemm_nt_swiglu_quantize", samples(shrink=2), shrink=2),
-    entry("fp8_gemm_nt_gelu_quantize", samples(shrink=1, tanh=_tanh)),
+    entry(
+        "fp8_gemm_nt_gelu_quantize",
+        samples(shrink=1, tanh=_tanh),
+        tanh=sized(1, tanh_approximation=True),
+    ),
     entry("fp8_gemm_nt_relu2_quantize", samples(shrink=1)),
 )

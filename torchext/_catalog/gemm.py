@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 
-from .entry import E5M2, Bound, Entry, operands, random, sample
+from .entry import E5M2, GRANULARITIES, Bound, Entry, Sample, operands, random, sample
 
 # FP8 tensor cores keep about 14 bits while they sum 128 products, and rounding to BF16 adds a
 # relative error of up to 2^-9. tests/gemm checks the tighter bounds of docs/numerics.md.
@@ -24,6 +25,30 @@ def traffic(m: int, n: int, k: int, *, operand: int = 1, out: int = 2) -> float:
 
 def multiplications(m: int, n: int, k: int) -> float:
     return 2.0 * m * n * k
+
+
+# Shapes of `a` without its K, and K. At K = 208 the tensors keep their strides when cloned.
+ROWS: dict[str, tuple[int | tuple[int, ...], int]] = {
+    "12 rows": (12, 200),
+    "leading dimensions": ((3, 4), 200),
+    "8 rows in two dimensions": ((2, 4), 208),
+    "vector": ((), 200),
+    "m = 0": (0, 200),
+    "m = 0 in a stack": ((2, 0), 200),
+}
+
+
+def small(granularity: str) -> dict[str, Callable[[], Sample]]:
+    """A sample for each of ROWS."""
+
+    def call(rows: int | tuple[int, ...], k: int) -> Callable[[], Sample]:
+        return lambda: sample(*operands(granularity, rows, 40, k))
+
+    return {f"{granularity}, {label}": call(rows, k) for label, (rows, k) in ROWS.items()}
+
+
+def sized(granularity: str) -> Callable[..., Sample]:
+    return lambda m, n, k: sample(*operands(granularity, m, n, k), bias=random(n))
 
 
 ENTRIES = (
@@ -49,12 +74,14 @@ ENTRIES = (
                 out=random(136, 264, dtype=torch.float32),
                 accumulate=True,
             ),
-            "leading dimensions": lambda: sample(*operands("1d2d", (3, 4), 40, 200)),
-            "vector": lambda: sample(*operands("1d2d", (), 40, 200)),
-            "m = 0": lambda: sample(*operands("1d2d", 0, 40, 200)),
+            **small("1d2d"),
+            **small("1d1d"),
+            **small("rowwise"),
+            **small("tensorwise"),
             "n = 0": lambda: sample(*operands("1d2d", 12, 0, 200)),
             "k = 0": lambda: sample(*operands("1d1d", 12, 40, 0)),
         },
+        sized={granularity: sized(granularity) for granularity in GRANULARITIES},
         shape=lambda a, a_scale, b, b_scale, **_: (
             math.prod(a.shape[:-1]),
             b.shape[0],

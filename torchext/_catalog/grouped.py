@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .entry import Entry, Sample, index, operands, random, sample
+from .entry import GRANULARITIES, Entry, Sample, index, operands, random, sample
 from .gemm import PRODUCT
 
 
@@ -67,6 +67,30 @@ def _masked_shape(a: Tensor, a_scale: Tensor, b: Tensor, *_: Any, **__: Any) -> 
     return a.shape[0] * a.shape[1], b.shape[1], a.shape[2], b.shape[0]
 
 
+# Three groups. In the first and the last case, the second group is empty.
+
+
+def by_offsets(granularity: str) -> Callable[..., Sample]:
+    return lambda m, n, k: sample(
+        *operands(granularity, m, n, k, groups=3), index(m // 3, m // 3, m)
+    )
+
+
+def by_group_ids(granularity: str) -> Callable[..., Sample]:
+    return lambda m, n, k: sample(
+        *operands(granularity, m, n, k, groups=3),
+        group_ids=index(*(7 * row % 3 for row in range(m))),
+    )
+
+
+def by_counts(granularity: str) -> Callable[..., Sample]:
+    return lambda m, n, k: sample(*operands(granularity, (3, m), n, k, groups=3), index(m, m, m))
+
+
+def by_columns(m: int, n: int, k: int) -> Sample:
+    return sample(*operands("1d1d", m, n, k), index(k // 3, k // 3, k))
+
+
 IDS = [*[2] * 60, *[-1] * 5, *[0] * 90, *[3] * 33, *[2] * 3]
 
 ENTRIES = (
@@ -91,9 +115,21 @@ ENTRIES = (
                 out=random(40, 136, dtype=torch.float32),
                 accumulate=True,
             ),
+            "group ids with bias": lambda: sample(
+                *operands("1d2d", 20, 40, 208, groups=3),
+                group_ids=index(*[2] * 9, *[0] * 11),
+                bias=random(3, 40, dtype=torch.float32),
+            ),
             "no rows": contiguous("1d2d", 0, 40, 200, groups=3, offsets=[0, 0, 0]),
             "n = 0": contiguous("1d2d", 12, 0, 200, groups=2, offsets=[4, 12]),
             "k = 0": contiguous("1d2d", 12, 40, 0, groups=2, offsets=[4, 12]),
+            "group ids, no rows": contiguous("1d2d", 0, 40, 200, groups=3, group_ids=[]),
+            "group ids, n = 0": contiguous("1d2d", 4, 0, 200, groups=2, group_ids=[1, 0, 1, 1]),
+            "group ids, k = 0": contiguous("1d2d", 4, 40, 0, groups=2, group_ids=[1, 0, 1, 1]),
+        },
+        sized={
+            **{f"offsets, {granularity}": by_offsets(granularity) for granularity in GRANULARITIES},
+            **{f"ids, {granularity}": by_group_ids(granularity) for granularity in GRANULARITIES},
         },
         shape=_contiguous_shape,
         bytes=rows_traffic,
@@ -122,6 +158,7 @@ ENTRIES = (
             "n = 0": masked("1d2d", 12, 0, 200, [12, 5]),
             "k = 0": masked("1d2d", 12, 40, 0, [12, 5]),
         },
+        sized={granularity: by_counts(granularity) for granularity in GRANULARITIES},
         shape=_masked_shape,
         bytes=rows_traffic,
         flops=rows_multiplications,
@@ -139,6 +176,7 @@ ENTRIES = (
             "n = 0": along_k(12, 0, 200, [60, 200]),
             "k = 0": along_k(12, 40, 0, [0, 0]),
         },
+        sized={"offsets": by_columns},
         shape=lambda a, a_scale, b, b_scale, offsets, **_: (
             a.shape[0],
             b.shape[0],

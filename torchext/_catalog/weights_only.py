@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .entry import E5M2, GRANULARITIES, Bound, Entry, random, sample
+from .entry import E5M2, GRANULARITIES, Bound, Entry, Sample, random, sample
 
 
 def traffic(m: int, n: int, k: int) -> float:
@@ -19,6 +20,10 @@ def traffic(m: int, n: int, k: int) -> float:
 def weight(granularity: str, n: int, k: int, **options: Any) -> tuple[Tensor, Tensor]:
     """An FP8 weight [n, k] with the scales of b in a GEMM of this granularity."""
     return GRANULARITIES[granularity][1](random(n, k), **options)
+
+
+def sized(granularity: str) -> Callable[..., Sample]:
+    return lambda m, n, k: sample(random(m, k), *weight(granularity, n, k))
 
 
 ENTRIES = (
@@ -49,6 +54,7 @@ ENTRIES = (
             "n = 0": lambda: sample(random(12, 200), *weight("1d2d", 0, 200)),
             "k = 0": lambda: sample(random(12, 0), *weight("1d1d", 40, 0), random(40)),
         },
+        sized={granularity: sized(granularity) for granularity in GRANULARITIES},
         shape=lambda x, weight, *_, **__: (
             math.prod(x.shape[:-1]),
             weight.shape[0],
