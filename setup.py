@@ -68,7 +68,7 @@ def sources(*patterns: str) -> list[str]:
 
 
 def op_library() -> Extension:
-    files = sources("csrc/*.cpp", "csrc/*/*.cpp")
+    files = sources("csrc/*.cpp", "csrc/*/*.cpp", "csrc/*/cpu/*.cpp")
     cxx = [*COMMON, STABLE_ABI]
     nvcc = []
     include_dirs = [str(ROOT)]
@@ -77,7 +77,8 @@ def op_library() -> Extension:
         files.remove("csrc/runtime/cuda_device.cpp")
         print("torchext: no nvcc found: building for the CPU only", file=sys.stderr)
     else:
-        files += sources("csrc/*/*/*.cpp", "csrc/*/*/*.cu")
+        files += sources("csrc/*/*/*.cu")
+        files += [file for file in sources("csrc/*/*/*.cpp") if file not in files]
         cxx.append("-DTORCHEXT_CUDA")
         nvcc = [
             "-O3",

@@ -1,74 +1,175 @@
-// CPU kernels of quantization. They walk x in tiles of at most 128 x 128, which they read in place
-// if columns are contiguous and gather otherwise. Everything that depends on a tile is computed
-// while the tile is in cache, so that x is read from memory once (for one scale of the whole
-// tensor: twice).
+// How CPU kernels of quantization walk through a matrix. They call cpu/kernels.h for parts of x that
+// fit in a cache: runs of a row, or tiles of at most 128 x 128, which are read in place if columns
+// are contiguous and gathered otherwise. Everything that depends on a part is computed while it is
+// in cache, so that x is read from memory once (for one scale of the whole tensor: twice).
+//
+// Rows are shared among threads in strips: scales lie M-major, so that 16 rows fill a cache line.
 #include <atomic>
 
 #include "../runtime/cpu.h"
-#include "../runtime/formats.h"
-#include "../runtime/quantizer.h"
+#include "cpu/kernels.h"
 #include "quantize.h"
-#include "transpose.h"
 
 namespace torchext {
 namespace {
 
 using namespace cpu;
 
-constexpr int kTile = int(kScaleGroup);
+constexpr int kStripRows = 16;
+constexpr int kChunkGroups = 64;            // scale groups of a row that are handled at once
+constexpr int64_t kGrain = 1 << 15;         // elements that are worth a thread
+constexpr int64_t kStreamBytes = 16 << 20;  // outputs of this size do not stay in a cache
+constexpr int64_t kLine = 64;               // bytes of a cache line
+
+// Calls body(begin, end) on torch's threads for parts of [0, count) with at least kGrain elements,
+// in the default floating-point environment.
+template <class Body>
+void in_parallel(int64_t count, int64_t elements, const Kernels& kernels, const Body& body) {
+  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(elements, 1));
+  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+    const DefaultFloatingPoint environment;
+    body(begin, end);
+    kernels.fence();
+  });
+}
+
+// Whether to bypass the cache when writing rows `stride` bytes apart, in parts of 128 elements.
+bool should_stream(const void* data, int64_t stride, int64_t rows) {
+  return rows * stride >= kStreamBytes && stride % kLine == 0 &&
+         reinterpret_cast<uintptr_t>(data) % kLine == 0;
+}
+
+MatrixView transposed_view(const MatrixView& x) {
+  return {x.data, x.dtype, x.cols, x.rows, x.col_stride, x.row_stride};
+}
 
 // A part of x, at most 128 x 128, with contiguous columns.
-template <class In>
 struct Tile {
-  using Bits = typename In::Bits;
-  const Bits* data;
-  int64_t stride;
+  const uint8_t* data;
+  int64_t stride;  // elements
   int rows, cols;
-  const Bits* row(int i) const { return data + i * stride; }
 };
 
-// How many rows a tile has unless a kernel needs more: one, to walk through memory in order, or as
-// many as can be gathered at once.
-int64_t fewest_rows(const MatrixView& x) {
-  return x.col_stride == 1 ? 1 : kTile;
-}
-
-int64_t tile_count(const MatrixView& x, int64_t rows_per_tile) {
-  return ceil_div(x.rows, rows_per_tile) * ceil_div(x.cols, kScaleGroup);
-}
-
-template <class Bits>
-void gather(const Bits* from, int64_t row_stride, int64_t col_stride, int rows, int cols,
-            Bits* to) {
-  if (row_stride == 1) return transpose(from, col_stride, to, kTile, cols, rows);
-  for (int r = 0; r < rows; ++r)
-    for (int c = 0; c < cols; ++c) to[r * kTile + c] = from[r * row_stride + c * col_stride];
-}
-
-// Calls body(tile, row, col) for tiles [begin, end), counted along rows. Each has 128 columns and
-// rows_per_tile rows, or fewer at the edges of x.
-template <class In, class Body>
-void for_each_tile(const MatrixView& x, int64_t rows_per_tile, int64_t begin, int64_t end,
-                   const Body& body) {
-  using Bits = typename In::Bits;
-  alignas(64) Bits gathered[kTile * kTile];
-  const int64_t groups = ceil_div(x.cols, kScaleGroup);
-  int64_t row = begin / groups * rows_per_tile, col = begin % groups * kScaleGroup;
-  for (int64_t i = begin; i < end; ++i) {
-    const int rows = int(std::min(rows_per_tile, x.rows - row));
-    const int cols = int(std::min(kScaleGroup, x.cols - col));
-    const Bits* from = static_cast<const Bits*>(x.data) + row * x.row_stride + col * x.col_stride;
-    if (x.col_stride == 1) {
-      body(Tile<In>{from, x.row_stride, rows, cols}, row, col);
-    } else {
-      gather(from, x.row_stride, x.col_stride, rows, cols, gathered);
-      body(Tile<In>{gathered, kTile, rows, cols}, row, col);
-    }
-    col += kScaleGroup;
-    if (col < x.cols) continue;
-    col = 0;
-    row += rows_per_tile;
+// Memory that will be read soon: rows of a tile. A processor fetches ahead of what it reads within a
+// row, but not from row to row. So kernels fetch a later tile, little by little: few misses can be
+// under way at a time.
+class Ahead {
+ public:
+  Ahead() = default;
+  Ahead(const uint8_t* data, int64_t pitch, int rows, int64_t bytes)
+      : data_(data), pitch_(pitch), rows_(rows), bytes_(bytes) {}
+  // Fetches rows [first, first + rows) into the L2 cache.
+  void fetch(int first, int rows) const {
+    for (int row = first; row < std::min(first + rows, rows_); ++row)
+      for (int64_t i = 0; i < bytes_; i += kLine) fetch_line(data_ + row * pitch_ + i);
   }
+
+ private:
+  // GCC takes other functions that only prefetch for functions without effect.
+  static inline __attribute__((always_inline)) void fetch_line(const uint8_t* line) {
+    __builtin_prefetch(line, 0, 2);
+  }
+  const uint8_t* data_ = nullptr;
+  int64_t pitch_ = 0;
+  int rows_ = 0;
+  int64_t bytes_ = 0;
+};
+
+// Reads tiles of x.
+class TileReader {
+ public:
+  TileReader(const MatrixView& x, const Kernels& kernels)
+      : x_(x), kernels_(kernels), size_(element_size(x.dtype)) {}
+
+  Tile read(int64_t row, int64_t col) {
+    const int rows = rows_at(row), cols = cols_at(col);
+    const uint8_t* from = at(row, col);
+    if (x_.col_stride == 1) return {from, x_.row_stride, rows, cols};
+    if (x_.row_stride == 1) {
+      transpose(from, x_.col_stride, cols, rows, gathered_);
+    } else if (size_ == 2) {
+      gather<uint16_t>(from, rows, cols);
+    } else {
+      gather<uint32_t>(from, rows, cols);
+    }
+    return {gathered_, kTile, rows, cols};
+  }
+
+  // The transpose of a tile, in memory of this object.
+  Tile transposed(const Tile& tile) {
+    transpose(tile.data, tile.stride, tile.rows, tile.cols, transposed_);
+    return {transposed_, kTile, tile.cols, tile.rows};
+  }
+
+  Ahead ahead(int64_t row, int64_t col) const {
+    const int rows = rows_at(row), cols = cols_at(col);
+    if (x_.col_stride == 1) return {at(row, col), x_.row_stride * size_, rows, cols * size_};
+    if (x_.row_stride == 1) return {at(row, col), x_.col_stride * size_, cols, rows * size_};
+    return {};
+  }
+
+ private:
+  int rows_at(int64_t row) const { return int(std::min<int64_t>(kTile, x_.rows - row)); }
+  int cols_at(int64_t col) const { return int(std::min<int64_t>(kTile, x_.cols - col)); }
+  const uint8_t* at(int64_t row, int64_t col) const {
+    return static_cast<const uint8_t*>(x_.data) +
+           (row * x_.row_stride + col * x_.col_stride) * size_;
+  }
+
+  void transpose(const void* from, int64_t stride, int rows, int cols, void* to) {
+    (size_ == 2 ? kernels_.transpose16 : kernels_.transpose32)(from, stride, rows, cols, to);
+  }
+
+  template <class Bits>
+  void gather(const void* from, int rows, int cols) {
+    const auto* x = static_cast<const Bits*>(from);
+    auto* to = reinterpret_cast<Bits*>(gathered_);
+    for (int r = 0; r < rows; ++r)
+      for (int c = 0; c < cols; ++c) to[r * kTile + c] = x[r * x_.row_stride + c * x_.col_stride];
+  }
+
+  const MatrixView& x_;
+  const Kernels& kernels_;
+  const int64_t size_;
+  alignas(64) uint8_t gathered_[kTile * kTile * 4];
+  alignas(64) uint8_t transposed_[kTile * kTile * 4];
+};
+
+// The order in which tiles are visited: row by row, or row by row within some columns, for outputs
+// that lie the other way. Both x and such an output then stay within pages that the TLB holds.
+class TileOrder {
+ public:
+  TileOrder(const MatrixView& x, bool output_is_transposed)
+      : rows_(ceil_div(x.rows, kTile)),
+        cols_(ceil_div(x.cols, kTile)),
+        width_(output_is_transposed ? kWidth : cols_) {}
+  int64_t count() const { return rows_ * cols_; }
+  std::pair<int64_t, int64_t> operator[](int64_t i) const {  // row, column
+    const int64_t left = i / (rows_ * width_) * width_, rest = i - left * rows_;
+    const int64_t width = std::min(width_, cols_ - left);
+    return {rest / width * kTile, (left + rest % width) * kTile};
+  }
+
+ private:
+  static constexpr int64_t kWidth = 8;
+  int64_t rows_, cols_, width_;
+};
+
+// Calls body(reader, tile, row, col, ahead) for all tiles of x, shared among threads.
+template <class Body>
+void for_each_tile(const MatrixView& x, const Kernels& kernels, bool output_is_transposed,
+                   const Body& body) {
+  constexpr int kDistance = 2;  // tiles
+  const TileOrder order(x, output_is_transposed);
+  in_parallel(order.count(), kTile * kTile, kernels, [&](int64_t begin, int64_t end) {
+    TileReader reader(x, kernels);
+    for (int64_t i = begin; i < end; ++i) {
+      const auto [row, col] = order[i];
+      const auto [next_row, next_col] = order[std::min(i + kDistance, end - 1)];
+      const Ahead ahead = i + kDistance < end ? reader.ahead(next_row, next_col) : Ahead();
+      body(reader, reader.read(row, col), row, col, ahead);
+    }
+  });
 }
 
 uint8_t* data_at(const QuantizedView& out, int64_t row, int64_t col) {
@@ -79,276 +180,305 @@ float& scale_at(const QuantizedView& out, int64_t row, int64_t col) {
   return out.scale[row * out.scale_row_stride + col * out.scale_col_stride];
 }
 
-// ---- 1x128 groups along rows ----
-
-template <class In, class Out>
-void quantize_rows(const Tile<In>& tile, int64_t row, int64_t col, const QuantizedView& out,
-                   uint32_t dropped) {
-  for (int i = 0; i < tile.rows; ++i) {
-    scale_at(out, row + i, col / kScaleGroup) =
-        quantize_group<In, Out>(tile.row(i), tile.cols, dropped, data_at(out, row + i, col));
-  }
-}
-
-template <class In, class Out>
-struct RowGroups {
-  static void run(const MatrixView& x, const QuantizedView& out, uint32_t dropped, int64_t begin,
-                  int64_t end) {
-    for_each_tile<In>(x, fewest_rows(x), begin, end,
-                      [&](const Tile<In>& tile, int64_t row, int64_t col) {
-                        quantize_rows<In, Out>(tile, row, col, out, dropped);
-                      });
-  }
+// What kernels need to know beside x.
+struct Task {
+  Task(const MatrixView& x, const QuantizeOptions& options)
+      : all(cpu::kernels()),
+        quantize(all.quantize[dtype_index(x.dtype)][options.e5m2]),
+        dropped_mantissa(options.pow2_scale ? 0x007fffff : 0),
+        element_size(torchext::element_size(x.dtype)) {}
+  const Kernels& all;
+  const QuantizeKernels& quantize;
+  const uint32_t dropped_mantissa;
+  const int64_t element_size;
 };
 
-// ---- tiles of 128 x 128: groups along columns, blocks, and transposes ----
+// ---- 1x128 groups ----
 
-// The FP8 values of a tile, which are to be written transposed.
-struct EncodedTile {
-  alignas(64) uint8_t data[kTile][kTile] = {};
+constexpr int kBatchRows = 16;  // rows of a tile between which other memory is fetched
 
-  // to[c, r] = data[r][c]. Writes a few rows of `to` at a time, through a buffer, because rows of
-  // `to` that are a power of two apart compete for the same few lines of cache.
-  void write_transposed(uint8_t* to, int64_t to_stride, int rows, int cols) const {
-    constexpr int kStrip = 16;
-    alignas(64) uint8_t strip[kStrip][kTile];
-    for (int col = 0; col < cols; col += kStrip) {
-      transpose(data[0] + col, kTile, strip[0], kTile, kTile, kStrip);
-      for (int i = 0; i < std::min(kStrip, cols - col); ++i)
-        std::memcpy(to + (col + i) * to_stride, strip[i], rows);
-    }
-  }
-};
-
-template <class In, class Out>
-void quantize_columns(const Tile<In>& tile, int64_t row, int64_t col, const QuantizedView& out,
-                      uint32_t dropped, EncodedTile& encoded) {
-  Magnitude<In> largest[kTile] = {};
+// Quantizes the rows of a tile as groups.
+void quantize_tile_rows(const Task& task, const Tile& tile, int64_t row, int64_t col,
+                        const QuantizedView& out, bool stream, const Ahead& ahead) {
+  const int64_t size = task.element_size;
   float scales[kTile];
-  with_count(tile.cols, [&](auto cols) {
-    for (int i = 0; i < tile.rows; ++i) {
-      const auto* __restrict x = tile.row(i);
-      for (int j = 0; j < cols; ++j) largest[j] = std::max(largest[j], magnitude<In>(x[j]));
+  for (int i = 0; i < tile.rows; i += kBatchRows) {
+    ahead.fetch(i, kBatchRows);
+    task.quantize.groups(tile.data + i * tile.stride * size, tile.stride,
+                         std::min(kBatchRows, tile.rows - i), tile.cols, task.dropped_mantissa,
+                         data_at(out, row + i, col), out.data_stride, scales + i, stream);
+  }
+  for (int i = 0; i < tile.rows; ++i) scale_at(out, row + i, col / kTile) = scales[i];
+}
+
+// Strips of up to kStripRows rows and kChunkGroups groups.
+class Strips {
+ public:
+  Strips(int64_t rows, int64_t cols)
+      : rows_(rows),
+        groups_(ceil_div(cols, kTile)),
+        strip_rows_(std::clamp<int64_t>(rows / kStripRows, 1, kStripRows)),
+        chunks_(ceil_div(groups_, kChunkGroups)) {}
+  int64_t count() const { return ceil_div(rows_, strip_rows_) * chunks_; }
+  int64_t elements() const {
+    return strip_rows_ * std::min<int64_t>(groups_, kChunkGroups) * kTile;
+  }
+
+  // Calls body(row, rows, group, groups) for strips [begin, end).
+  template <class Body>
+  void for_each(int64_t begin, int64_t end, const Body& body) const {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t row = i / chunks_ * strip_rows_, group = i % chunks_ * kChunkGroups;
+      body(row, int(std::min(strip_rows_, rows_ - row)), group,
+           int(std::min<int64_t>(kChunkGroups, groups_ - group)));
     }
-    for (int j = 0; j < cols; ++j) scales[j] = scale_of<In, Out>(largest[j], dropped);
-    for (int i = 0; i < tile.rows; ++i) {
-      const auto* __restrict x = tile.row(i);
-      uint8_t* __restrict to = encoded.data[i];
-      for (int j = 0; j < cols; ++j) to[j] = Out::encode_finite(In::to_float(x[j]) / scales[j]);
-    }
+  }
+
+ private:
+  int64_t rows_, groups_, strip_rows_, chunks_;
+};
+
+// Groups along rows, whose elements are contiguous.
+void quantize_contiguous_groups(const Task& task, const MatrixView& x, const QuantizedView& out) {
+  const bool stream = should_stream(out.data, out.data_stride, x.rows);
+  const Strips strips(x.rows, x.cols);
+  const int64_t size = task.element_size;
+  in_parallel(strips.count(), strips.elements(), task.all, [&](int64_t begin, int64_t end) {
+    float scales[kStripRows][kChunkGroups];
+    strips.for_each(begin, end, [&](int64_t row, int rows, int64_t group, int groups) {
+      const int64_t col = group * kTile, cols = std::min(groups * kTile + col, x.cols) - col;
+      const int whole = int(cols / kTile), rest = int(cols % kTile);
+      const auto* from = static_cast<const uint8_t*>(x.data) + (row * x.row_stride + col) * size;
+      for (int i = 0; i < rows; ++i, from += x.row_stride * size) {
+        uint8_t* to = data_at(out, row + i, col);
+        if (whole)
+          task.quantize.groups(from, kTile, whole, kTile, task.dropped_mantissa, to, kTile,
+                               scales[i], stream);
+        if (rest)
+          task.quantize.groups(from + whole * kTile * size, kTile, 1, rest, task.dropped_mantissa,
+                               to + whole * kTile, kTile, scales[i] + whole, false);
+      }
+      for (int g = 0; g < groups; ++g)
+        for (int i = 0; i < rows; ++i) scale_at(out, row + i, group + g) = scales[i][g];
+    });
   });
-  for (int j = 0; j < tile.cols; ++j) {
-    scale_at(out, col + j, row / kScaleGroup) = scales[j];
-    if (scales[j] == scales[j]) continue;
-    for (int i = 0; i < tile.rows; ++i) encoded.data[i][j] = kNaN8;
-  }
-  encoded.write_transposed(data_at(out, col, row), out.data_stride, tile.rows, tile.cols);
 }
 
-template <class In, class Out>
-struct ColumnGroups {
-  // row_out, for the groups along rows of the same x, may be nullptr.
-  static void run(const MatrixView& x, const QuantizedView* row_out,
-                  const QuantizedView& transposed, uint32_t dropped, int64_t begin, int64_t end) {
-    EncodedTile encoded;
-    for_each_tile<In>(x, kScaleGroup, begin, end,
-                      [&](const Tile<In>& tile, int64_t row, int64_t col) {
-                        if (row_out) quantize_rows<In, Out>(tile, row, col, *row_out, dropped);
-                        quantize_columns<In, Out>(tile, row, col, transposed, dropped, encoded);
-                      });
-  }
-};
-
-template <class In>
-Magnitude<In> largest_in_tile(const Tile<In>& tile) {
-  Magnitude<In> largest = 0;
-  for (int i = 0; i < tile.rows; ++i)
-    largest = std::max(largest, largest_magnitude<In>(tile.row(i), tile.cols));
-  return largest;
+// Groups along rows.
+void quantize_row_groups(const Task& task, const MatrixView& x, const QuantizedView& out) {
+  if (x.col_stride == 1) return quantize_contiguous_groups(task, x, out);
+  const bool stream = should_stream(out.data, out.data_stride, x.rows);
+  // The rows of x are columns in memory. Walk along these.
+  const MatrixView columns = transposed_view(x);
+  for_each_tile(
+      columns, task.all, true,
+      [&](TileReader& reader, const Tile& tile, int64_t row, int64_t col, const Ahead& ahead) {
+        quantize_tile_rows(task, reader.transposed(tile), col, row, out, stream, ahead);
+      });
 }
 
-template <class In, class Out>
-struct Blocks {
-  static void run(const MatrixView& x, const QuantizedView& out, uint8_t* transposed,
-                  int64_t transposed_stride, uint32_t dropped, int64_t begin, int64_t end) {
-    EncodedTile encoded;
-    for_each_tile<In>(x, kScaleGroup, begin, end,
-                      [&](const Tile<In>& tile, int64_t row, int64_t col) {
-                        const float scale = scale_of<In, Out>(largest_in_tile(tile), dropped);
-                        scale_at(out, row / kScaleGroup, col / kScaleGroup) = scale;
-                        for (int i = 0; i < tile.rows; ++i) {
-                          uint8_t* to = data_at(out, row + i, col);
-                          encode<In, Out>(tile.row(i), tile.cols, scale, to);
-                          if (transposed) std::memcpy(encoded.data[i], to, tile.cols);
-                        }
-                        if (transposed)
-                          encoded.write_transposed(transposed + col * transposed_stride + row,
-                                                   transposed_stride, tile.rows, tile.cols);
-                      });
-  }
-};
+// Groups along rows and along columns.
+void quantize_both_groups(const Task& task, const MatrixView& x, const QuantizedView& out,
+                          const QuantizedView& transposed) {
+  if (x.col_stride != 1 && x.row_stride == 1)
+    return quantize_both_groups(task, transposed_view(x), transposed, out);
+  const bool stream = should_stream(out.data, out.data_stride, x.rows);
+  const bool stream_t = should_stream(transposed.data, transposed.data_stride, x.cols);
+  for_each_tile(
+      x, task.all, true,
+      [&](TileReader& reader, const Tile& tile, int64_t row, int64_t col, const Ahead& ahead) {
+        quantize_tile_rows(task, tile, row, col, out, stream, Ahead());
+        quantize_tile_rows(task, reader.transposed(tile), col, row, transposed, stream_t, ahead);
+      });
+}
+
+// ---- 128x128 blocks ----
+
+void quantize_blocks(const Task& task, const MatrixView& x, const QuantizedView& out,
+                     uint8_t* transposed, int64_t transposed_stride) {
+  const int64_t size = task.element_size;
+  const bool stream = should_stream(out.data, out.data_stride, x.rows);
+  const bool stream_t = should_stream(transposed, transposed_stride, x.cols);
+  for_each_tile(
+      x, task.all, transposed != nullptr,
+      [&](TileReader&, const Tile& tile, int64_t row, int64_t col, const Ahead& ahead) {
+        const uint32_t largest = task.quantize.amax(tile.data, tile.stride, tile.rows, tile.cols);
+        const float scale = task.quantize.scale(largest, task.dropped_mantissa);
+        scale_at(out, row / kTile, col / kTile) = scale;
+        const auto encode = [&](uint8_t* to, int64_t to_stride, bool stream_rows) {
+          for (int i = 0; i < tile.rows; i += kBatchRows) {
+            ahead.fetch(i, kBatchRows);
+            task.quantize.encode(tile.data + i * tile.stride * size, tile.stride,
+                                 std::min(kBatchRows, tile.rows - i), tile.cols, scale,
+                                 to + i * to_stride, to_stride, stream_rows);
+          }
+        };
+        uint8_t* to = data_at(out, row, col);
+        if (!transposed) return encode(to, out.data_stride, stream);
+        alignas(64) uint8_t codes[kTile * kTile];
+        encode(codes, kTile, false);
+        task.all.copy8(codes, tile.rows, tile.cols, to, out.data_stride, stream);
+        task.all.transpose8(codes, tile.rows, tile.cols, transposed + col * transposed_stride + row,
+                            transposed_stride, stream_t);
+      });
+}
 
 // ---- one scale for each row ----
 
-template <class In, class Out>
-struct Rows {
-  // [begin, end) counts rows of tiles. The second walk along such a row finds it in cache.
-  static void run(const MatrixView& x, const QuantizedView& out, uint32_t dropped, int64_t begin,
-                  int64_t end) {
-    const int64_t groups = ceil_div(x.cols, kScaleGroup), rows_per_tile = fewest_rows(x);
-    for (int64_t b = begin; b < end; ++b) {
-      Magnitude<In> largest[kTile] = {};
-      for_each_tile<In>(x, rows_per_tile, b * groups, (b + 1) * groups,
-                        [&](const Tile<In>& tile, int64_t, int64_t) {
-                          for (int i = 0; i < tile.rows; ++i)
-                            largest[i] =
-                                std::max(largest[i], largest_magnitude<In>(tile.row(i), tile.cols));
-                        });
-      float scales[kTile];
-      for (int i = 0; i < kTile; ++i) scales[i] = scale_of<In, Out>(largest[i], dropped);
-      for_each_tile<In>(x, rows_per_tile, b * groups, (b + 1) * groups,
-                        [&](const Tile<In>& tile, int64_t row, int64_t col) {
-                          for (int i = 0; i < tile.rows; ++i) {
-                            encode<In, Out>(tile.row(i), tile.cols, scales[i],
-                                            data_at(out, row + i, col));
-                            scale_at(out, row + i, 0) = scales[i];
-                          }
-                        });
+void quantize_contiguous_rows(const Task& task, const MatrixView& x, const QuantizedView& out) {
+  const bool stream = should_stream(out.data, out.data_stride, x.rows);
+  const int64_t size = task.element_size;
+  in_parallel(x.rows, x.cols, task.all, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const auto* from = static_cast<const uint8_t*>(x.data) + row * x.row_stride * size;
+      const float scale =
+          task.quantize.scale(task.quantize.amax(from, 0, 1, x.cols), task.dropped_mantissa);
+      scale_at(out, row, 0) = scale;
+      task.quantize.encode(from, 0, 1, x.cols, scale, data_at(out, row, 0), 0, stream);
     }
-  }
-};
+  });
+}
+
+// The tiles of 128 rows are gathered twice. The second time finds x in a cache.
+void quantize_strided_rows(const Task& task, const MatrixView& x, const QuantizedView& out) {
+  const int64_t size = task.element_size;
+  in_parallel(ceil_div(x.rows, kTile), x.cols * kTile, task.all, [&](int64_t begin, int64_t end) {
+    TileReader reader(x, task.all);
+    for (int64_t row = begin * kTile; row < std::min(end * kTile, x.rows); row += kTile) {
+      uint32_t largest[kTile] = {};
+      for (int64_t col = 0; col < x.cols; col += kTile) {
+        const Tile tile = reader.read(row, col);
+        for (int i = 0; i < tile.rows; ++i)
+          largest[i] = std::max(largest[i],
+                                task.quantize.amax(tile.data + i * kTile * size, 0, 1, tile.cols));
+      }
+      float scales[kTile];
+      for (int i = 0; i < kTile; ++i)
+        scales[i] = task.quantize.scale(largest[i], task.dropped_mantissa);
+      for (int64_t col = 0; col < x.cols; col += kTile) {
+        const Tile tile = reader.read(row, col);
+        for (int i = 0; i < tile.rows; ++i) {
+          task.quantize.encode(tile.data + i * kTile * size, 0, 1, tile.cols, scales[i],
+                               data_at(out, row + i, col), 0, false);
+          scale_at(out, row + i, 0) = scales[i];
+        }
+      }
+    }
+  });
+}
 
 // ---- one scale for the whole tensor ----
 
-template <class In>
-struct Amax {
-  static void run(const MatrixView& x, std::atomic<Magnitude<In>>* result, int64_t begin,
-                  int64_t end) {
-    Magnitude<In> largest = 0;
-    for_each_tile<In>(x, fewest_rows(x), begin, end, [&](const Tile<In>& tile, int64_t, int64_t) {
-      largest = std::max(largest, largest_in_tile(tile));
-    });
-    Magnitude<In> before = result->load();
-    while (before < largest && !result->compare_exchange_weak(before, largest)) {
-    }
-  }
-};
-
-template <class In, class Out>
-struct EncodeAll {
-  static void run(const MatrixView& x, float scale, const QuantizedView& out, int64_t begin,
-                  int64_t end) {
-    for_each_tile<In>(
-        x, fewest_rows(x), begin, end, [&](const Tile<In>& tile, int64_t row, int64_t col) {
-          for (int i = 0; i < tile.rows; ++i)
-            encode<In, Out>(tile.row(i), tile.cols, scale, data_at(out, row + i, col));
-        });
-  }
-};
-
-// ---- dequantization ----
-
-template <class In, class Out>
-struct Dequantize {
-  // [begin, end) counts groups of 128 columns, along rows.
-  static void run(const DequantizeView& v, int64_t begin, int64_t end) {
-    using Bits = typename Out::Bits;
-    const int64_t groups = ceil_div(v.cols, kScaleGroup);
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t row = i / groups, col = i % groups * kScaleGroup;
-      const float scale =
-          v.scale[row / v.row_group * v.scale_row_stride + col / v.col_group * v.scale_col_stride];
-      const uint8_t* __restrict from =
-          static_cast<const uint8_t*>(v.data) + row * v.data_row_stride + col * v.data_col_stride;
-      Bits* __restrict to = static_cast<Bits*>(v.y) + row * v.y_stride + col;
-      const int cols = int(std::min(kScaleGroup, v.cols - col));
-      if (v.data_col_stride == 1) {
-        with_count(cols, [=](auto count) {
-          for (int j = 0; j < count; ++j) to[j] = Out::from_float(In::to_float(from[j]) * scale);
-        });
-      } else {
-        for (int j = 0; j < cols; ++j)
-          to[j] = Out::from_float(In::to_float(from[j * v.data_col_stride]) * scale);
-      }
-    }
-  }
-};
-
-// ---- dispatch ----
-
-// Calls body(In(), Out()) for the formats of x and of the output.
+// Calls body(data, cols, row, col) for runs of contiguous elements, shared among threads.
 template <class Body>
-void with_formats(const MatrixView& x, const QuantizeOptions& options, const Body& body) {
-  with_wide_format(
-      x.dtype, [&](auto in) { with_fp8_format(options.e5m2, [&](auto out) { body(in, out); }); });
+void for_each_run(const MatrixView& x, const Kernels& kernels, const Body& body) {
+  const int64_t size = element_size(x.dtype), run = kChunkGroups * kTile;
+  if (x.col_stride == 1) {
+    const int64_t runs = ceil_div(x.cols, run);
+    return in_parallel(
+        x.rows * runs, std::min(x.cols, run), kernels, [&](int64_t begin, int64_t end) {
+          for (int64_t i = begin; i < end; ++i) {
+            const int64_t row = i / runs, col = i % runs * run;
+            body(static_cast<const uint8_t*>(x.data) + (row * x.row_stride + col) * size,
+                 std::min(run, x.cols - col), row, col);
+          }
+        });
+  }
+  for_each_tile(x, kernels, false,
+                [&](TileReader&, const Tile& tile, int64_t row, int64_t col, const Ahead&) {
+                  for (int i = 0; i < tile.rows; ++i)
+                    body(tile.data + i * tile.stride * size, tile.cols, row + i, col);
+                });
 }
 
-// The smallest number of tiles that is worth a thread.
-int64_t grain(int64_t rows_per_tile) {
-  constexpr int64_t kElements = 1 << 15;
-  return std::max<int64_t>(1, kElements / (rows_per_tile * kScaleGroup));
+// A matrix without gaps as one row, if the FP8 data have none either.
+MatrixView flattened(const MatrixView& x) {
+  const bool whole = x.col_stride == 1 && (x.row_stride == x.cols || x.rows == 1);
+  return whole && x.cols % 16 == 0 ? MatrixView{x.data, x.dtype, 1, x.rows * x.cols, 0, 1} : x;
 }
 
-// Runs the kernel over all tiles of x.
-template <class Kernel, class... Arguments>
-void run_on_tiles(const MatrixView& x, int64_t rows_per_tile, const Arguments&... arguments) {
-  run_parallel<Kernel>(tile_count(x, rows_per_tile), grain(rows_per_tile), x, arguments...);
+void quantize_whole(const Task& task, const MatrixView& x, const QuantizedView& out) {
+  const bool stream = x.col_stride == 1 && should_stream(out.data, out.data_stride, x.rows);
+  std::atomic<uint32_t> largest{0};
+  for_each_run(x, task.all, [&](const uint8_t* data, int64_t cols, int64_t, int64_t) {
+    const uint32_t amax = task.quantize.amax(data, 0, 1, cols);
+    uint32_t before = largest.load(std::memory_order_relaxed);
+    while (before < amax && !largest.compare_exchange_weak(before, amax)) {
+    }
+  });
+  {
+    const DefaultFloatingPoint environment;
+    *out.scale = task.quantize.scale(largest, task.dropped_mantissa);
+  }
+  const float scale = *out.scale;
+  for_each_run(x, task.all, [&](const uint8_t* data, int64_t cols, int64_t row, int64_t col) {
+    task.quantize.encode(data, 0, 1, cols, scale, data_at(out, row, col), 0, stream);
+  });
 }
 
 }  // namespace
 
 void quantize_groups_cpu(const MatrixView& x, const QuantizeOptions& options,
                          const QuantizedView* row, const QuantizedView* transposed) {
-  with_formats(x, options, [&](auto in, auto out) {
-    using In = decltype(in);
-    using Out = decltype(out);
-    const uint32_t dropped = dropped_mantissa(options);
-    if (transposed)
-      run_on_tiles<ColumnGroups<In, Out>>(x, kScaleGroup, row, *transposed, dropped);
-    else
-      run_on_tiles<RowGroups<In, Out>>(x, fewest_rows(x), *row, dropped);
-  });
+  const Task task(x, options);
+  if (row && transposed)
+    quantize_both_groups(task, x, *row, *transposed);
+  else if (row)
+    quantize_row_groups(task, x, *row);
+  else
+    quantize_row_groups(task, transposed_view(x), *transposed);
 }
 
 void quantize_blocks_cpu(const MatrixView& x, const QuantizeOptions& options,
                          const QuantizedView& out, void* transposed_data,
                          int64_t transposed_stride) {
-  with_formats(x, options, [&](auto in, auto format) {
-    run_on_tiles<Blocks<decltype(in), decltype(format)>>(
-        x, kScaleGroup, out, static_cast<uint8_t*>(transposed_data), transposed_stride,
-        dropped_mantissa(options));
-  });
+  quantize_blocks(Task(x, options), x, out, static_cast<uint8_t*>(transposed_data),
+                  transposed_stride);
 }
 
 void quantize_rowwise_cpu(const MatrixView& x, const QuantizeOptions& options,
                           const QuantizedView& out) {
-  with_formats(x, options, [&](auto in, auto format) {
-    const int64_t rows_per_tile = fewest_rows(x);
-    run_parallel<Rows<decltype(in), decltype(format)>>(
-        ceil_div(x.rows, rows_per_tile),
-        ceil_div(grain(rows_per_tile), ceil_div(x.cols, kScaleGroup)), x, out,
-        dropped_mantissa(options));
-  });
+  const Task task(x, options);
+  if (x.col_stride == 1)
+    quantize_contiguous_rows(task, x, out);
+  else
+    quantize_strided_rows(task, x, out);
 }
 
 void quantize_tensorwise_cpu(const MatrixView& x, const QuantizeOptions& options,
                              const QuantizedView& out) {
-  with_formats(x, options, [&](auto in, auto format) {
-    using In = decltype(in);
-    using Out = decltype(format);
-    const DefaultFloatingPoint environment;
-    std::atomic<Magnitude<In>> largest{0};
-    run_on_tiles<Amax<In>>(x, fewest_rows(x), &largest);
-    *out.scale = scale_of<In, Out>(largest, dropped_mantissa(options));
-    run_on_tiles<EncodeAll<In, Out>>(x, fewest_rows(x), *out.scale, out);
-  });
+  const Task task(x, options);
+  const MatrixView flat = flattened(x);
+  QuantizedView view = out;
+  if (flat.rows != x.rows) view.data_stride = flat.cols;
+  quantize_whole(task, flat, view);
 }
 
-void dequantize_cpu(const DequantizeView& view) {
-  with_fp8_format(view.e5m2, [&](auto in) {
-    with_wide_format(view.y_dtype, [&](auto out) {
-      run_parallel<Dequantize<decltype(in), decltype(out)>>(
-          view.rows * ceil_div(view.cols, kScaleGroup), grain(1), view);
+void dequantize_cpu(const DequantizeView& v) {
+  const Kernels& kernels = cpu::kernels();
+  const auto kernel = kernels.dequantize[v.e5m2][dtype_index(v.y_dtype)];
+  const int64_t size = element_size(v.y_dtype);
+  const bool stream = should_stream(v.y, v.y_stride * size, v.rows);
+  const Strips strips(v.rows, v.cols);
+  in_parallel(strips.count(), strips.elements(), kernels, [&](int64_t begin, int64_t end) {
+    float scales[kStripRows][kChunkGroups];
+    uint8_t gathered[kChunkGroups * kTile];
+    strips.for_each(begin, end, [&](int64_t row, int rows, int64_t group, int groups) {
+      const int64_t col = group * kTile, cols = std::min(groups * kTile + col, v.cols) - col;
+      for (int g = 0; g < groups; ++g)
+        for (int i = 0; i < rows; ++i)
+          scales[i][g] = v.scale[(row + i) / v.row_group * v.scale_row_stride +
+                                 (col + g * kTile) / v.col_group * v.scale_col_stride];
+      for (int i = 0; i < rows; ++i) {
+        const auto* data = static_cast<const uint8_t*>(v.data) + (row + i) * v.data_row_stride +
+                           col * v.data_col_stride;
+        if (v.data_col_stride != 1) {
+          for (int64_t j = 0; j < cols; ++j) gathered[j] = data[j * v.data_col_stride];
+          data = gathered;
+        }
+        kernel(data, cols, scales[i],
+               static_cast<uint8_t*>(v.y) + ((row + i) * v.y_stride + col) * size, stream);
+      }
     });
   });
 }

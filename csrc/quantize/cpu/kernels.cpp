@@ -1,0 +1,65 @@
+// Implements kernels.h: the choice of an instruction set, and the tables of significands.
+#include "kernels.h"
+
+#include <cstdlib>
+
+#include "../../runtime/cpu.h"
+#include "../../runtime/quantizer.h"
+
+namespace torchext::cpu {
+namespace {
+
+template <class Out>
+Significands make_significands() {
+  constexpr bool kE5m2 = std::is_same_v<Out, E5M2>;
+  constexpr int kMantissa = kE5m2 ? 2 : 3;
+  const DefaultFloatingPoint environment;
+  Significands tables;
+  uint16_t x[kTile];
+  for (int m = 0; m < kTile; ++m) x[m] = uint16_t(0x3f80 + m);
+  for (int key = 0; key < 128; ++key) {
+    const float scale = BFloat16::to_float(uint16_t(0x3f80 + key)) / 7.0f;
+    // The scale lies in [1/7, 2/7): its exponent is -3 or -2.
+    const int below = key < 0x60 ? 3 : 2;
+    uint8_t* codes = tables.significand[key];
+    encode<BFloat16, Out>(x, kTile, scale, codes);
+    for (int m = 0; m < kTile; ++m)
+      codes[m] = uint8_t(codes[m] - ((below + exponents_below(kE5m2)) << kMantissa));
+    for (int block = 0; block < 16; ++block) {
+      const uint8_t* eight = codes + 8 * block;
+      int equal = 1;
+      while (equal < 8 && eight[equal] == eight[0]) ++equal;
+      tables.first[key][block] = eight[0];
+      tables.limit[key][block] = uint8_t(equal == 8 ? 127 : 8 * block + equal - 1);
+    }
+  }
+  return tables;
+}
+
+}  // namespace
+
+const Significands& significands(bool e5m2) {
+  static const Significands e4m3_tables = make_significands<E4M3>();
+  static const Significands e5m2_tables = make_significands<E5M2>();
+  return e5m2 ? e5m2_tables : e4m3_tables;
+}
+
+const Kernels& kernels() {
+#ifdef TORCHEXT_X86_LEVELS
+  static const Kernels& chosen = []() -> const Kernels& {
+    const CpuLevel level = cpu_level();
+    // TORCHEXT_CPU=avx512 asks for no more than that level names.
+    const bool only_avx512 = level == CpuLevel::avx512 && std::getenv("TORCHEXT_CPU") != nullptr;
+    if (level >= CpuLevel::avx512)
+      return has_avx512_vbmi() && !only_avx512 ? avx512_vbmi_kernels : avx512_kernels;
+    if (level == CpuLevel::avx2 && __builtin_cpu_supports("f16c")) return avx2_kernels;
+    return portable_kernels;
+  }();
+  return chosen;
+#else
+  cpu_level();  // throws if TORCHEXT_CPU asks for what this machine lacks
+  return portable_kernels;
+#endif
+}
+
+}  // namespace torchext::cpu

@@ -1,0 +1,463 @@
+// The loops of kernels.h for any instruction set with vectors of bytes. An instruction set's file
+// defines a struct V of operations on its registers, includes this file under its `#pragma GCC
+// target`, and fills a Kernels with make_kernels<V>(). Everything here has internal linkage, so that
+// no other file gets code for that instruction set.
+//
+// V has integer registers I (kBytes bytes, in lanes of 16) and FP32 registers F. A step is kBytes
+// elements, which become one register of codes. V::Squares has the registers that transpose tiles.
+//
+//   groups     16 groups at a time: their largest magnitudes, their scales, then encode each
+//   encode     BF16: significands by look-up, exponents by saturating byte arithmetic; a step with
+//              codes that might be subnormal, and other dtypes: FP32 quotients by Markstein's method
+//   dequantize to BF16: products with the 16 (E5M2: 8) smallest codes, look-ups, and exponents added
+//              as integers; to other dtypes: FP32 products
+//   transpose  each lane holds rows of another square of 16 bytes; log2(16) rounds of interleaving
+//
+// There is no include guard and no namespace of its own: see the files that include it.
+
+template <class In>
+constexpr bool kIsBf16 = std::is_same_v<In, BFloat16>;
+template <class In>
+constexpr bool kIsHalf = std::is_same_v<In, Half>;
+template <class Out>
+constexpr bool kIsE5m2 = std::is_same_v<Out, E5M2>;
+
+template <class V>
+inline __attribute__((always_inline)) void put(uint8_t* to, typename V::I value, bool stream) {
+  if (stream)
+    V::stream(to, value);
+  else
+    V::store(to, value);
+}
+
+// ---- magnitudes ----
+
+// Magnitudes are compared as unsigned integers, shifted left by one so that the sign drops out.
+template <class V, class Bits>
+struct Magnitudes {
+  using I = typename V::I;
+  static constexpr int kElements = V::kBytes / int(sizeof(Bits));
+  static I load(const Bits* x) {
+    const I v = V::load(x);
+    if constexpr (sizeof(Bits) == 2)
+      return V::add16(v, v);
+    else
+      return V::add32(v, v);
+  }
+  static I larger(I a, I b) {
+    if constexpr (sizeof(Bits) == 2)
+      return V::max_u16(a, b);
+    else
+      return V::max_u32(a, b);
+  }
+  static uint32_t reduce(I a) {
+    if constexpr (sizeof(Bits) == 2)
+      return V::reduce_max_u16(a) >> 1;
+    else
+      return V::reduce_max_u32(a) >> 1;
+  }
+};
+
+// The largest magnitude in some rows.
+template <class V, class Bits>
+uint32_t largest_in(const Bits* x, int64_t stride, int rows, int64_t cols) {
+  using M = Magnitudes<V, Bits>;
+  constexpr int kUnroll = 4, kPart = kUnroll * M::kElements;
+  typename V::I largest[kUnroll] = {V::zero(), V::zero(), V::zero(), V::zero()};
+  for (int row = 0; row < rows; ++row, x += stride) {
+    int64_t i = 0;
+    for (; i + kPart <= cols; i += kPart)
+      for (int u = 0; u < kUnroll; ++u)
+        largest[u] = M::larger(largest[u], M::load(x + i + u * M::kElements));
+    for (; i + M::kElements <= cols; i += M::kElements)
+      largest[0] = M::larger(largest[0], M::load(x + i));
+    if (i < cols) {
+      alignas(64) Bits tail[M::kElements] = {};
+      std::memcpy(tail, x + i, size_t(cols - i) * sizeof(Bits));
+      largest[1] = M::larger(largest[1], M::load(tail));
+    }
+  }
+  return M::reduce(M::larger(M::larger(largest[0], largest[1]), M::larger(largest[2], largest[3])));
+}
+
+// ---- scales ----
+
+// The FP32 bits of a magnitude; Inf or more for Inf and NaN.
+template <class In>
+uint32_t wide_magnitude(uint32_t magnitude) {
+  if constexpr (kIsBf16<In>) {
+    return magnitude << 16;
+  } else if constexpr (kIsHalf<In>) {
+    const uint32_t finite = bits_of(float_of(magnitude << 13) * 0x1p112f);
+    return select(magnitude >= 0x7c00, kNaNBits, finite);
+  } else {
+    return magnitude;
+  }
+}
+
+// As cpu::scale_of (runtime/quantizer.h).
+template <class In, class Out>
+float scale_for(uint32_t magnitude, uint32_t dropped_mantissa) {
+  const uint32_t amax = wide_magnitude<In>(magnitude);
+  const float quotient = float_of(amax) / Out::kMax;
+  const float scale = quotient < FLT_MIN ? FLT_MIN : quotient;
+  uint32_t bits = (bits_of(scale) + dropped_mantissa) & ~dropped_mantissa;
+  bits = select(magnitude == 0, bits_of(1.0f), bits);
+  bits = select(amax >= kInfinityBits, kNaNBits, bits);
+  return float_of(bits);
+}
+
+// ---- FP8 codes of FP32 quotients ----
+
+// The codes of V::kBytes quotients. kDivide: by true division, for scales below 2^-64; otherwise
+// Markstein's method, whose remainder does not underflow for any quotient that is not zero in FP8.
+template <class V, class In, class Out, bool kDivide>
+inline __attribute__((always_inline)) typename V::I encode_step(const typename In::Bits* x,
+                                                                typename V::F scale,
+                                                                typename V::F reciprocal) {
+  using I = typename V::I;
+  using F = typename V::F;
+  constexpr int kMantissa = kIsE5m2<Out> ? 2 : 3;
+  constexpr int kDropped = 23 - kMantissa;
+  constexpr uint32_t kLeastExponent = uint32_t(kIsE5m2<Out> ? 113 : 121) << 23;
+  const auto word = [&](int part, I& sign) {
+    const F wide = V::template load_wide<In>(x + part * (V::kBytes / 4));
+    sign = V::as_int(wide);
+    const F magnitude = V::as_float(V::and_(sign, V::set32(0x7fffffff)));
+    F quotient;
+    if constexpr (kDivide) {
+      quotient = V::div(magnitude, scale);
+    } else {
+      quotient = V::mul(magnitude, reciprocal);
+      const F remainder = V::fnmadd(quotient, scale, magnitude);
+      quotient = V::fmadd(remainder, reciprocal, quotient);
+    }
+    // SmallFloat::encode_finite (runtime/formats.h), except for a constant.
+    const I exponent =
+        V::max_s32(V::and_(V::as_int(quotient), V::set32(kInfinityBits)), V::set32(kLeastExponent));
+    const I rounder = V::add32(exponent, V::set32(uint32_t(kDropped) << 23));
+    const I rounded = V::as_int(V::add(quotient, V::as_float(rounder)));
+    return V::add32(V::template srl32<kDropped>(exponent), V::sub32(rounded, rounder));
+  };
+  I sign[4];
+  const I code0 = word(0, sign[0]), code1 = word(1, sign[1]);
+  const I code2 = word(2, sign[2]), code3 = word(3, sign[3]);
+  const I excess = V::set16(uint16_t(kLeastExponent >> kDropped));
+  const I low = V::sub16(V::pack_s32(code0, code1), excess);
+  const I high = V::sub16(V::pack_s32(code2, code3), excess);
+  const I signs = V::pack_s16(V::pack_s32(sign[0], sign[1]), V::pack_s32(sign[2], sign[3]));
+  return V::packed32_in_order(V::merge_sign(V::pack_s16(low, high), signs));
+}
+
+// A step that a look-up cannot encode.
+template <class V, class In, class Out>
+__attribute__((noinline)) void encode_exactly(const typename In::Bits* x, float scale,
+                                              uint8_t* to) {
+  V::store(to, encode_step<V, In, Out, false>(x, V::setf(scale), V::setf(1.0f / scale)));
+}
+
+// Calls step(x, to) for the steps of n elements; the last may be one of copies.
+template <class V, class Bits, class Step>
+inline __attribute__((always_inline)) void for_each_step(const Bits* x, int64_t n, uint8_t* to,
+                                                         bool stream, const Step& step) {
+  int64_t i = 0;
+  for (; i + V::kBytes <= n; i += V::kBytes) put<V>(to + i, step(x + i), stream);
+  if (i < n) {
+    alignas(64) Bits tail[V::kBytes] = {};
+    alignas(64) uint8_t codes[V::kBytes];
+    std::memcpy(tail, x + i, size_t(n - i) * sizeof(Bits));
+    V::store(codes, step(tail));
+    std::memcpy(to + i, codes, size_t(n - i));
+  }
+}
+
+// data = x / scale.
+template <class V, class In, class Out>
+inline __attribute__((always_inline)) void encode_run(const typename In::Bits* x, int64_t n,
+                                                      float scale, const Significands& tables,
+                                                      uint8_t* data, bool stream) {
+  using Bits = typename In::Bits;
+  using I = typename V::I;
+  using F = typename V::F;
+  if constexpr (kIsBf16<In>) {
+    if (scale >= 0x1p-100f) {  // elements below 2^-126 become zero
+      const auto table = V::significands(tables, significand_key(scale));
+      const I base = V::set8(uint8_t((bits_of(scale) >> 23) - exponents_below(kIsE5m2<Out>)));
+      return for_each_step<V>(x, n, data, stream, [&](const Bits* from) {
+        I codes;
+        constexpr int kMantissa = kIsE5m2<Out> ? 2 : 3;
+        if (__builtin_expect(V::template encode_bf16<kMantissa>(from, table, base, codes), 1))
+          return codes;
+        alignas(64) uint8_t exact[V::kBytes];
+        encode_exactly<V, In, Out>(from, scale, exact);
+        return V::load(exact);
+      });
+    }
+  }
+  if (scale >= 0x1p-64f) {
+    const F divisor = V::setf(scale), reciprocal = V::setf(1.0f / scale);
+    for_each_step<V>(x, n, data, stream, [&](const Bits* from) {
+      return encode_step<V, In, Out, false>(from, divisor, reciprocal);
+    });
+  } else if (scale == scale) {
+    const F divisor = V::setf(scale);
+    for_each_step<V>(x, n, data, stream, [&](const Bits* from) {
+      return encode_step<V, In, Out, true>(from, divisor, divisor);
+    });
+  } else {
+    std::memset(data, 0x7f, size_t(n));
+  }
+}
+
+template <class V, class In, class Out>
+struct Quantize {
+  using Bits = typename In::Bits;
+
+  template <bool kWhole, bool kStream>
+  static void run(const Bits* x, int64_t x_stride, int groups, int cols, uint32_t dropped_mantissa,
+                  uint8_t* data, int64_t data_stride, float* scales) {
+    constexpr int kBatch = 16;
+    const Significands& tables = significands(kIsE5m2<Out>);
+    const int n = kWhole ? kTile : cols;
+    for (int first = 0; first < groups; first += kBatch) {
+      const int count = std::min(kBatch, groups - first);
+      uint32_t largest[kBatch] = {};
+      for (int i = 0; i < count; ++i)
+        largest[i] = largest_in<V, Bits>(x + (first + i) * x_stride, 0, 1, n);
+      float batch[kBatch];
+      for (int i = 0; i < kBatch; ++i) batch[i] = scale_for<In, Out>(largest[i], dropped_mantissa);
+      for (int i = 0; i < count; ++i) {
+        scales[first + i] = batch[i];
+        encode_run<V, In, Out>(x + (first + i) * x_stride, n, batch[i], tables,
+                               data + (first + i) * data_stride, kStream);
+      }
+    }
+  }
+
+  static void groups(const void* x, int64_t x_stride, int groups, int cols,
+                     uint32_t dropped_mantissa, uint8_t* data, int64_t data_stride, float* scales,
+                     bool stream) {
+    const auto loop = cols != kTile ? run<false, false>
+                      : stream      ? run<true, true>
+                                    : run<true, false>;
+    loop(static_cast<const Bits*>(x), x_stride, groups, cols, dropped_mantissa, data, data_stride,
+         scales);
+  }
+
+  static uint32_t amax(const void* x, int64_t x_stride, int rows, int64_t cols) {
+    return largest_in<V, Bits>(static_cast<const Bits*>(x), x_stride, rows, cols);
+  }
+
+  template <bool kStream>
+  static void encode_rows(const Bits* x, int64_t x_stride, int rows, int64_t cols, float scale,
+                          uint8_t* data, int64_t data_stride) {
+    const Significands& tables = significands(kIsE5m2<Out>);
+    for (int i = 0; i < rows; ++i)
+      encode_run<V, In, Out>(x + i * x_stride, cols, scale, tables, data + i * data_stride,
+                             kStream);
+  }
+
+  static void encode(const void* x, int64_t x_stride, int rows, int64_t cols, float scale,
+                     uint8_t* data, int64_t data_stride, bool stream) {
+    const auto loop = stream ? encode_rows<true> : encode_rows<false>;
+    loop(static_cast<const Bits*>(x), x_stride, rows, cols, scale, data, data_stride);
+  }
+
+  static float scale(uint32_t amax, uint32_t dropped_mantissa) {
+    return scale_for<In, Out>(amax, dropped_mantissa);
+  }
+
+  static constexpr QuantizeKernels kernels() { return {groups, amax, scale, encode}; }
+};
+
+// ---- dequantization ----
+
+template <class V, class In, class Out>
+struct Dequantize {
+  using I = typename V::I;
+  using F = typename V::F;
+  using Bits = typename Out::Bits;
+  static constexpr int kMantissa = kIsE5m2<In> ? 2 : 3;
+  static constexpr uint8_t kSpecial =
+      kIsE5m2<In> ? 0x7c : 0x7f;  // the least code that is not finite
+
+  // Whether this code serves a scale. If y is BF16, products must be normal.
+  static bool serves(float scale) {
+    if (kIsBf16<Out>) return scale >= 0x1p-110f && scale <= 0x1p110f;
+    return scale - scale == 0;
+  }
+
+  // y = data * scale for a step of finite codes.
+  static void step(const uint8_t* data, const typename V::Products& products, F scale, Bits* y,
+                   bool stream) {
+    auto* to = reinterpret_cast<uint8_t*>(y);
+    if constexpr (kIsBf16<Out>) {
+      const I codes = V::spread(V::load(data));
+      const I magnitude = V::and_(codes, V::set8(0x7f));
+      // magnitude = exponent + rest, where `rest` is below twice the least normal code.
+      constexpr int kNormal = 1 << kMantissa;
+      const I exponent = V::and_(V::subs_u8(magnitude, V::set8(kNormal)), V::set8(0x80 - kNormal));
+      const I rest = V::sub8(magnitude, exponent);
+      const I low = V::look_up(products.low, rest);
+      const I high = V::merge_sign(V::look_up(products.high, rest), codes);
+      const auto add_exponent = [&](I product, I shifted) {
+        return V::add16(product, V::template srl16<kMantissa + 1>(shifted));
+      };
+      put<V>(to, add_exponent(V::zip8_low(low, high), V::zip8_low(V::zero(), exponent)), stream);
+      put<V>(to + V::kBytes,
+             add_exponent(V::zip8_high(low, high), V::zip8_high(V::zero(), exponent)), stream);
+    } else {
+      for (int part = 0; part < 4; ++part) {
+        constexpr int kPart = V::kBytes / 4;
+        const F value = V::mul(V::template load_codes<kIsE5m2<In>>(data + part * kPart), scale);
+        if constexpr (kIsHalf<Out>)
+          V::store_half(to + part * kPart * 2, value, stream);
+        else
+          put<V>(to + part * kPart * 4, V::as_int(value), stream);
+      }
+    }
+  }
+
+  template <bool kStream>
+  static void run(const uint8_t* data, int64_t cols, const float* scales, Bits* y) {
+    const auto portable = portable_kernels.dequantize[kIsE5m2<In>][kIsBf16<Out>   ? 0
+                                                                   : kIsHalf<Out> ? 1
+                                                                                  : 2];
+    typename V::Products products{};
+    float prepared = 0;
+    F scale = V::setf(0);
+    for (int64_t col = 0; col < cols; col += kTile, ++scales) {
+      if (*scales != prepared || prepared == 0) {
+        if (!serves(*scales)) {
+          portable(data + col, std::min<int64_t>(kTile, cols - col), scales, y + col, false);
+          continue;
+        }
+        prepared = *scales;
+        scale = V::setf(prepared);
+        if (kIsBf16<Out>) products = V::products(prepared, kIsE5m2<In> ? 0x1p-16f : 0x1p-9f);
+      }
+      const int64_t end = std::min<int64_t>(col + kTile, cols);
+      int64_t i = col;
+      for (; i + V::kBytes <= end; i += V::kBytes) {
+        if (__builtin_expect(V::all_below(V::load(data + i), kSpecial), 1))
+          step(data + i, products, scale, y + i, kStream);
+        else
+          portable(data + i, V::kBytes, scales, y + i, false);
+      }
+      if (i < end) portable(data + i, end - i, scales, y + i, false);
+    }
+  }
+
+  static void kernel(const uint8_t* data, int64_t cols, const float* scales, void* y, bool stream) {
+    if (stream)
+      run<true>(data, cols, scales, static_cast<Bits*>(y));
+    else
+      run<false>(data, cols, scales, static_cast<Bits*>(y));
+  }
+};
+
+// ---- transposes ----
+
+template <class V, int kSize>
+inline __attribute__((always_inline)) void interleave(typename V::I a, typename V::I b,
+                                                      typename V::I& low, typename V::I& high) {
+  if constexpr (kSize == 1) {
+    low = V::zip8_low(a, b);
+    high = V::zip8_high(a, b);
+  } else if constexpr (kSize == 2) {
+    low = V::zip16_low(a, b);
+    high = V::zip16_high(a, b);
+  } else {
+    low = V::zip32_low(a, b);
+    high = V::zip32_high(a, b);
+  }
+}
+
+// Transposes a square of n = 16 / kSize rows in each lane. Each round interleaves rows i and
+// i + n/2 into rows 2i and 2i + 1, which moves one bit of each element's row index to its column
+// index.
+template <class V, int kSize>
+inline __attribute__((always_inline)) void transpose_lanes(typename V::I (&rows)[16 / kSize]) {
+  constexpr int n = 16 / kSize;
+  for (int size = 1; size < n; size *= 2) {
+    typename V::I next[n];
+    for (int i = 0; i < n / 2; ++i)
+      interleave<V, kSize>(rows[i], rows[i + n / 2], next[2 * i], next[2 * i + 1]);
+    for (int i = 0; i < n; ++i) rows[i] = next[i];
+  }
+}
+
+// to[c * to_stride + r] = from[r * from_stride + c], strides in bytes. Whole registers only: rows
+// and cols are multiples of V::kBytes / kSize and of 16 / kSize.
+template <class V, int kSize>
+void transpose_whole(const uint8_t* from, int64_t from_stride, int rows, int cols, uint8_t* to,
+                     int64_t to_stride, bool stream) {
+  constexpr int n = 16 / kSize, kRows = V::kBytes / kSize;
+  for (int row = 0; row < rows; row += kRows) {
+    const uint8_t* part = from + row * from_stride;
+    for (int col = 0; col < cols; col += n) {
+      typename V::I square[n];
+      for (int i = 0; i < n; ++i)
+        square[i] = V::load_lanes(part + i * from_stride + col * kSize, n * from_stride);
+      transpose_lanes<V, kSize>(square);
+      for (int i = 0; i < n; ++i)
+        put<V>(to + (col + i) * to_stride + row * kSize, square[i], stream);
+    }
+  }
+}
+
+template <class V, class Bits>
+void transpose_part(const Bits* from, int64_t from_stride, int rows, int cols, Bits* to,
+                    int64_t to_stride, bool stream) {
+  constexpr int kSize = int(sizeof(Bits)), n = 16 / kSize, kRows = V::kBytes / kSize;
+  const int whole_rows = rows / kRows * kRows, whole_cols = cols / n * n;
+  transpose_whole<V, kSize>(reinterpret_cast<const uint8_t*>(from), from_stride * kSize, whole_rows,
+                            whole_cols, reinterpret_cast<uint8_t*>(to), to_stride * kSize, stream);
+  for (int row = 0; row < rows; ++row)
+    for (int col = row < whole_rows ? whole_cols : 0; col < cols; ++col)
+      to[col * to_stride + row] = from[row * from_stride + col];
+}
+
+template <class V, class Bits>
+void transpose_tile(const void* from, int64_t stride, int rows, int cols, void* to) {
+  transpose_part<V, Bits>(static_cast<const Bits*>(from), stride, rows, cols,
+                          static_cast<Bits*>(to), kTile, false);
+}
+
+template <class V>
+void transpose_codes(const uint8_t* from, int rows, int cols, uint8_t* to, int64_t to_stride,
+                     bool stream) {
+  if (stream)
+    transpose_part<V, uint8_t>(from, kTile, rows, cols, to, to_stride, true);
+  else
+    transpose_part<V, uint8_t>(from, kTile, rows, cols, to, to_stride, false);
+}
+
+template <class V>
+void copy_codes(const uint8_t* from, int rows, int cols, uint8_t* to, int64_t to_stride,
+                bool stream) {
+  for (int row = 0; row < rows; ++row, from += kTile, to += to_stride) {
+    if (cols == kTile && stream)
+      for (int i = 0; i < kTile; i += V::kBytes) V::stream(to + i, V::load(from + i));
+    else
+      std::memcpy(to, from, size_t(cols));
+  }
+}
+
+template <class V>
+constexpr Kernels make_kernels() {
+  return {
+      {{Quantize<V, BFloat16, E4M3>::kernels(), Quantize<V, BFloat16, E5M2>::kernels()},
+       {Quantize<V, Half, E4M3>::kernels(), Quantize<V, Half, E5M2>::kernels()},
+       {Quantize<V, Float, E4M3>::kernels(), Quantize<V, Float, E5M2>::kernels()}},
+      {{Dequantize<V, E4M3, BFloat16>::kernel, Dequantize<V, E4M3, Half>::kernel,
+        Dequantize<V, E4M3, Float>::kernel},
+       {Dequantize<V, E5M2, BFloat16>::kernel, Dequantize<V, E5M2, Half>::kernel,
+        Dequantize<V, E5M2, Float>::kernel}},
+      transpose_tile<typename V::Squares, uint16_t>,
+      transpose_tile<typename V::Squares, uint32_t>,
+      transpose_codes<V>,
+      copy_codes<V>,
+      V::fence,
+  };
+}
