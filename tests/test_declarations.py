@@ -33,12 +33,12 @@ def test_public_declarations_are_the_public_ops():
 
 def test_an_op_declared_twice_is_an_error():
     with pytest.raises(RuntimeError, match="quantize_1x128 must have one declaration"):
-        declare("quantize_1x128", fake=lambda x: x, flops=None, batching=lambda *_: None)
+        declare("quantize_1x128", fake=lambda x: x, flops=None, batching=lambda *_: (None, None))
 
 
 def test_an_op_that_cpp_lacks_is_an_error():
     with pytest.raises(AttributeError, match="no_such_op"):
-        declare("no_such_op", fake=lambda x: x, flops=None, batching=lambda *_: None)
+        declare("no_such_op", fake=lambda x: x, flops=None, batching=lambda *_: (None, None))
     assert "no_such_op" not in DECLARATIONS
 
 

@@ -62,4 +62,4 @@ def test_other_dtypes_are_refused(field, dtype):
 
 def test_pow2_scale_must_be_a_bool():
     with pytest.raises(TypeError, match=r"Recipe: pow2_scale must be True or False \(got 1\)"):
-        Recipe(pow2_scale=1)
+        Recipe(pow2_scale=1)  # type: ignore[arg-type]

@@ -4,6 +4,7 @@ quantizers and dequantize, within the tensor core's rounding for GEMMs."""
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -299,13 +300,14 @@ def test_grouped_references_by_hand(case):
         expected = values.view(3, 2, 4) * masks[:, :, None]
         assert torch.equal(result.nan_to_num(-1), expected.nan_to_num(-1))
     else:
-        index, factors = {
+        cases: dict[str, tuple[dict[str, Any], list[float]]] = {
             "offsets": ({"offsets": torch.tensor([2, 2, 5])}, [1, 1, 3, 3, 3, torch.nan]),
             "group ids": (
                 {"group_ids": torch.tensor([2, -1, 0, 2, 1, -5])},
                 [3, torch.nan, 1, 3, 2, torch.nan],
             ),
-        }[case]
+        }
+        index, factors = cases[case]
         result = reference.m_grouped_fp8_gemm_nt_contiguous(x, x_scale, *b, **index)
         expected = values * torch.tensor(factors)[:, None]
         assert torch.equal(result.nan_to_num(-1), expected.nan_to_num(-1))

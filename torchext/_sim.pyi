@@ -85,14 +85,14 @@ def op_classes() -> list[dict[str, str]]:
 
 def encode(
     format: str,
-    values: npt.NDArray[np.float64],
+    values: npt.ArrayLike,
     rounding: str = "rn",
     satfinite: bool = False,
     relu: bool = False,
 ) -> npt.NDArray[np.uint32]:
     """Codes of `values` (flat) in f32, tf32, f16, bf16, e4m3, e5m2 or ue8m0, as `cvt` rounds."""
 
-def decode(format: str, codes: npt.NDArray[np.uint32]) -> npt.NDArray[np.float32]:
+def decode(format: str, codes: npt.ArrayLike) -> npt.NDArray[np.float32]:
     """The values (flat) of codes, exactly; NaN codes give the canonical NaN."""
 
 def mma(

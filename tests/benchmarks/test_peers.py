@@ -11,7 +11,7 @@ from torch import Tensor
 from benchmarks.cases import GROUPED, Case
 from benchmarks.contenders import deepgemm
 from benchmarks.contenders.plain_fp8 import dequantize, round_up
-from benchmarks.problems import PROBLEMS
+from benchmarks.problems import GroupedProblem
 
 
 def columns_aligned(scale: Tensor) -> None:
@@ -65,7 +65,7 @@ def deep_gemm(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 @pytest.mark.parametrize("op", GROUPED)
 def test_deepgemm_is_handed_groups_in_its_own_layouts(deep_gemm, op):
-    problem = PROBLEMS["grouped"](Case("grouped", op, "given", "", (3, 256, 128, 384)), "cpu")
+    problem = GroupedProblem(Case("grouped", op, "given", "", (3, 256, 128, 384)), "cpu")
     run = deepgemm.grouped(problem)
     for _ in range(2):
         if run.before:

@@ -372,7 +372,7 @@ def test_older_positions_of_compiled_dims(device, tensor_core, copies):
     a, b = by_token(20, 300, device), by_token(40, 300, device)
     d = torch.ones(20, 40, device=device)
     pairs = [list(stored(x, False)) for x in (a, b)]  # lists work like tuples
-    deep_gemm.fp8_gemm_nt(*pairs, d, d, [1, 1, 128], "nk", True)
+    deep_gemm.fp8_gemm_nt(*pairs, d, d, [1, 1, 128], "nk", True)  # type: ignore[arg-type]
     assert_within_bound(d, a, b, tensor_core=tensor_core, old=torch.ones(20, 40))
 
 
@@ -386,7 +386,7 @@ def test_packed_exponents_are_decoded(layout, device, copies):
 
     def packed(operand):
         scale = torch.nn.functional.pad(operand.scale, (0, 2), value=1.0)
-        return Operand(operand.data, deep_gemm.pack_ue8m0_to_int(scale), None, None)
+        return Operand(operand.data, deep_gemm.pack_ue8m0_to_int(scale), None, None)  # type: ignore[arg-type]
 
     multiply(layout, packed(a), packed(b), d)  # the default recipe is (1, 1, 128) here
     assert torch.equal(d, expected)

@@ -291,7 +291,7 @@ def test_k_grouped_by_packed_exponents(ks, device, copies):
     sizes = torch.tensor(ks, dtype=torch.int32, device=device)
     wide, packed = [], []
     for rows in (40, 24):
-        parts: list[torch.Tensor] = []
+        parts: list[tuple[torch.Tensor, torch.Tensor]] = []
         for k in ks:
             x = torch.randn(deep_gemm.align(k, 128), rows, device=device)
             x[k:] = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -187,7 +188,7 @@ def test_every_tile_computes_groups(kind):
         if kind == "masked":
             ops.m_grouped_fp8_gemm_nt_masked(*a, *b, counts, out=out.view(4, m // 4, n))
         else:
-            by = {"offsets": GROUPS} if kind == "offsets" else {"group_ids": ids}
+            by: dict[str, Any] = {"offsets": GROUPS} if kind == "offsets" else {"group_ids": ids}
             ops.m_grouped_fp8_gemm_nt_contiguous(*a, *b, **by, out=out)
         assert out[~used].isnan().all()
         return out[used]

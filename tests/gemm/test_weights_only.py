@@ -53,7 +53,9 @@ def quantize(granularity, w, dtype=E4M3):
     return Operand.of(*QUANTIZERS[granularity](w, dtype=dtype), 128 if granularity == BLOCKS else 1)
 
 
-def operands(granularity, m, n, k, device, *, dtype=torch.bfloat16, fp8=E4M3):
+def operands(
+    granularity, m, n, k, device, *, dtype=torch.bfloat16, fp8=E4M3
+) -> tuple[torch.Tensor, Operand]:
     kind = {BLOCKS: "1d2d", GROUPS: "1d1d"}.get(granularity, granularity)
     x, w = (unquantized(kind, (rows, k)).to(device) for rows in (m, n))
     return x.to(dtype), quantize(granularity, w, fp8)

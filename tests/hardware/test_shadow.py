@@ -118,8 +118,8 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert COMPILER is not None
     path = tmp_path_factory.mktemp("fake") / "libcuda.so"
     source = ROOT / "tests" / "hardware" / "shadow" / "fake_cuda.c"
-    command = [COMPILER, "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", "-o", path, source]
-    subprocess.run(command, check=True)
+    command = [COMPILER, "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror"]
+    subprocess.run([*command, "-o", str(path), str(source)], check=True)
     return path
 
 

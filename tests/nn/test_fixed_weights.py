@@ -37,7 +37,9 @@ def test_fixed_weights_are_quantized_once(device, recipe):
         with torch.no_grad():
             assert torch.equal(linear.eval()(x), y)
             linear.train()
-    assert all(torch.equal(p.grad, g) for p, g in zip(linear.parameters(), gradients, strict=True))
+    for parameter, gradient in zip(linear.parameters(), gradients, strict=True):
+        assert parameter.grad is not None and gradient is not None
+        assert torch.equal(parameter.grad, gradient)
     of_x_and_dy = {name: 3 * n for name, n in alone.calls.items() if name not in QUANTIZE_WEIGHT}
     if recipe.granularity == "blockwise":  # only here do weights have a quantizer of their own
         assert alone.of(*QUANTIZE_WEIGHT) == counter.of(*QUANTIZE_WEIGHT) == 1
@@ -125,7 +127,7 @@ def test_fixed_weights_wants_a_module():
         pytest.raises(
             TypeError, match=r"fixed_weights: model must be a torch\.nn\.Module \(got list"
         ),
-        fixed_weights([Linear(8, 8)]),
+        fixed_weights([Linear(8, 8)]),  # type: ignore[arg-type]
     ):
         pass
     with fixed_weights(torch.nn.ReLU()):  # a module without weights to fix

@@ -331,7 +331,7 @@ def test_from_linear_shares_parameters_and_hooks(device):
     linear.register_forward_hook(lambda module, args, output: None)
     assert linear.weight is not plain.weight and len(plain._forward_hooks) == 1
     with pytest.raises(TypeError, match=r"linear must be a torch\.nn\.Linear \(got .*Bilinear"):
-        Linear.from_linear(torch.nn.Bilinear(2, 2, 2))
+        Linear.from_linear(torch.nn.Bilinear(2, 2, 2))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

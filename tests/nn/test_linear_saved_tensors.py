@@ -175,7 +175,7 @@ def test_saved_tensors_of_compiled_layers_may_be_copied(device, recipe, backend)
         linear = normal_linear(device, k, n, recipe)
         x = normal(m, k, device=device, grad=True)
         expected = gradients(linear, x)[:2]  # the bias's gradient may be summed in another order
-        compiled = torch.compile(linear, backend=backend, fullgraph=True)
+        compiled: Any = torch.compile(linear, backend=backend, fullgraph=True)
         assert_equal(gradients(compiled, x)[:2], expected)
         for copy in COMPILED_COPIES.values():
             assert_equal(gradients(compiled, x, hooks(copy))[:2], expected)
@@ -186,7 +186,7 @@ def test_saved_tensors_of_compiled_layers_may_be_copied(device, recipe, backend)
 def test_saved_tensors_of_compiled_layers_of_dynamic_size(device):
     torch._dynamo.reset()
     linear = normal_linear(device, 200, 136)
-    compiled = torch.compile(linear, backend="aot_eager", fullgraph=True, dynamic=True)
+    compiled: Any = torch.compile(linear, backend="aot_eager", fullgraph=True, dynamic=True)
     for m in (9, 32, 300):
         x = normal(m, 200, device=device, grad=True)
         torch._dynamo.mark_dynamic(x, 0)
@@ -249,9 +249,9 @@ def test_products_of_what_compiled_layers_keep(device, recipe, n, k):
     )
     product = torch.ops.torchext._fp8_gemm_nt_kept.default
     operands = (dy.data, dy.scale, kept.data_t, kept.scale_t)
-    assert torch.equal(
-        product(*operands), ops.fp8_gemm_nt(dy.data, dy.scale, eager.data_t, eager.scale_t)
-    )
+    plain: Any = (dy.data, dy.scale, eager.data_t, eager.scale_t)
+    expected = ops.fp8_gemm_nt(*plain)
+    assert torch.equal(product(*operands), expected)
     if n == 128:  # else opcheck's copies of dy's operands would lose their layout
         opcheck(product, operands)
     if recipe.granularity == "blockwise":

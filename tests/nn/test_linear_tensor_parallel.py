@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
+    ParallelStyle,
     RowwiseParallel,
     SequenceParallel,
     parallelize_module,
@@ -38,7 +39,7 @@ class Mlp(torch.nn.Module):
         return self.down(torch.nn.functional.gelu(self.up(self.norm(x))))
 
 
-PLANS = {
+PLANS: dict[str, dict[str, ParallelStyle]] = {
     "tensor": {"up": ColwiseParallel(), "down": RowwiseParallel()},
     "sequence": {
         "norm": SequenceParallel(),
@@ -49,7 +50,8 @@ PLANS = {
 }
 
 
-def whole(tensor: Tensor) -> Tensor:
+def whole(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -77,7 +79,7 @@ def differences(
     gradients = zip(model.named_parameters(), plain.parameters(), strict=True)
     return {
         "output": difference(whole(y), expected),
-        **{name: difference(whole(p.grad), q.grad) for (name, p), q in gradients},
+        **{name: difference(whole(p.grad), whole(q.grad)) for (name, p), q in gradients},
     }
 
 
@@ -154,7 +156,7 @@ def test_any_placement(mesh):
     for placement in (Replicate(), Shard(0), Shard(1), Shard(2)):
         distributed = distribute_tensor(x, mesh, [placement])
         for weight in (Replicate(), Shard(0), Shard(1)):
-            parameters = {
+            parameters: dict[str, Tensor] = {
                 "weight": distribute_tensor(layer.weight, mesh, [weight]),
                 "bias": distribute_tensor(layer.bias, mesh, [Replicate()]),
             }

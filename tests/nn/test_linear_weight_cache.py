@@ -6,6 +6,7 @@ import copy
 import ctypes
 import threading
 from collections.abc import Callable
+from typing import Literal
 
 import pytest
 import torch
@@ -134,7 +135,7 @@ def test_tied_layers_can_be_converted(device, swap):
     finally:
         torch.__future__.set_swap_module_params_on_conversion(False)
     for layer in model:
-        assert layer.weight.dtype == torch.bfloat16
+        assert isinstance(layer, Linear) and layer.weight.dtype == torch.bfloat16
         assert_quantized_afresh(layer, x)
 
 
@@ -363,7 +364,9 @@ def _traced(linear: Linear, x: torch.Tensor) -> None:
     assert "torchext::_linear" in str(traced.inlined_graph)
 
 
-def _made_by_fx(mode: str, pre_dispatch: bool = False) -> Callable[[Linear, torch.Tensor], None]:
+def _made_by_fx(
+    mode: Literal["real", "fake", "symbolic"], pre_dispatch: bool = False
+) -> Callable[[Linear, torch.Tensor], None]:
     from torch.fx.experimental.proxy_tensor import make_fx
 
     def make(linear: Linear, x: torch.Tensor) -> None:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -174,7 +175,7 @@ def test_no_finding_and_the_same_bits(capability: int, name: str) -> None:
     on_cpu = outputs_of(case.run())
     first: list[torch.Tensor] | None = None
     for seed, mode in RUNS:
-        options = {"seed": seed, "completion": mode, "num_sms": num_sms}
+        options: dict[str, Any] = {"seed": seed, "completion": mode, "num_sms": num_sms}
         with sim.simulate(compute_capability=capability, **options) as simulation, case.forced():
             outputs = outputs_of(case.run())
         assert all(report.ok for report in simulation.reports)

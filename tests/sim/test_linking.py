@@ -208,7 +208,7 @@ def test_relocatable_modules_of_nvcc(tmp_path):
         pytest.skip("there is no nvcc to compile with")
     for name, source in SOURCES.items():
         (tmp_path / f"{name}.cu").write_text(source)
-        command = [nvcc, "-arch=compute_90", "-rdc=true", "-lineinfo", "-ptx", f"{name}.cu"]
+        command = [str(nvcc), "-arch=compute_90", "-rdc=true", "-lineinfo", "-ptx", f"{name}.cu"]
         subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
     module = sim.Module([tmp_path / "a.ptx", tmp_path / "b.ptx"])
     module.variable("total").set(1000)

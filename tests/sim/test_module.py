@@ -2,6 +2,7 @@
 
 import ctypes
 import re
+from typing import Any
 
 import numpy as np
 import pytest
@@ -310,7 +311,7 @@ def test_launch_errors(change, error, message):
     values = dict(
         x=np.ones(5, np.float32), y=np.ones(5, np.float32), a=np.float32(1), n=np.int32(5)
     )
-    options = dict(grid=1, block=32)
+    options: dict[str, Any] = dict(grid=1, block=32)
     for key, value in change.items():
         (values if key in values else options)[key] = value
     options.setdefault("args", list(values.values()))

@@ -227,7 +227,7 @@ def test_floating_atomics(name, dtype):
     module = kernel(body, ".param .u64 values, .param .u64 slot")
     report = module.launch("kernel", grid=1, block=threads, args=[sim.read_only(values), slot])
     assert report.ok, str(report)
-    want = [values[::2].sum(), values[1::2].sum()] if packed else [values.sum(), 0]
+    want: list[Any] = [values[::2].sum(), values[1::2].sum()] if packed else [values.sum(), 0]
     assert slot.tolist() == [float(v) for v in want]
 
 

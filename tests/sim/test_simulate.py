@@ -10,7 +10,7 @@ available, reason = torchext.is_available("sim")
 pytestmark = pytest.mark.skipif(not available, reason=reason)
 
 
-def quantize():
+def quantize() -> tuple[torch.Tensor, torch.Tensor]:
     torch.manual_seed(0)
     return torchext.ops.quantize_1x128(torch.randn(33, 300).bfloat16())
 

@@ -1,5 +1,7 @@
 """Tensor maps: every rule of cuTensorMapEncodeTiled, and the addresses of a box."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -11,7 +13,7 @@ SIZE = {U8: 1, U16: 2, F16: 2, F32: 4, F64: 8, BF16: 2}
 
 def encode(**changes):
     """Encodes a legal map of a 100 x 64 x 3 tensor of f16, with `changes` to the arguments."""
-    arguments = dict(
+    arguments: dict[str, Any] = dict(
         data_type=F16, global_address=0x10000, global_dim=[100, 64, 3],
         global_strides=[208, 208 * 64], box_dim=[64, 32, 1], element_strides=[1, 1, 1],
         swizzle=3,
@@ -21,7 +23,7 @@ def encode(**changes):
 
 
 def test_fields_survive_the_128_bytes():
-    arguments = dict(
+    arguments: dict[str, Any] = dict(
         data_type=BF16, global_address=0x7FFFFFFFFFF0, global_dim=[1 << 32, 1, 7, 5, 9],
         global_strides=[16, (1 << 40) - 16, 32, 0], box_dim=[8, 256, 1, 2, 3],
         element_strides=[1, 8, 2, 3, 4], swizzle=1, l2_promotion=3, oob_fill=1,
@@ -206,7 +208,7 @@ def test_random_arguments_are_encoded_or_refused():
     encoded = refused = 0
     for _ in range(20000):
         rank = pick(1, 2, 2, 3, 4, 5, 0, 6)
-        arguments = dict(
+        arguments: dict[str, Any] = dict(
             data_type=pick(*range(13), -1, 15), global_address=pick(0, 16, 1 << 47, 24, 2**64 - 16),
             global_dim=[pick(1, 100, 1 << 32, 1 << 20, 77, 5, 0) for _ in range(rank)],
             global_strides=[pick(0, 16, 128, 4096, 1 << 20, 8, 1 << 40) for _ in range(rank - 1)],

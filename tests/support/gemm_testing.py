@@ -41,7 +41,7 @@ class Operand:
         return self.values * self.scales
 
     @property
-    def quantized(self):
+    def quantized(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self.data, self.scale
 
     @staticmethod

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils import cpp_extension
@@ -379,8 +380,8 @@ def _bits(outputs: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
 
 def _run(problem: Problem, ptx: Path, seed: int, mode: str, checks: bool):
     """(outputs, or None if the run failed; kinds of findings)"""
-    options = {"seed": seed, "completion": mode, "num_sms": problem.num_sms, "num_threads": 1}
-    options["compute_capability"] = problem.capability
+    options: dict[str, Any] = {"seed": seed, "completion": mode, "num_threads": 1}
+    options |= {"num_sms": problem.num_sms, "compute_capability": problem.capability}
     with sim.simulate(ptx=[ptx], checks=checks, **options) as simulation:
         try:
             outputs = problem.outputs()

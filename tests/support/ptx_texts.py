@@ -41,11 +41,11 @@ def ptxas_accepts(text: str, arch: str = "sm_90a") -> str:
     return done.stdout + done.stderr if done.returncode else ""
 
 
-def run(text: str, words: int = 32, dtype=np.uint32, block: int = 32, grid: int = 1, **options):
+def run(text: str | sim.Module, words: int = 32, dtype=np.uint32, **options):
     """Launches `k` on one buffer of `words` zeros; returns the report and the buffer."""
     out = np.zeros(words, dtype)
     module = sim.Module(text) if isinstance(text, str) else text
-    report = module.launch("k", grid=grid, block=block, args=[out], **options)
+    report = module.launch("k", args=[out], **{"grid": 1, "block": 32, **options})
     return report, out
 
 

@@ -246,7 +246,7 @@ class Driver:
             )
         if launch.non_portable_cluster:
             self._call("cuFuncSetAttribute", function, NON_PORTABLE_CLUSTER_SIZE_ALLOWED, 1)
-        attributes = []
+        attributes: list[tuple[int, tuple[int, ...]]] = []
         if launch.cluster is not None:
             attributes.append((CLUSTER_DIMENSION, launch.cluster))
         if launch.cooperative:
