@@ -32,6 +32,7 @@ MAINLOOP = "csrc/gemm/sm90/mainloop.cuh"
 EPILOGUE = "csrc/gemm/sm90/epilogue.cuh"
 ACTIVATION = "csrc/gemm/sm90/activation.cuh"
 MMA = "csrc/gemm/mma/fp8_gemm_nt.cuh"
+LINEAR = "csrc/gemm/mma/fp8_linear.cuh"
 GROUPS = "csrc/quantize/cuda/groups.cu"
 BLOCKS = "csrc/quantize/cuda/blocks.cu"
 
@@ -53,6 +54,10 @@ GATED = "128x128, 128, 256, 3, false"
 MMA_SOURCE = """
 #include "../mma/fp8_gemm_nt.cuh"
 TORCHEXT_MMA_KERNEL(mma89_fp8_gemm_nt_1d2d_e4m3_e4m3_128x128x128, Sm89, k1D2D, e4m3, e4m3, Large)
+"""
+LINEAR_SOURCE = """
+#include "../mma/fp8_linear.cuh"
+TORCHEXT_LINEAR_KERNEL(mma80_fp8_linear_bf16_e4m3_128x128x128, ToBf16, e4m3, LinearLarge)
 """
 
 
@@ -91,6 +96,13 @@ def _gemm(
         return (ops.fp8_gemm_nt(*a, *b, out_dtype=out_dtype),)
 
     return run
+
+
+def _linear() -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(13)
+    x = torch.randn(256, 1000, generator=generator).bfloat16()
+    weight = _on_the_cpu(ops.quantize_1x128, torch.randn(256, 1000, generator=generator))
+    return (ops.fp8_linear(x, *weight),)
 
 
 @contextmanager
@@ -169,6 +181,7 @@ PROBLEMS = {
     "unaligned groups": Problem(_kernel(SWAPPED), _unaligned_groups, tile=SWAPPED),
     "gated": Problem(_kernel(GATED, op="_swiglu_quantize", output="kGated"), _swiglu, tile=GATED),
     "by cp.async": Problem(MMA_SOURCE, _gemm(256, 256, 1024), capability=89),
+    "weights only": Problem(LINEAR_SOURCE, _linear, capability=80),
     "dual": Problem(GROUPS, _dual),
     "blocks": Problem(BLOCKS, _blocks),
 }
@@ -335,6 +348,26 @@ MUTANTS = [
            ""),
     Mutant("swizzle of the copies and of ldmatrix differ", "by cp.async", MMA,
            "(threadIdx.x % 8) ^ (row % 8)", "(threadIdx.x % 8) ^ (row % 4)"),
+    Mutant("no cp.async.wait_group", "weights only", LINEAR,
+           "      ptx::cp_async_wait_group<C::kStages - 2>();\n", ""),
+    Mutant("no barrier after the copies of a block", "weights only", LINEAR,
+           "      __syncthreads();  // the block is there for all", "      // "),
+    Mutant("slot refilled while it is read", "weights only", LINEAR,
+           "slot == 0 ? C::kStages - 1 : slot - 1", "slot"),
+    Mutant("tile loaded before the last one is stored", "weights only", LINEAR,
+           "    __syncthreads();  // the last tile has been finished\n", ""),
+    Mutant("product laid over operands that are still read", "weights only", LINEAR,
+           "    __syncthreads();  // operands have been read: the product may take their place\n",
+           ""),
+    Mutant("product finished before all have written it", "weights only", LINEAR,
+           "    __syncthreads();\n    finish_tile", "    finish_tile"),
+    Mutant("swizzle of the copies and of the loads of x differ", "weights only", LINEAR,
+           "x_row % C::kSwizzle * C", "x_row % 2 * C"),
+    Mutant("x read past the end of K", "weights only", LINEAR,
+           "valid >> i & 1 ? x_bytes : 0", "valid >> i & 1 ? 16 : 0"),
+    Mutant("two weights exchanged", "weights only", LINEAR, "0x3424", "0x2434"),
+    Mutant("scales of the first K block for all", "weights only", LINEAR,
+           "p.b_scale + k_block * p.b_scale_k_block", "p.b_scale"),
     Mutant("no barrier between a tile's two passes", "dual", GROUPS,
            "  __syncthreads();\n", ""),
     Mutant("rows' bound off by one", "dual", GROUPS,
