@@ -334,9 +334,13 @@ TILE = re.compile(r"(\d+)x(\d+)(?:x(\d+))?(?!.*\dx\d)")
 
 
 def tile_macs(name: str, k_block: int = 128) -> int | None:
-    """Multiply-adds (M x N x K) of a K block of the tile in the kernel's name, or None."""
+    """Multiply-adds (M x N x K) of a K block of the tile in the kernel's name, or None.
+
+    fp8_linear multiplies each of the three BF16 parts of an FP32 x.
+    """
     match = TILE.search(name)
-    return int(match[1]) * int(match[2]) * int(match[3] or k_block) if match else None
+    parts = 3 if "_fp8_linear_f32_" in name else 1
+    return parts * int(match[1]) * int(match[2]) * int(match[3] or k_block) if match else None
 
 
 def main_loop(name: str, code: list[Instruction], threads: int) -> MainLoop | None:

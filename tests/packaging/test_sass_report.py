@@ -100,6 +100,8 @@ def test_mma_sync_is_counted_by_warps():
     loop = sass.main_loop("mma80_fp8_gemm_nt_16x16x32", code(text), threads=64)
     assert loop is not None and loop.warps == 2 and loop.mma.shape == (16, 8, 16)
     assert loop.blocks == 1 and loop.macs == 16 * 16 * 32
+    split = sass.main_loop("mma80_fp8_linear_f32_e4m3_16x16x32", code(text), threads=64)
+    assert split is not None and split.blocks == 1 / 3 and split.macs == 3 * 16 * 16 * 32
     nameless = sass.main_loop("mma80", code(text), threads=64)
     assert nameless is not None and nameless.blocks is None and nameless.counts["mma"] == 2
     with pytest.raises(RuntimeError, match="no loop around any"):

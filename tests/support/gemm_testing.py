@@ -13,7 +13,8 @@ from torchext._catalog.entry import E4M3, E5M2
 
 WIDE = [torch.bfloat16, torch.float16, torch.float32]
 SMALLEST_NORMAL = {
-    E4M3: 2.0**-6, E5M2: 2.0**-14, torch.bfloat16: 2.0**-126, torch.float16: 2.0**-14,
+    E4M3: 2.0**-6, E5M2: 2.0**-14, torch.float16: 2.0**-14, torch.bfloat16: 2.0**-126,
+    torch.float32: 2.0**-126,
 }  # fmt: skip
 ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
 LEAST = {torch.bfloat16: 2.0**-133, torch.float16: 2.0**-24, torch.float32: 2.0**-149}
@@ -157,7 +158,7 @@ TENSOR_CORES = {
     "sm80": TensorCore(8, 2.0**-23),
 }
 # The weights-only product multiplies FP16 or BF16 by mma.sync on all of them. sm_90 truncates terms
-# 25 bits below the largest.
+# 25 bits below the largest. An FP32 input is three BF16, so its block takes three times the steps.
 WIDE_TENSOR_CORES = {
     "sm90": TensorCore(16, 2.0**-23),
     "sm89": TensorCore(8, 2.0**-23),

@@ -38,8 +38,8 @@ SelectKernel mma89_fp8_gemm_nt_1d2d, mma89_fp8_gemm_nt_1d1d, mma89_fp8_gemm_nt_r
 SelectKernel mma80_fp8_gemm_nt_1d2d, mma80_fp8_gemm_nt_1d1d, mma80_fp8_gemm_nt_rowwise;
 GemmKernel plain_fp8_gemm_nt();  // any granularity, formats and size
 
-// Weights-only products of a BF16 or FP16 a (fp8_linear.cuh), for every granularity.
-using SelectLinear = GemmKernel(TileSize size, bool bf16, bool b_e5m2);
+// Weights-only products (fp8_linear.cuh), for every granularity.
+using SelectLinear = GemmKernel(TileSize size, ScalarType a_dtype, bool b_e5m2);
 SelectLinear mma80_fp8_linear, sm90_fp8_linear;
 
 }  // namespace torchext::mma

@@ -27,10 +27,9 @@ GemmKernel select(Path path, const GemmProblem& p, TileSize size) {
   const bool a_e5m2 = p.a_dtype == ScalarType::Float8_e5m2;
   const bool b_e5m2 = p.b_dtype == ScalarType::Float8_e5m2;
   const bool sm89 = path == Path::sm89;
-  if (path == Path::plain || p.a_dtype == ScalarType::Float) return plain_fp8_gemm_nt();
+  if (path == Path::plain) return plain_fp8_gemm_nt();
   if (is_wide(p.a_dtype))
-    return (path == Path::sm90 ? sm90_fp8_linear : mma80_fp8_linear)(
-        size, p.a_dtype == ScalarType::BFloat16, b_e5m2);
+    return (path == Path::sm90 ? sm90_fp8_linear : mma80_fp8_linear)(size, p.a_dtype, b_e5m2);
   if (one_scale_a_tile(p))
     return (sm89 ? mma89_fp8_gemm_nt_1d2d : mma80_fp8_gemm_nt_1d2d)(size, a_e5m2, b_e5m2);
   if (p.granularity == Granularity::kRowwise)
