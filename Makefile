@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 BUILT := build/.built
 SOURCES := setup.py pyproject.toml $(shell find csrc ptx -type f -not -name '*.pyc' -not -name '*.md')
 
-.PHONY: all demo check test test-cpu test-sim asan tsan lint format bench bench-cpu soak wheel gpu-check sass-report clean
+.PHONY: all demo check test test-cpu test-sim asan tsan lint format bench bench-cpu instruction-counts soak wheel gpu-check sass-report clean
 all: $(BUILT)
 
 $(VENV)/.ready: pyproject.toml Makefile csrc/build/setup_venv.sh csrc/build/toolchain.py
@@ -36,6 +36,7 @@ check: $(BUILT) lint
 
 test: $(BUILT) lint test-cpu test-sim asan tsan
 	$(BIN)/python tools/sass_report.py --check
+	$(BIN)/python tools/instruction_counts.py --check
 
 test-cpu: $(BUILT)
 	$(PARALLEL_PYTEST) -m "not alone" $(PYTEST_ARGS)
@@ -86,6 +87,10 @@ bench-cpu: $(BUILT)
 # Pass arguments by ARGS: make soak ARGS="--minutes 30 --seed 7"
 soak: $(BUILT)
 	$(BIN)/python -m tests.hardware.soak $(ARGS)
+
+# Writes tools/instruction_counts.json, the instructions that CPU kernels execute. Needs valgrind.
+instruction-counts: $(BUILT)
+	$(BIN)/python tools/instruction_counts.py --update
 
 # Writes docs/sass_report.md, the facts about every kernel's machine code. Needs no GPU.
 sass-report: $(BUILT)
