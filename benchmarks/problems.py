@@ -182,8 +182,8 @@ def _bits(x: Tensor) -> Tensor:
     return x.contiguous().view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[x.element_size()])
 
 
-def product_tolerance() -> tuple[float, float]:
-    bound: Any = entry("fp8_gemm_nt").bound
+def product_tolerance(op: str = "fp8_gemm_nt") -> tuple[float, float]:
+    bound: Any = entry(op).bound
     return bound.relative, bound.worst
 
 
@@ -251,7 +251,7 @@ class GemmProblem(Problem):
 
     def check_w8a16(self, result: object) -> dict:
         assert isinstance(result, Tensor)
-        return require(difference(result, self.expected_w8a16), *product_tolerance())
+        return require(difference(result, self.expected_w8a16), *product_tolerance("fp8_linear"))
 
     def check_fp8(self, result: object, promoted: bool = True) -> dict:
         assert isinstance(result, Tensor)

@@ -75,6 +75,8 @@ def calls() -> dict[str, Callable[[], object]]:
         "fp8_gemm_nt 1D1D 512x256x128": lambda: ops.fp8_gemm_nt(*x_t, *weight_t),
         "fp8_gemm_nt 1D2D 2x256x512": lambda: ops.fp8_gemm_nt(*few, *b),
         "fp8_gemm_nt 1D2D 16x16x128": lambda: ops.fp8_gemm_nt(*small[0], *small[1]),
+        "fp8_linear 128x256x512": lambda: ops.fp8_linear(x, *b),
+        "fp8_linear 2x256x512": lambda: ops.fp8_linear(x[:2], *b),
         "fp8_gemm_nt_swiglu_quantize 128x256x512": (
             lambda: ops.fp8_gemm_nt_swiglu_quantize(*a, *b)
         ),

@@ -60,20 +60,12 @@ def gemm(problem: GemmProblem) -> Run:
     )
 
 
-def require_weights_only(device: str) -> str:
-    from torchext import ops
-
-    if "fp8_linear" not in ops.OPS:
-        raise RuntimeError("this version of torchext has no fp8_linear")
-    return require(device)
-
-
 def weights_only(problem: GemmProblem) -> Run:
     """fprop of rows that are not quantized, by an FP8 weight."""
     from torchext import ops
 
-    op, x, weight = vars(ops)["fp8_linear"], problem.left, problem.right_fp8
-    return Run(lambda: op(x, *weight), problem.check_w8a16)
+    x, weight = problem.left, problem.right_fp8
+    return Run(lambda: ops.fp8_linear(x, *weight), problem.check_w8a16)
 
 
 def grouped(problem: GroupedProblem) -> Run:
@@ -158,7 +150,7 @@ DEVICES = ("cpu", "cuda")
 CONTENDERS = [
     Contender(SUBJECT, "quantize", DEVICES, require, quantize),
     Contender(SUBJECT, "gemm", DEVICES, require, gemm),
-    Contender("torchext_w8a16", "gemm", DEVICES, require_weights_only, weights_only),
+    Contender("torchext_w8a16", "gemm", DEVICES, require, weights_only),
     Contender(SUBJECT, "grouped", DEVICES, require, grouped),
     Contender(SUBJECT, "fused", DEVICES, require, fused),
     Contender("torchext_unfused", "fused", DEVICES, require, unfused),
