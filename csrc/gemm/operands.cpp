@@ -28,7 +28,7 @@ void check_operand(const char* op, const char* name, const Tensor& tensor, const
   TORCHEXT_CHECK_TYPE(is_fp8(tensor.scalar_type()), op, ": ", name,
                       " must be torch.float8_e4m3fn or torch.float8_e5m2 (got ",
                       dtype_name(tensor.scalar_type()),
-                      "); quantize it first, with torchext.ops.quantize_1x128, say");
+                      "); quantize it first, for example with torchext.ops.quantize_1x128");
   const bool contiguous = k <= 1 || tensor.stride(tensor.dim() - 1) == 1;
   const bool pitched = rows.count <= 1 || rows.stride % 16 == 0;
   const bool aligned = address(tensor.data_ptr()) % 16 == 0;

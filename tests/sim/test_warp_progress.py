@@ -218,7 +218,7 @@ BARRIERS = {
     "mbarrier.arrive.shared::cta.b64 _, [%r8];\nWAIT:\n"
     "mbarrier.try_wait.parity.shared::cta.b64 %p4, [%r8], 0;\n@!%p4 bra WAIT;",
 }
-NEIGHBOUR = """
+NEIGHBOR = """
     .shared .align 8 .b8 bar[8];
     .shared .align 4 .b8 slots[512];
     mov.u32 %r1, %tid.x;
@@ -244,7 +244,7 @@ DONE:
 @pytest.mark.parametrize("leave", LEAVE)
 def test_threads_leave_before_a_barrier(leave, barrier, block, n):
     """The barrier orders the remaining threads, whatever the CTA's size and whichever have left."""
-    code = NEIGHBOUR.format(
+    code = NEIGHBOR.format(
         leave=LEAVE[leave].format(n=n),
         barrier=BARRIERS[barrier].format(n=n, padded=-(-n // 32) * 32),
         n=n,
