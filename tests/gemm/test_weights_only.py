@@ -1,5 +1,7 @@
 """fp8_linear compared with the float64 product of x and the dequantized weight, within the bound of
-docs/numerics.md (gemm_testing.py); its gradients, transforms and errors."""
+docs/numerics.md (gemm_testing.py); its gradients, transforms and errors.
+
+Above 500 lines because all of these tests share the weight's four granularities."""
 
 from __future__ import annotations
 
