@@ -1,5 +1,5 @@
 // FP8 GEMMs: host entry points of the ops, which check, allocate and dispatch (gemm.cpp,
-// grouped.cpp, fused.cpp; they share operands.cpp), and what the CPU kernel (gemm_cpu.cpp) and the
+// grouped.cpp, fused.cpp; they share operands.cpp), and what the CPU kernels (cpu/) and the
 // CUDA launchers (sm90/launch.cpp, mma/launch.cpp) implement. Numbers: docs/numerics.md.
 #pragma once
 
@@ -128,8 +128,8 @@ inline int64_t out_columns(const GemmProblem& p) {
   return is_gated(p.activation) ? p.n / 2 : p.n;
 }
 
-// `like` is any CPU tensor; torch allocates scratch memory like it.
-void fp8_gemm_cpu(const GemmProblem& problem, const Tensor& like);
+// cpu/gemm_cpu.cpp.
+void fp8_gemm_cpu(const GemmProblem& problem);
 // Launchers, in CUDA builds only: the first for Path::sm90, the second for every other path.
 void fp8_gemm_nt_sm90(Device& device, const GemmProblem& problem,
                       std::initializer_list<Buffer> buffers);

@@ -38,7 +38,8 @@ constexpr uint32_t kInfinityBits = 0x7f800000, kNaNBits = 0x7fc00000;  // of FP3
 template <class Bits_, int kMantissa, int kBias, uint32_t kSpecial>
 struct SmallFloat {
   using Bits = Bits_;
-  static constexpr uint32_t kSign = uint32_t(1) << (8 * sizeof(Bits) - 1);
+  static constexpr int kFraction = kMantissa, kExponentBias = kBias;
+  static constexpr uint32_t kSign = uint32_t(1) << (8 * sizeof(Bits) - 1), kSpecialCode = kSpecial;
 
   // Rounds to nearest even. For values outside the format's range, the result is meaningless.
   //

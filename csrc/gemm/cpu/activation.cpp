@@ -1,11 +1,11 @@
-// Implements activation_cpu.h: activations in FP32, as vector code, then 1x128 quantization.
-#include "activation_cpu.h"
+// Implements activation.h: activations in FP32, as vector code, then 1x128 quantization.
+#include "activation.h"
 
 #include <algorithm>
 
-#include "../runtime/cpu.h"
-#include "../runtime/formats.h"
-#include "../runtime/quantizer.h"
+#include "../../runtime/cpu.h"
+#include "../../runtime/formats.h"
+#include "../../runtime/quantizer.h"
 
 namespace torchext {
 namespace {
@@ -73,22 +73,23 @@ struct ReLU2 {
 
 template <class Function>
 struct Activate {
-  static void run(float* product, const float* bias, int64_t cols, int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      float* __restrict x = product + i * cols;
+  static void run(const Sums& sums, int64_t rows, int64_t cols) {
+    const float* __restrict bias = sums.bias;
+    for (int64_t i = 0; i < rows; ++i) {
+      float* __restrict x = sums.x + i * sums.stride;
       for (int64_t j = 0; j < cols; ++j) x[j] = Function::apply(x[j] + bias[j]);
     }
   }
 };
 
 struct ActivateSwiGLU {
-  static void run(float* product, const float* gate_bias, const float* up_bias, int64_t cols,
-                  int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      float* __restrict gate = product + i * 2 * cols;
-      const float* __restrict up = gate + cols;
+  static void run(const Sums& sums, int64_t rows, int64_t cols) {
+    const float *__restrict bias = sums.bias, *__restrict up_bias = sums.up_bias;
+    for (int64_t i = 0; i < rows; ++i) {
+      float* __restrict gate = sums.x + i * sums.stride;
+      const float* __restrict up = sums.up + i * sums.stride;
       for (int64_t j = 0; j < cols; ++j) {
-        const float x = gate[j] + gate_bias[j];
+        const float x = gate[j] + bias[j];
         gate[j] = x * sigmoid(x) * (up[j] + up_bias[j]);
       }
     }
@@ -99,8 +100,8 @@ struct ActivateSwiGLU {
 template <class Out>
 struct QuantizeRows {
   static void run(const float* product, int64_t stride, int64_t cols, const QuantizedView& out,
-                  uint32_t dropped_mantissa, int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
+                  uint32_t dropped_mantissa, int64_t rows) {
+    for (int64_t i = 0; i < rows; ++i) {
       const auto* x = reinterpret_cast<const Float::Bits*>(product + i * stride);
       uint8_t* data = static_cast<uint8_t*>(out.data) + i * out.data_stride;
       for (int64_t j = 0; j < cols; j += kScaleGroup)
@@ -112,25 +113,22 @@ struct QuantizeRows {
 
 }  // namespace
 
-void activate_and_quantize_cpu(const GemmProblem& p, float* product, const float* bias, int64_t row,
-                               int64_t rows, int64_t col, int64_t cols) {
-  const int64_t grain = ceil_div(1 << 12, cols);
-  int64_t stride = cols;
+void activate_and_quantize_cpu(const GemmProblem& p, const Sums& sums, int64_t row, int64_t rows,
+                               int64_t col, int64_t cols) {
   switch (p.activation) {
     case Activation::kNone:
       break;
     case Activation::kSwiGLU:
-      stride = 2 * cols;
-      run_parallel<ActivateSwiGLU>(rows, grain, product, bias, bias + p.n / 2, cols);
+      run_vectorized<ActivateSwiGLU>(sums, rows, cols);
       break;
     case Activation::kGELU:
-      run_parallel<Activate<GELU>>(rows, grain, product, bias, cols);
+      run_vectorized<Activate<GELU>>(sums, rows, cols);
       break;
     case Activation::kGELUTanh:
-      run_parallel<Activate<GELUTanh>>(rows, grain, product, bias, cols);
+      run_vectorized<Activate<GELUTanh>>(sums, rows, cols);
       break;
     case Activation::kReLU2:
-      run_parallel<Activate<ReLU2>>(rows, grain, product, bias, cols);
+      run_vectorized<Activate<ReLU2>>(sums, rows, cols);
   }
   const bool e5m2 = p.out_dtype == ScalarType::Float8_e5m2;
   const QuantizedView out{static_cast<uint8_t*>(p.out) + row * p.out_stride + col, p.out_stride,
@@ -138,8 +136,7 @@ void activate_and_quantize_cpu(const GemmProblem& p, float* product, const float
                           p.out_scale_column_block};
   const uint32_t dropped = cpu::dropped_mantissa({e5m2, p.pow2_scale});
   with_fp8_format(e5m2, [&](auto format) {
-    run_parallel<QuantizeRows<decltype(format)>>(rows, 8 * grain, product, stride, cols, out,
-                                                 dropped);
+    run_vectorized<QuantizeRows<decltype(format)>>(sums.x, sums.stride, cols, out, dropped, rows);
   });
 }
 

@@ -1,0 +1,50 @@
+// AVX512-BF16 without AVX512_VBMI (Cooper Lake): see avx512_bf16.h. FP8 becomes BF16 by a table of
+// 128 words, two of whose quarters a permutation can read at once.
+#include <algorithm>
+#include <cstring>
+#include <utility>
+
+#include "bf16_table.h"
+#include "intrinsics.h"
+#include "kernel.h"
+
+#ifdef TORCHEXT_X86_LEVELS
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,bmi2,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
+#include "avx512_bf16.h"
+
+namespace torchext::cpu_gemm {
+namespace {
+
+// FP8 codes to BF16: `even` gets those of bytes 0, 2, ..., `odd` the others.
+template <class Number>
+struct DecodeByWords {
+  __m512i words[4];
+
+  DecodeByWords() {
+    for (int i = 0; i < 4; ++i) words[i] = _mm512_load_si512(kBF16Table<Number>.word + 32 * i);
+  }
+
+  // Codes in the high bytes of 16-bit lanes; low bytes do not matter.
+  __m512i decode(__m512i codes) const {
+    const __m512i index = _mm512_srli_epi16(codes, 8);
+    const __mmask32 upper = _mm512_test_epi16_mask(codes, _mm512_set1_epi16(0x4000));
+    const __m512i magnitude =
+        _mm512_mask_blend_epi16(upper, _mm512_permutex2var_epi16(words[0], index, words[1]),
+                                _mm512_permutex2var_epi16(words[2], index, words[3]));
+    return _mm512_or_si512(magnitude, _mm512_and_si512(codes, _mm512_set1_epi16(short(0x8000))));
+  }
+
+  void operator()(__m512i codes, __m512i& even, __m512i& odd) const {
+    even = decode(_mm512_slli_epi16(codes, 8));
+    odd = decode(codes);
+  }
+};
+
+}  // namespace
+
+const Level avx512_bf16 = Loops<BF16<DecodeByWords>>::level();
+
+}  // namespace torchext::cpu_gemm
+#pragma GCC pop_options
+#endif

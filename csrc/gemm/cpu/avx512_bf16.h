@@ -1,0 +1,94 @@
+// Instructions for Loops that multiply pairs of BF16 (vdpbf16ps), on 512-bit vectors. A tile of 14 x
+// 32 fills 28 of 32 registers. A step is a pair of K, and a quad of K becomes the pairs (0, 2) and
+// (1, 3), because these are the even and the odd bytes of its FP8 codes. Decode turns FP8 codes into
+// BF16. Include it after a pragma that selects AVX512-BF16.
+#pragma once
+
+#include "loops.h"
+#include "transpose_avx512.h"
+
+namespace torchext::cpu_gemm {
+
+template <template <class> class Decode>
+struct BF16 {
+  static constexpr int kLanes = 16, kVectors = 2, kTileRows = 14, kPair = 2, kChunk = 16;
+  static constexpr int kPanel = kLanes * kVectors;
+  using Element = uint16_t;
+  using Step = uint32_t;
+  using Vector = __m512;
+  using Operands = __m512i;
+
+  static __m512i load(const uint16_t* x) { return _mm512_loadu_si512(x); }
+  static __m512i broadcast(const uint32_t* x) { return _mm512_set1_epi32(int(*x)); }
+  static __m512 dot(__m512 sum, __m512i a, __m512i b) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)b, (__m512bh)a);
+  }
+  static __m512 load_floats(const float* x) { return _mm512_loadu_ps(x); }
+  static void store_floats(float* x, __m512 v) { _mm512_storeu_ps(x, v); }
+  static __m512 add_scaled(__m512 total, __m512 sum, float a_scale, __m512 b_scale) {
+    return _mm512_fmadd_ps(sum, _mm512_mul_ps(_mm512_set1_ps(a_scale), b_scale), total);
+  }
+
+  template <class Number>
+  static void pack_row_of(const uint8_t* codes, int count, uint32_t* steps) {
+    const Decode<Number> decode;
+    for (int k = 0; k < Depth::kSegment; k += 64) {
+      const int left = std::max(count - k, 0);
+      const __mmask64 mask = left >= 64 ? ~0ull : (1ull << left) - 1;
+      __m512i even, odd;
+      decode(_mm512_maskz_loadu_epi8(mask, codes + k), even, odd);
+      alignas(64) uint32_t pairs[2][16];
+      _mm512_store_si512(pairs[0], even);
+      _mm512_store_si512(pairs[1], odd);
+      for (int i = 0; i < 32; ++i) steps[k / 2 + i] = pairs[i % 2][i / 2];
+    }
+  }
+
+  static void pack_row_of_bf16(const uint16_t* x, int count, uint32_t* steps) {
+    uint16_t row[Depth::kSegment] = {};
+    std::memcpy(row, x, count * sizeof *x);
+    for (int k = 0; k < Depth::kSegment; k += 4) {
+      steps[k / 2] = row[k] | uint32_t(row[k + 2]) << 16;
+      steps[k / 2 + 1] = row[k + 1] | uint32_t(row[k + 3]) << 16;
+    }
+  }
+
+  static void pack_row(const Operand& a, int64_t row, int64_t column, int count, uint32_t* steps) {
+    const int64_t first = row * a.stride + column;
+    if (a.format == Format::bf16)
+      pack_row_of_bf16(static_cast<const uint16_t*>(a.data) + first, count, steps);
+    else if (a.format == Format::e5m2)
+      pack_row_of<E5M2>(static_cast<const uint8_t*>(a.data) + first, count, steps);
+    else
+      pack_row_of<E4M3>(static_cast<const uint8_t*>(a.data) + first, count, steps);
+  }
+
+  template <class Number>
+  static void pack_panel_of(const uint8_t* from, int64_t stride, int rows, int depth,
+                            uint16_t* out) {
+    const Decode<Number> decode;
+    for (int k = 0; k < depth; k += 64) {
+      for (int v = 0; v < kVectors; ++v) {
+        uint16_t* to = out + (k * kVectors + 2 * v) * kLanes;
+        for_each_quad(from + v * kLanes * stride + k, stride, rows - v * kLanes, depth - k,
+                      [&](int q, __m512i codes) __attribute__((always_inline)) {
+                        __m512i even, odd;
+                        decode(codes, even, odd);
+                        _mm512_storeu_si512(to + 4 * q * kPanel, even);
+                        _mm512_storeu_si512(to + (4 * q + 2) * kPanel, odd);
+                      });
+      }
+    }
+  }
+
+  static void pack_panel(const Operand& b, int64_t row, int rows, int64_t column, int depth,
+                         uint16_t* out) {
+    const auto* from = static_cast<const uint8_t*>(b.data) + row * b.stride + column;
+    if (b.format == Format::e5m2)
+      pack_panel_of<E5M2>(from, b.stride, rows, depth, out);
+    else
+      pack_panel_of<E4M3>(from, b.stride, rows, depth, out);
+  }
+};
+
+}  // namespace torchext::cpu_gemm

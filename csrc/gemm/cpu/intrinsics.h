@@ -1,0 +1,8 @@
+// Intel's intrinsics. GCC 12 warns of the undefined operands that its own header uses on purpose.
+#pragma once
+
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#include <immintrin.h>
+#pragma GCC diagnostic pop

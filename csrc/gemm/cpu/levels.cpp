@@ -1,0 +1,26 @@
+// Chooses the level of a product.
+#include "kernel.h"
+
+namespace torchext::cpu_gemm {
+
+const Level& level_for(Format a, Format b) {
+  const auto narrow = [](Format f) { return f != Format::fp16 && f != Format::fp32; };
+  const bool bf16 = narrow(a) && narrow(b);
+  switch (cpu_level()) {
+#ifdef TORCHEXT_X86_LEVELS
+    case CpuLevel::amx:
+    case CpuLevel::avx512_bf16:
+      if (bf16) return has_avx512_vbmi() ? avx512_bf16_vbmi : avx512_bf16;
+      return avx512;
+    case CpuLevel::avx512:
+      return avx512;
+    case CpuLevel::avx2:
+      return avx2;
+#endif
+    default:
+      (void)bf16;
+      return portable;
+  }
+}
+
+}  // namespace torchext::cpu_gemm
