@@ -84,7 +84,7 @@ struct Activate {
 
 struct ActivateSwiGLU {
   static void run(const Sums& sums, int64_t rows, int64_t cols) {
-    const float *__restrict bias = sums.bias, *__restrict up_bias = sums.up_bias;
+    const float* __restrict bias = sums.bias, * __restrict up_bias = sums.up_bias;
     for (int64_t i = 0; i < rows; ++i) {
       float* __restrict gate = sums.x + i * sums.stride;
       const float* __restrict up = sums.up + i * sums.stride;

@@ -21,15 +21,15 @@ struct Avx512 : FP32<Avx512, 16, 2, 14> {
   template <class Number>
   static void pack_vector_of(const uint8_t* from, int64_t stride, int rows, int depth, float* out) {
     for (int k = 0; k < depth; k += 64)
-      for_each_quad(from + k, stride, rows, depth - k,
-                    [&](int q, __m512i codes) __attribute__((always_inline)) {
-                      for (int i = 0; i < 4; ++i) {
-                        const __m512i code = _mm512_and_si512(_mm512_srli_epi32(codes, 8 * i),
-                                                              _mm512_set1_epi32(0xff));
-                        store_floats(out + (k + 4 * q + i) * kPanel,
-                                     to_floats<Number, Vector>(Words(code)));
-                      }
-                    });
+      for_each_quad(
+          from + k, stride, rows, depth - k,
+          [&](int q, __m512i codes) __attribute__((always_inline)) {
+            for (int i = 0; i < 4; ++i) {
+              const __m512i code =
+                  _mm512_and_si512(_mm512_srli_epi32(codes, 8 * i), _mm512_set1_epi32(0xff));
+              store_floats(out + (k + 4 * q + i) * kPanel, to_floats<Number, Vector>(Words(code)));
+            }
+          });
   }
 
   static void pack_panel(const Operand& b, int64_t row, int rows, int64_t column, int depth,
@@ -37,8 +37,9 @@ struct Avx512 : FP32<Avx512, 16, 2, 14> {
     for (int v = 0; v < kVectors; ++v) {
       const auto* from =
           static_cast<const uint8_t*>(b.data) + (row + v * kLanes) * b.stride + column;
-      (b.format == Format::e5m2 ? pack_vector_of<E5M2> : pack_vector_of<E4M3>)(
-          from, b.stride, rows - v * kLanes, depth, out + v * kLanes);
+      (b.format == Format::e5m2
+           ? pack_vector_of<E5M2>
+           : pack_vector_of<E4M3>)(from, b.stride, rows - v * kLanes, depth, out + v * kLanes);
     }
   }
 };

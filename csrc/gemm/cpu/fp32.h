@@ -11,8 +11,8 @@ template <class Number, class Floats, class Words>
 inline Floats to_floats(Words code) {
   constexpr uint32_t kUnit = uint32_t(151 - Number::kExponentBias - Number::kFraction) << 23;
   const Words magnitude = code & (Number::kSign - 1);
-  const Words normal = (magnitude << (23 - Number::kFraction)) +
-                       (uint32_t(127 - Number::kExponentBias) << 23);
+  const Words normal =
+      (magnitude << (23 - Number::kFraction)) + (uint32_t(127 - Number::kExponentBias) << 23);
   const Words unit = Words{} + kUnit;
   const Words subnormal = Words(Floats(unit + magnitude) - Floats(unit));
   const Words is_subnormal = Words(magnitude < (1u << Number::kFraction));

@@ -230,10 +230,10 @@ class Multiplier {
     for (int64_t t = begin; t < end; ++t) {
       const int64_t row = block.rows.count * t / count;
       const int64_t row_end = block.rows.count * (t + 1) / count, offset = row * k.segments();
-      level_.pack(a_, block.rows.part(row, row_end), k,
-                  {static_cast<char*>(block.packed.data) +
-                       offset * Depth::kSegment * level_.element_bytes,
-                   block.packed.scales + offset});
+      level_.pack(
+          a_, block.rows.part(row, row_end), k,
+          {static_cast<char*>(block.packed.data) + offset * Depth::kSegment * level_.element_bytes,
+           block.packed.scales + offset});
     }
   }
 
@@ -252,8 +252,8 @@ class Multiplier {
     thread_local Memory memory;
     const int64_t totals =
         round_up(product.rows * product.total_stride * int64_t(sizeof(float)), 64);
-    char* at = memory.resized(totals + cpu_gemm::scratch_bytes(level_, product.rows, part.k,
-                                                               product.total_stride));
+    char* at = memory.resized(
+        totals + cpu_gemm::scratch_bytes(level_, product.rows, part.k, product.total_stride));
     product.total = reinterpret_cast<float*>(at);
     product.scratch = at + totals;
     level_.multiply(product);

@@ -40,8 +40,8 @@ struct Loops {
   // ---- a ----
 
   static float scale_of(const Operand& x, int64_t row, int64_t group) {
-    return x.scale == nullptr ? 1.0f : x.scale[row / x.row_group * x.scale_row +
-                                               group * x.scale_group];
+    return x.scale == nullptr ? 1.0f
+                              : x.scale[row / x.row_group * x.scale_row + group * x.scale_group];
   }
 
   static void pack(const Operand& a, const Rows& rows, const Depth& k, const PackedRows& out) {
@@ -69,9 +69,9 @@ struct Loops {
   // ---- b ----
 
   struct Panels {
-    Element* data;   // [panel][segment][step][column][pair]
-    float* scales;   // [panel][segment][column]
-    int64_t chunk;   // segments that each panel has room for
+    Element* data;  // [panel][segment][step][column][pair]
+    float* scales;  // [panel][segment][column]
+    int64_t chunk;  // segments that each panel has room for
   };
 
   static Element* data_of(const Panels& panels, int64_t panel, int64_t segment) {
@@ -140,7 +140,8 @@ struct Loops {
         typename Isa::Operands columns[kAll];
 #pragma GCC unroll 8
         for (int v = 0; v < kAll; ++v)
-          columns[v] = Isa::load(b[v / kVectors] + (j * kVectors + v % kVectors) * kLanes * Isa::kPair);
+          columns[v] =
+              Isa::load(b[v / kVectors] + (j * kVectors + v % kVectors) * kLanes * Isa::kPair);
 #pragma GCC unroll 16
         for (int i = 0; i < kRows; ++i) {
           const typename Isa::Operands row = Isa::broadcast(at + i);
@@ -151,9 +152,9 @@ struct Loops {
       }
 #pragma GCC unroll 8
       for (int v = 0; v < kAll; ++v) {
-        const Vector scales = Isa::load_floats(
-            scales_of(*tile.panels, tile.panel + v / kVectors, s - tile.begin) +
-            v % kVectors * kLanes);
+        const Vector scales =
+            Isa::load_floats(scales_of(*tile.panels, tile.panel + v / kVectors, s - tile.begin) +
+                             v % kVectors * kLanes);
 #pragma GCC unroll 16
         for (int i = 0; i < kRows; ++i) {
           float* total = tile.total + i * tile.total_stride + v * kLanes;
