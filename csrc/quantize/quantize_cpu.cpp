@@ -58,10 +58,10 @@ class Ahead {
   Ahead() = default;
   Ahead(const uint8_t* data, int64_t pitch, int rows, int64_t bytes)
       : data_(data), pitch_(pitch), rows_(rows), bytes_(bytes) {}
-  // Fetches rows [first, first + rows) into the L2 cache.
-  void fetch(int first, int rows) const {
-    for (int row = first; row < std::min(first + rows, rows_); ++row)
-      for (int64_t i = 0; i < bytes_; i += kLine) fetch_line(data_ + row * pitch_ + i);
+  // Fetches the next rows into the L2 cache.
+  void fetch(int rows) {
+    for (const int end = std::min(next_ + rows, rows_); next_ < end; ++next_)
+      for (int64_t i = 0; i < bytes_; i += kLine) fetch_line(data_ + next_ * pitch_ + i);
   }
 
  private:
@@ -71,7 +71,7 @@ class Ahead {
   }
   const uint8_t* data_ = nullptr;
   int64_t pitch_ = 0;
-  int rows_ = 0;
+  int next_ = 0, rows_ = 0;
   int64_t bytes_ = 0;
 };
 
@@ -166,7 +166,7 @@ void for_each_tile(const MatrixView& x, const Kernels& kernels, bool output_is_t
     for (int64_t i = begin; i < end; ++i) {
       const auto [row, col] = order[i];
       const auto [next_row, next_col] = order[std::min(i + kDistance, end - 1)];
-      const Ahead ahead = i + kDistance < end ? reader.ahead(next_row, next_col) : Ahead();
+      Ahead ahead = i + kDistance < end ? reader.ahead(next_row, next_col) : Ahead();
       body(reader, reader.read(row, col), row, col, ahead);
     }
   });
@@ -197,18 +197,28 @@ struct Task {
 
 constexpr int kBatchRows = 16;  // rows of a tile between which other memory is fetched
 
-// Quantizes the rows of a tile as groups.
+// Writes scales that lie one after another. Streams whole cache lines, if asked to.
+void store_scales(const float* from, int n, float* to, bool stream) {
+  int i = 0;
+#ifdef TORCHEXT_X86_LEVELS
+  if (stream && reinterpret_cast<uintptr_t>(to) % kLine == 0)
+    for (; i < n / 16 * 16; i += 4) _mm_stream_ps(to + i, _mm_loadu_ps(from + i));
+#endif
+  if (i < n) std::memcpy(to + i, from + i, size_t(n - i) * sizeof(float));
+}
+
+// Quantizes the rows of a tile as groups. Fetches `fetched` rows ahead in every batch.
 void quantize_tile_rows(const Task& task, const Tile& tile, int64_t row, int64_t col,
-                        const QuantizedView& out, bool stream, const Ahead& ahead) {
+                        const QuantizedView& out, bool stream, Ahead& ahead, int fetched) {
   const int64_t size = task.element_size;
   float scales[kTile];
   for (int i = 0; i < tile.rows; i += kBatchRows) {
-    ahead.fetch(i, kBatchRows);
+    ahead.fetch(fetched);
     task.quantize.groups(tile.data + i * tile.stride * size, tile.stride,
                          std::min(kBatchRows, tile.rows - i), tile.cols, task.dropped_mantissa,
-                         data_at(out, row + i, col), out.data_stride, scales + i, stream);
+                         data_at(out, row + i, col), out.data_stride, scales + i, 1, stream);
   }
-  for (int i = 0; i < tile.rows; ++i) scale_at(out, row + i, col / kTile) = scales[i];
+  store_scales(scales, tile.rows, &scale_at(out, row, col / kTile), stream);
 }
 
 // Strips of up to kStripRows rows and kChunkGroups groups.
@@ -244,7 +254,7 @@ void quantize_contiguous_groups(const Task& task, const MatrixView& x, const Qua
   const Strips strips(x.rows, x.cols);
   const int64_t size = task.element_size;
   in_parallel(strips.count(), strips.elements(), task.all, [&](int64_t begin, int64_t end) {
-    float scales[kStripRows][kChunkGroups];
+    alignas(kLine) float scales[kChunkGroups][kStripRows];
     strips.for_each(begin, end, [&](int64_t row, int rows, int64_t group, int groups) {
       const int64_t col = group * kTile, cols = std::min(groups * kTile + col, x.cols) - col;
       const int whole = int(cols / kTile), rest = int(cols % kTile);
@@ -253,13 +263,13 @@ void quantize_contiguous_groups(const Task& task, const MatrixView& x, const Qua
         uint8_t* to = data_at(out, row + i, col);
         if (whole)
           task.quantize.groups(from, kTile, whole, kTile, task.dropped_mantissa, to, kTile,
-                               scales[i], stream);
+                               scales[0] + i, kStripRows, stream);
         if (rest)
           task.quantize.groups(from + whole * kTile * size, kTile, 1, rest, task.dropped_mantissa,
-                               to + whole * kTile, kTile, scales[i] + whole, false);
+                               to + whole * kTile, kTile, scales[whole] + i, kStripRows, false);
       }
       for (int g = 0; g < groups; ++g)
-        for (int i = 0; i < rows; ++i) scale_at(out, row + i, group + g) = scales[i][g];
+        store_scales(scales[g], rows, &scale_at(out, row, group + g), stream);
     });
   });
 }
@@ -270,11 +280,11 @@ void quantize_row_groups(const Task& task, const MatrixView& x, const QuantizedV
   const bool stream = should_stream(out.data, out.data_stride, x.rows);
   // The rows of x are columns in memory. Walk along these.
   const MatrixView columns = transposed_view(x);
-  for_each_tile(
-      columns, task.all, true,
-      [&](TileReader& reader, const Tile& tile, int64_t row, int64_t col, const Ahead& ahead) {
-        quantize_tile_rows(task, reader.transposed(tile), col, row, out, stream, ahead);
-      });
+  for_each_tile(columns, task.all, true,
+                [&](TileReader& reader, const Tile& tile, int64_t row, int64_t col, Ahead& ahead) {
+                  quantize_tile_rows(task, reader.transposed(tile), col, row, out, stream, ahead,
+                                     kBatchRows);
+                });
 }
 
 // Groups along rows and along columns.
@@ -284,12 +294,12 @@ void quantize_both_groups(const Task& task, const MatrixView& x, const Quantized
     return quantize_both_groups(task, transposed_view(x), transposed, out);
   const bool stream = should_stream(out.data, out.data_stride, x.rows);
   const bool stream_t = should_stream(transposed.data, transposed.data_stride, x.cols);
-  for_each_tile(
-      x, task.all, true,
-      [&](TileReader& reader, const Tile& tile, int64_t row, int64_t col, const Ahead& ahead) {
-        quantize_tile_rows(task, tile, row, col, out, stream, Ahead());
-        quantize_tile_rows(task, reader.transposed(tile), col, row, transposed, stream_t, ahead);
-      });
+  for_each_tile(x, task.all, true,
+                [&](TileReader& reader, const Tile& tile, int64_t row, int64_t col, Ahead& ahead) {
+                  quantize_tile_rows(task, tile, row, col, out, stream, ahead, kBatchRows / 2);
+                  quantize_tile_rows(task, reader.transposed(tile), col, row, transposed, stream_t,
+                                     ahead, kBatchRows / 2);
+                });
 }
 
 // ---- 128x128 blocks ----
@@ -301,13 +311,13 @@ void quantize_blocks(const Task& task, const MatrixView& x, const QuantizedView&
   const bool stream_t = should_stream(transposed, transposed_stride, x.cols);
   for_each_tile(
       x, task.all, transposed != nullptr,
-      [&](TileReader&, const Tile& tile, int64_t row, int64_t col, const Ahead& ahead) {
+      [&](TileReader&, const Tile& tile, int64_t row, int64_t col, Ahead& ahead) {
         const uint32_t largest = task.quantize.amax(tile.data, tile.stride, tile.rows, tile.cols);
         const float scale = task.quantize.scale(largest, task.dropped_mantissa);
         scale_at(out, row / kTile, col / kTile) = scale;
         const auto encode = [&](uint8_t* to, int64_t to_stride, bool stream_rows) {
           for (int i = 0; i < tile.rows; i += kBatchRows) {
-            ahead.fetch(i, kBatchRows);
+            ahead.fetch(kBatchRows);
             task.quantize.encode(tile.data + i * tile.stride * size, tile.stride,
                                  std::min(kBatchRows, tile.rows - i), tile.cols, scale,
                                  to + i * to_stride, to_stride, stream_rows);
@@ -385,7 +395,7 @@ void for_each_run(const MatrixView& x, const Kernels& kernels, const Body& body)
         });
   }
   for_each_tile(x, kernels, false,
-                [&](TileReader&, const Tile& tile, int64_t row, int64_t col, const Ahead&) {
+                [&](TileReader&, const Tile& tile, int64_t row, int64_t col, Ahead&) {
                   for (int i = 0; i < tile.rows; ++i)
                     body(tile.data + i * tile.stride * size, tile.cols, row + i, col);
                 });
@@ -465,10 +475,12 @@ void dequantize_cpu(const DequantizeView& v) {
     uint8_t gathered[kChunkGroups * kTile];
     strips.for_each(begin, end, [&](int64_t row, int rows, int64_t group, int groups) {
       const int64_t col = group * kTile, cols = std::min(groups * kTile + col, v.cols) - col;
-      for (int g = 0; g < groups; ++g)
-        for (int i = 0; i < rows; ++i)
-          scales[i][g] = v.scale[(row + i) / v.row_group * v.scale_row_stride +
-                                 (col + g * kTile) / v.col_group * v.scale_col_stride];
+      int64_t scale_row[kStripRows];
+      for (int i = 0; i < rows; ++i) scale_row[i] = (row + i) / v.row_group * v.scale_row_stride;
+      for (int g = 0; g < groups; ++g) {
+        const float* scale = v.scale + (col + g * kTile) / v.col_group * v.scale_col_stride;
+        for (int i = 0; i < rows; ++i) scales[i][g] = scale[scale_row[i]];
+      }
       for (int i = 0; i < rows; ++i) {
         const auto* data = static_cast<const uint8_t*>(v.data) + (row + i) * v.data_row_stride +
                            col * v.data_col_stride;

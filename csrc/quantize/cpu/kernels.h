@@ -18,7 +18,8 @@ constexpr int kTile = int(kScaleGroup);
 struct QuantizeKernels {
   // Quantizes `groups` scale groups of `cols` <= 128 contiguous elements each.
   void (*groups)(const void* x, int64_t x_stride, int groups, int cols, uint32_t dropped_mantissa,
-                 uint8_t* data, int64_t data_stride, float* scales, bool stream);
+                 uint8_t* data, int64_t data_stride, float* scales, int64_t scale_stride,
+                 bool stream);
   // The largest magnitude: bits of x's format without the sign.
   uint32_t (*amax)(const void* x, int64_t x_stride, int rows, int64_t cols);
   // The scale of elements with this largest magnitude.

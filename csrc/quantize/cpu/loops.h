@@ -60,7 +60,8 @@ struct Magnitudes {
 
 // The largest magnitude in some rows.
 template <class V, class Bits>
-uint32_t largest_in(const Bits* x, int64_t stride, int rows, int64_t cols) {
+inline __attribute__((always_inline)) uint32_t largest_in(const Bits* x, int64_t stride, int rows,
+                                                          int64_t cols) {
   using M = Magnitudes<V, Bits>;
   constexpr int kUnroll = 4, kPart = kUnroll * M::kElements;
   typename V::I largest[kUnroll] = {V::zero(), V::zero(), V::zero(), V::zero()};
@@ -215,7 +216,7 @@ struct Quantize {
 
   template <bool kWhole, bool kStream>
   static void run(const Bits* x, int64_t x_stride, int groups, int cols, uint32_t dropped_mantissa,
-                  uint8_t* data, int64_t data_stride, float* scales) {
+                  uint8_t* data, int64_t data_stride, float* scales, int64_t scale_stride) {
     constexpr int kBatch = 16;
     const Significands& tables = significands(kIsE5m2<Out>);
     const int n = kWhole ? kTile : cols;
@@ -227,7 +228,7 @@ struct Quantize {
       float batch[kBatch];
       for (int i = 0; i < kBatch; ++i) batch[i] = scale_for<In, Out>(largest[i], dropped_mantissa);
       for (int i = 0; i < count; ++i) {
-        scales[first + i] = batch[i];
+        scales[(first + i) * scale_stride] = batch[i];
         encode_run<V, In, Out>(x + (first + i) * x_stride, n, batch[i], tables,
                                data + (first + i) * data_stride, kStream);
       }
@@ -236,12 +237,12 @@ struct Quantize {
 
   static void groups(const void* x, int64_t x_stride, int groups, int cols,
                      uint32_t dropped_mantissa, uint8_t* data, int64_t data_stride, float* scales,
-                     bool stream) {
+                     int64_t scale_stride, bool stream) {
     const auto loop = cols != kTile ? run<false, false>
                       : stream      ? run<true, true>
                                     : run<true, false>;
     loop(static_cast<const Bits*>(x), x_stride, groups, cols, dropped_mantissa, data, data_stride,
-         scales);
+         scales, scale_stride);
   }
 
   static uint32_t amax(const void* x, int64_t x_stride, int rows, int64_t cols) {

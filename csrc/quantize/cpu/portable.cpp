@@ -18,10 +18,11 @@ struct Quantize {
 
   static void groups(const void* x, int64_t x_stride, int groups, int cols,
                      uint32_t dropped_mantissa, uint8_t* data, int64_t data_stride, float* scales,
-                     bool) {
+                     int64_t scale_stride, bool) {
     for (int i = 0; i < groups; ++i)
-      scales[i] = quantize_group<In, Out>(static_cast<const Bits*>(x) + i * x_stride, cols,
-                                          dropped_mantissa, data + i * data_stride);
+      scales[i * scale_stride] =
+          quantize_group<In, Out>(static_cast<const Bits*>(x) + i * x_stride, cols,
+                                  dropped_mantissa, data + i * data_stride);
   }
 
   static uint32_t amax(const void* x, int64_t x_stride, int rows, int64_t cols) {
