@@ -1,21 +1,14 @@
 """fp8_linear compared with the float64 product of x and the dequantized weight, within the bound of
-docs/numerics.md (gemm_testing.py); its gradients, transforms and errors.
-
-Above 500 lines because all of these tests share the weight's four granularities."""
+docs/numerics.md (gemm_testing.py); its gradients, transforms and errors."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.func import jvp, vmap
 from torch.utils._pytree import tree_map_only
 
@@ -27,18 +20,19 @@ from support.gemm_testing import (
     Operand,
     assert_within_bound,
     path_of,
-    unquantized,
 )
 from support.op_testing import assert_same, metadata, overload
+from support.weights_only_testing import (
+    BLOCKS,
+    GRANULARITIES,
+    GROUPS,
+    ROWS,
+    WHOLE,
+    operands,
+    quantize,
+)
 from torchext import ops, reference
 
-BLOCKS, GROUPS, ROWS, WHOLE = GRANULARITIES = ["blocks", "1x128", "rowwise", "tensorwise"]
-QUANTIZERS = {
-    BLOCKS: ops.quantize_128x128,
-    GROUPS: ops.quantize_1x128,
-    ROWS: ops.quantize_rowwise,
-    WHOLE: ops.quantize_tensorwise,
-}
 SHAPES = [
     (1, 1, 1), (1, 128, 128), (3, 5, 7), (16, 8, 16), (2, 300, 33), (130, 7, 640), (64, 48, 128),
     (129, 130, 257), (17, 200, 1000),
@@ -51,18 +45,6 @@ def cores(request):
     core = WIDE_TENSOR_CORES.get(path_of(request.config) or "")
     thrice = core and replace(core, lost=3 * core.lost)
     return {torch.bfloat16: core, torch.float16: core, torch.float32: thrice}
-
-
-def quantize(granularity, w, dtype=E4M3):
-    return Operand.of(*QUANTIZERS[granularity](w, dtype=dtype), 128 if granularity == BLOCKS else 1)
-
-
-def operands(
-    granularity, m, n, k, device, *, dtype=torch.bfloat16, fp8=E4M3
-) -> tuple[torch.Tensor, Operand]:
-    kind = {BLOCKS: "1d2d", GROUPS: "1d1d"}.get(granularity, granularity)
-    x, w = (unquantized(kind, (rows, k)).to(device) for rows in (m, n))
-    return x.to(dtype), quantize(granularity, w, fp8)
 
 
 def check(x, weight, cores, bias=None, **options):
@@ -424,34 +406,6 @@ def test_autocast_changes_nothing():
     expected = ops.fp8_linear(x, *weight.quantized)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert_same(ops.fp8_linear(x, *weight.quantized), expected)
-
-
-@pytest.fixture
-def mesh(tmp_path: Path):
-    """A group of one process."""
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/init", rank=0, world_size=1)
-    try:
-        yield init_device_mesh("cpu", (1,))
-    finally:
-        dist.destroy_process_group()
-
-
-@pytest.mark.parametrize("granularity", GRANULARITIES)
-def test_distributed_tensors(granularity, mesh):
-    """Any placement gives the bits of the plain call; shards never cut a scale group."""
-    x, weight = operands(granularity, 4, 256, 384, torch.device("cpu"))
-    bias = torch.randn(256)
-    expected = ops.fp8_linear(x, *weight.quantized, bias)
-    for of_x in (Replicate(), Shard(0), Shard(1)):
-        for of_weight in (Replicate(), Shard(0), Shard(1)):
-            given = (
-                DTensor.from_local(x, mesh, [of_x]),
-                DTensor.from_local(weight.data, mesh, [of_weight]),
-                DTensor.from_local(weight.scale, mesh, [Replicate()]),
-                DTensor.from_local(bias, mesh, [Replicate()]),
-            )
-            y: Any = ops.fp8_linear(*given)
-            assert torch.equal(y.full_tensor(), expected)
 
 
 # ---- errors ----

@@ -53,17 +53,22 @@ def _gradient_of_x(
 
 
 def _shard(
-    placements: Any, x: Any, weight: Any, weight_scale: Any, bias: Any, *options: object
+    placements: Any, x: Any, weight: Any, weight_scale: Any, *bias_and_options: object
 ) -> list[Sharding]:
-    """Shards of the weight must consist of whole scale groups."""
+    """Shards of the weight must consist of whole scale groups.
+
+    bias_and_options: the dispatcher omits arguments that have their default values.
+    """
     shard, partial, whole = placements.Shard, placements.Partial(), placements.Replicate()
     last = x.ndim - 1
     (n, k), (*_, scale_rows, scale_groups) = weight.shape, weight_scale.shape
     ranks = weight.mesh.size()
 
     def sharding(output: Any, x: Any, weight: Any, scale: Any, of_bias: Any) -> Sharding:
-        of_bias = None if bias is None else of_bias
-        return [output], [x, weight, scale, of_bias, *(None for _ in options)]
+        rest: list[Any] = [None for _ in bias_and_options]
+        if rest and bias_and_options[0] is not None:
+            rest[0] = of_bias
+        return [output], [x, weight, scale, *rest]
 
     found = [
         sharding(whole, whole, whole, whole, whole),
