@@ -41,8 +41,8 @@ EncodeTiled encode_tiled() {
                                                 cudaEnableDefault, &found),
                "looking up cuTensorMapEncodeTiled");
     TORCHEXT_CHECK(found == cudaDriverEntryPointSuccess,
-                   "this CUDA driver has no cuTensorMapEncodeTiled; torchext needs a driver for "
-                   "CUDA 12.0 or later");
+                   "the CUDA driver must be one for CUDA 12.0 or later (got one without "
+                   "cuTensorMapEncodeTiled); install a newer driver");
     return reinterpret_cast<EncodeTiled>(pointer);
   }();
   return function;
@@ -143,8 +143,8 @@ class CudaDevice final : public Device {
     check_cuda(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                     limit - int(attributes.sharedSizeBytes)),
                "raising a kernel's shared memory limit");
-    TORCHEXT_CHECK(bytes <= uint32_t(limit), "a kernel asks for ", bytes,
-                   " bytes of shared memory; the GPU has ", limit);
+    TORCHEXT_CHECK(bytes <= uint32_t(limit), "a kernel's shared memory must be at most ", limit,
+                   " bytes (got ", bytes, ")");
   }
 
   int index_;
@@ -159,7 +159,8 @@ Device* cuda_device(int32_t index) {
   constexpr int kMaxDevices = 64;
   static std::once_flag made[kMaxDevices];
   static std::unique_ptr<CudaDevice> devices[kMaxDevices];
-  TORCHEXT_CHECK(index >= 0 && index < kMaxDevices, "no CUDA device of index ", index);
+  TORCHEXT_CHECK(index >= 0 && index < kMaxDevices, "the index of a CUDA device must be less than ",
+                 kMaxDevices, " (got ", index, ")");
   std::call_once(made[index], [&] { devices[index] = std::make_unique<CudaDevice>(index); });
   return devices[index].get();
 }

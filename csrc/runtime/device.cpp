@@ -71,8 +71,8 @@ class SimulatedDevice final : public Device {
 Path path_of(const DeviceProperties& properties, const char* op) {
   const int capability = properties.compute_capability;
   if (const int32_t forced = forced_path.load(std::memory_order_relaxed)) {
-    TORCHEXT_CHECK(runs_on(Path(forced), capability), op, ": the kernels of path ", forced,
-                   ", which were asked for, do not run on sm_", capability);
+    TORCHEXT_CHECK(runs_on(Path(forced), capability), op, ": the forced path must be one that sm_",
+                   capability, " can run (got path ", forced, "); force an earlier path or none");
     return Path(forced);
   }
   if (capability < int(kPathOfCapability.size())) return kPathOfCapability[capability];
@@ -91,9 +91,9 @@ Device* device_for(const Tensor& tensor, const char* op) {
   } else {
     Device* device = cuda_device(tensor.get_device_index());
     const int capability = device->properties().compute_capability;
-    TORCHEXT_CHECK(capability >= kOldestCapability, op, ": the GPU is sm_", capability,
-                   "; torchext's CUDA kernels run on sm_", kOldestCapability,
-                   " and later; move the tensors to the CPU or keep this layer in plain torch");
+    TORCHEXT_CHECK(capability >= kOldestCapability, op, ": the GPU must be sm_", kOldestCapability,
+                   " or later (got sm_", capability,
+                   "); move the tensors to the CPU or keep this layer in plain torch");
     return device;
   }
 }
