@@ -53,6 +53,32 @@ struct BF16 {
     }
   }
 
+  template <class Number>
+  static void pack_tile_of(const uint8_t* from, int64_t stride, int rows, int count,
+                           uint32_t* steps) {
+    const Decode<Number> decode;
+    const __mmask16 mask = __mmask16((1u << rows) - 1);
+    for (int k = 0; k < count; k += 64)
+      for_each_quad(from + k, stride, rows, count - k,
+                    [&](int q, __m512i codes) __attribute__((always_inline)) {
+                      __m512i even, odd;
+                      decode(codes, even, odd);
+                      uint32_t* to = steps + (k / 2 + 2 * q) * rows;
+                      _mm512_mask_storeu_epi32(to, mask, even);
+                      _mm512_mask_storeu_epi32(to + rows, mask, odd);
+                    });
+  }
+
+  // Packs all rows of a tile at once, if they are FP8 and lie one stride apart.
+  static bool pack_tile(const Operand& a, const Rows& rows, int64_t column, int count,
+                        uint32_t* steps) {
+    if (a.format == Format::bf16 || rows.list != nullptr) return false;
+    const auto* from = static_cast<const uint8_t*>(a.data) + rows.first * a.stride + column;
+    (a.format == Format::e5m2 ? pack_tile_of<E5M2> : pack_tile_of<E4M3>)(
+        from, a.stride, int(rows.count), count, steps);
+    return true;
+  }
+
   static void pack_row(const Operand& a, int64_t row, int64_t column, int count, uint32_t* steps) {
     const int64_t first = row * a.stride + column;
     if (a.format == Format::bf16)

@@ -64,6 +64,8 @@ struct FP32 {
     return sum * (a_scale * b_scale) + total;
   }
 
+  static bool pack_tile(const Operand&, const Rows&, int64_t, int, float*) { return false; }
+
   template <class Number>
   static void widen(const void* row, int64_t column, int count, float* out) {
     const auto* from = static_cast<const typename Number::Bits*>(row) + column;

@@ -52,13 +52,14 @@ struct Loops {
       Step* data = static_cast<Step*>(out.data) + row * segments * kSteps;
       float* scales = out.scales + row * segments;
       for (int64_t s = 0; s < segments; ++s) {
-        for (int64_t i = 0; i < height; ++i) {
-          const int64_t from = rows[row + i];
-          Step steps[kSteps];
-          Isa::pack_row(a, from, k.first(s), k.count(s), steps);
-          const int count = padded(k.count(s)) / Isa::kPair;
-          for (int j = 0; j < count; ++j) data[j * height + i] = steps[j];
-          scales[i] = scale_of(a, from, k.group(s));
+        for (int64_t i = 0; i < height; ++i) scales[i] = scale_of(a, rows[row + i], k.group(s));
+        if (!Isa::pack_tile(a, rows.part(row, row + height), k.first(s), k.count(s), data)) {
+          for (int64_t i = 0; i < height; ++i) {
+            Step steps[kSteps];
+            Isa::pack_row(a, rows[row + i], k.first(s), k.count(s), steps);
+            const int count = padded(k.count(s)) / Isa::kPair;
+            for (int j = 0; j < count; ++j) data[j * height + i] = steps[j];
+          }
         }
         data += height * kSteps;
         scales += height;
