@@ -44,15 +44,6 @@ struct BF16 {
     }
   }
 
-  static void pack_row_of_bf16(const uint16_t* x, int count, uint32_t* steps) {
-    uint16_t row[Depth::kSegment] = {};
-    std::memcpy(row, x, count * sizeof *x);
-    for (int k = 0; k < Depth::kSegment; k += 4) {
-      steps[k / 2] = row[k] | uint32_t(row[k + 2]) << 16;
-      steps[k / 2 + 1] = row[k + 1] | uint32_t(row[k + 3]) << 16;
-    }
-  }
-
   template <class Number>
   static void pack_tile_of(const uint8_t* from, int64_t stride, int rows, int count,
                            uint32_t* steps) {
@@ -74,15 +65,15 @@ struct BF16 {
                         uint32_t* steps) {
     if (a.format == Format::bf16 || rows.list != nullptr) return false;
     const auto* from = static_cast<const uint8_t*>(a.data) + rows.first * a.stride + column;
-    (a.format == Format::e5m2 ? pack_tile_of<E5M2> : pack_tile_of<E4M3>)(
-        from, a.stride, int(rows.count), count, steps);
+    (a.format == Format::e5m2 ? pack_tile_of<E5M2>
+                              : pack_tile_of<E4M3>)(from, a.stride, int(rows.count), count, steps);
     return true;
   }
 
   static void pack_row(const Operand& a, int64_t row, int64_t column, int count, uint32_t* steps) {
     const int64_t first = row * a.stride + column;
     if (a.format == Format::bf16)
-      pack_row_of_bf16(static_cast<const uint16_t*>(a.data) + first, count, steps);
+      pack_bf16(static_cast<const uint16_t*>(a.data) + first, count, steps);
     else if (a.format == Format::e5m2)
       pack_row_of<E5M2>(static_cast<const uint8_t*>(a.data) + first, count, steps);
     else

@@ -1,7 +1,11 @@
-// The BF16 values of FP8 codes.
+// What levels that multiply pairs of BF16 share: the BF16 values of FP8 codes, and packing of a row
+// that is BF16 already.
 #pragma once
 
+#include <cstring>
+
 #include "../../runtime/formats.h"
+#include "kernel.h"
 
 namespace torchext::cpu_gemm {
 
@@ -21,5 +25,15 @@ struct BF16Table {
 };
 template <class Number>
 inline const BF16Table<Number> kBF16Table;
+
+// The steps of a segment of `count` elements; a quad of K becomes the pairs (0, 2) and (1, 3).
+inline void pack_bf16(const uint16_t* x, int count, uint32_t* steps) {
+  uint16_t row[Depth::kSegment] = {};
+  std::memcpy(row, x, count * sizeof *x);
+  for (int k = 0; k < count; k += 4) {
+    steps[k / 2] = row[k] | uint32_t(row[k + 2]) << 16;
+    steps[k / 2 + 1] = row[k + 1] | uint32_t(row[k + 3]) << 16;
+  }
+}
 
 }  // namespace torchext::cpu_gemm

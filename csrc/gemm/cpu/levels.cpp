@@ -9,6 +9,7 @@ const Level& level_for(Format a, Format b) {
   switch (cpu_level()) {
 #ifdef TORCHEXT_X86_LEVELS
     case CpuLevel::amx:
+      return bf16 ? amx : avx512;
     case CpuLevel::avx512_bf16:
       if (bf16) return has_avx512_vbmi() ? avx512_bf16_vbmi : avx512_bf16;
       return avx512;
@@ -16,6 +17,10 @@ const Level& level_for(Format a, Format b) {
       return avx512;
     case CpuLevel::avx2:
       return avx2;
+#endif
+#ifdef TORCHEXT_ARM_LEVELS
+    case CpuLevel::neon:
+      return bf16 ? neon : portable;
 #endif
     default:
       (void)bf16;

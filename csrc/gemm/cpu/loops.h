@@ -210,23 +210,26 @@ struct Loops {
     }
   }
 
-  static void multiply(const Product& p) {
-    const int64_t segments = p.k.segments(), padded_width = padded_columns(level(), p.columns);
+  // Packs b a chunk of K at a time, and calls multiply(p, panels, their count, first segment, last).
+  template <class Multiply>
+  static void for_each_chunk(const Level& level, const Product& p, const Multiply& multiply) {
+    const int64_t segments = p.k.segments(), width = padded_columns(level, p.columns);
     if (segments == 0) {
       for (int64_t i = 0; i < p.rows; ++i)
-        std::memset(p.total + i * p.total_stride, 0, padded_width * sizeof(float));
+        std::memset(p.total + i * p.total_stride, 0, width * sizeof(float));
       return;
     }
-    const int64_t chunk = chunk_of(level(), p.rows, p.k), count = padded_width / kPanel;
+    const int64_t chunk = chunk_of(level, p.rows, p.k);
     auto* data = static_cast<Element*>(p.scratch);
-    const Panels panels{data, reinterpret_cast<float*>(data + chunk * padded_width * kSegment),
-                        chunk};
+    const Panels panels{data, reinterpret_cast<float*>(data + chunk * width * kSegment), chunk};
     for (int64_t s = 0; s < segments; s += chunk) {
       const int64_t end = std::min(s + chunk, segments);
       pack_columns(p, s, end, panels);
-      multiply_chunk(p, panels, count, s, end);
+      multiply(p, panels, width / kPanel, s, end);
     }
   }
+
+  static void multiply(const Product& p) { for_each_chunk(level(), p, multiply_chunk); }
 
   static constexpr Level level() {
     return {kPanel, kTileRows, int(sizeof(Element)), Isa::kChunk, pack, multiply};

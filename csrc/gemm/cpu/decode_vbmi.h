@@ -1,0 +1,34 @@
+// FP8 to BF16 with AVX512_VBMI. Include it after a pragma that selects AVX512_VBMI.
+#pragma once
+
+#include "bf16_table.h"
+
+namespace torchext::cpu_gemm {
+
+// FP8 codes to BF16: `even` gets those of bytes 0, 2, ..., `odd` the others.
+template <class Number>
+struct DecodeByBytes {
+  __m512i low[2], high[2];
+
+  DecodeByBytes() {
+    for (int i = 0; i < 2; ++i) {
+      low[i] = _mm512_load_si512(kBF16Table<Number>.low + 64 * i);
+      high[i] = _mm512_load_si512(kBF16Table<Number>.high + 64 * i);
+    }
+  }
+
+  void operator()(__m512i codes, __m512i& even, __m512i& odd) const {
+    constexpr int kWhereMask = 0xca;  // of (mask, x, y): mask ? x : y
+    const __m512i low_bytes = _mm512_permutex2var_epi8(low[0], codes, low[1]);
+    const __m512i magnitudes = _mm512_permutex2var_epi8(high[0], codes, high[1]);
+    const __m512i high_bytes =
+        _mm512_ternarylogic_epi32(_mm512_set1_epi8(char(0x80)), codes, magnitudes, kWhereMask);
+    const __m512i low_byte = _mm512_set1_epi16(0x00ff);
+    even = _mm512_ternarylogic_epi32(low_byte, low_bytes, _mm512_slli_epi16(high_bytes, 8),
+                                     kWhereMask);
+    odd = _mm512_ternarylogic_epi32(low_byte, _mm512_srli_epi16(low_bytes, 8), high_bytes,
+                                    kWhereMask);
+  }
+};
+
+}  // namespace torchext::cpu_gemm
