@@ -121,8 +121,8 @@ def fp8_linear(
     Weights are exact in the arithmetic that multiplies them: BF16 or FP16 with FP32 sums for an x
     of these dtypes; for a float32 x, FP32 or three BF16 parts that hold all of its bits. Sums over
     at most 128 elements of K are added, and scales and bias are applied, in FP32; the result is
-    rounded once. On a GPU, a row of the result does not depend on the other rows of x, nor on their
-    number. Error bounds: docs/numerics.md.
+    rounded once. A row of the result does not depend on the other rows of x, nor on their number.
+    Error bounds: docs/numerics.md.
 
     The op has gradients with respect to x and `bias`, and they can be differentiated again; it has
     none with respect to the weight and its scales. The gradient of x is a product with the
