@@ -39,7 +39,7 @@ mul.wide.u32 %rd2, %r3, 4;\nadd.u64 %rd2, %rd1, %rd2;
 
 
 def malloc(size: str) -> str:
-    """%rd5 becomes a block of so many bytes."""
+    """PTX that allocates a block of `size` bytes and puts its address into %rd5."""
     return f"""{{ .param .b64 n;\n.param .b64 q;\nst.param.b64 [n], {size};
     call.uni (q), malloc, (n);\nld.param.b64 %rd5, [q]; }}\n"""
 

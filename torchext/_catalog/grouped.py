@@ -67,7 +67,7 @@ def _masked_shape(a: Tensor, a_scale: Tensor, b: Tensor, *_: Any, **__: Any) -> 
     return a.shape[0] * a.shape[1], b.shape[1], a.shape[2], b.shape[0]
 
 
-# Three groups. In the first and the last case, the second group is empty.
+# Calls of any size with three groups, of which by_offsets and by_columns leave the second empty.
 
 
 def by_offsets(granularity: str) -> Callable[..., Sample]:
