@@ -1,10 +1,13 @@
-"""The environment variable TORCHEXT_CPU, which chooses the level of the CPU kernels."""
+"""The levels of the CPU kernels, and TORCHEXT_CPU, the environment variable that chooses one."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
 
 import torchext
 
@@ -49,3 +52,25 @@ def test_a_level_that_the_machine_lacks_is_an_error() -> None:
             message = output(script, TORCHEXT_CPU=wanted)
             assert message.startswith(expected)
             assert message.endswith(f"(got {wanted}); unset it to use the best")
+
+
+ROOT = Path(__file__).parents[1]
+NUMERICS = [
+    *("quantize/test_quantize.py", "quantize/test_dequantize.py", "gemm/test_fp8_gemm.py"),
+    *("gemm/test_cpu_gemm.py", "gemm/test_grouped.py", "gemm/test_fused.py"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("level", ["portable", "avx2", "avx512", "avx512_bf16", "amx", "neon"])
+def test_every_level_passes_the_tests_of_results(level: str) -> None:
+    reason = output(REPORT, TORCHEXT_CPU=level)
+    if "must name a level of this machine" in reason:
+        pytest.skip(f"this machine lacks {level}")
+    files = [f"tests/{name}" for name in NUMERICS]
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", *files],
+        env={**os.environ, "TORCHEXT_CPU": level},
+        check=False, cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout[-4000:]

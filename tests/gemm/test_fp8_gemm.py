@@ -3,11 +3,6 @@ docs/numerics.md (gemm_testing.py): granularities, dtypes, ragged shapes, epilog
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -305,66 +300,3 @@ def test_autocast_changes_nothing():
     a, b = operands("1d2d", 70, 300, 520, torch.device("cpu"))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         check(a, b, False, out_dtype=torch.float32)
-
-
-ROUNDING_BLAS = r"""
-// Stands in for ATen's FP32 product on a processor with AMX under precision "medium": rounds the
-// operands to BF16 (toward zero, for brevity) where they lie, and multiplies.
-#include <dlfcn.h>
-#include <stdint.h>
-#include <stdlib.h>
-
-typedef struct AtenTensorOpaque* Handle;
-extern "C" int aoti_torch_get_data_ptr(Handle, void**);
-extern "C" int aoti_torch_get_storage_numel(Handle, int64_t*);
-extern "C" int aoti_torch_get_numel(Handle, int64_t*);
-extern "C" int aoti_torch_get_dtype(Handle, int32_t*);
-extern "C" int aoti_torch_dtype_float32();
-
-static void* libtorch() {
-  return dlopen("libtorch_cpu.so", RTLD_NOW | RTLD_NOLOAD);
-}
-template <class F>
-static F find(F, const char* name) {
-  return (F)dlsym(libtorch(), name);
-}
-#define REAL(name) find(&name, #name)
-
-static void truncate(Handle tensor) {
-  int32_t dtype;
-  int64_t count;
-  void* data;
-  REAL(aoti_torch_get_dtype)(tensor, &dtype);
-  if (dtype != REAL(aoti_torch_dtype_float32)()) return;
-  REAL(aoti_torch_get_numel)(tensor, &count);
-  REAL(aoti_torch_get_data_ptr)(tensor, &data);
-  for (int64_t i = 0; i < count; ++i) ((uint32_t*)data)[i] &= 0xffff0000;
-}
-
-extern "C" int aoti_torch_cpu_addmm_out(Handle out, Handle self, Handle a, Handle b, double beta,
-                                        double alpha) {
-  truncate(a);
-  truncate(b);
-  return REAL(aoti_torch_cpu_addmm_out)(out, self, a, b, beta, alpha);
-}
-"""
-
-UNDER_ROUNDING_BLAS = """
-import sys, torch
-sys.path[:0] = {path}
-from support.gemm_testing import check, operands
-torch.manual_seed(0)
-a, b = operands("1d2d", 70, 300, 4200, torch.device("cpu"))
-check(a, b, False, out_dtype=torch.float32)
-"""
-
-
-def test_products_that_round_their_operands_are_noticed_and_avoided(tmp_path: Path):
-    source, library = tmp_path / "blas.cpp", tmp_path / "blas.so"
-    source.write_text(ROUNDING_BLAS)
-    compiler = os.environ.get("CXX", "c++")
-    build = [compiler, "-shared", "-fPIC", "-O1", str(source), "-o", str(library), "-ldl"]
-    subprocess.run(build, check=True)
-    script = UNDER_ROUNDING_BLAS.format(path=[p for p in sys.path if p])
-    environment = {**os.environ, "LD_PRELOAD": str(library)}
-    subprocess.run([sys.executable, "-c", script], env=environment, check=True)
