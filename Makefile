@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 BUILT := build/.built
 SOURCES := setup.py pyproject.toml $(shell find csrc ptx -type f -not -name '*.pyc' -not -name '*.md')
 
-.PHONY: all demo check test test-cpu test-sim asan tsan lint format bench bench-cpu instruction-counts soak wheel gpu-check sass-report clean
+.PHONY: all demo check test test-cpu test-sim asan tsan cross-check lint format bench bench-cpu instruction-counts soak wheel gpu-check sass-report clean
 all: $(BUILT)
 
 $(VENV)/.ready: pyproject.toml Makefile csrc/build/setup_venv.sh csrc/build/toolchain.py
@@ -64,6 +64,12 @@ asan: $(VENV)/.ready
 
 tsan: $(VENV)/.ready
 	$(BIN)/python tools/sanitize.py thread $(ARGS)
+
+# The CPU kernels for aarch64, under qemu-user (Debian: g++-aarch64-linux-gnu qemu-user), and on this
+# machine under ASan and UBSan.
+cross-check: $(VENV)/.ready
+	$(BIN)/python tools/cross_check.py aarch64
+	$(BIN)/python tools/cross_check.py asan
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

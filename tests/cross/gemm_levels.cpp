@@ -1,0 +1,269 @@
+// Checks every level of the CPU GEMM that this machine has (csrc/gemm/cpu/kernel.h): results against
+// float64 within the bound of docs/numerics.md, and that an element's bits depend on K alone.
+#include <algorithm>
+#include <memory>
+#include <vector>
+
+#include "../../csrc/gemm/cpu/kernel.h"
+#include "numbers.h"
+
+namespace torchext::cpu_gemm {
+// Levels that a build may lack.
+#ifdef TORCHEXT_X86_LEVELS
+extern const Level amx __attribute__((weak));
+#endif
+#ifdef TORCHEXT_ARM_LEVELS
+extern const Level neon __attribute__((weak));
+#endif
+}  // namespace torchext::cpu_gemm
+
+namespace cross {
+namespace {
+
+using namespace torchext::cpu_gemm;
+using torchext::cpu_level;
+using torchext::CpuLevel;
+
+const NumberFormat& number_format(Format format) {
+  switch (format) {
+    case Format::e4m3:
+      return kE4M3;
+    case Format::e5m2:
+      return kE5M2;
+    case Format::bf16:
+      return kBF16;
+    case Format::fp16:
+      return kFP16;
+    default:
+      return kFP32;
+  }
+}
+
+// A matrix with a scale for every 128 columns of row_group rows.
+struct Matrix {
+  Format format;
+  int64_t rows, columns, stride, groups, row_group;
+  std::vector<uint8_t> data;
+  std::vector<float> scale;
+
+  Matrix(Format format, int64_t rows, int64_t columns, int64_t row_group, Random& random)
+      : format(format),
+        rows(rows),
+        columns(columns),
+        stride(columns + 5),
+        groups((columns + 127) / 128),
+        row_group(row_group) {
+    const NumberFormat& f = number_format(format);
+    // Nothing lies behind the last row, so that a sanitizer sees reads beyond it.
+    const int64_t count = (rows - 1) * stride + columns;
+    data.resize(size_t(count * f.bytes));
+    // Any FP8 number; wider numbers between 2^-4 and 2^4.
+    std::normal_distribution<float> normal;
+    for (int64_t i = 0; i < count; ++i) {
+      uint32_t code;
+      if (f.bytes == 1) {
+        do code = random() & 0xff;
+        while (!std::isfinite(decode(f, code)));
+      } else {
+        const float x = std::ldexp(1.0f + float(random() % 1024) / 1024, int(random() % 8) - 4);
+        uint32_t bits;
+        std::memcpy(&bits, &x, 4);
+        code = f.bytes == 4      ? bits
+               : f.mantissa == 7 ? bits >> 16
+                                 : ((bits >> 23) - 127 + 15) << 10 | (bits >> 13 & 0x3ff);
+        if (random() % 2) code |= 1u << (8 * f.bytes - 1);
+      }
+      std::memcpy(&data[size_t(i * f.bytes)], &code, size_t(f.bytes));
+    }
+    for (int64_t i = 0; i < (rows + row_group - 1) / row_group * groups; ++i)
+      scale.push_back(std::ldexp(1.0f + float(random() % 1000) / 1000, int(random() % 16) - 8));
+  }
+
+  Operand operand() const {
+    return {data.data(), stride, format, scale.data(), groups, 1, row_group};
+  }
+  double number(int64_t row, int64_t column) const {
+    const NumberFormat& f = number_format(format);
+    return decode(f, code_at(f, data.data(), row * stride + column));
+  }
+  double value(int64_t row, int64_t column) const {
+    return number(row, column) * scale[size_t(row / row_group * groups + column / 128)];
+  }
+};
+
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
+std::unique_ptr<void, Free> aligned(int64_t bytes) {
+  return std::unique_ptr<void, Free>(std::aligned_alloc(64, size_t(round_to(bytes + 1, 64))));
+}
+
+// a[rows] times b[columns], by `level`: [rows.count, columns[0].count + columns[1].count].
+std::vector<float> multiply(const Level& level, const Matrix& a, const Rows& rows, const Matrix& b,
+                            const Rows (&columns)[2], const Depth& k) {
+  const Operand left = a.operand(), right = b.operand();
+  const int64_t segments = k.segments(), padded = padded_columns(level, columns);
+  const auto packed = aligned(rows.count * segments * Depth::kSegment * level.element_bytes);
+  std::vector<float> scales(size_t(rows.count * segments));
+  const PackedRows out{packed.get(), scales.data()};
+  level.pack(left, rows, k, out);
+  const auto scratch = aligned(scratch_bytes(level, rows.count, k, padded));
+  const int64_t stride = padded + 3;
+  std::vector<float> total(size_t(rows.count * stride), std::nanf(""));
+  Product product{};
+  product.a = out;
+  product.rows = rows.count;
+  product.k = k;
+  product.b = &right;
+  product.columns[0] = columns[0];
+  product.columns[1] = columns[1];
+  product.total = total.data();
+  product.total_stride = stride;
+  product.scratch = scratch.get();
+  level.multiply(product);
+  std::vector<float> result;
+  for (int64_t i = 0; i < rows.count; ++i) {
+    int64_t first = 0;
+    for (const Rows& list : columns) {
+      const float* from = &total[size_t(i * stride + first)];
+      result.insert(result.end(), from, from + list.count);
+      first += round_to(list.count, level.panel);
+    }
+  }
+  return result;
+}
+
+struct Checker {
+  const char* name;
+  const Level& level;
+  Random random{7};
+  int products = 0;
+
+  // Every element within (K + 4) 2^-24 sum |a b|, the E_sum of docs/numerics.md.
+  void check(const Matrix& a, const Rows& rows, const Matrix& b, const Rows (&columns)[2],
+             const Depth& k) {
+    const std::vector<float> result = multiply(level, a, rows, b, columns, k);
+    const int64_t width = columns[0].count + columns[1].count;
+    for (int64_t i = 0; i < rows.count; ++i) {
+      for (int64_t j = 0; j < width; ++j) {
+        const int64_t n = j < columns[0].count ? columns[0][j] : columns[1][j - columns[0].count];
+        double exact = 0, size = 0;
+        for (int64_t c = k.begin; c < k.end; ++c) {
+          const double term = a.value(rows[i], c) * b.value(n, c);
+          exact += term;
+          size += std::abs(term);
+        }
+        const double error = std::abs(double(result[size_t(i * width + j)]) - exact);
+        if (!(error <= size * double(k.end - k.begin + 4) * std::ldexp(1.0, -24)))
+          fail("%s: %d x %d, K [%d, %d), element (%d, %d): %g, not %g", name, int(rows.count),
+               int(width), int(k.begin), int(k.end), int(i), int(j),
+               double(result[size_t(i * width + j)]), exact);
+      }
+    }
+    alone(result, a, rows, b, columns, k);
+    ++products;
+  }
+
+  // The first, a middle and the last row, and the last column, each as a product of its own.
+  void alone(const std::vector<float>& result, const Matrix& a, const Rows& rows, const Matrix& b,
+             const Rows (&columns)[2], const Depth& k) {
+    const int64_t width = columns[0].count + columns[1].count;
+    for (int64_t i : {int64_t(0), rows.count / 2, rows.count - 1}) {
+      const std::vector<float> row = multiply(level, a, rows.part(i, i + 1), b, columns, k);
+      if (std::memcmp(row.data(), &result[size_t(i * width)], row.size() * sizeof(float)) != 0)
+        fail("%s: row %d of %d has other bits alone", name, int(i), int(rows.count));
+    }
+    const Rows& list = columns[1].count > 0 ? columns[1] : columns[0];
+    const Rows last[2] = {list.part(list.count - 1, list.count), {0, 0}};
+    const std::vector<float> column = multiply(level, a, rows, b, last, k);
+    for (int64_t i = 0; i < rows.count; ++i)
+      if (std::memcmp(&column[size_t(i)], &result[size_t((i + 1) * width - 1)], sizeof(float)) != 0)
+        fail("%s: column %d of %d has other bits alone", name, int(width - 1), int(width));
+  }
+
+  void run() {
+    std::vector<Format> formats = {Format::e4m3, Format::e5m2, Format::bf16};
+    if (level.element_bytes == 4) {
+      formats.push_back(Format::fp16);
+      formats.push_back(Format::fp32);
+    }
+    const Depth depths[] = {{0, 1},   {0, 127},   {0, 128},   {0, 131}, {5, 300},
+                            {64, 66}, {250, 640}, {128, 384}, {0, 640}};
+    for (Format format : formats) {
+      for (Format weight : {Format::e4m3, Format::e5m2}) {
+        const Matrix a(format, 120, 640, 1, random), b(weight, 300, 640, 128, random),
+            fine(weight, 300, 640, 1, random);
+        std::vector<int32_t> list(120);
+        for (int i = 0; i < 120; ++i) list[size_t(i)] = 119 - i;
+        for (const Depth& k : depths) {
+          const Rows few[2] = {{130, 19}, {0, 0}}, pairs[2] = {{0, 33}, {150, 17}};
+          check(a, {0, 1}, b, few, k);
+          check(a, {3, 2}, fine, pairs, k);
+          check(a, {1, 17, list.data()}, b, pairs, k);
+        }
+        const Rows wide[2] = {{1, 131}, {0, 0}};
+        for (int64_t rows : {3, 5, 6, 7, 12, 13, 29, 48, 49, 101})
+          check(a, {2, rows}, b, wide, depths[4]);
+      }
+    }
+    nan();
+    const Matrix a(Format::e4m3, 3, 128, 1, random), b(Format::e4m3, 5, 128, 128, random);
+    const Rows columns[2] = {{0, 5}, {0, 0}};
+    for (float x : multiply(level, a, {0, 3}, b, columns, {0, 0}))
+      if (x != 0) fail("%s: an empty sum is %g", name, double(x));
+  }
+
+  // A NaN code, or a NaN scale, reaches its row of the result and no other.
+  void nan() {
+    for (bool in_scale : {false, true}) {
+      Matrix a(Format::e4m3, 9, 200, 1, random);
+      const Matrix b(Format::e5m2, 20, 200, 128, random);
+      if (in_scale)
+        a.scale[size_t(4 * a.groups + 1)] = std::nanf("");
+      else
+        a.data[size_t(4 * a.stride + 130)] = 0x7f;
+      const Rows columns[2] = {{0, 20}, {0, 0}};
+      const std::vector<float> result = multiply(level, a, {0, 9}, b, columns, {0, 200});
+      for (int i = 0; i < 9 * 20; ++i)
+        if (std::isnan(result[size_t(i)]) != (i / 20 == 4))
+          fail("%s: a NaN of row 4 and element %d of row %d", name, i % 20, i / 20);
+    }
+  }
+};
+
+}  // namespace
+
+void check_gemm_levels() {
+  struct Named {
+    const char* name;
+    const Level* level;
+    bool here;
+  };
+  const CpuLevel best = cpu_level();
+  const Named levels[] = {
+      {"portable", &portable, true},
+#ifdef TORCHEXT_X86_LEVELS
+      {"avx2", &avx2, best >= CpuLevel::avx2},
+      {"avx512", &avx512, best >= CpuLevel::avx512},
+      {"avx512_bf16", &avx512_bf16, best >= CpuLevel::avx512_bf16},
+      {"avx512_bf16_vbmi", &avx512_bf16_vbmi,
+       best >= CpuLevel::avx512_bf16 && torchext::has_avx512_vbmi()},
+      {"amx", &amx, best >= CpuLevel::amx},
+#endif
+#ifdef TORCHEXT_ARM_LEVELS
+      {"neon", &neon, best == CpuLevel::neon},
+#endif
+  };
+  for (const Named& named : levels) {
+    if (named.level == nullptr || !named.here) {
+      std::printf("gemm %s: skipped: %s\n", named.name,
+                  named.here ? "not in this build" : "this machine lacks it");
+      continue;
+    }
+    Checker checker{named.name, *named.level};
+    checker.run();
+    std::printf("gemm %s: %d products\n", named.name, checker.products);
+  }
+}
+
+}  // namespace cross
