@@ -1,9 +1,12 @@
-// How CPU kernels of quantization walk through a matrix. They call cpu/kernels.h for parts of x that
-// fit in a cache: runs of a row, or tiles of at most 128 x 128, which are read in place if columns
-// are contiguous and gathered otherwise. Everything that depends on a part is computed while it is
-// in cache, so that x is read from memory once (for one scale of the whole tensor: twice).
+// How CPU kernels of quantization walk through a matrix. They call
+// cpu/kernels.h for parts of x that fit in a cache: runs of a row, or tiles of
+// at most 128 x 128, which are read in place if columns are contiguous and
+// gathered otherwise. Everything that depends on a part is computed while it is
+// in cache, so that x is read from memory once (for one scale of the whole
+// tensor: twice).
 //
-// Rows are shared among threads in strips: scales lie M-major, so that 16 rows fill a cache line.
+// Rows are shared among threads in strips: scales lie M-major, so that 16 rows
+// fill a cache line.
 #include <atomic>
 
 #include "../runtime/cpu.h"
@@ -21,8 +24,8 @@ constexpr int64_t kGrain = 1 << 15;         // elements that are worth a thread
 constexpr int64_t kStreamBytes = 16 << 20;  // outputs of this size do not stay in a cache
 constexpr int64_t kLine = 64;               // bytes of a cache line
 
-// Calls body(begin, end) on torch's threads for parts of [0, count) with at least kGrain elements,
-// in the default floating-point environment.
+// Calls body(begin, end) on torch's threads for parts of [0, count) with at
+// least kGrain elements, in the default floating-point environment.
 template <class Body>
 void in_parallel(int64_t count, int64_t elements, const Kernels& kernels, const Body& body) {
   const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(elements, 1));
@@ -33,7 +36,8 @@ void in_parallel(int64_t count, int64_t elements, const Kernels& kernels, const 
   });
 }
 
-// Whether to bypass the cache when writing rows `stride` bytes apart, in parts of 128 elements.
+// Whether to bypass the cache when writing rows `stride` bytes apart, in parts
+// of 128 elements.
 bool should_stream(const void* data, int64_t stride, int64_t rows) {
   return rows * stride >= kStreamBytes && stride % kLine == 0 &&
          reinterpret_cast<uintptr_t>(data) % kLine == 0;
@@ -48,31 +52,6 @@ struct Tile {
   const uint8_t* data;
   int64_t stride;  // elements
   int rows, cols;
-};
-
-// Memory that will be read soon: rows of a tile. A processor fetches ahead of what it reads within a
-// row, but not from row to row. So kernels fetch a later tile, little by little: few misses can be
-// under way at a time.
-class Ahead {
- public:
-  Ahead() = default;
-  Ahead(const uint8_t* data, int64_t pitch, int rows, int64_t bytes)
-      : data_(data), pitch_(pitch), rows_(rows), bytes_(bytes) {}
-  // Fetches the next rows into the L2 cache.
-  void fetch(int rows) {
-    for (const int end = std::min(next_ + rows, rows_); next_ < end; ++next_)
-      for (int64_t i = 0; i < bytes_; i += kLine) fetch_line(data_ + next_ * pitch_ + i);
-  }
-
- private:
-  // GCC takes other functions that only prefetch for functions without effect.
-  static inline __attribute__((always_inline)) void fetch_line(const uint8_t* line) {
-    __builtin_prefetch(line, 0, 2);
-  }
-  const uint8_t* data_ = nullptr;
-  int64_t pitch_ = 0;
-  int next_ = 0, rows_ = 0;
-  int64_t bytes_ = 0;
 };
 
 // Reads tiles of x.
@@ -103,8 +82,8 @@ class TileReader {
 
   Ahead ahead(int64_t row, int64_t col) const {
     const int rows = rows_at(row), cols = cols_at(col);
-    if (x_.col_stride == 1) return {at(row, col), x_.row_stride * size_, rows, cols * size_};
-    if (x_.row_stride == 1) return {at(row, col), x_.col_stride * size_, cols, rows * size_};
+    if (x_.col_stride == 1) return {at(row, col), x_.row_stride * size_, rows, int(cols * size_)};
+    if (x_.row_stride == 1) return {at(row, col), x_.col_stride * size_, cols, int(rows * size_)};
     return {};
   }
 
@@ -135,8 +114,9 @@ class TileReader {
   alignas(64) uint8_t transposed_[kTile * kTile * 4];
 };
 
-// The order in which tiles are visited: row by row, or row by row within some columns, for outputs
-// that lie the other way. Both x and such an output then stay within pages that the TLB holds.
+// The order in which tiles are visited: row by row, or row by row within some
+// columns, for outputs that lie the other way. Both x and such an output then
+// stay within pages that the TLB holds.
 class TileOrder {
  public:
   TileOrder(const MatrixView& x, bool output_is_transposed)
@@ -155,7 +135,8 @@ class TileOrder {
   int64_t rows_, cols_, width_;
 };
 
-// Calls body(reader, tile, row, col, ahead) for all tiles of x, shared among threads.
+// Calls body(reader, tile, row, col, ahead) for all tiles of x, shared among
+// threads.
 template <class Body>
 void for_each_tile(const MatrixView& x, const Kernels& kernels, bool output_is_transposed,
                    const Body& body) {
@@ -166,7 +147,7 @@ void for_each_tile(const MatrixView& x, const Kernels& kernels, bool output_is_t
     for (int64_t i = begin; i < end; ++i) {
       const auto [row, col] = order[i];
       const auto [next_row, next_col] = order[std::min(i + kDistance, end - 1)];
-      Ahead ahead = i + kDistance < end ? reader.ahead(next_row, next_col) : Ahead();
+      const Ahead ahead = i + kDistance < end ? reader.ahead(next_row, next_col) : Ahead();
       body(reader, reader.read(row, col), row, col, ahead);
     }
   });
@@ -195,9 +176,8 @@ struct Task {
 
 // ---- 1x128 groups ----
 
-constexpr int kBatchRows = 16;  // rows of a tile between which other memory is fetched
-
-// Writes scales that lie one after another. Streams whole cache lines, if asked to.
+// Writes scales that lie one after another. Streams whole cache lines, if asked
+// to.
 void store_scales(const float* from, int n, float* to, bool stream) {
   int i = 0;
 #ifdef TORCHEXT_X86_LEVELS
@@ -207,17 +187,12 @@ void store_scales(const float* from, int n, float* to, bool stream) {
   if (i < n) std::memcpy(to + i, from + i, size_t(n - i) * sizeof(float));
 }
 
-// Quantizes the rows of a tile as groups. Fetches `fetched` rows ahead in every batch.
+// Quantizes the rows of a tile as groups.
 void quantize_tile_rows(const Task& task, const Tile& tile, int64_t row, int64_t col,
-                        const QuantizedView& out, bool stream, Ahead& ahead, int fetched) {
-  const int64_t size = task.element_size;
+                        const QuantizedView& out, bool stream, const Ahead& ahead) {
   float scales[kTile];
-  for (int i = 0; i < tile.rows; i += kBatchRows) {
-    ahead.fetch(fetched);
-    task.quantize.groups(tile.data + i * tile.stride * size, tile.stride,
-                         std::min(kBatchRows, tile.rows - i), tile.cols, task.dropped_mantissa,
-                         data_at(out, row + i, col), out.data_stride, scales + i, 1, stream);
-  }
+  task.quantize.groups(tile.data, tile.stride, tile.rows, tile.cols, task.dropped_mantissa,
+                       data_at(out, row, col), out.data_stride, scales, 1, ahead, stream);
   store_scales(scales, tile.rows, &scale_at(out, row, col / kTile), stream);
 }
 
@@ -263,10 +238,11 @@ void quantize_contiguous_groups(const Task& task, const MatrixView& x, const Qua
         uint8_t* to = data_at(out, row + i, col);
         if (whole)
           task.quantize.groups(from, kTile, whole, kTile, task.dropped_mantissa, to, kTile,
-                               scales[0] + i, kStripRows, stream);
+                               scales[0] + i, kStripRows, Ahead(), stream);
         if (rest)
           task.quantize.groups(from + whole * kTile * size, kTile, 1, rest, task.dropped_mantissa,
-                               to + whole * kTile, kTile, scales[whole] + i, kStripRows, false);
+                               to + whole * kTile, kTile, scales[whole] + i, kStripRows, Ahead(),
+                               false);
       }
       for (int g = 0; g < groups; ++g)
         store_scales(scales[g], rows, &scale_at(out, row, group + g), stream);
@@ -280,11 +256,11 @@ void quantize_row_groups(const Task& task, const MatrixView& x, const QuantizedV
   const bool stream = should_stream(out.data, out.data_stride, x.rows);
   // The rows of x are columns in memory. Walk along these.
   const MatrixView columns = transposed_view(x);
-  for_each_tile(columns, task.all, true,
-                [&](TileReader& reader, const Tile& tile, int64_t row, int64_t col, Ahead& ahead) {
-                  quantize_tile_rows(task, reader.transposed(tile), col, row, out, stream, ahead,
-                                     kBatchRows);
-                });
+  for_each_tile(
+      columns, task.all, true,
+      [&](TileReader& reader, const Tile& tile, int64_t row, int64_t col, const Ahead& ahead) {
+        quantize_tile_rows(task, reader.transposed(tile), col, row, out, stream, ahead);
+      });
 }
 
 // Groups along rows and along columns.
@@ -294,34 +270,32 @@ void quantize_both_groups(const Task& task, const MatrixView& x, const Quantized
     return quantize_both_groups(task, transposed_view(x), transposed, out);
   const bool stream = should_stream(out.data, out.data_stride, x.rows);
   const bool stream_t = should_stream(transposed.data, transposed.data_stride, x.cols);
-  for_each_tile(x, task.all, true,
-                [&](TileReader& reader, const Tile& tile, int64_t row, int64_t col, Ahead& ahead) {
-                  quantize_tile_rows(task, tile, row, col, out, stream, ahead, kBatchRows / 2);
-                  quantize_tile_rows(task, reader.transposed(tile), col, row, transposed, stream_t,
-                                     ahead, kBatchRows / 2);
-                });
+  for_each_tile(
+      x, task.all, true,
+      [&](TileReader& reader, const Tile& tile, int64_t row, int64_t col, const Ahead& ahead) {
+        const int half = ahead.bytes / 2;
+        const Ahead first{ahead.data, ahead.pitch, ahead.rows, half};
+        const Ahead second{ahead.data + half, ahead.pitch, ahead.rows, ahead.bytes - half};
+        quantize_tile_rows(task, tile, row, col, out, stream, first);
+        quantize_tile_rows(task, reader.transposed(tile), col, row, transposed, stream_t, second);
+      });
 }
 
 // ---- 128x128 blocks ----
 
 void quantize_blocks(const Task& task, const MatrixView& x, const QuantizedView& out,
                      uint8_t* transposed, int64_t transposed_stride) {
-  const int64_t size = task.element_size;
   const bool stream = should_stream(out.data, out.data_stride, x.rows);
   const bool stream_t = should_stream(transposed, transposed_stride, x.cols);
   for_each_tile(
       x, task.all, transposed != nullptr,
-      [&](TileReader&, const Tile& tile, int64_t row, int64_t col, Ahead& ahead) {
+      [&](TileReader&, const Tile& tile, int64_t row, int64_t col, const Ahead& ahead) {
         const uint32_t largest = task.quantize.amax(tile.data, tile.stride, tile.rows, tile.cols);
         const float scale = task.quantize.scale(largest, task.dropped_mantissa);
         scale_at(out, row / kTile, col / kTile) = scale;
         const auto encode = [&](uint8_t* to, int64_t to_stride, bool stream_rows) {
-          for (int i = 0; i < tile.rows; i += kBatchRows) {
-            ahead.fetch(kBatchRows);
-            task.quantize.encode(tile.data + i * tile.stride * size, tile.stride,
-                                 std::min(kBatchRows, tile.rows - i), tile.cols, scale,
-                                 to + i * to_stride, to_stride, stream_rows);
-          }
+          task.quantize.encode(tile.data, tile.stride, tile.rows, tile.cols, scale, to, to_stride,
+                               ahead, stream_rows);
         };
         uint8_t* to = data_at(out, row, col);
         if (!transposed) return encode(to, out.data_stride, stream);
@@ -344,7 +318,7 @@ void quantize_contiguous_rows(const Task& task, const MatrixView& x, const Quant
       const float scale =
           task.quantize.scale(task.quantize.amax(from, 0, 1, x.cols), task.dropped_mantissa);
       scale_at(out, row, 0) = scale;
-      task.quantize.encode(from, 0, 1, x.cols, scale, data_at(out, row, 0), 0, stream);
+      task.quantize.encode(from, 0, 1, x.cols, scale, data_at(out, row, 0), 0, Ahead(), stream);
     }
   });
 }
@@ -369,7 +343,7 @@ void quantize_strided_rows(const Task& task, const MatrixView& x, const Quantize
         const Tile tile = reader.read(row, col);
         for (int i = 0; i < tile.rows; ++i) {
           task.quantize.encode(tile.data + i * kTile * size, 0, 1, tile.cols, scales[i],
-                               data_at(out, row + i, col), 0, false);
+                               data_at(out, row + i, col), 0, Ahead(), false);
           scale_at(out, row + i, 0) = scales[i];
         }
       }
@@ -379,7 +353,8 @@ void quantize_strided_rows(const Task& task, const MatrixView& x, const Quantize
 
 // ---- one scale for the whole tensor ----
 
-// Calls body(data, cols, row, col) for runs of contiguous elements, shared among threads.
+// Calls body(data, cols, row, col) for runs of contiguous elements, shared
+// among threads.
 template <class Body>
 void for_each_run(const MatrixView& x, const Kernels& kernels, const Body& body) {
   const int64_t size = element_size(x.dtype), run = kChunkGroups * kTile;
@@ -395,7 +370,7 @@ void for_each_run(const MatrixView& x, const Kernels& kernels, const Body& body)
         });
   }
   for_each_tile(x, kernels, false,
-                [&](TileReader&, const Tile& tile, int64_t row, int64_t col, Ahead&) {
+                [&](TileReader&, const Tile& tile, int64_t row, int64_t col, const Ahead&) {
                   for (int i = 0; i < tile.rows; ++i)
                     body(tile.data + i * tile.stride * size, tile.cols, row + i, col);
                 });
@@ -422,7 +397,7 @@ void quantize_whole(const Task& task, const MatrixView& x, const QuantizedView& 
   }
   const float scale = *out.scale;
   for_each_run(x, task.all, [&](const uint8_t* data, int64_t cols, int64_t row, int64_t col) {
-    task.quantize.encode(data, 0, 1, cols, scale, data_at(out, row, col), 0, stream);
+    task.quantize.encode(data, 0, 1, cols, scale, data_at(out, row, col), 0, Ahead(), stream);
   });
 }
 

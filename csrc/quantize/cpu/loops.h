@@ -1,19 +1,26 @@
-// The loops of kernels.h for any instruction set with vectors of bytes. An instruction set's file
-// defines a struct V of operations on its registers, includes this file under its `#pragma GCC
-// target`, and fills a Kernels with make_kernels<V>(). Everything here has internal linkage, so that
-// no other file gets code for that instruction set.
+// The loops of kernels.h for any instruction set with vectors of bytes. An
+// instruction set's file defines a struct V of operations on its registers,
+// includes this file under its `#pragma GCC target`, and fills a Kernels with
+// make_kernels<V>(). Everything here has internal linkage, so that no other
+// file gets code for that instruction set.
 //
-// V has integer registers I (kBytes bytes, in lanes of 16) and FP32 registers F. A step is kBytes
-// elements, which become one register of codes. V::Squares has the registers that transpose tiles.
+// V has integer registers I (kBytes bytes, in lanes of 16) and FP32 registers
+// F. A step is kBytes elements, which become one register of codes. V::Squares
+// has the registers that transpose tiles.
 //
-//   groups     16 groups at a time: their largest magnitudes, their scales, then encode each
-//   encode     BF16: significands by look-up, exponents by saturating byte arithmetic; a step with
-//              codes that might be subnormal, and other dtypes: FP32 quotients by Markstein's method
-//   dequantize to BF16: products with the 16 (E5M2: 8) smallest codes, look-ups, and exponents added
+//   groups     16 groups at a time: their largest magnitudes, their scales,
+//   then encode each encode     BF16: significands by look-up, exponents by
+//   saturating byte arithmetic; a step with
+//              codes that might be subnormal, and other dtypes: FP32 quotients
+//              by Markstein's method
+//   dequantize to BF16: products with the 16 (E5M2: 8) smallest codes,
+//   look-ups, and exponents added
 //              as integers; to other dtypes: FP32 products
-//   transpose  each lane holds rows of another square of 16 bytes; log2(16) rounds of interleaving
+//   transpose  each lane holds rows of another square of 16 bytes; log2(16)
+//   rounds of interleaving
 //
-// There is no include guard and no namespace of its own: see the files that include it.
+// There is no include guard and no namespace of its own: see the files that
+// include it.
 
 template <class In>
 constexpr bool kIsBf16 = std::is_same_v<In, BFloat16>;
@@ -32,7 +39,8 @@ inline __attribute__((always_inline)) void put(uint8_t* to, typename V::I value,
 
 // ---- magnitudes ----
 
-// Magnitudes are compared as unsigned integers, shifted left by one so that the sign drops out.
+// Magnitudes are compared as unsigned integers, shifted left by one so that the
+// sign drops out.
 template <class V, class Bits>
 struct Magnitudes {
   using I = typename V::I;
@@ -110,8 +118,9 @@ float scale_for(uint32_t magnitude, uint32_t dropped_mantissa) {
 
 // ---- FP8 codes of FP32 quotients ----
 
-// The codes of V::kBytes quotients. kDivide: by true division, for scales below 2^-64; otherwise
-// Markstein's method, whose remainder does not underflow for any quotient that is not zero in FP8.
+// The codes of V::kBytes quotients. kDivide: by true division, for scales below
+// 2^-64; otherwise Markstein's method, whose remainder does not underflow for
+// any quotient that is not zero in FP8.
 template <class V, class In, class Out, bool kDivide>
 inline __attribute__((always_inline)) typename V::I encode_step(const typename In::Bits* x,
                                                                 typename V::F scale,
@@ -216,7 +225,8 @@ struct Quantize {
 
   template <bool kWhole, bool kStream>
   static void run(const Bits* x, int64_t x_stride, int groups, int cols, uint32_t dropped_mantissa,
-                  uint8_t* data, int64_t data_stride, float* scales, int64_t scale_stride) {
+                  uint8_t* data, int64_t data_stride, float* scales, int64_t scale_stride,
+                  const Ahead& ahead) {
     constexpr int kBatch = 16;
     const Significands& tables = significands(kIsE5m2<Out>);
     const int n = kWhole ? kTile : cols;
@@ -228,6 +238,7 @@ struct Quantize {
       float batch[kBatch];
       for (int i = 0; i < kBatch; ++i) batch[i] = scale_for<In, Out>(largest[i], dropped_mantissa);
       for (int i = 0; i < count; ++i) {
+        ahead.fetch(first + i);
         scales[(first + i) * scale_stride] = batch[i];
         encode_run<V, In, Out>(x + (first + i) * x_stride, n, batch[i], tables,
                                data + (first + i) * data_stride, kStream);
@@ -237,12 +248,12 @@ struct Quantize {
 
   static void groups(const void* x, int64_t x_stride, int groups, int cols,
                      uint32_t dropped_mantissa, uint8_t* data, int64_t data_stride, float* scales,
-                     int64_t scale_stride, bool stream) {
+                     int64_t scale_stride, const Ahead& ahead, bool stream) {
     const auto loop = cols != kTile ? run<false, false>
                       : stream      ? run<true, true>
                                     : run<true, false>;
     loop(static_cast<const Bits*>(x), x_stride, groups, cols, dropped_mantissa, data, data_stride,
-         scales, scale_stride);
+         scales, scale_stride, ahead);
   }
 
   static uint32_t amax(const void* x, int64_t x_stride, int rows, int64_t cols) {
@@ -251,17 +262,19 @@ struct Quantize {
 
   template <bool kStream>
   static void encode_rows(const Bits* x, int64_t x_stride, int rows, int64_t cols, float scale,
-                          uint8_t* data, int64_t data_stride) {
+                          uint8_t* data, int64_t data_stride, const Ahead& ahead) {
     const Significands& tables = significands(kIsE5m2<Out>);
-    for (int i = 0; i < rows; ++i)
+    for (int i = 0; i < rows; ++i) {
+      ahead.fetch(i);
       encode_run<V, In, Out>(x + i * x_stride, cols, scale, tables, data + i * data_stride,
                              kStream);
+    }
   }
 
   static void encode(const void* x, int64_t x_stride, int rows, int64_t cols, float scale,
-                     uint8_t* data, int64_t data_stride, bool stream) {
+                     uint8_t* data, int64_t data_stride, const Ahead& ahead, bool stream) {
     const auto loop = stream ? encode_rows<true> : encode_rows<false>;
-    loop(static_cast<const Bits*>(x), x_stride, rows, cols, scale, data, data_stride);
+    loop(static_cast<const Bits*>(x), x_stride, rows, cols, scale, data, data_stride, ahead);
   }
 
   static float scale(uint32_t amax, uint32_t dropped_mantissa) {
@@ -295,7 +308,8 @@ struct Dequantize {
     if constexpr (kIsBf16<Out>) {
       const I codes = V::spread(V::load(data));
       const I magnitude = V::and_(codes, V::set8(0x7f));
-      // magnitude = exponent + rest, where `rest` is below twice the least normal code.
+      // magnitude = exponent + rest, where `rest` is below twice the least
+      // normal code.
       constexpr int kNormal = 1 << kMantissa;
       const I exponent = V::and_(V::subs_u8(magnitude, V::set8(kNormal)), V::set8(0x80 - kNormal));
       const I rest = V::sub8(magnitude, exponent);
@@ -374,9 +388,9 @@ inline __attribute__((always_inline)) void interleave(typename V::I a, typename 
   }
 }
 
-// Transposes a square of n = 16 / kSize rows in each lane. Each round interleaves rows i and
-// i + n/2 into rows 2i and 2i + 1, which moves one bit of each element's row index to its column
-// index.
+// Transposes a square of n = 16 / kSize rows in each lane. Each round
+// interleaves rows i and i + n/2 into rows 2i and 2i + 1, which moves one bit
+// of each element's row index to its column index.
 template <class V, int kSize>
 inline __attribute__((always_inline)) void transpose_lanes(typename V::I (&rows)[16 / kSize]) {
   constexpr int n = 16 / kSize;
@@ -388,8 +402,9 @@ inline __attribute__((always_inline)) void transpose_lanes(typename V::I (&rows)
   }
 }
 
-// to[c * to_stride + r] = from[r * from_stride + c], strides in bytes. Whole registers only: rows
-// and cols are multiples of V::kBytes / kSize and of 16 / kSize.
+// to[c * to_stride + r] = from[r * from_stride + c], strides in bytes. Whole
+// registers only: rows and cols are multiples of V::kBytes / kSize and of 16 /
+// kSize.
 template <class V, int kSize>
 void transpose_whole(const uint8_t* from, int64_t from_stride, int rows, int cols, uint8_t* to,
                      int64_t to_stride, bool stream) {

@@ -1,6 +1,6 @@
-// Kernels for any machine: loops that the compiler vectorizes for what every machine of the
-// architecture has, with a division for each element (runtime/quantizer.h). The other instruction
-// sets call them for what is rare.
+// Kernels for any machine: loops that the compiler vectorizes for what every
+// machine of the architecture has, with a division for each element
+// (runtime/quantizer.h). The other instruction sets call them for what is rare.
 //
 //   groups, encode   largest magnitude, scale, quotients
 //   dequantize       products
@@ -18,7 +18,7 @@ struct Quantize {
 
   static void groups(const void* x, int64_t x_stride, int groups, int cols,
                      uint32_t dropped_mantissa, uint8_t* data, int64_t data_stride, float* scales,
-                     int64_t scale_stride, bool) {
+                     int64_t scale_stride, const Ahead&, bool) {
     for (int i = 0; i < groups; ++i)
       scales[i * scale_stride] =
           quantize_group<In, Out>(static_cast<const Bits*>(x) + i * x_stride, cols,
@@ -39,7 +39,7 @@ struct Quantize {
   }
 
   static void encode(const void* x, int64_t x_stride, int rows, int64_t cols, float scale,
-                     uint8_t* data, int64_t data_stride, bool) {
+                     uint8_t* data, int64_t data_stride, const Ahead&, bool) {
     for_each_part(rows, cols, [&](int row, int64_t col, int n) {
       cpu::encode<In, Out>(static_cast<const Bits*>(x) + row * x_stride + col, n, scale,
                            data + row * data_stride + col);
@@ -75,8 +75,8 @@ void transpose_tile(const void* from, int64_t stride, int rows, int cols, void* 
   transpose(static_cast<const Bits*>(from), stride, static_cast<Bits*>(to), kTile, rows, cols);
 }
 
-// Writes a few rows of `to` at a time, through a buffer, because rows of `to` that are a power of
-// two apart compete for the same few lines of cache.
+// Writes a few rows of `to` at a time, through a buffer, because rows of `to`
+// that are a power of two apart compete for the same few lines of cache.
 void transpose_codes(const uint8_t* from, int rows, int cols, uint8_t* to, int64_t to_stride,
                      bool) {
   constexpr int kStrip = 16;
