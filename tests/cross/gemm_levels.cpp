@@ -7,16 +7,6 @@
 #include "../../csrc/gemm/cpu/kernel.h"
 #include "numbers.h"
 
-namespace torchext::cpu_gemm {
-// Levels that a build may lack.
-#ifdef TORCHEXT_X86_LEVELS
-extern const Level amx __attribute__((weak));
-#endif
-#ifdef TORCHEXT_ARM_LEVELS
-extern const Level neon __attribute__((weak));
-#endif
-}  // namespace torchext::cpu_gemm
-
 namespace cross {
 namespace {
 
@@ -248,16 +238,15 @@ void check_gemm_levels() {
       {"avx512_bf16", &avx512_bf16, best >= CpuLevel::avx512_bf16},
       {"avx512_bf16_vbmi", &avx512_bf16_vbmi,
        best >= CpuLevel::avx512_bf16 && torchext::has_avx512_vbmi()},
-      {"amx", &amx, best >= CpuLevel::amx},
+      {"amx", &amx, best >= CpuLevel::avx512_bf16 && torchext::has_avx512_vbmi()},  // emulated
 #endif
 #ifdef TORCHEXT_ARM_LEVELS
       {"neon", &neon, best == CpuLevel::neon},
 #endif
   };
   for (const Named& named : levels) {
-    if (named.level == nullptr || !named.here) {
-      std::printf("gemm %s: skipped: %s\n", named.name,
-                  named.here ? "not in this build" : "this machine lacks it");
+    if (!named.here) {
+      std::printf("gemm %s: skipped: this machine lacks it\n", named.name);
       continue;
     }
     Checker checker{named.name, *named.level};
