@@ -178,7 +178,7 @@ struct Task {
 
 // Writes scales that lie one after another. Streams whole cache lines, if asked
 // to.
-void store_scales(const float* from, int n, float* to, bool stream) {
+void store_scales(const float* from, int n, float* to, [[maybe_unused]] bool stream) {
   int i = 0;
 #ifdef TORCHEXT_X86_LEVELS
   if (stream && reinterpret_cast<uintptr_t>(to) % kLine == 0)

@@ -87,7 +87,8 @@ struct Checker {
     std::memset(data, 0xee, sizeof data);
     constexpr int kScaleStride = 3;
     float scales[groups * kScaleStride];
-    k.groups(x.data(), stride, groups, cols, dropped, data, stride, scales, kScaleStride, stream);
+    k.groups(x.data(), stride, groups, cols, dropped, data, stride, scales, kScaleStride,
+             torchext::cpu::Ahead(), stream);
     if (stream) kernels.fence();
     for (int g = 0; g < groups; ++g) {
       float amax = 0;
@@ -127,7 +128,7 @@ struct Checker {
     if (!same(scale, expected))
       fail("%s: scale of %.9g is %.9g", name, double(value), double(scale));
     alignas(64) static uint8_t data[7 * 192];
-    k.encode(x.data(), stride, rows, cols, expected, data, stride, stream);
+    k.encode(x.data(), stride, rows, cols, expected, data, stride, torchext::cpu::Ahead(), stream);
     if (stream) kernels.fence();
     for (int r = 0; r < rows; ++r)
       for (int i = 0; i < cols; ++i) {
