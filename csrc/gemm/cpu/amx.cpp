@@ -68,8 +68,9 @@ void pack(const Operand& a, const Rows& rows, const Depth& k, const PackedRows& 
       for (int64_t i = 0; i < height; ++i, data += kSteps) {
         std::memset(data, 0, kRowBytes);
         Amx::pack_row(a, rows[row + i], k.first(s), k.count(s), data);
-        *scales++ = Shared::scale_of(a, rows[row + i], k.group(s));
       }
+      Shared::load_scales(a, rows.part(row, row + height), k.group(s), scales);
+      scales += height;
     }
   }
 }

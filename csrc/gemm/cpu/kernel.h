@@ -30,7 +30,7 @@ struct Operand {
   Format format;
   const float* scale;  // may be nullptr
   int64_t scale_row, scale_group;
-  int64_t row_group;
+  int64_t row_group;  // 1 if rows are given by a list
 };
 
 // Columns [begin, end) of a and b, cut into segments at the multiples of 128. A segment has one

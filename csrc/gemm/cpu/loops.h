@@ -39,9 +39,23 @@ struct Loops {
 
   // ---- a ----
 
-  static float scale_of(const Operand& x, int64_t row, int64_t group) {
-    return x.scale == nullptr ? 1.0f
-                              : x.scale[row / x.row_group * x.scale_row + group * x.scale_group];
+  // The scales of `count` rows. Rows that share one come in runs, so that few divisions are needed.
+  static void load_scales(const Operand& x, const Rows& rows, int64_t group, float* scales) {
+    if (x.scale == nullptr) {
+      std::fill_n(scales, rows.count, 1.0f);
+      return;
+    }
+    const float* column = x.scale + group * x.scale_group;
+    if (x.row_group == 1) {
+      for (int64_t i = 0; i < rows.count; ++i) scales[i] = column[rows[i] * x.scale_row];
+      return;
+    }
+    for (int64_t i = 0; i < rows.count;) {
+      const int64_t shared = (rows.first + i) / x.row_group;
+      const int64_t end = std::min(rows.count, (shared + 1) * x.row_group - rows.first);
+      std::fill(scales + i, scales + end, column[shared * x.scale_row]);
+      i = end;
+    }
   }
 
   static void pack(const Operand& a, const Rows& rows, const Depth& k, const PackedRows& out) {
@@ -52,7 +66,7 @@ struct Loops {
       Step* data = static_cast<Step*>(out.data) + row * segments * kSteps;
       float* scales = out.scales + row * segments;
       for (int64_t s = 0; s < segments; ++s) {
-        for (int64_t i = 0; i < height; ++i) scales[i] = scale_of(a, rows[row + i], k.group(s));
+        load_scales(a, rows.part(row, row + height), k.group(s), scales);
         if (!Isa::pack_tile(a, rows.part(row, row + height), k.first(s), k.count(s), data)) {
           for (int64_t i = 0; i < height; ++i) {
             Step steps[kSteps];
@@ -92,8 +106,8 @@ struct Loops {
           Isa::pack_panel(*p.b, columns.first + n, count, p.k.first(s), p.k.count(s),
                           data_of(panels, panel, s - begin));
           float* scales = scales_of(panels, panel, s - begin);
-          for (int i = 0; i < kPanel; ++i)
-            scales[i] = i < count ? scale_of(*p.b, columns.first + n + i, p.k.group(s)) : 0;
+          load_scales(*p.b, columns.part(n, n + count), p.k.group(s), scales);
+          std::fill(scales + count, scales + kPanel, 0.0f);
         }
       }
     }
