@@ -7,6 +7,7 @@
 //     on all threads: pack the rows            Level::pack
 //     on all threads: for each job             Level::multiply, then finish()
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <memory>
 #include <new>
@@ -144,9 +145,9 @@ class Multiplier {
     std::vector<Block> blocks;
     int64_t bytes = 0;
     for (const Part& part : parts) {
-      for (int64_t row = 0; row < part.rows.count; row += kJobRows) {
-        const int64_t end = std::min(row + kJobRows, part.rows.count);
-        blocks.push_back({&part, part.rows.part(row, end), {}});
+      const int64_t rows = part.rows.count, count = ceil_div(rows, kJobRows);  // divided evenly
+      for (int64_t i = 0; i < count; ++i) {
+        blocks.push_back({&part, part.rows.part(rows * i / count, rows * (i + 1) / count), {}});
         bytes += packed_bytes(blocks.back());
         if (bytes < kMostPacked) continue;
         run(blocks, bytes);
@@ -197,8 +198,9 @@ class Multiplier {
     for (const Block& block : blocks)
       for (int64_t column = 0; column < width; column += step)
         jobs.push_back({&block, column, std::min(step, width - column)});
-    constexpr int64_t kProducts = 1 << 21;  // multiply-adds that are worth a thread
-    const int64_t grain = ceil_div(kProducts * int64_t(jobs.size()), work * p_.n + 1);
+    constexpr double kProducts = 1 << 21;  // multiply-adds that are worth a thread
+    const double products = double(work) * double(p_.n) / double(jobs.size());  // of one job
+    const auto grain = int64_t(std::ceil(kProducts / std::max(products, 1.0)));
     torch::stable::parallel_for(0, int64_t(jobs.size()), grain, [&](int64_t begin, int64_t end) {
       const DefaultFloatingPoint environment;
       for (int64_t i = begin; i < end; ++i) run(jobs[i]);
