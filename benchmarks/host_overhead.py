@@ -95,6 +95,7 @@ def _calls_of_ops(x: Tensor, weight: Tensor, bias: Tensor) -> dict[str, Callable
             for name in ops.OPS
             if name.startswith("fp8_gemm_nt_")
         },
+        "ops.fp8_linear": partial(ops.fp8_linear, x, *b),
         "ops.m_grouped_fp8_gemm_nt_contiguous": partial(
             ops.m_grouped_fp8_gemm_nt_contiguous, *a, *experts, rows
         ),
