@@ -86,7 +86,7 @@ format: $(VENV)/.ready
 bench: $(BUILT)
 	$(BIN)/python -m benchmarks $(ARGS)
 
-# Measures what the CPU's goals need, in at most 12 minutes, and writes the documents' figures.
+# Measures what the CPU's goals need, in about 12 minutes, and writes the documents' figures.
 bench-cpu: $(BUILT)
 	$(BIN)/python -m benchmarks --device cpu --budget 690 --documents $(ARGS)
 

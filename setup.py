@@ -77,8 +77,7 @@ def op_library() -> Extension:
         files.remove("csrc/runtime/cuda_device.cpp")
         print("torchext: no nvcc found: building for the CPU only", file=sys.stderr)
     else:
-        files += sources("csrc/*/*/*.cu")
-        files += [file for file in sources("csrc/*/*/*.cpp") if file not in files]
+        files = sources("csrc/*.cpp", "csrc/*/*.cpp", "csrc/*/*/*.cpp", "csrc/*/*/*.cu")
         cxx.append("-DTORCHEXT_CUDA")
         nvcc = [
             "-O3",

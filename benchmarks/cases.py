@@ -247,7 +247,7 @@ def cpu_cases() -> list[Case]:
 
 
 def goal_cases() -> list[Case]:
-    """What the CPU's goals cover (goals.py), and the sweep over m; on all threads."""
+    """Returns the cases of the CPU's goals (goals.py) and the sweep over m, on all threads."""
     rows = [(m, *weight) for weight in WEIGHTS for m in FEW_ROWS]
     dtypes = (("float32", "fp32"), ("bfloat16", "bf16"))
     return [

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BEGIN = "<!-- python -m benchmarks.documents: begin -->\n"
 END = "<!-- python -m benchmarks.documents: end -->\n"
 IMAGE = Path("docs/images/cpu_rows.svg")
-# What the README shows of the goals: the beginning of their names.
+# The README shows the goals whose names begin so.
 IN_README = (
     "cpu_many_rows", "cpu_m1", "cpu_m16", "cpu_w8a16", "cpu_linear", "cpu_experts",
     "cpu_quantize_1x128_", "cpu_training",
@@ -28,7 +28,7 @@ IN_README = (
 
 
 def block(document: str, data: dict, folder: str) -> str:
-    """What stands between the marks of `document`. folder: of the results, from the root."""
+    """Returns the text between a document's marks. folder: that of the results, from the root."""
     path = "../" if document.startswith("docs/") else ""
     paragraphs = [
         measured_on(data, folder, path),

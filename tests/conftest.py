@@ -5,6 +5,7 @@ call ops take the `device` fixture."""
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -62,3 +63,16 @@ def device(request: pytest.FixtureRequest):
     torch.manual_seed(0)
     with context:
         yield torch.device("cuda" if where == "cuda" else "cpu")
+
+
+@pytest.fixture
+def mesh(tmp_path: Path):
+    """A device mesh of one CPU process."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/init", rank=0, world_size=1)
+    try:
+        yield init_device_mesh("cpu", (1,))
+    finally:
+        dist.destroy_process_group()

@@ -67,7 +67,7 @@ def fp8_gemm(problem: GemmProblem) -> Run:
 
 
 def unquantized_gemm(dtype: torch.dtype) -> Callable[[GemmProblem], Run]:
-    """What nn.Linear does: F.linear in `dtype`."""
+    """Multiplies as nn.Linear does: by F.linear in `dtype`."""
 
     def prepare(problem: GemmProblem) -> Run:
         if problem.case.op == cases.WGRAD_ACCUMULATE and dtype == torch.bfloat16:

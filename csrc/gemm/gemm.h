@@ -84,7 +84,7 @@ enum class Grouping {
 // count elements.
 struct GemmTensors {
   Granularity granularity;
-  ScalarType a_dtype, b_dtype, out_dtype;
+  ScalarType a_dtype, b_dtype, out_dtype;  // a_dtype may be wide: then a has no scale
   const void* a;
   int64_t a_stride;  // between rows; columns are contiguous
   const void* b;     // M-grouped: [groups * n, k], group after group
@@ -128,7 +128,6 @@ inline int64_t out_columns(const GemmProblem& p) {
   return is_gated(p.activation) ? p.n / 2 : p.n;
 }
 
-// cpu/gemm_cpu.cpp.
 void fp8_gemm_cpu(const GemmProblem& problem);
 // Launchers, in CUDA builds only: the first for Path::sm90, the second for every other path.
 void fp8_gemm_nt_sm90(Device& device, const GemmProblem& problem,

@@ -1,5 +1,5 @@
-// Host entry of fp8_linear, the weights-only product. To the kernels, x is the operand a of a GEMM: it has a wide dtype and
-// no scale (a_scale == nullptr).
+// Host entry of fp8_linear, the weights-only product. To the kernels, x is the operand a of a GEMM:
+// it has a wide dtype and no scale (a_scale == nullptr).
 #include "weights_only.h"
 
 #include "../runtime/check.h"

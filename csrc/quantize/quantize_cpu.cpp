@@ -10,6 +10,7 @@
 #include <atomic>
 
 #include "../runtime/cpu.h"
+#include "../runtime/quantizer.h"
 #include "cpu/kernels.h"
 #include "quantize.h"
 
@@ -166,7 +167,7 @@ struct Task {
   Task(const MatrixView& x, const QuantizeOptions& options)
       : all(cpu::kernels()),
         quantize(all.quantize[dtype_index(x.dtype)][options.e5m2]),
-        dropped_mantissa(options.pow2_scale ? 0x007fffff : 0),
+        dropped_mantissa(cpu::dropped_mantissa(options)),
         element_size(torchext::element_size(x.dtype)) {}
   const Kernels& all;
   const QuantizeKernels& quantize;

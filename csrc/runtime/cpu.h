@@ -19,9 +19,7 @@ namespace torchext {
 #define TORCHEXT_AVX2 __attribute__((flatten, target("avx2,bmi2")))
 #define TORCHEXT_AVX512 \
   __attribute__((flatten, target("avx2,bmi2,avx512f,avx512bw,avx512dq,avx512vl")))
-#endif
 
-#ifdef TORCHEXT_X86_LEVELS
 // `flatten` inlines everything that Kernel::run calls, so that all of it is compiled for the
 // target.
 template <class Kernel, class... Arguments>
@@ -69,16 +67,5 @@ class DefaultFloatingPoint {
   std::fenv_t saved_;
 #endif
 };
-
-// Calls Kernel::run(arguments..., begin, end) on torch's threads, for parts of [0, count) that have
-// at least `grain` elements each.
-template <class Kernel, class... Arguments>
-void run_parallel(int64_t count, int64_t grain, const Arguments&... arguments) {
-  cpu_level();  // throws here, since no exception may leave parallel_for
-  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
-    const DefaultFloatingPoint environment;
-    run_vectorized<Kernel>(arguments..., begin, end);
-  });
-}
 
 }  // namespace torchext

@@ -42,7 +42,7 @@ bool has(CpuLevel level) {
       return true;
     case CpuLevel::avx2:
       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-             __builtin_cpu_supports("bmi2");
+             __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2");
     case CpuLevel::avx512:
       return has(CpuLevel::avx2) && __builtin_cpu_supports("avx512f") &&
              __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
@@ -75,13 +75,18 @@ CpuLevel best(CpuLevel most) {
   return found;
 }
 
-CpuLevel choose() {
+std::string wanted_level() {
   const char* wanted = std::getenv("TORCHEXT_CPU");
-  if (wanted != nullptr && wanted[0] != '\0') {
+  return wanted == nullptr ? "" : wanted;
+}
+
+CpuLevel choose() {
+  const std::string wanted = wanted_level();
+  if (!wanted.empty()) {
     std::string here;
     for (const Named& named : kLevels) {
       if (!has(named.level)) continue;
-      if (named.name == std::string(wanted)) return named.level;
+      if (named.name == wanted) return named.level;
       here += (here.empty() ? "" : ", ") + std::string(named.name);
     }
     fail("ValueError", "torchext: TORCHEXT_CPU must name a level of this machine: ", here, " (got ",
@@ -101,10 +106,10 @@ CpuLevel cpu_level() {
   return level;
 }
 
-bool has_avx512_vbmi() {
+bool uses_avx512_vbmi() {
 #ifdef TORCHEXT_X86_LEVELS
-  static const bool has = __builtin_cpu_supports("avx512vbmi");
-  return has;
+  static const bool uses = __builtin_cpu_supports("avx512vbmi") && wanted_level() != "avx512";
+  return uses;
 #else
   return false;
 #endif

@@ -2,9 +2,10 @@
 // the best that the processor has, or what the environment variable TORCHEXT_CPU names.
 #pragma once
 
-#if defined(__x86_64__) && defined(__GNUC__)
+// GCC only: clang ignores `#pragma GCC target`, by which the kernels are compiled.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define TORCHEXT_X86_LEVELS 1
-#elif defined(__aarch64__) && defined(__GNUC__)
+#elif defined(__aarch64__) && defined(__GNUC__) && !defined(__clang__)
 #define TORCHEXT_ARM_LEVELS 1
 #endif
 
@@ -13,7 +14,7 @@ namespace torchext {
 // On x86-64 each level includes those before it; aarch64 has `portable` and `neon`.
 enum class CpuLevel {
   portable,     // what every machine of the architecture has: SSE2 or NEON
-  avx2,         // AVX2, FMA, BMI2
+  avx2,         // AVX2, FMA, F16C, BMI2
   avx512,       // AVX-512 F, BW, DQ, VL
   avx512_bf16,  // and products of BF16: vdpbf16ps
   amx,          // and tiles of BF16: tdpbf16ps
@@ -24,8 +25,9 @@ enum class CpuLevel {
 // ATEN_CPU_CAPABILITY (default, avx2) asks for less, as it does of ATen.
 CpuLevel cpu_level();
 
-// AVX512_VBMI, which some processors with AVX-512 lack: permutes bytes across a whole register.
-bool has_avx512_vbmi();
+// Whether kernels of level avx512 and above may use AVX512_VBMI, which permutes bytes across a whole
+// register: if the processor has it, unless TORCHEXT_CPU=avx512 asks for that level alone.
+bool uses_avx512_vbmi();
 
 }  // namespace torchext
 

@@ -1,7 +1,7 @@
 // The arithmetic of a quantizer on the host; csrc/device/numbers.cuh and formats.cuh are its GPU
-// version, with the same bits. Every CPU kernel that quantizes, alone or after another operation,
-// uses it. Contract: called from a Kernel::run of cpu.h, which compiles it for the
-// machine's vectors and in the default floating-point environment. Numbers: docs/numerics.md.
+// version, with the same bits. The portable quantizers use it, those of other levels for what is
+// rare, and the GEMM's quantizing epilogues; quantize/cpu/loops.h has faster forms of the same
+// arithmetic. Contract: called in the default floating-point environment. Numbers: docs/numerics.md.
 #pragma once
 
 #include <algorithm>

@@ -85,7 +85,8 @@ struct Free {
   void operator()(void* p) const { std::free(p); }
 };
 std::unique_ptr<void, Free> aligned(int64_t bytes) {
-  return std::unique_ptr<void, Free>(std::aligned_alloc(64, size_t(round_to(bytes + 1, 64))));
+  return std::unique_ptr<void, Free>(
+      std::aligned_alloc(64, size_t(torchext::round_up(bytes + 1, 64))));
 }
 
 // a[rows] times b[columns], by `level`: [rows.count, columns[0].count + columns[1].count].
@@ -117,7 +118,7 @@ std::vector<float> multiply(const Level& level, const Matrix& a, const Rows& row
     for (const Rows& list : columns) {
       const float* from = &total[size_t(i * stride + first)];
       result.insert(result.end(), from, from + list.count);
-      first += round_to(list.count, level.panel);
+      first += torchext::round_up(list.count, level.panel);
     }
   }
   return result;
@@ -237,8 +238,8 @@ void check_gemm_levels() {
       {"avx512", &avx512, best >= CpuLevel::avx512},
       {"avx512_bf16", &avx512_bf16, best >= CpuLevel::avx512_bf16},
       {"avx512_bf16_vbmi", &avx512_bf16_vbmi,
-       best >= CpuLevel::avx512_bf16 && torchext::has_avx512_vbmi()},
-      {"amx", &amx, best >= CpuLevel::avx512_bf16 && torchext::has_avx512_vbmi()},  // emulated
+       best >= CpuLevel::avx512_bf16 && torchext::uses_avx512_vbmi()},
+      {"amx", &amx, best >= CpuLevel::avx512_bf16 && torchext::uses_avx512_vbmi()},  // emulated
 #endif
 #ifdef TORCHEXT_ARM_LEVELS
       {"neon", &neon, best == CpuLevel::neon},

@@ -8,11 +8,7 @@
 #include "../../csrc/runtime/cpu_level.h"
 #include "numbers.h"
 
-namespace torchext::cpu {
-#ifdef TORCHEXT_ARM_LEVELS
-extern const Kernels neon_kernels __attribute__((weak));  // a build may lack it
-#endif
-}  // namespace torchext::cpu
+namespace torchext::cpu {}  // namespace torchext::cpu
 
 namespace cross {
 namespace {
@@ -222,20 +218,15 @@ void check_quantize_levels() {
   const Named tables[] = {
       {"portable", &portable_kernels, true},
 #ifdef TORCHEXT_X86_LEVELS
-      {"avx2", &avx2_kernels,
-       torchext::cpu_level() >= torchext::CpuLevel::avx2 && __builtin_cpu_supports("f16c")},
+      {"avx2", &avx2_kernels, torchext::cpu_level() >= torchext::CpuLevel::avx2},
       {"avx512", &avx512_kernels, torchext::cpu_level() >= torchext::CpuLevel::avx512},
       {"avx512_vbmi", &avx512_vbmi_kernels,
-       torchext::cpu_level() >= torchext::CpuLevel::avx512 && torchext::has_avx512_vbmi()},
-#endif
-#ifdef TORCHEXT_ARM_LEVELS
-      {"neon", &neon_kernels, torchext::cpu_level() == torchext::CpuLevel::neon},
+       torchext::cpu_level() >= torchext::CpuLevel::avx512 && torchext::uses_avx512_vbmi()},
 #endif
   };
   for (const Named& named : tables) {
-    if (named.kernels == nullptr || !named.here) {
-      std::printf("quantize %s: skipped: %s\n", named.name,
-                  named.here ? "not in this build" : "this machine lacks it");
+    if (!named.here) {
+      std::printf("quantize %s: skipped: this machine lacks it\n", named.name);
       continue;
     }
     Checker checker{named.name, *named.kernels};

@@ -16,16 +16,6 @@ from support.weights_only_testing import GRANULARITIES, operands
 from torchext import ops
 
 
-@pytest.fixture
-def mesh(tmp_path: Path):
-    """A group of one process."""
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/init", rank=0, world_size=1)
-    try:
-        yield init_device_mesh("cpu", (1,))
-    finally:
-        dist.destroy_process_group()
-
-
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_distributed_tensors(granularity, mesh):
     """Any placement gives the bits of the plain call, and of its gradient."""

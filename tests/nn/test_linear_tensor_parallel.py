@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import queue
-from pathlib import Path
 
 import pytest
 import torch
@@ -81,16 +80,6 @@ def differences(
         "output": difference(whole(y), expected),
         **{name: difference(whole(p.grad), whole(q.grad)) for (name, p), q in gradients},
     }
-
-
-@pytest.fixture
-def mesh(tmp_path: Path):
-    """A group of one process."""
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/init", rank=0, world_size=1)
-    try:
-        yield init_device_mesh("cpu", (1,))
-    finally:
-        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("plan", PLANS)

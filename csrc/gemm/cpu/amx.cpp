@@ -11,8 +11,8 @@
 #include <cstring>
 #include <utility>
 
+#include "../../runtime/intrinsics.h"
 #include "bf16_table.h"
-#include "intrinsics.h"
 #include "kernel.h"
 
 #ifdef TORCHEXT_X86_LEVELS
@@ -59,9 +59,9 @@ void configure(int upper, int lower) {
 
 void pack(const Operand& a, const Rows& rows, const Depth& k, const PackedRows& out) {
   const int64_t segments = k.segments();
-  const int64_t tiles = (rows.count + kTileRows - 1) / kTileRows;
-  for (int64_t t = 0; t < tiles; ++t) {
-    const int64_t row = rows.count * t / tiles, height = rows.count * (t + 1) / tiles - row;
+  const Division tiles(rows.count, kTileRows);
+  for (int64_t t = 0; t < tiles.parts; ++t) {
+    const int64_t row = tiles.begin(t), height = tiles.begin(t + 1) - row;
     uint32_t* data = static_cast<uint32_t*>(out.data) + row * segments * kSteps;
     float* scales = out.scales + row * segments;
     for (int64_t s = 0; s < segments; ++s) {
@@ -122,17 +122,17 @@ void multiply_chunk(const Product& p, const Shared::Panels& panels, int64_t coun
                     int64_t end) {
   alignas(64) float sums[kTileRows * kPanel];
   const int64_t segments = p.k.segments();
-  const int64_t tiles = (p.rows + kTileRows - 1) / kTileRows;
+  const Division tiles(p.rows, kTileRows);
   int configured = 0;
-  for (int64_t t = 0; t < tiles; ++t) {
-    const int64_t row = p.rows * t / tiles;
-    const int height = int(p.rows * (t + 1) / tiles - row);
+  for (int64_t t = 0; t < tiles.parts; ++t) {
+    const int64_t row = tiles.begin(t);
+    const int height = int(tiles.begin(t + 1) - row);
     if (height != configured) configure(std::min(height, kHalf), std::max(height - kHalf, 1));
     configured = height;
     for (int64_t panel = 0; panel < count; ++panel) {
       for (int64_t s = begin; s < end; ++s) {
         const int64_t at = row * segments + height * s;
-        const int steps = int((p.k.count(s) + 2 * kTileSteps - 1) / (2 * kTileSteps)) * kTileSteps;
+        const int steps = int(round_up(p.k.count(s), 2 * kTileSteps)) / 2;
         multiply_segment(static_cast<const uint32_t*>(p.a.data) + at * kSteps,
                          Shared::data_of(panels, panel, s - begin), height, steps, sums);
         promote(sums, height, p.a.scales + at, Shared::scales_of(panels, panel, s - begin), s == 0,

@@ -5,7 +5,7 @@
 #include <utility>
 
 #include "../../runtime/formats.h"
-#include "intrinsics.h"
+#include "../../runtime/intrinsics.h"
 #include "kernel.h"
 
 #ifdef TORCHEXT_X86_LEVELS

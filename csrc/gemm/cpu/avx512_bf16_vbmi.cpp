@@ -4,8 +4,8 @@
 #include <cstring>
 #include <utility>
 
+#include "../../runtime/intrinsics.h"
 #include "bf16_table.h"
-#include "intrinsics.h"
 #include "kernel.h"
 
 #ifdef TORCHEXT_X86_LEVELS

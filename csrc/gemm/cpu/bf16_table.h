@@ -1,5 +1,5 @@
-// What levels that multiply pairs of BF16 share: the BF16 values of FP8 codes, and packing of a row
-// that is BF16 already.
+// Levels that multiply pairs of BF16 share this: the BF16 values of FP8 codes, and the packing of a
+// row that is BF16 already.
 #pragma once
 
 #include <cstring>

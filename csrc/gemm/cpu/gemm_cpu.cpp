@@ -24,12 +24,12 @@ namespace torchext {
 namespace {
 
 using cpu_gemm::Depth;
+using cpu_gemm::Division;
 using cpu_gemm::Format;
 using cpu_gemm::Level;
 using cpu_gemm::Operand;
 using cpu_gemm::PackedRows;
 using cpu_gemm::Product;
-using cpu_gemm::round_to;
 using cpu_gemm::Rows;
 
 // Rows and columns of a job. One job's packed columns and sums stay in the L2 cache (1 MiB).
@@ -145,9 +145,9 @@ class Multiplier {
     std::vector<Block> blocks;
     int64_t bytes = 0;
     for (const Part& part : parts) {
-      const int64_t rows = part.rows.count, count = ceil_div(rows, kJobRows);  // divided evenly
-      for (int64_t i = 0; i < count; ++i) {
-        blocks.push_back({&part, part.rows.part(rows * i / count, rows * (i + 1) / count), {}});
+      const Division division(part.rows.count, kJobRows);
+      for (int64_t i = 0; i < division.parts; ++i) {
+        blocks.push_back({&part, part.rows.part(division.begin(i), division.begin(i + 1)), {}});
         bytes += packed_bytes(blocks.back());
         if (bytes < kMostPacked) continue;
         run(blocks, bytes);
@@ -179,7 +179,7 @@ class Multiplier {
     while (columns > level_.panel &&
            int64_t(blocks.size()) * ceil_div(width, columns) < 2 * threads)
       columns /= 2;
-    return round_to(columns, level_.panel);
+    return round_up(columns, level_.panel);
   }
 
   void run(std::vector<Block>& blocks, int64_t bytes) const {
@@ -212,28 +212,30 @@ class Multiplier {
     constexpr int64_t kElements = 1 << 16;  // that are worth a thread
     // A block is packed tile by tile, each on any thread.
     int64_t tiles = 0;
-    for (const Block& block : blocks) tiles += ceil_div(block.rows.count, level_.tile_rows);
+    for (const Block& block : blocks) tiles += tiles_of(block).parts;
     torch::stable::parallel_for(
         0, tiles, ceil_div(kElements * tiles, work + 1), [&](int64_t begin, int64_t end) {
           const DefaultFloatingPoint environment;
           int64_t first = 0;
           for (const Block& block : blocks) {
-            const int64_t count = ceil_div(block.rows.count, level_.tile_rows);
+            const int64_t count = tiles_of(block).parts;
             const int64_t from = std::max(begin, first), to = std::min(end, first + count);
-            if (from < to) pack(block, from - first, to - first, count);
+            if (from < to) pack(block, from - first, to - first);
             first += count;
           }
         });
   }
 
-  // Packs tiles [begin, end) of `count`.
-  void pack(const Block& block, int64_t begin, int64_t end, int64_t count) const {
+  Division tiles_of(const Block& block) const { return {block.rows.count, level_.tile_rows}; }
+
+  // Packs tiles [begin, end).
+  void pack(const Block& block, int64_t begin, int64_t end) const {
+    const Division tiles = tiles_of(block);
     const Depth& k = block.part->k;
     for (int64_t t = begin; t < end; ++t) {
-      const int64_t row = block.rows.count * t / count;
-      const int64_t row_end = block.rows.count * (t + 1) / count, offset = row * k.segments();
+      const int64_t row = tiles.begin(t), offset = row * k.segments();
       level_.pack(
-          a_, block.rows.part(row, row_end), k,
+          a_, block.rows.part(row, tiles.begin(t + 1)), k,
           {static_cast<char*>(block.packed.data) + offset * Depth::kSegment * level_.element_bytes,
            block.packed.scales + offset});
     }
@@ -269,7 +271,7 @@ class Multiplier {
     load_bias(part.group, product.columns[0], bias[0]);
     if (gated_) load_bias(part.group, product.columns[1], bias[1]);
     if (p_.activation != Activation::kNone) {
-      const int64_t up = round_to(job.columns, level_.panel);
+      const int64_t up = round_up(job.columns, level_.panel);
       return activate_and_quantize_cpu(
           p_, {product.total, product.total_stride, product.total + up, bias[0], bias[1]},
           rows.first, rows.count, job.column, job.columns);

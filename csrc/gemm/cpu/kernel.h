@@ -1,6 +1,6 @@
-// What a level of the CPU GEMM implements (one file each: portable.cpp, avx2.cpp, ...), in plain
-// types: packing rows of a, and multiplying packed rows by rows of b. gemm_cpu.cpp makes GEMMs of
-// these. Contract: every element of the product is computed alone, by one sequence of operations
+// The interface of a level of the CPU GEMM (one file each: portable.cpp, avx2.cpp, ...), in plain
+// types. A level packs rows of a, and multiplies packed rows by rows of b; gemm_cpu.cpp makes GEMMs
+// of these. Contract: every element of the product is computed alone, by one sequence of operations
 // that depends on K only. So its bits depend neither on the size of the product, nor on how the
 // work is divided, nor on the number of threads.
 #pragma once
@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "../../runtime/cpu_level.h"
+#include "../../runtime/tensor.h"
 
 namespace torchext::cpu_gemm {
 
@@ -36,11 +37,9 @@ struct Operand {
 // Columns [begin, end) of a and b, cut into segments at the multiples of 128. A segment has one
 // scale for each row. Its products are summed first, and then promoted: total += sum * scales.
 struct Depth {
-  static constexpr int kSegment = 128;
+  static constexpr int kSegment = int(kScaleGroup);
   int64_t begin, end;
-  int64_t segments() const {
-    return begin == end ? 0 : (end + kSegment - 1) / kSegment - begin / kSegment;
-  }
+  int64_t segments() const { return begin == end ? 0 : ceil_div(end, kSegment) - begin / kSegment; }
   int64_t group(int64_t segment) const { return begin / kSegment + segment; }  // of scales
   int64_t first(int64_t segment) const {
     const int64_t column = group(segment) * kSegment;
@@ -52,8 +51,16 @@ struct Depth {
   }
 };
 
-// Packed rows of a. A tile is a few rows that are multiplied together; rows are divided evenly, so
-// that tile t of n has rows [rows t / n, rows (t + 1) / n). `data` has 128 elements for every row
+// `count` rows (or other things) divided evenly into as few parts as have at most `most` each. Part i
+// is [begin(i), begin(i + 1)).
+struct Division {
+  int64_t count, parts;
+  Division(int64_t count, int64_t most) : count(count), parts(ceil_div(count, most)) {}
+  int64_t begin(int64_t part) const { return count * part / parts; }
+};
+
+// Packed rows of a. A tile is a few rows that are multiplied together: a part of
+// Division(rows, Level::tile_rows). `data` has 128 elements for every row
 // and segment, tile after tile, and `scales` one.
 struct PackedRows {
   void* data;
@@ -86,10 +93,6 @@ struct Level {
 // so that the packed form stays in the L1 cache, and read ahead while they multiply.
 constexpr int64_t kFewRows = 48, kFewSegments = 2, kFewColumns = 64;
 
-inline int64_t round_to(int64_t value, int64_t multiple) {
-  return (value + multiple - 1) / multiple * multiple;
-}
-
 // Segments of b that multiply() packs at a time.
 inline int64_t chunk_of(const Level& level, int64_t rows, const Depth& k) {
   const int64_t most = rows <= kFewRows ? kFewSegments : level.chunk, all = k.segments();
@@ -98,7 +101,7 @@ inline int64_t chunk_of(const Level& level, int64_t rows, const Depth& k) {
 
 // Columns of `total`, over both lists.
 inline int64_t padded_columns(const Level& level, const Rows* columns) {
-  return round_to(columns[0].count, level.panel) + round_to(columns[1].count, level.panel);
+  return round_up(columns[0].count, level.panel) + round_up(columns[1].count, level.panel);
 }
 
 // Bytes for the packed columns of b and their scales.

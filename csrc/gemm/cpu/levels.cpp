@@ -5,13 +5,13 @@ namespace torchext::cpu_gemm {
 
 const Level& level_for(Format a, Format b) {
   const auto narrow = [](Format f) { return f != Format::fp16 && f != Format::fp32; };
-  const bool bf16 = narrow(a) && narrow(b);
+  [[maybe_unused]] const bool bf16 = narrow(a) && narrow(b);
   switch (cpu_level()) {
 #ifdef TORCHEXT_X86_LEVELS
     case CpuLevel::amx:
       return bf16 ? amx : avx512;
     case CpuLevel::avx512_bf16:
-      if (bf16) return has_avx512_vbmi() ? avx512_bf16_vbmi : avx512_bf16;
+      if (bf16) return uses_avx512_vbmi() ? avx512_bf16_vbmi : avx512_bf16;
       return avx512;
     case CpuLevel::avx512:
       return avx512;
@@ -23,7 +23,6 @@ const Level& level_for(Format a, Format b) {
       return bf16 ? neon : portable;
 #endif
     default:
-      (void)bf16;
       return portable;
   }
 }

@@ -60,9 +60,9 @@ struct Loops {
 
   static void pack(const Operand& a, const Rows& rows, const Depth& k, const PackedRows& out) {
     const int64_t segments = k.segments();
-    const int64_t tiles = (rows.count + kTileRows - 1) / kTileRows;
-    for (int64_t t = 0; t < tiles; ++t) {
-      const int64_t row = rows.count * t / tiles, height = rows.count * (t + 1) / tiles - row;
+    const Division tiles(rows.count, kTileRows);
+    for (int64_t t = 0; t < tiles.parts; ++t) {
+      const int64_t row = tiles.begin(t), height = tiles.begin(t + 1) - row;
       Step* data = static_cast<Step*>(out.data) + row * segments * kSteps;
       float* scales = out.scales + row * segments;
       for (int64_t s = 0; s < segments; ++s) {
@@ -125,8 +125,9 @@ struct Loops {
     float* total;
     int64_t total_stride;
     bool first;  // whether total has no sum yet
-    // What to read ahead of the next packing, two lines of a row of b in two steps: this is where
-    // memory would idle otherwise. A stride of 0 does no harm.
+    // The tile fetches what will be packed next, two lines of a row of b in every two steps of K,
+    // because memory would idle otherwise. A stride of 0 fetches one line again and again, which
+    // costs nothing.
     const char* ahead;
     int64_t ahead_stride;
   };
@@ -193,9 +194,9 @@ struct Loops {
   static void multiply_chunk(const Product& p, const Panels& panels, int64_t count, int64_t begin,
                              int64_t end) {
     const int64_t segments = p.k.segments();
-    const int64_t tiles = (p.rows + kTileRows - 1) / kTileRows;
-    for (int64_t t = 0; t < tiles; ++t) {
-      const int64_t row = p.rows * t / tiles, height = p.rows * (t + 1) / tiles - row;
+    const Division tiles(p.rows, kTileRows);
+    for (int64_t t = 0; t < tiles.parts; ++t) {
+      const int64_t row = tiles.begin(t), height = tiles.begin(t + 1) - row;
       Tile tile{};
       tile.a = static_cast<const Step*>(p.a.data) + (row * segments + height * begin) * kSteps;
       tile.a_scales = p.a.scales + row * segments + height * begin;

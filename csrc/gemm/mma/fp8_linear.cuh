@@ -163,7 +163,7 @@ using LinearLarge = LinearConfig<128, 2, 4, 2, 2>;
 using LinearSmall = LinearConfig<32, 1, 4, 4, 2>;
 using LinearSplit = LinearConfig<32, 1, 4, 3, 4>;  // of an FP32 x, whose rows take twice the memory
 
-// What a thread copies of a K block: one chunk of every kRowStepX-th row of x, and one of every
+// A thread copies its part of a K block: one chunk of every kRowStepX-th row of x, and one of every
 // kRowStepW-th row of the weight.
 template <class C>
 struct LinearCopier {

@@ -1,6 +1,7 @@
 // What the launcher (launch.cpp) and the kernels for GPUs other than Hopper agree on. The kernels
 // of fp8_gemm_nt.cuh (instances in ../sm80 and ../sm89) and of fp8_linear.cuh (../sm80 and, for
-// Hopper itself, ../sm90) use tensor cores; the plain kernel does not (../sm75). All of them take the whole GemmProblem.
+// Hopper itself, ../sm90) use tensor cores; the plain kernel does not (../sm75). All of them take the
+// whole GemmProblem.
 #pragma once
 
 #include "../gemm.h"

@@ -1,13 +1,13 @@
 // Kernels for AVX2 with FMA and F16C. The loops: loops.h.
-#include "kernels.h"
-
-#if defined(__x86_64__) && defined(__GNUC__)
-#include <immintrin.h>
-
 #include <algorithm>
 #include <cfloat>
 #include <cstring>
 #include <type_traits>
+
+#include "../../runtime/intrinsics.h"
+#include "kernels.h"
+
+#ifdef TORCHEXT_X86_LEVELS
 
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c")

@@ -1,24 +1,21 @@
 // Kernels for AVX-512 with VBMI: any byte of 128 by one permute. The loops: loops.h.
-#include "kernels.h"
-
-#if defined(__x86_64__) && defined(__GNUC__)
-#include <immintrin.h>
-
 #include <algorithm>
 #include <cfloat>
 #include <cstring>
 #include <type_traits>
 
+#include "../../runtime/intrinsics.h"
+#include "kernels.h"
+
+#ifdef TORCHEXT_X86_LEVELS
+
 #define TORCHEXT_VBMI 1
 
-// GCC 12 warns of the undefined registers in its own intrinsics (GCC bug 105593).
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi")
 namespace torchext::cpu {
 namespace {
-#include "avx512_loops.h"
+#include "avx512_operations.h"
 #include "loops.h"
 }  // namespace
 

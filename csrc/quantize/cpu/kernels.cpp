@@ -1,8 +1,6 @@
 // Implements kernels.h: the choice of an instruction set, and the tables of significands.
 #include "kernels.h"
 
-#include <cstdlib>
-
 #include "../../runtime/cpu.h"
 #include "../../runtime/quantizer.h"
 
@@ -45,21 +43,13 @@ const Significands& significands(bool e5m2) {
 }
 
 const Kernels& kernels() {
+  const CpuLevel level = cpu_level();
 #ifdef TORCHEXT_X86_LEVELS
-  static const Kernels& chosen = []() -> const Kernels& {
-    const CpuLevel level = cpu_level();
-    // TORCHEXT_CPU=avx512 asks for no more than that level names.
-    const bool only_avx512 = level == CpuLevel::avx512 && std::getenv("TORCHEXT_CPU") != nullptr;
-    if (level >= CpuLevel::avx512)
-      return has_avx512_vbmi() && !only_avx512 ? avx512_vbmi_kernels : avx512_kernels;
-    if (level == CpuLevel::avx2 && __builtin_cpu_supports("f16c")) return avx2_kernels;
-    return portable_kernels;
-  }();
-  return chosen;
-#else
-  cpu_level();  // throws if TORCHEXT_CPU asks for what this machine lacks
-  return portable_kernels;
+  if (level >= CpuLevel::avx512) return uses_avx512_vbmi() ? avx512_vbmi_kernels : avx512_kernels;
+  if (level == CpuLevel::avx2) return avx2_kernels;
 #endif
+  (void)level;
+  return portable_kernels;
 }
 
 }  // namespace torchext::cpu

@@ -8,6 +8,7 @@
 // its stride are then multiples of 64 bytes, and the caller ends with fence().
 #pragma once
 
+#include "../../runtime/cpu_level.h"
 #include "../../runtime/formats.h"
 #include "../../runtime/views.h"
 
@@ -76,7 +77,7 @@ inline int dtype_index(ScalarType dtype) {
 }
 
 extern const Kernels portable_kernels;
-#if defined(__x86_64__) && defined(__GNUC__)
+#ifdef TORCHEXT_X86_LEVELS
 extern const Kernels avx2_kernels, avx512_kernels, avx512_vbmi_kernels;
 #endif
 
@@ -89,7 +90,7 @@ extern const Kernels avx2_kernels, avx512_kernels, avx512_vbmi_kernels;
 // are only 128 different fractions, and `key` is the fraction of a.
 //
 // significand[key][m] is the code of x / scale less (e' << mantissa bits),
-// where e' counts the exponents of x from kBelow below that of the scale. It
+// where e' is defined at exponents_below(). It
 // lies in 0 to 2 * 2^(mantissa bits). For machines without look-ups in 128
 // bytes: it grows with m, by at most one within 8 neighbors m, so
 //     significand[key][m] = first[key][m / 8] + (m > limit[key][m / 8]).
@@ -100,9 +101,8 @@ struct Significands {
 };
 const Significands& significands(bool e5m2);
 
-// Codes are normal if e' >= 1, whatever the significands: e' = exponent of x -
-// exponent of the scale
-// + kBelow.
+// Codes are normal if e' >= 1, whatever the significands, where
+//     e' = exponent of x - exponent of the scale + exponents_below(e5m2).
 constexpr int exponents_below(bool e5m2) {
   return e5m2 ? 14 : 6;
 }

@@ -1,26 +1,18 @@
-// The loops of kernels.h for any instruction set with vectors of bytes. An
-// instruction set's file defines a struct V of operations on its registers,
-// includes this file under its `#pragma GCC target`, and fills a Kernels with
-// make_kernels<V>(). Everything here has internal linkage, so that no other
-// file gets code for that instruction set.
+// The loops of kernels.h for any instruction set with vectors of bytes. The file of an instruction set
+// defines a struct V of operations on its registers, includes this file under its `#pragma GCC
+// target`, and fills a Kernels with make_kernels<V>(). Everything here has internal linkage, so that
+// no other file gets code for that instruction set. There is no include guard and no namespace of its
+// own: see the files that include it.
 //
-// V has integer registers I (kBytes bytes, in lanes of 16) and FP32 registers
-// F. A step is kBytes elements, which become one register of codes. V::Squares
-// has the registers that transpose tiles.
+// V has integer registers I (kBytes bytes, in lanes of 16) and FP32 registers F. A step is kBytes
+// elements, which become one register of codes. V::Squares has the registers that transpose tiles.
 //
-//   groups     16 groups at a time: their largest magnitudes, their scales,
-//   then encode each encode     BF16: significands by look-up, exponents by
-//   saturating byte arithmetic; a step with
-//              codes that might be subnormal, and other dtypes: FP32 quotients
-//              by Markstein's method
-//   dequantize to BF16: products with the 16 (E5M2: 8) smallest codes,
-//   look-ups, and exponents added
-//              as integers; to other dtypes: FP32 products
-//   transpose  each lane holds rows of another square of 16 bytes; log2(16)
-//   rounds of interleaving
-//
-// There is no include guard and no namespace of its own: see the files that
-// include it.
+//   groups      16 groups at a time: their largest magnitudes, their scales, then encode for each
+//   encode      BF16: significands by look-up, exponents by saturating byte arithmetic. A step with
+//               codes that might be subnormal, and other dtypes: FP32 quotients by Markstein's method
+//   dequantize  to BF16: products with the 16 (E5M2: 8) smallest codes, look-ups, and exponents added
+//               as integers. To other dtypes: FP32 products
+//   transpose   each lane holds rows of another square of 16 bytes; log2(16) rounds of interleaving
 
 template <class In>
 constexpr bool kIsBf16 = std::is_same_v<In, BFloat16>;
