@@ -29,6 +29,7 @@ from . import gemm, quantize  # noqa: F401  (declare the ops)
 from . import kept as _kept  # noqa: F401  (likewise)
 from .linear_operands import named_after_layer
 from .linear_ranges import open_range
+from .shared_input import quantized_once
 
 
 def _op(name: str) -> Any:
@@ -189,9 +190,16 @@ def linear(
     """
     rows = _foldable(x)
     kept = torch.compiler.is_compiling()
-    q_x = quantize_activation(
-        rows, recipe.input_dtype, recipe, plain=True, transposed=needs_dw, kept=kept
-    )
+
+    def quantize_input() -> Operand:
+        return quantize_activation(
+            rows, recipe.input_dtype, recipe, plain=True, transposed=needs_dw, kept=kept
+        )
+
+    if kept:
+        q_x = quantize_input()
+    else:
+        q_x = quantized_once(x, recipe, transposed=needs_dw, quantize=quantize_input)
     q_w = quantized_weight or quantize_weight(weight, recipe, transposed=needs_dx, kept=kept)
     y = _product(q_x.data, q_x.scale, q_w.data, q_w.scale, bias, out_dtype=out_dtype)
     return y if rows is x else y.view(*x.shape[:-1], weight.shape[0]), q_x, q_w

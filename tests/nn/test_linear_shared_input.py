@@ -1,0 +1,286 @@
+"""FP8 layers that read one tensor quantize and save it once, and notice when it has changed."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import weakref
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from support.linear_testing import (
+    RECIPES,
+    OpCounter,
+    every_recipe,
+    gradient,
+    main_recipes,
+    normal,
+    normal_linear,
+    saved_tensors,
+)
+from torchext import Recipe
+from torchext.nn import Linear
+
+pytestmark = pytest.mark.large  # which quantization is used does not depend on the kernels
+
+ACTIVATION_QUANTIZERS = (
+    "quantize_1x128",
+    "quantize_1x128_t",
+    "quantize_1x128_dual",
+    "quantize_rowwise",
+    "quantize_tensorwise",
+)
+
+
+def siblings(device: torch.device, *recipes: Recipe | None) -> list[Linear]:
+    return [normal_linear(device, recipe=recipe) for recipe in recipes]
+
+
+def hidden(device: torch.device, rows: int = 9) -> Tensor:
+    """An input that the model computed."""
+    return normal(rows, 200, device=device, grad=True) * 2
+
+
+def quantizations(layers: list[Linear], inputs: list[Tensor]) -> int:
+    with OpCounter() as counter:
+        for layer, x in zip(layers, inputs, strict=True):
+            layer(x)
+    return counter.of(*ACTIVATION_QUANTIZERS)
+
+
+@every_recipe
+def test_q_k_and_v_quantize_their_input_once(device, recipe):
+    layers = siblings(device, recipe, recipe, recipe)
+    x = hidden(device)
+    own = [x.clone() for _ in layers]
+    quantizations(layers, own)  # weights that are kept are quantized here
+    operands = 1 if recipe.granularity == "blockwise" else 2  # calls for one input
+    assert quantizations(layers, own) - quantizations(layers, [x] * 3) == 2 * operands
+
+
+@main_recipes
+def test_bits_are_those_of_layers_that_share_nothing(device, recipe):
+    layers = siblings(device, recipe, recipe, recipe)
+
+    def gradients(share: bool) -> list[Tensor]:
+        leaf = normal(33, 200, device=device).requires_grad_()
+        x = leaf * 2
+        ys = [layer(x if share else x.clone()) for layer in layers]
+        for layer in layers:
+            layer.zero_grad()
+        torch.stack(ys).square().sum().backward()
+        return [*ys, gradient(leaf), *(gradient(layer.weight) for layer in layers)]
+
+    torch.manual_seed(1)
+    shared = gradients(share=True)
+    torch.manual_seed(1)
+    assert all(map(torch.equal, shared, gradients(share=False)))
+
+
+@main_recipes
+def test_autograd_saves_the_input_once(device, recipe):
+    layers = siblings(device, recipe, recipe, recipe)
+    x = hidden(device)
+    with saved_tensors() as saved:
+        ys = [layer(x) for layer in layers]
+    inputs = [y.grad_fn.saved_tensors[2] for y in ys]
+    assert {t.data_ptr() for t in inputs} == {inputs[0].data_ptr()}
+    assert len(saved) == 4 * len(layers)
+
+
+def test_layers_that_quantize_differently_do_not_share(device):
+    names = ("deepseek_v3", "deepseek_v3_pow2", "rowwise", "tensorwise", "mixed")
+    layers = siblings(device, *(RECIPES[name] for name in names))
+    x = hidden(device)
+    for layer, y in zip(layers, [layer(x) for layer in layers], strict=True):
+        assert torch.equal(y, layer(x.clone()))
+
+
+def test_trained_layer_after_a_frozen_one_gets_what_wgrad_needs(device):
+    frozen, trained = siblings(device, None, None)
+    frozen.requires_grad_(False)
+    x = hidden(device)
+    frozen(x)
+    y = trained(x)
+    y.sum().backward()
+    expected = Linear.from_linear(torch.nn.Linear(1, 1))
+    expected.weight = torch.nn.Parameter(trained.weight.detach().clone())
+    expected.bias = torch.nn.Parameter(trained.bias.detach().clone())
+    expected(x.detach()).sum().backward()
+    assert torch.equal(gradient(trained.weight), gradient(expected.weight))
+
+
+# ---- the input changes in between ----
+
+
+def _add(x: Tensor) -> None:
+    with torch.no_grad():
+        x.add_(1)
+
+
+def _through_view(x: Tensor) -> None:
+    with torch.no_grad():
+        x[1:].view(-1)[::2].mul_(-3)
+
+
+def _set_data(x: Tensor) -> None:
+    x.data = x.detach() + 1
+
+
+CHANGES = {"in place": _add, "through a view": _through_view, "new data": _set_data}
+
+
+@main_recipes
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_changed_input_is_quantized_again(device, recipe, change: Callable[[Tensor], None]):
+    first, second = siblings(device, recipe, recipe)
+    x = hidden(device)
+    before = first(x)
+    change(x)
+    after = second(x)
+    assert torch.equal(after, second(x.clone()))
+    assert not torch.equal(first(x), before)
+
+
+def test_buffer_that_the_user_fills_is_never_shared():
+    first, second = siblings(torch.device("cpu"), None, None)
+    x = normal(9, 200, device=torch.device("cpu"), dtype=torch.float32)
+    for buffer in (x, x.requires_grad_()):
+        array = buffer.detach().numpy()  # writes through it leave no trace
+        first(buffer)
+        array += 1
+        assert torch.equal(second(buffer), second(buffer.detach().clone()))
+
+
+def test_hooks_that_replace_the_input(device):
+    first, second = siblings(device, None, None)
+    second.register_forward_pre_hook(lambda module, args: (args[0] * 3,))
+    x = hidden(device)
+    first(x)
+    y = second(x)
+    second._forward_pre_hooks.clear()
+    assert torch.equal(y, second((x * 3).clone()))
+
+
+def test_mode_that_changes_results(device):
+    """What is quantized under a mode is not used outside of it."""
+
+    class Zero(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if "quantize_1x128" in func._schema.name:
+                for tensor in result:
+                    tensor.zero_()
+            return result
+
+    (second,) = siblings(device, None)
+    x = hidden(device)
+    for _ in range(2):
+        with Zero():
+            assert torch.equal(second(x), second.bias.expand(9, -1).to(second(x).dtype))
+        assert torch.equal(second(x), second(x.clone()))
+
+
+# ---- lifetime ----
+
+
+def test_nothing_outlives_the_input(device):
+    first, second = siblings(device, None, None)
+    x = hidden(device)
+    y = first(x)
+    kept = [weakref.ref(t.untyped_storage()) for t in y.grad_fn.saved_tensors[2:]]
+    dead = weakref.ref(x)
+    z = second(x)
+    assert z.grad_fn.saved_tensors[2].data_ptr() == y.grad_fn.saved_tensors[2].data_ptr()
+    del x, y, z
+    gc.collect()
+    assert dead() is None
+    assert all(storage() is None for storage in kept)
+
+
+def test_threads_do_not_share(device):
+    layers = siblings(device, None, None, None, None)
+    x = hidden(device, rows=65)
+    expected = [layer(x.clone()) for layer in layers]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            ys = list(pool.map(lambda layer: layer(x), layers))
+            assert all(map(torch.equal, ys, expected))
+
+
+# ---- with what surrounds layers ----
+
+
+class Projections(torch.nn.Module):
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList(siblings(device, None, None, None))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(x)
+        return torch.stack([layer(x) for layer in self.layers]).sin().sum(0)
+
+
+def _offloaded() -> contextlib.AbstractContextManager:
+    return torch.autograd.graph.save_on_cpu()
+
+
+def _copied() -> contextlib.AbstractContextManager:
+    return torch.autograd.graph.saved_tensors_hooks(torch.clone, torch.clone)
+
+
+@pytest.mark.parametrize("context", [_offloaded, _copied])
+def test_saved_tensor_hooks(device, context):
+    module = Projections(device)
+    leaf = normal(40, 200, device=device, grad=True)
+    module(leaf).sum().backward()
+    expected = [gradient(leaf), *map(gradient, module.parameters())]
+    leaf.grad = None
+    module.zero_grad()
+    with context():
+        y = module(leaf)
+    y.sum().backward()
+    assert all(map(torch.equal, [gradient(leaf), *map(gradient, module.parameters())], expected))
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointing(device, use_reentrant):
+    module = Projections(device)
+    leaf = normal(40, 200, device=device, grad=True)
+    module(leaf * 1).sum().backward()
+    expected = [gradient(leaf), *map(gradient, module.parameters())]
+    leaf.grad = None
+    module.zero_grad()
+    y = checkpoint(module, leaf * 1, use_reentrant=use_reentrant)
+    y.sum().backward()
+    assert all(map(torch.equal, [gradient(leaf), *map(gradient, module.parameters())], expected))
+
+
+def test_selective_checkpointing(device):
+    """Its modes replay ops in order: forward and recomputation quantize equally often."""
+    from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+    def policy(ctx, op, *args, **kwargs):
+        quantizes = "quantize_1x128" in str(op)
+        return CheckpointPolicy.MUST_SAVE if quantizes else CheckpointPolicy.PREFER_RECOMPUTE
+
+    module = Projections(device)
+    leaf = normal(40, 200, device=device, grad=True)
+    module(leaf * 1).sum().backward()
+    expected = [gradient(leaf), *map(gradient, module.parameters())]
+    leaf.grad = None
+    module.zero_grad()
+    y = checkpoint(
+        module,
+        leaf * 1,
+        use_reentrant=False,
+        context_fn=lambda: create_selective_checkpoint_contexts(policy),
+    )
+    y.sum().backward()
+    assert all(map(torch.equal, [gradient(leaf), *map(gradient, module.parameters())], expected))
