@@ -17,10 +17,11 @@ SOURCES = sorted(
 
 # Layer -> the layers that its files may include, beside their own. `linear` runs the host entries
 # of quantizers and products as one op, and so stands on both; ops.cpp is above all.
-ON_HOST = {"runtime", "csrc/device", "ptx/isa", "ptx/sim/api"}
+ON_HOST = {"runtime", "csrc/cpu", "csrc/device", "ptx/isa", "ptx/sim/api"}
 MAY_INCLUDE = {
     "ptx/isa": set(),
     "runtime": {"ptx/sim/api"},
+    "csrc/cpu": {"runtime"},
     "csrc/device": {"runtime", "ptx/isa"},
     "quantize": ON_HOST,
     "gemm": ON_HOST,
@@ -33,7 +34,7 @@ def layer_of(path: Path) -> str:
     parts = path.relative_to(ROOT).parts
     if parts[0] == "ptx":
         return "/".join(parts[:-1]) if parts[1] == "sim" else "ptx/isa"
-    return "csrc/device" if parts[1] == "device" else parts[1]
+    return f"csrc/{parts[1]}" if parts[1] in {"cpu", "device"} else parts[1]
 
 
 def included(path: Path) -> list[Path]:

@@ -30,7 +30,7 @@ FLAGS = [
 ]  # fmt: skip
 # No machine of ours has AMX: the program runs its kernels on an emulation of the instructions.
 EMULATE_AMX = '-DTORCHEXT_EMULATED_AMX="tests/cross/emulated_amx.h"'
-KERNELS = ("csrc/gemm/cpu", "csrc/quantize/cpu")
+KERNELS = ("csrc/gemm/cpu", "csrc/cpu")
 NEED_TORCH = {"csrc/gemm/cpu/gemm_cpu.cpp", "csrc/gemm/cpu/activation.cpp"}
 PROGRAM = "tests/cross"
 

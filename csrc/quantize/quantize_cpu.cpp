@@ -1,5 +1,5 @@
 // How CPU kernels of quantization walk through a matrix. They call
-// cpu/kernels.h for parts of x that fit in a cache: runs of a row, or tiles of
+// ../cpu/kernels.h for parts of x that fit in a cache: runs of a row, or tiles of
 // at most 128 x 128, which are read in place if columns are contiguous and
 // gathered otherwise. Everything that depends on a part is computed while it is
 // in cache, so that x is read from memory once (for one scale of the whole
@@ -9,9 +9,9 @@
 // fill a cache line.
 #include <atomic>
 
+#include "../cpu/kernels.h"
 #include "../runtime/cpu.h"
 #include "../runtime/quantizer.h"
-#include "cpu/kernels.h"
 #include "quantize.h"
 
 namespace torchext {

@@ -1,6 +1,6 @@
 // The arithmetic of a quantizer on the host; csrc/device/numbers.cuh and formats.cuh are its GPU
 // version, with the same bits. The portable quantizers use it, those of other levels for what is
-// rare, and the GEMM's quantizing epilogues; quantize/cpu/loops.h has faster forms of the same
+// rare, and the GEMM's quantizing epilogues; csrc/cpu/loops.h has faster forms of the same
 // arithmetic. Contract: called in the default floating-point environment. Numbers: docs/numerics.md.
 #pragma once
 

@@ -1,10 +1,10 @@
-// Checks every table of quantization kernels that this machine can run (csrc/quantize/cpu/kernels.h):
+// Checks every table of quantization kernels that this machine can run (csrc/cpu/kernels.h):
 // all results have the bits that docs/numerics.md defines, computed here element by element.
 #include <algorithm>
 #include <cfloat>
 #include <vector>
 
-#include "../../csrc/quantize/cpu/kernels.h"
+#include "../../csrc/cpu/kernels.h"
 #include "../../csrc/runtime/cpu_level.h"
 #include "numbers.h"
 

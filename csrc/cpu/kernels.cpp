@@ -1,8 +1,8 @@
 // Implements kernels.h: the choice of an instruction set, and the tables of significands.
 #include "kernels.h"
 
-#include "../../runtime/cpu.h"
-#include "../../runtime/quantizer.h"
+#include "../runtime/cpu.h"
+#include "../runtime/quantizer.h"
 
 namespace torchext::cpu {
 namespace {

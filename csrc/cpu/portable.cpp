@@ -4,10 +4,10 @@
 //
 //   groups, encode   largest magnitude, scale, quotients
 //   dequantize       products
-//   transpose        16-byte squares (../transpose.h)
-#include "../../runtime/quantizer.h"
-#include "../transpose.h"
+//   transpose        16-byte squares (transpose.h)
+#include "../runtime/quantizer.h"
 #include "kernels.h"
+#include "transpose.h"
 
 namespace torchext::cpu {
 namespace {

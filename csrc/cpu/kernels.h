@@ -1,16 +1,16 @@
 // The inner loops of quantization on a CPU. Each instruction set implements
-// them in a file of its own; kernels() picks one at run time, and
-// quantize_cpu.cpp calls it for parts of a matrix that fit in a cache. All of
-// them return the bits that docs/numerics.md defines.
+// them in a file of its own; kernels() picks one at run time. Callers pass parts
+// of a matrix that fit in a cache. All of them return the bits that
+// docs/numerics.md defines.
 //
 // The caller has set the default floating-point environment. Strides are in
 // elements. `stream` asks for stores that bypass the cache: the destination and
 // its stride are then multiples of 64 bytes, and the caller ends with fence().
 #pragma once
 
-#include "../../runtime/cpu_level.h"
-#include "../../runtime/formats.h"
-#include "../../runtime/views.h"
+#include "../runtime/cpu_level.h"
+#include "../runtime/formats.h"
+#include "../runtime/views.h"
 
 namespace torchext::cpu {
 

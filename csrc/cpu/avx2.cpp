@@ -4,7 +4,7 @@
 #include <cstring>
 #include <type_traits>
 
-#include "../../runtime/intrinsics.h"
+#include "../runtime/intrinsics.h"
 #include "kernels.h"
 
 #ifdef TORCHEXT_X86_LEVELS
