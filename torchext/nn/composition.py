@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 from torch.fx import Proxy
 
 from .._dispatch.dtensor import is_distributed
+from ..ops import linear_mixed  # noqa: F401  (declares the op that linear_op calls)
 from ..ops.linear import linear_op
 
 if TYPE_CHECKING:

@@ -200,10 +200,16 @@ class Linear(torch.nn.Linear):
         self._weight_cache.clear()
 
     def _quantized_weight(self, weight: Tensor, input: Tensor) -> Operand | None:
-        """The FP8 weight from the cache, or newly quantized; None if it may not be cached."""
+        """The FP8 weight from the cache, or newly quantized; None if it may not be cached, or if no
+        GEMM needs it."""
+        recipe = self.recipe
         # Re-entrant checkpointing runs forward without gradients first, and later with them.
-        transposed = input.requires_grad if torch.is_grad_enabled() else self.training
-        return self._weight_cache.operand(weight, self.recipe, transposed=transposed)
+        transposed = recipe.dgrad == "fp8" and (
+            input.requires_grad if torch.is_grad_enabled() else self.training
+        )
+        if not transposed and recipe.fprop != "fp8":
+            return None
+        return self._weight_cache.operand(weight, recipe, transposed=transposed)
 
     def train(self, mode: bool = True) -> Linear:
         if mode != self.training and not self._weight_cache.fixed:

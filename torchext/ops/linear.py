@@ -40,12 +40,20 @@ _DEF.define("_second_gradient(Tensor grad, SymInt[] size, ScalarType dtype) -> T
 _second_gradient = torch.ops.torchext._second_gradient.default
 
 # Classes for which LinearFunction saves what it would save for a plain tensor.
-_TRANSPARENT = (Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor)
+TRANSPARENT = (Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor)
 
 
 def linear_op(input: Tensor, weight: Tensor, bias: Tensor | None, recipe: Recipe) -> Tensor:
-    """y = x @ weight.T + bias by the op. y has x's dtype or, under autocast, autocast's."""
+    """y = x @ weight.T + bias by the op. y has x's dtype or, under autocast, autocast's.
+
+    A recipe with wide GEMMs has an op of its own (linear_mixed.py).
+    """
+    wide = recipe.wide_gemms
     try:
+        if wide:
+            return torch.ops.torchext._linear_mixed(
+                input, weight, bias, *op_options(recipe), "+".join(wide)
+            )
         return _linear(input, weight, bias, *op_options(recipe))
     except RuntimeError as error:
         raise layer_error(error, input, weight, bias) from None
@@ -96,7 +104,7 @@ def _with_out_dtype(options: tuple[Any, ...]) -> tuple[Any, ...]:
 # ---- autograd ----
 
 
-def _asks_derivative(*tensors: Tensor | None) -> bool:
+def asks_derivative(*tensors: Tensor | None) -> bool:
     if forward_ad._current_level >= 0:  # jvp below refuses inputs with a tangent
         return True
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
@@ -108,13 +116,13 @@ def _autograd(input: Tensor, weight: Tensor, bias: Tensor | None, *options: Any)
             "torchext.nn.Linear: input must be a dense tensor in a graph that holds the layer's op "
             "(got a nested one); pass its values(), or call the layer itself"
         )
-    if not _asks_derivative(input, weight, bias):
+    if not asks_derivative(input, weight, bias):
         with torch._C._AutoDispatchBelowAutograd():
             return _linear(input, weight, bias, *options)
     if not (fit(input, weight, bias) and bias_fits(weight, bias)):
         raise misfit(input, weight, bias)
     *recipe, out_dtype = _with_out_dtype(options)
-    whole = all(t is None or type(t) in _TRANSPARENT for t in (input, weight, bias))
+    whole = all(t is None or type(t) in TRANSPARENT for t in (input, weight, bias))
     plain = torch._C._functorch.peek_interpreter_stack() is None and forward_ad._current_level < 0
     if whole and plain:
         dtype = out_dtype or input.dtype
@@ -155,10 +163,10 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        _refuse_forward_derivative()
+        refuse_forward_derivative()
 
 
-def _refuse_forward_derivative() -> NoReturn:
+def refuse_forward_derivative() -> NoReturn:
     raise NotImplementedError(
         "torchext.nn.Linear: input and parameters must have no tangent (got one, from "
         "torch.func.jvp, linearize, jacfwd, hessian or torch.autograd.forward_ad): FP8 GEMMs have "
@@ -183,7 +191,7 @@ class _Gradient(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        _refuse_forward_derivative()
+        refuse_forward_derivative()
 
 
 @torch.library.register_fake("torchext::_second_gradient", lib=_DEF)
@@ -200,7 +208,7 @@ _DEF.impl("_second_gradient", _refuse, "CompositeExplicitAutograd")
 
 def _autograd_of_gradient(op: Any) -> Any:
     def autograd(left: Tensor, right: Tensor, *options: Any) -> Tensor:
-        if _asks_derivative(left, right):
+        if asks_derivative(left, right):
             return apply(_Gradient, op, left, right, *options)
         with torch._C._AutoDispatchBelowAutograd():
             return op(left, right, *options)
@@ -231,7 +239,7 @@ def _wgrad_flops(dy_shape: Any, input_shape: Any, *_: Any, **options: Any) -> in
 # ---- batching ----
 
 
-def _batch_rows(granularity: int) -> Rule:
+def batch_rows(granularity: int) -> Rule:
     """Rule for x @ w.T and dy @ w: if the weight is not batched, rows are independent.
 
     `granularity` is the position of the op's argument of that name.
@@ -254,7 +262,7 @@ def _sharding(output: Any, inputs: Sequence[Any], options: Sequence[object]) -> 
     return [output], [*inputs, *(None for _ in options)]
 
 
-def _shard_linear(
+def shard_linear(
     placements: Any, input: Any, weight: Any, bias: Any, *options: object
 ) -> list[Sharding]:
     shard, partial, whole = placements.Shard, placements.Partial(), placements.Replicate()
@@ -303,16 +311,16 @@ declare(
     "_linear",
     fake=_fake_linear,
     flops=linear_flops,
-    batching=_batch_rows(granularity=3),
+    batching=batch_rows(granularity=3),
     gradient=_autograd,
     autocast=_autocast,
-    sharding=_shard_linear,
+    sharding=shard_linear,
 )
 declare(
     "_linear_dgrad",
     fake=_fake_dgrad,
     flops=_dgrad_flops,
-    batching=_batch_rows(granularity=2),
+    batching=batch_rows(granularity=2),
     gradient=_autograd_of_gradient(_dgrad),
     sharding=_shard_dgrad,
 )

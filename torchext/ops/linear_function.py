@@ -7,10 +7,12 @@ and over M in wgrad, so it is needed as [M, K] and as [K, M]; likewise w and dy:
     dgrad  dx [M, K] = dy   [M, N] @ (w_t [K, N]).T
     wgrad  dw [N, K] = dy_t [N, M] @ (x_t [K, M]).T
 
-Backward keeps x_t and w_t, one byte for each element, and does not keep x. x_t and w_t may be
-copied between forward and backward (CPU offloading, saved-tensor hooks). A copy can lose the layout
-that GEMMs require, so backward restores it. A compiled backward graph, whose strides are fixed when
-it is compiled, gets dense tensors instead (csrc/linear/kept.h).
+Backward keeps x_t and w_t, one byte for each element, and does not keep x. For a GEMM that the
+recipe calls wide, which multiplies operands as they are, backward keeps w or x instead.
+
+x_t and w_t may be copied between forward and backward (CPU offloading, saved-tensor hooks). A copy
+can lose the layout that GEMMs require, so backward restores it. A compiled backward graph, whose
+strides are fixed when it is compiled, gets dense tensors instead (csrc/linear/kept.h).
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import math
 from typing import Any, NamedTuple, NoReturn
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import profiler
 
@@ -61,6 +64,9 @@ class Operand(NamedTuple):
     scale: Tensor | None
     data_t: Tensor | None
     scale_t: Tensor | None
+
+
+_NOTHING = Operand(None, None, None, None)
 
 
 def quantize_activation(
@@ -179,6 +185,8 @@ def linear(
 ) -> tuple[Tensor, Operand, Operand]:
     """y = x @ weight.T + bias, and the quantized x and weight, which backward needs.
 
+    Only what the recipe's FP8 GEMMs need is quantized.
+
     Args:
         x: [..., K].
         weight, bias: [N, K] and [N].
@@ -190,19 +198,41 @@ def linear(
     """
     rows = _foldable(x)
     kept = torch.compiler.is_compiling()
+    fprop = recipe.fprop == "fp8"
+    needs_x_t = needs_dw and recipe.wgrad == "fp8"
+    needs_w_t = needs_dx and recipe.dgrad == "fp8"
+    q_w = _NOTHING
 
     def quantize_input() -> Operand:
         return quantize_activation(
-            rows, recipe.input_dtype, recipe, plain=True, transposed=needs_dw, kept=kept
+            rows, recipe.input_dtype, recipe, plain=fprop, transposed=needs_x_t, kept=kept
         )
 
-    if kept:
-        q_x = quantize_input()
+    if kept or not fprop:  # the shared operand always has `data`
+        q_x = quantize_input() if fprop or needs_x_t else _NOTHING
     else:
-        q_x = quantized_once(x, recipe, transposed=needs_dw, quantize=quantize_input)
-    q_w = quantized_weight or quantize_weight(weight, recipe, transposed=needs_dx, kept=kept)
+        q_x = quantized_once(x, recipe, transposed=needs_x_t, quantize=quantize_input)
+    if fprop or needs_w_t:
+        q_w = quantized_weight or quantize_weight(weight, recipe, transposed=needs_w_t, kept=kept)
+    if not fprop:
+        return wide_linear(x, weight, bias, out_dtype), q_x, q_w
     y = _product(q_x.data, q_x.scale, q_w.data, q_w.scale, bias, out_dtype=out_dtype)
     return y if rows is x else y.view(*x.shape[:-1], weight.shape[0]), q_x, q_w
+
+
+def wide_linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """x @ weight.T + bias, computed in `dtype`."""
+    return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+
+
+def wide_dgrad(dy: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """dy [..., N] @ weight [N, K], computed in the dtype of dy and rounded to `dtype`."""
+    return (dy @ weight.to(dy.dtype)).to(dtype)
+
+
+def wide_wgrad(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """dy.T @ x over all rows of dy [..., N] and x [..., K], in the dtype of dy, as `dtype`."""
+    return (_as_matrix(dy).t() @ _as_matrix(x).to(dy.dtype)).to(dtype)
 
 
 class LinearFunction(torch.autograd.Function):
@@ -226,10 +256,13 @@ class LinearFunction(torch.autograd.Function):
             needs_dx=needs_dx,
             needs_dw=needs_dw,
         )
-        ctx.save_for_backward(
-            *((q_w.data_t, q_w.scale_t) if needs_dx else (None, None)),
-            *((q_x.data_t, q_x.scale_t) if needs_dw else (None, None)),
-        )
+        w_t: tuple[Tensor | None, Tensor | None] = (None, None)
+        x_t: tuple[Tensor | None, Tensor | None] = (None, None)
+        if needs_dx:
+            w_t = (q_w.data_t, q_w.scale_t) if recipe.dgrad == "fp8" else (weight, None)
+        if needs_dw:
+            x_t = (q_x.data_t, q_x.scale_t) if recipe.wgrad == "fp8" else (x.to(out_dtype), None)
+        ctx.save_for_backward(*w_t, *x_t)
         ctx.compiled = torch.compiler.is_compiling()
         ctx.recipe = recipe
         ctx.dtypes = (x.dtype, weight.dtype, None if bias is None else bias.dtype)
@@ -263,21 +296,27 @@ apply_eagerly = super(torch.autograd.Function, LinearFunction).apply  # type: ig
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """(dx, dw, db), each None unless it is needed, then None for each other argument of forward."""
     needs_dx, needs_dw, needs_db = ctx.needs_input_grad[:3]
-    w_t, w_t_scale, x_t, x_t_scale = ctx.saved_tensors
+    w_t, w_t_scale, x_t, x_t_scale = ctx.saved_tensors  # w and x themselves for wide GEMMs
     x_dtype, weight_dtype, bias_dtype = ctx.dtypes
+    recipe = ctx.recipe
     dy = _foldable(grad)
     dx = dw = db = None
-    if needs_dx or needs_dw:
-        q_dy = quantize_activation(
-            dy, ctx.recipe.grad_dtype, ctx.recipe, plain=needs_dx, transposed=needs_dw
-        )
+    fp8_dx = needs_dx and recipe.dgrad == "fp8"
+    fp8_dw = needs_dw and recipe.wgrad == "fp8"
+    if fp8_dx or fp8_dw:
+        q_dy = quantize_activation(dy, recipe.grad_dtype, recipe, plain=fp8_dx, transposed=fp8_dw)
     product = _fp8_gemm_nt_kept if ctx.compiled else _product_with_saved
     if needs_dx:
-        dx = product(q_dy.data, q_dy.scale, w_t, w_t_scale, out_dtype=x_dtype)
+        if fp8_dx:
+            dx = product(q_dy.data, q_dy.scale, w_t, w_t_scale, out_dtype=x_dtype)
+        else:
+            dx = wide_dgrad(dy, w_t, x_dtype)
         if dy is not grad:
             dx = dx.view(*grad.shape[:-1], dx.shape[-1])
-    if needs_dw:
+    if fp8_dw:
         dw = product(q_dy.data_t, q_dy.scale_t, x_t, x_t_scale, out_dtype=weight_dtype)
+    elif needs_dw:
+        dw = wide_wgrad(dy, x_t, weight_dtype)
     if needs_db:
         db = gradient_of_bias(dy, bias_dtype)
     return dx, dw, db, None, None, None
