@@ -72,6 +72,10 @@ struct Kernels {
 
 const Kernels& kernels();
 
+inline uint32_t dropped_mantissa(const QuantizeOptions& options) {
+  return options.pow2_scale ? 0x007fffff : 0;
+}
+
 inline int dtype_index(ScalarType dtype) {
   return dtype == ScalarType::BFloat16 ? 0 : dtype == ScalarType::Half ? 1 : 2;
 }

@@ -40,10 +40,6 @@ float scale_of(Magnitude<In> largest, uint32_t dropped_mantissa) {
   return float_of(bits);
 }
 
-inline uint32_t dropped_mantissa(const QuantizeOptions& options) {
-  return options.pow2_scale ? 0x007fffff : 0;
-}
-
 // Calls body(n); for whole scale groups, body is compiled with n as a constant.
 template <class Body>
 auto with_count(int n, const Body& body) {

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "../../cpu/kernels.h"
 #include "../../runtime/cpu.h"
 #include "../../runtime/formats.h"
 #include "../../runtime/quantizer.h"
