@@ -17,7 +17,7 @@ from typing import Any as _Any
 from . import nn, ops
 from ._conversion_result import ConversionResult
 from .availability import get_include, is_available
-from .convert import convert_to_fp8_training, revert_to_linear
+from .convert import convert_to_fp8_training, revert_to_linear, unconvert
 from .gemm_selection import explain_gemm
 from .nn.weight_cache import fixed_weights
 from .recipe import Recipe
@@ -43,6 +43,7 @@ __all__ = [
     "nn",
     "ops",
     "revert_to_linear",
+    "unconvert",
 ]
 
 

@@ -1,4 +1,4 @@
-"""The result of a conversion: which layers train in FP8, which parameters stay wide, and why."""
+"""The result of a conversion: which parameters train in FP8, and why the others do not."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from .nn import Linear
+from ._dispatch.layout import GROUP
+from .nn.converted import is_fp8
+from .recipe import GEMMS, Recipe
 
 _WIDE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -54,6 +56,39 @@ class WideParameter:
         return math.prod(self.shape) if self.shape else 0
 
 
+@dataclasses.dataclass(frozen=True)
+class MatrixReport:
+    """What a parameter of two or more dimensions does in training.
+
+    FLOPs count two for each multiplication of fprop, dgrad and, unless the parameter is frozen,
+    wgrad. They are those of one token; of one output position for a convolution. An embedding, a
+    norm and a parameter that no module of a known kind holds count none. Of the experts in a 3-D
+    parameter, each token passes as many as the attribute `top_k` or `num_experts_per_tok` of their
+    module, or of one beside it, says; one if there is no such attribute.
+
+    Attributes:
+        name: the fully qualified name; for a parameter that several modules share, the first one.
+        shape: its sizes; () for a lazy parameter whose shape is not known yet.
+        recipe: str() of the recipe that it trains with; None if it stays wide.
+        reason: why it stays wide, in a few words; None if it trains in FP8.
+        flops: FLOPs of all its products.
+        fp8_flops: FLOPs of those that run in FP8.
+        bf16_bytes: bytes of the layer's input that backward would keep for each token in BF16; 0
+            if it stays wide.
+        saved_bytes: bytes of the input that backward does keep for each token, with scales. Layers
+            that share an input each count it, here as in `bf16_bytes`.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    recipe: str | None
+    reason: str | None
+    flops: int
+    fp8_flops: int
+    bf16_bytes: float
+    saved_bytes: float
+
+
 @dataclasses.dataclass(frozen=True, repr=False, eq=False)
 class ConversionResult:
     """The result of convert_to_fp8_training; `print` it for a summary.
@@ -65,12 +100,14 @@ class ConversionResult:
     Attributes:
         model: the model that was passed, converted in place.
         converted: fully qualified names of the layers that were converted.
-        skipped: {fully qualified name of every other torch.nn.Linear: reason in a few words}.
+        skipped: {fully qualified name of every other linear layer: reason in a few words}.
         wide: every parameter of two or more dimensions that stays wide, the largest first: weights
             of skipped layers, embeddings, convolutions, experts held as one 3-D parameter, ...
         fp8_elements: the number of elements of parameters that train in FP8, including those of
             layers that were converted before. A parameter that modules share counts once.
         elements: the number of elements of all parameters, each counted once.
+        parameters: every parameter of two or more dimensions, in the model's order: whether it
+            trains in FP8 and by which recipe, or why not; its FLOPs, and the bytes it saves.
     """
 
     model: nn.Module
@@ -79,11 +116,80 @@ class ConversionResult:
     wide: tuple[WideParameter, ...] = ()
     fp8_elements: int = 0
     elements: int = 0
+    parameters: tuple[MatrixReport, ...] = ()
 
     @property
     def fp8_share(self) -> float:
         """The share of the model's parameters that trains in FP8, from 0 to 1."""
         return self.fp8_elements / self.elements if self.elements else 0.0
+
+    @property
+    def flops(self) -> int:
+        """FLOPs of the products of all parameters for one token; see MatrixReport."""
+        return sum(parameter.flops for parameter in self.parameters)
+
+    @property
+    def fp8_flops(self) -> int:
+        """FLOPs of those products that run in FP8."""
+        return sum(parameter.fp8_flops for parameter in self.parameters)
+
+    @property
+    def fp8_flops_share(self) -> float:
+        """The share of `flops` that runs in FP8, from 0 to 1."""
+        return self.fp8_flops / self.flops if self.flops else 0.0
+
+    @property
+    def bf16_bytes(self) -> float:
+        """Bytes of inputs that the FP8 layers would keep for each token in BF16."""
+        return sum(parameter.bf16_bytes for parameter in self.parameters)
+
+    @property
+    def saved_bytes(self) -> float:
+        """Bytes of inputs that the FP8 layers keep for each token; see MatrixReport."""
+        return sum(parameter.saved_bytes for parameter in self.parameters)
+
+    def require(self, share: float, *, of: Literal["parameters", "flops"] = "parameters") -> None:
+        """Raises RuntimeError, with the reasons, if less than `share` trains in FP8.
+
+        Args:
+            share: from 0 to 1.
+            of: "parameters" compares fp8_share, "flops" fp8_flops_share.
+
+        Raises:
+            RuntimeError: the share is smaller.
+            ValueError: share is not from 0 to 1, or `of` is neither.
+        """
+        if not 0 <= share <= 1:
+            raise ValueError(
+                f"ConversionResult.require: share must be from 0 to 1 (got {share!r}); pass 0.9 "
+                "for 90%"
+            )
+        if of not in ("parameters", "flops"):
+            raise ValueError(
+                f'ConversionResult.require: of must be "parameters" or "flops" (got {of!r}); omit '
+                "it for parameters"
+            )
+        got = self.fp8_share if of == "parameters" else self.fp8_flops_share
+        if got >= share:
+            return
+        sizes: dict[str, int] = {}
+        for parameter in self.parameters:
+            size = parameter.flops - parameter.fp8_flops
+            if of == "parameters":
+                size = 0 if parameter.recipe else math.prod(parameter.shape)
+            if size:
+                reason = parameter.reason or f"recipe {parameter.recipe}"
+                sizes[reason] = sizes.get(reason, 0) + size
+        total = self.elements if of == "parameters" else self.flops
+        reasons = "; ".join(
+            f"{_percent(size / total)}: {reason}"
+            for reason, size in sorted(sizes.items(), key=lambda item: -item[1])
+        )
+        what = "parameters" if of == "parameters" else "FLOPs"
+        raise RuntimeError(
+            f"ConversionResult.require: at least {share:.1%} of the {what} must train in FP8 (got "
+            f"{_percent(got)}); what stays wide: {reasons or 'biases and other vectors'}"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Everything except the model, as plain lists, dicts, strings and numbers."""
@@ -102,6 +208,15 @@ class ConversionResult:
             "fp8_elements": self.fp8_elements,
             "elements": self.elements,
             "fp8_share": self.fp8_share,
+            "parameters": [
+                {**dataclasses.asdict(parameter), "shape": list(parameter.shape)}
+                for parameter in self.parameters
+            ],
+            "flops": self.flops,
+            "fp8_flops": self.fp8_flops,
+            "fp8_flops_share": self.fp8_flops_share,
+            "bf16_bytes": self.bf16_bytes,
+            "saved_bytes": self.saved_bytes,
         }
 
     def to_json(self, indent: int | None = None) -> str:
@@ -115,7 +230,13 @@ class ConversionResult:
         )
 
     def __str__(self) -> str:
-        lines = [self._headline(), *_indented(self.converted)]
+        lines = [self._headline()]
+        recipes = {p.name.rpartition(".")[0]: p.recipe for p in self.parameters if p.recipe}
+        used = dict.fromkeys(recipes.get(name) for name in self.converted)
+        for recipe in used:
+            if len(used) > 1:
+                lines.append(f"by the recipe {recipe}:")
+            lines += _indented(name for name in self.converted if recipes.get(name) == recipe)
         for reason in dict.fromkeys(self.skipped.values()):
             names = [name for name, why in self.skipped.items() if why == reason]
             lines += [f"left alone: {reason}{self._share(reason)}", *_indented(names)]
@@ -128,6 +249,15 @@ class ConversionResult:
             lines.append(
                 f"{_percent(self.fp8_share)} of the parameters train in FP8: "
                 f"{self.fp8_elements:,} of {self.elements:,}"
+            )
+        if self.fp8_flops:
+            lines.append(
+                f"{_percent(self.fp8_flops_share)} of the FLOPs run in FP8: {self.fp8_flops:,} of "
+                f"{self.flops:,} for each token"
+            )
+            lines.append(
+                f"inputs kept for backward: {self.saved_bytes:,.0f} bytes for each token, "
+                f"{self.bf16_bytes:,.0f} in BF16"
             )
         return "\n".join(lines)
 
@@ -143,24 +273,23 @@ class ConversionResult:
         return f"{len(self.converted)} of {total} linear layers train in FP8"
 
 
-def survey(
-    model: nn.Module, skipped: Mapping[str, str]
-) -> tuple[tuple[WideParameter, ...], int, int]:
-    """(wide, fp8_elements, elements) of the `ConversionResult` for a converted model.
+def survey(model: nn.Module, skipped: Mapping[str, str]) -> dict[str, Any]:
+    """The ConversionResult's fields of a converted model, from `wide` on.
 
-    `skipped` maps the name of every torch.nn.Linear that stays wide to the reason.
+    `skipped` maps the name of every linear layer that stays wide to the reason.
     """
     modules = dict(model.named_modules())
-    in_fp8 = {}
+    in_fp8: dict[int, Recipe] = {}
     for owner, module in modules.items():
-        linear = _linear_around(owner, modules)
-        if linear is not None and isinstance(modules[linear], Linear):
+        linear = _linear_around(owner, modules, skipped)
+        if linear is not None and is_fp8(modules[linear]):
             for name, parameter in module.named_parameters(recurse=False):
                 if _is_matrix(name, parameter):
-                    in_fp8[id(parameter)] = parameter
+                    in_fp8[id(parameter)] = modules[linear].recipe  # type: ignore[assignment]
+    uses = _uses(model, skipped)
     seen: set[int] = set()
-    wide = []
-    elements = 0
+    wide, reports = [], []
+    elements = fp8_elements = 0
     for owner, module in modules.items():
         for name, parameter in module.named_parameters(owner, recurse=False):
             if id(parameter) in seen:
@@ -168,12 +297,92 @@ def survey(
             seen.add(id(parameter))
             shape = () if is_lazy(parameter) else tuple(parameter.shape)
             elements += 0 if is_lazy(parameter) else parameter.numel()
-            if _is_matrix(name, parameter) and id(parameter) not in in_fp8:
+            if not _is_matrix(name, parameter):
+                continue
+            recipe = in_fp8.get(id(parameter))
+            reason = None
+            if recipe is None:
                 reason = _why_wide(owner, parameter, modules, skipped)
                 wide.append(WideParameter(name, shape, reason))
+            else:
+                fp8_elements += parameter.numel()
+            text = None if recipe is None else str(recipe)
+            reports.append(MatrixReport(name, shape, text, reason, *uses.get(id(parameter), _NONE)))
     wide.sort(key=lambda parameter: -parameter.numel)
-    fp8_elements = sum(parameter.numel() for parameter in in_fp8.values())
-    return tuple(wide), fp8_elements, elements
+    return {
+        "wide": tuple(wide),
+        "fp8_elements": fp8_elements,
+        "elements": elements,
+        "parameters": tuple(reports),
+    }
+
+
+_NONE = (0, 0, 0.0, 0.0)
+
+
+def _uses(model: nn.Module, skipped: Mapping[str, str]) -> dict[int, tuple[int, int, float, float]]:
+    """For the id() of each parameter that is multiplied: (flops, fp8_flops, bf16_bytes,
+    saved_bytes), as in MatrixReport, summed over all modules that hold it."""
+    uses: dict[int, tuple[int, int, float, float]] = {}
+    modules = dict(model.named_modules(remove_duplicate=False))  # a module may run in two places
+    for owner, module in modules.items():
+        linear = _linear_around(owner, modules, skipped)
+        for name, parameter in module.named_parameters(recurse=False):
+            if is_lazy(parameter) or not _is_matrix(name, parameter):
+                continue
+            gemms = [gemm for gemm in GEMMS if gemm != "wgrad" or parameter.requires_grad]
+            share = _multiplied_share(owner, linear is not None, parameter, modules)
+            product = round(2 * parameter.numel() * share)
+            use = (product * len(gemms), 0, 0.0, 0.0)
+            layer = module if linear is None else modules[linear]
+            if is_fp8(layer):
+                recipe: Recipe = layer.recipe  # type: ignore[assignment]
+                in_features = parameter.shape[1 if isinstance(layer, nn.Linear) else 0]
+                fp8 = [gemm for gemm in gemms if gemm not in recipe.wide_gemms]
+                bytes_in_bf16 = 2.0 * in_features if "wgrad" in gemms else 0.0
+                saved = bytes_in_bf16 if "wgrad" not in fp8 else in_features * _bytes_of(recipe)
+                use = (use[0], product * len(fp8), bytes_in_bf16, saved)
+            before = uses.get(id(parameter), _NONE)
+            uses[id(parameter)] = tuple(map(sum, zip(before, use, strict=True)))  # type: ignore
+    return uses
+
+
+def _bytes_of(recipe: Recipe) -> float:
+    """Bytes of an element of x_t with its share of scales; those of the coarse granularities do not
+    grow with the number of tokens."""
+    return 1 + 4 / GROUP if recipe.granularity == "blockwise" else 1.0
+
+
+_MULTIPLYING = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.Bilinear)
+
+
+def _multiplied_share(
+    owner: str, in_linear: bool, parameter: torch.Tensor, modules: Mapping[str, nn.Module]
+) -> float:
+    """By what share of its elements a token is multiplied; 0 if that is not known."""
+    module = modules[owner]
+    if in_linear or isinstance(module, (nn.modules.conv._ConvNd, *_MULTIPLYING)):
+        return 1.0
+    if _is_conv1d(module, parameter):
+        return 1.0
+    if not _holds_experts(module, parameter):
+        return 0.0
+    parent = modules.get(owner.rpartition(".")[0], module)
+    for near in (module, parent, *parent.children()):
+        for name in ("top_k", "num_experts_per_tok"):
+            count = getattr(near, name, None)
+            if isinstance(count, int) and 0 < count <= parameter.shape[0]:
+                return count / parameter.shape[0]
+    return 1 / parameter.shape[0]
+
+
+def _is_conv1d(module: nn.Module, parameter: torch.Tensor) -> bool:
+    return type(module).__name__ == "Conv1D" and parameter.dim() == 2
+
+
+def _holds_experts(module: nn.Module, parameter: torch.Tensor) -> bool:
+    known = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RMSNorm)
+    return parameter.dim() == 3 and parameter.shape[0] > 1 and not isinstance(module, known)
 
 
 def _percent(share: float) -> str:
@@ -186,9 +395,13 @@ def _is_matrix(name: str, parameter: torch.Tensor) -> bool:
     return name.endswith("weight") if is_lazy(parameter) else parameter.dim() >= 2
 
 
-def _linear_around(name: str, modules: Mapping[str, nn.Module]) -> str | None:
-    """The name of the torch.nn.Linear that module `name` is, or is a parametrization of."""
-    while not isinstance(modules.get(name), nn.Linear):
+def _linear_around(
+    name: str, modules: Mapping[str, nn.Module], skipped: Mapping[str, str]
+) -> str | None:
+    """The name of the linear layer that module `name` is, or is a parametrization of."""
+    while not (isinstance(modules.get(name), nn.Linear) or name in skipped):
+        if name in modules and is_fp8(modules[name]):
+            return name
         if not name:
             return None
         name = name.rpartition(".")[0]
@@ -201,7 +414,7 @@ def _why_wide(
     modules: Mapping[str, nn.Module],
     skipped: Mapping[str, str],
 ) -> str:
-    linear = _linear_around(owner, modules)
+    linear = _linear_around(owner, modules, skipped)
     if linear is not None:
         return skipped[linear]
     module = modules[owner]
@@ -219,14 +432,14 @@ def _why_wide(
             "MultiheadAttention multiplies it by itself (write q, k and v as torch.nn.Linears to "
             "convert them)"
         )
-    if kind == "Conv1D" and parameter.dim() == 2:  # the class that transformers uses in GPT-2
+    if _is_conv1d(module, parameter):  # one that does not compute what transformers' class does
         return (
             "Conv1D holds a transposed weight (replace it by a torch.nn.Linear with weight.T, then "
             "convert)"
         )
     if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
         return f"{kind} multiplies element by element"
-    if parameter.dim() == 3 and parameter.shape[0] > 1:
+    if _holds_experts(module, parameter):
         return (
             f"{kind} holds matrices, such as experts, in one 3-D parameter (make each a "
             "torch.nn.Linear, or call torchext.ops.m_grouped_fp8_gemm_nt_contiguous)"

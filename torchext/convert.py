@@ -1,88 +1,99 @@
-"""Converts a model's nn.Linears to FP8 layers and back, and reports which it left alone and why."""
+"""Converts the linear layers of a model to FP8 and back; reports which it left alone and why."""
 
 from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
-from torch.nn.parameter import is_lazy
-from torch.nn.utils.parametrize import is_parametrized
 
+from . import _conversion_rules as rules
 from ._conversion_result import ConversionResult, ReadOnlyDict, survey
-from ._dispatch.layout import GROUP
 from .nn import Linear
+from .nn.converted import TransposedLinear, convert_subclass_, convert_transposed_, is_fp8
 from .recipe import Recipe
 
 _log = logging.getLogger("torchext")
 ModuleFilter = Callable[[torch.nn.Module, str], bool]
 
-_HEAD_NAMES = {"lm_head", "output", "head", "classifier", "score", "embed_out", "unembed", "logits"}
-_ROUTER_NAMES = {"router", "gate", "shared_expert_gate"}
-
 
 def convert_to_fp8_training(
     model: torch.nn.Module,
-    recipe: Recipe | None = None,
+    recipe: Recipe | rules.RecipeByName | None = None,
     module_filter_fn: ModuleFilter | None = None,
 ) -> ConversionResult:
-    """Makes the torch.nn.Linears of `model` train in FP8, in place.
+    """Makes the linear layers of `model` train in FP8, in place.
 
-    Each becomes a torchext.nn.Linear and stays the same object with the same parameters, hooks,
-    requires_grad and mode. So an optimizer may be created before or after the conversion. Convert
-    before torch.compile and before the model is sharded. `revert_to_linear` undoes the conversion.
+    Each stays the same object with the same parameters, hooks, requires_grad and mode. A
+    torch.nn.Linear becomes a torchext.nn.Linear. A layer of a subclass that inherits the forward of
+    torch.nn.Linear becomes an instance of both classes. A layer that holds its weight as
+    [in_features, out_features], such as the Conv1D of transformers' GPT-2, stays one of its class.
+    So an optimizer may be created before or after the conversion. Convert before torch.compile and
+    before the model is sharded. `unconvert` undoes the conversion.
 
     Args:
         model: any module, including a torch.nn.Linear.
-        recipe: the recipe of every converted layer; Recipe.deepseek_v3() if None.
-        module_filter_fn: called as module_filter_fn(module, fully qualified name) for each
-            torch.nn.Linear that can be converted; it is converted if the result is true. The
+        recipe: the recipe of every converted layer, Recipe.deepseek_v3() if None; or a mapping of
+            globs (as in fnmatch; `*` also matches dots) to recipes. Then each layer gets the recipe
+            of the last glob that matches its fully qualified name, and stays wide if that recipe is
+            None or if no glob matches. A key without wildcards that is a layer's whole name
+            converts that layer even if the default filter would leave it alone.
+        module_filter_fn: called as module_filter_fn(module, fully qualified name) for each linear
+            layer that can be converted and has a recipe; it is converted if the result is true. The
             default, None, leaves alone: layers with fewer than 128 in or out features (smaller than
             one scale group), output heads (their error goes straight into the loss), and routers
             (an error may send a token to another expert). It recognizes heads and routers by name,
             and heads also if they share their weight with an embedding.
 
-    Some layers cannot be converted, whatever the filter returns: subclasses of torch.nn.Linear,
-    layers whose weight is parametrized or whose `forward` was replaced, and layers whose weight is
-    not a plain FP32, BF16 or FP16 tensor. Parameters of other modules do not change. `result.wide`
-    lists those of two or more dimensions, so that no expert or Conv1D stays wide unnoticed.
+    Some layers cannot be converted, whatever the filter returns: those of subclasses of
+    torch.nn.Linear with a forward of their own, those whose weight is parametrized or whose
+    `forward` was replaced, and those whose weight is not a plain FP32, BF16 or FP16 tensor.
+    Parameters of other modules do not change. `result.parameters` tells of each parameter of two or
+    more dimensions whether it trains in FP8, and if not why.
 
     Returns:
         A ConversionResult. It lists converted and skipped layers, and prints as a summary.
 
     Raises:
         TypeError: model, recipe or module_filter_fn has another type.
+        ValueError: a glob matches no linear layer's name. Nothing has been changed then.
 
     Warns:
         UserWarning: no parameter of the model trains in FP8 afterwards.
     """
     _check_arguments(model, recipe, module_filter_fn)
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
+    layers = rules.linear_layers(model)
+    recipe_of = rules.RecipeOf(recipe, layers)
     converted, skipped = [], {}
-    for fqn, module in list(model.named_modules()):
-        if not isinstance(module, torch.nn.Linear):
-            continue
-        reason = _why_impossible(module)
+    for fqn, layer in layers.items():
+        own_recipe = None
+        reason = rules.why_impossible(layer)
         if reason is None:
-            if module_filter_fn is None:
-                reason = _why_not_worthwhile(module, fqn, embeddings)
-            elif not module_filter_fn(module, fqn):
-                reason = "excluded by module_filter_fn"
+            own_recipe, reason = recipe_of(fqn)
         if reason is None:
-            Linear.convert_(module, recipe)
+            if module_filter_fn is not None:
+                reason = None if module_filter_fn(layer, fqn) else rules.EXCLUDED
+            elif not recipe_of.is_named(fqn):
+                reason = rules.why_not_worthwhile(layer, fqn, embeddings)
+        if reason is not None or own_recipe is None:
+            skipped[fqn] = reason or rules.NO_RECIPE
+        elif isinstance(layer, torch.nn.Linear):
+            convert_subclass_(layer, own_recipe)
             converted.append(fqn)
         else:
-            skipped[fqn] = reason
+            convert_transposed_(layer, own_recipe)
+            converted.append(fqn)
     result = ConversionResult(
-        model, tuple(converted), ReadOnlyDict(skipped), *survey(model, skipped)
+        model, tuple(converted), ReadOnlyDict(skipped), **survey(model, skipped)
     )
     _log.info(
         "convert_to_fp8_training: converted %d of %d linear layers of %s, recipe %s",
         len(converted),
         len(converted) + len(skipped),
         type(model).__name__,
-        recipe or Recipe.deepseek_v3(),
+        "by name" if isinstance(recipe, Mapping) else recipe or Recipe.deepseek_v3(),
     )
     for fqn, reason in skipped.items():
         _log.debug("convert_to_fp8_training: skipped %s: %s", fqn, reason)
@@ -91,38 +102,55 @@ def convert_to_fp8_training(
     return result
 
 
-def revert_to_linear(model: torch.nn.Module) -> tuple[str, ...]:
-    """Turns the FP8 layers of `model` back into torch.nn.Linears, in place.
+def unconvert(model: torch.nn.Module) -> tuple[str, ...]:
+    """Undoes `convert_to_fp8_training`: gives the FP8 layers of `model` their own classes back.
 
-    Each stays the same object with the same parameters, hooks and mode. Call it, for example,
-    before another library quantizes the model.
+    Each stays the same object with the same parameters, hooks and mode; torchext.nn.Linears that no
+    conversion made become torch.nn.Linears, too. Call it, for example, before another library
+    quantizes the model.
 
     Args:
-        model: any module, including a torchext.nn.Linear.
+        model: any module, including an FP8 layer.
 
     Returns:
-        The fully qualified names of the reverted layers.
+        The fully qualified names of these layers.
 
     Raises:
-        TypeError: model is not a torch.nn.Module, or contains a subclass of torchext.nn.Linear,
-            which a parametrized layer is, too. Nothing has been changed then.
+        TypeError: model is not a torch.nn.Module, or contains a layer of a subclass of
+            torchext.nn.Linear that no conversion made, which a parametrized layer is, too. Nothing
+            has been changed then.
     """
+    return _unconvert(model, "unconvert")
+
+
+def revert_to_linear(model: torch.nn.Module) -> tuple[str, ...]:
+    """Deprecated name of `unconvert`."""
+    warnings.warn(
+        "torchext.revert_to_linear is deprecated: call torchext.unconvert, which does the same",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    return _unconvert(model, "revert_to_linear")
+
+
+def _unconvert(model: torch.nn.Module, name: str) -> tuple[str, ...]:
     if not isinstance(model, torch.nn.Module):
         raise TypeError(
-            f"revert_to_linear: model must be a torch.nn.Module (got {model!r}); pass the model "
-            "that was converted"
+            f"{name}: model must be a torch.nn.Module (got {model!r}); pass the model that was "
+            "converted"
         )
-    layers = {fqn: m for fqn, m in model.named_modules() if isinstance(m, Linear)}
+    layers = {fqn: m for fqn, m in model.named_modules() if is_fp8(m)}
     for fqn, layer in layers.items():
-        if type(layer) is not Linear:
+        if type(layer) is not Linear and "plain_class" not in vars(type(layer)):
             raise TypeError(
-                f"revert_to_linear: {fqn} must be a torchext.nn.Linear (got its subclass "
+                f"{name}: {fqn} must be a torchext.nn.Linear (got its subclass "
                 f"{type(layer).__name__}, whose own behavior would be lost); first remove its "
                 "parametrizations, or replace the layer"
             )
     for layer in layers.values():
+        assert isinstance(layer, (Linear, TransposedLinear))
         layer.revert_()
-    _log.info("revert_to_linear: %d layers of %s", len(layers), type(model).__name__)
+    _log.info("%s: %d layers of %s", name, len(layers), type(model).__name__)
     return tuple(layers)
 
 
@@ -137,9 +165,7 @@ def _nothing_converted(result: ConversionResult) -> str:
     )
 
 
-def _check_arguments(
-    model: torch.nn.Module, recipe: Recipe | None, module_filter_fn: ModuleFilter | None
-) -> None:
+def _check_arguments(model: object, recipe: object, module_filter_fn: object) -> None:
     def refuse(name: str, expected: str, got: object, remedy: str) -> None:
         raise TypeError(
             f"convert_to_fp8_training: {name} must be {expected} (got {got!r}); {remedy}"
@@ -147,45 +173,16 @@ def _check_arguments(
 
     if not isinstance(model, torch.nn.Module):
         refuse("model", "a torch.nn.Module", model, "pass the model to convert")
-    if recipe is not None and not isinstance(recipe, Recipe):
-        refuse("recipe", "a torchext.Recipe", recipe, "pass, for example, Recipe.deepseek_v3()")
+    if isinstance(recipe, Mapping):
+        for glob, its_recipe in recipe.items():
+            if not isinstance(glob, str):
+                refuse("recipe", "a mapping of globs to recipes", glob, "make each key a string")
+            if its_recipe is not None and not isinstance(its_recipe, Recipe):
+                expected = f"a torchext.Recipe or None for {glob!r}"
+                refuse("recipe", expected, its_recipe, "pass, for example, Recipe.parse(text)")
+    elif recipe is not None and not isinstance(recipe, Recipe):
+        remedy = "pass, for example, Recipe.deepseek_v3(), or a mapping of globs to recipes"
+        refuse("recipe", "a torchext.Recipe", recipe, remedy)
     if module_filter_fn is not None and not callable(module_filter_fn):
         expected = "a function (module, name) -> bool"
         refuse("module_filter_fn", expected, module_filter_fn, "omit it for the default filter")
-
-
-def _why_impossible(linear: torch.nn.Linear) -> str | None:
-    if isinstance(linear, Linear):
-        return "trains in FP8 already"
-    if is_parametrized(linear):
-        return "its parameters are parametrized (convert first, parametrize after)"
-    if type(linear) is not torch.nn.Linear:
-        kind = type(linear).__name__
-        remedy = "run a forward first" if is_lazy(linear.weight) else "replace it by a plain one"
-        return f"{kind} is a subclass whose own behavior would be lost ({remedy})"
-    if "forward" in vars(linear):
-        return (
-            "its forward was replaced by another function (convert before accelerate or others add "
-            "their hooks)"
-        )
-    weight = linear.weight
-    if type(weight) not in (torch.nn.Parameter, torch.Tensor):
-        return f"its weight is a {type(weight).__name__} (convert before sharding or quantizing)"
-    if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"its weight is {weight.dtype}, not FP32, BF16 or FP16 (change it with .to())"
-    return None
-
-
-def _why_not_worthwhile(linear: torch.nn.Linear, fqn: str, embeddings: set[int]) -> str | None:
-    *path, name = fqn.split(".")
-    in_repeated_block = any(part.isdigit() for part in path)
-    if id(linear.weight) in embeddings:
-        return "output head: shares its weight with an embedding"
-    if name in _HEAD_NAMES and not in_repeated_block:
-        return "output head: its error goes straight into the loss"
-    # A SwiGLU layer called `gate` has more outputs than inputs, a router fewer.
-    if "router" in path or (name in _ROUTER_NAMES and linear.out_features < linear.in_features):
-        return "router: its error changes which expert a token goes to"
-    if min(linear.in_features, linear.out_features) < GROUP:
-        return f"fewer than {GROUP} in or out features: smaller than one scale group"
-    return None

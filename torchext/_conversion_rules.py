@@ -1,0 +1,133 @@
+"""Decides which layers of a model are converted to FP8, by which recipe, and why others are not."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping
+
+import torch
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import is_parametrized
+
+from ._dispatch.layout import GROUP
+from .nn.converted import is_fp8, is_transposed_linear, overrides
+from .recipe import Recipe
+
+RecipeByName = Mapping[str, Recipe | None]
+
+NO_GLOB = 'no glob of `recipe` matches its name ("*" matches every name)'
+EXCLUDED = "excluded by module_filter_fn"
+NO_RECIPE = "its recipe is None"
+
+_WILDCARDS = frozenset("*?[")
+_HEAD_NAMES = {"lm_head", "output", "head", "classifier", "score", "embed_out", "unembed", "logits"}
+_ROUTER_NAMES = {"router", "gate", "shared_expert_gate"}
+_WIDE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def linear_layers(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """Every layer that computes a linear function, by name: torch.nn.Linears, in FP8 or not, and
+    layers that hold the weight transposed."""
+    return {
+        fqn: module
+        for fqn, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) or is_fp8(module) or is_transposed_linear(module)
+    }
+
+
+class RecipeOf:
+    """The recipe of each layer.
+
+    `recipe` is one recipe for all, or a mapping of globs to recipes, of which the last that matches
+    a name counts. `names` are all linear layers'. Raises ValueError if a glob matches none of them.
+    """
+
+    def __init__(self, recipe: Recipe | RecipeByName | None, names: Mapping[str, object]) -> None:
+        self._by_glob: dict[str, Recipe | None]
+        if isinstance(recipe, Mapping):
+            self._by_glob = dict(recipe)
+            unmatched = [glob for glob in recipe if not any(_matches(n, glob) for n in names)]
+            if unmatched:
+                raise ValueError(
+                    "convert_to_fp8_training: recipe must have globs that match a linear layer's "
+                    f"name (got {', '.join(map(repr, unmatched))}, which match none of "
+                    f"{_some(names)}); correct or remove them"
+                )
+        else:
+            self._by_glob = {"*": recipe or Recipe.deepseek_v3()}
+
+    def __call__(self, name: str) -> tuple[Recipe | None, str | None]:
+        """(recipe, None), or (None, the reason why the layer has no recipe)."""
+        for glob, recipe in reversed(self._by_glob.items()):
+            if _matches(name, glob):
+                return recipe, NO_RECIPE if recipe is None else None
+        return None, NO_GLOB
+
+    def is_named(self, name: str) -> bool:
+        """Whether the entry that counts is the layer's whole name, without wildcards."""
+        counts = next((g for g in reversed(self._by_glob) if _matches(name, g)), None)
+        return counts == name and not _WILDCARDS.intersection(name)
+
+
+def _matches(name: str, glob: str) -> bool:
+    return name == glob or fnmatch.fnmatchcase(name, glob)
+
+
+def _some(names: Mapping[str, object]) -> str:
+    shown = [name or "the model itself" for name in list(names)[:5]]
+    return ", ".join(shown) + (", ..." if len(names) > 5 else "") or "its no linear layers"
+
+
+def why_impossible(layer: torch.nn.Module) -> str | None:
+    """The reason why `layer`, one of `linear_layers`, cannot be converted; None if it can."""
+    if is_fp8(layer):
+        return "trains in FP8 already"
+    if is_parametrized(layer):
+        return "its parameters are parametrized (convert first, parametrize after)"
+    weight: torch.Tensor = layer.weight  # type: ignore[assignment]
+    kind = type(layer).__name__
+    if isinstance(layer, torch.nn.Linear) and type(layer) is not torch.nn.Linear:
+        multiplied_elsewhere = torch.nn.modules.linear.NonDynamicallyQuantizableLinear
+        if is_lazy(weight):
+            return f"{kind} is a subclass whose own behavior would be lost (run a forward first)"
+        if isinstance(layer, multiplied_elsewhere):
+            return f"{kind} is a subclass whose weight MultiheadAttention multiplies by itself"
+        name = overrides(layer)
+        if name is not None:
+            return (
+                f"{kind} is a subclass whose own behavior would be lost (it has its own {name}; "
+                "replace it by a plain one)"
+            )
+    if "forward" in vars(layer):
+        return (
+            "its forward was replaced by another function (convert before accelerate or others add "
+            "their hooks)"
+        )
+    if type(weight) not in (torch.nn.Parameter, torch.Tensor):
+        return f"its weight is a {type(weight).__name__} (convert before sharding or quantizing)"
+    if weight.dtype not in _WIDE_DTYPES:
+        return f"its weight is {weight.dtype}, not FP32, BF16 or FP16 (change it with .to())"
+    return None
+
+
+def why_not_worthwhile(layer: torch.nn.Module, fqn: str, embeddings: set[int]) -> str | None:
+    """The reason why `layer` stays wide unless the user asks for it; None if it should convert.
+
+    `embeddings` has the id() of each embedding's weight.
+    """
+    *path, name = fqn.split(".")
+    in_repeated_block = any(part.isdigit() for part in path)
+    weight: torch.Tensor = layer.weight  # type: ignore[assignment]
+    out_features, in_features = weight.shape
+    if not isinstance(layer, torch.nn.Linear):
+        in_features, out_features = out_features, in_features
+    if id(weight) in embeddings:
+        return "output head: shares its weight with an embedding"
+    if name in _HEAD_NAMES and not in_repeated_block:
+        return "output head: its error goes straight into the loss"
+    # A SwiGLU layer called `gate` has more outputs than inputs, a router fewer.
+    if "router" in path or (name in _ROUTER_NAMES and out_features < in_features):
+        return "router: its error changes which expert a token goes to"
+    if min(in_features, out_features) < GROUP:
+        return f"fewer than {GROUP} in or out features: smaller than one scale group"
+    return None
