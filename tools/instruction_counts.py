@@ -7,13 +7,15 @@
 valgrind's callgrind counts. A count is of one warm call on one thread, and covers the op library
 alone (torchext/_C.so): not Python, torch, or libc. So it is the same on every machine, whatever
 else the machine does, and depends only on the sources and the compiler. valgrind 3.19 does not know
-AVX-512, so the kernels run at the AVX2 level. The check compares nothing, and says why, without
-valgrind, on other processors than x86-64, or if another compiler than the table's made the library.
+AVX-512, so the kernels run at the AVX2 level. Counting is on during the counted calls only, because
+it slows everything else down, too. The check compares nothing, and says why, without valgrind, on
+other processors than x86-64, or if another compiler than the table's made the library.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import platform
@@ -33,9 +35,12 @@ TABLE = ROOT / "tools" / "instruction_counts.json"
 LIBRARY = ROOT / "torchext" / "_C.so"
 TOLERANCE = 0.02
 WARM_UPS = 2
-# os.getppid is the boundary of a count: callgrind writes its counts whenever this function of libc
-# is called, and nothing else calls it.
-BOUNDARY = "getppid"
+SWITCH = "TORCHEXT_COUNTING_SWITCH"  # names the library made of SWITCH_SOURCE
+SWITCH_SOURCE = """
+#include <valgrind/callgrind.h>
+void start_counting(void) { CALLGRIND_START_INSTRUMENTATION; }
+void stop_counting(void) { CALLGRIND_STOP_INSTRUMENTATION; CALLGRIND_DUMP_STATS; }
+"""
 ENVIRONMENT = {
     "TORCHEXT_CPU": "avx2",
     "ATEN_CPU_CAPABILITY": "avx2",
@@ -87,16 +92,20 @@ def calls() -> dict[str, Callable[[], object]]:
 
 
 def run_calls() -> None:
-    """In the measured process: prints the names, then makes each call between two boundaries."""
+    """In the measured process: prints the names, then makes each call, and counts the last time.
+
+    Whenever counting stops, callgrind writes the counts.
+    """
     sys.path.insert(0, str(ROOT))
+    switch = ctypes.CDLL(os.environ[SWITCH])
     every = calls()
     print(json.dumps(list(every)), flush=True)
     for call in every.values():
         for _ in range(WARM_UPS):
             call()
-        os.getppid()
+        switch.start_counting()
         call()
-        os.getppid()
+        switch.stop_counting()
 
 
 def instructions(lines: Iterable[str], library: str) -> int:
@@ -119,28 +128,37 @@ def instructions(lines: Iterable[str], library: str) -> int:
     return total
 
 
+def make_switch(folder: Path) -> Path:
+    """The library that turns counting on and off: valgrind has macros of C for that."""
+    source, library = folder / "switch.c", folder / "switch.so"
+    source.write_text(SWITCH_SOURCE)
+    subprocess.run(["cc", "-O1", "-shared", "-fPIC", source, "-o", library], check=True)
+    return library
+
+
 def measure() -> dict[str, int]:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
         done = subprocess.run(
             [
-                "valgrind", "--tool=callgrind", f"--dump-before={BOUNDARY}",
+                "valgrind", "--tool=callgrind", "--instr-atstart=no",
                 "--compress-strings=no", "--compress-pos=no", f"--callgrind-out-file={out}",
                 sys.executable, __file__, "--run-calls",
             ],
-            env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True, check=False,
+            env={**os.environ, **ENVIRONMENT, SWITCH: str(make_switch(Path(folder)))},
+            capture_output=True, text=True, check=False,
         )  # fmt: skip
         if done.returncode:
             raise RuntimeError(f"instruction_counts: valgrind failed\n{done.stdout}{done.stderr}")
         names = json.loads(done.stdout.splitlines()[0])
         parts = len(list(Path(folder).glob("out.*")))
-        if parts != 2 * len(names):
+        if parts != len(names):
             raise RuntimeError(
-                f"instruction_counts: callgrind must write {2 * len(names)} parts (got {parts})"
+                f"instruction_counts: callgrind must write {len(names)} parts (got {parts})"
             )
         counts = {}
-        for i, name in enumerate(names):  # part 1 ends before the first counted call
-            with Path(f"{out}.{2 * i + 2}").open() as part:
+        for i, name in enumerate(names, 1):
+            with Path(f"{out}.{i}").open() as part:
                 counts[name] = instructions(part, "torchext/_C.so")
         return counts
 

@@ -1,8 +1,8 @@
 """How callgrind's files are read and counts compared; that the table lists every count."""
 
 import json
-import os
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 
@@ -120,14 +120,18 @@ def test_the_table_has_every_count_and_every_call_works():
         call()
 
 
-def test_the_measured_process_marks_each_call_by_two_boundaries(monkeypatch, capsys):
-    boundaries = []
-    monkeypatch.setattr(os, "getppid", lambda: boundaries.append(1))
-    calls = []
-    monkeypatch.setattr(tool, "calls", lambda: {"a": lambda: calls.append(len(boundaries))})
+def test_the_measured_process_counts_the_last_call_only(monkeypatch, capsys):
+    happened = []
+    switch = SimpleNamespace(
+        start_counting=lambda: happened.append("start"),
+        stop_counting=lambda: happened.append("stop"),
+    )
+    monkeypatch.setenv(tool.SWITCH, "switch.so")
+    monkeypatch.setattr(tool.ctypes, "CDLL", {"switch.so": switch}.__getitem__)
+    monkeypatch.setattr(tool, "calls", lambda: {"a": lambda: happened.append("call")})
     tool.run_calls()
     assert json.loads(capsys.readouterr().out) == ["a"]
-    assert calls == [0, 0, 1] and len(boundaries) == 2
+    assert happened == ["call", "call", "start", "call", "stop"]
 
 
 def test_a_failed_measurement_is_an_error(monkeypatch):
