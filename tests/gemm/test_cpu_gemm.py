@@ -11,8 +11,9 @@ import torch
 import torchext
 from torchext import ops
 
-M, N, K = 61, 200, 717  # ragged: tiles of unequal height, a panel and a segment in part
-ROWS = (1, 2, 7, 8, 14, 15, 29, 48, 49)  # heights of tiles, one and two panels, both block sizes
+M, N, K = 81, 200, 717  # ragged: tiles of unequal height, a panel and a segment in part
+# Heights of tiles; one and two panels or segments at once; products of few and of many rows.
+ROWS = (1, 2, 6, 7, 8, 14, 15, 16, 17, 29, 33, 48, 49, 64, 65)
 
 
 Pair = tuple[torch.Tensor, torch.Tensor]

@@ -58,20 +58,14 @@ void configure(int upper, int lower) {
 }
 
 void pack(const Operand& a, const Rows& rows, const Depth& k, const PackedRows& out) {
-  const int64_t segments = k.segments();
-  const Division tiles(rows.count, kTileRows);
-  for (int64_t t = 0; t < tiles.parts; ++t) {
-    const int64_t row = tiles.begin(t), height = tiles.begin(t + 1) - row;
-    uint32_t* data = static_cast<uint32_t*>(out.data) + row * segments * kSteps;
-    float* scales = out.scales + row * segments;
-    for (int64_t s = 0; s < segments; ++s) {
-      for (int64_t i = 0; i < height; ++i, data += kSteps) {
-        std::memset(data, 0, kRowBytes);
-        Amx::pack_row(a, rows[row + i], k.first(s), k.count(s), data);
-      }
-      Shared::load_scales(a, rows.part(row, row + height), k.group(s), scales);
-      scales += height;
+  const int64_t segments = k.segments(), height = rows.count;
+  uint32_t* data = static_cast<uint32_t*>(out.data);
+  for (int64_t s = 0; s < segments; ++s) {
+    for (int64_t i = 0; i < height; ++i, data += kSteps) {
+      std::memset(data, 0, kRowBytes);
+      Amx::pack_row(a, rows[i], k.first(s), k.count(s), data);
     }
+    Shared::load_scales(a, rows, k.group(s), out.scales + s * height);
   }
 }
 
@@ -145,7 +139,9 @@ void multiply_chunk(const Product& p, const Shared::Panels& panels, int64_t coun
 
 void multiply(const Product& p);
 
-constexpr Level kLevel = {kPanel, kTileRows, sizeof(Amx::Element), Amx::kChunk, pack, multiply};
+constexpr Level kLevel = {kPanel,      kTileRows,        sizeof(Amx::Element),
+                          Amx::kChunk, Shared::kFewRows, kTileRows,
+                          pack,        multiply};
 
 void multiply(const Product& p) {
   Shared::for_each_chunk(kLevel, p, multiply_chunk);

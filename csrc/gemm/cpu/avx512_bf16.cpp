@@ -12,17 +12,17 @@
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,bmi2,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
 #include "avx512_bf16.h"
+#include "few_rows_avx512.h"
 
 namespace torchext::cpu_gemm {
 namespace {
 
 // FP8 codes to BF16: `even` gets those of bytes 0, 2, ..., `odd` the others.
-template <class Number>
 struct DecodeByWords {
   __m512i words[4];
 
-  DecodeByWords() {
-    for (int i = 0; i < 4; ++i) words[i] = _mm512_load_si512(kBF16Table<Number>.word + 32 * i);
+  explicit DecodeByWords(const BF16Table& table) {
+    for (int i = 0; i < 4; ++i) words[i] = _mm512_load_si512(table.word + 32 * i);
   }
 
   // Codes in the high bytes of 16-bit lanes; low bytes do not matter.
@@ -43,7 +43,7 @@ struct DecodeByWords {
 
 }  // namespace
 
-const Level avx512_bf16 = Loops<BF16<DecodeByWords>>::level();
+const Level avx512_bf16 = FewRows<BF16<DecodeByWords>>::level();
 
 }  // namespace torchext::cpu_gemm
 #pragma GCC pop_options

@@ -9,8 +9,9 @@
 
 namespace torchext::cpu_gemm {
 
-template <template <class> class Decode>
+template <class Decode>
 struct BF16 {
+  using FromFP8 = Decode;
   static constexpr int kLanes = 16, kVectors = 2, kTileRows = 14, kPair = 2, kChunk = 16;
   static constexpr int kPanel = kLanes * kVectors;
   using Element = uint16_t;
@@ -29,9 +30,7 @@ struct BF16 {
     return _mm512_fmadd_ps(sum, _mm512_mul_ps(_mm512_set1_ps(a_scale), b_scale), total);
   }
 
-  template <class Number>
-  static void pack_row_of(const uint8_t* codes, int count, uint32_t* steps) {
-    const Decode<Number> decode;
+  static void pack_codes(const Decode& decode, const uint8_t* codes, int count, uint32_t* steps) {
     for (int k = 0; k < Depth::kSegment; k += 64) {
       const int left = std::max(count - k, 0);
       const __mmask64 mask = left >= 64 ? ~0ull : (1ull << left) - 1;
@@ -44,29 +43,23 @@ struct BF16 {
     }
   }
 
-  template <class Number>
-  static void pack_tile_of(const uint8_t* from, int64_t stride, int rows, int count,
-                           uint32_t* steps) {
-    const Decode<Number> decode;
-    const __mmask16 mask = __mmask16((1u << rows) - 1);
-    for (int k = 0; k < count; k += 64)
-      for_each_quad(from + k, stride, rows, count - k,
-                    [&](int q, __m512i codes) __attribute__((always_inline)) {
-                      __m512i even, odd;
-                      decode(codes, even, odd);
-                      uint32_t* to = steps + (k / 2 + 2 * q) * rows;
-                      _mm512_mask_storeu_epi32(to, mask, even);
-                      _mm512_mask_storeu_epi32(to + rows, mask, odd);
-                    });
-  }
-
   // Packs all rows of a tile at once, if they are FP8 and lie one stride apart.
   static bool pack_tile(const Operand& a, const Rows& rows, int64_t column, int count,
                         uint32_t* steps) {
     if (a.format == Format::bf16 || rows.list != nullptr) return false;
+    const Decode decode(table_of(a.format));
     const auto* from = static_cast<const uint8_t*>(a.data) + rows.first * a.stride + column;
-    (a.format == Format::e5m2 ? pack_tile_of<E5M2>
-                              : pack_tile_of<E4M3>)(from, a.stride, int(rows.count), count, steps);
+    const int height = int(rows.count);
+    const __mmask16 mask = __mmask16((1u << height) - 1);
+    for (int k = 0; k < count; k += 64)
+      for_each_quad(from + k, a.stride, height, count - k,
+                    [&](int q, __m512i codes) __attribute__((always_inline)) {
+                      __m512i even, odd;
+                      decode(codes, even, odd);
+                      uint32_t* to = steps + (k / 2 + 2 * q) * height;
+                      _mm512_mask_storeu_epi32(to, mask, even);
+                      _mm512_mask_storeu_epi32(to + height, mask, odd);
+                    });
     return true;
   }
 
@@ -74,20 +67,19 @@ struct BF16 {
     const int64_t first = row * a.stride + column;
     if (a.format == Format::bf16)
       pack_bf16(static_cast<const uint16_t*>(a.data) + first, count, steps);
-    else if (a.format == Format::e5m2)
-      pack_row_of<E5M2>(static_cast<const uint8_t*>(a.data) + first, count, steps);
     else
-      pack_row_of<E4M3>(static_cast<const uint8_t*>(a.data) + first, count, steps);
+      pack_codes(Decode(table_of(a.format)), static_cast<const uint8_t*>(a.data) + first, count,
+                 steps);
   }
 
-  template <class Number>
-  static void pack_panel_of(const uint8_t* from, int64_t stride, int rows, int depth,
-                            uint16_t* out) {
-    const Decode<Number> decode;
+  static void pack_panel(const Operand& b, int64_t row, int rows, int64_t column, int depth,
+                         uint16_t* out) {
+    const Decode decode(table_of(b.format));
+    const auto* from = static_cast<const uint8_t*>(b.data) + row * b.stride + column;
     for (int k = 0; k < depth; k += 64) {
       for (int v = 0; v < kVectors; ++v) {
         uint16_t* to = out + (k * kVectors + 2 * v) * kLanes;
-        for_each_quad(from + v * kLanes * stride + k, stride, rows - v * kLanes, depth - k,
+        for_each_quad(from + v * kLanes * b.stride + k, b.stride, rows - v * kLanes, depth - k,
                       [&](int q, __m512i codes) __attribute__((always_inline)) {
                         __m512i even, odd;
                         decode(codes, even, odd);
@@ -96,15 +88,6 @@ struct BF16 {
                       });
       }
     }
-  }
-
-  static void pack_panel(const Operand& b, int64_t row, int rows, int64_t column, int depth,
-                         uint16_t* out) {
-    const auto* from = static_cast<const uint8_t*>(b.data) + row * b.stride + column;
-    if (b.format == Format::e5m2)
-      pack_panel_of<E5M2>(from, b.stride, rows, depth, out);
-    else
-      pack_panel_of<E4M3>(from, b.stride, rows, depth, out);
   }
 };
 

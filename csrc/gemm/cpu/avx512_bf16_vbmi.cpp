@@ -13,10 +13,11 @@
 #pragma GCC target("avx2,fma,bmi2,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vbmi")
 #include "avx512_bf16.h"
 #include "decode_vbmi.h"
+#include "few_rows_avx512.h"
 
 namespace torchext::cpu_gemm {
 
-const Level avx512_bf16_vbmi = Loops<BF16<DecodeByBytes>>::level();
+const Level avx512_bf16_vbmi = FewRows<BF16<DecodeByBytes>>::level();
 
 }  // namespace torchext::cpu_gemm
 #pragma GCC pop_options

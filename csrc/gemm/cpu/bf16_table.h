@@ -10,12 +10,12 @@
 namespace torchext::cpu_gemm {
 
 // Indexed by a code without its sign: low and high bytes, and whole words.
-template <class Number>
 struct BF16Table {
   alignas(64) uint8_t low[128], high[128];
   alignas(64) uint16_t word[128];
 
-  BF16Table() {
+  template <class Number>
+  explicit BF16Table(Number) {
     for (int code = 0; code < 128; ++code) {
       word[code] = BFloat16::from_float(Number::to_float(uint8_t(code)));
       low[code] = uint8_t(word[code]);
@@ -24,7 +24,11 @@ struct BF16Table {
   }
 };
 template <class Number>
-inline const BF16Table<Number> kBF16Table;
+inline const BF16Table kBF16Table{Number()};
+
+inline const BF16Table& table_of(Format fp8) {
+  return fp8 == Format::e5m2 ? kBF16Table<E5M2> : kBF16Table<E4M3>;
+}
 
 // The steps of a segment of `count` elements; a quad of K becomes the pairs (0, 2) and (1, 3).
 inline void pack_bf16(const uint16_t* x, int count, uint32_t* steps) {

@@ -6,14 +6,13 @@
 namespace torchext::cpu_gemm {
 
 // FP8 codes to BF16: `even` gets those of bytes 0, 2, ..., `odd` the others.
-template <class Number>
 struct DecodeByBytes {
   __m512i low[2], high[2];
 
-  DecodeByBytes() {
+  explicit DecodeByBytes(const BF16Table& table) {
     for (int i = 0; i < 2; ++i) {
-      low[i] = _mm512_load_si512(kBF16Table<Number>.low + 64 * i);
-      high[i] = _mm512_load_si512(kBF16Table<Number>.high + 64 * i);
+      low[i] = _mm512_load_si512(table.low + 64 * i);
+      high[i] = _mm512_load_si512(table.high + 64 * i);
     }
   }
 

@@ -172,8 +172,8 @@ class Multiplier {
     if (p_.activation != Activation::kNone) return kScaleGroup;
     const int64_t threads = torch::stable::get_num_threads();
     int64_t columns = kJobColumns;
-    const bool few = std::all_of(blocks.begin(), blocks.end(), [](const Block& block) {
-      return block.rows.count <= cpu_gemm::kFewRows;
+    const bool few = std::all_of(blocks.begin(), blocks.end(), [&](const Block& block) {
+      return block.rows.count <= level_.few_rows;
     });
     if (few) columns = cpu_gemm::kFewColumns;
     while (columns > level_.panel &&
@@ -226,7 +226,7 @@ class Multiplier {
         });
   }
 
-  Division tiles_of(const Block& block) const { return {block.rows.count, level_.tile_rows}; }
+  Division tiles_of(const Block& block) const { return level_.tiles(block.rows.count); }
 
   // Packs tiles [begin, end).
   void pack(const Block& block, int64_t begin, int64_t end) const {

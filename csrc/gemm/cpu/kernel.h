@@ -60,8 +60,8 @@ struct Division {
 };
 
 // Packed rows of a. A tile is a few rows that are multiplied together: a part of
-// Division(rows, Level::tile_rows). `data` has 128 elements for every row
-// and segment, tile after tile, and `scales` one.
+// Level::tiles(rows). `data` has 128 elements for every row and segment, tile after tile, and
+// `scales` one.
 struct PackedRows {
   void* data;
   float* scales;
@@ -78,24 +78,30 @@ struct Product {
   void* scratch;  // scratch_bytes()
 };
 
+// Products of few rows are bound by reading b: they pack a few segments of few columns at a time,
+// so that the packed form stays in the L1 cache, and read ahead while they multiply.
+constexpr int64_t kFewSegments = 2, kFewColumns = 64;
+
 struct Level {
   int panel;          // columns that are multiplied together; the packed form of b is cut so
   int tile_rows;      // most rows of a tile
   int element_bytes;  // of packed a and b
   int chunk;          // segments of a panel of b that are packed at a time for a large product
+  int few_rows;       // most rows of a product of few rows
+  int few_tile_rows;  // most rows of its tiles
 
-  // Packs columns k of `rows` of a.
+  // Packs columns k of `rows` of a, which are one tile.
   void (*pack)(const Operand& a, const Rows& rows, const Depth& k, const PackedRows& out);
   void (*multiply)(const Product& product);
-};
 
-// Products of few rows are bound by reading b: they pack a few segments of few columns at a time,
-// so that the packed form stays in the L1 cache, and read ahead while they multiply.
-constexpr int64_t kFewRows = 48, kFewSegments = 2, kFewColumns = 64;
+  Division tiles(int64_t rows) const {
+    return {rows, rows <= few_rows ? few_tile_rows : tile_rows};
+  }
+};
 
 // Segments of b that multiply() packs at a time.
 inline int64_t chunk_of(const Level& level, int64_t rows, const Depth& k) {
-  const int64_t most = rows <= kFewRows ? kFewSegments : level.chunk, all = k.segments();
+  const int64_t most = rows <= level.few_rows ? kFewSegments : level.chunk, all = k.segments();
   return all < most ? all : most;
 }
 

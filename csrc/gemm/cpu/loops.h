@@ -32,6 +32,7 @@ struct Loops {
   static constexpr int kTileRows = Isa::kTileRows;
   // A tile of at most this many rows takes two panels at once, to have enough independent sums.
   static constexpr int kWideRows = kTileRows / 2;
+  static constexpr int kFewRows = 48;
   static constexpr int kSteps = kSegment / Isa::kPair;
   static_assert(sizeof(Step) == sizeof(Element) * Isa::kPair, "a step is kPair elements");
 
@@ -59,24 +60,16 @@ struct Loops {
   }
 
   static void pack(const Operand& a, const Rows& rows, const Depth& k, const PackedRows& out) {
-    const int64_t segments = k.segments();
-    const Division tiles(rows.count, kTileRows);
-    for (int64_t t = 0; t < tiles.parts; ++t) {
-      const int64_t row = tiles.begin(t), height = tiles.begin(t + 1) - row;
-      Step* data = static_cast<Step*>(out.data) + row * segments * kSteps;
-      float* scales = out.scales + row * segments;
-      for (int64_t s = 0; s < segments; ++s) {
-        load_scales(a, rows.part(row, row + height), k.group(s), scales);
-        if (!Isa::pack_tile(a, rows.part(row, row + height), k.first(s), k.count(s), data)) {
-          for (int64_t i = 0; i < height; ++i) {
-            Step steps[kSteps];
-            Isa::pack_row(a, rows[row + i], k.first(s), k.count(s), steps);
-            const int count = padded(k.count(s)) / Isa::kPair;
-            for (int j = 0; j < count; ++j) data[j * height + i] = steps[j];
-          }
-        }
-        data += height * kSteps;
-        scales += height;
+    const int64_t segments = k.segments(), height = rows.count;
+    Step* data = static_cast<Step*>(out.data);
+    for (int64_t s = 0; s < segments; ++s, data += height * kSteps) {
+      load_scales(a, rows, k.group(s), out.scales + s * height);
+      if (Isa::pack_tile(a, rows, k.first(s), k.count(s), data)) continue;
+      for (int64_t i = 0; i < height; ++i) {
+        Step steps[kSteps];
+        Isa::pack_row(a, rows[i], k.first(s), k.count(s), steps);
+        const int count = padded(k.count(s)) / Isa::kPair;
+        for (int j = 0; j < count; ++j) data[j * height + i] = steps[j];
       }
     }
   }
@@ -225,15 +218,16 @@ struct Loops {
     }
   }
 
+  static void clear(const Product& p) {
+    for (int64_t i = 0; i < p.rows; ++i)
+      std::fill_n(p.total + i * p.total_stride, p.total_stride, 0.0f);
+  }
+
   // Packs b a chunk of K at a time, and calls multiply(p, panels, their count, first segment, last).
   template <class Multiply>
   static void for_each_chunk(const Level& level, const Product& p, const Multiply& multiply) {
     const int64_t segments = p.k.segments(), width = padded_columns(level, p.columns);
-    if (segments == 0) {
-      for (int64_t i = 0; i < p.rows; ++i)
-        std::memset(p.total + i * p.total_stride, 0, width * sizeof(float));
-      return;
-    }
+    if (segments == 0) return clear(p);
     const int64_t chunk = chunk_of(level, p.rows, p.k);
     auto* data = static_cast<Element*>(p.scratch);
     const Panels panels{data, reinterpret_cast<float*>(data + chunk * width * kSegment), chunk};
@@ -247,7 +241,8 @@ struct Loops {
   static void multiply(const Product& p) { for_each_chunk(level(), p, multiply_chunk); }
 
   static constexpr Level level() {
-    return {kPanel, kTileRows, int(sizeof(Element)), Isa::kChunk, pack, multiply};
+    return {kPanel, kTileRows, int(sizeof(Element)), Isa::kChunk, kFewRows, kTileRows,
+            pack,   multiply};
   }
 };
 

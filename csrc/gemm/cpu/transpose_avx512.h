@@ -6,13 +6,40 @@ namespace torchext::cpu_gemm {
 
 constexpr int kReadAhead = 192;  // bytes of a row that are prefetched into L2, as measured on Zen 4
 
+// Transposes four rows of quads (four codes each) within 128-bit lanes: lane l of y[j] has quad 4 l + j
+// of each row.
+static inline __attribute__((always_inline)) void transpose_lanes(const __m512i* x, __m512i* y) {
+  const __m512i low0 = _mm512_unpacklo_epi32(x[0], x[1]);
+  const __m512i high0 = _mm512_unpackhi_epi32(x[0], x[1]);
+  const __m512i low1 = _mm512_unpacklo_epi32(x[2], x[3]);
+  const __m512i high1 = _mm512_unpackhi_epi32(x[2], x[3]);
+  y[0] = _mm512_unpacklo_epi64(low0, low1);
+  y[1] = _mm512_unpackhi_epi64(low0, low1);
+  y[2] = _mm512_unpacklo_epi64(high0, high1);
+  y[3] = _mm512_unpackhi_epi64(high0, high1);
+}
+
+// Transposes 4 x 4 lanes, of y[j] from transpose_lanes() for rows 0, 4, 8 and 12. Calls use(q, codes)
+// for q = j, j + 4, j + 8 and j + 12, where `codes` has quad q of 16 rows.
+template <class Use>
+static inline __attribute__((always_inline)) void join_lanes(__m512i y0, __m512i y4, __m512i y8,
+                                                             __m512i y12, int j, const Use& use) {
+  constexpr int kEven = 0x88, kOdd = 0xdd;  // lanes 0 and 2, or 1 and 3, of both
+  const __m512i even0 = _mm512_shuffle_i32x4(y0, y4, kEven);
+  const __m512i even1 = _mm512_shuffle_i32x4(y8, y12, kEven);
+  use(j, _mm512_shuffle_i32x4(even0, even1, kEven));
+  use(8 + j, _mm512_shuffle_i32x4(even0, even1, kOdd));
+  const __m512i odd0 = _mm512_shuffle_i32x4(y0, y4, kOdd);
+  const __m512i odd1 = _mm512_shuffle_i32x4(y8, y12, kOdd);
+  use(4 + j, _mm512_shuffle_i32x4(odd0, odd1, kEven));
+  use(12 + j, _mm512_shuffle_i32x4(odd0, odd1, kOdd));
+}
+
 // Calls use(q, codes) for q = 0 to 15, where `codes` has codes 4 q to 4 q + 3 of each of 16 rows, one
 // row in each 32-bit lane; 0 beyond `rows` rows and `count` codes. Rows are `stride` apart.
 template <class Use>
 static inline void for_each_quad(const uint8_t* from, int64_t stride, int rows, int count,
                                  const Use& use) {
-  // Four rows at a time, transposed within 128-bit lanes: lane l of y[g][j] has quad 4 l + j of rows
-  // 4 g to 4 g + 3.
   __m512i y[4][4];
 #pragma GCC unroll 4
   for (int g = 0; g < 4; ++g) {
@@ -30,28 +57,10 @@ static inline void for_each_quad(const uint8_t* from, int64_t stride, int rows, 
         x[i] = 4 * g + i < rows ? _mm512_maskz_loadu_epi8(mask, row + i * stride)
                                 : _mm512_setzero_si512();
     }
-    const __m512i low0 = _mm512_unpacklo_epi32(x[0], x[1]);
-    const __m512i high0 = _mm512_unpackhi_epi32(x[0], x[1]);
-    const __m512i low1 = _mm512_unpacklo_epi32(x[2], x[3]);
-    const __m512i high1 = _mm512_unpackhi_epi32(x[2], x[3]);
-    y[g][0] = _mm512_unpacklo_epi64(low0, low1);
-    y[g][1] = _mm512_unpackhi_epi64(low0, low1);
-    y[g][2] = _mm512_unpacklo_epi64(high0, high1);
-    y[g][3] = _mm512_unpackhi_epi64(high0, high1);
+    transpose_lanes(x, y[g]);
   }
-  // Then 4 x 4 lanes at a time.
 #pragma GCC unroll 4
-  for (int j = 0; j < 4; ++j) {
-    constexpr int kEven = 0x88, kOdd = 0xdd;  // lanes 0 and 2, or 1 and 3, of both
-    const __m512i even0 = _mm512_shuffle_i32x4(y[0][j], y[1][j], kEven);
-    const __m512i even1 = _mm512_shuffle_i32x4(y[2][j], y[3][j], kEven);
-    use(j, _mm512_shuffle_i32x4(even0, even1, kEven));
-    use(8 + j, _mm512_shuffle_i32x4(even0, even1, kOdd));
-    const __m512i odd0 = _mm512_shuffle_i32x4(y[0][j], y[1][j], kOdd);
-    const __m512i odd1 = _mm512_shuffle_i32x4(y[2][j], y[3][j], kOdd);
-    use(4 + j, _mm512_shuffle_i32x4(odd0, odd1, kEven));
-    use(12 + j, _mm512_shuffle_i32x4(odd0, odd1, kOdd));
-  }
+  for (int j = 0; j < 4; ++j) join_lanes(y[0][j], y[1][j], y[2][j], y[3][j], j, use);
 }
 
 }  // namespace torchext::cpu_gemm
