@@ -67,6 +67,16 @@ struct Avx2 {
   static I zip32_low(I a, I b) { return _mm256_unpacklo_epi32(a, b); }
   static I zip32_high(I a, I b) { return _mm256_unpackhi_epi32(a, b); }
 
+  static I zip64_low(I a, I b) { return _mm256_unpacklo_epi64(a, b); }
+  static I zip64_high(I a, I b) { return _mm256_unpackhi_epi64(a, b); }
+  // Joins the lanes of each register into one; those of two registers follow each other.
+  template <class Join>
+  static void join_lanes(const I (&a)[4], I (&joined)[2], const Join& join) {
+    for (int i = 0; i < 2; ++i)
+      joined[i] = join(_mm256_permute2x128_si256(a[2 * i], a[2 * i + 1], 0x20),
+                       _mm256_permute2x128_si256(a[2 * i], a[2 * i + 1], 0x31));
+  }
+
   static uint32_t reduce_max_u16(I a) {
     const __m128i half = _mm_max_epu16(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
     const __m128i least = _mm_minpos_epu16(_mm_xor_si128(half, _mm_set1_epi32(-1)));

@@ -79,6 +79,20 @@ struct Avx512 {
   static I zip8_low(I a, I b) { return _mm512_unpacklo_epi8(a, b); }
   static I zip8_high(I a, I b) { return _mm512_unpackhi_epi8(a, b); }
 
+  static I zip32_low(I a, I b) { return _mm512_unpacklo_epi32(a, b); }
+  static I zip32_high(I a, I b) { return _mm512_unpackhi_epi32(a, b); }
+  static I zip64_low(I a, I b) { return _mm512_unpacklo_epi64(a, b); }
+  static I zip64_high(I a, I b) { return _mm512_unpackhi_epi64(a, b); }
+  // Joins the lanes of each register into one; those of four registers follow each other.
+  template <class Join>
+  static void join_lanes(const I (&a)[4], I (&joined)[1], const Join& join) {
+    const I low =
+        join(_mm512_shuffle_i32x4(a[0], a[1], 0x44), _mm512_shuffle_i32x4(a[0], a[1], 0xee));
+    const I high =
+        join(_mm512_shuffle_i32x4(a[2], a[3], 0x44), _mm512_shuffle_i32x4(a[2], a[3], 0xee));
+    joined[0] = join(_mm512_shuffle_i32x4(low, high, 0x88), _mm512_shuffle_i32x4(low, high, 0xdd));
+  }
+
   static uint32_t reduce_max_u16(I a) {
     const __m256i half =
         _mm256_max_epu16(_mm512_castsi512_si256(a), _mm512_extracti64x4_epi64(a, 1));

@@ -56,12 +56,41 @@ struct Magnitudes {
     else
       return V::reduce_max_u32(a) >> 1;
   }
+  // Reduces each of 16 registers.
+  static inline __attribute__((always_inline)) void reduce(const I (&a)[16], uint32_t* largest) {
+    I fours[4];
+    for (int i = 0; i < 4; ++i) {
+      const I even = across<true>(a[4 * i], a[4 * i + 1]);
+      fours[i] = across<false>(even, across<true>(a[4 * i + 2], a[4 * i + 3]));
+    }
+    // Each lane of fours[i] now has one 32-bit word of each of registers 4 i to 4 i + 3.
+    I reduced[16 / (V::kBytes / 4)];
+    V::join_lanes(fours, reduced, larger);
+    for (I& words : reduced) {
+      if constexpr (sizeof(Bits) == 2)
+        words = V::and_(V::template srl32<1>(larger(words, V::template srl32<16>(words))),
+                        V::set32(0x7fff));
+      else
+        words = V::template srl32<1>(words);
+      V::store(largest, words);
+      largest += V::kBytes / 4;
+    }
+  }
+
+ private:
+  template <bool kWords>
+  static I across(I a, I b) {
+    if constexpr (kWords)
+      return larger(V::zip32_low(a, b), V::zip32_high(a, b));
+    else
+      return larger(V::zip64_low(a, b), V::zip64_high(a, b));
+  }
 };
 
-// The largest magnitude in some rows.
+// The largest magnitudes in some rows, in each element of a register.
 template <class V, class Bits>
-inline __attribute__((always_inline)) uint32_t largest_in(const Bits* x, int64_t stride, int rows,
-                                                          int64_t cols) {
+inline __attribute__((always_inline)) typename V::I largest_in(const Bits* x, int64_t stride,
+                                                               int rows, int64_t cols) {
   using M = Magnitudes<V, Bits>;
   constexpr int kUnroll = 4, kPart = kUnroll * M::kElements;
   typename V::I largest[kUnroll] = {V::zero(), V::zero(), V::zero(), V::zero()};
@@ -78,7 +107,7 @@ inline __attribute__((always_inline)) uint32_t largest_in(const Bits* x, int64_t
       largest[1] = M::larger(largest[1], M::load(tail));
     }
   }
-  return M::reduce(M::larger(M::larger(largest[0], largest[1]), M::larger(largest[2], largest[3])));
+  return M::larger(M::larger(largest[0], largest[1]), M::larger(largest[2], largest[3]));
 }
 
 // ---- scales ----
@@ -173,37 +202,49 @@ inline __attribute__((always_inline)) void for_each_step(const Bits* x, int64_t 
   }
 }
 
+// BF16: data = x / scale by look-up. Elements below 2^-126 become zero.
+constexpr float kLeastTabulated = 0x1p-100f;  // scale
+template <class V, class In, class Out>
+inline __attribute__((always_inline)) void encode_tabulated(const typename In::Bits* x, int64_t n,
+                                                            float scale, uint32_t key, uint8_t base,
+                                                            const Significands& tables,
+                                                            uint8_t* data, bool stream) {
+  using I = typename V::I;
+  constexpr int kMantissa = kIsE5m2<Out> ? 2 : 3;
+  const auto table = V::significands(tables, key);
+  const I least = V::set8(base);
+  for_each_step<V>(
+      x, n, data, stream, [&](const typename In::Bits* from) __attribute__((always_inline)) {
+        I codes;
+        if (__builtin_expect(V::template encode_bf16<kMantissa>(from, table, least, codes), 1))
+          return codes;
+        alignas(64) uint8_t exact[V::kBytes];
+        encode_exactly<V, In, Out>(from, scale, exact);
+        return V::load(exact);
+      });
+}
+
 // data = x / scale.
 template <class V, class In, class Out>
 inline __attribute__((always_inline)) void encode_run(const typename In::Bits* x, int64_t n,
                                                       float scale, const Significands& tables,
                                                       uint8_t* data, bool stream) {
   using Bits = typename In::Bits;
-  using I = typename V::I;
   using F = typename V::F;
   if constexpr (kIsBf16<In>) {
-    if (scale >= 0x1p-100f) {  // elements below 2^-126 become zero
-      const auto table = V::significands(tables, significand_key(scale));
-      const I base = V::set8(uint8_t((bits_of(scale) >> 23) - exponents_below(kIsE5m2<Out>)));
-      return for_each_step<V>(x, n, data, stream, [&](const Bits* from) {
-        I codes;
-        constexpr int kMantissa = kIsE5m2<Out> ? 2 : 3;
-        if (__builtin_expect(V::template encode_bf16<kMantissa>(from, table, base, codes), 1))
-          return codes;
-        alignas(64) uint8_t exact[V::kBytes];
-        encode_exactly<V, In, Out>(from, scale, exact);
-        return V::load(exact);
-      });
-    }
+    if (scale >= kLeastTabulated)
+      return encode_tabulated<V, In, Out>(
+          x, n, scale, significand_key(scale),
+          uint8_t((bits_of(scale) >> 23) - exponents_below(kIsE5m2<Out>)), tables, data, stream);
   }
   if (scale >= 0x1p-64f) {
     const F divisor = V::setf(scale), reciprocal = V::setf(1.0f / scale);
-    for_each_step<V>(x, n, data, stream, [&](const Bits* from) {
+    for_each_step<V>(x, n, data, stream, [&](const Bits* from) __attribute__((always_inline)) {
       return encode_step<V, In, Out, false>(from, divisor, reciprocal);
     });
   } else if (scale == scale) {
     const F divisor = V::setf(scale);
-    for_each_step<V>(x, n, data, stream, [&](const Bits* from) {
+    for_each_step<V>(x, n, data, stream, [&](const Bits* from) __attribute__((always_inline)) {
       return encode_step<V, In, Out, true>(from, divisor, divisor);
     });
   } else {
@@ -224,14 +265,34 @@ struct Quantize {
     const int n = kWhole ? kTile : cols;
     for (int first = 0; first < groups; first += kBatch) {
       const int count = std::min(kBatch, groups - first);
-      uint32_t largest[kBatch] = {};
-      for (int i = 0; i < count; ++i)
-        largest[i] = largest_in<V, Bits>(x + (first + i) * x_stride, 0, 1, n);
+      typename V::I magnitudes[kBatch];
+      for (int i = 0; i < kBatch; ++i)
+        magnitudes[i] =
+            i < count ? largest_in<V, Bits>(x + (first + i) * x_stride, 0, 1, n) : V::zero();
+      alignas(64) uint32_t largest[kBatch];
+      Magnitudes<V, Bits>::reduce(magnitudes, largest);
       float batch[kBatch];
       for (int i = 0; i < kBatch; ++i) batch[i] = scale_for<In, Out>(largest[i], dropped_mantissa);
+      for (int i = 0; i < count; ++i) scales[(first + i) * scale_stride] = batch[i];
+      if constexpr (kIsBf16<In>) {
+        uint32_t keys[kBatch], bases[kBatch], tabulated = 1;
+        for (int i = 0; i < kBatch; ++i) {
+          keys[i] = significand_key(batch[i]);
+          bases[i] = (bits_of(batch[i]) >> 23) - exponents_below(kIsE5m2<Out>);
+          tabulated &= batch[i] >= kLeastTabulated;
+        }
+        if (tabulated) {
+          for (int i = 0; i < count; ++i) {
+            ahead.fetch(first + i);
+            encode_tabulated<V, In, Out>(x + (first + i) * x_stride, n, batch[i], keys[i],
+                                         uint8_t(bases[i]), tables,
+                                         data + (first + i) * data_stride, kStream);
+          }
+          continue;
+        }
+      }
       for (int i = 0; i < count; ++i) {
         ahead.fetch(first + i);
-        scales[(first + i) * scale_stride] = batch[i];
         encode_run<V, In, Out>(x + (first + i) * x_stride, n, batch[i], tables,
                                data + (first + i) * data_stride, kStream);
       }
@@ -249,7 +310,8 @@ struct Quantize {
   }
 
   static uint32_t amax(const void* x, int64_t x_stride, int rows, int64_t cols) {
-    return largest_in<V, Bits>(static_cast<const Bits*>(x), x_stride, rows, cols);
+    return Magnitudes<V, Bits>::reduce(
+        largest_in<V, Bits>(static_cast<const Bits*>(x), x_stride, rows, cols));
   }
 
   template <bool kStream>

@@ -19,6 +19,7 @@ using namespace cpu;
 
 constexpr int kStripRows = 16;
 constexpr int kChunkGroups = 64;  // scale groups of a row that are handled at once
+constexpr int kGroupsAhead = 32;  // how far ahead a row is fetched; may reach into the next row
 
 MatrixView transposed_view(const MatrixView& x) {
   return {x.data, x.dtype, x.cols, x.rows, x.col_stride, x.row_stride};
@@ -115,16 +116,26 @@ void quantize_contiguous_groups(const QuantizeTask& task, const MatrixView& x,
       const int64_t col = group * kTile, cols = std::min(groups * kTile + col, x.cols) - col;
       const int whole = int(cols / kTile), rest = int(cols % kTile);
       const auto* from = static_cast<const uint8_t*>(x.data) + (row * x.row_stride + col) * size;
-      for (int i = 0; i < rows; ++i, from += x.row_stride * size) {
-        uint8_t* to = data_at(out, row + i, col);
-        if (whole)
-          task.quantize.groups(from, kTile, whole, kTile, task.dropped_mantissa, to, kTile,
-                               scales[0] + i, kStripRows, Ahead(), stream);
-        if (rest)
-          task.quantize.groups(from + whole * kTile * size, kTile, 1, rest, task.dropped_mantissa,
-                               to + whole * kTile, kTile, scales[whole] + i, kStripRows, Ahead(),
-                               false);
+      uint8_t* to = data_at(out, row, col);
+      const auto down = [&](int g, int group_cols, bool stream_group) {
+        task.quantize.groups(from + g * kTile * size, x.row_stride, rows, group_cols,
+                             task.dropped_mantissa, to + g * kTile, out.data_stride, scales[g], 1,
+                             Ahead(), stream_group);
+      };
+      // Kernels take the groups 16 at a time: as many as possible in one call.
+      if (whole >= rows) {
+        const int64_t pitch = kTile * size;
+        for (int i = 0; i < rows; ++i) {
+          const uint8_t* x_row = from + i * x.row_stride * size;
+          const Ahead ahead{x_row + kGroupsAhead * pitch, pitch, whole, int(pitch)};
+          task.quantize.groups(x_row, kTile, whole, kTile, task.dropped_mantissa,
+                               to + i * out.data_stride, kTile, scales[0] + i, kStripRows, ahead,
+                               stream);
+        }
+      } else {
+        for (int g = 0; g < whole; ++g) down(g, kTile, stream);
       }
+      if (rest) down(whole, rest, false);
       for (int g = 0; g < groups; ++g)
         store_scales(scales[g], rows, &scale_at(out, row, group + g), stream);
     });
