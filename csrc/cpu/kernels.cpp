@@ -2,7 +2,6 @@
 #include "kernels.h"
 
 #include "../runtime/cpu.h"
-#include "../runtime/quantizer.h"
 
 namespace torchext::cpu {
 namespace {
@@ -20,7 +19,7 @@ Significands make_significands() {
     // The scale lies in [1/7, 2/7): its exponent is -3 or -2.
     const int below = key < 0x60 ? 3 : 2;
     uint8_t* codes = tables.significand[key];
-    encode<BFloat16, Out>(x, kTile, scale, codes);
+    portable_kernels.quantize[0][kE5m2].encode(x, 0, 1, kTile, scale, codes, 0, Ahead(), false);
     for (int m = 0; m < kTile; ++m)
       codes[m] = uint8_t(codes[m] - ((below + exponents_below(kE5m2)) << kMantissa));
     for (int block = 0; block < 16; ++block) {

@@ -125,7 +125,7 @@ uint32_t wide_magnitude(uint32_t magnitude) {
   }
 }
 
-// As cpu::scale_of (runtime/quantizer.h).
+// As scale_of (portable.cpp).
 template <class In, class Out>
 float scale_for(uint32_t magnitude, uint32_t dropped_mantissa) {
   const uint32_t amax = wide_magnitude<In>(magnitude);

@@ -1,16 +1,83 @@
 // Kernels for any machine: loops that the compiler vectorizes for what every
-// machine of the architecture has, with a division for each element
-// (runtime/quantizer.h). The other instruction sets call them for what is rare.
+// machine of the architecture has, with a division for each element. The other
+// instruction sets call them for what is rare. csrc/device/numbers.cuh and
+// formats.cuh have the same arithmetic for GPUs.
 //
 //   groups, encode   largest magnitude, scale, quotients
 //   dequantize       products
 //   transpose        16-byte squares (transpose.h)
-#include "../runtime/quantizer.h"
+#include <algorithm>
+#include <cfloat>
+#include <cstring>
+#include <type_traits>
+
 #include "kernels.h"
 #include "transpose.h"
 
 namespace torchext::cpu {
 namespace {
+
+constexpr uint8_t kNaN8 = 0x7f;  // in both formats
+
+// A format's magnitudes as signed integers. These are ordered like the values, with Inf and NaN
+// last. They are signed because more machines have a vector maximum of signed than of unsigned
+// integers.
+template <class In>
+using Magnitude = std::make_signed_t<typename In::Bits>;
+
+template <class In>
+Magnitude<In> magnitude(typename In::Bits bits) {
+  return Magnitude<In>(bits & (typename In::Bits(-1) >> 1));
+}
+
+// The scale of a group whose largest magnitude is `largest`. To round it up to a power of two is to
+// round its bits up to a multiple of the lowest bit that is not in `dropped_mantissa`.
+template <class In, class Out>
+float scale_of(Magnitude<In> largest, uint32_t dropped_mantissa) {
+  const float amax = In::to_float(typename In::Bits(largest));
+  const float scale = std::max(amax / Out::kMax, FLT_MIN);
+  uint32_t bits = (bits_of(scale) + dropped_mantissa) & ~dropped_mantissa;
+  bits = select(largest == 0, bits_of(1.0f), bits);
+  bits = select(bits_of(amax) >= kInfinityBits, kNaNBits, bits);
+  return float_of(bits);
+}
+
+// Calls body(n); for whole scale groups, body is compiled with n as a constant.
+template <class Body>
+auto with_count(int n, const Body& body) {
+  return n == kScaleGroup ? body(std::integral_constant<int, int(kScaleGroup)>()) : body(n);
+}
+
+template <class In>
+Magnitude<In> largest_magnitude(const typename In::Bits* x, int n) {
+  return with_count(n, [x](auto count) {
+    Magnitude<In> largest = 0;
+    for (int i = 0; i < count; ++i) largest = std::max(largest, magnitude<In>(x[i]));
+    return largest;
+  });
+}
+
+// data = x / scale in FP8. Nothing needs to saturate: since no |x| exceeds amax, no quotient
+// exceeds the largest FP8 value by half a place or more.
+template <class In, class Out>
+void encode_run(const typename In::Bits* __restrict x, int n, float scale,
+                uint8_t* __restrict data) {
+  if (scale != scale) {
+    std::memset(data, kNaN8, n);
+    return;
+  }
+  with_count(n, [=](auto count) {
+    for (int i = 0; i < count; ++i) data[i] = Out::encode_finite(In::to_float(x[i]) / scale);
+  });
+}
+
+// One group of a row: at most 128 elements, which share a scale. Returns the scale.
+template <class In, class Out>
+float quantize_group(const typename In::Bits* x, int n, uint32_t dropped_mantissa, uint8_t* data) {
+  const float scale = scale_of<In, Out>(largest_magnitude<In>(x, n), dropped_mantissa);
+  encode_run<In, Out>(x, n, scale, data);
+  return scale;
+}
 
 template <class In, class Out>
 struct Quantize {
@@ -41,8 +108,8 @@ struct Quantize {
   static void encode(const void* x, int64_t x_stride, int rows, int64_t cols, float scale,
                      uint8_t* data, int64_t data_stride, const Ahead&, bool) {
     for_each_part(rows, cols, [&](int row, int64_t col, int n) {
-      cpu::encode<In, Out>(static_cast<const Bits*>(x) + row * x_stride + col, n, scale,
-                           data + row * data_stride + col);
+      encode_run<In, Out>(static_cast<const Bits*>(x) + row * x_stride + col, n, scale,
+                          data + row * data_stride + col);
     });
   }
 

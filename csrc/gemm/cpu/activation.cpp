@@ -6,7 +6,6 @@
 #include "../../cpu/kernels.h"
 #include "../../runtime/cpu.h"
 #include "../../runtime/formats.h"
-#include "../../runtime/quantizer.h"
 
 namespace torchext {
 namespace {
@@ -97,21 +96,6 @@ struct ActivateSwiGLU {
   }
 };
 
-// Quantizes rows of `cols` FP32 values, `stride` apart, with 1x128 scales.
-template <class Out>
-struct QuantizeRows {
-  static void run(const float* product, int64_t stride, int64_t cols, const QuantizedView& out,
-                  uint32_t dropped_mantissa, int64_t rows) {
-    for (int64_t i = 0; i < rows; ++i) {
-      const auto* x = reinterpret_cast<const Float::Bits*>(product + i * stride);
-      uint8_t* data = static_cast<uint8_t*>(out.data) + i * out.data_stride;
-      for (int64_t j = 0; j < cols; j += kScaleGroup)
-        out.scale[i + j / kScaleGroup * out.scale_col_stride] = cpu::quantize_group<Float, Out>(
-            x + j, int(std::min(kScaleGroup, cols - j)), dropped_mantissa, data + j);
-    }
-  }
-};
-
 }  // namespace
 
 void activate_and_quantize_cpu(const GemmProblem& p, const Sums& sums, int64_t row, int64_t rows,
@@ -132,13 +116,13 @@ void activate_and_quantize_cpu(const GemmProblem& p, const Sums& sums, int64_t r
       run_vectorized<Activate<ReLU2>>(sums, rows, cols);
   }
   const bool e5m2 = p.out_dtype == ScalarType::Float8_e5m2;
-  const QuantizedView out{static_cast<uint8_t*>(p.out) + row * p.out_stride + col, p.out_stride,
-                          p.out_scale + row + col / kScaleGroup * p.out_scale_column_block, 1,
-                          p.out_scale_column_block};
-  const uint32_t dropped = cpu::dropped_mantissa({e5m2, p.pow2_scale});
-  with_fp8_format(e5m2, [&](auto format) {
-    run_vectorized<QuantizeRows<decltype(format)>>(sums.x, sums.stride, cols, out, dropped, rows);
-  });
+  const auto quantize = cpu::kernels().quantize[cpu::dtype_index(ScalarType::Float)][e5m2].groups;
+  uint8_t* data = static_cast<uint8_t*>(p.out) + row * p.out_stride + col;
+  float* scale = p.out_scale + row + col / kScaleGroup * p.out_scale_column_block;
+  for (int64_t j = 0; j < cols; j += kScaleGroup)
+    quantize(sums.x + j, sums.stride, int(rows), int(std::min(kScaleGroup, cols - j)),
+             cpu::dropped_mantissa({e5m2, p.pow2_scale}), data + j, p.out_stride,
+             scale + j / kScaleGroup * p.out_scale_column_block, 1, cpu::Ahead(), false);
 }
 
 }  // namespace torchext
