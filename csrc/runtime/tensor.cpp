@@ -1,6 +1,8 @@
 // Implements tensor.h.
 #include "tensor.h"
 
+#include <sys/mman.h>
+
 #include <sstream>
 
 #include "check.h"
@@ -15,6 +17,20 @@ std::string join(const char* open, const torch::headeronly::IntHeaderOnlyArrayRe
   for (size_t i = 0; i < values.size(); ++i) text << (i ? ", " : "") << values[i];
   text << close;
   return text.str();
+}
+
+// Asks for huge pages under new memory of a CPU tensor, if there is much. Where memory is not reused,
+// the first write to its pages would take longer than most ops. It is advice: where the kernel does
+// not follow it, nothing changes.
+void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+  constexpr int64_t kPage = 2 << 20, kLeast = 2 * kPage;
+  if (bytes < kLeast) return;
+  const auto address = reinterpret_cast<uintptr_t>(data);
+  const uintptr_t first = (address + kPage - 1) / kPage * kPage;
+  const uintptr_t last = (address + uintptr_t(bytes)) / kPage * kPage;
+  madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
 }
 
 int32_t dtype_code(ScalarType dtype) {
@@ -92,7 +108,13 @@ Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(),
                                                   strides.data(), dtype_code(dtype), device_type,
                                                   like.get_device_index(), &handle));
-  return Tensor(handle);
+  Tensor tensor(handle);
+  if (device_type == aoti_torch_device_type_cpu() && tensor.numel() > 0) {
+    int64_t last = 0;
+    for (size_t i = 0; i < sizes.size(); ++i) last += (sizes[i] - 1) * strides[i];
+    advise_huge_pages(tensor.data_ptr(), (last + 1) * element_size(dtype));
+  }
+  return tensor;
 }
 
 std::optional<FoldedRows> fold_rows(const Tensor& tensor) {
