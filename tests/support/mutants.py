@@ -34,6 +34,7 @@ ACTIVATION = "csrc/gemm/sm90/activation.cuh"
 MMA = "csrc/gemm/mma/fp8_gemm_nt.cuh"
 LINEAR = "csrc/gemm/mma/fp8_linear.cuh"
 GROUPS = "csrc/quantize/cuda/groups.cu"
+GROUP_TILES = "csrc/device/quantize_groups.cuh"
 BLOCKS = "csrc/quantize/cuda/blocks.cu"
 
 
@@ -213,11 +214,13 @@ KEEP = """  ptx::fence_proxy_async_shared();
   ptx::bar_sync(kConsumersBarrier, L::kConsumers);
 """
 
-SCALE = "if (lane == 0 && 32 * i < rows) scale_to[32 * i * out.scale_row_stride] = scale.scale;\n"
+SCALE = """    if (threadIdx.x % 8 == 0 && step * i < rows)
+      scale_to[step * i * out.scale_row_stride] = scale.scale;
+"""
 CHECK_SCALE = """
-            if (lane == 0 && 32 * i < rows &&
-                __ldg(scale_to + 32 * i * out.scale_row_stride) != scale.scale)
-              __trap();
+    if (threadIdx.x % 8 == 0 && step * i < rows &&
+        __ldg(scale_to + step * i * out.scale_row_stride) != scale.scale)
+      __trap();
 """
 
 MUTANTS = [
@@ -373,9 +376,10 @@ MUTANTS = [
     Mutant("rows' bound off by one", "dual", GROUPS,
            "const int rows = interior ? kTile : valid_of(row, x.rows, kTile);",
            "const int rows = interior ? kTile : valid_of(row, x.rows + 1, kTile);"),
-    Mutant("scales read back through ld.global.nc", "dual", GROUPS, SCALE, SCALE + CHECK_SCALE),
-    Mutant("amax of half a group", "dual", GROUPS,
-           "reduce_magnitudes<In>(largest[j], 8)", "reduce_magnitudes<In>(largest[j], 4)"),
+    Mutant("scales read back through ld.global.nc", "dual", GROUP_TILES,
+           SCALE, SCALE + CHECK_SCALE),
+    Mutant("amax of half a group", "dual", GROUP_TILES,
+           "reduce_magnitudes<Value>(largest[j], 8)", "reduce_magnitudes<Value>(largest[j], 4)"),
 ]  # fmt: skip
 
 
