@@ -16,9 +16,9 @@
 namespace torchext {
 
 #ifdef TORCHEXT_X86_LEVELS
-#define TORCHEXT_AVX2 __attribute__((flatten, target("avx2,bmi2")))
+#define TORCHEXT_AVX2 __attribute__((flatten, target("avx2,bmi2,fma")))
 #define TORCHEXT_AVX512 \
-  __attribute__((flatten, target("avx2,bmi2,avx512f,avx512bw,avx512dq,avx512vl")))
+  __attribute__((flatten, target("avx2,bmi2,fma,avx512f,avx512bw,avx512dq,avx512vl")))
 
 // `flatten` inlines everything that Kernel::run calls, so that all of it is compiled for the
 // target.
