@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 
-SUITES = ("quantize", "gemm", "grouped", "fused", "linear", "training")
+SUITES = ("quantize", "activation", "gemm", "grouped", "fused", "linear", "training")
 SUBJECT = "torchext"  # the contender that the others are compared with
 
 
@@ -53,6 +53,19 @@ QUANTIZERS = (
     "quantize_rowwise",
     "quantize_tensorwise",
     "dequantize",
+)
+
+# Activations fused with quantization, and their gradients; shape (rows, columns of the activation).
+ACTIVATIONS = (
+    *(
+        f"{family}_quantize_1x128{ending}"
+        for family in ("silu_mul", "gelu_mul", "gelu", "relu2")
+        for ending in ("", "_t", "_dual")
+    ),
+    *(
+        f"{family}_backward_quantize_1x128_dual"
+        for family in ("silu_mul", "gelu_mul", "gelu", "relu2")
+    ),
 )
 
 # GEMMs of a layer: m rows of input, a weight [n, k]. fprop: Y[m, n], scales 1x128 by 128x128.
@@ -169,6 +182,10 @@ def cuda_cases() -> list[Case]:
         cases += [
             Case("quantize", op, "activation", "", (rows, columns), priority) for op in QUANTIZERS
         ]
+    for rows, columns, priority in ((4096, 2048, 1), (8192, 14336, 2)):
+        cases += [
+            Case("activation", op, "mlp", "", (rows, columns), priority) for op in ACTIVATIONS
+        ]
     for layer in LAYERS:
         where = (layer.model, layer.name)
         shape = {m: (m, layer.n, layer.k) for m in ROWS}
@@ -239,6 +256,10 @@ def cpu_cases() -> list[Case]:
             Case("quantize", op, "activation", "against plain PyTorch", (1024, 7168), 2)
             for op in QUANTIZERS
         ),
+        *(
+            Case("activation", op, "mlp", "", (1024, 2048), 2, peers=("copy",))
+            for op in ACTIVATIONS
+        ),
         *(Case("gemm", op, *cube, 2) for op in GEMMS),
         *(Case("grouped", op, "cube", "", (4, 256, 512, 1024), 2) for op in GROUPED),
         *(Case("fused", op, *cube, 2) for op in FUSED),
@@ -282,6 +303,7 @@ def explicit_cases(m: int, n: int, k: int) -> list[Case]:
     """Every op, for one shape from the command line."""
     return [
         *(Case("quantize", op, "given", "", (m, k)) for op in QUANTIZERS),
+        *(Case("activation", op, "given", "", (m, k)) for op in ACTIVATIONS),
         *(Case("gemm", op, "given", "", (m, n, k)) for op in GEMMS),
         bf16_rows("given", "", (m, n, k)),
         *(Case("grouped", op, "given", "", (2, m, n, k)) for op in GROUPED),

@@ -78,6 +78,15 @@ def _calls_of_torch(x: Tensor, weight: Tensor, bias: Tensor) -> dict[str, Callab
 def _calls_of_ops(x: Tensor, weight: Tensor, bias: Tensor) -> dict[str, Callable[[], object]]:
     quantizers = {name: getattr(ops, name) for name in ops.OPS if name.startswith("quantize_")}
     calls = {f"ops.{name}": partial(quantize, x) for name, quantize in quantizers.items()}
+    activations = {
+        name: getattr(ops, name)
+        for name in ops.OPS
+        if name.startswith(("silu_mul", "gelu", "relu2"))
+    }
+    for name, function in activations.items():
+        operands = torch.cat((x, x), dim=-1) if "_mul_" in name else x
+        tensors = (x, operands) if "_backward_" in name else (operands,)
+        calls[f"ops.{name}"] = partial(function, *tensors)
     a, b = ops.quantize_1x128(x), ops.quantize_128x128(weight)
     trained_bias, out = bias.clone().requires_grad_(), torch.empty_like(x)
     gemm = torch.ops.torchext.fp8_gemm_nt.default

@@ -133,24 +133,14 @@ class Problem:
     bytes: float | None = None
 
 
-class QuantizeProblem(Problem):
-    """Input of a quantizer: x [rows, columns] in BF16. Input of dequantize: x quantized 1x128."""
+class BitsProblem(Problem):
+    """An op whose result is specified to the bit."""
+
+    expected: tuple[Tensor, ...]
 
     def __init__(self, case: Case, device: str):
         super().__init__(case, device)
-        rows, columns = case.shape
-        self.bytes = entry(case.op).bytes(rows, columns)
-        self.x = random_matrix(rows, columns, device, torch.bfloat16)
-
-    @cached_property
-    def quantized(self) -> tuple[Tensor, Tensor]:
-        return quantize("quantize_1x128", self.x)
-
-    @cached_property
-    def expected(self) -> tuple[Tensor, ...]:
-        if self.case.op == "dequantize":
-            return (dequantize(*self.quantized, torch.bfloat16),)
-        return quantize(self.case.op, self.x)
+        self.bytes: float = entry(case.op).bytes(*case.shape)
 
     def check_bits(self, result: object) -> dict:
         """Every bit equals torchext.reference."""
@@ -171,6 +161,39 @@ class QuantizeProblem(Problem):
         if differing:
             raise WrongResultError(f"bits differ from torchext.reference: {differing}", differing)
         return {"relative": 0.0, "worst": 0.0}
+
+
+class ActivationProblem(BitsProblem):
+    """Operands of an activation of [rows, columns], in BF16; for backward also its gradient."""
+
+    def __init__(self, case: Case, device: str):
+        super().__init__(case, device)
+        make = next(iter(entry(case.op).sized.values()))
+        given = make(*case.shape).to(device)
+        self.args, self.kwargs = given.args, given.kwargs
+
+    @cached_property
+    def expected(self) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return entry(self.case.op).reference(*self.args, **self.kwargs)
+
+
+class QuantizeProblem(BitsProblem):
+    """Input of a quantizer: x [rows, columns] in BF16. Input of dequantize: x quantized 1x128."""
+
+    def __init__(self, case: Case, device: str):
+        super().__init__(case, device)
+        rows, columns = case.shape
+        self.x = random_matrix(rows, columns, device, torch.bfloat16)
+
+    @cached_property
+    def quantized(self) -> tuple[Tensor, Tensor]:
+        return quantize("quantize_1x128", self.x)
+
+    @cached_property
+    def expected(self) -> tuple[Tensor, ...]:  # type: ignore[override]
+        if self.case.op == "dequantize":
+            return (dequantize(*self.quantized, torch.bfloat16),)
+        return quantize(self.case.op, self.x)
 
     def check_close(self, data: Tensor, scale: Tensor, transposed: bool = False) -> dict:
         """The dequantized result is within 4 % of x; rounding to e4m3 costs 2.6 % RMS."""
@@ -547,6 +570,7 @@ class TrainingProblem(Problem):
 
 PROBLEMS: dict[str, type[Problem]] = {
     "quantize": QuantizeProblem,
+    "activation": ActivationProblem,
     "gemm": GemmProblem,
     "grouped": GroupedProblem,
     "fused": FusedProblem,

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <string>
 
+#include "activation/activation.h"
 #include "gemm/gemm.h"
 #include "gemm/weights_only.h"
 #include "linear/kept.h"
@@ -54,6 +55,71 @@ const Op kOps[] = {
      TORCH_BOX(&torchext::quantize_tensorwise)},
     {"dequantize(Tensor data, Tensor scale, *, ScalarType out_dtype) -> Tensor",
      TORCH_BOX(&torchext::dequantize), kHasAlias},
+
+    // quantize_1x128(value(gate) * up), or quantize_1x128(value(x)), with FP32 in between.
+    {"silu_mul_quantize_1x128(Tensor gate_up, *, ScalarType? dtype=None,"
+     " bool pow2_scale=False) -> (Tensor data, Tensor scale)",
+     TORCH_BOX(&torchext::silu_mul_quantize_1x128)},
+    {"silu_mul_quantize_1x128_t(Tensor gate_up, *, ScalarType? dtype=None,"
+     " bool pow2_scale=False) -> (Tensor data_t, Tensor scale_t)",
+     TORCH_BOX(&torchext::silu_mul_quantize_1x128_t)},
+    {"silu_mul_quantize_1x128_dual(Tensor gate_up, *, ScalarType? dtype=None,"
+     " bool pow2_scale=False) -> (Tensor data, Tensor scale, Tensor data_t, Tensor scale_t)",
+     TORCH_BOX(&torchext::silu_mul_quantize_1x128_dual)},
+    {"gelu_mul_quantize_1x128(Tensor gate_up, *, bool tanh_approximation=False,"
+     " ScalarType? dtype=None, bool pow2_scale=False) -> (Tensor data, Tensor scale)",
+     TORCH_BOX(&torchext::gelu_mul_quantize_1x128)},
+    {"gelu_mul_quantize_1x128_t(Tensor gate_up, *, bool tanh_approximation=False,"
+     " ScalarType? dtype=None, bool pow2_scale=False) -> (Tensor data_t, Tensor scale_t)",
+     TORCH_BOX(&torchext::gelu_mul_quantize_1x128_t)},
+    {"gelu_mul_quantize_1x128_dual(Tensor gate_up, *, bool tanh_approximation=False,"
+     " ScalarType? dtype=None, bool pow2_scale=False) -> (Tensor data, Tensor scale, Tensor data_t, Tensor scale_t)",
+     TORCH_BOX(&torchext::gelu_mul_quantize_1x128_dual)},
+    {"gelu_quantize_1x128(Tensor x, *, bool tanh_approximation=False,"
+     " ScalarType? dtype=None, bool pow2_scale=False) -> (Tensor data, Tensor scale)",
+     TORCH_BOX(&torchext::gelu_quantize_1x128)},
+    {"gelu_quantize_1x128_t(Tensor x, *, bool tanh_approximation=False,"
+     " ScalarType? dtype=None, bool pow2_scale=False) -> (Tensor data_t, Tensor scale_t)",
+     TORCH_BOX(&torchext::gelu_quantize_1x128_t)},
+    {"gelu_quantize_1x128_dual(Tensor x, *, bool tanh_approximation=False,"
+     " ScalarType? dtype=None, bool pow2_scale=False) -> (Tensor data, Tensor scale, Tensor data_t, Tensor scale_t)",
+     TORCH_BOX(&torchext::gelu_quantize_1x128_dual)},
+    {"relu2_quantize_1x128(Tensor x, *, ScalarType? dtype=None,"
+     " bool pow2_scale=False) -> (Tensor data, Tensor scale)",
+     TORCH_BOX(&torchext::relu2_quantize_1x128)},
+    {"relu2_quantize_1x128_t(Tensor x, *, ScalarType? dtype=None,"
+     " bool pow2_scale=False) -> (Tensor data_t, Tensor scale_t)",
+     TORCH_BOX(&torchext::relu2_quantize_1x128_t)},
+    {"relu2_quantize_1x128_dual(Tensor x, *, ScalarType? dtype=None,"
+     " bool pow2_scale=False) -> (Tensor data, Tensor scale, Tensor data_t, Tensor scale_t)",
+     TORCH_BOX(&torchext::relu2_quantize_1x128_dual)},
+
+    // The gradient with respect to the operands of such an activation, quantized both ways; its sums
+    // over rows; and the activation, quantized transposed. Operands may be FP8, with 1x128 scales.
+    {"silu_mul_backward_quantize_1x128_dual(Tensor grad, Tensor gate_up, *,"
+     " Tensor? gate_up_scale=None, bool bias_grad=False,"
+     " ScalarType? activation_dtype=None, ScalarType? dtype=None, bool pow2_scale=False)"
+     " -> (Tensor data, Tensor scale, Tensor data_t, Tensor scale_t, Tensor bias_grad,"
+     " Tensor activation_t, Tensor activation_scale_t)",
+     TORCH_BOX(&torchext::silu_mul_backward_quantize_1x128_dual)},
+    {"gelu_mul_backward_quantize_1x128_dual(Tensor grad, Tensor gate_up, *,"
+     " Tensor? gate_up_scale=None, bool tanh_approximation=False, bool bias_grad=False,"
+     " ScalarType? activation_dtype=None, ScalarType? dtype=None, bool pow2_scale=False)"
+     " -> (Tensor data, Tensor scale, Tensor data_t, Tensor scale_t, Tensor bias_grad,"
+     " Tensor activation_t, Tensor activation_scale_t)",
+     TORCH_BOX(&torchext::gelu_mul_backward_quantize_1x128_dual)},
+    {"gelu_backward_quantize_1x128_dual(Tensor grad, Tensor x, *,"
+     " Tensor? x_scale=None, bool tanh_approximation=False, bool bias_grad=False,"
+     " ScalarType? activation_dtype=None, ScalarType? dtype=None, bool pow2_scale=False)"
+     " -> (Tensor data, Tensor scale, Tensor data_t, Tensor scale_t, Tensor bias_grad,"
+     " Tensor activation_t, Tensor activation_scale_t)",
+     TORCH_BOX(&torchext::gelu_backward_quantize_1x128_dual)},
+    {"relu2_backward_quantize_1x128_dual(Tensor grad, Tensor x, *,"
+     " Tensor? x_scale=None, bool bias_grad=False,"
+     " ScalarType? activation_dtype=None, ScalarType? dtype=None, bool pow2_scale=False)"
+     " -> (Tensor data, Tensor scale, Tensor data_t, Tensor scale_t, Tensor bias_grad,"
+     " Tensor activation_t, Tensor activation_scale_t)",
+     TORCH_BOX(&torchext::relu2_backward_quantize_1x128_dual)},
 
     // D[M, N] = A[M, K] @ B[N, K].T; the granularity comes from the scales' shapes.
     {"fp8_gemm_nt(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, *, Tensor? bias=None,"

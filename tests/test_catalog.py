@@ -467,5 +467,6 @@ def test_errors_name_op_and_argument(name, label, device):
     """Passes a dtype that no op takes; tests/test_errors.py has the other errors."""
     given = CATALOG[name].sample(label, device)
     wrong = given.args[0].double()
-    with pytest.raises(TypeError, match=rf"^{name}: (x|a|data) must be .*torch\.float64"):
+    named = "(x|a|data|gate_up|grad)"
+    with pytest.raises(TypeError, match=rf"^{name}: {named} must be .*torch\.float64"):
         getattr(ops, name)(wrong, *given.args[1:], **given.kwargs)

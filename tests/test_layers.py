@@ -23,10 +23,11 @@ MAY_INCLUDE = {
     "runtime": {"ptx/sim/api"},
     "csrc/cpu": {"runtime"},
     "csrc/device": {"runtime", "ptx/isa"},
+    "activation": ON_HOST,
     "quantize": ON_HOST,
     "gemm": ON_HOST,
     "linear": ON_HOST | {"quantize", "gemm"},
-    "ops.cpp": {"runtime", "quantize", "gemm", "linear"},
+    "ops.cpp": {"runtime", "activation", "quantize", "gemm", "linear"},
 }
 
 

@@ -3,14 +3,16 @@
 Each function has the name and arguments of its op in `torchext.ops` (without `num_sms`) and returns
 tensors of the same shapes, dtypes and strides. It runs on every device of torch. CPU and CUDA
 kernels of quantizers and of `dequantize` return the same bits as the functions here. GEMMs are
-computed in float64, and kernels approximate them within the bounds of docs/numerics.md. The
-functions do not check their arguments.
+computed in float64, and kernels approximate them within the bounds of docs/numerics.md; those of
+activations without a GEMM have the same bits as well. The functions do not check their arguments.
+They are all in this file, which makes it long.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +25,7 @@ from ._dispatch.layout import (
     empty_data,
     empty_group_scale,
 )
+from ._float32 import GELU, GELU_TANH, RELU2, SILU, Curve, column_sums
 
 _SMALLEST_NORMAL = torch.finfo(torch.float32).smallest_normal
 
@@ -104,6 +107,224 @@ def dequantize(data: Tensor, scale: Tensor, *, out_dtype: torch.dtype) -> Tensor
     product = _matrix(data).float() * _spread(_matrix(scale), *_matrix(data).shape)
     y = empty_contiguous(data, data.shape[:-1], data.shape[-1], out_dtype)
     return y.copy_(product.reshape(data.shape))
+
+
+def silu_mul_quantize_1x128(
+    gate_up: Tensor, *, dtype: torch.dtype | None = None, pow2_scale: bool = False
+) -> tuple[Tensor, Tensor]:
+    """`quantize_1x128` of the activation; see `torchext.ops.silu_mul_quantize_1x128`."""
+    activated = _activate(SILU, gate_up, gated=True)
+    return quantize_1x128(activated, dtype=dtype, pow2_scale=pow2_scale)
+
+
+def silu_mul_quantize_1x128_t(
+    gate_up: Tensor, *, dtype: torch.dtype | None = None, pow2_scale: bool = False
+) -> tuple[Tensor, Tensor]:
+    """`quantize_1x128_t` of the activation; see `torchext.ops.silu_mul_quantize_1x128_t`."""
+    activated = _activate(SILU, gate_up, gated=True)
+    return quantize_1x128_t(activated, dtype=dtype, pow2_scale=pow2_scale)
+
+
+def silu_mul_quantize_1x128_dual(
+    gate_up: Tensor, *, dtype: torch.dtype | None = None, pow2_scale: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`quantize_1x128_dual` of the activation; see `torchext.ops.silu_mul_quantize_1x128_dual`."""
+    activated = _activate(SILU, gate_up, gated=True)
+    return quantize_1x128_dual(activated, dtype=dtype, pow2_scale=pow2_scale)
+
+
+def gelu_mul_quantize_1x128(
+    gate_up: Tensor,
+    *,
+    tanh_approximation: bool = False,
+    dtype: torch.dtype | None = None,
+    pow2_scale: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`quantize_1x128` of the activation; see `torchext.ops.gelu_mul_quantize_1x128`."""
+    activated = _activate(_gelu(tanh_approximation), gate_up, gated=True)
+    return quantize_1x128(activated, dtype=dtype, pow2_scale=pow2_scale)
+
+
+def gelu_mul_quantize_1x128_t(
+    gate_up: Tensor,
+    *,
+    tanh_approximation: bool = False,
+    dtype: torch.dtype | None = None,
+    pow2_scale: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`quantize_1x128_t` of the activation; see `torchext.ops.gelu_mul_quantize_1x128_t`."""
+    activated = _activate(_gelu(tanh_approximation), gate_up, gated=True)
+    return quantize_1x128_t(activated, dtype=dtype, pow2_scale=pow2_scale)
+
+
+def gelu_mul_quantize_1x128_dual(
+    gate_up: Tensor,
+    *,
+    tanh_approximation: bool = False,
+    dtype: torch.dtype | None = None,
+    pow2_scale: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`quantize_1x128_dual` of the activation; see `torchext.ops.gelu_mul_quantize_1x128_dual`."""
+    activated = _activate(_gelu(tanh_approximation), gate_up, gated=True)
+    return quantize_1x128_dual(activated, dtype=dtype, pow2_scale=pow2_scale)
+
+
+def gelu_quantize_1x128(
+    x: Tensor,
+    *,
+    tanh_approximation: bool = False,
+    dtype: torch.dtype | None = None,
+    pow2_scale: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`quantize_1x128` of the activation; see `torchext.ops.gelu_quantize_1x128`."""
+    activated = _activate(_gelu(tanh_approximation), x, gated=False)
+    return quantize_1x128(activated, dtype=dtype, pow2_scale=pow2_scale)
+
+
+def gelu_quantize_1x128_t(
+    x: Tensor,
+    *,
+    tanh_approximation: bool = False,
+    dtype: torch.dtype | None = None,
+    pow2_scale: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`quantize_1x128_t` of the activation; see `torchext.ops.gelu_quantize_1x128_t`."""
+    activated = _activate(_gelu(tanh_approximation), x, gated=False)
+    return quantize_1x128_t(activated, dtype=dtype, pow2_scale=pow2_scale)
+
+
+def gelu_quantize_1x128_dual(
+    x: Tensor,
+    *,
+    tanh_approximation: bool = False,
+    dtype: torch.dtype | None = None,
+    pow2_scale: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`quantize_1x128_dual` of the activation; see `torchext.ops.gelu_quantize_1x128_dual`."""
+    activated = _activate(_gelu(tanh_approximation), x, gated=False)
+    return quantize_1x128_dual(activated, dtype=dtype, pow2_scale=pow2_scale)
+
+
+def relu2_quantize_1x128(
+    x: Tensor, *, dtype: torch.dtype | None = None, pow2_scale: bool = False
+) -> tuple[Tensor, Tensor]:
+    """`quantize_1x128` of the activation; see `torchext.ops.relu2_quantize_1x128`."""
+    activated = _activate(RELU2, x, gated=False)
+    return quantize_1x128(activated, dtype=dtype, pow2_scale=pow2_scale)
+
+
+def relu2_quantize_1x128_t(
+    x: Tensor, *, dtype: torch.dtype | None = None, pow2_scale: bool = False
+) -> tuple[Tensor, Tensor]:
+    """`quantize_1x128_t` of the activation; see `torchext.ops.relu2_quantize_1x128_t`."""
+    activated = _activate(RELU2, x, gated=False)
+    return quantize_1x128_t(activated, dtype=dtype, pow2_scale=pow2_scale)
+
+
+def relu2_quantize_1x128_dual(
+    x: Tensor, *, dtype: torch.dtype | None = None, pow2_scale: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`quantize_1x128_dual` of the activation; see `torchext.ops.relu2_quantize_1x128_dual`."""
+    activated = _activate(RELU2, x, gated=False)
+    return quantize_1x128_dual(activated, dtype=dtype, pow2_scale=pow2_scale)
+
+
+def silu_mul_backward_quantize_1x128_dual(
+    grad: Tensor,
+    gate_up: Tensor,
+    *,
+    gate_up_scale: Tensor | None = None,
+    bias_grad: bool = False,
+    activation_dtype: torch.dtype | None = None,
+    dtype: torch.dtype | None = None,
+    pow2_scale: bool = False,
+) -> tuple[Tensor | None, ...]:
+    """See `torchext.ops.silu_mul_backward_quantize_1x128_dual`."""
+    return _gradient(
+        SILU,
+        grad,
+        gate_up
+        if gate_up_scale is None
+        else dequantize(gate_up, gate_up_scale, out_dtype=torch.float32),
+        gated=True,
+        bias_grad=bias_grad,
+        activation_dtype=activation_dtype,
+        dtype=dtype,
+        pow2_scale=pow2_scale,
+    )
+
+
+def gelu_mul_backward_quantize_1x128_dual(
+    grad: Tensor,
+    gate_up: Tensor,
+    *,
+    gate_up_scale: Tensor | None = None,
+    tanh_approximation: bool = False,
+    bias_grad: bool = False,
+    activation_dtype: torch.dtype | None = None,
+    dtype: torch.dtype | None = None,
+    pow2_scale: bool = False,
+) -> tuple[Tensor | None, ...]:
+    """See `torchext.ops.gelu_mul_backward_quantize_1x128_dual`."""
+    return _gradient(
+        _gelu(tanh_approximation),
+        grad,
+        gate_up
+        if gate_up_scale is None
+        else dequantize(gate_up, gate_up_scale, out_dtype=torch.float32),
+        gated=True,
+        bias_grad=bias_grad,
+        activation_dtype=activation_dtype,
+        dtype=dtype,
+        pow2_scale=pow2_scale,
+    )
+
+
+def gelu_backward_quantize_1x128_dual(
+    grad: Tensor,
+    x: Tensor,
+    *,
+    x_scale: Tensor | None = None,
+    tanh_approximation: bool = False,
+    bias_grad: bool = False,
+    activation_dtype: torch.dtype | None = None,
+    dtype: torch.dtype | None = None,
+    pow2_scale: bool = False,
+) -> tuple[Tensor | None, ...]:
+    """See `torchext.ops.gelu_backward_quantize_1x128_dual`."""
+    return _gradient(
+        _gelu(tanh_approximation),
+        grad,
+        x if x_scale is None else dequantize(x, x_scale, out_dtype=torch.float32),
+        gated=False,
+        bias_grad=bias_grad,
+        activation_dtype=activation_dtype,
+        dtype=dtype,
+        pow2_scale=pow2_scale,
+    )
+
+
+def relu2_backward_quantize_1x128_dual(
+    grad: Tensor,
+    x: Tensor,
+    *,
+    x_scale: Tensor | None = None,
+    bias_grad: bool = False,
+    activation_dtype: torch.dtype | None = None,
+    dtype: torch.dtype | None = None,
+    pow2_scale: bool = False,
+) -> tuple[Tensor | None, ...]:
+    """See `torchext.ops.relu2_backward_quantize_1x128_dual`."""
+    return _gradient(
+        RELU2,
+        grad,
+        x if x_scale is None else dequantize(x, x_scale, out_dtype=torch.float32),
+        gated=False,
+        bias_grad=bias_grad,
+        activation_dtype=activation_dtype,
+        dtype=dtype,
+        pow2_scale=pow2_scale,
+    )
 
 
 def fp8_gemm_nt(
@@ -302,6 +523,42 @@ def fp8_gemm_nt_relu2_quantize(
     """
     x = fp8_gemm_nt(a, a_scale, b, b_scale, bias=bias)
     return quantize_1x128(x.relu().square(), dtype=dtype, pow2_scale=pow2_scale)
+
+
+def _gelu(tanh_approximation: bool) -> Curve:
+    return GELU_TANH if tanh_approximation else GELU
+
+
+def _activate(curve: Curve, x: Tensor, gated: bool) -> Tensor:
+    """The activation in FP32."""
+    if not gated:
+        return curve.value(x.float())
+    gate, up = x.float().chunk(2, dim=-1)
+    return curve.value(gate) * up
+
+
+def _gradient(
+    curve: Curve,
+    grad: Tensor,
+    x: Tensor,
+    *,
+    gated: bool,
+    bias_grad: bool,
+    activation_dtype: torch.dtype | None,
+    **options: Any,
+) -> tuple[Tensor | None, ...]:
+    """The gradient with respect to x, quantized both ways, and what else was asked for."""
+    dy = grad.float()
+    if gated:
+        gate, up = x.float().chunk(2, dim=-1)
+        dx = torch.cat((curve.slope(gate) * (dy * up), curve.value(gate) * dy), dim=-1)
+    else:
+        dx = curve.slope(x.float()) * dy
+    results = *quantize_1x128_dual(dx, **options), column_sums(_matrix(dx)) if bias_grad else None
+    if activation_dtype is None:
+        return results
+    options["dtype"] = activation_dtype
+    return *results, *quantize_1x128_t(_activate(curve, x, gated), **options)
 
 
 def _of_group(scale: Tensor, group: int) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import cases
 from ..problems import (
+    BitsProblem,
     FusedProblem,
     GemmProblem,
     GroupedProblem,
@@ -37,7 +38,7 @@ def quantize(problem: QuantizeProblem) -> Run:
     return Run(lambda: op(problem.x), problem.check_bits)
 
 
-def copy_of_as_many_bytes(problem: QuantizeProblem) -> Run:
+def copy_of_as_many_bytes(problem: BitsProblem) -> Run:
     """A copy that reads and writes as many bytes, together, as the op must."""
     assert problem.bytes
     source = torch.randint(0, 127, (int(problem.bytes) // 2,), dtype=torch.uint8)
@@ -190,6 +191,7 @@ CONTENDERS = [
     Contender("plain", "fused", ("cpu",), require, fp8_fused),
     Contender("plain", "linear", ("cpu",), require, fp8_linear),
     Contender("copy", "quantize", ("cpu",), require, copy_of_as_many_bytes),
+    Contender("copy", "activation", ("cpu",), require, copy_of_as_many_bytes),
     Contender("bf16", "gemm", ("cpu", "cuda"), require, unquantized_gemm(torch.bfloat16)),
     Contender("bf16", "grouped", ("cpu",), require, loop_over_groups),
     Contender("bf16", "grouped", ("cuda",), require, unquantized_grouped),

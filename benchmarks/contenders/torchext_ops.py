@@ -10,6 +10,7 @@ import torch
 
 from .. import cases
 from ..problems import (
+    ActivationProblem,
     FusedProblem,
     GemmProblem,
     GroupedProblem,
@@ -37,6 +38,13 @@ def quantize(problem: QuantizeProblem) -> Run:
         )
     op = getattr(ops, problem.case.op)
     return Run(lambda: op(problem.x), problem.check_bits)
+
+
+def activation(problem: ActivationProblem) -> Run:
+    from torchext import ops
+
+    op = getattr(ops, problem.case.op)
+    return Run(lambda: op(*problem.args, **problem.kwargs), problem.check_bits)
 
 
 def gemm(problem: GemmProblem) -> Run:
@@ -149,6 +157,7 @@ def training(problem: TrainingProblem) -> Run:
 DEVICES = ("cpu", "cuda")
 CONTENDERS = [
     Contender(SUBJECT, "quantize", DEVICES, require, quantize),
+    Contender(SUBJECT, "activation", DEVICES, require, activation),
     Contender(SUBJECT, "gemm", DEVICES, require, gemm),
     Contender("torchext_w8a16", "gemm", DEVICES, require, weights_only),
     Contender(SUBJECT, "grouped", DEVICES, require, grouped),

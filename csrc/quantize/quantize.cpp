@@ -3,7 +3,7 @@
 #include "quantize.h"
 
 #include "../runtime/check.h"
-#include "../runtime/layout.h"
+#include "../runtime/quantized_output.h"
 
 namespace torchext {
 namespace {
@@ -38,11 +38,7 @@ ScalarType fp8_dtype(const QuantizeOptions& options) {
   return options.e5m2 ? ScalarType::Float8_e5m2 : ScalarType::Float8_e4m3fn;
 }
 
-// A quantized tensor, and a kernel's view of it.
-struct Output {
-  Tensor data, scale;
-  QuantizedView view;
-};
+using Output = QuantizedOutput;
 
 Output output(const Tensor& data, const Tensor& scale, int64_t scale_row_stride,
               int64_t scale_col_stride) {
@@ -52,16 +48,9 @@ Output output(const Tensor& data, const Tensor& scale, int64_t scale_row_stride,
            static_cast<float*>(scale.data_ptr()), scale_row_stride, scale_col_stride}};
 }
 
-// An output of shape `sizes`, which is `rows` rows, with 1x128 scales.
-Output empty_groups(const std::vector<int64_t>& sizes, int64_t rows, const QuantizeOptions& options,
-                    const Tensor& like) {
-  return output(empty_data(sizes, fp8_dtype(options), like), empty_group_scale(sizes, like), 1,
-                round_up(rows, 4));
-}
-
-// The same for the transpose.
+// An output for the transpose.
 Output empty_groups_t(const MatrixView& view, const QuantizeOptions& options, const Tensor& like) {
-  return empty_groups({view.cols, view.rows}, view.cols, options, like);
+  return empty_quantized_groups({view.cols, view.rows}, view.cols, options, like);
 }
 
 Output empty_blocks(const Tensor& x, const QuantizeOptions& options) {
@@ -168,7 +157,7 @@ std::tuple<Tensor, Tensor> quantize_1x128(const Tensor& x, OptionalDtype dtype, 
   constexpr const char* kOp = "quantize_1x128";
   const QuantizeOptions options = check_options(kOp, x, dtype, pow2_scale);
   const MatrixView view = check_input(kOp, x);
-  const Output row = empty_groups(sizes_of(x), view.rows, options, x);
+  const Output row = empty_quantized_groups(sizes_of(x), view.rows, options, x);
   quantize_groups(kOp, x, view, options, &row, nullptr);
   return {row.data, row.scale};
 }
@@ -187,7 +176,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> quantize_1x128_dual(const Tensor& x, 
   constexpr const char* kOp = "quantize_1x128_dual";
   const QuantizeOptions options = check_options(kOp, x, dtype, pow2_scale);
   const MatrixView view = check_input(kOp, x);
-  const Output row = empty_groups(sizes_of(x), view.rows, options, x);
+  const Output row = empty_quantized_groups(sizes_of(x), view.rows, options, x);
   const Output transposed = empty_groups_t(view, options, x);
   quantize_groups(kOp, x, view, options, &row, &transposed);
   return {row.data, row.scale, transposed.data, transposed.scale};

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases import (
+    ACTIVATIONS,
     ALONG_K,
     FUSED,
     GEMMS,
@@ -47,6 +48,7 @@ def case(suite: str, op: str, shape: tuple[int, ...]) -> Case:
 UNSUPPORTED = {("bf16", WGRAD_ACCUMULATE), ("bf16", ALONG_K)}  # no BF16 GEMM adds to FP32
 CASES = [
     *(case("quantize", op, (70, 200)) for op in QUANTIZERS),
+    *(case("activation", op, (70, 200)) for op in ACTIVATIONS),
     *(case("gemm", op, (48, 144, 272)) for op in GEMMS),
     *(case("grouped", op, (3, 150, 144, 272)) for op in GROUPED),
     case("grouped", RAGGED, (3, 15, 144, 272)),

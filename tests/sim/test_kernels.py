@@ -80,6 +80,8 @@ def cases(capability: int) -> dict[str, Case]:
             found[f"dequantize {fp8} {dtype}"] = Case(
                 partial(ops.dequantize, data, scale, out_dtype=dtype)
             )
+    if capability != 80:
+        found |= activations(wide)
     weight = torch.randn(136, 200, generator=generator)
     granularities = {
         "1d2d": (ops.quantize_1x128, ops.quantize_128x128),
@@ -110,6 +112,30 @@ def cases(capability: int) -> dict[str, Case]:
             if name != "1d2d" or capability not in {80, 90}:
                 break  # granularities share kernels, and sm_89 runs those of sm_80
     return found | (other_ops(found) if capability == 90 else {})
+
+
+def activations(wide: torch.Tensor) -> dict[str, Case]:
+    """Every kernel of activations and of their gradients; the function is an argument."""
+    found: dict[str, Case] = {}
+    x, scale = ops.quantize_1x128(wide)
+    for dtype in WIDE:
+        gate_up, grad = wide.to(dtype), wide[:, 100:].to(dtype)
+        for op in (
+            ops.silu_mul_quantize_1x128,
+            ops.silu_mul_quantize_1x128_t,
+            ops.silu_mul_quantize_1x128_dual,
+        ):
+            found[f"{op.__name__} {dtype}"] = Case(partial(op, gate_up))
+        gradient: Callable[..., Any] = partial(
+            ops.silu_mul_backward_quantize_1x128_dual,
+            grad,
+            bias_grad=True,
+            activation_dtype=FP8[1],
+        )
+        name = ops.silu_mul_backward_quantize_1x128_dual.__name__
+        found[f"{name} {dtype}"] = Case(partial(gradient, gate_up))
+        found[f"{name} {dtype} fp8"] = Case(partial(gradient, x, gate_up_scale=scale))
+    return found
 
 
 def other_ops(found: dict[str, Case]) -> dict[str, Case]:

@@ -39,6 +39,26 @@ Gradients. Outputs of the quantizers never require a gradient, like those of a c
 from __future__ import annotations
 
 from .._dispatch.declaration import DECLARATIONS
+from .activation import (
+    gelu_mul_quantize_1x128,
+    gelu_mul_quantize_1x128_dual,
+    gelu_mul_quantize_1x128_t,
+    gelu_quantize_1x128,
+    gelu_quantize_1x128_dual,
+    gelu_quantize_1x128_t,
+    relu2_quantize_1x128,
+    relu2_quantize_1x128_dual,
+    relu2_quantize_1x128_t,
+    silu_mul_quantize_1x128,
+    silu_mul_quantize_1x128_dual,
+    silu_mul_quantize_1x128_t,
+)
+from .activation_gradient import (
+    gelu_backward_quantize_1x128_dual,
+    gelu_mul_backward_quantize_1x128_dual,
+    relu2_backward_quantize_1x128_dual,
+    silu_mul_backward_quantize_1x128_dual,
+)
 from .fused import (
     fp8_gemm_nt_gelu_quantize,
     fp8_gemm_nt_relu2_quantize,
@@ -70,6 +90,14 @@ __all__ = [
     "fp8_gemm_nt_relu2_quantize",
     "fp8_gemm_nt_swiglu_quantize",
     "fp8_linear",
+    "gelu_backward_quantize_1x128_dual",
+    "gelu_mul_backward_quantize_1x128_dual",
+    "gelu_mul_quantize_1x128",
+    "gelu_mul_quantize_1x128_dual",
+    "gelu_mul_quantize_1x128_t",
+    "gelu_quantize_1x128",
+    "gelu_quantize_1x128_dual",
+    "gelu_quantize_1x128_t",
     "k_grouped_fp8_gemm_nt",
     "m_grouped_fp8_gemm_nt_contiguous",
     "m_grouped_fp8_gemm_nt_masked",
@@ -80,7 +108,15 @@ __all__ = [
     "quantize_128x128_dual",
     "quantize_rowwise",
     "quantize_tensorwise",
+    "relu2_backward_quantize_1x128_dual",
+    "relu2_quantize_1x128",
+    "relu2_quantize_1x128_dual",
+    "relu2_quantize_1x128_t",
     "restore_layout",
+    "silu_mul_backward_quantize_1x128_dual",
+    "silu_mul_quantize_1x128",
+    "silu_mul_quantize_1x128_dual",
+    "silu_mul_quantize_1x128_t",
 ]
 
 # The public ops: each is also registered as torch.ops.torchext.NAME.
