@@ -36,6 +36,8 @@ LINEAR = "csrc/gemm/mma/fp8_linear.cuh"
 GROUPS = "csrc/quantize/cuda/groups.cu"
 GROUP_TILES = "csrc/device/quantize_groups.cuh"
 BLOCKS = "csrc/quantize/cuda/blocks.cu"
+FORWARD = "csrc/activation/cuda/forward.cu"
+BACKWARD = "csrc/activation/cuda/backward.cu"
 
 
 def _kernel(tile: str, granularity: str = "1d2d", op: str = "", output: str = "kStored") -> str:
@@ -130,6 +132,23 @@ def _blocks() -> tuple[torch.Tensor, ...]:
     return ops.quantize_128x128_dual(torch.randn(200, 272, generator=generator).bfloat16())
 
 
+def _activation() -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(14)
+    return ops.silu_mul_quantize_1x128_dual(torch.randn(140, 400, generator=generator).bfloat16())
+
+
+def _activation_gradient() -> tuple[torch.Tensor, ...]:
+    """Two rows of tiles, and lanes that have gates and ups."""
+    generator = torch.Generator().manual_seed(15)
+    grad, gate_up = (
+        torch.randn(140, columns, generator=generator).bfloat16() for columns in (133, 266)
+    )
+    results = ops.silu_mul_backward_quantize_1x128_dual(
+        grad, gate_up, bias_grad=True, activation_dtype=torch.float8_e4m3fn
+    )
+    return tuple(result for result in results if result is not None)
+
+
 def _along_k() -> tuple[torch.Tensor, ...]:
     """Groups along K whose ends lie inside a K block, so that some of its columns are masked."""
     generator = torch.Generator().manual_seed(9)
@@ -185,6 +204,8 @@ PROBLEMS = {
     "weights only": Problem(LINEAR_SOURCE, _linear, capability=80),
     "dual": Problem(GROUPS, _dual),
     "blocks": Problem(BLOCKS, _blocks),
+    "activation": Problem(FORWARD, _activation),
+    "activation gradient": Problem(BACKWARD, _activation_gradient),
 }
 
 
@@ -380,6 +401,23 @@ MUTANTS = [
            SCALE, SCALE + CHECK_SCALE),
     Mutant("amax of half a group", "dual", GROUP_TILES,
            "reduce_magnitudes<Value>(largest[j], 8)", "reduce_magnitudes<Value>(largest[j], 4)"),
+    Mutant("no barrier between a tile's two passes", "activation", FORWARD,
+           "  __syncthreads();\n", ""),
+    Mutant("gates taken for ups", "activation", FORWARD,
+           "load16<In>(address + a.up_offset,", "load16<In>(address,"),
+    Mutant("rows' bound off by one", "activation", FORWARD,
+           "const int rows = valid_of(row, a.x.rows, kTile)",
+           "const int rows = valid_of(row, a.x.rows + 1, kTile)"),
+    Mutant("no barrier between a tile's two passes", "activation gradient", BACKWARD,
+           "    __syncthreads();\n    quantize_tile_columns", "    quantize_tile_columns"),
+    Mutant("tile overwritten while it is read", "activation gradient", BACKWARD,
+           "    __syncthreads();  // the next tile", "    // the next tile"),
+    Mutant("an up taken for a gate", "activation gradient", BACKWARD,
+           "0xffffu << wrap & 0xffff", "0xfffeu << wrap & 0xffff"),
+    Mutant("sums of all rows of tiles in one place", "activation gradient", GROUP_TILES,
+           "sums.data[row_group * sums.stride + col + lane]", "sums.data[col + lane]"),
+    Mutant("sums without the last row of tiles", "activation gradient", GROUP_TILES,
+           "i < row_tiles; ++i) sum", "i + 1 < row_tiles; ++i) sum"),
 ]  # fmt: skip
 
 
