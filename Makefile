@@ -51,11 +51,11 @@ test-cpu: $(BUILT)
 OTHER_ARCHITECTURES := $(shell sed -n 's/^TORCHEXT_PATH(.*, \([0-9]*\), 0)/\1/p' csrc/runtime/architectures.inc)
 test-sim: $(BUILT)
 	@if ls torchext/_ptx/*/*.ptx >/dev/null 2>&1; then \
-	  $(PARALLEL_PYTEST) --device sim tests/activation tests/gemm tests/quantize tests/nn tests/compat \
+	  $(PARALLEL_PYTEST) --device sim tests/activation tests/norm tests/gemm tests/quantize tests/nn tests/compat \
 	    tests/test_catalog.py tests/test_ops.py && \
 	  for arch in $(OTHER_ARCHITECTURES); do \
 	    $(PARALLEL_PYTEST) --device sim --sim-arch $$arch --sim-sms 3 -m every_architecture \
-	      tests/activation tests/gemm tests/quantize tests/test_catalog.py || exit; \
+	      tests/activation tests/norm tests/gemm tests/quantize tests/test_catalog.py || exit; \
 	  done; \
 	else echo 'no nvcc, so no CUDA kernels to simulate'; fi
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 
-SUITES = ("quantize", "activation", "gemm", "grouped", "fused", "linear", "training")
+SUITES = ("quantize", "activation", "norm", "gemm", "grouped", "fused", "linear", "training")
 SUBJECT = "torchext"  # the contender that the others are compared with
 
 
@@ -65,6 +65,20 @@ ACTIVATIONS = (
     *(
         f"{family}_backward_quantize_1x128_dual"
         for family in ("silu_mul", "gelu_mul", "gelu", "relu2")
+    ),
+)
+
+# Norms with a residual, fused with quantization, and their gradients; shape (rows, columns).
+NORMS = (
+    *(
+        f"{norm}_quantize_1x128{ending}"
+        for norm in ("rms_norm", "layer_norm")
+        for ending in ("", "_dual")
+    ),
+    *(
+        f"{norm}_backward{ending}"
+        for norm in ("rms_norm", "layer_norm")
+        for ending in ("", "_quantize_1x128_dual")
     ),
 )
 
@@ -186,6 +200,8 @@ def cuda_cases() -> list[Case]:
         cases += [
             Case("activation", op, "mlp", "", (rows, columns), priority) for op in ACTIVATIONS
         ]
+    for rows, columns, priority in ((4096, 7168, 1), (8192, 4096, 2)):
+        cases += [Case("norm", op, "block", "", (rows, columns), priority) for op in NORMS]
     for layer in LAYERS:
         where = (layer.model, layer.name)
         shape = {m: (m, layer.n, layer.k) for m in ROWS}
@@ -260,6 +276,7 @@ def cpu_cases() -> list[Case]:
             Case("activation", op, "mlp", "", (1024, 2048), 2, peers=("copy",))
             for op in ACTIVATIONS
         ),
+        *(Case("norm", op, "block", "", (4096, 7168), 2, peers=("copy",)) for op in NORMS),
         *(Case("gemm", op, *cube, 2) for op in GEMMS),
         *(Case("grouped", op, "cube", "", (4, 256, 512, 1024), 2) for op in GROUPED),
         *(Case("fused", op, *cube, 2) for op in FUSED),
@@ -304,6 +321,7 @@ def explicit_cases(m: int, n: int, k: int) -> list[Case]:
     return [
         *(Case("quantize", op, "given", "", (m, k)) for op in QUANTIZERS),
         *(Case("activation", op, "given", "", (m, k)) for op in ACTIVATIONS),
+        *(Case("norm", op, "given", "", (m, k)) for op in NORMS),
         *(Case("gemm", op, "given", "", (m, n, k)) for op in GEMMS),
         bf16_rows("given", "", (m, n, k)),
         *(Case("grouped", op, "given", "", (2, m, n, k)) for op in GROUPED),

@@ -22,6 +22,9 @@ from torch import Tensor
 
 import torchext
 from torchext import ops
+from torchext._catalog import CATALOG
+
+from . import cases
 
 FEATURES = 128
 ROWS = {"cpu": 0, "cuda": 16}
@@ -87,6 +90,9 @@ def _calls_of_ops(x: Tensor, weight: Tensor, bias: Tensor) -> dict[str, Callable
         operands = torch.cat((x, x), dim=-1) if "_mul_" in name else x
         tensors = (x, operands) if "_backward_" in name else (operands,)
         calls[f"ops.{name}"] = partial(function, *tensors)
+    for name in cases.NORMS:
+        given = next(iter(CATALOG[name].sized.values()))(len(x), FEATURES).to(x.device)
+        calls[f"ops.{name}"] = partial(getattr(ops, name), *given.args, **given.kwargs)
     a, b = ops.quantize_1x128(x), ops.quantize_128x128(weight)
     trained_bias, out = bias.clone().requires_grad_(), torch.empty_like(x)
     gemm = torch.ops.torchext.fp8_gemm_nt.default

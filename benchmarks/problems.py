@@ -164,7 +164,8 @@ class BitsProblem(Problem):
 
 
 class ActivationProblem(BitsProblem):
-    """Operands of an activation of [rows, columns], in BF16; for backward also its gradient."""
+    """Operands of an activation or a norm of [rows, columns], in BF16; for backward also its
+    gradient."""
 
     def __init__(self, case: Case, device: str):
         super().__init__(case, device)
@@ -571,6 +572,7 @@ class TrainingProblem(Problem):
 PROBLEMS: dict[str, type[Problem]] = {
     "quantize": QuantizeProblem,
     "activation": ActivationProblem,
+    "norm": ActivationProblem,
     "gemm": GemmProblem,
     "grouped": GroupedProblem,
     "fused": FusedProblem,

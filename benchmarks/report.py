@@ -13,7 +13,7 @@ from . import goals
 from .cases import Case
 from .contenders import SUBJECT
 
-SECTIONS = ("gemm", "grouped", "fused", "linear", "training", "quantize", "activation")
+SECTIONS = ("gemm", "grouped", "fused", "linear", "training", "quantize", "activation", "norm")
 
 
 def markdown(data: dict) -> str:

@@ -11,6 +11,7 @@
 #include "gemm/weights_only.h"
 #include "linear/kept.h"
 #include "linear/linear.h"
+#include "norm/norm.h"
 #include "quantize/quantize.h"
 
 namespace {
@@ -120,6 +121,44 @@ const Op kOps[] = {
      " -> (Tensor data, Tensor scale, Tensor data_t, Tensor scale_t, Tensor bias_grad,"
      " Tensor activation_t, Tensor activation_scale_t)",
      TORCH_BOX(&torchext::relu2_backward_quantize_1x128_dual)},
+    // quantize_1x128 of a norm of x + residual, with FP32 in between.
+    {"rms_norm_quantize_1x128(Tensor x, Tensor weight, float eps, *, Tensor? residual=None,"
+     " bool unit_offset=False, ScalarType? dtype=None, bool pow2_scale=False)"
+     " -> (Tensor data, Tensor scale, Tensor rstd, Tensor new_residual)",
+     TORCH_BOX(&torchext::rms_norm_quantize_1x128)},
+    {"rms_norm_quantize_1x128_dual(Tensor x, Tensor weight, float eps, *, Tensor? residual=None,"
+     " bool unit_offset=False, ScalarType? dtype=None, bool pow2_scale=False)"
+     " -> (Tensor data, Tensor scale, Tensor data_t, Tensor scale_t, Tensor rstd,"
+     " Tensor new_residual)",
+     TORCH_BOX(&torchext::rms_norm_quantize_1x128_dual)},
+    {"layer_norm_quantize_1x128(Tensor x, Tensor weight, Tensor? bias, float eps, *,"
+     " Tensor? residual=None, bool unit_offset=False, ScalarType? dtype=None,"
+     " bool pow2_scale=False) -> (Tensor data, Tensor scale, Tensor mean, Tensor rstd,"
+     " Tensor new_residual)",
+     TORCH_BOX(&torchext::layer_norm_quantize_1x128)},
+    {"layer_norm_quantize_1x128_dual(Tensor x, Tensor weight, Tensor? bias, float eps, *,"
+     " Tensor? residual=None, bool unit_offset=False, ScalarType? dtype=None,"
+     " bool pow2_scale=False) -> (Tensor data, Tensor scale, Tensor data_t, Tensor scale_t,"
+     " Tensor mean, Tensor rstd, Tensor new_residual)",
+     TORCH_BOX(&torchext::layer_norm_quantize_1x128_dual)},
+    // The gradients of a norm's input and parameters, from that of its result. dweight, dbias: FP32.
+    {"rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor rstd, *,"
+     " Tensor? residual_grad=None, bool unit_offset=False) -> (Tensor dx, Tensor dweight)",
+     TORCH_BOX(&torchext::rms_norm_backward)},
+    {"rms_norm_backward_quantize_1x128_dual(Tensor grad, Tensor x, Tensor weight, Tensor rstd, *,"
+     " Tensor? residual_grad=None, bool unit_offset=False, ScalarType? dtype=None,"
+     " bool pow2_scale=False) -> (Tensor dx, Tensor dweight, Tensor data, Tensor scale,"
+     " Tensor data_t, Tensor scale_t)",
+     TORCH_BOX(&torchext::rms_norm_backward_quantize_1x128_dual)},
+    {"layer_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor mean, Tensor rstd, *,"
+     " Tensor? residual_grad=None, bool unit_offset=False)"
+     " -> (Tensor dx, Tensor dweight, Tensor dbias)",
+     TORCH_BOX(&torchext::layer_norm_backward)},
+    {"layer_norm_backward_quantize_1x128_dual(Tensor grad, Tensor x, Tensor weight, Tensor mean,"
+     " Tensor rstd, *, Tensor? residual_grad=None, bool unit_offset=False, ScalarType? dtype=None,"
+     " bool pow2_scale=False) -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor data,"
+     " Tensor scale, Tensor data_t, Tensor scale_t)",
+     TORCH_BOX(&torchext::layer_norm_backward_quantize_1x128_dual)},
 
     // D[M, N] = A[M, K] @ B[N, K].T; the granularity comes from the scales' shapes.
     {"fp8_gemm_nt(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, *, Tensor? bias=None,"

@@ -58,7 +58,7 @@ ROOT = Path(__file__).parents[1]
 NUMERICS = [
     *("quantize/test_quantize.py", "quantize/test_dequantize.py", "gemm/test_fp8_gemm.py"),
     *("gemm/test_cpu_gemm.py", "gemm/test_grouped.py", "gemm/test_fused.py"),
-    "activation/test_activation.py",
+    *("activation/test_activation.py", "norm/test_norm_quantize.py", "norm/test_norm_backward.py"),
 ]
 
 

@@ -26,8 +26,9 @@ MAY_INCLUDE = {
     "activation": ON_HOST,
     "quantize": ON_HOST,
     "gemm": ON_HOST,
+    "norm": ON_HOST,
     "linear": ON_HOST | {"quantize", "gemm"},
-    "ops.cpp": {"runtime", "activation", "quantize", "gemm", "linear"},
+    "ops.cpp": {"runtime", "activation", "quantize", "gemm", "norm", "linear"},
 }
 
 

@@ -127,3 +127,20 @@ def column_sums(x: Tensor) -> Tensor:
     for tile in range(1, tiles):
         total = total + sums[tile, 0]
     return total
+
+
+_SEGMENT = 512  # elements of a row whose sum is a tree of neighbors
+
+
+def pairwise_sums(x: Tensor) -> Tensor:
+    """The sum over each row of x [M, K] in FP32, in the order of norms (docs/numerics.md)."""
+    rows, columns = x.shape
+    segments = -(-columns // _SEGMENT)
+    sums = torch.nn.functional.pad(x, (0, segments * _SEGMENT - columns))
+    sums = sums.reshape(rows, segments, _SEGMENT)
+    while sums.shape[-1] > 1:
+        sums = sums[..., ::2] + sums[..., 1::2]
+    total = x.new_zeros(rows)
+    for segment in range(segments):
+        total = total + sums[:, segment, 0]
+    return total

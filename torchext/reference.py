@@ -4,8 +4,8 @@ Each function has the name and arguments of its op in `torchext.ops` (without `n
 tensors of the same shapes, dtypes and strides. It runs on every device of torch. CPU and CUDA
 kernels of quantizers and of `dequantize` return the same bits as the functions here. GEMMs are
 computed in float64, and kernels approximate them within the bounds of docs/numerics.md; those of
-activations without a GEMM have the same bits as well. The functions do not check their arguments.
-They are all in this file, which makes it long.
+activations without a GEMM and of norms have the same bits as well. The functions do not check their
+arguments. They are all in this file, which makes it long.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from ._dispatch.layout import (
     empty_contiguous,
     empty_data,
     empty_group_scale,
+    folded_strides,
 )
-from ._float32 import GELU, GELU_TANH, RELU2, SILU, Curve, column_sums
+from ._float32 import GELU, GELU_TANH, RELU2, SILU, Curve, column_sums, pairwise_sums
 
 _SMALLEST_NORMAL = torch.finfo(torch.float32).smallest_normal
 
@@ -327,6 +328,141 @@ def relu2_backward_quantize_1x128_dual(
     )
 
 
+def rms_norm_quantize_1x128(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    *,
+    residual: Tensor | None = None,
+    unit_offset: bool = False,
+    dtype: torch.dtype | None = None,
+    pow2_scale: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """RMSNorm in FP32, quantized; see `torchext.ops.rms_norm_quantize_1x128`."""
+    y, _, rstd, new_residual = _norm(
+        x, weight, None, eps, residual=residual, unit_offset=unit_offset, centers=False
+    )
+    return *quantize_1x128(y, dtype=dtype, pow2_scale=pow2_scale), rstd, new_residual
+
+
+def rms_norm_quantize_1x128_dual(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    *,
+    residual: Tensor | None = None,
+    unit_offset: bool = False,
+    dtype: torch.dtype | None = None,
+    pow2_scale: bool = False,
+) -> tuple[Tensor, ...]:
+    """The same both ways; see `torchext.ops.rms_norm_quantize_1x128_dual`."""
+    y, _, rstd, new_residual = _norm(
+        x, weight, None, eps, residual=residual, unit_offset=unit_offset, centers=False
+    )
+    return *quantize_1x128_dual(y, dtype=dtype, pow2_scale=pow2_scale), rstd, new_residual
+
+
+def layer_norm_quantize_1x128(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    *,
+    residual: Tensor | None = None,
+    unit_offset: bool = False,
+    dtype: torch.dtype | None = None,
+    pow2_scale: bool = False,
+) -> tuple[Tensor, ...]:
+    """LayerNorm in FP32, quantized; see `torchext.ops.layer_norm_quantize_1x128`."""
+    y, *rest = _norm(x, weight, bias, eps, residual=residual, unit_offset=unit_offset, centers=True)
+    return *quantize_1x128(y, dtype=dtype, pow2_scale=pow2_scale), *rest
+
+
+def layer_norm_quantize_1x128_dual(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    *,
+    residual: Tensor | None = None,
+    unit_offset: bool = False,
+    dtype: torch.dtype | None = None,
+    pow2_scale: bool = False,
+) -> tuple[Tensor, ...]:
+    """The same both ways; see `torchext.ops.layer_norm_quantize_1x128_dual`."""
+    y, *rest = _norm(x, weight, bias, eps, residual=residual, unit_offset=unit_offset, centers=True)
+    return *quantize_1x128_dual(y, dtype=dtype, pow2_scale=pow2_scale), *rest
+
+
+def rms_norm_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    rstd: Tensor,
+    *,
+    residual_grad: Tensor | None = None,
+    unit_offset: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x and weight in FP32; see `torchext.ops.rms_norm_backward`."""
+    dx, dweight, _ = _norm_backward(
+        grad, x, weight, None, rstd, residual_grad=residual_grad, unit_offset=unit_offset
+    )
+    return dx, dweight
+
+
+def rms_norm_backward_quantize_1x128_dual(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    rstd: Tensor,
+    *,
+    residual_grad: Tensor | None = None,
+    unit_offset: bool = False,
+    dtype: torch.dtype | None = None,
+    pow2_scale: bool = False,
+) -> tuple[Tensor, ...]:
+    """And dx quantized; see `torchext.ops.rms_norm_backward_quantize_1x128_dual`."""
+    dx, dweight, _ = _norm_backward(
+        grad, x, weight, None, rstd, residual_grad=residual_grad, unit_offset=unit_offset
+    )
+    return dx, dweight, *quantize_1x128_dual(dx, dtype=dtype, pow2_scale=pow2_scale)
+
+
+def layer_norm_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    *,
+    residual_grad: Tensor | None = None,
+    unit_offset: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias in FP32; see `torchext.ops.layer_norm_backward`."""
+    return _norm_backward(
+        grad, x, weight, mean, rstd, residual_grad=residual_grad, unit_offset=unit_offset
+    )
+
+
+def layer_norm_backward_quantize_1x128_dual(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    *,
+    residual_grad: Tensor | None = None,
+    unit_offset: bool = False,
+    dtype: torch.dtype | None = None,
+    pow2_scale: bool = False,
+) -> tuple[Tensor, ...]:
+    """And dx quantized; see `torchext.ops.layer_norm_backward_quantize_1x128_dual`."""
+    gradients = _norm_backward(
+        grad, x, weight, mean, rstd, residual_grad=residual_grad, unit_offset=unit_offset
+    )
+    return *gradients, *quantize_1x128_dual(gradients[0], dtype=dtype, pow2_scale=pow2_scale)
+
+
 def fp8_gemm_nt(
     a: Tensor,
     a_scale: Tensor,
@@ -559,6 +695,72 @@ def _gradient(
         return results
     options["dtype"] = activation_dtype
     return *results, *quantize_1x128_t(_activate(curve, x, gated), **options)
+
+
+def _norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    *,
+    residual: Tensor | None,
+    unit_offset: bool,
+    centers: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The normed values in FP32, mean (0 unless `centers`), rstd, and the new residual (empty
+    without a residual)."""
+    new_residual = x.new_empty((0,))
+    if residual is not None:
+        new_residual = empty_contiguous(x, x.shape[:-1], x.shape[-1], x.dtype)
+        x = new_residual.copy_(x.float() + residual.float())
+    h, count = _matrix(x).float(), _number(x, x.shape[-1])
+    mean = pairwise_sums(h) / count if centers else h.new_zeros(len(h))
+    deviation = h - mean[:, None] if centers else h
+    variance = pairwise_sums(deviation * deviation) / count
+    # By way of float64, because torch's FP32 square root is not always rounded to nearest.
+    rstd = _number(x, 1) / (variance + _number(x, eps)).double().sqrt().float()
+    y = (deviation * rstd[:, None]) * (1 + weight.float() if unit_offset else weight.float())
+    y = y if bias is None else y + bias.float()
+    rows = [_row_values(x).copy_(value.reshape(x.shape[:-1])) for value in (mean, rstd)]
+    return y.reshape(x.shape), rows[0], rows[1], new_residual
+
+
+def _norm_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor,
+    *,
+    residual_grad: Tensor | None,
+    unit_offset: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, dweight and dbias; `mean` is None for RMSNorm."""
+    g, count = _matrix(grad).float(), _number(x, x.shape[-1])
+    scale = rstd.reshape(-1, 1)
+    x_hat = _matrix(x).float()
+    x_hat = (x_hat if mean is None else x_hat - mean.reshape(-1, 1)) * scale
+    weighted = g * (1 + weight.float() if unit_offset else weight.float())
+    of_products = pairwise_sums(weighted * x_hat) / count
+    centered = weighted
+    if mean is not None:
+        centered = weighted - (pairwise_sums(weighted) / count)[:, None]
+    gradient = scale * (centered - x_hat * of_products[:, None])
+    if residual_grad is not None:
+        gradient = gradient + _matrix(residual_grad).float()
+    dx = empty_contiguous(x, x.shape[:-1], x.shape[-1], x.dtype).copy_(gradient.reshape(x.shape))
+    return dx, column_sums(g * x_hat), column_sums(g)
+
+
+def _number(like: Tensor, value: float) -> Tensor:
+    """A number in FP32. CUDA divides by a tensor; it multiplies by the reciprocal of a number."""
+    return like.new_full((1,), value, dtype=torch.float32)
+
+
+def _row_values(x: Tensor) -> Tensor:
+    """Uninitialized FP32 values, one for each row of x [..., K]: [...], contiguous."""
+    strides = folded_strides(x.shape[:-1], 1, 1)[:-1]
+    return x.new_empty_strided(x.shape[:-1], strides, dtype=torch.float32)
 
 
 def _of_group(scale: Tensor, group: int) -> Tensor:

@@ -40,7 +40,7 @@ def quantize(problem: QuantizeProblem) -> Run:
     return Run(lambda: op(problem.x), problem.check_bits)
 
 
-def activation(problem: ActivationProblem) -> Run:
+def fused_quantizer(problem: ActivationProblem) -> Run:
     from torchext import ops
 
     op = getattr(ops, problem.case.op)
@@ -157,7 +157,8 @@ def training(problem: TrainingProblem) -> Run:
 DEVICES = ("cpu", "cuda")
 CONTENDERS = [
     Contender(SUBJECT, "quantize", DEVICES, require, quantize),
-    Contender(SUBJECT, "activation", DEVICES, require, activation),
+    Contender(SUBJECT, "activation", DEVICES, require, fused_quantizer),
+    Contender(SUBJECT, "norm", DEVICES, require, fused_quantizer),
     Contender(SUBJECT, "gemm", DEVICES, require, gemm),
     Contender("torchext_w8a16", "gemm", DEVICES, require, weights_only),
     Contender(SUBJECT, "grouped", DEVICES, require, grouped),

@@ -12,6 +12,7 @@ from benchmarks.cases import (
     GEMMS,
     GROUPED,
     LINEARS,
+    NORMS,
     QUANTIZERS,
     RAGGED,
     STEP,
@@ -49,6 +50,7 @@ UNSUPPORTED = {("bf16", WGRAD_ACCUMULATE), ("bf16", ALONG_K)}  # no BF16 GEMM ad
 CASES = [
     *(case("quantize", op, (70, 200)) for op in QUANTIZERS),
     *(case("activation", op, (70, 200)) for op in ACTIVATIONS),
+    *(case("norm", op, (70, 200)) for op in NORMS),
     *(case("gemm", op, (48, 144, 272)) for op in GEMMS),
     *(case("grouped", op, (3, 150, 144, 272)) for op in GROUPED),
     case("grouped", RAGGED, (3, 15, 144, 272)),

@@ -81,7 +81,7 @@ def cases(capability: int) -> dict[str, Case]:
                 partial(ops.dequantize, data, scale, out_dtype=dtype)
             )
     if capability != 80:
-        found |= activations(wide)
+        found |= activations(wide) | norms(wide)
     weight = torch.randn(136, 200, generator=generator)
     granularities = {
         "1d2d": (ops.quantize_1x128, ops.quantize_128x128),
@@ -135,6 +135,23 @@ def activations(wide: torch.Tensor) -> dict[str, Case]:
         name = ops.silu_mul_backward_quantize_1x128_dual.__name__
         found[f"{name} {dtype}"] = Case(partial(gradient, gate_up))
         found[f"{name} {dtype} fp8"] = Case(partial(gradient, x, gate_up_scale=scale))
+    return found
+
+
+def norms(wide: torch.Tensor) -> dict[str, Case]:
+    """Every kernel of norms and of their gradients. RMSNorm's ops run the same kernels."""
+    found: dict[str, Case] = {}
+    weight, bias = wide[:2].abs()
+    mean, rstd = wide[:, 0].contiguous(), wide[:, 1].abs()
+    for dtype in WIDE:
+        x = wide.to(dtype)
+        for op in (ops.layer_norm_quantize_1x128, ops.layer_norm_quantize_1x128_dual):
+            call: Callable[..., Any] = partial(op, x, weight, bias, 1e-6, residual=x)
+            found[f"{op.__name__} {dtype}"] = Case(call)
+        gradient = ops.layer_norm_backward_quantize_1x128_dual
+        found[f"{gradient.__name__} {dtype}"] = Case(
+            partial(gradient, x, x, weight, mean, rstd, residual_grad=x)
+        )
     return found
 
 

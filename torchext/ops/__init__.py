@@ -1,11 +1,11 @@
-"""The ops as typed functions: quantization to FP8, FP8 GEMMs (dense, grouped and fused), and the
-product of an input that is not quantized with an FP8 weight.
+"""The ops as typed functions: quantization to FP8, also fused with norms, FP8 GEMMs (dense, grouped
+and fused), and the product of an input that is not quantized with an FP8 weight.
 
 Each function calls the op of the same name under `torch.ops.torchext`. The function raises
 ValueError and TypeError; the op itself, and so a compiled graph, can only raise a RuntimeError,
 whose message ends with the name of that class. The ops run on CPU and CUDA tensors, under
 `torch.compile(fullgraph=True)` and in CUDA graphs, and are deterministic. CPU and CUDA give the
-same bits for every quantizer and for `dequantize`.
+same bits for every quantizer, fused or not, and for `dequantize`.
 
 Quantized tensors. The pair `(data, scale)` represents `data.float() * scale`: data are FP8, scale
 is the FP32 multiplier that dequantizes. FP8 is `torch.float8_e4m3fn` (largest value 448) unless the
@@ -70,6 +70,18 @@ from .grouped import (
     m_grouped_fp8_gemm_nt_contiguous,
     m_grouped_fp8_gemm_nt_masked,
 )
+from .norm import (
+    layer_norm_quantize_1x128,
+    layer_norm_quantize_1x128_dual,
+    rms_norm_quantize_1x128,
+    rms_norm_quantize_1x128_dual,
+)
+from .norm_backward import (
+    layer_norm_backward,
+    layer_norm_backward_quantize_1x128_dual,
+    rms_norm_backward,
+    rms_norm_backward_quantize_1x128_dual,
+)
 from .quantize import (
     dequantize,
     quantize_1x128,
@@ -99,6 +111,10 @@ __all__ = [
     "gelu_quantize_1x128_dual",
     "gelu_quantize_1x128_t",
     "k_grouped_fp8_gemm_nt",
+    "layer_norm_backward",
+    "layer_norm_backward_quantize_1x128_dual",
+    "layer_norm_quantize_1x128",
+    "layer_norm_quantize_1x128_dual",
     "m_grouped_fp8_gemm_nt_contiguous",
     "m_grouped_fp8_gemm_nt_masked",
     "quantize_1x128",
@@ -113,6 +129,10 @@ __all__ = [
     "relu2_quantize_1x128_dual",
     "relu2_quantize_1x128_t",
     "restore_layout",
+    "rms_norm_backward",
+    "rms_norm_backward_quantize_1x128_dual",
+    "rms_norm_quantize_1x128",
+    "rms_norm_quantize_1x128_dual",
     "silu_mul_backward_quantize_1x128_dual",
     "silu_mul_quantize_1x128",
     "silu_mul_quantize_1x128_dual",
