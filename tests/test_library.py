@@ -223,7 +223,7 @@ def test_references_load_as_an_attribute():
 def test_completion_shows_what_is_public():
     script = "import torchext; print(*dir(torchext))"
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert set(run.stdout.split()) == {*torchext.__all__, "compat", "reference", "sim"}
+    assert set(run.stdout.split()) == {*torchext.__all__, "compat", "debug", "reference", "sim"}
     for name in dir(torchext):
         assert hasattr(torchext, name)
     assert dir(torchext.compat) == ["deep_gemm"]
@@ -238,6 +238,7 @@ def test_an_unknown_attribute_is_an_attribute_error():
 def test_exports():
     assert set(torchext.__all__) == {
         "ConversionResult",
+        "MemoryReport",
         "Recipe",
         "__version__",
         "convert_to_fp8_training",
@@ -245,9 +246,11 @@ def test_exports():
         "fixed_weights",
         "get_include",
         "is_available",
+        "memory_report",
         "nn",
         "ops",
         "revert_to_linear",
+        "unconvert",
     }
     for name in torchext.__all__:
         assert hasattr(torchext, name)

@@ -2,6 +2,7 @@
 
 - `torchext.convert_to_fp8_training(model)` makes a model's `nn.Linear`s train in FP8.
 - `torchext.nn` has the layers, `torchext.ops` the ops.
+- `torchext.debug` shows what FP8 does to the values of a model.
 - `torchext.reference` computes what each op computes, in plain PyTorch.
 - `torchext.sim` runs CUDA kernels on a CPU and checks them.
 - `torchext.compat.deep_gemm` stands in for DeepGEMM.
@@ -16,6 +17,7 @@ from typing import Any as _Any
 
 from . import nn, ops
 from ._conversion_result import ConversionResult
+from ._memory_report import MemoryReport, memory_report
 from .availability import get_include, is_available
 from .convert import convert_to_fp8_training, revert_to_linear, unconvert
 from .gemm_selection import explain_gemm
@@ -29,10 +31,11 @@ __version__ = "0.1.0"
 _logging.getLogger("torchext").addHandler(_logging.NullHandler())
 
 # Imported at first use: the simulator needs numpy and its own extension module.
-_LAZY = ("compat", "reference", "sim")
+_LAZY = ("compat", "debug", "reference", "sim")
 
 __all__ = [
     "ConversionResult",
+    "MemoryReport",
     "Recipe",
     "__version__",
     "convert_to_fp8_training",
@@ -40,6 +43,7 @@ __all__ = [
     "fixed_weights",
     "get_include",
     "is_available",
+    "memory_report",
     "nn",
     "ops",
     "revert_to_linear",

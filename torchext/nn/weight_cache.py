@@ -58,6 +58,10 @@ class WeightCache:
     def clear(self) -> None:
         self._kept.clear()
 
+    def tensors(self) -> list[Tensor]:
+        """Every tensor that is kept: FP8 values and scales."""
+        return [part for kept in self._kept.values() for part in kept.operand if part is not None]
+
     def operand(self, weight: Tensor, recipe: Recipe, *, transposed: bool) -> Operand | None:
         """`weight` quantized by `recipe`, with the operand for dgrad if `transposed`.
 

@@ -155,6 +155,11 @@ def _product(*operands: Tensor | None, out_dtype: torch.dtype) -> Tensor:
     return _fp8_gemm_nt(*operands, out_dtype=out_dtype)
 
 
+def gemm_of_operands(a: Operand, b: Operand, out_dtype: torch.dtype) -> Tensor:
+    """a @ b.T from the `data` of both."""
+    return _product(a.data, a.scale, b.data, b.scale, None, out_dtype=out_dtype)
+
+
 def _product_with_saved(
     a: Tensor | None, a_scale: Tensor | None, b: Tensor, b_scale: Tensor, *, out_dtype: torch.dtype
 ) -> Tensor:
