@@ -17,6 +17,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from support.op_interface import LAUNCH, Buffer, Simulator
 from support.ptx_texts import text_of
 from torchext import _sim, sim
 from torchext.sim.options import launch_options
@@ -319,35 +320,6 @@ def test_the_heap_of_a_module_begins_in_any_launch():
 
 
 # ---- Simulated ops ----
-
-
-class Buffer(ctypes.Structure):
-    """TorchextBuffer of ptx/sim/api/op_interface.h."""
-
-    _fields_ = [
-        ("data", ctypes.c_void_p),
-        ("bytes", ctypes.c_uint64),
-        ("access", ctypes.c_uint32),
-        ("name", ctypes.c_char_p),
-    ]
-
-
-class Simulator(ctypes.Structure):
-    """TorchextSimulator of the same."""
-
-    _fields_ = [
-        ("context", ctypes.c_void_p),
-        ("compute_capability", ctypes.c_int),
-        ("sm_count", ctypes.c_int),
-        ("encode_tensor_map", ctypes.c_void_p),
-        ("launch", ctypes.c_void_p),
-    ]
-
-
-LAUNCH = ctypes.CFUNCTYPE(
-    ctypes.c_int, ctypes.c_void_p, ctypes.c_char_p, *[ctypes.c_uint32 * 3] * 3, ctypes.c_uint32,
-    ctypes.c_void_p, ctypes.POINTER(Buffer), ctypes.c_size_t, ctypes.c_char_p, ctypes.c_size_t,
-)  # fmt: skip
 
 
 def launch_op(simulator: _sim.OpSimulator, out: np.ndarray) -> None:
