@@ -12,7 +12,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc ptx -type f -not -name '*.p
 # kernels anew.
 export TORCHEXT_WERROR := 1
 
-.PHONY: all demo check test test-cpu test-sim asan tsan cross-check lint format bench bench-cpu instruction-counts soak wheel gpu-check sass-report clean
+.PHONY: all demo check test test-cpu test-cpu-levels test-sim asan tsan cross-check lint format bench bench-cpu instruction-counts soak wheel gpu-check sass-report clean
 all: $(BUILT)
 
 $(VENV)/.ready: pyproject.toml Makefile csrc/build/setup_venv.sh csrc/build/toolchain.py
@@ -41,9 +41,22 @@ test: $(BUILT) lint test-cpu test-sim asan tsan
 	$(BIN)/python tools/sass_report.py --check
 	$(BIN)/python tools/instruction_counts.py --check
 
-test-cpu: $(BUILT)
+test-cpu: $(BUILT) test-cpu-levels
 	$(PARALLEL_PYTEST) -m "not alone" $(PYTEST_ARGS)
 	$(PYTEST) -m alone $(PYTEST_ARGS)
+
+OP_TESTS := tests/activation tests/gemm tests/norm tests/quantize
+
+# Runs the tests of ops at each lower level of the CPU kernels that this machine has, but for those
+# that run no CPU kernels or only start processes.
+test-cpu-levels: $(BUILT)
+	@levels=$$($(BIN)/python tools/cpu_levels.py) && for level in $$levels; do \
+	  echo "TORCHEXT_CPU=$$level"; \
+	  TORCHEXT_CPU=$$level $(PARALLEL_PYTEST) -m "not slow and not alone" $(OP_TESTS) \
+	    tests/test_catalog.py::test_kernels_equal_the_reference \
+	    --ignore=tests/gemm/test_selection.py --ignore=tests/quantize/test_cuda_numbers.py \
+	    --ignore=tests/gemm/test_weights_only_sharding.py || exit; \
+	done
 
 # Runs the tests of ops and layers on the PTX of the CUDA kernels: all tests on Hopper's PTX, and those
 # marked `every_architecture` on that of the other generations, with 3 SMs, so that launchers choose
@@ -51,11 +64,11 @@ test-cpu: $(BUILT)
 OTHER_ARCHITECTURES := $(shell sed -n 's/^TORCHEXT_PATH(.*, \([0-9]*\), 0)/\1/p' csrc/runtime/architectures.inc)
 test-sim: $(BUILT)
 	@if ls torchext/_ptx/*/*.ptx >/dev/null 2>&1; then \
-	  $(PARALLEL_PYTEST) --device sim tests/activation tests/norm tests/gemm tests/quantize tests/nn tests/compat \
+	  $(PARALLEL_PYTEST) --device sim $(OP_TESTS) tests/nn tests/compat \
 	    tests/test_catalog.py tests/test_ops.py && \
 	  for arch in $(OTHER_ARCHITECTURES); do \
 	    $(PARALLEL_PYTEST) --device sim --sim-arch $$arch --sim-sms 3 -m every_architecture \
-	      tests/activation tests/norm tests/gemm tests/quantize tests/test_catalog.py || exit; \
+	      $(OP_TESTS) tests/test_catalog.py || exit; \
 	  done; \
 	else echo 'no nvcc, so no CUDA kernels to simulate'; fi
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
+import cpu_levels
 import torchext
 
+LEVELS = ["portable", "avx2", "avx512", "avx512_bf16", "amx", "neon"]
 REPORT = "import torchext; print(torchext.is_available('cpu').reason)"
 CALL = """
 import torch, torchext
@@ -54,24 +55,15 @@ def test_a_level_that_the_machine_lacks_is_an_error() -> None:
             assert message.endswith(f"(got {wanted}); unset it to use the best")
 
 
-ROOT = Path(__file__).parents[1]
-NUMERICS = [
-    *("quantize/test_quantize.py", "quantize/test_dequantize.py", "gemm/test_fp8_gemm.py"),
-    *("gemm/test_cpu_gemm.py", "gemm/test_grouped.py", "gemm/test_fused.py"),
-    *("activation/test_activation.py", "norm/test_norm_quantize.py", "norm/test_norm_backward.py"),
-]
+def test_the_lower_levels_are_listed_for_the_makefile() -> None:
+    """`make test-cpu-levels` runs the tests of ops at each of them."""
+    lower = cpu_levels.lower_levels()
+    assert lower == sorted(lower, key=LEVELS.index)
+    in_use = torchext.is_available("cpu").reason.rpartition(" ")[2]
+    assert in_use not in lower and ("portable" in lower or in_use == "portable")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("level", ["portable", "avx2", "avx512", "avx512_bf16", "amx", "neon"])
-def test_every_level_passes_the_tests_of_results(level: str) -> None:
-    reason = output(REPORT, TORCHEXT_CPU=level)
-    if "must name a level of this machine" in reason:
-        pytest.skip(f"this machine lacks {level}")
-    files = [f"tests/{name}" for name in NUMERICS]
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", *files],
-        env={**os.environ, "TORCHEXT_CPU": level},
-        check=False, cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stdout[-4000:]
+def test_a_library_that_lists_no_levels_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_levels, "answer", lambda level: "uses those for portable")
+    with pytest.raises(RuntimeError, match="must refuse TORCHEXT_CPU=none"):
+        cpu_levels.lower_levels()
