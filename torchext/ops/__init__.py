@@ -1,5 +1,6 @@
-"""The ops as typed functions: quantization to FP8, also fused with norms, FP8 GEMMs (dense, grouped
-and fused), and the product of an input that is not quantized with an FP8 weight.
+"""The ops as typed functions: quantization to FP8, also fused with norms, activations and their
+gradients, FP8 GEMMs (dense, grouped and fused), and the product of an input that is not quantized
+with an FP8 weight.
 
 Each function calls the op of the same name under `torch.ops.torchext`. The function raises
 ValueError and TypeError; the op itself, and so a compiled graph, can only raise a RuntimeError,
