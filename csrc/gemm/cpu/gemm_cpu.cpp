@@ -7,6 +7,7 @@
 //     on all threads: pack the rows            Level::pack
 //     on all threads: for each job             Level::multiply, then finish()
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdlib>
 #include <memory>
@@ -113,6 +114,20 @@ struct Job {
   int64_t column, columns;
 };
 
+// An FP16 row x as two rows of BF16, whose sum it is exactly: FP16 has 11 significant bits, BF16 8.
+// `part` is 0 for x rounded to BF16, and 1 for the rest.
+struct SplitHalf {
+  static void run(const uint16_t* x, int64_t count, int part, uint16_t* out) {
+    for (int64_t i = 0; i < count; ++i) {
+      const float value = Half::to_float(x[i]);
+      const uint16_t rounded = BFloat16::from_float(value);
+      const float rest = value - BFloat16::to_float(rounded);
+      const bool is_finite = (x[i] & 0x7c00) != 0x7c00;
+      out[i] = part == 0 ? rounded : is_finite ? BFloat16::from_float(rest) : uint16_t(0);
+    }
+  }
+};
+
 // Finishes rows of a product: out = total + bias (+ out). `first_out` is the output's first row.
 template <class Out>
 struct Finish {
@@ -138,14 +153,17 @@ class Multiplier {
   explicit Multiplier(const GemmProblem& p)
       : p_(p),
         a_(operand_a(p)),
-        level_(cpu_gemm::level_for(format_of(p.a_dtype), format_of(p.b_dtype))),
+        splits_(a_.format == Format::fp16 &&
+                multiplies_bf16(cpu_gemm::level_for(Format::bf16, format_of(p.b_dtype)))),
+        level_(cpu_gemm::level_for(splits_ ? Format::bf16 : a_.format, format_of(p.b_dtype))),
         gated_(is_gated(p.activation)) {}
 
   void run(const std::vector<Part>& parts) const {
-    std::vector<Block> blocks;
+    thread_local std::vector<Block> blocks;
+    blocks.clear();
     int64_t bytes = 0;
     for (const Part& part : parts) {
-      const Division division(part.rows.count, kJobRows);
+      const Division division(part.rows.count, splits_ ? kJobRows / 2 : kJobRows);
       for (int64_t i = 0; i < division.parts; ++i) {
         blocks.push_back({&part, part.rows.part(division.begin(i), division.begin(i + 1)), {}});
         bytes += packed_bytes(blocks.back());
@@ -159,11 +177,14 @@ class Multiplier {
   }
 
  private:
+  static bool multiplies_bf16(const Level& level) { return level.element_bytes == 2; }
+
+  int64_t packed_rows(const Block& block) const { return block.rows.count * (splits_ ? 2 : 1); }
   int64_t data_bytes(const Block& block) const {
-    return block.rows.count * block.part->k.segments() * Depth::kSegment * level_.element_bytes;
+    return packed_rows(block) * block.part->k.segments() * Depth::kSegment * level_.element_bytes;
   }
   int64_t packed_bytes(const Block& block) const {
-    const int64_t scales = block.rows.count * block.part->k.segments() * int64_t(sizeof(float));
+    const int64_t scales = packed_rows(block) * block.part->k.segments() * int64_t(sizeof(float));
     return round_up(data_bytes(block) + scales, 64);
   }
 
@@ -173,7 +194,7 @@ class Multiplier {
     const int64_t threads = torch::stable::get_num_threads();
     int64_t columns = kJobColumns;
     const bool few = std::all_of(blocks.begin(), blocks.end(), [&](const Block& block) {
-      return block.rows.count <= level_.few_rows;
+      return packed_rows(block) <= level_.few_rows;
     });
     if (few) columns = cpu_gemm::kFewColumns;
     while (columns > level_.panel &&
@@ -185,25 +206,30 @@ class Multiplier {
   void run(std::vector<Block>& blocks, int64_t bytes) const {
     thread_local Memory memory;
     char* at = memory.resized(bytes);
+    const int64_t width = out_columns(p_), step = job_columns(blocks, width);
+    const int64_t in_block = ceil_div(width, step), jobs = int64_t(blocks.size()) * in_block;
     int64_t work = 0;
+    double cycles = 0;  // a lower bound, on Zen 4
     for (Block& block : blocks) {
       block.packed = {at, reinterpret_cast<float*>(at + data_bytes(block))};
       at += packed_bytes(block);
-      work += block.rows.count * (block.part->k.end - block.part->k.begin);
+      const int64_t depth = block.part->k.end - block.part->k.begin;
+      work += packed_rows(block) * depth;
+      cycles += double(depth) * double(p_.n) * double(12 + 2 * packed_rows(block)) / 64;
     }
     pack(blocks, work);
 
-    const int64_t width = out_columns(p_), step = job_columns(blocks, width);
-    std::vector<Job> jobs;
-    for (const Block& block : blocks)
-      for (int64_t column = 0; column < width; column += step)
-        jobs.push_back({&block, column, std::min(step, width - column)});
-    constexpr double kProducts = 1 << 21;  // multiply-adds that are worth a thread
-    const double products = double(work) * double(p_.n) / double(jobs.size());  // of one job
-    const auto grain = int64_t(std::ceil(kProducts / std::max(products, 1.0)));
-    torch::stable::parallel_for(0, int64_t(jobs.size()), grain, [&](int64_t begin, int64_t end) {
+    // Threads take jobs one by one, because one that another process delays should take few.
+    constexpr double kCycles = 1 << 16;  // that are worth a thread
+    const int64_t threads = std::min({int64_t(torch::stable::get_num_threads()), jobs,
+                                      std::max<int64_t>(1, int64_t(cycles / kCycles))});
+    std::atomic<int64_t> next = 0;
+    torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
       const DefaultFloatingPoint environment;
-      for (int64_t i = begin; i < end; ++i) run(jobs[i]);
+      for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < jobs;) {
+        const int64_t column = i % in_block * step;
+        run({&blocks[i / in_block], column, std::min(step, width - column)});
+      }
     });
     memory.shrink();
   }
@@ -226,19 +252,34 @@ class Multiplier {
         });
   }
 
-  Division tiles_of(const Block& block) const { return level_.tiles(block.rows.count); }
+  Division tiles_of(const Block& block) const { return level_.tiles(packed_rows(block)); }
 
   // Packs tiles [begin, end).
   void pack(const Block& block, int64_t begin, int64_t end) const {
     const Division tiles = tiles_of(block);
     const Depth& k = block.part->k;
     for (int64_t t = begin; t < end; ++t) {
-      const int64_t row = tiles.begin(t), offset = row * k.segments();
-      level_.pack(
-          a_, block.rows.part(row, tiles.begin(t + 1)), k,
-          {static_cast<char*>(block.packed.data) + offset * Depth::kSegment * level_.element_bytes,
-           block.packed.scales + offset});
+      const int64_t row = tiles.begin(t), end = tiles.begin(t + 1), offset = row * k.segments();
+      const PackedRows to = {
+          static_cast<char*>(block.packed.data) + offset * Depth::kSegment * level_.element_bytes,
+          block.packed.scales + offset};
+      if (splits_)
+        pack_split(block, row, end, to);
+      else
+        level_.pack(a_, block.rows.part(row, end), k, to);
     }
+  }
+
+  // Packs rows [begin, end) of the split rows of a block, which is whole rows of a.
+  void pack_split(const Block& block, int64_t begin, int64_t end, const PackedRows& to) const {
+    thread_local Memory memory;
+    auto* rows = reinterpret_cast<uint16_t*>(memory.resized((end - begin) * p_.k * 2));
+    for (int64_t i = begin; i < end; ++i)
+      run_vectorized<SplitHalf>(
+          static_cast<const uint16_t*>(a_.data) + block.rows[i / 2] * a_.stride, p_.k, int(i % 2),
+          rows + (i - begin) * p_.k);
+    level_.pack({rows, p_.k, Format::bf16, nullptr, 0, 0, 1}, {0, end - begin}, block.part->k, to);
+    memory.shrink();
   }
 
   void run(const Job& job) const {
@@ -247,7 +288,7 @@ class Multiplier {
     const Operand b = operand_b(p_, part.group);
     Product product{};
     product.a = block.packed;
-    product.rows = block.rows.count;
+    product.rows = packed_rows(block);
     product.k = part.k;
     product.b = &b;
     product.columns[0] = {job.column, job.columns};
@@ -261,7 +302,20 @@ class Multiplier {
     product.total = reinterpret_cast<float*>(at);
     product.scratch = at + totals;
     level_.multiply(product);
+    if (splits_) join_split(product);
     finish(job, product);
+  }
+
+  // Adds the totals of the two rows that each row was split into. An infinite weight makes the
+  // second NaN if the rest of an x is 0; then the first is infinite, and is the result.
+  static void join_split(const Product& product) {
+    const int64_t stride = product.total_stride;
+    for (int64_t i = 0; i < product.rows / 2; ++i) {
+      const float* from = product.total + 2 * i * stride;
+      float* to = product.total + i * stride;
+      for (int64_t j = 0; j < stride; ++j)
+        to[j] = std::isfinite(from[j]) ? from[j] + from[stride + j] : from[j];
+    }
   }
 
   void finish(const Job& job, const Product& product) const {
@@ -298,6 +352,7 @@ class Multiplier {
 
   const GemmProblem& p_;
   const Operand a_;
+  const bool splits_;  // whether rows of a are FP16, and packed as two rows of BF16 each
   const Level& level_;
   const bool gated_;
 };
@@ -347,7 +402,8 @@ void check_counts(const GemmProblem& p) {
 }  // namespace
 
 void fp8_gemm_cpu(const GemmProblem& p) {
-  std::vector<Part> parts;
+  thread_local std::vector<Part> parts;
+  parts.clear();
   const auto add_rows = [&](const Rows& rows, int64_t group) {
     if (rows.count > 0) parts.push_back({rows, group, {0, p.k}, p.out});
   };

@@ -13,7 +13,8 @@
 namespace torchext::cpu_gemm {
 
 // The number format of an operand. Products with FP8 operands only, or with BF16, use BF16 dot
-// products where the level has them; FP16 and FP32 operands need FP32 products.
+// products where the level has them; FP16 and FP32 operands need FP32 products (but
+// gemm_cpu.cpp splits a row of FP16 into two of BF16).
 enum class Format { e4m3, e5m2, bf16, fp16, fp32 };
 
 // Rows of a matrix, by number: first, first + 1, ..., or what list[first], ... say.
