@@ -36,6 +36,9 @@ LINEAR = "csrc/gemm/mma/fp8_linear.cuh"
 GROUPS = "csrc/quantize/cuda/groups.cu"
 GROUP_TILES = "csrc/device/quantize_groups.cuh"
 BLOCKS = "csrc/quantize/cuda/blocks.cu"
+NORMS = "csrc/norm/cuda/norms.cu"
+NORM_GRADIENTS = "csrc/norm/cuda/gradients.cu"
+NORM_ROWS = "csrc/norm/cuda/norm.cuh"
 FORWARD = "csrc/activation/cuda/forward.cu"
 BACKWARD = "csrc/activation/cuda/backward.cu"
 
@@ -149,6 +152,21 @@ def _activation_gradient() -> tuple[torch.Tensor, ...]:
     return tuple(result for result in results if result is not None)
 
 
+def _norm() -> tuple[torch.Tensor, ...]:
+    """Two warps share a row."""
+    generator = torch.Generator().manual_seed(14)
+    x, residual = torch.randn(2, 20, 1100, generator=generator).bfloat16()
+    weight, bias = torch.randn(2, 1100, generator=generator)
+    return ops.layer_norm_quantize_1x128_dual(x, weight, bias, 1e-6, residual=residual)
+
+
+def _norm_gradient() -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(15)
+    grad, x = torch.randn(2, 130, 200, generator=generator).bfloat16()
+    weight, mean = torch.randn(200, generator=generator), torch.randn(130, generator=generator)
+    return ops.layer_norm_backward_quantize_1x128_dual(grad, x, weight, mean, mean.abs())
+
+
 def _along_k() -> tuple[torch.Tensor, ...]:
     """Groups along K whose ends lie inside a K block, so that some of its columns are masked."""
     generator = torch.Generator().manual_seed(9)
@@ -204,6 +222,8 @@ PROBLEMS = {
     "weights only": Problem(LINEAR_SOURCE, _linear, capability=80),
     "dual": Problem(GROUPS, _dual),
     "blocks": Problem(BLOCKS, _blocks),
+    "norm": Problem(NORMS, _norm),
+    "gradient of a norm": Problem(NORM_GRADIENTS, _norm_gradient),
     "activation": Problem(FORWARD, _activation),
     "activation gradient": Problem(BACKWARD, _activation_gradient),
 }
@@ -418,6 +438,19 @@ MUTANTS = [
            "sums.data[row_group * sums.stride + col + lane]", "sums.data[col + lane]"),
     Mutant("sums without the last row of tiles", "activation gradient", GROUP_TILES,
            "i < row_tiles; ++i) sum", "i + 1 < row_tiles; ++i) sum"),
+    Mutant("segments added before all warps have theirs", "norm", NORM_ROWS,
+           "  __syncthreads();\n  add(0);", "  add(0);"),
+    Mutant("segments overwritten while they are added", "norm", "csrc/norm/cuda/rows.cuh",
+           "    __syncthreads();  // the segments have been read\n", ""),
+    Mutant("last segment of a row left out", "norm", NORM_ROWS,
+           "(place.cols - col + kSegment - 1) / kSegment", "(place.cols - col) / kSegment"),
+    Mutant("runs of rows added before all warps have theirs", "gradient of a norm", NORM_GRADIENTS,
+           "runs[warp][lane * 17 + i] = sums.at[i];\n  __syncthreads();",
+           "runs[warp][lane * 17 + i] = sums.at[i];"),
+    Mutant("runs overwritten while they are added", "gradient of a norm", NORM_GRADIENTS,
+           "  __syncthreads();  // the runs have been read\n", ""),
+    Mutant("sums of the first 128 rows alone", "gradient of a norm", NORM_GRADIENTS,
+           "for (int64_t i = 1; i < count; ++i) sum", "for (int64_t i = 1; i < 1; ++i) sum"),
 ]  # fmt: skip
 
 
