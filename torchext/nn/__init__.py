@@ -1,5 +1,6 @@
 """Layers that train in FP8."""
 
 from .linear import Linear
+from .mlp import GEGLU, GELUMLP, ReLU2MLP, SwiGLU
 
-__all__ = ["Linear"]
+__all__ = ["GEGLU", "GELUMLP", "Linear", "ReLU2MLP", "SwiGLU"]

@@ -164,7 +164,7 @@ class Linear(torch.nn.Linear):
             opened = open_range("forward", self.recipe)
         try:
             quantized_weight = None if compiling else self._quantized_weight(weight, input)
-            out_dtype = _output_dtype(input)
+            out_dtype = output_dtype(input)
             if _needs_graph(input, weight, bias):
                 inputs = (input, weight, bias, self.recipe, out_dtype, quantized_weight)
                 y = LinearFunction.apply(*inputs) if compiling else apply_eagerly(*inputs)
@@ -243,7 +243,7 @@ def _needs_graph(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     )
 
 
-def _output_dtype(input: Tensor) -> torch.dtype:
+def output_dtype(input: Tensor) -> torch.dtype:
     device = "cuda" if input.is_cuda else "cpu" if input.is_cpu else None
     if device is not None and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)

@@ -90,7 +90,7 @@ def quantize_activation(
         return _quantize_and_keep(x, dtype, recipe)
     if recipe.granularity != "blockwise":
         return _quantize_coarsely(x, dtype, recipe, plain=plain, transposed=transposed)
-    options = _quantizer_options(dtype, recipe)
+    options = quantizer_options(dtype, recipe)
     if plain and transposed:
         return Operand(*_quantize_1x128_dual(x, **options))
     data, scale = _quantize_1x128(x, **options) if plain else (None, None)
@@ -110,7 +110,7 @@ def quantize_weight(
         if kept and transposed:
             return _quantize_and_keep(weight, dtype, recipe)
         return _quantize_coarsely(weight, dtype, recipe, plain=True, transposed=transposed)
-    options = _quantizer_options(dtype, recipe)
+    options = quantizer_options(dtype, recipe)
     if kept and transposed:
         data, scale, data_t = _quantize_128x128_kept(weight, **options)
         return Operand(data, scale, data_t, scale)
@@ -122,7 +122,7 @@ def quantize_weight(
 
 
 def _quantize_and_keep(x: Tensor, dtype: torch.dtype, recipe: Recipe) -> Operand:
-    options = _quantizer_options(dtype, recipe)
+    options = quantizer_options(dtype, recipe)
     return Operand(*_quantize_kept(x, GRANULARITIES.index(recipe.granularity), **options))
 
 
@@ -132,13 +132,13 @@ def _quantize_coarsely(
     # The transpose is quantized from x tensor-wise, too. That gives the values of `data`, in the
     # layout that GEMMs read.
     op = _quantize_rowwise if recipe.granularity == "rowwise" else _quantize_tensorwise
-    options = _quantizer_options(dtype, recipe)
+    options = quantizer_options(dtype, recipe)
     data, scale = op(x, **options) if plain else (None, None)
-    data_t, scale_t = op(_as_matrix(x).t(), **options) if transposed else (None, None)
+    data_t, scale_t = op(as_matrix(x).t(), **options) if transposed else (None, None)
     return Operand(data, scale, data_t, scale_t)
 
 
-def _quantizer_options(dtype: torch.dtype, recipe: Recipe) -> dict[str, Any]:
+def quantizer_options(dtype: torch.dtype, recipe: Recipe) -> dict[str, Any]:
     # Defaults are omitted: the dispatcher takes up to a microsecond for each keyword argument.
     options: dict[str, Any] = {}
     if dtype is not torch.float8_e4m3fn:
@@ -150,7 +150,7 @@ def _quantizer_options(dtype: torch.dtype, recipe: Recipe) -> dict[str, Any]:
 
 def _product(*operands: Tensor | None, out_dtype: torch.dtype) -> Tensor:
     """The GEMM of a, a_scale, b, b_scale and, unless it is omitted or None, bias."""
-    if out_dtype is torch.bfloat16:  # the default, see _quantizer_options
+    if out_dtype is torch.bfloat16:  # the default, see quantizer_options
         return _fp8_gemm_nt(*operands)
     return _fp8_gemm_nt(*operands, out_dtype=out_dtype)
 
@@ -167,14 +167,14 @@ def _product_with_saved(
     return _product(a, a_scale, *laid_out(b, b_scale), out_dtype=out_dtype)
 
 
-def _as_matrix(x: Tensor) -> Tensor:
+def as_matrix(x: Tensor) -> Tensor:
     """x [..., K] as [M, K]."""
     return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def _foldable(x: Tensor) -> Tensor:
     """x if its rows are known to fold, as the ops require, else x as a matrix."""
-    return x if x.dim() == 2 or x.is_contiguous() else _as_matrix(x)
+    return x if x.dim() == 2 or x.is_contiguous() else as_matrix(x)
 
 
 def linear(
@@ -237,7 +237,7 @@ def wide_dgrad(dy: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 def wide_wgrad(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     """dy.T @ x over all rows of dy [..., N] and x [..., K], in the dtype of dy, as `dtype`."""
-    return (_as_matrix(dy).t() @ _as_matrix(x).to(dy.dtype)).to(dtype)
+    return (as_matrix(dy).t() @ as_matrix(x).to(dy.dtype)).to(dtype)
 
 
 class LinearFunction(torch.autograd.Function):
@@ -283,7 +283,7 @@ class LinearFunction(torch.autograd.Function):
         try:
             if torch.is_grad_enabled() and not compiling:  # create_graph=True
                 with torch.no_grad():
-                    return _differentiable_once(grad, _gradients(ctx, grad))
+                    return differentiable_once(grad, _gradients(ctx, grad))
             return _gradients(ctx, grad)
         except RuntimeError as error:
             raise named_after_layer(error) from None
@@ -329,7 +329,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 def gradient_of_bias(dy: Tensor, dtype: torch.dtype) -> Tensor:
     """The sum over all rows of dy [..., N], computed in FP32 and rounded to `dtype`."""
-    return _as_matrix(dy).sum(0, dtype=torch.float32).to(dtype)
+    return as_matrix(dy).sum(0, dtype=torch.float32).to(dtype)
 
 
 def refuse_second_gradient() -> NoReturn:
@@ -352,7 +352,7 @@ class _SecondGradient(torch.autograd.Function):
         refuse_second_gradient()
 
 
-def _differentiable_once(dy: Tensor, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+def differentiable_once(dy: Tensor, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
     # Without an autograd graph the gradients would count as constants, and a penalty on them would
     # silently train nothing. The anchor gives them a graph even if dy is constant. Multiplying each
     # by `one`, unlike one function of all of them, also works for batched gradients.

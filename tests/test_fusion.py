@@ -1,0 +1,250 @@
+"""MLPs of any class are recognized by what they compute, fused in place, and given back."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from support.linear_testing import gradient
+from torchext._fusion import FusedMLP, MLPRoles, fuse_, recognize_mlp, unfuse_
+from torchext.nn import Linear
+
+
+class Llama(nn.Module):
+    """As in transformers: gate_proj, up_proj, down_proj and an activation module."""
+
+    def __init__(self, activation: nn.Module | None = None, bias: bool = False) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(160, 256, bias)
+        self.up_proj = nn.Linear(160, 256, bias)
+        self.down_proj = nn.Linear(256, 160, bias)
+        self.act_fn = activation or nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Titan(nn.Module):
+    """As in torchtitan: w1, w2, w3, in this order, and a functional activation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(160, 256, bias=False)
+        self.w2 = nn.Linear(256, 160, bias=False)
+        self.w3 = nn.Linear(160, 256, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class Square(nn.Module):
+    """All sizes are equal, so that only a call tells which layer comes first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Linear(160, 160)
+        self.first = nn.Linear(160, 160)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(F.relu(self.first(x)).square())
+
+
+class WithDropout(Llama):
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(p)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(super().forward(x))
+
+
+RECOGNIZED = {
+    "Llama": (Llama(), "silu_mul", None, ("gate_proj", "up_proj", "down_proj")),
+    "with biases": (Llama(bias=True), "silu_mul", None, ("gate_proj", "up_proj", "down_proj")),
+    "Gemma": (Llama(nn.GELU("tanh")), "gelu_mul", True, ("gate_proj", "up_proj", "down_proj")),
+    "GEGLU": (Llama(nn.GELU()), "gelu_mul", False, ("gate_proj", "up_proj", "down_proj")),
+    "torchtitan": (Titan(), "silu_mul", None, ("w1", "w3", "w2")),
+    "square": (Square(), "relu2", None, ("first", "last")),
+    "a sequence": (
+        nn.Sequential(nn.Linear(96, 384), nn.GELU(), nn.Dropout(0), nn.Linear(384, 96)),
+        "gelu",
+        False,
+        ("0", "3"),
+    ),
+    "dropout of nothing": (WithDropout(0), "silu_mul", None, ("gate_proj", "up_proj", "down_proj")),
+}
+
+
+@pytest.mark.parametrize("module, activation, tanh, layers", RECOGNIZED.values(), ids=RECOGNIZED)
+@pytest.mark.parametrize("training", [True, False])
+def test_recognized(module, activation, tanh, layers, training):
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    state = torch.get_rng_state()
+    assert recognize_mlp(module.train(training)) == MLPRoles(layers, activation, tanh)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(m.training is training for m in module.modules())
+    assert all(torch.equal(t, before[name]) for name, t in module.state_dict().items())
+
+
+def test_recognized_without_memory():
+    with torch.device("meta"):
+        module = Llama()
+    assert recognize_mlp(module) == MLPRoles(
+        ("gate_proj", "up_proj", "down_proj"), "silu_mul", None
+    )
+
+
+class Clamped(Llama):
+    def forward(self, x: Tensor) -> Tensor:
+        gate = self.gate_proj(x).clamp(max=7)
+        return self.down_proj(F.silu(gate) * self.up_proj(x))
+
+
+class Scaled(Llama):
+    def forward(self, x: Tensor) -> Tensor:
+        return 0.5 * super().forward(x)
+
+
+class Residual(Llama):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x)
+
+
+class MixesTokens(Llama):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.roll(1, dims=-2))
+
+
+class MoreParameters(Llama):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(160))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.scale
+
+
+class NeedsMore(Llama):
+    def forward(self, x: Tensor, router: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x)
+
+
+class ReturnsTuple(Llama):
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return super().forward(x), None
+
+
+OTHERS = {
+    "dropout": WithDropout(0.1),
+    "clamp": Clamped(),
+    "scaled": Scaled(),
+    "residual": Residual(),
+    "mixes tokens": MixesTokens(),
+    "more parameters": MoreParameters(),
+    "two inputs": NeedsMore(),
+    "a tuple": ReturnsTuple(),
+    "another activation": Llama(nn.Mish()),
+    "no activation": nn.Sequential(nn.Linear(96, 384), nn.Linear(384, 96)),
+    "one layer": nn.Sequential(nn.Linear(96, 384), nn.SiLU()),
+    "norm between": nn.Sequential(
+        nn.Linear(96, 384),
+        nn.GELU(),
+        nn.LayerNorm(384, elementwise_affine=False),
+        nn.Linear(384, 96),
+    ),
+    "other shapes": nn.Sequential(nn.Linear(96, 384), nn.Linear(96, 384), nn.Linear(96, 384)),
+}
+
+
+@pytest.mark.parametrize("module", OTHERS.values(), ids=OTHERS)
+def test_left_alone(module):
+    assert recognize_mlp(module) is None
+
+
+def test_replaced_forward_is_left_alone():
+    module = Llama()
+    module.forward = lambda x: x  # type: ignore[method-assign, assignment]
+    assert recognize_mlp(module) is None
+
+
+# ---- fusing in place ----
+
+
+def fused(module: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    module = copy.deepcopy(module)
+    roles = recognize_mlp(module)
+    assert roles is not None
+    for child in module.children():
+        if isinstance(child, nn.Linear):
+            Linear.convert_(child)
+    fuse_(module, roles, "bf16")
+    return module
+
+
+@pytest.mark.parametrize("name", RECOGNIZED)
+def test_fused_equals_separate_layers(name):
+    """Values lie in FP32, so that PyTorch's activations round as the fused kernels do, nearly."""
+    module = fused(RECOGNIZED[name][0])
+    separate = copy.deepcopy(module)
+    unfuse_(separate)
+    width = next(module.parameters()).shape[1]
+    x = torch.randn(2, 40, width)
+    ys = []
+    for layer in (module, separate):
+        leaf = x.clone().requires_grad_()
+        y = layer(leaf)
+        y.square().sum().backward()
+        ys.append([y, gradient(leaf), *map(gradient, layer.parameters())])
+    for mine, theirs in zip(*ys, strict=True):
+        assert (mine - theirs).abs().max() < 0.02 * theirs.abs().max()
+
+
+def test_class_and_state_stay():
+    original = Llama()
+    module = fused(original)
+    assert isinstance(module, Llama) and isinstance(module, FusedMLP)
+    assert type(module).__name__ == "Llama" and type(module).__qualname__ == "Llama"
+    assert list(module.state_dict()) == list(original.state_dict())
+    assert repr(module).startswith("Llama(\n  (gate_proj): Linear(")
+    unfuse_(module)
+    assert type(module) is Llama and "fused_roles" not in vars(module)
+
+
+def test_copies_pickles_and_files():
+    module = fused(Llama())
+    x = torch.randn(5, 160)
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module)), loaded):
+        assert type(twin) is type(module)
+        assert torch.equal(twin(x), module(x))
+
+
+def test_calls_with_a_keyword_or_a_hook_run_the_class():
+    module = fused(Llama())
+    x = torch.randn(5, 160)
+    assert torch.equal(module(x=x), Llama.forward(module, x))  # type: ignore[arg-type]
+    module.up_proj.register_forward_hook(lambda *_: None)  # type: ignore[union-attr, operator]
+    assert torch.equal(module(x), Llama.forward(module, x))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="forward"):
+        module(x, x)
+
+
+def test_compiled_and_traced():
+    module = fused(Llama())
+    x = torch.randn(5, 160)
+    torch._dynamo.reset()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    separate = Llama.forward(module, x)  # type: ignore[arg-type]
+    assert torch.equal(compiled(x), separate)
+    assert torch.equal(torch.fx.symbolic_trace(module)(x), separate)
+    assert torch.export.export(module, (x,)).module()(x).shape == x.shape

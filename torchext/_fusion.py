@@ -1,0 +1,202 @@
+"""Finds MLPs in a model by what they compute, and runs them fused, in place.
+
+A candidate is a module whose only parameters are those of two or three linear layers with the
+shapes of an MLP. A copy of it with small random layers is called in float64. If the result is that
+of an MLP with one of the known activations, then the module computes it for all weights: its class
+does not matter, nor do the names of its layers. Dropout, a residual, a clamp or another factor give
+another result, and the module is left alone.
+
+A fused module gets a subclass of its class with the same name. Its forward calls the fused MLP or,
+where that cannot run (hooks, torch.compile, ...), the forward of its class. Parameters and
+`state_dict` do not change.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+import logging
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .nn.mlp import fused_mlp
+from .ops.mlp_function import Save
+
+_log = logging.getLogger("torchext")
+
+
+class MLPRoles(NamedTuple):
+    """Which children of a module are the projections of an MLP, and its activation.
+
+    Attributes:
+        layers: the children's names: the gate's (if there is a gate), up's, down's.
+        activation, tanh_approximation: as in torchext.ops.mlp_function.MLP.
+    """
+
+    layers: tuple[str, ...]
+    activation: str
+    tanh_approximation: bool | None
+
+
+_ACTIVATIONS: dict[tuple[str, bool | None], Callable[[Tensor], Tensor]] = {
+    ("silu", None): F.silu,
+    ("gelu", False): F.gelu,
+    ("gelu", True): functools.partial(F.gelu, approximate="tanh"),
+    ("relu2", None): lambda x: F.relu(x).square(),
+}
+_WITH_GATE = ("silu", "gelu")
+
+
+def recognize_mlp(module: torch.nn.Module) -> MLPRoles | None:
+    """The roles of the module's linear layers if it computes an MLP, else None."""
+    linears = {n: m for n, m in module.named_children() if isinstance(m, torch.nn.Linear)}
+    if not 2 <= len(linears) <= 3 or "forward" in vars(module):
+        return None
+    theirs = {id(p) for linear in linears.values() for p in linear.parameters()}
+    if any(id(p) not in theirs for p in module.parameters()):
+        return None
+    orders = [
+        names
+        for names in itertools.permutations(linears)
+        if _has_shapes_of_mlp([linears[name].weight for name in names])
+    ]
+    if not orders:
+        return None
+    probe = _Probe(module, linears)
+    results = probe.results()
+    if results is None:
+        return None
+    for names in orders:
+        for (activation, tanh), function in _ACTIVATIONS.items():
+            gated = len(names) == 3
+            if (not gated or activation in _WITH_GATE) and probe.agrees(names, function, results):
+                return MLPRoles(names, f"{activation}_mul" if gated else activation, tanh)
+    return None
+
+
+def _has_shapes_of_mlp(weights: list[Tensor]) -> bool:
+    *before, down = weights
+    return all(
+        weight.shape == before[0].shape and weight.shape[0] == down.shape[1] for weight in before
+    )
+
+
+class _Probe:
+    """A copy of a module with small random linear layers, all of one size, in float64."""
+
+    _SIZE = 6
+    _SCALES = (1, 30)  # of the input: a clamp shows only where values are large
+
+    def __init__(self, module: torch.nn.Module, linears: dict[str, torch.nn.Linear]) -> None:
+        generator = torch.Generator().manual_seed(0)
+
+        def random(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+        self.layers = {}
+        for name, linear in linears.items():
+            layer = torch.nn.Linear(1, 1, linear.bias is not None, "meta")  # initializes nothing
+            layer.weight = torch.nn.Parameter(random(self._SIZE, self._SIZE) / self._SIZE**0.5)
+            if linear.bias is not None:
+                layer.bias = torch.nn.Parameter(random(self._SIZE))
+            self.layers[name] = layer
+        self.module = copy.copy(module)
+        self.module._modules = {
+            name: self.layers.get(name) or copy.deepcopy(child)
+            for name, child in module._modules.items()
+        }
+        self.module.train()  # so that dropout shows
+        self.inputs = [scale * random(2, 3, self._SIZE) for scale in self._SCALES]
+
+    def results(self) -> list[Tensor] | None:
+        """What the module returns for each input; None if it does not take one tensor and return
+        one of the same shape."""
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                ys = [type(self.module).forward(self.module, x) for x in self.inputs]
+        except Exception as error:  # of any class: the module may need other inputs
+            _log.debug("%s is no MLP: %r", type(self.module).__name__, error)
+            return None
+        fits = all(
+            isinstance(y, Tensor) and y.shape == x.shape
+            for y, x in zip(ys, self.inputs, strict=True)
+        )
+        return ys if fits else None
+
+    def agrees(
+        self, names: tuple[str, ...], function: Callable[[Tensor], Tensor], results: list[Tensor]
+    ) -> bool:
+        """Whether the results are those of an MLP with the layers in this order."""
+        *before, down = (self.layers[name] for name in names)
+        with torch.no_grad():
+            for x, y in zip(self.inputs, results, strict=True):
+                activated = function(before[0](x))
+                if len(before) == 2:
+                    activated = activated * before[1](x)
+                expected = down(activated)
+                if (y.to(expected) - expected).abs().max() > 1e-5 * expected.abs().max():
+                    return False
+        return True
+
+
+class FusedMLP:
+    """Base of the subclasses that fused modules get.
+
+    Attributes:
+        fused_roles: of its children.
+        fused_save: as `save` of torchext.nn.SwiGLU.
+    """
+
+    fused_roles: MLPRoles
+    fused_save: Save
+
+
+@functools.cache
+def _fused_class(cls: type[torch.nn.Module]) -> type[torch.nn.Module]:
+    @functools.wraps(cls.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if len(args) == 1 and not kwargs:
+            names, activation, tanh_approximation = self.fused_roles
+            layers = [self._modules[name] for name in names]
+            y = fused_mlp(layers, activation, tanh_approximation, self.fused_save, args[0])
+            if y is not None:
+                return y
+        return cls.forward(self, *args, **kwargs)
+
+    def reduce(self: Any, protocol: Any) -> Any:  # a class made here cannot be imported
+        state = super(fused, self).__reduce_ex__(2)[2]
+        return _new_fused, (cls,), state
+
+    members = {
+        "__doc__": cls.__doc__,
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+        "__reduce_ex__": reduce,
+        "forward": forward,
+    }
+    fused = type(cls.__name__, (FusedMLP, cls), members)
+    return fused
+
+
+def _new_fused(cls: type[torch.nn.Module]) -> torch.nn.Module:
+    fused = _fused_class(cls)
+    return fused.__new__(fused)
+
+
+def fuse_(module: torch.nn.Module, roles: MLPRoles, save: Save) -> None:
+    """Makes a module that recognize_mlp recognized run fused."""
+    module.__class__ = _fused_class(type(module))
+    module.fused_roles = roles  # type: ignore[assignment]
+    module.fused_save = save  # type: ignore[assignment]
+
+
+def unfuse_(module: torch.nn.Module) -> None:
+    """Undoes `fuse_`."""
+    module.__class__ = type(module).__bases__[1]
+    for name in FusedMLP.__annotations__:
+        del module.__dict__[name]

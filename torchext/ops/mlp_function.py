@@ -1,0 +1,249 @@
+"""A whole MLP as one autograd function, with FP8 between its GEMMs, forward and backward.
+
+    wide  [M, W] = x @ w.T + b        what the activation reads: the results of gate and up side by
+                                      side (W = 2 I), or of up alone (W = I)
+    h     [M, I] = activation(wide)   quantized as it is computed
+    y     [M, N] = h @ down.T + b
+
+Backward goes through these steps from last to first. It stores neither h nor the gradient of
+`wide`: one kernel computes both from the gradient of h, and quantizes them as the GEMMs for the
+gradients of weights and of x read them.
+
+Bytes kept for backward, for each row of x with K elements (three FP8 layers with SwiGLU in BF16
+between them keep K + 9 I):
+
+    save="bf16"       K + 2 W   `wide` as it was computed, in BF16 (FP32 takes 4 W)
+    save="fp8"        K + W     `wide` with 1x128 scales, as DeepSeek-V3 does
+    save="recompute"  2 K       x, from which backward computes `wide` again, to the same bits
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._dispatch.declaration import DECLARATIONS
+from .._dispatch.layout import GROUP, ceil_div, laid_out
+from ..recipe import Recipe
+from . import activation as _activation  # noqa: F401  (declares the ops)
+from .linear_function import (
+    Operand,
+    differentiable_once,
+    gradient_of_bias,
+    quantize_activation,
+    quantize_weight,
+    quantizer_options,
+)
+from .shared_input import quantized_once
+
+Save = Literal["bf16", "fp8", "recompute"]
+
+
+def _op(name: str) -> Any:
+    return DECLARATIONS[name].handles.op
+
+
+_dequantize = DECLARATIONS["dequantize"].handles.alias
+_quantize_1x128 = _op("quantize_1x128")
+_fp8_gemm_nt = DECLARATIONS["fp8_gemm_nt"].handles.alias
+_write_fp8_gemm_nt = torch.ops.torchext._fp8_gemm_nt.out
+
+
+class MLP(NamedTuple):
+    """What an MLP computes, without its tensors.
+
+    Attributes:
+        activation: "silu_mul", "gelu_mul", "gelu" or "relu2"; `_mul`: of the gate, times up.
+        tanh_approximation: of GELU; None for other activations.
+        recipe: a blockwise recipe.
+        out_dtype: of `wide` and y.
+        save: what is kept for backward.
+    """
+
+    activation: str
+    tanh_approximation: bool | None
+    recipe: Recipe
+    out_dtype: torch.dtype
+    save: Save
+
+    @property
+    def is_gated(self) -> bool:
+        return self.activation.endswith("_mul")
+
+    def options(self, dtype: torch.dtype) -> dict[str, Any]:
+        """Keyword arguments of the activation's ops."""
+        options = quantizer_options(dtype, self.recipe)
+        if self.tanh_approximation is not None:
+            options["tanh_approximation"] = self.tanh_approximation
+        return options
+
+
+def mlp(
+    config: MLP, operands: list[Operand], biases: list[Tensor | None], q_x: Operand
+) -> tuple[Tensor, Tensor]:
+    """y [M, N], and `wide` [M, W].
+
+    Args:
+        config: what to compute. If it is gated, I is a multiple of 128.
+        operands: the quantized weights of gate and up, or of up, and then of down.
+        biases: their biases.
+        q_x: x [M, K], quantized.
+    """
+    wide = _wide(config, operands[:-1], biases[:-1], q_x)
+    h, h_scale = _activated(config, "", wide)
+    down = operands[-1]
+    y = _fp8_gemm_nt(h, h_scale, down.data, down.scale, biases[-1], config.out_dtype)
+    return y, wide
+
+
+def _wide(
+    config: MLP, operands: list[Operand], biases: Sequence[Tensor | None], q_x: Operand
+) -> Tensor:
+    x, x_scale = q_x.data, q_x.scale
+    assert x is not None
+    sizes = [operand.data.shape[0] for operand in operands if operand.data is not None]
+    wide = x.new_empty((x.shape[0], sum(sizes)), dtype=config.out_dtype)
+    for part, operand, bias in zip(wide.split(sizes, 1), operands, biases, strict=True):
+        _write_fp8_gemm_nt(x, x_scale, operand.data, operand.scale, out=part, bias=bias)
+    return wide
+
+
+def _activated(config: MLP, layout: str, wide: Tensor, scale: Tensor | None = None) -> Any:
+    """activation(wide), quantized; `layout` as in the names of the quantizers."""
+    if scale is not None:
+        wide = _dequantize(wide, scale, torch.float32)
+    op = _op(f"{config.activation}_quantize_1x128{layout}")
+    return op(wide, **config.options(config.recipe.input_dtype))
+
+
+class MLPFunction(torch.autograd.Function):
+    """`mlp` with gradients for x and all parameters.
+
+    apply(x [M, K], config, operands, weight, bias, weight, bias, ...), with the parameters in the
+    order of the operands. An operand is None where the weight is to be quantized here.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        x, config, given, *parameters = inputs
+        weights, biases = parameters[::2], parameters[1::2]
+        needs_x, _, _, *needs = ctx.needs_input_grad
+        needs_weights, needs_biases = needs[::2], needs[1::2]
+        ctx.needs_wide = needs_x or any(needs_weights[:-1]) or any(needs_biases[:-1])
+        transposed = [*(needs_x for _ in weights[:-1]), ctx.needs_wide]
+        operands = [
+            operand or quantize_weight(weight, config.recipe, transposed=needed)
+            for operand, weight, needed in zip(given, weights, transposed, strict=True)
+        ]
+        recipe = config.recipe
+        needs_x_t = any(needs_weights[:-1])
+        q_x = quantized_once(
+            x,
+            recipe,
+            transposed=needs_x_t,
+            quantize=lambda: quantize_activation(
+                x, recipe.input_dtype, recipe, plain=True, transposed=needs_x_t
+            ),
+        )
+        y, wide = mlp(config, operands, biases, q_x)
+        keeps_wide = ctx.needs_wide or needs_weights[-1]
+        kept_wide: list[Tensor | None] = []
+        if keeps_wide and config.save == "bf16":
+            kept_wide = [wide]
+        elif keeps_wide and config.save == "fp8":
+            options = quantizer_options(recipe.input_dtype, recipe)
+            kept_wide = [*_quantize_1x128(wide, **options)]
+        elif keeps_wide:
+            kept_wide = [q_x.data, q_x.scale]
+            for operand, bias in zip(operands[:-1], biases[:-1], strict=True):
+                kept_wide += [operand.data, operand.scale, bias]
+        kept_x = [q_x.data_t, q_x.scale_t] if needs_x_t else [None, None]
+        kept_weights = [
+            part
+            for operand, needed in zip(operands, transposed, strict=True)
+            for part in ((operand.data_t, operand.scale_t) if needed else (None, None))
+        ]
+        ctx.save_for_backward(*kept_x, *kept_weights, *kept_wide)
+        ctx.config = config
+        ctx.dtypes = [x.dtype, *(None if p is None else p.dtype for p in parameters)]
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # create_graph=True
+            with torch.no_grad():
+                return differentiable_once(grads[0], _gradients(ctx, grads[0]))
+        return _gradients(ctx, grads[0])
+
+
+def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    config: MLP = ctx.config
+    recipe = config.recipe
+    needs_x, _, _, *needs = ctx.needs_input_grad
+    x_dtype, *dtypes = ctx.dtypes
+    projections = len(needs) // 2 - 1  # before the activation
+    needs_weight, needs_bias = needs[::2], needs[1::2]
+    gradients: list[Tensor | None] = [None] * len(needs)  # of the parameters
+    dx = None
+
+    x_t_data, x_t_scale, *saved = ctx.saved_tensors
+    x_t = x_t_data, x_t_scale
+    weights_t = [saved[2 * i : 2 * i + 2] for i in range(projections + 1)]
+    q_dy = quantize_activation(
+        dy, recipe.grad_dtype, recipe, plain=ctx.needs_wide, transposed=needs_weight[-1]
+    )
+    if needs_bias[-1]:
+        gradients[-1] = gradient_of_bias(dy, dtypes[-1])
+    if ctx.needs_wide or needs_weight[-1]:
+        wide, wide_scale = _saved_wide(config, saved[2 * len(weights_t) :])
+    if ctx.needs_wide:
+        options = config.options(recipe.grad_dtype)
+        options["gate_up_scale" if config.is_gated else "x_scale"] = wide_scale
+        options["bias_grad"] = any(needs_bias[:-1])
+        if needs_weight[-1]:
+            options["activation_dtype"] = recipe.input_dtype
+        dh = _product(q_dy.data, q_dy.scale, weights_t[-1], config.out_dtype)
+        op = _op(f"{config.activation}_backward_quantize_1x128_dual")
+        data, scale, data_t, scale_t, bias_grad, *h_t = op(dh, wide, **options)
+        width = data.shape[1] // projections
+        parts = [slice(i * width, (i + 1) * width) for i in range(projections)]
+        if needs_x:
+            dx = dy.new_empty((dy.shape[0], weights_t[0][0].shape[0]), dtype=x_dtype)
+            for i, part in enumerate(parts):
+                groups = slice(part.start // GROUP, ceil_div(part.stop, GROUP))
+                operands = (data[:, part], scale[:, groups], *laid_out(*weights_t[i]))
+                _write_fp8_gemm_nt(*operands, out=dx, accumulate=i > 0)
+        for i, part in enumerate(parts):
+            if needs_weight[i]:
+                dw = _product(data_t[part], scale_t[part], x_t, dtypes[2 * i])
+                gradients[2 * i] = dw
+            if needs_bias[i]:
+                gradients[2 * i + 1] = bias_grad[part].to(dtypes[2 * i + 1])
+    elif needs_weight[-1]:
+        h_t = _activated(config, "_t", wide, wide_scale)
+    if needs_weight[-1]:
+        gradients[-2] = _product(q_dy.data_t, q_dy.scale_t, h_t, dtypes[-2])
+    return dx, None, None, *gradients
+
+
+def _product(
+    a: Tensor | None, a_scale: Tensor | None, b: Sequence[Tensor], out_dtype: torch.dtype
+) -> Tensor:
+    """The GEMM with an operand b, which may have been copied since it was saved."""
+    return _fp8_gemm_nt(a, a_scale, *laid_out(*b), None, out_dtype)
+
+
+def _saved_wide(config: MLP, saved: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """`wide` from what forward kept, and its scales if it was kept in FP8."""
+    if config.save == "bf16":
+        return saved[0], None
+    if config.save == "fp8":
+        return laid_out(*saved)
+    x = Operand(*laid_out(*saved[:2]), None, None)
+    projections = [saved[i : i + 3] for i in range(2, len(saved), 3)]
+    operands = [Operand(*laid_out(*weight), None, None) for *weight, _ in projections]
+    biases = [bias for *_, bias in projections]
+    return _wide(config, operands, biases, x), None
