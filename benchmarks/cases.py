@@ -312,7 +312,7 @@ def goal_cases() -> list[Case]:
             for shape in STEPS
             for dtype, peer in dtypes
         ),
-        Case("training", STEP, "demo", "", (16, 128, 192), 0, peers=("fp32",)),
+        Case("training", STEP, "demo", "", (16, 128, 256), 0, peers=("fp32",)),
     ]  # fmt: skip
 
 

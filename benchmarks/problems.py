@@ -542,7 +542,7 @@ class TrainingProblem(Problem):
 
         super().__init__(case, device)
         batch, length, width = case.shape
-        self.model = ByteTransformer(width, max_length=length).to(device)
+        self.model = ByteTransformer(width).to(device)
         self.tokens = torch.randint(256, (batch, length + 1), device=device)
 
     @cached_property

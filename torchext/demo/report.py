@@ -10,36 +10,32 @@ from ..convert import ConversionResult
 from .train import Run
 
 
-def gap(reference: Run, fp8: Run) -> float:
-    """By what fraction the final held-out loss of `fp8` is higher; negative if it is lower."""
+def gap(reference: Run, other: Run) -> float:
+    """By what fraction the final held-out loss of `other` is higher; negative if it is lower."""
     last = max(reference.held_out)
-    return fp8.held_out[last] / reference.held_out[last] - 1
+    return other.held_out[last] / reference.held_out[last] - 1
 
 
-def table(reference: Run, fp8: Run, conversion: ConversionResult, device: torch.device) -> str:
+def table(
+    fp32: Run, bf16: Run, fp8: Run, conversion: ConversionResult, device: torch.device
+) -> str:
     """The comparison, as text."""
-    rows = [("held-out loss after", reference.name, fp8.name, "difference")]
-    for step, loss in reference.held_out.items():
-        other = fp8.held_out[step]
-        rows.append((f"{step} steps", f"{loss:.4f}", f"{other:.4f}", f"{other / loss - 1:+.2%}"))
-    rows.append(("", "", "", ""))
-    rows.append(
-        (
-            "saved for backward",
-            f"{reference.saved_bytes / 2**20:.1f} MiB",
-            f"{fp8.saved_bytes / 2**20:.1f} MiB",
-            f"{fp8.saved_bytes / reference.saved_bytes - 1:+.1%}",
-        )
-    )
-    rows.append(
-        (
-            "training time",
-            f"{reference.seconds:.1f} s",
-            f"{fp8.seconds:.1f} s",
-            f"{fp8.seconds / reference.seconds:.2f} x",
-        )
-    )
-    lines = [f"{a:<24}{b:>12}{c:>12}{d:>12}".rstrip() for a, b, c, d in rows]
+    runs = (fp32, bf16, fp8)
+    rows = [("held-out loss after", *(run.name for run in runs), "fp8 to fp32", "fp8 to bf16")]
+
+    def add(label: str, values: list[float], form: str, change: str) -> None:
+        *others, mine = values
+        differences = (f"{mine / value - 1:{change}}" for value in others)
+        rows.append((label, *(form.format(value) for value in values), *differences))
+
+    for step in fp32.held_out:
+        add(f"{step} steps", [run.held_out[step] for run in runs], "{:.4f}", "+.2%")
+    rows.append(("",) * 6)
+    saved = [run.saved_bytes / 2**20 for run in runs]
+    add("saved for backward", saved, "{:.1f} MiB", "+.1%")
+    add("kernels of one step", [run.kernels for run in runs], "{:.0f}", "+.1%")
+    add("training time", [run.seconds for run in runs], "{:.1f} s", "+.1%")
+    lines = [(f"{row[0]:<20}" + "".join(f"{cell:>13}" for cell in row[1:])).rstrip() for row in rows]
     calls = ", ".join(f"{name} x {count}" for name, count in sorted(fp8.op_calls.items()))
     lines += ["", str(conversion), "", f"torchext kernels of one step, on {_where(device)}:"]
     return "\n".join([*lines, f"  {calls}"])
@@ -52,8 +48,9 @@ def _where(device: torch.device) -> str:
     return f"{properties.name} (sm_{properties.major}{properties.minor})"
 
 
-def draw(reference: Run, fp8: Run, path: Path) -> None:
-    """Draws both runs' losses and, below, their gap, which is too small to see in the losses.
+def draw(fp32: Run, bf16: Run, fp8: Run, path: Path) -> None:
+    """Draws the runs' losses and, below, the gaps to FP32, which are too small to see in the
+    losses.
 
     Writes a PNG. Raises ModuleNotFoundError without matplotlib.
     """
@@ -61,18 +58,18 @@ def draw(reference: Run, fp8: Run, path: Path) -> None:
 
     figure = Figure(figsize=(8, 6), dpi=150, layout="constrained")
     losses, gaps = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    steps = list(reference.held_out)
-    for run, color, style in ((reference, "tab:blue", "-"), (fp8, "tab:orange", "--")):
+    steps = list(fp32.held_out)
+    styles = ("tab:blue", "-"), ("tab:green", "-."), ("tab:orange", "--")
+    for run, (color, style) in zip((fp32, bf16, fp8), styles, strict=True):
         losses.plot(_smooth(run.losses), style, color=color, alpha=0.4, linewidth=1)
         held_out = list(run.held_out.values())
         label = f"{run.name}: {held_out[-1]:.4f} at the end"
         losses.plot(steps, held_out, style, color=color, marker="o", markersize=4, label=label)
-    losses.set(ylabel="loss, nats per byte", title="One byte-level transformer, trained twice")
+        percent = [100 * (run.held_out[step] / fp32.held_out[step] - 1) for step in steps]
+        gaps.plot(steps, percent, style, color=color, marker="o", markersize=4)
+    losses.set(ylabel="loss, nats per byte", title="One byte-level transformer, trained three times")
     losses.legend(title="held out (faint: training)")
-    percent = [100 * (fp8.held_out[step] / reference.held_out[step] - 1) for step in steps]
-    gaps.plot(steps, percent, color="tab:orange", marker="o", markersize=4)
-    gaps.axhline(0, color="tab:blue")
-    gaps.set(xlabel="step", ylabel=f"{fp8.name} against {reference.name}, %")
+    gaps.set(xlabel="step", ylabel="against fp32, %")
     for axes in (losses, gaps):
         axes.grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)
