@@ -29,7 +29,9 @@ def test_short_run(device, tmp_path, capsys):
     assert "step   12/12" in printed
     assert "21 of 22 linear layers train in FP8" in printed
     assert "left alone: output head" in printed
-    calls = printed.splitlines()[printed.splitlines().index("torchext kernels of one step") :]
+    assert "fused: SwiGLU with FP8 between its GEMMs\n  blocks.*.mlp (3)" in printed
+    kernels = "silu_mul_backward_quantize_1x128_dual x 3, silu_mul_quantize_1x128 x 3"
+    assert kernels in printed and "quantize_1x128_dual x 24" in printed
     assert "final gap: " in printed and "no verdict on fewer than 300 steps" in printed
     saved = next(line for line in printed.splitlines() if line.startswith("saved for backward"))
     assert float(saved.split()[-1].rstrip("%")) < -10

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from support.linear_testing import gradient
+from support.linear_testing import gradient, sqnr
 from torchext._fusion import FusedMLP, MLPRoles, fuse_, recognize_mlp, unfuse_
 from torchext.nn import Linear
 
@@ -179,6 +179,8 @@ def test_replaced_forward_is_left_alone():
 def fused(module: nn.Module) -> nn.Module:
     torch.manual_seed(0)
     module = copy.deepcopy(module)
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
     roles = recognize_mlp(module)
     assert roles is not None
     for child in module.children():
@@ -203,7 +205,7 @@ def test_fused_equals_separate_layers(name):
         y.square().sum().backward()
         ys.append([y, gradient(leaf), *map(gradient, layer.parameters())])
     for mine, theirs in zip(*ys, strict=True):
-        assert (mine - theirs).abs().max() < 0.02 * theirs.abs().max()
+        assert sqnr(theirs, mine) > 30  # they differ by single FP8 values, one step each
 
 
 def test_class_and_state_stay():

@@ -108,6 +108,7 @@ class ConversionResult:
         elements: the number of elements of all parameters, each counted once.
         parameters: every parameter of two or more dimensions, in the model's order: whether it
             trains in FP8 and by which recipe, or why not; its FLOPs, and the bytes it saves.
+        fused: {fully qualified name of an MLP that runs fused: its kind, such as "SwiGLU"}.
     """
 
     model: nn.Module
@@ -117,6 +118,7 @@ class ConversionResult:
     fp8_elements: int = 0
     elements: int = 0
     parameters: tuple[MatrixReport, ...] = ()
+    fused: Mapping[str, str] = dataclasses.field(default_factory=lambda: ReadOnlyDict({}))
 
     @property
     def fp8_share(self) -> float:
@@ -196,6 +198,7 @@ class ConversionResult:
         return {
             "converted": list(self.converted),
             "skipped": dict(self.skipped),
+            "fused": dict(self.fused),
             "wide": [
                 {
                     "name": parameter.name,
@@ -237,6 +240,9 @@ class ConversionResult:
             if len(used) > 1:
                 lines.append(f"by the recipe {recipe}:")
             lines += _indented(name for name in self.converted if recipes.get(name) == recipe)
+        for kind in dict.fromkeys(self.fused.values()):
+            lines.append(f"fused: {kind} with FP8 between its GEMMs")
+            lines += _indented(name for name, its_kind in self.fused.items() if its_kind == kind)
         for reason in dict.fromkeys(self.skipped.values()):
             names = [name for name, why in self.skipped.items() if why == reason]
             lines += [f"left alone: {reason}{self._share(reason)}", *_indented(names)]

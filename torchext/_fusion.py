@@ -23,8 +23,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
-from .nn.mlp import fused_mlp
+from .nn.linear import Linear
+from .nn.mlp import _MLP, can_fuse_recipe, fused_mlp
 from .ops.mlp_function import Save
 
 _log = logging.getLogger("torchext")
@@ -56,6 +58,8 @@ def recognize_mlp(module: torch.nn.Module) -> MLPRoles | None:
     """The roles of the module's linear layers if it computes an MLP, else None."""
     linears = {n: m for n, m in module.named_children() if isinstance(m, torch.nn.Linear)}
     if not 2 <= len(linears) <= 3 or "forward" in vars(module):
+        return None
+    if any(is_lazy(parameter) for parameter in module.parameters()):
         return None
     theirs = {id(p) for linear in linears.values() for p in linear.parameters()}
     if any(id(p) not in theirs for p in module.parameters()):
@@ -157,7 +161,7 @@ class FusedMLP:
 
 
 @functools.cache
-def _fused_class(cls: type[torch.nn.Module]) -> type[torch.nn.Module]:
+def _fused_class(cls: Any) -> Any:
     @functools.wraps(cls.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if len(args) == 1 and not kwargs:
@@ -169,7 +173,7 @@ def _fused_class(cls: type[torch.nn.Module]) -> type[torch.nn.Module]:
         return cls.forward(self, *args, **kwargs)
 
     def reduce(self: Any, protocol: Any) -> Any:  # a class made here cannot be imported
-        state = super(fused, self).__reduce_ex__(2)[2]
+        state = cls.__reduce_ex__(self, 2)[2]
         return _new_fused, (cls,), state
 
     members = {
@@ -179,24 +183,56 @@ def _fused_class(cls: type[torch.nn.Module]) -> type[torch.nn.Module]:
         "__reduce_ex__": reduce,
         "forward": forward,
     }
-    fused = type(cls.__name__, (FusedMLP, cls), members)
+    fused: type = type(cls.__name__, (FusedMLP, cls), members)
     return fused
 
 
-def _new_fused(cls: type[torch.nn.Module]) -> torch.nn.Module:
+def _new_fused(cls: Any) -> Any:
     fused = _fused_class(cls)
     return fused.__new__(fused)
 
 
-def fuse_(module: torch.nn.Module, roles: MLPRoles, save: Save) -> None:
+def fuse_(module: Any, roles: MLPRoles, save: Save) -> None:
     """Makes a module that recognize_mlp recognized run fused."""
-    module.__class__ = _fused_class(type(module))
-    module.fused_roles = roles  # type: ignore[assignment]
-    module.fused_save = save  # type: ignore[assignment]
+    plain: Any = type(module)
+    module.__class__ = _fused_class(plain)
+    module.fused_roles = roles
+    module.fused_save = save
 
 
-def unfuse_(module: torch.nn.Module) -> None:
+def unfuse_(module: Any) -> None:
     """Undoes `fuse_`."""
     module.__class__ = type(module).__bases__[1]
     for name in FusedMLP.__annotations__:
         del module.__dict__[name]
+
+
+_NAMES = {"silu_mul": "SwiGLU", "gelu_mul": "GEGLU", "gelu": "GELU", "relu2": "squared ReLU"}
+
+
+def fuse_mlps(model: torch.nn.Module, save: Save) -> dict[str, str]:
+    """Fuses the MLPs of `model` whose layers are torchext.nn.Linears of one blockwise recipe.
+
+    Returns {fully qualified name: the MLP's kind}.
+    """
+    fused = {}
+    for fqn, module in model.named_modules():
+        if isinstance(module, (FusedMLP, _MLP, torch.nn.Linear)):
+            continue
+        layers = [m for m in module.children() if isinstance(m, torch.nn.Linear)]
+        recipes = {layer.recipe for layer in layers if type(layer) is Linear}
+        if len(recipes) != 1 or not can_fuse_recipe(next(iter(recipes))):
+            continue
+        roles = recognize_mlp(module)
+        if roles is None or any(type(module._modules[name]) is not Linear for name in roles.layers):
+            continue
+        fuse_(module, roles, save)
+        fused[fqn] = _NAMES[roles.activation]
+    return fused
+
+
+def unfuse_mlps(model: torch.nn.Module) -> None:
+    """Undoes `fuse_mlps`."""
+    for module in model.modules():
+        if isinstance(module, FusedMLP):
+            unfuse_(module)

@@ -10,8 +10,11 @@ import torch
 
 from . import _conversion_rules as rules
 from ._conversion_result import ConversionResult, ReadOnlyDict, survey
+from ._fusion import fuse_mlps, unfuse_mlps
 from .nn import Linear
 from .nn.converted import TransposedLinear, convert_subclass_, convert_transposed_, is_fp8
+from .nn.mlp import check_save
+from .ops.mlp_function import Save
 from .recipe import Recipe
 
 _log = logging.getLogger("torchext")
@@ -22,6 +25,9 @@ def convert_to_fp8_training(
     model: torch.nn.Module,
     recipe: Recipe | rules.RecipeByName | None = None,
     module_filter_fn: ModuleFilter | None = None,
+    *,
+    fuse: bool = True,
+    save: Save = "fp8",
 ) -> ConversionResult:
     """Makes the linear layers of `model` train in FP8, in place.
 
@@ -45,6 +51,11 @@ def convert_to_fp8_training(
             one scale group), output heads (their error goes straight into the loss), and routers
             (an error may send a token to another expert). It recognizes heads and routers by name,
             and heads also if they share their weight with an embedding.
+        fuse: whether MLPs run fused: with FP8 between their GEMMs, forward and backward. An MLP is
+            recognized by what it computes (docs/layers.md). Its module stays the same object; its
+            class becomes a subclass of the same name.
+        save: what a fused MLP keeps of the activation's operands for backward, as `save` of
+            torchext.nn.SwiGLU.
 
     Some layers cannot be converted, whatever the filter returns: those of subclasses of
     torch.nn.Linear with a forward of their own, those whose weight is parametrized or whose
@@ -57,12 +68,14 @@ def convert_to_fp8_training(
 
     Raises:
         TypeError: model, recipe or module_filter_fn has another type.
-        ValueError: a glob matches no linear layer's name. Nothing has been changed then.
+        ValueError: a glob matches no linear layer's name, or `save` is another string. Nothing has
+            been changed then.
 
     Warns:
         UserWarning: no parameter of the model trains in FP8 afterwards.
     """
     _check_arguments(model, recipe, module_filter_fn)
+    check_save("convert_to_fp8_training", save)
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
     layers = rules.linear_layers(model)
     recipe_of = rules.RecipeOf(recipe, layers)
@@ -86,7 +99,11 @@ def convert_to_fp8_training(
             convert_transposed_(layer, own_recipe)
             converted.append(fqn)
     result = ConversionResult(
-        model, tuple(converted), ReadOnlyDict(skipped), **survey(model, skipped)
+        model,
+        tuple(converted),
+        ReadOnlyDict(skipped),
+        **survey(model, skipped),
+        fused=ReadOnlyDict(fuse_mlps(model, save) if fuse else {}),
     )
     _log.info(
         "convert_to_fp8_training: converted %d of %d linear layers of %s, recipe %s",
@@ -105,7 +122,8 @@ def convert_to_fp8_training(
 def unconvert(model: torch.nn.Module) -> tuple[str, ...]:
     """Undoes `convert_to_fp8_training`: gives the FP8 layers of `model` their own classes back.
 
-    Each stays the same object with the same parameters, hooks and mode; torchext.nn.Linears that no
+    Fused MLPs get their class back, too. Each layer stays the same object with the same parameters,
+    hooks and mode; torchext.nn.Linears that no
     conversion made become torch.nn.Linears, too. Call it, for example, before another library
     quantizes the model.
 
@@ -147,6 +165,7 @@ def _unconvert(model: torch.nn.Module, name: str) -> tuple[str, ...]:
                 f"{type(layer).__name__}, whose own behavior would be lost); first remove its "
                 "parametrizations, or replace the layer"
             )
+    unfuse_mlps(model)
     for layer in layers.values():
         assert isinstance(layer, (Linear, TransposedLinear))
         layer.revert_()

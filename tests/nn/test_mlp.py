@@ -68,7 +68,7 @@ def results(layer: Any, x: Tensor) -> list[Tensor]:
     x = x.detach().requires_grad_()
     layer.zero_grad()
     y = layer(x)
-    dy = torch.arange(y.numel(), device=y.device).remainder(7).view_as(y).sub(3).to(y)
+    dy = torch.arange(y.numel(), device=y.device).remainder(11).view_as(y).sub(3).to(y)
     y.backward(dy)
     return [y.detach(), gradient(x), *map(gradient, layer.parameters())]
 
@@ -101,7 +101,7 @@ def test_against_float64(device, make, save, dtype):
         assert mine.dtype == theirs.dtype == dtype
         assert mine.shape == theirs.shape
         limit = sqnr(exact, theirs) - (3 if save == "fp8" else 0.5)
-        assert sqnr(exact, mine) > max(limit, 18)
+        assert sqnr(exact, mine) >= max(limit, 18)
 
 
 test_against_float64 = large(test_against_float64)
@@ -127,7 +127,7 @@ def test_bits_are_those_of_the_ops(device):
     h, h_scale, h_t, h_t_scale = ops.silu_mul_quantize_1x128_dual(wide)
     assert torch.equal(y, ops.fp8_gemm_nt(h, h_scale, down, down_scale))
 
-    dy = torch.arange(y.numel(), device=device).remainder(7).view_as(y).sub(3).to(y)
+    dy = torch.arange(y.numel(), device=device).remainder(11).view_as(y).sub(3).to(y)
     dy, dy_scale, dy_t, dy_t_scale = ops.quantize_1x128_dual(dy)
     assert torch.equal(ddown, ops.fp8_gemm_nt(dy_t, dy_t_scale, h_t, h_t_scale))
     dh = ops.fp8_gemm_nt(dy, dy_scale, down_t, down_scale.t())
@@ -216,7 +216,7 @@ def test_every_choice_of_frozen_parameters(device, make, save):
         if not y.requires_grad:
             assert not any(p.requires_grad for p in layer.parameters())
             continue
-        y.backward(torch.arange(y.numel(), device=device).remainder(7).view_as(y).sub(3).to(y))
+        y.backward(torch.arange(y.numel(), device=device).remainder(11).view_as(y).sub(3).to(y))
         for name, tensor in (("x", leaf), *layer.named_parameters()):
             if tensor.requires_grad:
                 assert torch.equal(gradient(tensor), full[name]), name
@@ -460,7 +460,7 @@ def test_copies_and_pickles(device):
 
 
 def test_errors(device):
-    with pytest.raises(ValueError, match=r"SwiGLU: save must be .* \(got 'all'\)"):
+    with pytest.raises(ValueError, match=r"SwiGLU: save must be one of .* \(got 'all'\)"):
         SwiGLU(8, 8, save="all")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"recipe must be a torchext\.Recipe"):
         SwiGLU(8, 8, recipe="blockwise")  # type: ignore[arg-type]

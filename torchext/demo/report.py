@@ -35,7 +35,9 @@ def table(
     add("saved for backward", saved, "{:.1f} MiB", "+.1%")
     add("kernels of one step", [run.kernels for run in runs], "{:.0f}", "+.1%")
     add("training time", [run.seconds for run in runs], "{:.1f} s", "+.1%")
-    lines = [(f"{row[0]:<20}" + "".join(f"{cell:>13}" for cell in row[1:])).rstrip() for row in rows]
+    lines = [
+        (f"{row[0]:<20}" + "".join(f"{cell:>13}" for cell in row[1:])).rstrip() for row in rows
+    ]
     calls = ", ".join(f"{name} x {count}" for name, count in sorted(fp8.op_calls.items()))
     lines += ["", str(conversion), "", f"torchext kernels of one step, on {_where(device)}:"]
     return "\n".join([*lines, f"  {calls}"])
@@ -67,7 +69,9 @@ def draw(fp32: Run, bf16: Run, fp8: Run, path: Path) -> None:
         losses.plot(steps, held_out, style, color=color, marker="o", markersize=4, label=label)
         percent = [100 * (run.held_out[step] / fp32.held_out[step] - 1) for step in steps]
         gaps.plot(steps, percent, style, color=color, marker="o", markersize=4)
-    losses.set(ylabel="loss, nats per byte", title="One byte-level transformer, trained three times")
+    losses.set(
+        ylabel="loss, nats per byte", title="One byte-level transformer, trained three times"
+    )
     losses.legend(title="held out (faint: training)")
     gaps.set(xlabel="step", ylabel="against fp32, %")
     for axes in (losses, gaps):

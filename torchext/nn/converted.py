@@ -23,7 +23,7 @@ from ..ops.linear_operands import bias_fits, fit, layer_error, misfit
 from ..ops.linear_ranges import open_range
 from ..recipe import Recipe
 from .composition import composed, is_composed, is_composed_in_graph
-from .linear import Linear, _needs_graph, _output_dtype
+from .linear import Linear, _needs_graph, output_dtype
 from .weight_cache import WeightCache
 
 _ADDED = ("recipe", "_weight_cache")  # the attributes of a layer that a conversion adds
@@ -94,7 +94,7 @@ class TransposedLinear(_Converted):
             opened = open_range("forward", self.recipe)
         try:
             quantized = None if compiling else self._quantized_weight(parameter, x)
-            out_dtype = _output_dtype(x)
+            out_dtype = output_dtype(x)
             if _needs_graph(x, weight, bias):
                 inputs = (x, weight, bias, self.recipe, out_dtype, quantized)
                 return LinearFunction.apply(*inputs) if compiling else apply_eagerly(*inputs)

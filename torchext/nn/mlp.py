@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -58,11 +58,7 @@ class _MLP(torch.nn.Module):
             TypeError, RuntimeError: as for torchext.nn.Linear.
         """
         super().__init__()
-        if save not in ("bf16", "fp8", "recompute"):
-            raise ValueError(
-                f"torchext.nn.{type(self).__name__}: save must be 'bf16', 'fp8' or 'recompute' "
-                f"(got {save!r}); omit it for 'fp8'"
-            )
+        check_save(f"torchext.nn.{type(self).__name__}", save)
         self.save = save
         options: dict[str, Any] = {"device": device, "dtype": dtype, "recipe": recipe}
         if self._is_gated:
@@ -74,10 +70,11 @@ class _MLP(torch.nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         """The layer's output, [..., hidden_size].
 
-        The three steps run fused if the projections are torchext.nn.Linears with one blockwise
-        recipe, all of whose GEMMs are FP8, and without hooks, and I is a multiple of 128 if there is a gate. Otherwise, and
-        under torch.compile, tracers and transforms, they run one after another, with PyTorch's
-        activation in between, which rounds its operands and its result to the output's dtype.
+        The three steps run fused if the projections are torchext.nn.Linears without hooks, with one
+        blockwise recipe whose GEMMs are all FP8, and I is a multiple of 128 if there is a gate.
+        Otherwise, and under torch.compile, tracers and transforms, they run one after another, with
+        PyTorch's activation in between, which rounds its operands and its result to the output's
+        dtype.
 
         Args:
             input: [..., hidden_size], as for torchext.nn.Linear.
@@ -103,6 +100,13 @@ class _MLP(torch.nn.Module):
     def _projections(self) -> list[Any]:
         names = ("gate_proj", "up_proj", "down_proj")[0 if self._is_gated else 1 :]
         return [self._modules[name] for name in names]
+
+
+def check_save(name: str, save: str) -> None:
+    """Raises ValueError unless `save` is one of the layers' options."""
+    if save not in get_args(Save):
+        options = ", ".join(map(repr, get_args(Save)))
+        raise ValueError(f"{name}: save must be one of {options} (got {save!r}); omit it for 'fp8'")
 
 
 def fused_mlp(
@@ -155,7 +159,7 @@ def _can_fuse(layers: Sequence[torch.nn.Module], activation: str, input: Tensor)
     ):
         return False
     recipe = getattr(layers[0], "recipe", None)
-    if recipe is None or recipe.granularity != "blockwise" or recipe.wide_gemms:
+    if recipe is None or not can_fuse_recipe(recipe):
         return False
     if not all(_is_plain(layer, recipe) for layer in layers):
         return False
@@ -173,6 +177,11 @@ def _can_fuse(layers: Sequence[torch.nn.Module], activation: str, input: Tensor)
             for layer in (*before, down)
         )
     )
+
+
+def can_fuse_recipe(recipe: Recipe) -> bool:
+    """Whether an MLP of layers with this recipe can run fused: the kernels make 1x128 groups."""
+    return recipe.granularity == "blockwise" and not recipe.wide_gemms
 
 
 def _is_plain(layer: torch.nn.Module, recipe: Recipe) -> bool:

@@ -10,7 +10,7 @@ Backward goes through these steps from last to first. It stores neither h nor th
 gradients of weights and of x read them.
 
 Bytes kept for backward, for each row of x with K elements (three FP8 layers with SwiGLU in BF16
-between them keep K + 9 I):
+between them keep K + 7 I):
 
     save="bf16"       K + 2 W   `wide` as it was computed, in BF16 (FP32 takes 4 W)
     save="fp8"        K + W     `wide` with 1x128 scales, as DeepSeek-V3 does
