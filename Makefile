@@ -78,7 +78,7 @@ test-sim: $(BUILT)
 asan: $(VENV)/.ready
 	$(BIN)/python tools/sanitize.py address $(ARGS)
 
-tsan: $(VENV)/.ready
+tsan: $(BUILT)
 	$(BIN)/python tools/sanitize.py thread $(ARGS)
 
 # The CPU kernels for aarch64, under qemu-user (Debian: g++-aarch64-linux-gnu qemu-user), and on this

@@ -9,7 +9,7 @@ serves only the Python that built it. The build also adds the PTX of every kerne
 Two environment variables are for developers. TORCHEXT_WERROR=1 asks for more warnings, of nvcc and
 its host compiler too, and makes them errors: the Makefile sets it; a user's compiler may warn of
 more than ours. TORCHEXT_SANITIZE, "address" or "thread", builds for the CPU alone, with GCC's
-sanitizers.
+sanitizers; "thread" builds the simulator only.
 """
 
 import os
@@ -178,6 +178,6 @@ class BinaryWheel(bdist_wheel):
 setup(
     packages=find_packages(include=["torchext", "torchext.*"]),
     package_data={"torchext": ["py.typed", "_sim.pyi"]},
-    ext_modules=[op_library(), simulator()],
+    ext_modules=[simulator()] if SANITIZE == "thread" else [op_library(), simulator()],
     cmdclass={"build_ext": BuildExtension, "bdist_wheel": BinaryWheel},
 )

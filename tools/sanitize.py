@@ -3,8 +3,10 @@
     python tools/sanitize.py address|thread [arguments of pytest]
 
 `address` is ASan and UBSan: a finding ends the process that made it. `thread` is TSan, for what the
-simulator's host threads share: findings are printed, and the run fails at its end. Each build has a
-folder of its own (build/address, build/thread), without CUDA, that later runs bring up to date.
+simulator's host threads share: findings are printed, and the run fails at its end. It builds the
+simulator only, and takes the op library, which these tests do not call, from the working tree. Each
+build has a folder of its own (build/address, build/thread), without CUDA, that later runs bring up
+to date.
 Python and torch are not instrumented, so leaks are not looked for.
 """
 
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -76,6 +79,8 @@ def build(name: str) -> Path:
         check=True,
     )
     (package,) = base.glob("lib*/torchext")
+    if name == "thread":
+        shutil.copy2(ROOT / "torchext" / "_C.so", package)
     return package.parent
 
 
