@@ -48,7 +48,8 @@ SANITIZERS = {
         {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1"},
         (
             *("-n", str(os.cpu_count()), "--dist", "worksteal"),
-            *("-m", "not slow and not alone", "tests/sim", "tests/quantize", "tests/gemm"),
+            *("-m", "not slow and not alone", "tests/sim"),
+            *("tests/activation", "tests/gemm", "tests/norm", "tests/quantize"),
             "--ignore=tests/sim/test_host_threads.py",  # kernels that poll take minutes
             # C++ programs of their own, which this build does not instrument.
             *("--ignore=tests/sim/test_checker.py", "--ignore=tests/quantize/test_cuda_numbers.py"),
