@@ -97,7 +97,13 @@ std::vector<float> multiply(const Level& level, const Matrix& a, const Rows& row
   const auto packed = aligned(rows.count * segments * Depth::kSegment * level.element_bytes);
   std::vector<float> scales(size_t(rows.count * segments));
   const PackedRows out{packed.get(), scales.data()};
-  level.pack(left, rows, k, out);
+  const Division tiles = level.tiles(rows.count);
+  for (int64_t t = 0; t < tiles.parts; ++t) {
+    const int64_t row = tiles.begin(t), offset = row * segments;
+    level.pack(left, rows.part(row, tiles.begin(t + 1)), k,
+               {static_cast<char*>(out.data) + offset * Depth::kSegment * level.element_bytes,
+                out.scales + offset});
+  }
   const auto scratch = aligned(scratch_bytes(level, rows.count, k, padded));
   const int64_t stride = padded + 3;
   std::vector<float> total(size_t(rows.count * stride), std::nanf(""));
