@@ -42,13 +42,16 @@ const Significands& significands(bool e5m2) {
 }
 
 const Kernels& kernels() {
-  const CpuLevel level = cpu_level();
+  [[maybe_unused]] const CpuLevel level = cpu_level();
 #ifdef TORCHEXT_X86_LEVELS
   if (level >= CpuLevel::avx512) return uses_avx512_vbmi() ? avx512_vbmi_kernels : avx512_kernels;
   if (level == CpuLevel::avx2) return avx2_kernels;
-#endif
-  (void)level;
   return portable_kernels;
+#elif defined(TORCHEXT_ARM_LEVELS)
+  return neon_kernels;
+#else
+  return portable_kernels;
+#endif
 }
 
 }  // namespace torchext::cpu

@@ -84,6 +84,9 @@ extern const Kernels portable_kernels;
 #ifdef TORCHEXT_X86_LEVELS
 extern const Kernels avx2_kernels, avx512_kernels, avx512_vbmi_kernels;
 #endif
+#ifdef TORCHEXT_ARM_LEVELS
+extern const Kernels neon_kernels;
+#endif
 
 // ---- quotients of BF16 elements, tabulated ----
 //

@@ -223,6 +223,9 @@ void check_quantize_levels() {
       {"avx512_vbmi", &avx512_vbmi_kernels,
        torchext::cpu_level() >= torchext::CpuLevel::avx512 && torchext::uses_avx512_vbmi()},
 #endif
+#ifdef TORCHEXT_ARM_LEVELS
+      {"neon", &neon_kernels, true},
+#endif
   };
   for (const Named& named : tables) {
     if (!named.here) {
