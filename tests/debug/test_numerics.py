@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import copy
 import csv
 import io
 import json
@@ -28,7 +29,7 @@ pytestmark = pytest.mark.large  # what is observed does not depend on the kernel
 def two_layers(device: torch.device, recipe: Recipe | None = None, **options: Any) -> Any:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(200, 136, **options), nn.GELU(), nn.Linear(136, 200, **options))
-    convert_to_fp8_training(model.to(device), recipe)
+    convert_to_fp8_training(model.to(device), recipe, fuse=False)
     return model
 
 
@@ -220,6 +221,18 @@ def test_results_do_not_change(device):
     expected = step()
     with debug.numerics(model):
         assert all(map(torch.equal, step(), expected))
+
+
+def test_layers_of_a_fused_mlp_are_observed(device):
+    separate, x = two_layers(device), normal(4, 200, device=device, grad=True)
+    fused = copy.deepcopy(separate)
+    assert convert_to_fp8_training(fused).fused == {"": "GELU"}
+    reports = []
+    for model in (separate, fused):
+        with debug.numerics(model) as report:
+            model(x).sum().backward()
+        reports.append(str(report))
+    assert reports[0] == reports[1]
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])

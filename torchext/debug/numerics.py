@@ -45,7 +45,9 @@ def numerics(model: torch.nn.Module, every: int = 1) -> Iterator[NumericsReport]
 
     An observed forward takes several times as long, and keeps the layer's input, as a
     torch.nn.Linear does, until backward. Forwards that are not observed run the same ops as without
-    the context. A forward that activation checkpointing repeats does not count.
+    the context, but for fused MLPs: their layers run one after another throughout the context,
+    since a fused one has no result of its own to look at (docs/layers.md has the difference). A
+    forward that activation checkpointing repeats does not count.
 
     Layers that run in compiled code, under a transform of torch.func, or with tensor subclasses are
     not observed; `report.unobserved` lists them.
