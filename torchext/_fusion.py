@@ -59,6 +59,8 @@ def recognize_mlp(module: torch.nn.Module) -> MLPRoles | None:
     linears = {n: m for n, m in module.named_children() if isinstance(m, torch.nn.Linear)}
     if not 2 <= len(linears) <= 3 or "forward" in vars(module):
         return None
+    if type(module).forward is torch.nn.Module.forward:  # a container
+        return None
     if any(is_lazy(parameter) for parameter in module.parameters()):
         return None
     theirs = {id(p) for linear in linears.values() for p in linear.parameters()}

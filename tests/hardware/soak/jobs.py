@@ -9,6 +9,7 @@ jobs here, where their checks can be compared.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -65,7 +66,7 @@ def draw(lab: Lab, rng: random.Random) -> Job:
     """Draws a job. All of its randomness comes from `rng`."""
     torch.manual_seed(rng.getrandbits(63))
     makers = [maker for maker in MAKERS if maker.__name__ not in lab.without]
-    makers += [sampled] * bool(ops_without_a_maker())
+    makers += [sampled] * math.ceil(len(ops_without_a_maker()) / 3)  # a maker draws several ops
     return rng.choice(makers)(lab, rng)
 
 
