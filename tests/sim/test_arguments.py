@@ -202,7 +202,7 @@ def test_ptx_files_of_ops_may_have_a_byte_order_mark(tmp_path):
     import torchext
 
     files = [Path(file) for file in sim.ops._kernels(90)]
-    build = next((file for file in files if "quantize_1x128" in file.read_text()), None)
+    build = next((file for file in files if "quantize_1x128_f32_e4m3(" in file.read_text()), None)
     if build is None:
         pytest.skip("this build has no PTX")
     path = tmp_path / "quantize.ptx"
