@@ -53,6 +53,8 @@ SANITIZERS = {
             "--ignore=tests/sim/test_host_threads.py",  # kernels that poll take minutes
             # C++ programs of their own, which this build does not instrument.
             *("--ignore=tests/sim/test_checker.py", "--ignore=tests/quantize/test_cuda_numbers.py"),
+            # It measures time, which an instrumented simulator takes more of.
+            "--deselect=tests/sim/test_tensor_core.py::test_a_gemm_takes_a_fraction_of_its_budget",
             # They need torchext's CUDA kernels.
             "--ignore=tests/gemm/test_selection.py",
             "--deselect=tests/sim/test_targets.py::test_ops_run_on_the_simulated_gpu",
