@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from .nn.converted import Converted, made_class
 from .nn.linear import Linear
 from .nn.mlp import _MLP, can_fuse_recipe, fused_mlp
 from .ops.mlp_function import Save
@@ -150,63 +151,47 @@ class _Probe:
         return True
 
 
-class FusedMLP:
+class FusedMLP(Converted):
     """Base of the subclasses that fused modules get.
 
     Attributes:
-        fused_roles: of its children.
+        fused_roles: the roles of its children.
         fused_save: as `save` of torchext.nn.SwiGLU.
     """
 
     fused_roles: MLPRoles
     fused_save: Save
+    added = ("fused_roles", "fused_save")
 
+    @classmethod
+    def class_for(cls, plain: type) -> type:
+        base: Any = cls
+        made = made_class(base, plain, prefix="")  # wrapping policies go by the class's name
+        if "forward" not in vars(made):
 
-@functools.cache
-def _fused_class(cls: Any) -> Any:
-    @functools.wraps(cls.forward)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            @functools.wraps(plain.forward)  # type: ignore[attr-defined]
+            def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+                return cls.run(self, *args, **kwargs)
+
+            made.forward = forward  # type: ignore[attr-defined]  # tracers read its signature
+        return made
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
         if len(args) == 1 and not kwargs:
             names, activation, tanh_approximation = self.fused_roles
-            layers = [self._modules[name] for name in names]
+            layers: list[Any] = [self._modules[name] for name in names]
             y = fused_mlp(layers, activation, tanh_approximation, self.fused_save, args[0])
             if y is not None:
                 return y
-        return cls.forward(self, *args, **kwargs)
-
-    def reduce(self: Any, protocol: Any) -> Any:  # a class made here cannot be imported
-        state = cls.__reduce_ex__(self, 2)[2]
-        return _new_fused, (cls,), state
-
-    members = {
-        "__doc__": cls.__doc__,
-        "__module__": cls.__module__,
-        "__qualname__": cls.__qualname__,
-        "__reduce_ex__": reduce,
-        "forward": forward,
-    }
-    fused: type = type(cls.__name__, (FusedMLP, cls), members)
-    return fused
-
-
-def _new_fused(cls: Any) -> Any:
-    fused = _fused_class(cls)
-    return fused.__new__(fused)
+        return super().forward(*args, **kwargs)
 
 
 def fuse_(module: Any, roles: MLPRoles, save: Save) -> None:
-    """Makes a module that recognize_mlp recognized run fused."""
+    """Makes a module that recognize_mlp recognized run fused; `module.revert_()` undoes it."""
     plain: Any = type(module)
-    module.__class__ = _fused_class(plain)
+    module.__class__ = FusedMLP.class_for(plain)
     module.fused_roles = roles
     module.fused_save = save
-
-
-def unfuse_(module: Any) -> None:
-    """Undoes `fuse_`."""
-    module.__class__ = type(module).__bases__[1]
-    for name in FusedMLP.__annotations__:
-        del module.__dict__[name]
 
 
 _NAMES = {"silu_mul": "SwiGLU", "gelu_mul": "GEGLU", "gelu": "GELU", "relu2": "squared ReLU"}
@@ -237,4 +222,4 @@ def unfuse_mlps(model: torch.nn.Module) -> None:
     """Undoes `fuse_mlps`."""
     for module in model.modules():
         if isinstance(module, FusedMLP):
-            unfuse_(module)
+            module.revert_()

@@ -10,7 +10,7 @@
 namespace torchext {
 namespace {
 
-// What distinguishes an op of a family.
+// A Kind has what distinguishes the ops of a family.
 struct Kind {
   const char* op;
   const char* operand;  // the argument's name

@@ -2,7 +2,7 @@
 // defines a struct V of operations on its registers, includes this file under its `#pragma GCC
 // target`, and fills a Kernels with make_kernels<V>(). Everything here has internal linkage, so that
 // no other file gets code for that instruction set. There is no include guard and no namespace of its
-// own: see the files that include it.
+// own: see the files that include it. Above 500 lines because every file includes all of it.
 //
 // V has integer registers I (kBytes bytes, in lanes of 16) and FP32 registers F. A step is kBytes
 // elements, which become one register of codes. V::Squares has the registers that transpose tiles.

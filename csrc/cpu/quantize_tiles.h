@@ -44,7 +44,7 @@ inline float& scale_at(const QuantizedView& out, int64_t row, int64_t col) {
   return out.scale[row * out.scale_row_stride + col * out.scale_col_stride];
 }
 
-// What kernels need to know beside their input.
+// The kernels and options for an input's dtype.
 struct QuantizeTask {
   QuantizeTask(ScalarType dtype, const QuantizeOptions& options)
       : all(kernels()),

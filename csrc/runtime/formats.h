@@ -119,10 +119,4 @@ void with_wide_format(ScalarType dtype, const Body& body) {
   }
 }
 
-// Calls body(Format()) for the FP8 format.
-template <class Body>
-void with_fp8_format(bool e5m2, const Body& body) {
-  return e5m2 ? body(E5M2()) : body(E4M3());
-}
-
 }  // namespace torchext

@@ -11,7 +11,7 @@ namespace {
 int64_t parts_of_work = 1;
 }  // namespace
 
-// What torch::stable::parallel_for calls. Runs the parts from the last to the first, on this thread.
+// torch::stable::parallel_for calls this. It runs the parts from the last to the first, on this thread.
 extern "C" AOTITorchError torch_parallel_for(int64_t begin, int64_t end, int64_t, ParallelFunc body,
                                              void* context) {
   const int64_t size = (end - begin + parts_of_work - 1) / parts_of_work;

@@ -169,7 +169,7 @@ def test_hooks_that_replace_the_input(device):
 
 
 def test_mode_that_changes_results(device):
-    """What is quantized under a mode is not used outside of it."""
+    """A tensor that was quantized under a mode is quantized again outside of it."""
 
     class Zero(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -204,7 +204,7 @@ def test_nothing_outlives_the_input(device):
     assert all(storage() is None for storage in kept)
 
 
-def test_threads_do_not_share(device):
+def test_many_threads_may_read_one_tensor(device):
     layers = siblings(device, None, None, None, None)
     x = hidden(device, rows=65)
     expected = [layer(x.clone()) for layer in layers]

@@ -3,7 +3,8 @@
 A planted fault (`Mutant`) is an edit of a kernel's source, so the kernels need no test switches. An
 edit whose text is no longer there fails loudly. Each edited kernel is compiled to PTX and run by
 its op, in every completion mode and under several seeds; every run must have a finding or wrong
-numbers. `python tests/support/mutants.py` prints the table of ptx/sim/README.md.
+numbers. `python tests/support/mutants.py` prints the table of ptx/sim/README.md. Above 500 lines
+because the faults of all kernels stand in one table.
 """
 
 from __future__ import annotations

@@ -29,17 +29,24 @@ from .weight_cache import WeightCache
 _ADDED = ("recipe", "_weight_cache")  # the attributes of a layer that a conversion adds
 
 
-class _Converted(torch.nn.Module):
+class Converted(torch.nn.Module):
     """What the made classes have in common."""
 
     plain_class: ClassVar[type[torch.nn.Module]]
+    made_of: ClassVar[type]  # the base class besides plain_class
+    added: ClassVar[tuple[str, ...]] = _ADDED  # the attributes that `revert_` removes
 
     def revert_(self) -> Any:
-        """Gives the layer its own class back, in place, and returns it."""
-        for name in _ADDED:
+        """Gives the module its own class back, in place, and returns it."""
+        for name in self.added:
             self.__dict__.pop(name, None)
         self.__class__ = self.plain_class  # type: ignore[assignment]
         return self
+
+    @classmethod
+    def class_for(cls, plain: type) -> type:
+        base: Any = cls
+        return made_class(base, plain)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # pickle finds classes by their names, which a class made at run time does not have.
@@ -47,14 +54,14 @@ class _Converted(torch.nn.Module):
         if reduced[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
             return reduced  # the plain class has a way of its own
         _, arguments, *rest = reduced
-        return _new_layer, (self.plain_class, *arguments[1:]), *rest
+        return _new_instance, (self.made_of, self.plain_class, *arguments[1:]), *rest
 
 
-class _Subclass(_Converted, Linear):
+class _Subclass(Converted, Linear):
     """A layer of a subclass of torch.nn.Linear, in FP8."""
 
 
-class TransposedLinear(_Converted):
+class TransposedLinear(Converted):
     """y = x @ weight + bias in FP8, for a layer whose weight is [in_features, out_features].
 
     Gradients, dtypes, the recipe and the FP8 weight that is kept are as in torchext.nn.Linear. On a
@@ -155,26 +162,28 @@ def convert_transposed_(layer: torch.nn.Module, recipe: Recipe) -> torch.nn.Modu
 
 def _convert_(layer: Any, base: type, recipe: Recipe) -> Any:
     plain: Any = type(layer)
-    layer.__class__ = _made_class(base, plain)
+    layer.__class__ = made_class(base, plain)
     layer.recipe = recipe
     layer._weight_cache = WeightCache()
     return layer
 
 
 @functools.cache
-def _made_class(base: type, plain: type) -> type:
+def made_class(base: type, plain: type, prefix: str = "FP8") -> type:
+    """The class of `base` (a subclass of Converted) and `plain`, whose name is prefixed."""
+
     def fill(namespace: dict[str, Any]) -> None:
         namespace["plain_class"] = plain
+        namespace["made_of"] = base
         namespace["__module__"] = plain.__module__
         namespace["__doc__"] = f"{plain.__name__} in FP8."
 
-    return types.new_class(f"FP8{plain.__name__}", (base, plain), exec_body=fill)
+    return types.new_class(f"{prefix}{plain.__name__}", (base, plain), exec_body=fill)
 
 
-def _new_layer(plain: type, *arguments: Any) -> Any:
-    """An empty instance of the FP8 class of `plain`, for pickle and copy."""
-    base = _Subclass if issubclass(plain, torch.nn.Linear) else TransposedLinear
-    made = _made_class(base, plain)
+def _new_instance(base: Any, plain: type, *arguments: Any) -> Any:
+    """An empty instance of the class made of `base` and `plain`, for pickle and copy."""
+    made = base.class_for(plain)
     return made.__new__(made, *arguments)
 
 

@@ -130,10 +130,15 @@ def fused_mlp(
     graph = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (rows, *parameters)
     )
-    # Re-entrant checkpointing runs forward without gradients first, and later with them.
-    transposed = graph if torch.is_grad_enabled() else linears[0].training
+    # down's dgrad runs for any gradient before it, that of gate and up for x's alone. Re-entrant
+    # checkpointing runs forward without gradients first, and later with them.
+    for_x, for_wide = rows.requires_grad, graph
+    if not torch.is_grad_enabled():
+        for_x = for_wide = linears[0].training
     operands = [
-        layer._weight_cache.operand(layer.weight, recipe, transposed=transposed)
+        layer._weight_cache.operand(
+            layer.weight, recipe, transposed=for_wide if layer is linears[-1] else for_x
+        )
         for layer in linears
     ]
     if graph:

@@ -75,7 +75,7 @@ void with_curve(Function function, const Body& body) {
   }
 }
 
-// What a tile reads of one array.
+// A part of one array that a tile reads.
 Ahead ahead_of(const void* data, ScalarType dtype, int64_t row_stride, int64_t col_stride,
                const TilePosition& at, int64_t col) {
   if (col_stride != 1) return {};

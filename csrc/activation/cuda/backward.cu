@@ -150,7 +150,7 @@ __device__ Elements16<f32> gradient(const Backward& b, const LoadedBackward<In, 
   const Operands& a = b.operands;
   float gate[16];
   expand(b, loaded.gate, loaded.gate_scale, row, 0, c, gate);
-  // What the function's value or slope is multiplied by.
+  // These factors multiply the function's value or slope.
   float factor[16];
 #pragma unroll
   for (int i = 0; i < 16; ++i) factor[i] = activation ? 1.0f : loaded.grad.at(i);
