@@ -50,6 +50,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--budget", type=float, default=BUDGET_S, metavar="SECONDS")
     parser.add_argument("--quick", action="store_true", help="only the most important benchmarks")
     parser.add_argument("--shapes", nargs="+", default=[], help="as in python -m benchmarks")
+    parser.add_argument("--suite", nargs="+", default=[], help="as in python -m benchmarks")
     parser.add_argument(
         "--test-limit", type=float, default=90.0, metavar="SECONDS", help="limit of a test"
     )
@@ -312,7 +313,8 @@ def comparison(check: Check) -> None:
 
 def selected(options: argparse.Namespace) -> list[str]:
     shapes = ["--shapes", *options.shapes] if options.shapes else []
-    return shapes + (["--quick"] if options.quick else [])
+    suites = ["--suite", *options.suite] if options.suite else []
+    return shapes + suites + (["--quick"] if options.quick else [])
 
 
 def benchmarks(check: Check) -> None:
