@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from .nn.converted import Converted, made_class
+from .nn.converted import Rerouted
 from .nn.linear import Linear
 from .nn.mlp import _MLP, can_fuse_recipe, fused_mlp
 from .ops.mlp_function import Save
@@ -151,7 +151,7 @@ class _Probe:
         return True
 
 
-class FusedMLP(Converted):
+class FusedMLP(Rerouted):
     """Base of the subclasses that fused modules get.
 
     Attributes:
@@ -163,19 +163,6 @@ class FusedMLP(Converted):
     fused_save: Save
     added = ("fused_roles", "fused_save")
 
-    @classmethod
-    def class_for(cls, plain: type) -> type:
-        base: Any = cls
-        made = made_class(base, plain, prefix="")  # wrapping policies go by the class's name
-        if "forward" not in vars(made):
-
-            @functools.wraps(plain.forward)  # type: ignore[attr-defined]
-            def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-                return cls.run(self, *args, **kwargs)
-
-            made.forward = forward  # type: ignore[attr-defined]  # tracers read its signature
-        return made
-
     def run(self, *args: Any, **kwargs: Any) -> Any:
         if len(args) == 1 and not kwargs:
             names, activation, tanh_approximation = self.fused_roles
@@ -183,7 +170,7 @@ class FusedMLP(Converted):
             y = fused_mlp(layers, activation, tanh_approximation, self.fused_save, args[0])
             if y is not None:
                 return y
-        return super().forward(*args, **kwargs)
+        return super().run(*args, **kwargs)
 
 
 def fuse_(module: Any, roles: MLPRoles, save: Save) -> None:

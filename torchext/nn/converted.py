@@ -57,6 +57,29 @@ class Converted(torch.nn.Module):
         return _new_instance, (self.made_of, self.plain_class, *arguments[1:]), *rest
 
 
+class Rerouted(Converted):
+    """Base of the made classes whose forward calls `run`, which may call the forward of the class.
+
+    They keep the name of the class: wrapping policies go by it.
+    """
+
+    @classmethod
+    def class_for(cls, plain: type) -> type:
+        base: Any = cls
+        made = made_class(base, plain, prefix="")
+        if "forward" not in vars(made):
+
+            @functools.wraps(plain.forward)  # type: ignore[attr-defined]
+            def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+                return cls.run(self, *args, **kwargs)
+
+            made.forward = forward  # type: ignore[attr-defined]  # tracers read its signature
+        return made
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(*args, **kwargs)
+
+
 class _Subclass(Converted, Linear):
     """A layer of a subclass of torch.nn.Linear, in FP8."""
 
