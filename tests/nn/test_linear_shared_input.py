@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import gc
 import weakref
 from collections.abc import Callable
@@ -25,7 +26,9 @@ from support.linear_testing import (
     saved_tensors,
 )
 from torchext import Recipe
-from torchext.nn import Linear
+from torchext.nn import Linear, SwiGLU
+from torchext.ops.linear_function import quantize_activation
+from torchext.ops.shared_input import Form, Readers, offer
 
 pytestmark = pytest.mark.large  # which quantization is used does not depend on the kernels
 
@@ -114,6 +117,101 @@ def test_trained_layer_after_a_frozen_one_gets_what_wgrad_needs(device):
     expected.bias = torch.nn.Parameter(trained.bias.detach().clone())
     expected(x.detach()).sum().backward()
     assert torch.equal(gradient(trained.weight), gradient(expected.weight))
+
+
+@pytest.mark.parametrize("shape", [(9,), (2, 3)], ids=str)
+def test_an_mlp_and_a_layer_share_their_input(device, shape):
+    (layer,) = siblings(device, None)
+    mlp = SwiGLU(200, 128, device=device, dtype=torch.float32)
+    x = normal(*shape, 200, device=device, grad=True) * 2
+    own = [layer(x.clone()), mlp(x.clone())]
+    with OpCounter() as counter:
+        ys = [layer(x), mlp(x)]
+    assert counter.of(*ACTIVATION_QUANTIZERS) == 1 + 1  # x, and what save="fp8" keeps
+    with OpCounter() as counter:
+        ys += [mlp(y := x * 1), layer(y)]
+    assert counter.of(*ACTIVATION_QUANTIZERS) == 1 + 1
+    assert all(map(torch.equal, ys, [*own, *own[::-1]]))
+
+
+# ---- offers ----
+
+E4M3 = Form(torch.float8_e4m3fn, pow2_scale=False, transposed=True)
+
+
+def offered(readers: Readers, x: Tensor) -> bool:
+    """What a norm does with its result x; whether it was quantized."""
+    form = readers.wanted()
+    operand = None
+    if form is not None:
+        recipe = Recipe(input_dtype=form.dtype, pow2_scale=form.pow2_scale)
+        transposed = form.transposed
+        with torch.no_grad():
+            operand = quantize_activation(x, form.dtype, recipe, plain=True, transposed=transposed)
+    offer(x, readers, form, operand)
+    return operand is not None
+
+
+def test_layers_take_what_was_offered(device):
+    layers, readers = siblings(device, None, None), Readers(E4M3)
+    for layer in layers:
+        layer(hidden(device))  # weights that are kept are quantized here
+    with OpCounter() as counter:
+        x = hidden(device)
+        assert offered(readers, x)
+        ys = [layer(x) for layer in layers]
+    assert counter.of(*ACTIVATION_QUANTIZERS) == 1
+    assert all(map(torch.equal, ys, [layer(x.clone()) for layer in layers]))
+    offered(readers, x)
+    _add(x)
+    assert torch.equal(layers[0](x), layers[0](x.clone()))
+
+
+def test_an_offer_is_taken_without_gradients_too(device):
+    (layer,), readers = siblings(device, None), Readers(E4M3._replace(transposed=False))
+    x = normal(9, 200, device=device)
+    with torch.no_grad():
+        layer(x)  # a weight that is kept is quantized here
+        with OpCounter() as counter:
+            assert offered(readers, x)
+            y = layer(x)
+        assert counter.of(*ACTIVATION_QUANTIZERS) == 1
+        assert torch.equal(y, layer(x.clone()))
+        offered(readers, x)
+        x.add_(1)
+        assert torch.equal(layer(x), layer(x.clone()))
+    with torch.inference_mode():
+        assert torch.equal(layer(x * 1), layer(x.clone()))
+
+
+def test_what_readers_need_is_learned():
+    device = torch.device("cpu")
+    pow2 = Recipe.deepseek_v3(pow2_scale=True)
+    frozen, trained = siblings(device, pow2, pow2)
+    frozen.requires_grad_(False)
+    readers = Readers(E4M3)
+
+    def forward(*layers: Linear) -> Form | None:
+        """The form of the next offer."""
+        x = hidden(device)
+        offered(readers, x)
+        for layer in layers:
+            layer(x)
+        probe = copy.deepcopy(readers)
+        return probe.wanted()
+
+    assert forward(frozen) == Form(torch.float8_e4m3fn, pow2_scale=True, transposed=False)
+    assert forward(frozen, trained) == E4M3._replace(pow2_scale=True)
+    assert forward() == E4M3._replace(pow2_scale=True)  # the next forward may be a repetition
+    assert forward() is None
+    assert forward(trained) == E4M3._replace(pow2_scale=True)
+    assert forward(*siblings(device, Recipe.rowwise())) == E4M3._replace(pow2_scale=True)
+    assert forward(*siblings(device, Recipe.rowwise())) is None
+
+
+def test_nobody_reads_the_first_offer():
+    readers = Readers(E4M3)
+    assert [offered(readers, hidden(torch.device("cpu"))) for _ in range(3)] == [True, False, False]
 
 
 # ---- the input changes in between ----

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.modules import module as torch_module
 
-from ..ops.linear_function import as_matrix, quantize_activation, quantize_weight
+from ..ops.linear_function import quantize_weight
 from ..ops.linear_operands import bias_fits, fit
-from ..ops.mlp_function import MLP, MLPFunction, Save, mlp
+from ..ops.mlp_function import MLP, MLPFunction, Save, mlp, quantized_input
 from ..recipe import Recipe
 from .composition import is_composed
 from .linear import Linear, output_dtype
@@ -125,14 +125,13 @@ def fused_mlp(
     linears = cast("Sequence[Linear]", layers)
     recipe = linears[0].recipe
     config = MLP(activation, tanh_approximation, recipe, output_dtype(input), save)
-    rows = as_matrix(input)
     parameters = [p for layer in linears for p in (layer.weight, layer.bias)]
     graph = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (rows, *parameters)
+        t is not None and t.requires_grad for t in (input, *parameters)
     )
     # down's dgrad runs for any gradient before it, that of gate and up for x's alone. Re-entrant
     # checkpointing runs forward without gradients first, and later with them.
-    for_x, for_wide = rows.requires_grad, graph
+    for_x, for_wide = input.requires_grad, graph
     if not torch.is_grad_enabled():
         for_x = for_wide = linears[0].training
     operands = [
@@ -142,15 +141,14 @@ def fused_mlp(
         for layer in linears
     ]
     if graph:
-        y = MLPFunction.apply(rows, config, operands, *parameters)
-    else:
-        quantized = [
-            operand or quantize_weight(layer.weight, recipe, transposed=False)
-            for operand, layer in zip(operands, linears, strict=True)
-        ]
-        x = quantize_activation(rows, recipe.input_dtype, recipe, plain=True, transposed=False)
-        y, _ = mlp(config, quantized, [layer.bias for layer in linears], x)
-    return y if rows is input else y.view(*input.shape[:-1], y.shape[-1])
+        return cast("Tensor", MLPFunction.apply(input, config, operands, *parameters))
+    quantized = [
+        operand or quantize_weight(layer.weight, recipe, transposed=False)
+        for operand, layer in zip(operands, linears, strict=True)
+    ]
+    x = quantized_input(input, recipe, transposed=False)
+    y, _ = mlp(config, quantized, [layer.bias for layer in linears], x)
+    return y.view(*input.shape[:-1], y.shape[-1])
 
 
 def _can_fuse(layers: Sequence[torch.nn.Module], activation: str, input: Tensor) -> bool:

@@ -172,7 +172,7 @@ def as_matrix(x: Tensor) -> Tensor:
     return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
-def _foldable(x: Tensor) -> Tensor:
+def foldable(x: Tensor) -> Tensor:
     """x if its rows are known to fold, as the ops require, else x as a matrix."""
     return x if x.dim() == 2 or x.is_contiguous() else as_matrix(x)
 
@@ -201,7 +201,7 @@ def linear(
         needs_dx: backward may compute dx: make w_t for it.
         needs_dw: backward may compute dw: make x_t for it.
     """
-    rows = _foldable(x)
+    rows = foldable(x)
     kept = torch.compiler.is_compiling()
     fprop = recipe.fprop == "fp8"
     needs_x_t = needs_dw and recipe.wgrad == "fp8"
@@ -304,7 +304,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     w_t, w_t_scale, x_t, x_t_scale = ctx.saved_tensors  # w and x themselves for wide GEMMs
     x_dtype, weight_dtype, bias_dtype = ctx.dtypes
     recipe = ctx.recipe
-    dy = _foldable(grad)
+    dy = foldable(grad)
     dx = dw = db = None
     fp8_dx = needs_dx and recipe.dgrad == "fp8"
     fp8_dw = needs_dw and recipe.wgrad == "fp8"

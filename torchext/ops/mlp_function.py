@@ -31,7 +31,9 @@ from ..recipe import Recipe
 from . import activation as _activation  # noqa: F401  (declares the ops)
 from .linear_function import (
     Operand,
+    as_matrix,
     differentiable_once,
+    foldable,
     gradient_of_bias,
     quantize_activation,
     quantize_weight,
@@ -119,10 +121,30 @@ def _activated(config: MLP, layout: str, wide: Tensor, scale: Tensor | None = No
     return op(wide, **config.options(config.recipe.input_dtype))
 
 
+def quantized_input(x: Tensor, recipe: Recipe, *, transposed: bool) -> Operand:
+    """x [..., K], quantized as a matrix, unless another layer that read it did so before."""
+    rows = foldable(x) if x.dim() > 1 else as_matrix(x)
+
+    def quantize() -> Operand:
+        return quantize_activation(
+            rows, recipe.input_dtype, recipe, plain=True, transposed=transposed
+        )
+
+    # Other layers keep the shape of x for `data`. That of a vector is no matrix.
+    q_x = (
+        quantized_once(x, recipe, transposed=transposed, quantize=quantize)
+        if x.dim() > 1
+        else quantize()
+    )
+    if x.dim() == 2 or q_x.data is None or q_x.scale is None:
+        return q_x
+    return q_x._replace(data=as_matrix(q_x.data), scale=as_matrix(q_x.scale))
+
+
 class MLPFunction(torch.autograd.Function):
     """`mlp` with gradients for x and all parameters.
 
-    apply(x [M, K], config, operands, weight, bias, weight, bias, ...), with the parameters in the
+    apply(x [..., K], config, operands, weight, bias, weight, bias, ...), with the parameters in the
     order of the operands. An operand is None where the weight is to be quantized here.
     """
 
@@ -138,23 +160,15 @@ class MLPFunction(torch.autograd.Function):
             operand or quantize_weight(weight, config.recipe, transposed=needed)
             for operand, weight, needed in zip(given, weights, transposed, strict=True)
         ]
-        recipe = config.recipe
         needs_x_t = any(needs_weights[:-1])
-        q_x = quantized_once(
-            x,
-            recipe,
-            transposed=needs_x_t,
-            quantize=lambda: quantize_activation(
-                x, recipe.input_dtype, recipe, plain=True, transposed=needs_x_t
-            ),
-        )
+        q_x = quantized_input(x, config.recipe, transposed=needs_x_t)
         y, wide = mlp(config, operands, biases, q_x)
         keeps_wide = ctx.needs_wide or needs_weights[-1]
         kept_wide: list[Tensor | None] = []
         if keeps_wide and config.save == "bf16":
             kept_wide = [wide]
         elif keeps_wide and config.save == "fp8":
-            options = quantizer_options(recipe.input_dtype, recipe)
+            options = quantizer_options(config.recipe.input_dtype, config.recipe)
             kept_wide = [*_quantize_1x128(wide, **options)]
         elif keeps_wide:
             kept_wide = [q_x.data, q_x.scale]
@@ -169,7 +183,7 @@ class MLPFunction(torch.autograd.Function):
         ctx.save_for_backward(*kept_x, *kept_weights, *kept_wide)
         ctx.config = config
         ctx.dtypes = [x.dtype, *(None if p is None else p.dtype for p in parameters)]
-        return y
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -179,7 +193,8 @@ class MLPFunction(torch.autograd.Function):
         return _gradients(ctx, grads[0])
 
 
-def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    dy = as_matrix(grad)
     config: MLP = ctx.config
     recipe = config.recipe
     needs_x, _, _, *needs = ctx.needs_input_grad
@@ -226,6 +241,8 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         h_t = _activated(config, "_t", wide, wide_scale)
     if needs_weight[-1]:
         gradients[-2] = _product(q_dy.data_t, q_dy.scale_t, h_t, dtypes[-2])
+    if dx is not None and dy is not grad:
+        dx = dx.view(*grad.shape[:-1], dx.shape[1])
     return dx, None, None, *gradients
 
 
