@@ -96,9 +96,9 @@ def test_recognized(module, activation, tanh, layers, training):
 def test_recognized_without_memory():
     with torch.device("meta"):
         module = Llama()
-    assert recognize_mlp(module) == MLPRoles(
-        ("gate_proj", "up_proj", "down_proj"), "silu_mul", None
-    )
+        roles = recognize_mlp(module)  # while it is the default device
+    assert recognize_mlp(module) == roles
+    assert roles == MLPRoles(("gate_proj", "up_proj", "down_proj"), "silu_mul", None)
 
 
 class Clamped(Llama):

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from ._dispatch.layout import GROUP
-from .nn.converted import is_fp8
+from .nn.experts import FP8Experts, trains_in_fp8
 from .recipe import GEMMS, Recipe
 
 _WIDE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -108,7 +108,8 @@ class ConversionResult:
         elements: the number of elements of all parameters, each counted once.
         parameters: every parameter of two or more dimensions, in the model's order: whether it
             trains in FP8 and by which recipe, or why not; its FLOPs, and the bytes it saves.
-        fused: {fully qualified name of an MLP that runs fused: its kind, such as "SwiGLU"}.
+        fused: {fully qualified name of an MLP or of experts that run fused: their kind, such as
+            "SwiGLU" or "SwiGLU experts"}.
     """
 
     model: nn.Module
@@ -288,7 +289,7 @@ def survey(model: nn.Module, skipped: Mapping[str, str]) -> dict[str, Any]:
     in_fp8: dict[int, Recipe] = {}
     for owner, module in modules.items():
         linear = _linear_around(owner, modules, skipped)
-        if linear is not None and is_fp8(modules[linear]):
+        if linear is not None and trains_in_fp8(modules[linear]):
             for name, parameter in module.named_parameters(recurse=False):
                 if _is_matrix(name, parameter):
                     in_fp8[id(parameter)] = modules[linear].recipe  # type: ignore[assignment]
@@ -337,13 +338,18 @@ def _uses(model: nn.Module, skipped: Mapping[str, str]) -> dict[int, tuple[int, 
             if is_lazy(parameter) or not _is_matrix(name, parameter):
                 continue
             gemms = [gemm for gemm in GEMMS if gemm != "wgrad" or parameter.requires_grad]
-            share = _multiplied_share(owner, linear is not None, parameter, modules)
+            of_experts = _holds_experts(module, parameter)
+            in_linear = linear is not None and not of_experts
+            share = _multiplied_share(owner, in_linear, parameter, modules)
             product = round(2 * parameter.numel() * share)
             use = (product * len(gemms), 0, 0.0, 0.0)
             layer = module if linear is None else modules[linear]
-            if is_fp8(layer):
+            if trains_in_fp8(layer):
                 recipe: Recipe = layer.recipe  # type: ignore[assignment]
-                in_features = parameter.shape[1 if isinstance(layer, nn.Linear) else 0]
+                transposed = not isinstance(layer, (nn.Linear, FP8Experts))
+                in_features = parameter.shape[0 if transposed else -1]
+                if of_experts:  # those that a token passes
+                    in_features *= round(share * parameter.shape[0])
                 fp8 = [gemm for gemm in gemms if gemm not in recipe.wide_gemms]
                 bytes_in_bf16 = 2.0 * in_features if "wgrad" in gemms else 0.0
                 saved = bytes_in_bf16 if "wgrad" not in fp8 else in_features * _bytes_of(recipe)
@@ -406,7 +412,7 @@ def _linear_around(
 ) -> str | None:
     """The name of the linear layer that module `name` is, or is a parametrization of."""
     while not (isinstance(modules.get(name), nn.Linear) or name in skipped):
-        if name in modules and is_fp8(modules[name]):
+        if name in modules and trains_in_fp8(modules[name]):
             return name
         if not name:
             return None

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 import torch
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from ._dispatch.layout import GROUP
-from .nn.converted import is_fp8, is_transposed_linear, overrides
+from .nn.converted import is_transposed_linear, overrides
+from .nn.experts import trains_in_fp8
+from .nn.mlp import can_fuse_recipe
 from .recipe import Recipe
 
 RecipeByName = Mapping[str, Recipe | None]
@@ -25,13 +27,16 @@ _ROUTER_NAMES = {"router", "gate", "shared_expert_gate"}
 _WIDE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def linear_layers(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
-    """Every layer that computes a linear function, by name: torch.nn.Linears, in FP8 or not, and
-    layers that hold the weight transposed."""
+def linear_layers(model: torch.nn.Module, experts: Container[str]) -> dict[str, torch.nn.Module]:
+    """Every layer that a conversion considers, by name, in FP8 or not: torch.nn.Linears, layers
+    that hold the weight transposed, and the modules named in `experts`."""
     return {
         fqn: module
         for fqn, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) or is_fp8(module) or is_transposed_linear(module)
+        if isinstance(module, torch.nn.Linear)
+        or trains_in_fp8(module)
+        or fqn in experts
+        or is_transposed_linear(module)
     }
 
 
@@ -80,15 +85,15 @@ def _some(names: Mapping[str, object]) -> str:
 
 def why_impossible(layer: torch.nn.Module) -> str | None:
     """The reason why `layer`, one of `linear_layers`, cannot be converted; None if it can."""
-    if is_fp8(layer):
+    if trains_in_fp8(layer):
         return "trains in FP8 already"
     if is_parametrized(layer):
         return "its parameters are parametrized (convert first, parametrize after)"
-    weight: torch.Tensor = layer.weight  # type: ignore[assignment]
+    weights = _weights(layer)
     kind = type(layer).__name__
     if isinstance(layer, torch.nn.Linear) and type(layer) is not torch.nn.Linear:
         multiplied_elsewhere = torch.nn.modules.linear.NonDynamicallyQuantizableLinear
-        if is_lazy(weight):
+        if is_lazy(weights[0]):
             return f"{kind} is a subclass whose own behavior would be lost (run a forward first)"
         if isinstance(layer, multiplied_elsewhere):
             return f"{kind} is a subclass whose weight MultiheadAttention multiplies by itself"
@@ -103,11 +108,27 @@ def why_impossible(layer: torch.nn.Module) -> str | None:
             "its forward was replaced by another function (convert before accelerate or others add "
             "their hooks)"
         )
-    if type(weight) not in (torch.nn.Parameter, torch.Tensor):
-        return f"its weight is a {type(weight).__name__} (convert before sharding or quantizing)"
-    if weight.dtype not in _WIDE_DTYPES:
-        return f"its weight is {weight.dtype}, not FP32, BF16 or FP16 (change it with .to())"
+    for weight in weights:
+        if type(weight) not in (torch.nn.Parameter, torch.Tensor):
+            kind = type(weight).__name__
+            return f"its weight is a {kind} (convert before sharding or quantizing)"
+        if weight.dtype not in _WIDE_DTYPES:
+            return f"its weight is {weight.dtype}, not FP32, BF16 or FP16 (change it with .to())"
     return None
+
+
+def why_impossible_for_experts(recipe: Recipe) -> str | None:
+    """The reason why experts cannot be converted by this recipe; None if they can."""
+    if can_fuse_recipe(recipe):
+        return None
+    return f"experts need a blockwise recipe whose GEMMs are all FP8 (its recipe is {recipe})"
+
+
+def _weights(layer: torch.nn.Module) -> list[torch.Tensor]:
+    parameters: list[torch.Tensor] = list(layer.parameters(recurse=False))
+    if not isinstance(layer, torch.nn.Linear) and all(p.dim() == 3 for p in parameters):
+        return parameters  # of experts
+    return [layer.weight]  # type: ignore[list-item]
 
 
 def why_not_worthwhile(layer: torch.nn.Module, fqn: str, embeddings: set[int]) -> str | None:
@@ -117,17 +138,17 @@ def why_not_worthwhile(layer: torch.nn.Module, fqn: str, embeddings: set[int]) -
     """
     *path, name = fqn.split(".")
     in_repeated_block = any(part.isdigit() for part in path)
-    weight: torch.Tensor = layer.weight  # type: ignore[assignment]
-    out_features, in_features = weight.shape
+    weights = _weights(layer)
+    out_features, in_features = weights[0].shape[-2:]
     if not isinstance(layer, torch.nn.Linear):
         in_features, out_features = out_features, in_features
-    if id(weight) in embeddings:
+    if id(weights[0]) in embeddings:
         return "output head: shares its weight with an embedding"
     if name in _HEAD_NAMES and not in_repeated_block:
         return "output head: its error goes straight into the loss"
     # A SwiGLU layer called `gate` has more outputs than inputs, a router fewer.
     if "router" in path or (name in _ROUTER_NAMES and out_features < in_features):
         return "router: its error changes which expert a token goes to"
-    if min(in_features, out_features) < GROUP:
+    if min(size for weight in weights for size in weight.shape[-2:]) < GROUP:
         return f"fewer than {GROUP} in or out features: smaller than one scale group"
     return None

@@ -46,13 +46,13 @@ class MLPRoles(NamedTuple):
     tanh_approximation: bool | None
 
 
-_ACTIVATIONS: dict[tuple[str, bool | None], Callable[[Tensor], Tensor]] = {
+ACTIVATIONS: dict[tuple[str, bool | None], Callable[[Tensor], Tensor]] = {
     ("silu", None): F.silu,
     ("gelu", False): F.gelu,
     ("gelu", True): functools.partial(F.gelu, approximate="tanh"),
     ("relu2", None): lambda x: F.relu(x).square(),
 }
-_WITH_GATE = ("silu", "gelu")
+GATED = ("silu", "gelu")
 
 
 def recognize_mlp(module: torch.nn.Module) -> MLPRoles | None:
@@ -74,14 +74,18 @@ def recognize_mlp(module: torch.nn.Module) -> MLPRoles | None:
     ]
     if not orders:
         return None
-    probe = _Probe(module, linears)
+    with torch.device("cpu"):  # whatever the default device is
+        return _roles_by_results(_Probe(module, linears), orders)
+
+
+def _roles_by_results(probe: _Probe, orders: list[tuple[str, ...]]) -> MLPRoles | None:
     results = probe.results()
     if results is None:
         return None
     for names in orders:
-        for (activation, tanh), function in _ACTIVATIONS.items():
+        for (activation, tanh), function in ACTIVATIONS.items():
             gated = len(names) == 3
-            if (not gated or activation in _WITH_GATE) and probe.agrees(names, function, results):
+            if (not gated or activation in GATED) and probe.agrees(names, function, results):
                 return MLPRoles(names, f"{activation}_mul" if gated else activation, tanh)
     return None
 
@@ -181,7 +185,7 @@ def fuse_(module: Any, roles: MLPRoles, save: Save) -> None:
     module.fused_save = save
 
 
-_NAMES = {"silu_mul": "SwiGLU", "gelu_mul": "GEGLU", "gelu": "GELU", "relu2": "squared ReLU"}
+NAMES = {"silu_mul": "SwiGLU", "gelu_mul": "GEGLU", "gelu": "GELU", "relu2": "squared ReLU"}
 
 
 def fuse_mlps(model: torch.nn.Module, save: Save) -> dict[str, str]:
@@ -201,7 +205,7 @@ def fuse_mlps(model: torch.nn.Module, save: Save) -> dict[str, str]:
         if roles is None or any(type(module._modules[name]) is not Linear for name in roles.layers):
             continue
         fuse_(module, roles, save)
-        fused[fqn] = _NAMES[roles.activation]
+        fused[fqn] = NAMES[roles.activation]
     return fused
 
 

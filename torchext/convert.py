@@ -10,9 +10,11 @@ import torch
 
 from . import _conversion_rules as rules
 from ._conversion_result import ConversionResult, ReadOnlyDict, survey
-from ._fusion import fuse_mlps, unfuse_mlps
+from ._experts import convert_experts_, find_experts
+from ._fusion import NAMES, fuse_mlps, unfuse_mlps
 from .nn import Linear
-from .nn.converted import TransposedLinear, convert_subclass_, convert_transposed_, is_fp8
+from .nn.converted import TransposedLinear, convert_subclass_, convert_transposed_
+from .nn.experts import FP8Experts, trains_in_fp8
 from .nn.mlp import check_save
 from .ops.mlp_function import Save
 from .recipe import Recipe
@@ -35,8 +37,9 @@ def convert_to_fp8_training(
     torch.nn.Linear becomes a torchext.nn.Linear. A layer of a subclass that inherits the forward of
     torch.nn.Linear becomes an instance of both classes. A layer that holds its weight as
     [in_features, out_features], such as the Conv1D of transformers' GPT-2, stays one of its class.
-    So an optimizer may be created before or after the conversion. Convert before torch.compile and
-    before the model is sharded. `unconvert` undoes the conversion.
+    Experts that a module holds as two 3-D parameters, as in transformers 5, train by grouped GEMMs
+    (docs/layers.md). So an optimizer may be created before or after the conversion. Convert before
+    torch.compile and before the model is sharded. `unconvert` undoes the conversion.
 
     Args:
         model: any module, including a torch.nn.Linear.
@@ -46,7 +49,8 @@ def convert_to_fp8_training(
             None or if no glob matches. A key without wildcards that is a layer's whole name
             converts that layer even if the default filter would leave it alone.
         module_filter_fn: called as module_filter_fn(module, fully qualified name) for each linear
-            layer that can be converted and has a recipe; it is converted if the result is true. The
+            layer, and each module of experts, that can be converted and has a recipe; it is
+            converted if the result is true. The
             default, None, leaves alone: layers with fewer than 128 in or out features (smaller than
             one scale group), output heads (their error goes straight into the loss), and routers
             (an error may send a token to another expert). It recognizes heads and routers by name,
@@ -54,12 +58,13 @@ def convert_to_fp8_training(
         fuse: whether MLPs run fused: with FP8 between their GEMMs, forward and backward. An MLP is
             recognized by what it computes (docs/layers.md). Its module stays the same object; its
             class becomes a subclass of the same name.
-        save: what a fused MLP keeps of the activation's operands for backward, as `save` of
-            torchext.nn.SwiGLU.
+        save: what a fused MLP, and experts, keep of the activation's operands for backward, as
+            `save` of torchext.nn.SwiGLU.
 
     Some layers cannot be converted, whatever the filter returns: those of subclasses of
     torch.nn.Linear with a forward of their own, those whose weight is parametrized or whose
-    `forward` was replaced, and those whose weight is not a plain FP32, BF16 or FP16 tensor.
+    `forward` was replaced, those whose weight is not a plain FP32, BF16 or FP16 tensor, and experts
+    whose recipe is not blockwise or leaves a GEMM wide.
     Parameters of other modules do not change. `result.parameters` tells of each parameter of two or
     more dimensions whether it trains in FP8, and if not why.
 
@@ -77,14 +82,17 @@ def convert_to_fp8_training(
     _check_arguments(model, recipe, module_filter_fn)
     check_save("convert_to_fp8_training", save)
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
-    layers = rules.linear_layers(model)
+    experts = find_experts(model)
+    layers = rules.linear_layers(model, experts)
     recipe_of = rules.RecipeOf(recipe, layers)
-    converted, skipped = [], {}
+    converted, skipped, fused = [], {}, {}
     for fqn, layer in layers.items():
         own_recipe = None
         reason = rules.why_impossible(layer)
         if reason is None:
             own_recipe, reason = recipe_of(fqn)
+        if reason is None and own_recipe is not None and fqn in experts:
+            reason = rules.why_impossible_for_experts(own_recipe)
         if reason is None:
             if module_filter_fn is not None:
                 reason = None if module_filter_fn(layer, fqn) else rules.EXCLUDED
@@ -92,6 +100,10 @@ def convert_to_fp8_training(
                 reason = rules.why_not_worthwhile(layer, fqn, embeddings)
         if reason is not None or own_recipe is None:
             skipped[fqn] = reason or rules.NO_RECIPE
+        elif fqn in experts:
+            convert_experts_(layer, experts[fqn], own_recipe, save)
+            converted.append(fqn)
+            fused[fqn] = f"{NAMES[experts[fqn].activation]} experts"
         elif isinstance(layer, torch.nn.Linear):
             convert_subclass_(layer, own_recipe)
             converted.append(fqn)
@@ -103,7 +115,7 @@ def convert_to_fp8_training(
         tuple(converted),
         ReadOnlyDict(skipped),
         **survey(model, skipped),
-        fused=ReadOnlyDict(fuse_mlps(model, save) if fuse else {}),
+        fused=ReadOnlyDict(fused | (fuse_mlps(model, save) if fuse else {})),
     )
     _log.info(
         "convert_to_fp8_training: converted %d of %d linear layers of %s, recipe %s",
@@ -157,7 +169,7 @@ def _unconvert(model: torch.nn.Module, name: str) -> tuple[str, ...]:
             f"{name}: model must be a torch.nn.Module (got {model!r}); pass the model that was "
             "converted"
         )
-    layers = {fqn: m for fqn, m in model.named_modules() if is_fp8(m)}
+    layers = {fqn: m for fqn, m in model.named_modules() if trains_in_fp8(m)}
     for fqn, layer in layers.items():
         if type(layer) is not Linear and "plain_class" not in vars(type(layer)):
             raise TypeError(
@@ -167,7 +179,7 @@ def _unconvert(model: torch.nn.Module, name: str) -> tuple[str, ...]:
             )
     unfuse_mlps(model)
     for layer in layers.values():
-        assert isinstance(layer, (Linear, TransposedLinear))
+        assert isinstance(layer, (Linear, TransposedLinear, FP8Experts))
         layer.revert_()
     _log.info("%s: %d layers of %s", name, len(layers), type(model).__name__)
     return tuple(layers)

@@ -50,7 +50,7 @@ def numerics(model: torch.nn.Module, every: int = 1) -> Iterator[NumericsReport]
     forward that activation checkpointing repeats does not count.
 
     Layers that run in compiled code, under a transform of torch.func, or with tensor subclasses are
-    not observed; `report.unobserved` lists them.
+    not observed; `report.unobserved` lists them. Experts in 3-D parameters are not observed either.
 
     Args:
         model: any module. The context applies to the FP8 layers that it has on entry.

@@ -211,7 +211,7 @@ def _new_instance(base: Any, plain: type, *arguments: Any) -> Any:
 
 
 def is_fp8(module: torch.nn.Module) -> bool:
-    """Whether `module` is a layer that multiplies in FP8."""
+    """Whether `module` is a linear layer that multiplies in FP8."""
     return isinstance(module, (Linear, TransposedLinear))
 
 
@@ -256,7 +256,7 @@ def is_transposed_linear(module: torch.nn.Module) -> bool:
     if weight.is_meta:
         return True
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, weight.shape[0], generator=generator).to(weight)
+    x = torch.randn(2, weight.shape[0], generator=generator, device="cpu").to(weight)
     with torch.no_grad():
         expected = torch.addmm(bias, x, weight)
         try:

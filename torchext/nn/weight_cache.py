@@ -39,7 +39,7 @@ class _Kept(NamedTuple):
 
 
 class WeightCache:
-    """The FP8 weight of one layer. Copies and pickles of it are empty.
+    """The FP8 weights of one layer. Copies and pickles of it are empty.
 
     Attributes:
         fixed: the number of `fixed_weights` contexts that hold the layer.
@@ -62,11 +62,13 @@ class WeightCache:
         """Every tensor that is kept: FP8 values and scales."""
         return [part for kept in self._kept.values() for part in kept.operand if part is not None]
 
-    def operand(self, weight: Tensor, recipe: Recipe, *, transposed: bool) -> Operand | None:
+    def operand(
+        self, weight: Tensor, recipe: Recipe, *, transposed: bool, role: str = ""
+    ) -> Operand | None:
         """`weight` quantized by `recipe`, with the operand for dgrad if `transposed`.
 
         None if it may not be kept. Then the caller quantizes the weight, by an op that tracers and
-        transforms see.
+        transforms see. `role` tells the weights of a layer apart that has several.
         """
         # A computed weight (parametrized, or given by torch.func.functional_call) is a new tensor
         # in each forward, and a subclass may keep its values elsewhere.
@@ -81,14 +83,14 @@ class WeightCache:
         if self.fixed:
             if _is_captured(weight):
                 return None
-            place: Any = (recipe, _stream(weight))
+            place: Any = (role, recipe, _stream(weight))
             state, held = _recorded_state(weight), weight
         else:
             content = _content(weight)
             if content is None:
                 self.clear()
                 return None
-            place = held = None
+            place, held = role, None
             state = (recipe, *content)
         kept = self._kept.get(place)
         if kept is not None:

@@ -101,7 +101,7 @@ def quantize_activation(
 def quantize_weight(
     weight: Tensor, recipe: Recipe, *, transposed: bool, kept: bool = False
 ) -> Operand:
-    """Quantizes weight [N, K]: `data` [N, K] and, if `transposed`, `data_t` [K, N].
+    """Quantizes weight [..., N, K]: `data` and, if `transposed`, `data_t` [..., K, N].
 
     `kept` as in quantize_activation.
     """
@@ -116,7 +116,7 @@ def quantize_weight(
         return Operand(data, scale, data_t, scale)
     if transposed:
         data, scale, data_t = _quantize_128x128_dual(weight, **options)
-        return Operand(data, scale, data_t, scale.t())
+        return Operand(data, scale, data_t, scale.mT)
     data, scale = _quantize_128x128(weight, **options)
     return Operand(data, scale, None, None)
 

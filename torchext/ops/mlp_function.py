@@ -95,7 +95,7 @@ def mlp(
         q_x: x [M, K], quantized.
     """
     wide = _wide(config, operands[:-1], biases[:-1], q_x)
-    h, h_scale = _activated(config, "", wide)
+    h, h_scale = activated(config, "", wide)
     down = operands[-1]
     y = _fp8_gemm_nt(h, h_scale, down.data, down.scale, biases[-1], config.out_dtype)
     return y, wide
@@ -113,7 +113,7 @@ def _wide(
     return wide
 
 
-def _activated(config: MLP, layout: str, wide: Tensor, scale: Tensor | None = None) -> Any:
+def activated(config: MLP, layout: str, wide: Tensor, scale: Tensor | None = None) -> Any:
     """activation(wide), quantized; `layout` as in the names of the quantizers."""
     if scale is not None:
         wide = _dequantize(wide, scale, torch.float32)
@@ -238,7 +238,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             if needs_bias[i]:
                 gradients[2 * i + 1] = bias_grad[part].to(dtypes[2 * i + 1])
     elif needs_weight[-1]:
-        h_t = _activated(config, "_t", wide, wide_scale)
+        h_t = activated(config, "_t", wide, wide_scale)
     if needs_weight[-1]:
         gradients[-2] = _product(q_dy.data_t, q_dy.scale_t, h_t, dtypes[-2])
     if dx is not None and dy is not grad:

@@ -1,0 +1,194 @@
+"""Experts in 3-D parameters are recognized by what they compute, converted in place, reported, and
+given back."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import re
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from torchext import Recipe, convert_to_fp8_training, unconvert
+from torchext._experts import recognize_experts
+from torchext.nn.experts import ExpertsRoles, FP8Experts
+
+
+class Experts(nn.Module):
+    """A model's own experts: other names, another order, all products in one einsum each."""
+
+    def __init__(self, features: int = 128, inner: int = 192, count: int = 4) -> None:
+        super().__init__()
+        self.out = nn.Parameter(torch.randn(count, features, inner) / inner**0.5)
+        self.both = nn.Parameter(torch.randn(count, 2 * inner, features) / features**0.5)
+
+    def activate(self, wide: Tensor) -> Tensor:
+        gate, up = wide.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+    def forward(self, tokens: Tensor, chosen: Tensor, scores: Tensor) -> Tensor:
+        h = self.activate(torch.einsum("tcwk,tk->tcw", self.both[chosen], tokens))
+        return torch.einsum("tcki,tci,tc->tk", self.out[chosen], h, scores)
+
+
+class Products(Experts):
+    """Grouped products as torch has them, which refuse float64."""
+
+    def forward(self, tokens: Tensor, chosen: Tensor, scores: Tensor) -> Tensor:
+        ids, order = chosen.flatten().sort(stable=True)
+        rows = tokens[order // chosen.shape[1]]
+        numbers = torch.arange(len(self.out))
+        ends = torch.searchsorted(ids, numbers, right=True).int()
+        h = self.activate(F.grouped_mm(rows, self.both.mT, offs=ends))
+        y = F.grouped_mm(h, self.out.mT, offs=ends) * scores.flatten()[order, None]
+        return torch.zeros_like(tokens).index_add(0, order // chosen.shape[1], y)
+
+
+class Interleaved(Experts):
+    def activate(self, wide: Tensor) -> Tensor:
+        return F.silu(wide[..., ::2]) * wide[..., 1::2]
+
+
+class Clamped(Experts):
+    def activate(self, wide: Tensor) -> Tensor:
+        return super().activate(wide.clamp(max=7))
+
+
+class OtherScores(Experts):
+    def forward(self, tokens: Tensor, chosen: Tensor, scores: Tensor) -> Tensor:
+        return super().forward(tokens, chosen, scores / scores.sum(1, keepdim=True))
+
+
+class OtherOrder(Experts):
+    def forward(  # type: ignore[override]
+        self, tokens: Tensor, scores: Tensor, chosen: Tensor
+    ) -> Tensor:
+        return super().forward(tokens, chosen, scores)
+
+
+class WithBias(Experts):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(4, 384))
+
+
+class Tuple(Experts):
+    def forward(self, tokens: Tensor, chosen: Tensor, scores: Tensor) -> Any:
+        return super().forward(tokens, chosen, scores), None
+
+
+ROLES = ExpertsRoles(("both", "out"), "silu_mul", None, ("tokens", "chosen", "scores"))
+
+
+@pytest.mark.parametrize("kind", [Experts, Products])
+def test_recognized(kind):
+    module = kind().eval()
+    state = torch.get_rng_state()
+    before = copy.deepcopy(module.state_dict())
+    assert recognize_experts(module) == ROLES
+    assert torch.equal(torch.get_rng_state(), state) and not module.training
+    assert all(torch.equal(t, before[name]) for name, t in module.state_dict().items())
+    with torch.device("meta"):  # the default device of what the module makes
+        assert recognize_experts(kind()) == ROLES
+
+
+@pytest.mark.parametrize("kind", [Interleaved, Clamped, OtherScores, OtherOrder, WithBias, Tuple])
+def test_left_alone(kind):
+    assert recognize_experts(kind()) is None
+
+
+class Model(nn.Module):
+    def __init__(self, experts: nn.Module | None = None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.router = nn.Linear(128, 4)
+        self.top_k = 2
+        self.experts = experts or Experts()
+        self.projection = nn.Linear(128, 128)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores, chosen = self.router(x).softmax(-1).topk(self.top_k)
+        return self.projection(self.experts(x, chosen, scores))
+
+
+def test_converted_in_place_and_given_back():
+    model, x = Model(), torch.randn(40, 128)
+    state, y = copy.deepcopy(model.state_dict()), model(x)
+    parameters = list(model.parameters())
+    result = convert_to_fp8_training(model)
+    assert result.converted == ("experts", "projection")
+    assert result.fused == {"experts": "SwiGLU experts"}
+    assert isinstance(model.experts, FP8Experts) and isinstance(model.experts, Experts)
+    assert repr(model.experts) == "Experts(fp8=blockwise)"
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    assert list(model.state_dict()) == list(state)
+    assert not torch.equal(model(x), y)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert type(twin.experts) is type(model.experts)
+        assert torch.equal(twin(x), model(x))
+    assert convert_to_fp8_training(model).converted == ()
+    attributes = set(vars(Model().experts))
+    assert unconvert(model) == ("experts", "projection")
+    assert type(model.experts) is Experts and set(vars(model.experts)) == attributes
+    assert torch.equal(model(x), y)
+
+
+def test_reported():
+    result = convert_to_fp8_training(Model())
+    reports = {p.name: p for p in result.parameters}
+    up, down = reports["experts.both"], reports["experts.out"]
+    assert up.recipe == down.recipe == "blockwise" and up.reason is down.reason is None
+    assert up.flops == up.fp8_flops == 2 * 3 * 2 * 384 * 128  # two of the experts
+    assert down.flops == down.fp8_flops == 2 * 3 * 2 * 192 * 128
+    assert (up.bf16_bytes, down.bf16_bytes) == (2 * 2 * 128, 2 * 2 * 192)
+    assert up.saved_bytes == 2 * 132
+    assert result.fp8_elements == 4 * 3 * 192 * 128 + 128 * 128
+    result.require(0.99)
+
+
+@pytest.mark.parametrize(
+    "experts, recipe, reason",
+    [
+        (Experts(), Recipe.rowwise(), r"experts need a blockwise .* \(its recipe is rowwise\)"),
+        (Experts(), Recipe.parse("blockwise+wgrad=bf16"), "whose GEMMs are all FP8"),
+        (Experts(), {"projection": Recipe()}, "no glob of"),
+        (Experts(inner=64), None, "fewer than 128"),
+        (Experts().double(), None, "its weight is torch.float64"),
+    ],
+    ids=["rowwise", "wide wgrad", "by name", "small", "float64"],
+)
+def test_skipped_with_a_reason(experts, recipe, reason):
+    model = Model(experts)
+    result = convert_to_fp8_training(model, recipe)
+    assert type(model.experts) is Experts and result.converted == ("projection",)
+    assert re.search(reason, result.skipped["experts"])
+    assert {p.reason for p in result.wide if p.name != "router.weight"} == {
+        result.skipped["experts"]
+    }
+
+
+def test_filters_and_names_choose_experts():
+    seen = []
+
+    def only_experts(module: nn.Module, name: str) -> bool:
+        seen.append(name)
+        return name == "experts"
+
+    result = convert_to_fp8_training(Model(), module_filter_fn=only_experts)
+    assert seen == ["router", "experts", "projection"] and result.converted == ("experts",)
+    small = Model(Experts(inner=64))
+    assert convert_to_fp8_training(small, {"experts": Recipe()}).converted == ("experts",)
+
+
+def test_compiled_experts_run_as_their_class():
+    model, x = Model(), torch.randn(40, 128)
+    convert_to_fp8_training(model, {"experts": Recipe()})
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    y = compiled(x)
+    unconvert(model)
+    torch.testing.assert_close(y, model(x))

@@ -1,0 +1,169 @@
+"""Finds experts that a model holds as 3-D parameters, and converts them in place.
+
+A candidate is a module whose only parameters are two 3-D ones, with the shapes of the weights of E
+MLPs. A copy of it with small random parameters is called, in float64 or, as some implementations of
+grouped products refuse that, in FP32. If the result is the weighted sum of MLPs with one of the
+known activations, then the module computes it for all parameters: its class does not matter, nor do
+the names of its parameters.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+
+from ._fusion import ACTIVATIONS, GATED
+from .nn.experts import ExpertsRoles, FP8Experts
+from .nn.weight_cache import WeightCache
+from .ops.mlp_function import Save
+from .recipe import Recipe
+
+_log = logging.getLogger("torchext")
+
+
+def recognize_experts(module: torch.nn.Module) -> ExpertsRoles | None:
+    """The roles of the module's parameters if it computes experts, else None."""
+    with torch.device("cpu"):  # whatever the default device is
+        return _recognize(module)
+
+
+def _recognize(module: torch.nn.Module) -> ExpertsRoles | None:
+    parameters = module._parameters
+    if len(parameters) != 2 or any(
+        p is None or is_lazy(p) or p.dim() != 3 for p in parameters.values()
+    ):
+        return None
+    if len(list(module.parameters())) != 2 or any(
+        name in vars(module) for name in FP8Experts.added
+    ):
+        return None
+    arguments = _arguments(module)
+    if arguments is None:
+        return None
+    first, second = parameters
+    for names in ((first, second), (second, first)):
+        up, down = (parameters[name] for name in names)
+        assert up is not None and down is not None
+        experts, width, features = up.shape
+        inner = down.shape[2]
+        if down.shape[:2] != (experts, features) or width not in (inner, 2 * inner):
+            continue
+        probe = _Probe(module, names, experts, is_gated=width == 2 * inner)
+        for (activation, tanh), function in ACTIVATIONS.items():
+            if probe.is_gated and activation not in GATED:
+                continue
+            if probe.agrees(function):
+                gated = "_mul" if probe.is_gated else ""
+                return ExpertsRoles(names, f"{activation}{gated}", tanh, arguments)
+    return None
+
+
+def _arguments(module: Any) -> tuple[str, ...] | None:
+    """The names of forward's arguments if they are three."""
+    try:
+        names = tuple(inspect.signature(type(module).forward).parameters)[1:]
+    except (TypeError, ValueError):
+        return None
+    return names if len(names) == 3 else None
+
+
+class _Probe:
+    """A copy of a module with small random parameters, and the results of calling it."""
+
+    _FEATURES, _INNER = 24, 16  # multiples of 16 bytes, which grouped products require
+    _SCALES = (1, 30)  # of the input: a clamp shows only where values are large
+    _TOLERANCES = ((torch.float64, 1e-5), (torch.float32, 1e-4))
+
+    def __init__(
+        self, module: torch.nn.Module, names: tuple[str, str], experts: int, *, is_gated: bool
+    ) -> None:
+        generator = torch.Generator().manual_seed(0)
+
+        def random(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+        self.is_gated = is_gated
+        width = self._INNER * (2 if is_gated else 1)
+        self.up = random(experts, width, self._FEATURES) / self._FEATURES**0.5
+        self.down = random(experts, self._FEATURES, self._INNER) / self._INNER**0.5
+        tokens, choices = 6, min(2, experts)
+        self.ids = torch.rand(tokens, experts, generator=generator).topk(choices).indices
+        self.weights = random(tokens, choices).abs()
+        self.inputs = [scale * random(tokens, self._FEATURES) for scale in self._SCALES]
+        self.module = copy.copy(module)
+        self.module._modules = {n: copy.deepcopy(m) for n, m in module._modules.items()}
+        self.names = names
+        self.module.train()  # so that dropout shows
+        self.results = None
+        for dtype, tolerance in self._TOLERANCES:
+            self.results, self.tolerance = self._call(dtype), tolerance
+            if self.results is not None:
+                break
+
+    def _call(self, dtype: torch.dtype) -> list[Tensor] | None:
+        """What the module returns for each input; None if it does not take these arguments."""
+        values = (self.up, self.down)
+        self.module._parameters = {
+            name: torch.nn.Parameter(value.to(dtype))
+            for name, value in zip(self.names, values, strict=True)
+        }
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                ys = [
+                    type(self.module).forward(
+                        self.module, x.to(dtype), self.ids.clone(), self.weights.to(dtype)
+                    )
+                    for x in self.inputs
+                ]
+        except Exception as error:  # of any class: the module may need other inputs
+            _log.debug("%s: no experts in %s: %r", type(self.module).__name__, dtype, error)
+            return None
+        fits = all(
+            isinstance(y, Tensor) and y.shape == x.shape
+            for y, x in zip(ys, self.inputs, strict=True)
+        )
+        return ys if fits else None
+
+    def agrees(self, function: Callable[[Tensor], Tensor]) -> bool:
+        """Whether the results are those of experts with this activation."""
+        if self.results is None:
+            return False
+        up, down = self.up[self.ids], self.down[self.ids]  # [tokens, choices, ...]
+        for x, y in zip(self.inputs, self.results, strict=True):
+            wide = torch.einsum("tcwk,tk->tcw", up, x)
+            if self.is_gated:
+                gate, rest = wide.chunk(2, dim=-1)
+                h = function(gate) * rest
+            else:
+                h = function(wide)
+            expected = torch.einsum("tcki,tci,tc->tk", down, h, self.weights)
+            limit = self.tolerance * expected.abs().max()
+            if (y.double() - expected).abs().max() > limit:
+                return False
+        return True
+
+
+def find_experts(model: torch.nn.Module) -> dict[str, ExpertsRoles]:
+    """{fully qualified name: its roles} of every module of experts, in FP8 or not."""
+    found = {}
+    for fqn, module in model.named_modules():
+        roles = module.fused_roles if isinstance(module, FP8Experts) else recognize_experts(module)
+        if roles is not None:
+            found[fqn] = roles
+    return found
+
+
+def convert_experts_(module: Any, roles: ExpertsRoles, recipe: Recipe, save: Save) -> None:
+    """Makes a module that recognize_experts recognized train in FP8. `revert_` undoes it."""
+    module.__class__ = FP8Experts.class_for(type(module))
+    module.recipe = recipe
+    module.fused_roles = roles
+    module.fused_save = save
+    module._weight_cache = WeightCache()
