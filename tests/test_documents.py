@@ -1,4 +1,4 @@
-"""The snippets of three documents print what the documents show, if a reader runs them in order in
+"""The snippets of four documents print what the documents show, if a reader runs them in order in
 one fresh interpreter. Also checks the glossary."""
 
 from __future__ import annotations
@@ -44,9 +44,11 @@ def assert_prints(printed: str, shown: str) -> None:
     assert [float(number) for number in match.groups()] == pytest.approx(expected, rel=0.05)
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/conversion.md", "docs/debugging.md"])
+@pytest.mark.parametrize(
+    "document", ["README.md", "docs/conversion.md", "docs/debugging.md", "docs/layers.md"]
+)
 def test_snippets_print_what_is_shown(document, tmp_path):
-    if document != "docs/conversion.md":
+    if document in ("README.md", "docs/debugging.md"):
         if not torchext.is_available("sim"):
             pytest.skip(torchext.is_available("sim").reason)
         try:

@@ -1,0 +1,109 @@
+"""torchext.nn.Block: a transformer's decoder or encoder layer with FP8 attention and MLP."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from ..ops.mlp_function import Save
+from ..recipe import Recipe
+from .attention import Attention
+from .mlp import SwiGLU
+
+
+class Block(torch.nn.Module):
+    """x + self_attn(input_layernorm(x)), and that y + mlp(post_attention_layernorm(y)).
+
+    As in Llama, Mistral, Qwen2, Qwen3 and Gemma, whose decoder layers have the same parameters and
+    `state_dict` keys: those of `self_attn`, a torchext.nn.Attention, of `mlp`, and the weights of
+    the two RMSNorms.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        *,
+        mlp: Callable[..., torch.nn.Module] = SwiGLU,
+        mlp_bias: bool = False,
+        norm_eps: float = 1e-6,
+        theta: float | None = 10000.0,
+        is_causal: bool = True,
+        save: Save = "fp8",
+        recompute_attention: bool = False,
+        recipe: Recipe | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        **attention: Any,
+    ) -> None:
+        """Allocates and initializes the parameters, as torchext.nn.Linear and RMSNorm do.
+
+        Args:
+            hidden_size: size of the last dimension of input and output.
+            intermediate_size: of the MLP.
+            num_heads, num_kv_heads, theta, is_causal: as for torchext.nn.Attention.
+            mlp: the MLP's class, torchext.nn.SwiGLU, GEGLU, GELUMLP or ReLU2MLP, or a function with
+                the same arguments: functools.partial(GEGLU, tanh_approximation=False).
+            mlp_bias: whether the MLP's projections have biases.
+            norm_eps: what all norms add to the mean of squares.
+            save: what the MLP keeps for backward, as for torchext.nn.SwiGLU.
+            recompute_attention: whether backward computes the first norm and attention again.
+                It keeps nothing of them but x, which the norm keeps anyway. `recompute` of
+                torchext.nn.Attention repeats less (not o_proj), and keeps more.
+            recipe: of all projections; Recipe.deepseek_v3() if None.
+            device, dtype: of all parameters.
+            attention: the other keyword arguments of torchext.nn.Attention: head_dim, bias, ...
+
+        Raises:
+            ValueError, TypeError, RuntimeError: as torchext.nn.Attention and `mlp`.
+        """
+        super().__init__()
+        self.recompute_attention = recompute_attention
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.self_attn = Attention(
+            hidden_size,
+            num_heads,
+            num_kv_heads,
+            norm_eps=norm_eps,
+            theta=theta,
+            is_causal=is_causal,
+            recipe=recipe,
+            **factory,
+            **attention,
+        )
+        self.mlp = mlp(
+            hidden_size, intermediate_size, mlp_bias, recipe=recipe, save=save, **factory
+        )
+        self.input_layernorm = torch.nn.RMSNorm(hidden_size, norm_eps, **factory)
+        self.post_attention_layernorm = torch.nn.RMSNorm(hidden_size, norm_eps, **factory)
+
+    def forward(self, input: Tensor, attn_mask: Tensor | None = None, **options: Any) -> Tensor:
+        """The layer's output, [..., length, hidden_size], in the input's dtype.
+
+        Args:
+            input: [..., length, hidden_size], as for torchext.nn.Linear.
+            attn_mask, options: as for torchext.nn.Attention's forward.
+
+        Raises:
+            ValueError, TypeError, RuntimeError: as torchext.nn.Attention's forward.
+        """
+
+        def attend(x: Tensor) -> Tensor:
+            return self.self_attn(self.input_layernorm(x), attn_mask, **options)
+
+        if self.recompute_attention and options.get("cache") is None and torch.is_grad_enabled():
+            dropout = self.training and self.self_attn.dropout > 0
+            y = checkpoint(attend, input, use_reentrant=False, preserve_rng_state=dropout)
+        else:
+            y = attend(input)
+        x = input + y
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+    def extra_repr(self) -> str:
+        return "recompute_attention=True" if self.recompute_attention else ""
