@@ -253,7 +253,7 @@ def test_input_is_quantized_and_saved_once(device, options):
     angles = sum(t.nbytes for t in storages.values() if t.shape == (32, 1, 64))
     size = sum(t.untyped_storage().nbytes() for t in storages.values()) - angles
     weights = 2 * k * q + 2 * k * v  # the FP8 transposes
-    assert size == 128 * (k + 2 * q + 4 * v + 2 * q + q) + weights
+    assert size == 128 * (k + 2 * q + 4 * v + 2 * q) + weights
     wide = {t.untyped_storage().data_ptr(): t for t in saved if t.element_size() == 4}
     assert sum(t.untyped_storage().nbytes() for t in wide.values()) < size / 16  # scales, sums
 
@@ -280,6 +280,14 @@ def test_recomputation_gives_the_same_bits(device, options, dropout):
     expected = results(kept, x)
     torch.manual_seed(2)
     assert_equal(results(again, x), expected)
+
+
+@pytest.mark.parametrize("recipe", [Recipe.deepseek_v3(), Recipe.rowwise()], ids=str)
+def test_input_of_o_proj_is_quantized_again_to_the_same_bits(device, recipe):
+    layer, x = layer_of(device, recipe=recipe, output_bias=True), inputs(device)
+    expected = results(layer, x)
+    layer.o_proj._keeps_input = False
+    assert_equal(results(layer, x), expected)
 
 
 # ---- modes ----
@@ -320,6 +328,21 @@ def test_compiled_in_one_graph(device, recompute):
     torch._dynamo.reset()
     compiled = torch.compile(copy.deepcopy(layer), fullgraph=True, backend="aot_eager")
     assert_close(results(compiled, x), results(Reference(layer), x.double()))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_transforms(device, recompute):
+    layer, x = layer_of(device, recompute=recompute, theta=1e4, is_causal=True), inputs(device)
+    expected = results(layer, x)[2:]
+
+    def loss(parameters: dict[str, Tensor]) -> Tensor:
+        y = torch.func.functional_call(layer, parameters, (x,))
+        dy = torch.arange(y.numel(), device=y.device).remainder(11).view_as(y).sub(3)
+        return (y * dy).sum()
+
+    got = torch.func.grad(loss)(dict(layer.named_parameters()))
+    assert_equal([*got.values()], expected)
+    assert torch.func.vmap(layer)(x).shape == x.shape
 
 
 def test_autocast(device):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..recipe import Recipe
+from .composition import is_composed
 from .linear import Linear, output_dtype
 from .rotary import rotary_embedding, rotated
 
@@ -44,12 +46,11 @@ class Attention(torch.nn.Module):
 
         K            the input in FP8, for the gradients of the three weights
         2 Q + 4 V    q, k and v as scaled_dot_product_attention reads them
-        2 Q          its result, and 4 bytes for each head
-        Q            its result in FP8, for the gradient of o_proj's weight
+        2 Q          its result, which o_proj quantizes again in backward; and 4 for each head
         2 Q + 2 V    with qk_norm: what the norms read
 
-    With `recompute`, backward keeps the input, 2 K, and the Q bytes of o_proj; it repeats all that
-    comes before o_proj, to the same bits.
+    With `recompute`, backward keeps the input, 2 K, and in FP8 that of o_proj, Q; it repeats all
+    that comes before o_proj, to the same bits.
 
     Parameters are those of four linear layers, `q_proj` [Q, K], `k_proj` and `v_proj` [V, K] and
     `o_proj` [K, Q], and with qk_norm `q_norm.weight` and `k_norm.weight`, [head_dim]. A state_dict
@@ -146,6 +147,7 @@ class Attention(torch.nn.Module):
         self.v_proj = Linear(hidden_size, kv_size, bias, recipe=recipe, **options)
         output_bias = bias if output_bias is None else output_bias
         self.o_proj = Linear(q_size, hidden_size, output_bias, recipe=recipe, **options)
+        self.o_proj._keeps_input = not recompute  # scaled_dot_product_attention keeps it anyway
         self.q_norm = torch.nn.RMSNorm(head_dim, norm_eps, **options) if qk_norm else None
         self.k_norm = torch.nn.RMSNorm(head_dim, norm_eps, **options) if qk_norm else None
         self.register_load_state_dict_pre_hook(_split_qkv)
@@ -190,17 +192,14 @@ class Attention(torch.nn.Module):
             )
         is_causal = self.is_causal if is_causal is None else is_causal
         rotary = self._rotary(input, position_ids, position_embeddings, cache)
-        arguments = (input, rotary, cache, attn_mask, is_causal)
-        if self.recompute and cache is None and torch.is_grad_enabled():
-            y = checkpoint(
-                self._attend,
-                *arguments,
-                use_reentrant=False,
-                preserve_rng_state=self.training and self.dropout > 0,
-            )
-        else:
-            y = self._attend(*arguments)
-        return self.o_proj(y)
+
+        def attend(x: Tensor) -> Tensor:
+            return self._attend(x, rotary, cache, attn_mask, is_causal)
+
+        if self.recompute and cache is None:
+            random = self.training and self.dropout > 0
+            return self.o_proj(recomputed(attend, input, random=random))
+        return self.o_proj(attend(input))
 
     def extra_repr(self) -> str:
         words = [f"num_heads={self.num_heads}", f"num_kv_heads={self.num_kv_heads}"]
@@ -304,6 +303,17 @@ class Attention(torch.nn.Module):
             enable_gqa=grouped,
         )
         return y.transpose(-3, -2).flatten(-2)
+
+
+def recomputed(function: Callable[[Tensor], Tensor], x: Tensor, *, random: bool) -> Tensor:
+    """function(x), of which backward keeps only x; `random` if it draws random numbers.
+
+    Transforms of torch.func refuse the hooks that this needs.
+    """
+    if not torch.is_grad_enabled() or (not torch.compiler.is_compiling() and is_composed()):
+        return function(x)
+    y: Tensor = checkpoint(function, x, use_reentrant=False, preserve_rng_state=random)
+    return y
 
 
 def _causal_mask(attn_mask: Tensor | None, length: int, k: Tensor) -> tuple[Tensor | None, bool]:

@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from ..ops.mlp_function import Save
 from ..recipe import Recipe
-from .attention import Attention
+from .attention import Attention, recomputed
 from .mlp import SwiGLU
 
 
@@ -97,12 +96,11 @@ class Block(torch.nn.Module):
         def attend(x: Tensor) -> Tensor:
             return self.self_attn(self.input_layernorm(x), attn_mask, **options)
 
-        if self.recompute_attention and options.get("cache") is None and torch.is_grad_enabled():
-            dropout = self.training and self.self_attn.dropout > 0
-            y = checkpoint(attend, input, use_reentrant=False, preserve_rng_state=dropout)
+        if self.recompute_attention and options.get("cache") is None:
+            random = self.training and getattr(self.self_attn, "dropout", 1) > 0
+            x = input + recomputed(attend, input, random=random)
         else:
-            y = attend(input)
-        x = input + y
+            x = input + attend(input)
         return x + self.mlp(self.post_attention_layernorm(x))
 
     def extra_repr(self) -> str:

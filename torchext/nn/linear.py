@@ -40,6 +40,7 @@ class Linear(torch.nn.Linear):
 
     recipe: Recipe
     _weight_cache: WeightCache
+    _keeps_input: bool = False  # as `keep_input` of LinearFunction
 
     def __init__(
         self,
@@ -166,7 +167,8 @@ class Linear(torch.nn.Linear):
             quantized_weight = None if compiling else self._quantized_weight(weight, input)
             out_dtype = output_dtype(input)
             if _needs_graph(input, weight, bias):
-                inputs = (input, weight, bias, self.recipe, out_dtype, quantized_weight)
+                inputs: tuple[Any, ...] = (input, weight, bias, self.recipe, out_dtype)
+                inputs += (quantized_weight, self._keeps_input)
                 y = LinearFunction.apply(*inputs) if compiling else apply_eagerly(*inputs)
             else:
                 y = linear(

@@ -8,7 +8,8 @@ and over M in wgrad, so it is needed as [M, K] and as [K, M]; likewise w and dy:
     wgrad  dw [N, K] = dy_t [N, M] @ (x_t [K, M]).T
 
 Backward keeps x_t and w_t, one byte for each element, and does not keep x. For a GEMM that the
-recipe calls wide, which multiplies operands as they are, backward keeps w or x instead.
+recipe calls wide, which multiplies operands as they are, backward keeps w or x instead. It also
+keeps x, and makes x_t of it, where another op keeps x anyway (`keep_input`).
 
 x_t and w_t may be copied between forward and backward (CPU offloading, saved-tensor hooks). A copy
 can lose the layout that GEMMs require, so backward restores it. A compiled backward graph, whose
@@ -243,14 +244,16 @@ def wide_wgrad(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
 class LinearFunction(torch.autograd.Function):
     """`linear` with gradients for x, weight and bias.
 
-    apply(x, weight, bias, recipe, out_dtype, quantized_weight). dx has x's dtype, dw the weight's,
-    and the bias's gradient is summed in FP32.
+    apply(x, weight, bias, recipe, out_dtype, quantized_weight, keep_input=False). dx has x's dtype,
+    dw the weight's, and the bias's gradient is summed in FP32.
     """
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        x, weight, bias, recipe, out_dtype, quantized_weight = inputs
+        x, weight, bias, recipe, out_dtype, quantized_weight, *rest = inputs
         needs_dx, needs_dw = ctx.needs_input_grad[:2]
+        ctx.compiled = torch.compiler.is_compiling()
+        ctx.keeps_input = rest == [True] and recipe.wgrad == "fp8" and not ctx.compiled
         y, q_x, q_w = linear(
             x,
             weight,
@@ -259,16 +262,17 @@ class LinearFunction(torch.autograd.Function):
             out_dtype=out_dtype,
             quantized_weight=quantized_weight,
             needs_dx=needs_dx,
-            needs_dw=needs_dw,
+            needs_dw=needs_dw and not ctx.keeps_input,
         )
         w_t: tuple[Tensor | None, Tensor | None] = (None, None)
         x_t: tuple[Tensor | None, Tensor | None] = (None, None)
         if needs_dx:
             w_t = (q_w.data_t, q_w.scale_t) if recipe.dgrad == "fp8" else (weight, None)
-        if needs_dw:
+        if needs_dw and ctx.keeps_input:
+            x_t = (x, None)
+        elif needs_dw:
             x_t = (q_x.data_t, q_x.scale_t) if recipe.wgrad == "fp8" else (x.to(out_dtype), None)
         ctx.save_for_backward(*w_t, *x_t)
-        ctx.compiled = torch.compiler.is_compiling()
         ctx.recipe = recipe
         ctx.dtypes = (x.dtype, weight.dtype, None if bias is None else bias.dtype)
         return y
@@ -319,12 +323,16 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if dy is not grad:
             dx = dx.view(*grad.shape[:-1], dx.shape[-1])
     if fp8_dw:
+        if ctx.keeps_input:
+            _, _, x_t, x_t_scale = quantize_activation(
+                foldable(x_t), recipe.input_dtype, recipe, plain=False, transposed=True
+            )
         dw = product(q_dy.data_t, q_dy.scale_t, x_t, x_t_scale, out_dtype=weight_dtype)
     elif needs_dw:
         dw = wide_wgrad(dy, x_t, weight_dtype)
     if needs_db:
         db = gradient_of_bias(dy, bias_dtype)
-    return dx, dw, db, None, None, None
+    return dx, dw, db, *[None] * (len(ctx.needs_input_grad) - 3)
 
 
 def gradient_of_bias(dy: Tensor, dtype: torch.dtype) -> Tensor:
