@@ -118,6 +118,18 @@ def test_compiled(device, kind):
 
 
 @kinds
+def test_traced_symbolically(device, kind):
+    model, x = nn.Sequential(nn.ReLU(), make(kind, device)), normal(24, 200, device=device)
+    convert_to_fp8_training(model)
+    layer, traced = model[1], torch.fx.symbolic_trace(model)
+    assert [node.op for node in traced.graph.nodes][1:-1] == ["call_module", "call_module"]
+    assert all(map(torch.equal, results(traced, x), results(model, x)))
+    assert torch.equal(torch.fx.symbolic_trace(layer)(x), layer(x))
+    layer.register_forward_hook(lambda module, args, y: y + 1)
+    assert torch.equal(torch.fx.symbolic_trace(model)(x), model(x))
+
+
+@kinds
 def test_an_instance_of_both_classes(device, kind):
     layer = make(kind, device)
     convert_to_fp8_training(layer)

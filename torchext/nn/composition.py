@@ -74,28 +74,13 @@ def _overrides_functions(tensor: Tensor) -> bool:
 
 
 def _traced_symbolically(layer: Linear, input: Any, weight: Tensor, bias: Tensor | None) -> Any:
-    """Adds one call to torch.fx's graph: of the layer, as for a torch.nn.Linear, or of its op.
-
-    It is the op if the graph already contains what surrounds the layer's own forward (hooks, or a
-    forward that replaces it). A call of the layer would execute that twice.
-    """
+    """Adds one call to torch.fx's graph: of the layer, as for a torch.nn.Linear, or of its op."""
     from .linear import Linear
 
-    tracer = input.tracer
-    hooked = (
-        layer._forward_hooks
-        or layer._forward_pre_hooks
-        or torch.nn.modules.module._global_forward_hooks
-        or torch.nn.modules.module._global_forward_pre_hooks
-    )
-    own = type(layer).forward is Linear.forward and "forward" not in vars(layer)
-    if own and not hooked and layer is not getattr(tracer, "root", layer):
-        try:
-            path = tracer.path_of_module(layer)
-        except NameError:  # the layer is no submodule of the traced module
-            path = None
-        if path is not None:
-            return tracer.create_proxy("call_module", path, (input,), {})
+    if type(layer).forward is Linear.forward:
+        call = traced_call(layer, input)
+        if call is not None:
+            return call
     if type(weight) is Tensor:
         raise RuntimeError(
             "torchext.nn.Linear: weight must be a parameter under torch.fx (got one computed by a "
@@ -103,3 +88,25 @@ def _traced_symbolically(layer: Linear, input: Any, weight: Tensor, bias: Tensor
             "constant); trace with a torch.fx.Tracer whose is_leaf_module is true for this layer"
         )
     return linear_op(input, weight, bias, layer.recipe)
+
+
+def traced_call(layer: torch.nn.Module, input: Any) -> Any:
+    """A call of the layer in torch.fx's graph, of which `input` is a value.
+
+    None if the graph already contains what surrounds the layer's own forward (hooks, or a forward
+    that replaces it), which the call would execute again, or if the graph has no such module.
+    """
+    tracer = input.tracer
+    hooked = (
+        layer._forward_hooks
+        or layer._forward_pre_hooks
+        or torch.nn.modules.module._global_forward_hooks
+        or torch.nn.modules.module._global_forward_pre_hooks
+    )
+    if hooked or "forward" in vars(layer) or layer is getattr(tracer, "root", layer):
+        return None
+    try:
+        path = tracer.path_of_module(layer)
+    except NameError:  # the layer is no submodule of the traced module
+        return None
+    return tracer.create_proxy("call_module", path, (input,), {})

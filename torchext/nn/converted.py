@@ -17,12 +17,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.autograd import profiler
+from torch.fx import Proxy
 
 from ..ops.linear_function import LinearFunction, Operand, apply_eagerly, linear
 from ..ops.linear_operands import bias_fits, fit, layer_error, misfit
 from ..ops.linear_ranges import open_range
 from ..recipe import Recipe
-from .composition import composed, is_composed, is_composed_in_graph
+from .composition import composed, is_composed, is_composed_in_graph, traced_call
 from .linear import Linear, _needs_graph, output_dtype
 from .weight_cache import WeightCache
 
@@ -105,6 +106,10 @@ class TransposedLinear(Converted):
             RuntimeError: a shape or device does not fit.
             TypeError: x or a parameter has another dtype.
         """
+        if type(x) is Proxy and type(self).forward is TransposedLinear.forward:
+            call = traced_call(self, x)
+            if call is not None:
+                return call
         parameter: Tensor = self.weight  # type: ignore[assignment]
         bias: Tensor | None = getattr(self, "bias", None)  # type: ignore[assignment]
         weight = parameter.t()
