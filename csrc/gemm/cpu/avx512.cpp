@@ -21,7 +21,7 @@ struct Avx512 : FP32<Avx512, 16, 2, 14> {
   template <class Number>
   static void pack_vector_of(const uint8_t* from, int64_t stride, int rows, int depth, float* out) {
     for (int k = 0; k < depth; k += 64)
-      for_each_quad(
+      for_each_quad<false>(
           from + k, stride, rows, depth - k,
           [&](int q, __m512i codes) __attribute__((always_inline)) {
             for (int i = 0; i < 4; ++i) {

@@ -17,7 +17,7 @@
 namespace torchext::cpu_gemm {
 namespace {
 
-// FP8 codes to BF16: `even` gets those of bytes 0, 2, ..., `odd` the others.
+// FP8 codes to BF16: `first` gets those of the first 8 bytes of each 128-bit lane, `second` the others.
 struct DecodeByWords {
   __m512i words[4];
 
@@ -25,7 +25,7 @@ struct DecodeByWords {
     for (int i = 0; i < 4; ++i) words[i] = _mm512_load_si512(table.word + 32 * i);
   }
 
-  // Codes in the high bytes of 16-bit lanes; low bytes do not matter.
+  // Codes in the high bytes of 16-bit lanes.
   __m512i decode(__m512i codes) const {
     const __m512i index = _mm512_srli_epi16(codes, 8);
     const __mmask32 upper = _mm512_test_epi16_mask(codes, _mm512_set1_epi16(0x4000));
@@ -35,9 +35,10 @@ struct DecodeByWords {
     return _mm512_or_si512(magnitude, _mm512_and_si512(codes, _mm512_set1_epi16(short(0x8000))));
   }
 
-  void operator()(__m512i codes, __m512i& even, __m512i& odd) const {
-    even = decode(_mm512_slli_epi16(codes, 8));
-    odd = decode(codes);
+  void operator()(__m512i codes, __m512i& first, __m512i& second) const {
+    const __m512i zero = _mm512_setzero_si512();
+    first = decode(_mm512_unpacklo_epi8(zero, codes));
+    second = decode(_mm512_unpackhi_epi8(zero, codes));
   }
 };
 

@@ -1,7 +1,6 @@
 // Instructions for Loops that multiply pairs of BF16 (vdpbf16ps), on 512-bit vectors. A tile of 14 x
-// 32 fills 28 of 32 registers. A step is a pair of K, and a quad of K becomes the pairs (0, 2) and
-// (1, 3), because these are the even and the odd bytes of its FP8 codes. Decode turns FP8 codes into
-// BF16. Include it after a pragma that selects AVX512-BF16.
+// 32 fills 28 of 32 registers. A step is a pair of K. Decode turns FP8 codes into BF16. Include it
+// after a pragma that selects AVX512-BF16.
 #pragma once
 
 #include "loops.h"
@@ -34,12 +33,12 @@ struct BF16 {
     for (int k = 0; k < Depth::kSegment; k += 64) {
       const int left = std::max(count - k, 0);
       const __mmask64 mask = left >= 64 ? ~0ull : (1ull << left) - 1;
-      __m512i even, odd;
-      decode(_mm512_maskz_loadu_epi8(mask, codes + k), even, odd);
+      __m512i first, second;
+      decode(_mm512_maskz_loadu_epi8(mask, codes + k), first, second);
       alignas(64) uint32_t pairs[2][16];
-      _mm512_store_si512(pairs[0], even);
-      _mm512_store_si512(pairs[1], odd);
-      for (int i = 0; i < 32; ++i) steps[k / 2 + i] = pairs[i % 2][i / 2];
+      _mm512_store_si512(pairs[0], first);
+      _mm512_store_si512(pairs[1], second);
+      for (int i = 0; i < 32; ++i) steps[k / 2 + i] = pairs[i / 4 % 2][i / 8 * 4 + i % 4];
     }
   }
 
@@ -52,24 +51,27 @@ struct BF16 {
     const int height = int(rows.count);
     const __mmask16 mask = __mmask16((1u << height) - 1);
     for (int k = 0; k < count; k += 64)
-      for_each_quad(from + k, a.stride, height, count - k,
-                    [&](int q, __m512i codes) __attribute__((always_inline)) {
-                      __m512i even, odd;
-                      decode(codes, even, odd);
-                      uint32_t* to = steps + (k / 2 + 2 * q) * height;
-                      _mm512_mask_storeu_epi32(to, mask, even);
-                      _mm512_mask_storeu_epi32(to + height, mask, odd);
-                    });
+      for_each_quad<true>(from + k, a.stride, height, count - k,
+                          [&](int q, __m512i codes) __attribute__((always_inline)) {
+                            __m512i first, second;
+                            decode(codes, first, second);
+                            uint32_t* to = steps + (k / 2 + 2 * q) * height;
+                            _mm512_mask_storeu_epi32(to, mask, first);
+                            _mm512_mask_storeu_epi32(to + height, mask, second);
+                          });
     return true;
   }
 
   static void pack_row(const Operand& a, int64_t row, int64_t column, int count, uint32_t* steps) {
     const int64_t first = row * a.stride + column;
-    if (a.format == Format::bf16)
-      pack_bf16(static_cast<const uint16_t*>(a.data) + first, count, steps);
-    else
+    if (a.format == Format::bf16) {
+      auto* to = reinterpret_cast<uint16_t*>(steps);
+      std::memcpy(to, static_cast<const uint16_t*>(a.data) + first, count * sizeof *to);
+      std::memset(to + count, 0, -count % 4u * sizeof *to);
+    } else {
       pack_codes(Decode(table_of(a.format)), static_cast<const uint8_t*>(a.data) + first, count,
                  steps);
+    }
   }
 
   static void pack_panel(const Operand& b, int64_t row, int rows, int64_t column, int depth,
@@ -79,13 +81,13 @@ struct BF16 {
     for (int k = 0; k < depth; k += 64) {
       for (int v = 0; v < kVectors; ++v) {
         uint16_t* to = out + (k * kVectors + 2 * v) * kLanes;
-        for_each_quad(from + v * kLanes * b.stride + k, b.stride, rows - v * kLanes, depth - k,
-                      [&](int q, __m512i codes) __attribute__((always_inline)) {
-                        __m512i even, odd;
-                        decode(codes, even, odd);
-                        _mm512_storeu_si512(to + 4 * q * kPanel, even);
-                        _mm512_storeu_si512(to + (4 * q + 2) * kPanel, odd);
-                      });
+        for_each_quad<true>(from + v * kLanes * b.stride + k, b.stride, rows - v * kLanes,
+                            depth - k, [&](int q, __m512i codes) __attribute__((always_inline)) {
+                              __m512i first, second;
+                              decode(codes, first, second);
+                              _mm512_storeu_si512(to + 4 * q * kPanel, first);
+                              _mm512_storeu_si512(to + (4 * q + 2) * kPanel, second);
+                            });
       }
     }
   }

@@ -1,8 +1,5 @@
-// Levels that multiply pairs of BF16 share this: the BF16 values of FP8 codes, and the packing of a
-// row that is BF16 already.
+// Levels that multiply pairs of BF16 share this: the BF16 values of FP8 codes.
 #pragma once
-
-#include <cstring>
 
 #include "../../runtime/formats.h"
 #include "kernel.h"
@@ -28,16 +25,6 @@ inline const BF16Table kBF16Table{Number()};
 
 inline const BF16Table& table_of(Format fp8) {
   return fp8 == Format::e5m2 ? kBF16Table<E5M2> : kBF16Table<E4M3>;
-}
-
-// The steps of a segment of `count` elements; a quad of K becomes the pairs (0, 2) and (1, 3).
-inline void pack_bf16(const uint16_t* x, int count, uint32_t* steps) {
-  uint16_t row[Depth::kSegment] = {};
-  std::memcpy(row, x, count * sizeof *x);
-  for (int k = 0; k < count; k += 4) {
-    steps[k / 2] = row[k] | uint32_t(row[k + 2]) << 16;
-    steps[k / 2 + 1] = row[k + 1] | uint32_t(row[k + 3]) << 16;
-  }
 }
 
 }  // namespace torchext::cpu_gemm

@@ -5,7 +5,7 @@
 
 namespace torchext::cpu_gemm {
 
-// FP8 codes to BF16: `even` gets those of bytes 0, 2, ..., `odd` the others.
+// FP8 codes to BF16: `first` gets those of the first 8 bytes of each 128-bit lane, `second` the others.
 struct DecodeByBytes {
   __m512i low[2], high[2];
 
@@ -16,17 +16,14 @@ struct DecodeByBytes {
     }
   }
 
-  void operator()(__m512i codes, __m512i& even, __m512i& odd) const {
+  void operator()(__m512i codes, __m512i& first, __m512i& second) const {
     constexpr int kWhereMask = 0xca;  // of (mask, x, y): mask ? x : y
     const __m512i low_bytes = _mm512_permutex2var_epi8(low[0], codes, low[1]);
     const __m512i magnitudes = _mm512_permutex2var_epi8(high[0], codes, high[1]);
     const __m512i high_bytes =
         _mm512_ternarylogic_epi32(_mm512_set1_epi8(char(0x80)), codes, magnitudes, kWhereMask);
-    const __m512i low_byte = _mm512_set1_epi16(0x00ff);
-    even = _mm512_ternarylogic_epi32(low_byte, low_bytes, _mm512_slli_epi16(high_bytes, 8),
-                                     kWhereMask);
-    odd = _mm512_ternarylogic_epi32(low_byte, _mm512_srli_epi16(low_bytes, 8), high_bytes,
-                                    kWhereMask);
+    first = _mm512_unpacklo_epi8(low_bytes, high_bytes);
+    second = _mm512_unpackhi_epi8(low_bytes, high_bytes);
   }
 };
 

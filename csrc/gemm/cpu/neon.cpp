@@ -52,6 +52,16 @@ uint8x16_t load_codes(const uint8_t* from, int count) {
   return vld1q_u8(codes);
 }
 
+// The steps of a segment of `count` elements; a quad of K becomes the pairs (0, 2) and (1, 3).
+void pack_bf16(const uint16_t* x, int count, uint32_t* steps) {
+  uint16_t row[Depth::kSegment] = {};
+  std::memcpy(row, x, count * sizeof *x);
+  for (int k = 0; k < count; k += 4) {
+    steps[k / 2] = row[k] | uint32_t(row[k + 2]) << 16;
+    steps[k / 2 + 1] = row[k + 1] | uint32_t(row[k + 3]) << 16;
+  }
+}
+
 struct Neon {
   static constexpr int kLanes = 4, kVectors = 4, kTileRows = 6, kPair = 2, kChunk = 8;
   static constexpr int kPanel = kLanes * kVectors;

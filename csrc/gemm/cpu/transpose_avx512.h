@@ -7,8 +7,20 @@ namespace torchext::cpu_gemm {
 constexpr int kReadAhead = 192;  // bytes of a row that are prefetched into L2, as measured on Zen 4
 
 // Transposes four rows of quads (four codes each) within 128-bit lanes: lane l of y[j] has quad 4 l + j
-// of each row.
+// of each row. With kPairs, the first two codes of all four quads come before the others.
+template <bool kPairs>
 static inline __attribute__((always_inline)) void transpose_lanes(const __m512i* x, __m512i* y) {
+  if (kPairs) {
+    const __m512i low0 = _mm512_unpacklo_epi16(x[0], x[1]);
+    const __m512i high0 = _mm512_unpackhi_epi16(x[0], x[1]);
+    const __m512i low1 = _mm512_unpacklo_epi16(x[2], x[3]);
+    const __m512i high1 = _mm512_unpackhi_epi16(x[2], x[3]);
+    y[0] = _mm512_unpacklo_epi32(low0, low1);
+    y[1] = _mm512_unpackhi_epi32(low0, low1);
+    y[2] = _mm512_unpacklo_epi32(high0, high1);
+    y[3] = _mm512_unpackhi_epi32(high0, high1);
+    return;
+  }
   const __m512i low0 = _mm512_unpacklo_epi32(x[0], x[1]);
   const __m512i high0 = _mm512_unpackhi_epi32(x[0], x[1]);
   const __m512i low1 = _mm512_unpacklo_epi32(x[2], x[3]);
@@ -36,8 +48,9 @@ static inline __attribute__((always_inline)) void join_lanes(__m512i y0, __m512i
 }
 
 // Calls use(q, codes) for q = 0 to 15, where `codes` has codes 4 q to 4 q + 3 of each of 16 rows, one
-// row in each 32-bit lane; 0 beyond `rows` rows and `count` codes. Rows are `stride` apart.
-template <class Use>
+// row in each 32-bit lane; 0 beyond `rows` rows and `count` codes. Rows are `stride` apart. With
+// kPairs, each 128-bit lane has the first two codes of its four rows, and then the others.
+template <bool kPairs, class Use>
 static inline void for_each_quad(const uint8_t* from, int64_t stride, int rows, int count,
                                  const Use& use) {
   __m512i y[4][4];
@@ -57,7 +70,7 @@ static inline void for_each_quad(const uint8_t* from, int64_t stride, int rows, 
         x[i] = 4 * g + i < rows ? _mm512_maskz_loadu_epi8(mask, row + i * stride)
                                 : _mm512_setzero_si512();
     }
-    transpose_lanes(x, y[g]);
+    transpose_lanes<kPairs>(x, y[g]);
   }
 #pragma GCC unroll 4
   for (int j = 0; j < 4; ++j) join_lanes(y[0][j], y[1][j], y[2][j], y[3][j], j, use);
