@@ -273,7 +273,7 @@ def assert_same(got: tuple[Any, Any], expected: tuple[Any, Any]) -> None:
         assert torch.equal(got[1][name], gradient), name
 
 
-@pytest.mark.parametrize("family", ["Llama", "GPT-2", "BERT"])
+@pytest.mark.parametrize("family", ["Llama", "GPT-2", "Qwen3-MoE", "BERT"])
 def test_compiled_in_one_graph(family):
     """A compiled model runs MLPs layer by layer, to the bits of a model without fused MLPs."""
     model, inputs = make(family), batch(family)

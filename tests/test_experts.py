@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from support.linear_testing import gradient
 from torchext import Recipe, convert_to_fp8_training, unconvert
 from torchext._experts import recognize_experts
 from torchext.nn.experts import ExpertsRoles, FP8Experts
@@ -184,11 +185,27 @@ def test_filters_and_names_choose_experts():
     assert convert_to_fp8_training(small, {"experts": Recipe()}).converted == ("experts",)
 
 
-def test_compiled_experts_run_as_their_class():
-    model, x = Model(), torch.randn(40, 128)
-    convert_to_fp8_training(model, {"experts": Recipe()})
+@pytest.mark.slow
+def test_compiled_in_one_graph():
+    """A number of rows that is no multiple of 4, to which scales are padded; then another one."""
+    model = Model()
+    convert_to_fp8_training(model)
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    y = compiled(x)
+    for tokens in (33, 51):
+        x = torch.randn(tokens, 128)
+        ys, gradients = [], []
+        for call in (model, compiled):
+            model.zero_grad()
+            ys.append(call(x))
+            ys[-1].square().sum().backward()
+            gradients.append([gradient(p).clone() for p in model.parameters()])
+        assert torch.equal(*ys) and all(map(torch.equal, *gradients))
+
+
+def test_exported_experts_run_as_their_class():
+    model, x = Model(), torch.randn(40, 128)
+    convert_to_fp8_training(model, {"experts": Recipe()})
+    y = torch.export.export(model, (x,)).module()(x)
     unconvert(model)
     torch.testing.assert_close(y, model(x))

@@ -16,7 +16,7 @@ from ..ops.linear_function import quantize_weight
 from ..ops.linear_operands import fit
 from ..ops.mlp_function import MLP, Save
 from ..recipe import Recipe
-from .composition import is_composed
+from .composition import is_composed, is_composed_in_graph
 from .converted import Rerouted, is_fp8
 from .linear import output_dtype
 from .weight_cache import WeightCache
@@ -42,8 +42,9 @@ class FP8Experts(Rerouted):
     """Base of the classes that experts get.
 
     forward(x [T, K], ids [T, k], weights [T, k]) returns [T, K]: for each token, the sum over its
-    choices of weight * down[id] @ activation(up[id] @ x). Under torch.compile, tracers, transforms
-    and tensor subclasses, the forward of the class runs, in the dtypes of its parameters.
+    choices of weight * down[id] @ activation(up[id] @ x). Under torch.export, other tracers,
+    transforms and tensor subclasses, the forward of the class runs, in the dtypes of its
+    parameters.
 
     Attributes:
         fused_roles: what it computes.
@@ -83,7 +84,10 @@ class FP8Experts(Rerouted):
         return super()._apply(fn, recurse)
 
     def _can_run(self, x: Any, ids: Any, weights: Any) -> bool:
-        if torch.compiler.is_compiling() or is_composed() or torch._C._len_torch_function_stack():
+        if torch.compiler.is_compiling():
+            if is_composed_in_graph():
+                return False
+        elif is_composed() or torch._C._len_torch_function_stack():
             return False
         up, down = self._matrices()
         return (
@@ -120,12 +124,14 @@ class FP8Experts(Rerouted):
         for_x, for_dh = x.requires_grad, graph
         if not torch.is_grad_enabled():
             for_x = for_dh = self.training
-        operands = [
-            self._weight_cache.operand(parameter, recipe, transposed=needed, role=name)
-            for parameter, needed, name in zip(
-                parameters, (for_x, for_dh), roles.parameters, strict=True
-            )
-        ]
+        operands: list[Any] = [None, None]
+        if not torch.compiler.is_compiling():
+            operands = [
+                self._weight_cache.operand(parameter, recipe, transposed=needed, role=name)
+                for parameter, needed, name in zip(
+                    parameters, (for_x, for_dh), roles.parameters, strict=True
+                )
+            ]
         if graph:
             return ExpertsFunction.apply(x, ids, weights, config, operands, *parameters)
         quantized = [

@@ -21,6 +21,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .._dispatch.declaration import DECLARATIONS
@@ -89,8 +90,14 @@ def experts(
     up, down = operands
     wide = _by_rows(q_rows.data, q_rows.scale, (up.data, up.scale), routing, config.out_dtype)
     h, h_scale = activated(config, "", wide)
-    h_scale.mul_(row_weights[:, None])
-    return _by_rows(h, h_scale, (down.data, down.scale), routing, config.out_dtype), wide
+    y_scale = _weighted(h_scale, row_weights)
+    return _by_rows(h, y_scale, (down.data, down.scale), routing, config.out_dtype), wide
+
+
+def _weighted(scale: Tensor, row_weights: Tensor) -> Tensor:
+    """M-major scales times a factor for each row. In place, a compiled graph would lose strides."""
+    columns = scale.t() * row_weights
+    return F.pad(columns, (0, -scale.shape[0] % 4))[:, : scale.shape[0]].t()
 
 
 def _by_rows(
