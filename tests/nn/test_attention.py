@@ -237,6 +237,15 @@ def test_decoding_with_a_cache(device, chunks, kind):
     assert sqnr(exact, torch.cat(steps, 1)) > 20
 
 
+def test_recomputation_stores_no_key_twice(device):
+    layer = layer_of(device, theta=1e4, recompute=True)
+    cache = GrowingCache()
+    layer(
+        inputs(device), position_ids=torch.arange(12, device=device), cache=cache
+    ).sum().backward()
+    assert cache.held is not None and cache.held[0].shape == (2, HEADS, 12, D)
+
+
 # ---- what is saved ----
 
 
@@ -248,7 +257,8 @@ def test_input_is_quantized_and_saved_once(device, options):
     layer(x)
     with saved_tensors() as saved, OpCounter() as counter:
         layer(x)
-    assert counter.of(*QUANTIZE_ACTIVATION) == 2  # x, and the input of o_proj
+    assert counter.of(*QUANTIZE_ACTIVATION) == 2
+    assert counter.of("quantize_1x128_dual") == 1  # x; that of o_proj needs no transpose yet
     storages = {t.untyped_storage().data_ptr(): t for t in saved if t.element_size() < 4}
     angles = sum(t.nbytes for t in storages.values() if t.shape == (32, 1, 64))
     size = sum(t.untyped_storage().nbytes() for t in storages.values()) - angles
@@ -362,6 +372,16 @@ def test_input_of_another_dtype_than_the_parameters(device, dtype):
     got = results(layer, x)
     assert got[0].dtype == dtype
     assert_close(got, results(Reference(layer), x.double()))
+
+
+def test_norms_that_return_another_dtype(device):
+    layer = layer_of(device, qk_norm=True, theta=1e4, dtype=torch.bfloat16)
+    x = inputs(device, dtype=torch.bfloat16)
+    y = layer(x)
+    for norm in (layer.q_norm, layer.k_norm):
+        assert norm is not None
+        norm.register_forward_hook(lambda module, args, y: y.float())
+    assert layer(x).dtype == torch.bfloat16 and sqnr(y, layer(x)) > 25
 
 
 @pytest.mark.parametrize("shape", [(12,), (3, 1), (0, 5), (2, 0), (2, 2, 5)], ids=str)

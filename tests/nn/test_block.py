@@ -140,6 +140,22 @@ def test_bits_are_those_of_the_converted_layer(family, masked):
 
 
 @pytest.mark.slow
+def test_fused_projections_of_phi():
+    """qkv_proj and gate_up_proj load into the projections' own parameters."""
+    layer, rotary = their_layer("Phi3")
+    block, x = Block(K, WIDE, HEADS, 2, head_dim=32, norm_eps=1e-5), inputs(torch.device("cpu"))
+    block.load_state_dict(layer.state_dict(), strict=True)
+    embeddings = rotary(x, torch.arange(12)[None])
+    exact = results(layer, x, position_embeddings=embeddings)
+    got = results(block, x, position_embeddings=embeddings)
+    for fused, parts in {"self_attn.qkv_proj": "qkv", "mlp.gate_up_proj": ("gate", "up")}.items():
+        parent = fused.partition(".")[0]
+        weights = [got.pop(f"{parent}.{part}_proj.weight") for part in parts]
+        got[f"{fused}.weight"] = torch.cat(weights)
+    assert_close(got, exact)
+
+
+@pytest.mark.slow
 def test_decoding_with_a_cache_of_transformers():
     import transformers
 
@@ -218,6 +234,20 @@ def test_recomputed_attention_keeps_nothing_but_its_input(device):
         block(x)
     storages = {t.untyped_storage().data_ptr() for t in saved if t.numel()}
     assert storages == {x.untyped_storage().data_ptr()}
+
+
+def test_recomputation_stores_no_key_twice(device):
+    stored: list[int] = []
+
+    class Cache:
+        def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+            stored.append(k.shape[-2])
+            return k, v
+
+    block = block_of(device, recompute_attention=True)
+    positions = torch.arange(12, device=device)
+    block(inputs(device), position_ids=positions, cache=Cache()).sum().backward()
+    assert stored == [12]
 
 
 @pytest.mark.slow
