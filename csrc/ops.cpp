@@ -123,23 +123,25 @@ const Op kOps[] = {
      TORCH_BOX(&torchext::relu2_backward_quantize_1x128_dual)},
     // quantize_1x128 of a norm of x + residual, with FP32 in between.
     {"rms_norm_quantize_1x128(Tensor x, Tensor weight, float eps, *, Tensor? residual=None,"
-     " bool unit_offset=False, ScalarType? dtype=None, bool pow2_scale=False)"
-     " -> (Tensor data, Tensor scale, Tensor rstd, Tensor new_residual)",
+     " bool unit_offset=False, ScalarType? dtype=None, bool pow2_scale=False,"
+     " bool return_normed=False)"
+     " -> (Tensor data, Tensor scale, Tensor rstd, Tensor new_residual, Tensor normed)",
      TORCH_BOX(&torchext::rms_norm_quantize_1x128)},
     {"rms_norm_quantize_1x128_dual(Tensor x, Tensor weight, float eps, *, Tensor? residual=None,"
-     " bool unit_offset=False, ScalarType? dtype=None, bool pow2_scale=False)"
-     " -> (Tensor data, Tensor scale, Tensor data_t, Tensor scale_t, Tensor rstd,"
-     " Tensor new_residual)",
+     " bool unit_offset=False, ScalarType? dtype=None, bool pow2_scale=False,"
+     " bool return_normed=False) -> (Tensor data, Tensor scale, Tensor data_t, Tensor scale_t,"
+     " Tensor rstd, Tensor new_residual, Tensor normed)",
      TORCH_BOX(&torchext::rms_norm_quantize_1x128_dual)},
     {"layer_norm_quantize_1x128(Tensor x, Tensor weight, Tensor? bias, float eps, *,"
      " Tensor? residual=None, bool unit_offset=False, ScalarType? dtype=None,"
-     " bool pow2_scale=False) -> (Tensor data, Tensor scale, Tensor mean, Tensor rstd,"
-     " Tensor new_residual)",
+     " bool pow2_scale=False, bool return_normed=False) -> (Tensor data, Tensor scale,"
+     " Tensor mean, Tensor rstd, Tensor new_residual, Tensor normed)",
      TORCH_BOX(&torchext::layer_norm_quantize_1x128)},
     {"layer_norm_quantize_1x128_dual(Tensor x, Tensor weight, Tensor? bias, float eps, *,"
      " Tensor? residual=None, bool unit_offset=False, ScalarType? dtype=None,"
-     " bool pow2_scale=False) -> (Tensor data, Tensor scale, Tensor data_t, Tensor scale_t,"
-     " Tensor mean, Tensor rstd, Tensor new_residual)",
+     " bool pow2_scale=False, bool return_normed=False) -> (Tensor data, Tensor scale,"
+     " Tensor data_t, Tensor scale_t, Tensor mean, Tensor rstd, Tensor new_residual,"
+     " Tensor normed)",
      TORCH_BOX(&torchext::layer_norm_quantize_1x128_dual)},
     // The gradients of a norm's input and parameters, from that of its result. dweight, dbias: FP32.
     {"rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor rstd, *,"

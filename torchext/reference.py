@@ -337,12 +337,20 @@ def rms_norm_quantize_1x128(
     unit_offset: bool = False,
     dtype: torch.dtype | None = None,
     pow2_scale: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return_normed: bool = False,
+) -> tuple[Tensor, ...]:
     """RMSNorm in FP32, quantized; see `torchext.ops.rms_norm_quantize_1x128`."""
-    y, _, rstd, new_residual = _norm(
-        x, weight, None, eps, residual=residual, unit_offset=unit_offset, centers=False
+    y, _, *rest = _norm(
+        x,
+        weight,
+        None,
+        eps,
+        residual=residual,
+        unit_offset=unit_offset,
+        centers=False,
+        return_normed=return_normed,
     )
-    return *quantize_1x128(y, dtype=dtype, pow2_scale=pow2_scale), rstd, new_residual
+    return *quantize_1x128(y, dtype=dtype, pow2_scale=pow2_scale), *rest
 
 
 def rms_norm_quantize_1x128_dual(
@@ -354,12 +362,20 @@ def rms_norm_quantize_1x128_dual(
     unit_offset: bool = False,
     dtype: torch.dtype | None = None,
     pow2_scale: bool = False,
+    return_normed: bool = False,
 ) -> tuple[Tensor, ...]:
     """The same both ways; see `torchext.ops.rms_norm_quantize_1x128_dual`."""
-    y, _, rstd, new_residual = _norm(
-        x, weight, None, eps, residual=residual, unit_offset=unit_offset, centers=False
+    y, _, *rest = _norm(
+        x,
+        weight,
+        None,
+        eps,
+        residual=residual,
+        unit_offset=unit_offset,
+        centers=False,
+        return_normed=return_normed,
     )
-    return *quantize_1x128_dual(y, dtype=dtype, pow2_scale=pow2_scale), rstd, new_residual
+    return *quantize_1x128_dual(y, dtype=dtype, pow2_scale=pow2_scale), *rest
 
 
 def layer_norm_quantize_1x128(
@@ -372,9 +388,19 @@ def layer_norm_quantize_1x128(
     unit_offset: bool = False,
     dtype: torch.dtype | None = None,
     pow2_scale: bool = False,
+    return_normed: bool = False,
 ) -> tuple[Tensor, ...]:
     """LayerNorm in FP32, quantized; see `torchext.ops.layer_norm_quantize_1x128`."""
-    y, *rest = _norm(x, weight, bias, eps, residual=residual, unit_offset=unit_offset, centers=True)
+    y, *rest = _norm(
+        x,
+        weight,
+        bias,
+        eps,
+        residual=residual,
+        unit_offset=unit_offset,
+        centers=True,
+        return_normed=return_normed,
+    )
     return *quantize_1x128(y, dtype=dtype, pow2_scale=pow2_scale), *rest
 
 
@@ -388,9 +414,19 @@ def layer_norm_quantize_1x128_dual(
     unit_offset: bool = False,
     dtype: torch.dtype | None = None,
     pow2_scale: bool = False,
+    return_normed: bool = False,
 ) -> tuple[Tensor, ...]:
     """The same both ways; see `torchext.ops.layer_norm_quantize_1x128_dual`."""
-    y, *rest = _norm(x, weight, bias, eps, residual=residual, unit_offset=unit_offset, centers=True)
+    y, *rest = _norm(
+        x,
+        weight,
+        bias,
+        eps,
+        residual=residual,
+        unit_offset=unit_offset,
+        centers=True,
+        return_normed=return_normed,
+    )
     return *quantize_1x128_dual(y, dtype=dtype, pow2_scale=pow2_scale), *rest
 
 
@@ -706,9 +742,10 @@ def _norm(
     residual: Tensor | None,
     unit_offset: bool,
     centers: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The normed values in FP32, mean (0 unless `centers`), rstd, and the new residual (empty
-    without a residual)."""
+    return_normed: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The normed values to quantize, mean (0 unless `centers`), rstd, the new residual (empty
+    without a residual), and the normed values to return (empty unless `return_normed`)."""
     new_residual = x.new_empty((0,))
     if residual is not None:
         new_residual = empty_contiguous(x, x.shape[:-1], x.shape[-1], x.dtype)
@@ -722,7 +759,10 @@ def _norm(
     y = (deviation * rstd[:, None]) * (1 + weight.float() if unit_offset else weight.float())
     y = y if bias is None else y + bias.float()
     rows = [_row_values(x).copy_(value.reshape(x.shape[:-1])) for value in (mean, rstd)]
-    return y.reshape(x.shape), rows[0], rows[1], new_residual
+    y, normed = y.reshape(x.shape), x.new_empty((0,))
+    if return_normed:
+        y = normed = empty_contiguous(x, x.shape[:-1], x.shape[-1], x.dtype).copy_(y)
+    return y, rows[0], rows[1], new_residual, normed
 
 
 def _norm_backward(

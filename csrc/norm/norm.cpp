@@ -85,14 +85,14 @@ Tensor empty_contiguous(const std::vector<int64_t>& sizes, ScalarType dtype, con
 struct Result {
   QuantizedOutput row;
   std::optional<QuantizedOutput> transposed;
-  Tensor mean, rstd, sum;  // of RMSNorm, `mean` is rstd
+  Tensor mean, rstd, sum, normed;  // of RMSNorm, `mean` is rstd
 };
 
 // The arguments of all forward ops; `centers`: LayerNorm.
 Result norm_quantize(const char* op, bool centers, bool dual, const Tensor& x, const Tensor& weight,
                      const std::optional<Tensor>& bias, double eps,
                      const std::optional<Tensor>& residual, bool unit_offset,
-                     std::optional<ScalarType> dtype, bool pow2_scale) {
+                     std::optional<ScalarType> dtype, bool pow2_scale, bool return_normed) {
   NormView norm{};
   norm.x = matrix_of(op, "x", x);
   norm.weight = vector_of(op, "weight", weight, x);
@@ -105,15 +105,18 @@ Result norm_quantize(const char* op, bool centers, bool dual, const Tensor& x, c
   const int64_t rows = norm.x.rows, cols = norm.x.cols;
   const Tensor rstd = empty_row_values(x);
   const Tensor mean = centers ? empty_row_values(x) : rstd;
-  const Tensor sum =
-      empty_contiguous(residual ? sizes_of(x) : std::vector<int64_t>{0}, x.scalar_type(), x);
-  Result result{empty_quantized_groups(sizes_of(x), rows, options, x), std::nullopt, mean, rstd,
-                sum};
+  const auto like_x = [&](bool exists) {
+    return empty_contiguous(exists ? sizes_of(x) : std::vector<int64_t>{0}, x.scalar_type(), x);
+  };
+  const Tensor sum = like_x(residual.has_value()), normed = like_x(return_normed);
+  Result result{
+      empty_quantized_groups(sizes_of(x), rows, options, x), std::nullopt, mean, rstd, sum, normed};
   if (dual) result.transposed = empty_quantized_groups({cols, rows}, cols, options, x);
   if (rows == 0) return result;
   norm.rstd = static_cast<float*>(rstd.data_ptr());
   if (centers) norm.mean = static_cast<float*>(mean.data_ptr());
   if (residual) norm.sum = sum.data_ptr();
+  if (return_normed) norm.normed = normed.data_ptr();
 
   const QuantizedOutput& row = result.row;
   const QuantizedOutput& last = dual ? *result.transposed : row;
@@ -122,10 +125,10 @@ Result norm_quantize(const char* op, bool centers, bool dual, const Tensor& x, c
   if (device == nullptr) {
     norm_quantize_cpu(norm, options, row.view, transposed);
   } else if constexpr (kBuiltWithCuda) {
-    norm_quantize_cuda(
-        *device, norm, options, row.view, transposed,
-        {x, residual ? *residual : x, weight, bias ? *bias : weight, residual ? sum : rstd, mean,
-         rstd, row.data, row.scale, last.data, last.scale});
+    norm_quantize_cuda(*device, norm, options, row.view, transposed,
+                       {x, residual ? *residual : x, weight, bias ? *bias : weight,
+                        residual ? sum : rstd, return_normed ? normed : row.data, mean, rstd,
+                        row.data, row.scale, last.data, last.scale});
   }
   return result;
 }
@@ -216,38 +219,42 @@ Gradients norm_backward(const char* op, bool quantizes, const Tensor& grad, cons
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> rms_norm_quantize_1x128(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rms_norm_quantize_1x128(
     const Tensor& x, const Tensor& weight, double eps, std::optional<Tensor> residual,
-    bool unit_offset, std::optional<ScalarType> dtype, bool pow2_scale) {
+    bool unit_offset, std::optional<ScalarType> dtype, bool pow2_scale, bool return_normed) {
   const Result r = norm_quantize("rms_norm_quantize_1x128", false, false, x, weight, std::nullopt,
-                                 eps, residual, unit_offset, dtype, pow2_scale);
-  return {r.row.data, r.row.scale, r.rstd, r.sum};
+                                 eps, residual, unit_offset, dtype, pow2_scale, return_normed);
+  return {r.row.data, r.row.scale, r.rstd, r.sum, r.normed};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rms_norm_quantize_1x128_dual(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rms_norm_quantize_1x128_dual(
     const Tensor& x, const Tensor& weight, double eps, std::optional<Tensor> residual,
-    bool unit_offset, std::optional<ScalarType> dtype, bool pow2_scale) {
-  const Result r = norm_quantize("rms_norm_quantize_1x128_dual", false, true, x, weight,
-                                 std::nullopt, eps, residual, unit_offset, dtype, pow2_scale);
-  return {r.row.data, r.row.scale, r.transposed->data, r.transposed->scale, r.rstd, r.sum};
+    bool unit_offset, std::optional<ScalarType> dtype, bool pow2_scale, bool return_normed) {
+  const Result r =
+      norm_quantize("rms_norm_quantize_1x128_dual", false, true, x, weight, std::nullopt, eps,
+                    residual, unit_offset, dtype, pow2_scale, return_normed);
+  return {r.row.data, r.row.scale, r.transposed->data, r.transposed->scale, r.rstd,
+          r.sum,      r.normed};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer_norm_quantize_1x128(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer_norm_quantize_1x128(
     const Tensor& x, const Tensor& weight, std::optional<Tensor> bias, double eps,
     std::optional<Tensor> residual, bool unit_offset, std::optional<ScalarType> dtype,
-    bool pow2_scale) {
+    bool pow2_scale, bool return_normed) {
   const Result r = norm_quantize("layer_norm_quantize_1x128", true, false, x, weight, bias, eps,
-                                 residual, unit_offset, dtype, pow2_scale);
-  return {r.row.data, r.row.scale, r.mean, r.rstd, r.sum};
+                                 residual, unit_offset, dtype, pow2_scale, return_normed);
+  return {r.row.data, r.row.scale, r.mean, r.rstd, r.sum, r.normed};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer_norm_quantize_1x128_dual(
-    const Tensor& x, const Tensor& weight, std::optional<Tensor> bias, double eps,
-    std::optional<Tensor> residual, bool unit_offset, std::optional<ScalarType> dtype,
-    bool pow2_scale) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>
+layer_norm_quantize_1x128_dual(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias,
+                               double eps, std::optional<Tensor> residual, bool unit_offset,
+                               std::optional<ScalarType> dtype, bool pow2_scale,
+                               bool return_normed) {
   const Result r = norm_quantize("layer_norm_quantize_1x128_dual", true, true, x, weight, bias, eps,
-                                 residual, unit_offset, dtype, pow2_scale);
-  return {r.row.data, r.row.scale, r.transposed->data, r.transposed->scale, r.mean, r.rstd, r.sum};
+                                 residual, unit_offset, dtype, pow2_scale, return_normed);
+  return {r.row.data, r.row.scale, r.transposed->data, r.transposed->scale, r.mean, r.rstd,
+          r.sum,      r.normed};
 }
 
 std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad, const Tensor& x,

@@ -20,20 +20,21 @@ namespace torchext {
 constexpr int kSegment = 512;  // elements of a row whose pairwise sum is a tree
 
 // ---- ops ----
-std::tuple<Tensor, Tensor, Tensor, Tensor> rms_norm_quantize_1x128(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rms_norm_quantize_1x128(
     const Tensor& x, const Tensor& weight, double eps, std::optional<Tensor> residual,
-    bool unit_offset, std::optional<ScalarType> dtype, bool pow2_scale);
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rms_norm_quantize_1x128_dual(
+    bool unit_offset, std::optional<ScalarType> dtype, bool pow2_scale, bool return_normed);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rms_norm_quantize_1x128_dual(
     const Tensor& x, const Tensor& weight, double eps, std::optional<Tensor> residual,
-    bool unit_offset, std::optional<ScalarType> dtype, bool pow2_scale);
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer_norm_quantize_1x128(
+    bool unit_offset, std::optional<ScalarType> dtype, bool pow2_scale, bool return_normed);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer_norm_quantize_1x128(
     const Tensor& x, const Tensor& weight, std::optional<Tensor> bias, double eps,
     std::optional<Tensor> residual, bool unit_offset, std::optional<ScalarType> dtype,
-    bool pow2_scale);
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer_norm_quantize_1x128_dual(
-    const Tensor& x, const Tensor& weight, std::optional<Tensor> bias, double eps,
-    std::optional<Tensor> residual, bool unit_offset, std::optional<ScalarType> dtype,
-    bool pow2_scale);
+    bool pow2_scale, bool return_normed);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>
+layer_norm_quantize_1x128_dual(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias,
+                               double eps, std::optional<Tensor> residual, bool unit_offset,
+                               std::optional<ScalarType> dtype, bool pow2_scale,
+                               bool return_normed);
 std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad, const Tensor& x,
                                              const Tensor& weight, const Tensor& rstd,
                                              std::optional<Tensor> residual_grad, bool unit_offset);
@@ -64,24 +65,27 @@ struct VectorView {
 // h = x + residual, rounded to x's dtype, or x if there is no residual. mean = sum of h / K, or 0
 // for RMSNorm; rstd = 1 / sqrt(sum of (h - mean)^2 / K + eps). The normed values are
 // y = ((h - mean) * rstd) * w + bias in FP32, where w is the weight or, with unit_offset, 1 + weight.
+// If `normed` is asked for, y is then rounded to x's dtype.
 struct NormView {
   MatrixView x;
   MatrixView residual;  // of x's dtype and sizes; data is nullptr if there is none
   void* sum;            // h: contiguous rows of x's dtype; nullptr if there is no residual
+  void* normed;         // y: contiguous rows of x's dtype; nullptr if not asked for
   VectorView weight, bias;
   bool unit_offset;
   float eps;
   float *mean, *rstd;  // one for each row; mean is nullptr for RMSNorm
 };
 
-// Writes h, mean and rstd, quantizes y with 1x128 scales into `row` and, unless it is nullptr, the
+// Writes h, y, mean and rstd, quantizes y with 1x128 scales into `row` and, unless it is nullptr, the
 // transpose of y into `transposed`.
 void norm_quantize_cpu(const NormView& norm, const QuantizeOptions& options,
                        const QuantizedView& row, const QuantizedView* transposed);
 
 // The memory behind a NormView and its outputs. Tensors that a call does not have repeat others.
 struct NormTensors {
-  const Tensor &x, &residual, &weight, &bias, &sum, &mean, &rstd, &data, &scale, &data_t, &scale_t;
+  const Tensor &x, &residual, &weight, &bias, &sum, &normed, &mean, &rstd, &data, &scale, &data_t,
+      &scale_t;
 };
 void norm_quantize_cuda(Device& device, const NormView& norm, const QuantizeOptions& options,
                         const QuantizedView& row, const QuantizedView* transposed,

@@ -86,11 +86,16 @@ struct NormedTiles {
                        const cpu::TilePosition&) const {
     const uint8_t* h = scratch.h.data + (at.row - scratch.first) * scratch.h.pitch +
                        at.col * element_size(norm.x.dtype);
-    for (int i = 0; i < at.rows; ++i)
+    for (int i = 0; i < at.rows; ++i) {
+      float* y = scratch.tile + i * kTile;
       rows.normalize(h + i * scratch.h.pitch, at.cols,
                      norm.mean != nullptr ? norm.mean[at.row + i] : 0, norm.rstd[at.row + i],
-                     factors.data() + at.col, shifts.empty() ? nullptr : shifts.data() + at.col,
-                     scratch.tile + i * kTile);
+                     factors.data() + at.col, shifts.empty() ? nullptr : shifts.data() + at.col, y);
+      if (norm.normed != nullptr)
+        rows.round(y, at.cols,
+                   static_cast<uint8_t*>(norm.normed) +
+                       ((at.row + i) * norm.x.cols + at.col) * element_size(norm.x.dtype));
+    }
     return {scratch.tile, kTile, at.rows, at.cols, {}};
   }
 

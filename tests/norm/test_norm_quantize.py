@@ -66,17 +66,33 @@ def normed(kind, h, weight, bias, *, eps, unit_offset):
     return [torch.from_numpy(array).to(h.device) for array in (y, *statistics, rstd)]
 
 
-def check(kind, x, weight, *, residual=None, bias=None, eps=EPS, unit_offset=False, **options):
+def check(
+    kind,
+    x,
+    weight,
+    *,
+    residual=None,
+    bias=None,
+    eps=EPS,
+    unit_offset=False,
+    return_normed=False,
+    **options,
+):
     """Asserts that both ops return the bits of the unfused composition."""
     h = x if residual is None else (x.float() + residual.float()).to(x.dtype)
     y, *rows = normed(
         kind, h.reshape(-1, h.shape[-1]), weight, bias, eps=eps, unit_offset=unit_offset
     )
     new_residual = h.contiguous() if residual is not None else x.new_empty(0)
+    normed_values = x.new_empty(0)
+    if return_normed:
+        y = y.to(x.dtype)
+        normed_values = y.reshape(x.shape)
     quantized = ops.quantize_1x128(y.reshape(x.shape), **options)
     transposed = ops.quantize_1x128_t(y, **options)
-    rest = (*(values.reshape(x.shape[:-1]) for values in rows), new_residual)
+    rest = (*(values.reshape(x.shape[:-1]) for values in rows), new_residual, normed_values)
     given = {"residual": residual, "unit_offset": unit_offset, "bias": bias, **options}
+    given["return_normed"] = return_normed
     assert_same(row(kind, x, weight, eps, **given), (*quantized, *rest))
     assert_same(dual(kind, x, weight, eps, **given), (*quantized, *transposed, *rest))
 
@@ -95,6 +111,16 @@ def test_the_bits_are_those_of_the_composition(kind, dtype, residual, unit_offse
     given = {"residual": more, "unit_offset": unit_offset}
     check(kind, x, weight, bias=bias, **given)
     check(kind, x, weight.to(dtype), **given, dtype=E5M2, pow2_scale=True)
+
+
+@pytest.mark.parametrize("columns", [272, 300])  # whole units of 16 bytes, and not
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_normed_values_are_returned_and_quantized_as_rounded(kind, dtype, columns, device):
+    x, residual = (random(130, columns, dtype=dtype, device=device) for _ in range(2))
+    weight = torch.randn(columns, device=device)
+    bias = torch.randn(columns, device=device) if kind == "layer_norm" else None
+    check(kind, x, weight, bias=bias, return_normed=True, dtype=E5M2)
+    check(kind, x, weight, bias=bias, residual=residual, unit_offset=True, return_normed=True)
 
 
 @pytest.mark.large
@@ -142,7 +168,7 @@ def test_rows_of_extreme_values(kind, value, eps, device):
 def test_nan_and_inf_stay_in_their_row(kind, device):
     x = torch.randn(4, 300, device=device)
     x[1, 7], x[2, 299] = math.nan, math.inf
-    _, scale, *_, rstd, _ = row(kind, x, torch.ones(300, device=device), EPS)
+    _, scale, *_, rstd, _, _ = row(kind, x, torch.ones(300, device=device), EPS)
     centers = kind == "layer_norm"  # Inf less the mean, which is Inf, is NaN
     assert rstd.isnan().tolist() == [False, True, centers, False]
     assert centers or rstd[2] == 0
@@ -185,9 +211,10 @@ def test_empty(kind, device):
     for shape in ((0, 40), (7, 0), (0, 0), (2, 0, 40), (0,)):
         x, weight = torch.zeros(shape, device=device), torch.ones(shape[-1], device=device)
         for residual in (None, x):
-            data, *_, rstd, h = dual(kind, x, weight, EPS, residual=residual)
+            given = {"residual": residual, "return_normed": residual is not None}
+            data, *_, rstd, h, y = dual(kind, x, weight, EPS, **given)
             assert data.shape == x.shape and rstd.shape == shape[:-1]
-            assert h.shape == ((0,) if residual is None else x.shape)
+            assert h.shape == y.shape == ((0,) if residual is None else x.shape)
             assert rstd.isnan().all()  # 0 / 0, if there are rows
 
 
@@ -234,7 +261,7 @@ def test_error_against_float64(kind, columns, dtype, fp8, device):
     x = x + 1  # a mean
     weight, bias = torch.randn(2, columns, device=device)
     bias = bias if kind == "layer_norm" else None
-    data, scale, *_, rstd, h = row(
+    data, scale, *_, rstd, h, _ = row(
         kind, x, weight, EPS, residual=residual, bias=bias, unit_offset=True, dtype=fp8
     )
     exact, factors = h.double(), 1 + weight.double()

@@ -145,7 +145,9 @@ def norms(wide: torch.Tensor) -> dict[str, Case]:
     for dtype in WIDE:
         x = wide.to(dtype)
         for op in (ops.layer_norm_quantize_1x128, ops.layer_norm_quantize_1x128_dual):
-            call: Callable[..., Any] = partial(op, x, weight, bias, 1e-6, residual=x)
+            call: Callable[..., Any] = partial(
+                op, x, weight, bias, 1e-6, residual=x, return_normed=True
+            )
             found[f"{op.__name__} {dtype}"] = Case(call)
         gradient = ops.layer_norm_backward_quantize_1x128_dual
         found[f"{gradient.__name__} {dtype}"] = Case(

@@ -158,7 +158,9 @@ def _norm() -> tuple[torch.Tensor, ...]:
     generator = torch.Generator().manual_seed(14)
     x, residual = torch.randn(2, 20, 1100, generator=generator).bfloat16()
     weight, bias = torch.randn(2, 1100, generator=generator)
-    return ops.layer_norm_quantize_1x128_dual(x, weight, bias, 1e-6, residual=residual)
+    return ops.layer_norm_quantize_1x128_dual(
+        x, weight, bias, 1e-6, residual=residual, return_normed=True
+    )
 
 
 def _norm_gradient() -> tuple[torch.Tensor, ...]:
@@ -445,6 +447,9 @@ MUTANTS = [
            "    __syncthreads();  // the segments have been read\n", ""),
     Mutant("last segment of a row left out", "norm", NORM_ROWS,
            "(place.cols - col + kSegment - 1) / kSegment", "(place.cols - col) / kSegment"),
+    Mutant("normed values stored beyond the last column", "norm", NORM_ROWS,
+           "store_elements16<In>(address, aligned, valid, rounded)",
+           "store_elements16<In>(address, aligned, 16, rounded)"),
     Mutant("runs of rows added before all warps have theirs", "gradient of a norm", NORM_GRADIENTS,
            "runs[warp][lane * 17 + i] = sums.at[i];\n  __syncthreads();",
            "runs[warp][lane * 17 + i] = sums.at[i];"),

@@ -72,6 +72,7 @@ def samples(bias: bool | None) -> dict[str, Make]:
             dtype=E5M2,
             pow2_scale=True,
         ),
+        "normed": norm(bias, 150, 300, residual=True, unit_offset=True, return_normed=True),
         "fp16": norm(bias, 20, 1040, dtype=torch.float16, residual=True),
         "several warps of a row": norm(bias, 3, 3000, residual=True),
         "a whole CTA of a row": norm(bias, 2, 8000),
@@ -91,18 +92,23 @@ def samples(bias: bool | None) -> dict[str, Make]:
     }
 
 
-def shape_of(x: Tensor, *rest: Any, residual: Tensor | None = None, **_: Any) -> tuple[int, ...]:
-    """Rows, columns, and whether there is a residual and a bias."""
+def shape_of(
+    x: Tensor, *rest: Any, residual: Tensor | None = None, return_normed: bool = False, **_: Any
+) -> tuple[int, ...]:
+    """Rows, columns, and whether there are a residual, a bias and normed values."""
     bias = len(rest) == 3 and rest[1] is not None
-    return math.prod(x.shape[:-1]), x.shape[-1], int(residual is not None), int(bias)
+    there = residual is not None, bias, return_normed
+    return math.prod(x.shape[:-1]), x.shape[-1], *map(int, there)
 
 
 def entry(name: str, outputs: float, bias: bool | None = None) -> Entry:
     """outputs: bytes of FP8 data and scales that are written for each element of x."""
 
-    def traffic(rows: int, columns: int, residual: int = 1, shift: int = int(bool(bias))) -> float:
+    def traffic(
+        rows: int, columns: int, residual: int = 1, shift: int = int(bool(bias)), normed: int = 0
+    ) -> float:
         of_rows = 4 * rows if bias is None else 8 * rows
-        elements = (2 + 4 * residual + outputs) * rows * columns
+        elements = (2 + 4 * residual + 2 * normed + outputs) * rows * columns
         return elements + of_rows + (2 + 4 * shift) * columns
 
     more = {} if bias is None else {"no bias": norm(False, 67, 300, residual=True)}

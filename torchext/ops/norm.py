@@ -1,9 +1,10 @@
 """Norms fused with quantization; part of `torchext.ops`.
 
 The normed values y are computed in FP32 and quantized without being rounded in between, so that x
-is read once and y is never written. Every sum has a fixed order (docs/numerics.md): CPU and CUDA
-give the same bits. Outputs require no gradient, like those of a quantizer;
-`torchext.ops.norm_backward` has the gradients.
+is read once and y is never written. With `return_normed`, y is rounded to x's dtype, written, and
+quantized as rounded. Every sum has a fixed order (docs/numerics.md): CPU and CUDA give the same
+bits. Outputs require no gradient, like those of a quantizer; `torchext.ops.norm_backward` has the
+gradients.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ def empty_row_values(x: Tensor) -> Tensor:
     return x.new_empty_strided(leading, folded_strides(leading, 1, 1)[:-1], dtype=torch.float32)
 
 
-def empty_sum(x: Tensor, residual: Tensor | None) -> Tensor:
-    """The uninitialized sum x + residual, contiguous; empty without a residual."""
-    if residual is None:
+def empty_optional(x: Tensor, exists: bool) -> Tensor:
+    """An uninitialized tensor of x's shape and dtype, contiguous; an empty one if not `exists`."""
+    if not exists:
         return x.new_empty((0,))
     return empty_contiguous(x, leading_sizes(x), x.shape[-1], x.dtype)
 
@@ -49,11 +50,13 @@ def _fake_rms(
     unit_offset: bool = False,
     dtype: Dtype = None,
     pow2_scale: bool = False,
+    return_normed: bool = False,
 ) -> tuple[Tensor, ...]:
     leading, columns = leading_sizes(x), x.shape[-1]
     data = empty_data(x, leading, columns, dtype or torch.float8_e4m3fn)
     scale = empty_group_scale(x, leading, columns)
-    return data, scale, empty_row_values(x), empty_sum(x, residual)
+    optional = (empty_optional(x, exists) for exists in (residual is not None, return_normed))
+    return data, scale, empty_row_values(x), *optional
 
 
 _rms_norm_quantize_1x128 = declare(
@@ -70,7 +73,8 @@ def rms_norm_quantize_1x128(
     unit_offset: bool = False,
     dtype: torch.dtype | None = None,
     pow2_scale: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return_normed: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """RMSNorm and quantization with one scale for every 128 consecutive elements of a row.
 
     Returns `quantize_1x128(y)` of y = h * rstd * w in FP32, where h is x + residual, rounded to x's
@@ -85,12 +89,15 @@ def rms_norm_quantize_1x128(
         unit_offset: multiply by 1 + weight, as Gemma does.
         dtype: torch.float8_e4m3fn (None) or torch.float8_e5m2.
         pow2_scale: round scales up to powers of two.
+        return_normed: also return `normed`. Then y is rounded to x's dtype before it is quantized.
 
     Returns:
         data: [..., K], FP8, with the strides of `quantize_1x128`'s data.
         scale: [..., ceil(K / 128)], float32, M-major, with the strides of `quantize_1x128`'s scale.
         rstd: [...], float32, contiguous. NaN if K is 0.
         new_residual: h, [..., K], of x's dtype, contiguous. Without a residual: empty, [0].
+        normed: y, [..., K], rounded to x's dtype, contiguous; `data` and `scale` are then the bits
+            of `quantize_1x128(normed)`. Without `return_normed`: empty, [0].
 
     Raises:
         ValueError: x is a scalar; the rows of x or of residual do not fold; weight or residual has
@@ -107,6 +114,7 @@ def rms_norm_quantize_1x128(
             unit_offset=unit_offset,
             dtype=dtype,
             pow2_scale=pow2_scale,
+            return_normed=return_normed,
         )
     except RuntimeError as error:
         raise python_error(error) from None
@@ -121,11 +129,14 @@ def _fake_rms_dual(
     unit_offset: bool = False,
     dtype: Dtype = None,
     pow2_scale: bool = False,
+    return_normed: bool = False,
 ) -> tuple[Tensor, ...]:
-    data, scale, rstd, new_residual = _fake_rms(x, weight, eps, residual=residual, dtype=dtype)
+    data, scale, *rest = _fake_rms(
+        x, weight, eps, residual=residual, dtype=dtype, return_normed=return_normed
+    )
     rows, columns = math.prod(leading_sizes(x)), x.shape[-1]
     data_t = empty_data(x, (columns,), rows, dtype or torch.float8_e4m3fn)
-    return data, scale, data_t, empty_group_scale(x, (columns,), rows), rstd, new_residual
+    return data, scale, data_t, empty_group_scale(x, (columns,), rows), *rest
 
 
 _rms_norm_quantize_1x128_dual = declare(
@@ -142,20 +153,22 @@ def rms_norm_quantize_1x128_dual(
     unit_offset: bool = False,
     dtype: torch.dtype | None = None,
     pow2_scale: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return_normed: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`rms_norm_quantize_1x128`, and the transpose of its normed values quantized too.
 
     A training step needs both: `data` for fprop, and `data_t` for wgrad. A GPU reads h twice, the
     second time mostly from L2.
 
     Args:
-        x, weight, eps, residual, unit_offset, dtype, pow2_scale: as for `rms_norm_quantize_1x128`.
+        x, weight, eps, residual, unit_offset, dtype, pow2_scale, return_normed: as for
+            `rms_norm_quantize_1x128`.
 
     Returns:
         data, scale: as `rms_norm_quantize_1x128` returns them.
         data_t, scale_t: `quantize_1x128_t` of the same normed values, [K, M] and
             [K, ceil(M / 128)].
-        rstd, new_residual: as `rms_norm_quantize_1x128` returns them.
+        rstd, new_residual, normed: as `rms_norm_quantize_1x128` returns them.
 
     Raises:
         ValueError, TypeError: as `rms_norm_quantize_1x128`.
@@ -169,6 +182,7 @@ def rms_norm_quantize_1x128_dual(
             unit_offset=unit_offset,
             dtype=dtype,
             pow2_scale=pow2_scale,
+            return_normed=return_normed,
         )
     except RuntimeError as error:
         raise python_error(error) from None
@@ -184,9 +198,12 @@ def _fake_layer(
     unit_offset: bool = False,
     dtype: Dtype = None,
     pow2_scale: bool = False,
+    return_normed: bool = False,
 ) -> tuple[Tensor, ...]:
-    data, scale, rstd, new_residual = _fake_rms(x, weight, eps, residual=residual, dtype=dtype)
-    return data, scale, empty_row_values(x), rstd, new_residual
+    data, scale, *rest = _fake_rms(
+        x, weight, eps, residual=residual, dtype=dtype, return_normed=return_normed
+    )
+    return data, scale, empty_row_values(x), *rest
 
 
 _layer_norm_quantize_1x128 = declare(
@@ -204,7 +221,8 @@ def layer_norm_quantize_1x128(
     unit_offset: bool = False,
     dtype: torch.dtype | None = None,
     pow2_scale: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return_normed: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """LayerNorm and quantization with one scale for every 128 consecutive elements of a row.
 
     Returns `quantize_1x128(y)` of y = (h - mean) * rstd * w + bias in FP32, where h is
@@ -213,11 +231,12 @@ def layer_norm_quantize_1x128(
     1 + weight.
 
     Args:
-        x, weight, eps, residual, unit_offset, dtype, pow2_scale: as for `rms_norm_quantize_1x128`.
+        x, weight, eps, residual, unit_offset, dtype, pow2_scale, return_normed: as for
+            `rms_norm_quantize_1x128`.
         bias: [K], bfloat16, float16 or float32, or None.
 
     Returns:
-        data, scale, rstd, new_residual: as `rms_norm_quantize_1x128` returns them.
+        data, scale, rstd, new_residual, normed: as `rms_norm_quantize_1x128` returns them.
         mean: [...], float32, contiguous. NaN if K is 0.
 
     Raises:
@@ -233,6 +252,7 @@ def layer_norm_quantize_1x128(
             unit_offset=unit_offset,
             dtype=dtype,
             pow2_scale=pow2_scale,
+            return_normed=return_normed,
         )
     except RuntimeError as error:
         raise python_error(error) from None
@@ -248,9 +268,12 @@ def _fake_layer_dual(
     unit_offset: bool = False,
     dtype: Dtype = None,
     pow2_scale: bool = False,
+    return_normed: bool = False,
 ) -> tuple[Tensor, ...]:
-    *quantized, rstd, new_residual = _fake_rms_dual(x, weight, eps, residual=residual, dtype=dtype)
-    return *quantized, empty_row_values(x), rstd, new_residual
+    data, scale, data_t, scale_t, *rest = _fake_rms_dual(
+        x, weight, eps, residual=residual, dtype=dtype, return_normed=return_normed
+    )
+    return data, scale, data_t, scale_t, empty_row_values(x), *rest
 
 
 _layer_norm_quantize_1x128_dual = declare(
@@ -268,18 +291,19 @@ def layer_norm_quantize_1x128_dual(
     unit_offset: bool = False,
     dtype: torch.dtype | None = None,
     pow2_scale: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return_normed: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`layer_norm_quantize_1x128`, and the transpose of its normed values quantized too.
 
     Args:
-        x, weight, bias, eps, residual, unit_offset, dtype, pow2_scale: as for
+        x, weight, bias, eps, residual, unit_offset, dtype, pow2_scale, return_normed: as for
             `layer_norm_quantize_1x128`.
 
     Returns:
         data, scale: as `layer_norm_quantize_1x128` returns them.
         data_t, scale_t: `quantize_1x128_t` of the same normed values, [K, M] and
             [K, ceil(M / 128)].
-        mean, rstd, new_residual: as `layer_norm_quantize_1x128` returns them.
+        mean, rstd, new_residual, normed: as `layer_norm_quantize_1x128` returns them.
 
     Raises:
         ValueError, TypeError: as `layer_norm_quantize_1x128`.
@@ -294,6 +318,7 @@ def layer_norm_quantize_1x128_dual(
             unit_offset=unit_offset,
             dtype=dtype,
             pow2_scale=pow2_scale,
+            return_normed=return_normed,
         )
     except RuntimeError as error:
         raise python_error(error) from None

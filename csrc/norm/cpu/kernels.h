@@ -20,6 +20,8 @@ struct RowKernels {
   // y = ((h - mean) * rstd) * w + bias; nothing is added if bias is nullptr.
   void (*normalize)(const void* h, int64_t n, float mean, float rstd, const float* w,
                     const float* bias, float* y);
+  // rounded = y in the dtype, and y = rounded.
+  void (*round)(float* y, int64_t n, void* rounded);
 
   // For the gradient, with h_hat = (h - mean) * rstd and g_w = g * w: the pairwise sums of g_w and of
   // g_w * h_hat.

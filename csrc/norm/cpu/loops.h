@@ -111,6 +111,15 @@ struct Rows {
     }
   }
 
+  static void round(float* y, int64_t n, void* rounded) {
+    float* __restrict values = y;
+    auto* __restrict to = static_cast<Bits*>(rounded);
+    for (int64_t i = 0; i < n; ++i) {
+      to[i] = In::from_float(values[i]);
+      values[i] = In::to_float(to[i]);
+    }
+  }
+
   static float sum_weighted(const void* g, const float* w, int64_t n) {
     const auto* from = static_cast<const Bits*>(g);
     return pairwise_sum(n, [&](int64_t i) { return In::to_float(from[i]) * w[i]; });
@@ -160,7 +169,7 @@ struct Rows {
   }
 
   static constexpr RowKernels kernels() {
-    return {add,          sum,          sum_squares, sum_squared_deviations, normalize,
+    return {add,          sum,          sum_squares, sum_squared_deviations, normalize, round,
             sum_weighted, sum_products, gradient,    weight_terms,           widen};
   }
 };

@@ -20,10 +20,10 @@ struct Vector {
 
 // The operands of NormView.
 struct Norm {
-  Source x, residual;  // residual.data is nullptr if there is none
-  uint8_t* sum;
-  int64_t sum_stride;  // bytes between rows
-  bool aligned;        // rows of all three can be accessed in units of 16 bytes
+  Source x, residual;     // residual.data is nullptr if there is none
+  uint8_t *sum, *normed;  // normed is nullptr if not asked for
+  int64_t stride;         // bytes between rows of sum and of normed
+  bool aligned;           // rows of all four can be accessed in units of 16 bytes
   Vector weight, bias;
   bool unit_offset;
   float eps;
@@ -105,6 +105,18 @@ __device__ void store_elements16(uint8_t* address, bool aligned, int valid,
     else
       reinterpret_cast<uint32_t*>(address)[i] = e.words[i];
   }
+}
+
+// Stores the first `valid` of 16 FP32 elements, rounded to the format, and returns them as rounded.
+template <class In>
+__device__ Elements16<f32> store_rounded(uint8_t* address, bool aligned, int valid,
+                                         const Elements16<f32>& y) {
+  const Elements16<In> rounded = narrowed<In>(widened(y));
+  store_elements16<In>(address, aligned, valid, rounded);
+  Elements16<f32> values;
+#pragma unroll
+  for (int i = 0; i < 16; ++i) values.words[i] = bits_of(rounded.at(i));
+  return values;
 }
 
 // The sum of 16 values: neighbors, then neighbors of these sums, and so on.
@@ -251,11 +263,15 @@ inline Norm operands_of(const NormView& view) {
   Norm norm{};
   norm.x = source_of(view.x);
   norm.aligned = norm.x.aligned;
+  norm.stride = view.x.cols * element_size(view.x.dtype);
   if (view.residual.data) {
     norm.residual = source_of(view.residual);
     norm.sum = static_cast<uint8_t*>(view.sum);
-    norm.sum_stride = view.x.cols * element_size(view.x.dtype);
-    norm.aligned = norm.aligned && norm.residual.aligned && is_aligned(view.sum, norm.sum_stride);
+    norm.aligned = norm.aligned && norm.residual.aligned && is_aligned(view.sum, norm.stride);
+  }
+  if (view.normed) {
+    norm.normed = static_cast<uint8_t*>(view.normed);
+    norm.aligned = norm.aligned && is_aligned(view.normed, norm.stride);
   }
   norm.weight = vector_of(view.weight);
   if (view.bias.data) norm.bias = vector_of(view.bias);

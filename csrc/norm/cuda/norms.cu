@@ -35,6 +35,9 @@ __device__ void quantize_normed_tile(EitherFp8 format, const Norm& norm, const S
             const int64_t at = row + kTileRowStep * i;
             const float mean = norm.mean != nullptr ? __ldg(norm.mean + at) : 0.0f;
             y = normed(h, mean, __ldg(norm.rstd + at), factors, shift, shifts, valid);
+            if (norm.normed != nullptr)
+              y = store_rounded<In>(norm.normed + at * norm.stride + col * (4 / In::kPerWord),
+                                    interior || norm.aligned, valid, y);
           }
           store_to_tile(tile, tile_row + kTileRowStep * i, y);
           use(i, y);
@@ -53,7 +56,8 @@ __device__ void quantize_normed_tiles(bool e5m2, const Norm& norm, const Sink& o
                                       uint32_t groups) {
   const uint32_t group = blockIdx.x % groups, row_group = blockIdx.x / groups;
   const Source& x = norm.x;
-  if (x.aligned && (row_group + 1) * kScaleGroup <= x.rows && (group + 1) * kScaleGroup <= x.cols)
+  if (norm.aligned && (row_group + 1) * kScaleGroup <= x.rows &&
+      (group + 1) * kScaleGroup <= x.cols)
     quantize_normed_tile<In, true>({e5m2}, norm, out, transposed, dropped_mantissa, row_group,
                                    group);
   else
@@ -91,8 +95,9 @@ NormView part_of(NormView norm, int64_t first, int64_t count) {
   skip_rows(norm.x, first);
   skip_rows(norm.residual, first);
   norm.x.rows = norm.residual.rows = count;
-  if (norm.sum != nullptr)
-    norm.sum = static_cast<uint8_t*>(norm.sum) + first * norm.x.cols * element_size(norm.x.dtype);
+  for (void** rows : {&norm.sum, &norm.normed})
+    if (*rows != nullptr)
+      *rows = static_cast<uint8_t*>(*rows) + first * norm.x.cols * element_size(norm.x.dtype);
   norm.rstd += first;
   if (norm.mean != nullptr) norm.mean += first;
   return norm;
@@ -123,14 +128,14 @@ void norm_quantize_cuda(Device& device, const NormView& norm, const QuantizeOpti
   };
   const Buffer x = reads(t.x, "x"), residual = reads(t.residual, "residual");
   const Buffer weight = reads(t.weight, "weight"), bias = reads(t.bias, "bias");
-  const Buffer sum = writes(t.sum, "new_residual");
+  const Buffer sum = writes(t.sum, "new_residual"), normed = writes(t.normed, "normed");
   const Buffer mean = writes(t.mean, "mean"), rstd = writes(t.rstd, "rstd");
   const Buffer data = writes(t.data, "data"), scale = writes(t.scale, "scale");
   if (transposed == nullptr) {
 #define LAUNCH(In)                                                                            \
   if (dtype == In::kDtype)                                                                    \
     return device.launch(TORCHEXT_KERNEL(norm_quantize_1x128_##In), rows_config(norm.x.rows), \
-                         {x, residual, weight, bias, sum, mean, rstd, data, scale},           \
+                         {x, residual, weight, bias, sum, normed, mean, rstd, data, scale},   \
                          operands_of(norm), sink_of(row), options.e5m2, dropped, warps);
     TORCHEXT_INPUTS(LAUNCH)
 #undef LAUNCH
@@ -152,15 +157,15 @@ void norm_quantize_cuda(Device& device, const NormView& norm, const QuantizeOpti
     of_columns.scale += first / kScaleGroup * transposed->scale_col_stride;
     LaunchConfig tiles{grid_of(ceil_div(count, kScaleGroup) * groups, 1), {kTileThreads}};
     tiles.shared_bytes = uint32_t(kTile * kTile * sizeof(float));
-#define LAUNCH(In)                                                                         \
-  if (dtype == In::kDtype) {                                                               \
-    device.launch(TORCHEXT_KERNEL(norm_statistics_##In), rows_config(count),               \
-                  {x, residual, sum, mean, rstd}, operands_of(part), warps);               \
-    if (groups > 0)                                                                        \
-      device.launch(TORCHEXT_KERNEL(norm_quantize_1x128_dual_##In), tiles,                 \
-                    {h, weight, bias, read_mean, read_rstd, data, scale, data_t, scale_t}, \
-                    operands_of(of_sums(part)), sink_of(of_rows), sink_of(of_columns),     \
-                    options.e5m2, dropped, groups);                                        \
+#define LAUNCH(In)                                                                                 \
+  if (dtype == In::kDtype) {                                                                       \
+    device.launch(TORCHEXT_KERNEL(norm_statistics_##In), rows_config(count),                       \
+                  {x, residual, sum, mean, rstd}, operands_of(part), warps);                       \
+    if (groups > 0)                                                                                \
+      device.launch(TORCHEXT_KERNEL(norm_quantize_1x128_dual_##In), tiles,                         \
+                    {h, weight, bias, normed, read_mean, read_rstd, data, scale, data_t, scale_t}, \
+                    operands_of(of_sums(part)), sink_of(of_rows), sink_of(of_columns),             \
+                    options.e5m2, dropped, groups);                                                \
   }
     TORCHEXT_INPUTS(LAUNCH)
 #undef LAUNCH

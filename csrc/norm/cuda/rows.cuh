@@ -7,7 +7,8 @@
 //            chunks are loaded again wherever they are needed.
 //   reduce   Warps write the sums of segments to shared memory, meet at __syncthreads, and each thread
 //            adds those of its row. LayerNorm does so twice: for the mean, then for the deviation.
-//   store    Each lane norms, quantizes and stores its chunks. Eight lanes share a scale.
+//   store    Each lane norms its chunks; if asked, rounds and stores them; quantizes and stores them.
+//            Eight lanes share a scale.
 //
 // Contract: warps_per_row divides kWarps, and is kWarps if a lane cannot hold its part of a row.
 // Rows of the outputs start at multiples of 16 bytes.
@@ -40,7 +41,7 @@ __device__ void norm_row(Format format, const Norm& norm, const Sink& out,
   const auto store_sum = [&](int64_t col, const Elements16<In>& e) {
     const int count = place.valid<whole>(col);
     if (adds && count > 0)
-      store_elements16<In>(norm.sum + place.row * norm.sum_stride + col * (4 / In::kPerWord),
+      store_elements16<In>(norm.sum + place.row * norm.stride + col * (4 / In::kPerWord),
                            whole || norm.aligned, count, e);
   };
 
@@ -98,10 +99,13 @@ __device__ void norm_row(Format format, const Norm& norm, const Sink& out,
       const int count = place.valid<whole>(col);
       const Values16 factors = load_factors16(norm.weight, norm.unit_offset, col, count);
       const Values16 shift = shifts ? load_vector16(norm.bias, col, count) : Values16{};
-      const Elements16<f32> y =
+      Elements16<f32> y =
           normed(i < kHeld ? held[0] : load_sum(col), mean, rstd, factors, shift, shifts, count);
 #pragma unroll
       for (int j = 1; j < kHeld; ++j) held[j - 1] = held[j];
+      if (norm.normed != nullptr && count > 0)
+        y = store_rounded<In>(norm.normed + place.row * norm.stride + col * (4 / In::kPerWord),
+                              whole || norm.aligned, count, y);
       const uint32_t largest = reduce_magnitudes<f32>(magnitudes(y), 8);
       const GroupScale scale = scale_in(format, amax_bits<f32>(largest), dropped_mantissa);
       if (count == 0) continue;
