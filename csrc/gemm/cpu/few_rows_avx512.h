@@ -9,11 +9,10 @@
 //         sums += row pair * column pairs           16 columns of one row in a register
 //       total += sum * scale_a * scale_b
 //
-// With more than 16 rows, the first tile of rows does so and keeps the decoded columns of its run,
-// which fit into the L1 cache, for the other tiles. Columns that are not whole strips, and segments
-// that are not whole, are decoded before all tiles. 16 rows of b are read side by side, each from its
-// beginning to its end: prefetchers keep up with that many streams. Include it after a pragma that
-// selects AVX512-BF16.
+// With more than 16 rows, the first tile of rows does so and keeps the decoded columns of its run
+// for the other tiles. Columns that are not whole strips, and segments that are not whole, are
+// decoded before all tiles. 16 rows of b are read side by side, each from its beginning to its end:
+// prefetchers keep up with that many streams. Include it after a pragma that selects AVX512-BF16.
 #pragma once
 
 #include "loops.h"
@@ -31,7 +30,7 @@ struct FewRows {
   static constexpr int kTwoSegmentRows = 6;
   static constexpr int kGroup = 16;
   static constexpr int kStepWords = 2 * kLanes;
-  static constexpr int kMostRun = 32, kKeptRun = 2;  // segments of a run; if columns are kept
+  static constexpr int kMostRun = 32, kKeptRun = 8;  // segments of a run; if columns are kept
   static constexpr int kReadAhead = 512;             // bytes of a row, as measured on Zen 4
 
   struct Tile {
@@ -142,17 +141,27 @@ struct FewRows {
     }
   }
 
-  // Multiplies columns that are decoded already.
+  // Multiplies columns that are decoded already. Totals of few rows stay in registers, too.
   template <int kRows>
   static void multiply_columns(const Tile& tile) {
+    __m512 total[kRows];
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i)
+      total[i] =
+          tile.first ? _mm512_setzero_ps() : Isa::load_floats(tile.total + i * tile.total_stride);
     for (int s = 0; s < tile.segments; ++s) {
       const uint32_t* a = tile.a + s * kSteps * kRows;
       const uint16_t* columns = tile.columns + s * kSteps * kStepWords;
-      __m512 sum[1][kRows] = {};
+      __m512 sum[kRows] = {};
       for (int j = 0; j < tile.steps; ++j, a += kRows, columns += kStepWords)
-        add_step(sum[0], a, Isa::load(columns));
-      promote<kRows, 1>(tile, s, sum);
+        add_step(sum, a, Isa::load(columns));
+      const __m512 scales = Isa::load_floats(tile.b_scales + s * kLanes);
+#pragma GCC unroll 16
+      for (int i = 0; i < kRows; ++i)
+        total[i] = Isa::add_scaled(total[i], sum[i], tile.a_scales[s * kRows + i], scales);
     }
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) Isa::store_floats(tile.total + i * tile.total_stride, total[i]);
   }
 
   using MultiplyTile = void (*)(const Tile&);

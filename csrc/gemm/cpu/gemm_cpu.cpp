@@ -3,7 +3,7 @@
 // over all of K. Bias and old output are added in FP32. The sum is rounded once, or goes through an
 // activation and is quantized (activation.h). The kernels are in the level's file (kernel.h).
 //
-//   for each batch of parts whose packed rows fit into kMostPacked bytes:
+//   for each batch of parts whose packed rows fit into most_packed() bytes:
 //     on all threads: pack the rows            Level::pack
 //     on all threads: for each job             Level::multiply, then finish()
 #include <algorithm>
@@ -35,7 +35,9 @@ using cpu_gemm::Rows;
 
 // Rows and columns of a job. One job's packed columns and sums stay in the L2 cache (1 MiB).
 constexpr int64_t kJobRows = 512, kJobColumns = 128;
-constexpr int64_t kMostPacked = 64 << 20;
+// Bytes of rows that are packed before they are multiplied: those of a product of few rows stay in
+// the L2 caches of the threads until then.
+constexpr int64_t kMostPacked = 64 << 20, kMostPackedByThread = 1 << 20;
 constexpr int64_t kMostKept = 2 << 20;  // bytes of memory that a thread keeps for its next call
 
 // Uninitialized memory, aligned to cache lines.
@@ -165,12 +167,15 @@ class Multiplier {
     for (const Part& part : parts) {
       const Division division(part.rows.count, splits_ ? kJobRows / 2 : kJobRows);
       for (int64_t i = 0; i < division.parts; ++i) {
-        blocks.push_back({&part, part.rows.part(division.begin(i), division.begin(i + 1)), {}});
-        bytes += packed_bytes(blocks.back());
-        if (bytes < kMostPacked) continue;
-        run(blocks, bytes);
-        blocks.clear();
-        bytes = 0;
+        const Block block{&part, part.rows.part(division.begin(i), division.begin(i + 1)), {}};
+        const int64_t more = packed_bytes(block);
+        if (!blocks.empty() && bytes + more > most_packed(block)) {
+          run(blocks, bytes);
+          blocks.clear();
+          bytes = 0;
+        }
+        blocks.push_back(block);
+        bytes += more;
       }
     }
     if (!blocks.empty()) run(blocks, bytes);
@@ -188,14 +193,20 @@ class Multiplier {
     return round_up(data_bytes(block) + scales, 64);
   }
 
+  bool is_few(const Block& block) const { return packed_rows(block) <= level_.few_rows; }
+  int64_t most_packed(const Block& block) const {
+    return is_few(block)
+               ? std::min(torch::stable::get_num_threads() * kMostPackedByThread, kMostPacked)
+               : kMostPacked;
+  }
+
   // Columns of one job: fewer if that lets more threads work. An activation needs whole groups.
   int64_t job_columns(const std::vector<Block>& blocks, int64_t width) const {
     if (p_.activation != Activation::kNone) return kScaleGroup;
     const int64_t threads = torch::stable::get_num_threads();
     int64_t columns = kJobColumns;
-    const bool few = std::all_of(blocks.begin(), blocks.end(), [&](const Block& block) {
-      return packed_rows(block) <= level_.few_rows;
-    });
+    const bool few =
+        std::all_of(blocks.begin(), blocks.end(), [&](const Block& b) { return is_few(b); });
     if (few) columns = cpu_gemm::kFewColumns;
     while (columns > level_.panel &&
            int64_t(blocks.size()) * ceil_div(width, columns) < 2 * threads)
