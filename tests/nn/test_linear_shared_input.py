@@ -139,17 +139,15 @@ def test_an_mlp_and_a_layer_share_their_input(device, shape):
 E4M3 = Form(torch.float8_e4m3fn, pow2_scale=False, transposed=True)
 
 
-def offered(readers: Readers, x: Tensor) -> bool:
-    """What a norm does with its result x; whether it was quantized."""
+def offered(readers: Readers, x: Tensor) -> Form:
+    """Does what a norm does with its result x; returns how it quantized x."""
     form = readers.wanted()
-    operand = None
-    if form is not None:
-        recipe = Recipe(input_dtype=form.dtype, pow2_scale=form.pow2_scale)
-        transposed = form.transposed
-        with torch.no_grad():
-            operand = quantize_activation(x, form.dtype, recipe, plain=True, transposed=transposed)
+    assert form is not None
+    recipe = Recipe(input_dtype=form.dtype, pow2_scale=form.pow2_scale)
+    with torch.no_grad():
+        operand = quantize_activation(x, form.dtype, recipe, plain=True, transposed=form.transposed)
     offer(x, readers, form, operand)
-    return operand is not None
+    return form
 
 
 def test_layers_take_what_was_offered(device):
@@ -158,7 +156,7 @@ def test_layers_take_what_was_offered(device):
         layer(hidden(device))  # weights that are kept are quantized here
     with OpCounter() as counter:
         x = hidden(device)
-        assert offered(readers, x)
+        offered(readers, x)
         ys = [layer(x) for layer in layers]
     assert counter.of(*ACTIVATION_QUANTIZERS) == 1
     assert all(map(torch.equal, ys, [layer(x.clone()) for layer in layers]))
@@ -173,7 +171,7 @@ def test_an_offer_is_taken_without_gradients_too(device):
     with torch.no_grad():
         layer(x)  # a weight that is kept is quantized here
         with OpCounter() as counter:
-            assert offered(readers, x)
+            offered(readers, x)
             y = layer(x)
         assert counter.of(*ACTIVATION_QUANTIZERS) == 1
         assert torch.equal(y, layer(x.clone()))
@@ -191,27 +189,29 @@ def test_what_readers_need_is_learned():
     frozen.requires_grad_(False)
     readers = Readers(E4M3)
 
-    def forward(*layers: Linear) -> Form | None:
+    def forward(*layers: Linear) -> Form:
         """The form of the next offer."""
         x = hidden(device)
         offered(readers, x)
         for layer in layers:
             layer(x)
-        probe = copy.deepcopy(readers)
-        return probe.wanted()
+        return offered(copy.deepcopy(readers), x)
 
-    assert forward(frozen) == Form(torch.float8_e4m3fn, pow2_scale=True, transposed=False)
-    assert forward(frozen, trained) == E4M3._replace(pow2_scale=True)
-    assert forward() == E4M3._replace(pow2_scale=True)  # the next forward may be a repetition
-    assert forward() is None
-    assert forward(trained) == E4M3._replace(pow2_scale=True)
-    assert forward(*siblings(device, Recipe.rowwise())) == E4M3._replace(pow2_scale=True)
-    assert forward(*siblings(device, Recipe.rowwise())) is None
+    wgrad = E4M3._replace(pow2_scale=True)
+    no_wgrad = wgrad._replace(transposed=False)
+    assert forward(frozen) == no_wgrad
+    assert forward(frozen, trained) == wgrad
+    assert forward() == wgrad  # the next forward may be a repetition
+    assert forward() == no_wgrad
+    assert forward(trained) == wgrad
+    assert forward(*siblings(device, Recipe.rowwise())) == wgrad
+    assert forward(*siblings(device, Recipe.rowwise())) == no_wgrad
 
 
 def test_nobody_reads_the_first_offer():
     readers = Readers(E4M3)
-    assert [offered(readers, hidden(torch.device("cpu"))) for _ in range(3)] == [True, False, False]
+    forms = [offered(readers, hidden(torch.device("cpu"))) for _ in range(3)]
+    assert [form.transposed for form in forms] == [True, False, False]
 
 
 # ---- the input changes in between ----

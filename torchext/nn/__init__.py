@@ -1,9 +1,10 @@
-"""Layers that train in FP8."""
+"""Layers that train in FP8, and norms that quantize for them."""
 
 from .attention import Attention, KVCache
 from .block import Block
 from .linear import Linear
 from .mlp import GEGLU, GELUMLP, ReLU2MLP, SwiGLU
+from .norm import LayerNorm, RMSNorm
 from .rotary import rotary_embedding
 
 __all__ = [
@@ -12,7 +13,9 @@ __all__ = [
     "Attention",
     "Block",
     "KVCache",
+    "LayerNorm",
     "Linear",
+    "RMSNorm",
     "ReLU2MLP",
     "SwiGLU",
     "rotary_embedding",

@@ -340,11 +340,12 @@ def gradient_of_bias(dy: Tensor, dtype: torch.dtype) -> Tensor:
     return as_matrix(dy).sum(0, dtype=torch.float32).to(dtype)
 
 
-def refuse_second_gradient() -> NoReturn:
+def refuse_second_gradient(layer: str = "Linear") -> NoReturn:
+    why = "FP8 GEMMs have" if layer == "Linear" else "its kernels have"
     raise RuntimeError(
-        "torchext.nn.Linear: backward must be differentiated once (got a second derivative, of "
-        "create_graph=True): FP8 GEMMs have no second gradient; use torch.nn.Linear for layers "
-        "under a gradient penalty or a Hessian"
+        f"torchext.nn.{layer}: backward must be differentiated once (got a second derivative, of "
+        f"create_graph=True): {why} no second gradient; use torch.nn.{layer} for layers under a "
+        "gradient penalty or a Hessian"
     )
 
 
@@ -352,18 +353,21 @@ class _SecondGradient(torch.autograd.Function):
     """Returns the number one as a tensor that refuses to be differentiated."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, dy: Tensor) -> Tensor:
+    def forward(ctx: Any, anchor: Tensor, dy: Tensor, layer: str) -> Tensor:
+        ctx.layer = layer
         return torch.ones((), device=dy.device)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-        refuse_second_gradient()
+        refuse_second_gradient(ctx.layer)
 
 
-def differentiable_once(dy: Tensor, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+def differentiable_once(
+    dy: Tensor, grads: tuple[Tensor | None, ...], layer: str = "Linear"
+) -> tuple[Tensor | None, ...]:
     # Without an autograd graph the gradients would count as constants, and a penalty on them would
     # silently train nothing. The anchor gives them a graph even if dy is constant. Multiplying each
     # by `one`, unlike one function of all of them, also works for batched gradients.
     with torch.enable_grad():
-        one = _SecondGradient.apply(torch.empty(0, requires_grad=True), dy)
+        one = _SecondGradient.apply(torch.empty(0, requires_grad=True), dy, layer)
         return tuple(None if grad is None else grad * one for grad in grads)

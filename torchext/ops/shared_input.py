@@ -47,18 +47,18 @@ class Form(NamedTuple):
 class Readers:
     """What the layers that read a norm's results ask for in one grad mode.
 
-    It starts with a guess. A norm whose results no FP8 layer reads stops quantizing after one
-    forward if none ever did, and after two otherwise: activation checkpointing repeats a norm whose
-    readers it need not repeat.
+    It starts with a guess. If no FP8 layer reads the results, then the norm makes no transpose any
+    more: after one forward if none ever did, and after two otherwise, because activation
+    checkpointing repeats a norm whose readers it need not repeat.
     """
 
     def __init__(self, guess: Form) -> None:
-        self._form: Form | None = guess
+        self._form = guess
         self._asked: Form | None = None  # in the last forward
         self._unread = 0  # forwards without a reader
 
     def wanted(self) -> Form | None:
-        """What the next readers will need, as those of the last forward did; None if nothing.
+        """What the next readers will probably need; None if nothing may be offered to them.
 
         Called once in every forward.
         """
@@ -72,7 +72,7 @@ class Readers:
         else:
             self._unread += 1
             if self._unread == 2:
-                self._form = None
+                self._form = self._form._replace(transposed=False)
         return self._form
 
     def ask(self, form: Form) -> None:
@@ -84,13 +84,13 @@ class Readers:
 
 
 class _Entry(NamedTuple):
-    """A tensor that layers read: what it was, its quantization (`operand`) by `scheme`, if there is
-    one, and the readers of the norm that computed it, if one did."""
+    """A tensor that layers read: what it was, its quantization (`operand`) by `scheme`, and the
+    readers of the norm that computed it, if one did."""
 
     reference: weakref.ref[Tensor]
     state: tuple[Any, ...]
-    scheme: tuple[Any, ...] | None
-    operand: Operand | None
+    scheme: tuple[Any, ...]
+    operand: Operand
     readers: Readers | None
 
 
@@ -124,13 +124,9 @@ def quantized_once(
         operand, readers = entry.operand, entry.readers
         if readers is not None and recipe.granularity == "blockwise":
             readers.ask(Form(recipe.input_dtype, recipe.pow2_scale, transposed))
-        if (
-            operand is not None
-            and entry.scheme == scheme
-            and (operand.data_t is not None or not transposed)
-        ):
+        if entry.scheme == scheme and (operand.data_t is not None or not transposed):
             return operand
-        operand = None
+        del operand
     _slot.entry = entry = None  # before its successor is allocated
     operand = quantize()
     if readers is not None or x.grad_fn is not None:
@@ -138,25 +134,24 @@ def quantized_once(
     return operand
 
 
-def offer(x: Tensor, readers: Readers, form: Form | None, operand: Operand | None) -> None:
+def offer(x: Tensor, readers: Readers, form: Form, operand: Operand) -> None:
     """Offers x, which the caller has just computed, to the layers of this thread.
 
     Args:
         x: a tensor that nobody else has seen.
         readers: learns what the layers need that read x.
-        form: the form of `operand`; None without one.
-        operand: x quantized; None if it is not.
+        form: how `operand` was quantized.
+        operand: x quantized.
     """
     if type(x) is Tensor and not x.is_inference():
-        scheme = None if form is None else ("blockwise", form.dtype, form.pow2_scale)
-        _put(x, _state(x), scheme, operand, readers)
+        _put(x, _state(x), ("blockwise", form.dtype, form.pow2_scale), operand, readers)
 
 
 def _put(
     x: Tensor,
     state: tuple[Any, ...],
-    scheme: tuple[Any, ...] | None,
-    operand: Operand | None,
+    scheme: tuple[Any, ...],
+    operand: Operand,
     readers: Readers | None,
 ) -> None:
     slot = vars(_slot)  # of this thread; another may free x
