@@ -12,6 +12,7 @@ from ..ops.mlp_function import Save
 from ..recipe import Recipe
 from .attention import Attention, recomputed
 from .mlp import SwiGLU
+from .norm import RMSNorm
 
 
 class Block(torch.nn.Module):
@@ -79,8 +80,8 @@ class Block(torch.nn.Module):
         self.mlp = mlp(
             hidden_size, intermediate_size, mlp_bias, recipe=recipe, save=save, **factory
         )
-        self.input_layernorm = torch.nn.RMSNorm(hidden_size, norm_eps, **factory)
-        self.post_attention_layernorm = torch.nn.RMSNorm(hidden_size, norm_eps, **factory)
+        self.input_layernorm = RMSNorm(hidden_size, norm_eps, **factory)
+        self.post_attention_layernorm = RMSNorm(hidden_size, norm_eps, **factory)
 
     def forward(self, input: Tensor, attn_mask: Tensor | None = None, **options: Any) -> Tensor:
         """The layer's output, [..., length, hidden_size], in the input's dtype.
