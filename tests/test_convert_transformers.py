@@ -223,7 +223,10 @@ def test_close_to_wide_trains_and_comes_back(family, tmp_path):
         assert sum(name.endswith(f".{last}") for name in result.converted) == count
     assert not counts or len(result.converted) == sum(counts.values())
     assert list(model.state_dict()) == list(state)
-    assert sorted(result.fused.values()) == FUSED.get(family, ["SwiGLU"] * 2)
+    norms = {name for name, m in wide.named_modules() if type(m).__name__.endswith("Norm")}
+    assert norms and norms <= result.fused.keys()
+    fused = [kind for name, kind in result.fused.items() if name not in norms]
+    assert sorted(fused) == FUSED.get(family, ["SwiGLU"] * 2)
 
     exact, exact_grads = step(in_float64(family, wide), cast(inputs, torch.float64))
     logits, grads = step(model, inputs)
@@ -292,4 +295,5 @@ def test_saved_bytes_of_a_decoder():
     convert_to_fp8_training(model)
     with memory_report(model) as fp8:
         model(**inputs).loss.backward()
-    assert fp8.saved < wide.saved and fp8.parameters == wide.parameters
+    # Attention, the head and the loss keep what they did, and are large in so small a model.
+    assert fp8.saved < 0.85 * wide.saved and fp8.parameters == wide.parameters

@@ -31,10 +31,12 @@ def test_short_run(device, tmp_path, capsys):
     assert "left alone: output head" in printed
     assert "fused: SwiGLU with FP8 between its GEMMs\n  blocks.*.mlp (3)" in printed
     kernels = "silu_mul_backward_quantize_1x128_dual x 3, silu_mul_quantize_1x128 x 3"
-    assert kernels in printed and "quantize_1x128_dual x 24" in printed
+    assert kernels in printed and " quantize_1x128_dual x 18" in printed
+    assert "fused: RMSNorm quantizes its result\n  blocks.*.attention_norm (3)" in printed
+    assert "rms_norm_quantize_1x128_dual x 7" in printed
     assert "final gap: " in printed and "no verdict on fewer than 300 steps" in printed
     saved = next(line for line in printed.splitlines() if line.startswith("saved for backward"))
-    assert float(saved.split()[-1].rstrip("%")) < -10
+    assert float(saved.split()[-1].rstrip("%")) < -45  # against BF16
     losses = [line.split() for line in printed.splitlines() if " steps  " in line]
     assert [row[0] for row in losses] == ["0", "12"]
     assert float(losses[-1][3]) < float(losses[0][3]) - 1

@@ -17,6 +17,7 @@ from ._dispatch.layout import GROUP
 from .nn.experts import FP8Experts, trains_in_fp8
 from .recipe import GEMMS, Recipe
 
+_NORMS = ("RMSNorm", "LayerNorm")
 _WIDE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -108,8 +109,8 @@ class ConversionResult:
         elements: the number of elements of all parameters, each counted once.
         parameters: every parameter of two or more dimensions, in the model's order: whether it
             trains in FP8 and by which recipe, or why not; its FLOPs, and the bytes it saves.
-        fused: {fully qualified name of an MLP or of experts that run fused: their kind, such as
-            "SwiGLU" or "SwiGLU experts"}.
+        fused: {fully qualified name of an MLP, of experts or of a norm that run fused: their kind,
+            such as "SwiGLU", "SwiGLU experts" or "RMSNorm"}.
     """
 
     model: nn.Module
@@ -242,7 +243,8 @@ class ConversionResult:
                 lines.append(f"by the recipe {recipe}:")
             lines += _indented(name for name in self.converted if recipes.get(name) == recipe)
         for kind in dict.fromkeys(self.fused.values()):
-            lines.append(f"fused: {kind} with FP8 between its GEMMs")
+            what = "quantizes its result" if kind in _NORMS else "with FP8 between its GEMMs"
+            lines.append(f"fused: {kind} {what}")
             lines += _indented(name for name, its_kind in self.fused.items() if its_kind == kind)
         for reason in dict.fromkeys(self.skipped.values()):
             names = [name for name, why in self.skipped.items() if why == reason]

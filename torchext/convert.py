@@ -12,6 +12,7 @@ from . import _conversion_rules as rules
 from ._conversion_result import ConversionResult, ReadOnlyDict, survey
 from ._experts import convert_experts_, find_experts
 from ._fusion import NAMES, fuse_mlps, unfuse_mlps
+from ._norm_fusion import fuse_norms, unfuse_norms
 from .nn import Linear
 from .nn.converted import TransposedLinear, convert_subclass_, convert_transposed_
 from .nn.experts import FP8Experts, trains_in_fp8
@@ -55,9 +56,10 @@ def convert_to_fp8_training(
             one scale group), output heads (their error goes straight into the loss), and routers
             (an error may send a token to another expert). It recognizes heads and routers by name,
             and heads also if they share their weight with an embedding.
-        fuse: whether MLPs run fused: with FP8 between their GEMMs, forward and backward. An MLP is
-            recognized by what it computes (docs/layers.md). Its module stays the same object; its
-            class becomes a subclass of the same name.
+        fuse: whether MLPs run fused, with FP8 between their GEMMs, forward and backward, and norms
+            quantize their results for the FP8 layers that read them. Both are recognized by what
+            they compute (docs/layers.md). A module stays the same object; its class becomes a
+            subclass of the same name.
         save: what a fused MLP, and experts, keep of the activation's operands for backward, as
             `save` of torchext.nn.SwiGLU.
 
@@ -110,12 +112,14 @@ def convert_to_fp8_training(
         else:
             convert_transposed_(layer, own_recipe)
             converted.append(fqn)
+    if fuse:
+        fused |= fuse_mlps(model, save) | fuse_norms(model)
     result = ConversionResult(
         model,
         tuple(converted),
         ReadOnlyDict(skipped),
         **survey(model, skipped),
-        fused=ReadOnlyDict(fused | (fuse_mlps(model, save) if fuse else {})),
+        fused=ReadOnlyDict(fused),
     )
     _log.info(
         "convert_to_fp8_training: converted %d of %d linear layers of %s, recipe %s",
@@ -134,9 +138,9 @@ def convert_to_fp8_training(
 def unconvert(model: torch.nn.Module) -> tuple[str, ...]:
     """Undoes `convert_to_fp8_training`: gives the FP8 layers of `model` their own classes back.
 
-    Fused MLPs get their class back, too. Each layer stays the same object with the same parameters,
-    hooks and mode; torchext.nn.Linears that no
-    conversion made become torch.nn.Linears, too. Call it, for example, before another library
+    Fused MLPs and norms get their classes back, too. Each layer stays the same object with the same
+    parameters, hooks and mode; torchext.nn.Linears that no conversion made become torch.nn.Linears,
+    too. Call it, for example, before another library
     quantizes the model.
 
     Args:
@@ -178,6 +182,7 @@ def _unconvert(model: torch.nn.Module, name: str) -> tuple[str, ...]:
                 "parametrizations, or replace the layer"
             )
     unfuse_mlps(model)
+    unfuse_norms(model)
     for layer in layers.values():
         assert isinstance(layer, (Linear, TransposedLinear, FP8Experts))
         layer.revert_()
