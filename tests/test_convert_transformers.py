@@ -90,10 +90,10 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any], dict[str, int]]] = {
         {},
     ),
 }
-# What runs fused. The layers of BERT's MLP are in two modules, those of GPT-2's hold [in, out].
+# What runs fused. The layers of BERT's MLP are in two modules.
 FUSED: dict[str, list[str]] = {
     "Gemma": ["GEGLU"] * 2,
-    "GPT-2": [],
+    "GPT-2": ["GELU"] * 2,
     "Qwen3-MoE": ["SwiGLU experts"] * 2,
     "DeepSeek-V3": ["SwiGLU", "SwiGLU", "SwiGLU experts"],
     "BERT": [],

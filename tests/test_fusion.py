@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from support.linear_testing import gradient, sqnr
+from torchext import convert_to_fp8_training
 from torchext._fusion import FusedMLP, MLPRoles, fuse_, recognize_mlp
 from torchext.nn import Linear
 
@@ -207,6 +208,43 @@ def test_fused_equals_separate_layers(name):
         ys.append([y, gradient(leaf), *map(gradient, layer.parameters())])
     for mine, theirs in zip(*ys, strict=True):
         assert sqnr(theirs, mine) > 30  # they differ by single FP8 values, one step each
+
+
+class Conv1D(nn.Module):
+    """A layer that holds its weight as [in, out], as transformers' class of that name."""
+
+    def __init__(self, nf: int, nx: int) -> None:
+        super().__init__()
+        self.nf = nf
+        self.weight = nn.Parameter(torch.randn(nx, nf) / nx**0.5)
+        self.bias = nn.Parameter(torch.randn(nf))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.addmm(self.bias, x.flatten(0, -2), self.weight)
+        return y.unflatten(0, x.shape[:-1])
+
+
+@pytest.mark.parametrize("save", ["bf16", "fp8", "recompute"])
+def test_transposed_weights_give_the_same_bits(save):
+    """As in GPT-2. The model with torch.nn.Linears holds the transposes."""
+    torch.manual_seed(0)
+    own = nn.Sequential(Conv1D(256, 160), nn.GELU("tanh"), Conv1D(160, 256))
+    linear = nn.Sequential(nn.Linear(160, 256), nn.GELU("tanh"), nn.Linear(256, 160))
+    for name, parameter in own.named_parameters():
+        linear.get_parameter(name).data = parameter.detach().t().clone()
+    x, ys = torch.randn(2, 40, 160), []
+    for model in (own, linear):
+        assert convert_to_fp8_training(model, save=save).fused == {"": "GELU"}
+        leaf = x.clone().requires_grad_()
+        y = model(leaf)
+        y.square().sum().backward()
+        ys.append([y, gradient(leaf), *(gradient(p) for p in model.parameters())])
+        with torch.no_grad():
+            assert torch.equal(model.eval()(x), y)
+    for mine, theirs in zip(*ys, strict=True):
+        assert torch.equal(mine if mine.dim() != 2 else mine.t(), theirs)
+    own[2].register_forward_hook(lambda *_: None)
+    assert torch.equal(own(x), nn.Sequential.forward(own, x))
 
 
 def test_class_and_state_stay():

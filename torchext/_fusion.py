@@ -25,12 +25,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from .nn.converted import Rerouted
-from .nn.linear import Linear
-from .nn.mlp import _MLP, can_fuse_recipe, fused_mlp
+from .nn.converted import Rerouted, TransposedLinear
+from .nn.mlp import _MLP, as_out_in, can_fuse_class, can_fuse_recipe, fused_mlp
 from .ops.mlp_function import Save
 
 _log = logging.getLogger("torchext")
+_LINEARS = (torch.nn.Linear, TransposedLinear)
 
 
 class MLPRoles(NamedTuple):
@@ -57,7 +57,7 @@ GATED = ("silu", "gelu")
 
 def recognize_mlp(module: torch.nn.Module) -> MLPRoles | None:
     """The roles of the module's linear layers if it computes an MLP, else None."""
-    linears = {n: m for n, m in module.named_children() if isinstance(m, torch.nn.Linear)}
+    linears = {n: m for n, m in module.named_children() if isinstance(m, _LINEARS)}
     if not 2 <= len(linears) <= 3 or "forward" in vars(module):
         return None
     if type(module).forward is torch.nn.Module.forward:  # a container
@@ -70,7 +70,7 @@ def recognize_mlp(module: torch.nn.Module) -> MLPRoles | None:
     orders = [
         names
         for names in itertools.permutations(linears)
-        if _has_shapes_of_mlp([linears[name].weight for name in names])
+        if _has_shapes_of_mlp([as_out_in(linears[name]) for name in names])
     ]
     if not orders:
         return None
@@ -103,7 +103,7 @@ class _Probe:
     _SIZE = 6
     _SCALES = (1, 30)  # of the input: a clamp shows only where values are large
 
-    def __init__(self, module: torch.nn.Module, linears: dict[str, torch.nn.Linear]) -> None:
+    def __init__(self, module: torch.nn.Module, linears: dict[str, Any]) -> None:
         generator = torch.Generator().manual_seed(0)
 
         def random(*shape: int) -> Tensor:
@@ -189,7 +189,7 @@ NAMES = {"silu_mul": "SwiGLU", "gelu_mul": "GEGLU", "gelu": "GELU", "relu2": "sq
 
 
 def fuse_mlps(model: torch.nn.Module, save: Save) -> dict[str, str]:
-    """Fuses the MLPs of `model` whose layers are torchext.nn.Linears of one blockwise recipe.
+    """Fuses the MLPs of `model` whose layers are FP8 layers of one blockwise recipe.
 
     Returns {fully qualified name: the MLP's kind}.
     """
@@ -197,12 +197,12 @@ def fuse_mlps(model: torch.nn.Module, save: Save) -> dict[str, str]:
     for fqn, module in model.named_modules():
         if isinstance(module, (FusedMLP, _MLP, torch.nn.Linear)):
             continue
-        layers = [m for m in module.children() if isinstance(m, torch.nn.Linear)]
-        recipes = {layer.recipe for layer in layers if type(layer) is Linear}
+        layers: list[Any] = [m for m in module.children() if isinstance(m, _LINEARS)]
+        recipes = {layer.recipe for layer in layers if can_fuse_class(layer)}
         if len(recipes) != 1 or not can_fuse_recipe(next(iter(recipes))):
             continue
         roles = recognize_mlp(module)
-        if roles is None or any(type(module._modules[name]) is not Linear for name in roles.layers):
+        if roles is None or not all(can_fuse_class(module._modules[name]) for name in roles.layers):
             continue
         fuse_(module, roles, save)
         fused[fqn] = NAMES[roles.activation]

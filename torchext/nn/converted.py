@@ -158,8 +158,11 @@ class TransposedLinear(Converted):
         )
         if not transposed and recipe.fprop != "fp8":
             return None
-        # fprop multiplies the parameter's transpose.
-        kept = self._weight_cache.operand(parameter, recipe, transposed=True)
+        return self.kept_operand(parameter)
+
+    def kept_operand(self, parameter: Tensor) -> Operand | None:
+        """The FP8 transpose of the parameter, which fprop multiplies; None if it is not kept."""
+        kept = self._weight_cache.operand(parameter, self.recipe, transposed=True)
         if kept is None:
             return None
         return Operand(kept.data_t, kept.scale_t, kept.data, kept.scale)

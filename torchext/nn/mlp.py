@@ -11,11 +11,12 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.modules import module as torch_module
 
-from ..ops.linear_function import quantize_weight
+from ..ops.linear_function import Operand, quantize_weight
 from ..ops.linear_operands import bias_fits, fit
 from ..ops.mlp_function import MLP, MLPFunction, Save, mlp, quantized_input
 from ..recipe import Recipe
 from .composition import is_composed
+from .converted import TransposedLinear
 from .linear import Linear, output_dtype
 
 _GROUP = 128
@@ -122,10 +123,12 @@ def fused_mlp(
     """
     if not _can_fuse(layers, activation, input):
         return None
-    linears = cast("Sequence[Linear]", layers)
+    linears = cast("Sequence[Linear | TransposedLinear]", layers)
     recipe = linears[0].recipe
     config = MLP(activation, tanh_approximation, recipe, output_dtype(input), save)
-    parameters = [p for layer in linears for p in (layer.weight, layer.bias)]
+    weights = [as_out_in(layer) for layer in linears]
+    biases: list[Any] = [layer.bias for layer in linears]
+    parameters = [p for pair in zip(weights, biases, strict=True) for p in pair]
     graph = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (input, *parameters)
     )
@@ -135,19 +138,17 @@ def fused_mlp(
     if not torch.is_grad_enabled():
         for_x = for_wide = linears[0].training
     operands = [
-        layer._weight_cache.operand(
-            layer.weight, recipe, transposed=for_wide if layer is linears[-1] else for_x
-        )
+        _kept_operand(layer, transposed=for_wide if layer is linears[-1] else for_x)
         for layer in linears
     ]
     if graph:
         return cast("Tensor", MLPFunction.apply(input, config, operands, *parameters))
     quantized = [
-        operand or quantize_weight(layer.weight, recipe, transposed=False)
-        for operand, layer in zip(operands, linears, strict=True)
+        operand or quantize_weight(weight, recipe, transposed=False)
+        for operand, weight in zip(operands, weights, strict=True)
     ]
     x = quantized_input(input, recipe, transposed=False)
-    y, _ = mlp(config, quantized, [layer.bias for layer in linears], x)
+    y, _ = mlp(config, quantized, biases, x)
     return y.view(*input.shape[:-1], y.shape[-1])
 
 
@@ -166,20 +167,32 @@ def _can_fuse(layers: Sequence[torch.nn.Module], activation: str, input: Tensor)
         return False
     if not all(_is_plain(layer, recipe) for layer in layers):
         return False
-    *before, down = cast("Sequence[Linear]", layers)
-    width = down.weight.shape[1]
+    pairs: list[tuple[Tensor, Any]] = [(as_out_in(layer), layer.bias) for layer in layers]
+    *before, (down, _) = pairs
+    width = down.shape[1]
     return (
         input.numel() > 0
-        and input.device == down.weight.device
+        and input.device == down.device
         and (width % _GROUP == 0 or not activation.endswith("_mul"))
-        and all(fit(input, layer.weight, layer.bias) for layer in before)
-        and all(layer.weight.shape[0] == width for layer in before)
+        and all(fit(input, weight, bias) for weight, bias in before)
+        and all(weight.shape[0] == width for weight, _ in before)
         and all(
-            bias_fits(layer.weight, layer.bias)
-            and (layer.bias is None or layer.bias.is_contiguous())
-            for layer in (*before, down)
+            bias_fits(weight, bias) and (bias is None or bias.is_contiguous())
+            for weight, bias in pairs
         )
     )
+
+
+def as_out_in(layer: Any) -> Tensor:
+    """The layer's weight as [out_features, in_features]."""
+    weight: Tensor = layer.weight
+    return weight.t() if isinstance(layer, TransposedLinear) else weight
+
+
+def _kept_operand(layer: Linear | TransposedLinear, *, transposed: bool) -> Operand | None:
+    if isinstance(layer, TransposedLinear):
+        return layer.kept_operand(cast("Tensor", layer.weight))
+    return layer._weight_cache.operand(layer.weight, layer.recipe, transposed=transposed)
 
 
 def can_fuse_recipe(recipe: Recipe) -> bool:
@@ -187,10 +200,17 @@ def can_fuse_recipe(recipe: Recipe) -> bool:
     return recipe.granularity == "blockwise" and not recipe.wide_gemms
 
 
-def _is_plain(layer: torch.nn.Module, recipe: Recipe) -> bool:
+def can_fuse_class(layer: Any) -> bool:
+    """Whether the class of the layer is one whose forward the fused MLP may replace."""
+    if isinstance(layer, TransposedLinear):
+        return type(layer).forward is TransposedLinear.forward
+    return type(layer) is Linear
+
+
+def _is_plain(layer: Any, recipe: Recipe) -> bool:
     """Whether a call of the layer does nothing but its products, by this recipe."""
     return (
-        type(layer) is Linear
+        can_fuse_class(layer)
         and layer.recipe == recipe
         and type(layer.weight) is Parameter
         and (layer.bias is None or type(layer.bias) is Parameter)
