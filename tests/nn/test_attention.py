@@ -268,6 +268,21 @@ def test_input_is_quantized_and_saved_once(device, options):
     assert sum(t.untyped_storage().nbytes() for t in wide.values()) < size / 16  # scales, sums
 
 
+def test_bytes_that_the_norms_of_q_and_k_keep(device):
+    x = normal(4, 32, 256, device=device, dtype=torch.bfloat16, grad=True) * 1
+    sizes = []
+    for qk_norm in (False, True):
+        layer = Attention(256, 4, 2, qk_norm=qk_norm, device=device, dtype=torch.bfloat16)
+        layer(x)
+        with saved_tensors() as saved:
+            layer(x)
+        parameters = {p.data_ptr() for p in layer.parameters()}
+        kept = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in saved}
+        sizes.append(sum(size for place, size in kept.items() if place not in parameters))
+    rows = 4 * 6  # one FP32 value for each head of q and k
+    assert sizes[1] - sizes[0] == 128 * (2 * 256 + 2 * 128 + rows)
+
+
 def test_recomputation_keeps_the_input_only(device):
     k, q = 256, 256
     options = {"device": device, "dtype": torch.bfloat16}

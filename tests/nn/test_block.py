@@ -13,7 +13,7 @@ from torch import Tensor
 
 from support.linear_testing import gradient, normal, saved_tensors, sqnr
 from torchext import Recipe, convert_to_fp8_training
-from torchext.nn import GEGLU, GELUMLP, Attention, Block, Linear, SwiGLU
+from torchext.nn import GEGLU, GELUMLP, Attention, Block, LayerNorm, Linear, RMSNorm, SwiGLU
 
 pytestmark = pytest.mark.large  # its kernels are those of its parts
 
@@ -75,6 +75,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Mistral": {},
     "Qwen2": {"bias": True, "output_bias": False},
     "Qwen3": {"qk_norm": True},
+    "Gemma": {"mlp": GEGLU, "norm": functools.partial(RMSNorm, unit_offset=True)},
 }
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
@@ -87,9 +88,10 @@ def their_layer(family: str, implementation: str = "sdpa") -> tuple[Any, Any]:
     torch.manual_seed(0)
     model = getattr(transformers, f"{family}Model")(config)
     (layer,) = model.layers
+    mean = 0 if family == "Gemma" else 1  # of the weights of norms, and of biases
     with torch.no_grad():
         for parameter in layer.parameters():
-            parameter.normal_(std=parameter.shape[-1] ** -0.5).add_(parameter.dim() == 1)
+            parameter.normal_(std=parameter.shape[-1] ** -0.5).add_(mean * (parameter.dim() == 1))
     return layer, model.rotary_emb
 
 
@@ -201,10 +203,20 @@ def test_parts_that_the_arguments_choose(device):
     options: dict[str, Any] = {"mlp_bias": True, "recipe": recipe, "device": device}
     gelu = functools.partial(GELUMLP, tanh_approximation=True)
     block = Block(
-        K, WIDE, HEADS, mlp=gelu, save="recompute", bias=True, dropout=0.25, theta=None, **options
+        K,
+        WIDE,
+        HEADS,
+        norm=LayerNorm,
+        mlp=gelu,
+        save="recompute",
+        bias=True,
+        dropout=0.25,
+        theta=None,
+        **options,
     )
     assert isinstance(block.mlp, GELUMLP) and block.mlp.tanh_approximation
     assert block.mlp.save == "recompute" and block.mlp.up_proj.bias is not None
+    assert type(block.input_layernorm) is type(block.post_attention_layernorm) is LayerNorm
     attention = block.self_attn
     assert attention.q_proj.bias is not None and attention.dropout == 0.25
     assert attention.theta is None and attention.is_causal

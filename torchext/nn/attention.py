@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from ..recipe import Recipe
 from .composition import is_composed
 from .linear import Linear, output_dtype
+from .norm import RMSNorm
 from .rotary import rotary_embedding, rotated
 
 
@@ -148,8 +149,8 @@ class Attention(torch.nn.Module):
         output_bias = bias if output_bias is None else output_bias
         self.o_proj = Linear(q_size, hidden_size, output_bias, recipe=recipe, **options)
         self.o_proj._keeps_input = not recompute  # scaled_dot_product_attention keeps it anyway
-        self.q_norm = torch.nn.RMSNorm(head_dim, norm_eps, **options) if qk_norm else None
-        self.k_norm = torch.nn.RMSNorm(head_dim, norm_eps, **options) if qk_norm else None
+        self.q_norm = RMSNorm(head_dim, norm_eps, **options) if qk_norm else None
+        self.k_norm = RMSNorm(head_dim, norm_eps, **options) if qk_norm else None
         self.register_load_state_dict_pre_hook(_split_qkv)
 
     def forward(

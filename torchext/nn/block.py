@@ -19,8 +19,8 @@ class Block(torch.nn.Module):
     """x + self_attn(input_layernorm(x)), and that y + mlp(post_attention_layernorm(y)).
 
     As in Llama, Mistral, Qwen2, Qwen3 and Gemma, whose decoder layers have the same parameters and
-    `state_dict` keys: those of `self_attn`, a torchext.nn.Attention, of `mlp`, and the weights of
-    the two RMSNorms.
+    `state_dict` keys: those of `self_attn`, a torchext.nn.Attention, of `mlp`, and those of the two
+    norms. What both norms return is quantized by the kernels that compute it.
     """
 
     def __init__(
@@ -32,6 +32,7 @@ class Block(torch.nn.Module):
         *,
         mlp: Callable[..., torch.nn.Module] = SwiGLU,
         mlp_bias: bool = False,
+        norm: Callable[..., torch.nn.Module] = RMSNorm,
         norm_eps: float = 1e-6,
         theta: float | None = 10000.0,
         is_causal: bool = True,
@@ -51,7 +52,9 @@ class Block(torch.nn.Module):
             mlp: the MLP's class, torchext.nn.SwiGLU, GEGLU, GELUMLP or ReLU2MLP, or a function with
                 the same arguments: functools.partial(GEGLU, tanh_approximation=False).
             mlp_bias: whether the MLP's projections have biases.
-            norm_eps: what all norms add to the mean of squares.
+            norm: the norms' class, torchext.nn.RMSNorm or LayerNorm, or a function with the same
+                arguments: functools.partial(RMSNorm, unit_offset=True).
+            norm_eps: what all norms add to the mean of squares, or to the variance.
             save: what the MLP keeps for backward, as for torchext.nn.SwiGLU.
             recompute_attention: whether backward computes the first norm and attention again.
                 It keeps nothing of them but x, which the norm keeps anyway. `recompute` of
@@ -80,8 +83,8 @@ class Block(torch.nn.Module):
         self.mlp = mlp(
             hidden_size, intermediate_size, mlp_bias, recipe=recipe, save=save, **factory
         )
-        self.input_layernorm = RMSNorm(hidden_size, norm_eps, **factory)
-        self.post_attention_layernorm = RMSNorm(hidden_size, norm_eps, **factory)
+        self.input_layernorm = norm(hidden_size, norm_eps, **factory)
+        self.post_attention_layernorm = norm(hidden_size, norm_eps, **factory)
 
     def forward(self, input: Tensor, attn_mask: Tensor | None = None, **options: Any) -> Tensor:
         """The layer's output, [..., length, hidden_size], in the input's dtype.
