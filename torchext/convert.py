@@ -140,8 +140,7 @@ def unconvert(model: torch.nn.Module) -> tuple[str, ...]:
 
     Fused MLPs and norms get their classes back, too. Each layer stays the same object with the same
     parameters, hooks and mode; torchext.nn.Linears that no conversion made become torch.nn.Linears,
-    too. Call it, for example, before another library
-    quantizes the model.
+    too. Call it, for example, before another library quantizes the model.
 
     Args:
         model: any module, including an FP8 layer.
