@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "../../csrc/gemm/cpu/kernel.h"
+#include "../../csrc/gemm/cpu/split_half.h"
 #include "numbers.h"
 
 namespace cross {
@@ -89,10 +90,32 @@ std::unique_ptr<void, Free> aligned(int64_t bytes) {
       std::aligned_alloc(64, size_t(torchext::round_up(bytes + 1, 64))));
 }
 
+// Rows of an FP16 matrix, each split into two of BF16.
+struct SplitRows {
+  int64_t columns, groups;
+  std::vector<uint16_t> data;
+  std::vector<float> scale;
+
+  SplitRows(const Matrix& a, const Rows& rows)
+      : columns(a.columns), groups(a.groups), data(size_t(2 * rows.count * columns)) {
+    const auto* from = reinterpret_cast<const uint16_t*>(a.data.data());
+    for (int64_t i = 0; i < 2 * rows.count; ++i) {
+      const int64_t row = rows[i / 2];
+      SplitHalf::run(from + row * a.stride, columns, int(i % 2), &data[size_t(i * columns)]);
+      scale.insert(scale.end(), &a.scale[size_t(row * groups)],
+                   &a.scale[size_t(row * groups)] + groups);
+    }
+  }
+  Operand operand() const {
+    return {data.data(), columns, Format::bf16, scale.data(), groups, 1, 1};
+  }
+};
+
 // a[rows] times b[columns], by `level`: [rows.count, columns[0].count + columns[1].count].
-std::vector<float> multiply(const Level& level, const Matrix& a, const Rows& rows, const Matrix& b,
-                            const Rows (&columns)[2], const Depth& k) {
-  const Operand left = a.operand(), right = b.operand();
+std::vector<float> multiply(const Level& level, const Operand& left, const Rows& rows,
+                            const Matrix& b, const Rows (&columns)[2], const Depth& k,
+                            bool is_split = false) {
+  const Operand right = b.operand();
   const int64_t segments = k.segments(), padded = padded_columns(level, columns);
   const auto packed = aligned(rows.count * segments * Depth::kSegment * level.element_bytes);
   std::vector<float> scales(size_t(rows.count * segments));
@@ -118,8 +141,9 @@ std::vector<float> multiply(const Level& level, const Matrix& a, const Rows& row
   product.total_stride = stride;
   product.scratch = scratch.get();
   level.multiply(product);
+  if (is_split) join_split(total.data(), stride, rows.count / 2);
   std::vector<float> result;
-  for (int64_t i = 0; i < rows.count; ++i) {
+  for (int64_t i = 0; i < (is_split ? rows.count / 2 : rows.count); ++i) {
     int64_t first = 0;
     for (const Rows& list : columns) {
       const float* from = &total[size_t(i * stride + first)];
@@ -128,6 +152,14 @@ std::vector<float> multiply(const Level& level, const Matrix& a, const Rows& row
     }
   }
   return result;
+}
+
+std::vector<float> multiply(const Level& level, const Matrix& a, const Rows& rows, const Matrix& b,
+                            const Rows (&columns)[2], const Depth& k) {
+  if (a.format != Format::fp16 || level.element_bytes != 2)
+    return multiply(level, a.operand(), rows, b, columns, k);
+  const SplitRows split(a, rows);
+  return multiply(level, split.operand(), {0, 2 * rows.count}, b, columns, k, true);
 }
 
 struct Checker {
@@ -179,11 +211,8 @@ struct Checker {
   }
 
   void run() {
-    std::vector<Format> formats = {Format::e4m3, Format::e5m2, Format::bf16};
-    if (level.element_bytes == 4) {
-      formats.push_back(Format::fp16);
-      formats.push_back(Format::fp32);
-    }
+    std::vector<Format> formats = {Format::e4m3, Format::e5m2, Format::bf16, Format::fp16};
+    if (level.element_bytes == 4) formats.push_back(Format::fp32);
     const Depth depths[] = {{0, 1},   {0, 127},   {0, 128},   {0, 131}, {5, 300},
                             {64, 66}, {250, 640}, {128, 384}, {0, 640}};
     for (Format format : formats) {

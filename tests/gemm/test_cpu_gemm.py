@@ -56,6 +56,9 @@ def test_a_row_of_a_large_product_is_that_of_a_small_one() -> None:
         some = rows_of(a, a_scale, row, row + 1)
         part = ops.fp8_gemm_nt(*some, b, b_scale, out_dtype=torch.float32)
         assert torch.equal(part[0], whole[row])
+    some = rows_of(a, a_scale, 490, 530)  # several tiles of a product of few rows
+    part = ops.fp8_gemm_nt(*some, b, b_scale, out_dtype=torch.float32)
+    assert torch.equal(part, whole[490:530])
 
 
 @pytest.mark.parametrize("count", [2, 3])

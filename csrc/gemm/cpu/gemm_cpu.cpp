@@ -8,7 +8,6 @@
 //     on all threads: for each job             Level::multiply, then finish()
 #include <algorithm>
 #include <atomic>
-#include <cmath>
 #include <cstdlib>
 #include <memory>
 #include <new>
@@ -20,6 +19,7 @@
 #include "../gemm.h"
 #include "activation.h"
 #include "kernel.h"
+#include "split_half.h"
 
 namespace torchext {
 namespace {
@@ -114,20 +114,6 @@ struct Block {
 struct Job {
   const Block* block;
   int64_t column, columns;
-};
-
-// An FP16 row x as two rows of BF16, whose sum it is exactly: FP16 has 11 significant bits, BF16 8.
-// `part` is 0 for x rounded to BF16, and 1 for the rest.
-struct SplitHalf {
-  static void run(const uint16_t* x, int64_t count, int part, uint16_t* out) {
-    for (int64_t i = 0; i < count; ++i) {
-      const float value = Half::to_float(x[i]);
-      const uint16_t rounded = BFloat16::from_float(value);
-      const float rest = value - BFloat16::to_float(rounded);
-      const bool is_finite = (x[i] & 0x7c00) != 0x7c00;
-      out[i] = part == 0 ? rounded : is_finite ? BFloat16::from_float(rest) : uint16_t(0);
-    }
-  }
 };
 
 // Finishes rows of a product: out = total + bias (+ out). `first_out` is the output's first row.
@@ -286,7 +272,7 @@ class Multiplier {
     thread_local Memory memory;
     auto* rows = reinterpret_cast<uint16_t*>(memory.resized((end - begin) * p_.k * 2));
     for (int64_t i = begin; i < end; ++i)
-      run_vectorized<SplitHalf>(
+      run_vectorized<cpu_gemm::SplitHalf>(
           static_cast<const uint16_t*>(a_.data) + block.rows[i / 2] * a_.stride, p_.k, int(i % 2),
           rows + (i - begin) * p_.k);
     level_.pack({rows, p_.k, Format::bf16, nullptr, 0, 0, 1}, {0, end - begin}, block.part->k, to);
@@ -313,20 +299,8 @@ class Multiplier {
     product.total = reinterpret_cast<float*>(at);
     product.scratch = at + totals;
     level_.multiply(product);
-    if (splits_) join_split(product);
+    if (splits_) cpu_gemm::join_split(product.total, product.total_stride, product.rows / 2);
     finish(job, product);
-  }
-
-  // Adds the totals of the two rows that each row was split into. An infinite weight makes the
-  // second NaN if the rest of an x is 0; then the first is infinite, and is the result.
-  static void join_split(const Product& product) {
-    const int64_t stride = product.total_stride;
-    for (int64_t i = 0; i < product.rows / 2; ++i) {
-      const float* from = product.total + 2 * i * stride;
-      float* to = product.total + i * stride;
-      for (int64_t j = 0; j < stride; ++j)
-        to[j] = std::isfinite(from[j]) ? from[j] + from[stride + j] : from[j];
-    }
   }
 
   void finish(const Job& job, const Product& product) const {
