@@ -42,6 +42,10 @@ const Op kOps[] = {
     {"quantize_1x128_dual(Tensor x, *, ScalarType? dtype=None, bool pow2_scale=False)"
      " -> (Tensor data, Tensor scale, Tensor data_t, Tensor scale_t)",
      TORCH_BOX(&torchext::quantize_1x128_dual)},
+    // And the FP32 sums over rows.
+    {"quantize_1x128_dual_bias_grad(Tensor x, *, ScalarType? dtype=None, bool pow2_scale=False)"
+     " -> (Tensor data, Tensor scale, Tensor data_t, Tensor scale_t, Tensor bias_grad)",
+     TORCH_BOX(&torchext::quantize_1x128_dual_bias_grad)},
     {"quantize_128x128(Tensor x, *, ScalarType? dtype=None, bool pow2_scale=False)"
      " -> (Tensor data, Tensor scale)",
      TORCH_BOX(&torchext::quantize_128x128)},

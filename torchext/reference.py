@@ -58,6 +58,14 @@ def quantize_1x128_dual(
     return *rows, *quantize_1x128_t(x, dtype=dtype, pow2_scale=pow2_scale)
 
 
+def quantize_1x128_dual_bias_grad(
+    x: Tensor, *, dtype: torch.dtype | None = None, pow2_scale: bool = False
+) -> tuple[Tensor, ...]:
+    """And the sums over rows; see `torchext.ops.quantize_1x128_dual_bias_grad`."""
+    quantized = quantize_1x128_dual(x, dtype=dtype, pow2_scale=pow2_scale)
+    return *quantized, column_sums(_matrix(x).float())
+
+
 def quantize_128x128(
     x: Tensor, *, dtype: torch.dtype | None = None, pow2_scale: bool = False
 ) -> tuple[Tensor, Tensor]:

@@ -182,6 +182,35 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> quantize_1x128_dual(const Tensor& x, 
   return {row.data, row.scale, transposed.data, transposed.scale};
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize_1x128_dual_bias_grad(
+    const Tensor& x, OptionalDtype dtype, bool pow2_scale) {
+  constexpr const char* kOp = "quantize_1x128_dual_bias_grad";
+  const QuantizeOptions options = check_options(kOp, x, dtype, pow2_scale);
+  const MatrixView view = check_input(kOp, x);
+  const Output row = empty_quantized_groups(sizes_of(x), view.rows, options, x);
+  const Output transposed = empty_groups_t(view, options, x);
+  const Tensor sums = empty_strided({view.cols}, {1}, ScalarType::Float, x);
+  if (view.rows == 0 || view.cols == 0) {
+    torch::stable::fill_(const_cast<Tensor&>(sums), 0.0);
+    return {row.data, row.scale, transposed.data, transposed.scale, sums};
+  }
+  auto* bias_grad = static_cast<float*>(sums.data_ptr());
+  Device* device = device_for(x, kOp);
+  if (device == nullptr) {
+    quantize_groups_bias_grad_cpu(view, options, row.view, transposed.view, bias_grad);
+  } else if constexpr (kBuiltWithCuda) {
+    const Tensor partial_sums = empty_strided({ceil_div(view.rows, kScaleGroup), view.cols},
+                                              {view.cols, 1}, ScalarType::Float, x);
+    quantize_groups_bias_grad_cuda(
+        *device, view, options, row.view, transposed.view, bias_grad,
+        static_cast<float*>(partial_sums.data_ptr()),
+        {reads(x, "x"), writes(row.data, "data"), writes(row.scale, "scale"),
+         writes(transposed.data, "data_t"), writes(transposed.scale, "scale_t"),
+         writes(sums, "bias_grad"), writes(partial_sums, "partial sums")});
+  }
+  return {row.data, row.scale, transposed.data, transposed.scale, sums};
+}
+
 std::tuple<Tensor, Tensor> quantize_128x128(const Tensor& x, OptionalDtype dtype, bool pow2_scale) {
   constexpr const char* kOp = "quantize_128x128";
   const QuantizeOptions options = check_options(kOp, x, dtype, pow2_scale);

@@ -17,6 +17,8 @@ std::tuple<Tensor, Tensor> quantize_1x128(const Tensor& x, OptionalDtype dtype, 
 std::tuple<Tensor, Tensor> quantize_1x128_t(const Tensor& x, OptionalDtype dtype, bool pow2_scale);
 std::tuple<Tensor, Tensor, Tensor, Tensor> quantize_1x128_dual(const Tensor& x, OptionalDtype dtype,
                                                                bool pow2_scale);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize_1x128_dual_bias_grad(
+    const Tensor& x, OptionalDtype dtype, bool pow2_scale);
 std::tuple<Tensor, Tensor> quantize_128x128(const Tensor& x, OptionalDtype dtype, bool pow2_scale);
 std::tuple<Tensor, Tensor, Tensor> quantize_128x128_dual(const Tensor& x, OptionalDtype dtype,
                                                          bool pow2_scale);
@@ -35,6 +37,16 @@ void quantize_groups_cpu(const MatrixView& x, const QuantizeOptions& options,
 void quantize_groups_cuda(Device& device, const MatrixView& x, const QuantizeOptions& options,
                           const QuantizedView* row, const QuantizedView* transposed,
                           Buffers buffers);
+
+// Does both, and writes the FP32 sums over rows of x into `bias_grad`, in the order of
+// ../cpu/quantize_tiles.h. `partial_sums` has x.cols values for each 128 rows.
+void quantize_groups_bias_grad_cpu(const MatrixView& x, const QuantizeOptions& options,
+                                   const QuantizedView& row, const QuantizedView& transposed,
+                                   float* bias_grad);
+void quantize_groups_bias_grad_cuda(Device& device, const MatrixView& x,
+                                    const QuantizeOptions& options, const QuantizedView& row,
+                                    const QuantizedView& transposed, float* bias_grad,
+                                    float* partial_sums, Buffers buffers);
 
 // Quantizes 128x128 blocks. Rows of `transposed_data` (nullptr: none) are transposed_stride bytes
 // apart.

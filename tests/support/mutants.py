@@ -131,6 +131,13 @@ def _dual() -> tuple[torch.Tensor, ...]:
     return ops.quantize_1x128_dual(torch.randn(200, 272, generator=generator).bfloat16())
 
 
+def _dual_bias_grad() -> tuple[torch.Tensor, ...]:
+    """Two rows of tiles."""
+    generator = torch.Generator().manual_seed(7)
+    x = torch.randn(140, 136, generator=generator).bfloat16()
+    return ops.quantize_1x128_dual_bias_grad(x)
+
+
 def _blocks() -> tuple[torch.Tensor, ...]:
     generator = torch.Generator().manual_seed(8)
     return ops.quantize_128x128_dual(torch.randn(200, 272, generator=generator).bfloat16())
@@ -224,6 +231,7 @@ PROBLEMS = {
     "by cp.async": Problem(MMA_SOURCE, _gemm(256, 256, 1024), capability=89),
     "weights only": Problem(LINEAR_SOURCE, _linear, capability=80),
     "dual": Problem(GROUPS, _dual),
+    "dual with sums": Problem(GROUPS, _dual_bias_grad),
     "blocks": Problem(BLOCKS, _blocks),
     "norm": Problem(NORMS, _norm),
     "gradient of a norm": Problem(NORM_GRADIENTS, _norm_gradient),
@@ -441,6 +449,9 @@ MUTANTS = [
            "sums.data[row_group * sums.stride + col + lane]", "sums.data[col + lane]"),
     Mutant("sums without the last row of tiles", "activation gradient", GROUP_TILES,
            "i < row_tiles; ++i) sum", "i + 1 < row_tiles; ++i) sum"),
+    Mutant("sums without the second half of a tile", "dual with sums", GROUP_TILES,
+           "distance < 8; distance *= 2)\n        sum =",
+           "distance < 4; distance *= 2)\n        sum ="),
     Mutant("segments added before all warps have theirs", "norm", NORM_ROWS,
            "  __syncthreads();\n  add(0);", "  add(0);"),
     Mutant("segments overwritten while they are added", "norm", "csrc/norm/cuda/rows.cuh",

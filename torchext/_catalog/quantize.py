@@ -52,14 +52,19 @@ MATRICES: dict[str, Callable[[], Sample]] = {
 ROWS = {"vector": lambda: sample(random(130)), "no elements": lambda: sample(random(0))}
 
 
-def entry(name: str, bytes_per_element: float, more: Mapping[str, Callable[[], Sample]]) -> Entry:
+def entry(
+    name: str,
+    bytes_per_element: float,
+    more: Mapping[str, Callable[[], Sample]],
+    bytes_per_column: int = 0,
+) -> Entry:
     """bytes_per_element: bytes moved for each element of a BF16 input, scales included."""
     return Entry(
         name,
         samples={**MATRICES, **more},
         sized={"matrix": lambda rows, columns: sample(random(rows, columns))},
         shape=lambda x, **_: (math.prod(x.shape[:-1]), x.shape[-1]),
-        bytes=lambda rows, columns: bytes_per_element * rows * columns,
+        bytes=lambda rows, columns: (bytes_per_element * rows + bytes_per_column) * columns,
         flops=lambda rows, columns: 0,
         bound=BITS,
     )
@@ -111,6 +116,7 @@ ENTRIES = (
     entry("quantize_1x128", 3 + 4 / 128, ROWS),
     entry("quantize_1x128_t", 3 + 4 / 128, ROWS),
     entry("quantize_1x128_dual", 4 + 8 / 128, ROWS),
+    entry("quantize_1x128_dual_bias_grad", 4 + 8 / 128, ROWS, bytes_per_column=4),
     entry("quantize_128x128", 3.0, {}),
     entry("quantize_128x128_dual", 4.0, {}),
     entry("quantize_rowwise", 3.0, ROWS),

@@ -153,6 +153,45 @@ def quantize_1x128_dual(
     return _quantize(_quantize_1x128_dual, x, dtype, pow2_scale)
 
 
+def _fake_1x128_dual_bias_grad(
+    x: Tensor, *, dtype: Dtype = None, pow2_scale: bool = False
+) -> tuple[Tensor, ...]:
+    return *_fake_1x128_dual(x, dtype=dtype), x.new_empty((x.shape[-1],), dtype=torch.float32)
+
+
+_quantize_1x128_dual_bias_grad = declare(
+    "quantize_1x128_dual_bias_grad",
+    fake=_fake_1x128_dual_bias_grad,
+    flops=None,
+    batching=each_quantized,
+).op
+
+
+def quantize_1x128_dual_bias_grad(
+    x: Tensor, *, dtype: torch.dtype | None = None, pow2_scale: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`quantize_1x128_dual` and the sums over the rows of `x`, from one read of `x`.
+
+    For the backward of a linear layer with a bias: dgrad and wgrad read the quantized gradient, and
+    the sums are the gradient of the bias.
+
+    Args:
+        x: [..., K], bfloat16, float16 or float32, of any strides that let its rows fold into M.
+        dtype: torch.float8_e4m3fn (None) or torch.float8_e5m2.
+        pow2_scale: round scales up to powers of two.
+
+    Returns:
+        data, scale, data_t, scale_t: as `quantize_1x128_dual` returns them.
+        bias_grad: [K], float32, the sums of x before it is quantized. Their order is fixed
+            (docs/numerics.md), and is that of the bias gradients of activations. Without rows: 0.
+
+    Raises:
+        ValueError: x is a scalar, or its rows do not fold.
+        TypeError: x has another dtype, or `dtype` is not an FP8 dtype.
+    """
+    return _quantize(_quantize_1x128_dual_bias_grad, x, dtype, pow2_scale)
+
+
 def _fake_128x128(
     x: Tensor, *, dtype: Dtype = None, pow2_scale: bool = False
 ) -> tuple[Tensor, Tensor]:

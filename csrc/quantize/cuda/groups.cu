@@ -1,6 +1,7 @@
 // Quantizes with 1x128 scales: along rows (quantize_1x128), along columns with a transposed result
-// (quantize_1x128_t), or both from one read (quantize_1x128_dual). device/quantize_groups.cuh has
-// the contract and the map; here the elements are loaded.
+// (quantize_1x128_t), or both from one read (quantize_1x128_dual), also with the sums over rows
+// (quantize_1x128_dual_bias_grad). device/quantize_groups.cuh has the contract and the map; here the
+// elements are loaded.
 #include "../../device/quantize_groups.cuh"
 #include "../quantize.h"
 
@@ -50,10 +51,10 @@ TORCHEXT_QUANTIZERS(KERNEL)
 
 // ---- along columns, or both ways ----
 
-template <class In, class Out, bool by_rows, bool interior, class Sums>
-__device__ void quantize_group_tile(const Source& x, const Sink& out, const Sink& transposed,
-                                    uint32_t dropped_mantissa, uint32_t row_group, uint32_t group,
-                                    const Sums& sums) {
+template <class In, bool by_rows, bool interior, class Format, class Sums>
+__device__ void quantize_group_tile(Format format, const Source& x, const Sink& out,
+                                    const Sink& transposed, uint32_t dropped_mantissa,
+                                    uint32_t row_group, uint32_t group, const Sums& sums) {
   extern __shared__ uint4 tile[];
   {
     const int tile_row = threadIdx.x / 8;
@@ -74,44 +75,62 @@ __device__ void quantize_group_tile(const Source& x, const Sink& out, const Sink
           });
     };
     if constexpr (by_rows)
-      quantize_each_row<In, kTileRowStep>(Out(), out, dropped_mantissa, row, group, rows, valid,
+      quantize_each_row<In, kTileRowStep>(format, out, dropped_mantissa, row, group, rows, valid,
                                           each);
     else
       each([](int, const Elements16<In>&) {});
   }
   __syncthreads();
-  quantize_tile_columns<In, interior>(Out(), tile, x.rows, x.cols, transposed, dropped_mantissa,
+  quantize_tile_columns<In, interior>(format, tile, x.rows, x.cols, transposed, dropped_mantissa,
                                       row_group, group, sums);
 }
 
-template <class In, class Out, bool by_rows, class Sums>
-__device__ void quantize_1x128_tile(const Source& x, const Sink& out, const Sink& transposed,
-                                    uint32_t dropped_mantissa, uint32_t groups, const Sums& sums) {
+template <class In, bool by_rows, class Format, class Sums>
+__device__ void quantize_1x128_tile(Format format, const Source& x, const Sink& out,
+                                    const Sink& transposed, uint32_t dropped_mantissa,
+                                    uint32_t groups, const Sums& sums) {
   const uint32_t group = blockIdx.x % groups;
   const uint32_t row_group = blockIdx.x / groups;
   if (x.aligned && (row_group + 1) * kScaleGroup <= x.rows && (group + 1) * kScaleGroup <= x.cols)
-    quantize_group_tile<In, Out, by_rows, true>(x, out, transposed, dropped_mantissa, row_group,
-                                                group, sums);
+    quantize_group_tile<In, by_rows, true>(format, x, out, transposed, dropped_mantissa, row_group,
+                                           group, sums);
   else
-    quantize_group_tile<In, Out, by_rows, false>(x, out, transposed, dropped_mantissa, row_group,
-                                                 group, sums);
+    quantize_group_tile<In, by_rows, false>(format, x, out, transposed, dropped_mantissa, row_group,
+                                            group, sums);
 }
 
 #define KERNEL(In, Out)                                                                   \
   extern "C" __global__ void __launch_bounds__(kTileThreads, In::kPerWord == 2 ? 4 : 2)   \
       quantize_1x128_t_##In##_##Out(Source x, Sink transposed, uint32_t dropped_mantissa, \
                                     uint32_t groups) {                                    \
-    quantize_1x128_tile<In, Out, false>(x, {}, transposed, dropped_mantissa, groups,      \
-                                        NoColumnSums());                                  \
+    quantize_1x128_tile<In, false>(Out(), x, {}, transposed, dropped_mantissa, groups,    \
+                                   NoColumnSums());                                       \
   }                                                                                       \
   extern "C" __global__ void __launch_bounds__(kTileThreads, In::kPerWord == 2 ? 4 : 2)   \
       quantize_1x128_dual_##In##_##Out(Source x, Sink out, Sink transposed,               \
                                        uint32_t dropped_mantissa, uint32_t groups) {      \
-    quantize_1x128_tile<In, Out, true>(x, out, transposed, dropped_mantissa, groups,      \
-                                       NoColumnSums());                                   \
+    quantize_1x128_tile<In, true>(Out(), x, out, transposed, dropped_mantissa, groups,    \
+                                  NoColumnSums());                                        \
   }
 TORCHEXT_QUANTIZERS(KERNEL)
 #undef KERNEL
+
+// ---- both ways, with the sums over rows ----
+
+#define KERNEL(In)                                                                              \
+  extern "C" __global__ void __launch_bounds__(kTileThreads, 2)                                 \
+      quantize_1x128_dual_bias_grad_##In(Source x, Sink out, Sink transposed, EitherFp8 format, \
+                                         uint32_t dropped_mantissa, uint32_t groups,            \
+                                         ColumnSums sums) {                                     \
+    quantize_1x128_tile<In, true>(format, x, out, transposed, dropped_mantissa, groups, sums);  \
+  }
+TORCHEXT_INPUTS(KERNEL)
+#undef KERNEL
+
+extern "C" __global__ void sum_row_tiles_of_input(const float* partial, uint32_t row_tiles,
+                                                  uint32_t cols, float* sums) {
+  sum_row_tiles(partial, row_tiles, cols, sums);
+}
 
 }  // namespace torchext::quantizers
 
@@ -147,6 +166,33 @@ void quantize_groups_cuda(Device& device, const MatrixView& x, const QuantizeOpt
   }
   TORCHEXT_QUANTIZERS(LAUNCH)
 #undef LAUNCH
+}
+
+void quantize_groups_bias_grad_cuda(Device& device, const MatrixView& x,
+                                    const QuantizeOptions& options, const QuantizedView& row,
+                                    const QuantizedView& transposed, float* bias_grad,
+                                    float* partial_sums, Buffers buffers) {
+  using namespace quantizers;
+  const Source source = source_of(x);
+  const uint32_t dropped = options.pow2_scale ? kMantissa : 0;
+  const int64_t groups = ceil_div(x.cols, kScaleGroup), row_tiles = ceil_div(x.rows, kScaleGroup);
+  const ColumnSums sums{row_tiles == 1 ? bias_grad : partial_sums, x.cols};
+  LaunchConfig config{grid_of(row_tiles * groups, 1), {kTileThreads}};
+  config.shared_bytes = uint32_t(kTile * kTile * element_size(x.dtype));
+#define LAUNCH(In)                                                                              \
+  if (x.dtype == In::kDtype)                                                                    \
+    device.launch(TORCHEXT_KERNEL(quantize_1x128_dual_bias_grad_##In), config, buffers, source, \
+                  sink_of(row), sink_of(transposed), EitherFp8{options.e5m2}, dropped, groups,  \
+                  sums);
+  TORCHEXT_INPUTS(LAUNCH)
+#undef LAUNCH
+  if (row_tiles == 1) return;
+  const size_t sums_bytes = size_t(x.cols) * sizeof(float);
+  device.launch(TORCHEXT_KERNEL(sum_row_tiles_of_input),
+                {grid_of(x.cols, kTileThreads), {kTileThreads}},
+                {{partial_sums, size_t(row_tiles) * sums_bytes, Access::read, "partial sums"},
+                 {bias_grad, sums_bytes, Access::write, "bias_grad"}},
+                partial_sums, row_tiles, x.cols, bias_grad);
 }
 
 }  // namespace torchext
