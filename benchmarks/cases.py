@@ -48,6 +48,7 @@ QUANTIZERS = (
     "quantize_1x128",
     "quantize_1x128_t",
     "quantize_1x128_dual",
+    "quantize_1x128_dual_bias_grad",
     "quantize_128x128",
     "quantize_128x128_dual",
     "quantize_rowwise",
