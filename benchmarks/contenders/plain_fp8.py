@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from torchext._float32 import column_sums
+
 E4M3_MAX = 448.0
 GROUP = 128
 
@@ -49,6 +51,10 @@ def quantize_1x128_t(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def quantize_1x128_dual(x: Tensor) -> tuple[Tensor, ...]:
     return *quantize_1x128(x), *quantize_1x128_t(x)
+
+
+def quantize_1x128_dual_bias_grad(x: Tensor) -> tuple[Tensor, ...]:
+    return *quantize_1x128_dual(x), column_sums(x.float())
 
 
 def quantize_128x128(x: Tensor) -> tuple[Tensor, Tensor]:

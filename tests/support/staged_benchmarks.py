@@ -22,6 +22,7 @@ class ops:
     quantize_1x128 = staticmethod(plain.quantize_1x128)
     quantize_1x128_t = staticmethod(plain.quantize_1x128_t)
     quantize_1x128_dual = staticmethod(plain.quantize_1x128_dual)
+    quantize_1x128_dual_bias_grad = staticmethod(plain.quantize_1x128_dual_bias_grad)
     quantize_128x128 = staticmethod(plain.quantize_128x128)
     def quantize_rowwise(x):
         data, scale = plain.quantize_rowwise(x)
