@@ -346,3 +346,46 @@ def test_an_aligned_instruction_that_part_of_a_warp_executes(code, seed):
     text = "mov.u32 %z, 0;\nsetp.lt.u32 %p, %tid_, 16;\n" + code
     report, _ = lanes_report(text, np.uint32, block=32, seed=seed)
     assert "divergent collective" in kinds(report), str(report)
+
+
+# ---- schedules ---------------------------------------------------------------------------------
+
+# Each warp stores sevens, more than the warp before, waits at a barrier and takes a ticket.
+TICKETS = """
+    .shared .b32 next;
+    mov.u32 %r1, %tid.x;
+    shr.u32 %r2, %r1, 5;
+    setp.ne.u32 %p1, %r1, 0;
+    @!%p1 st.shared.u32 [next], 0;
+    bar.sync 0;
+    mul.wide.u32 %rd3, %r1, 4;
+    add.s64 %rd3, %rd3, %rd1;
+    shl.b32 %r3, %r2, 4;
+    mov.u32 %r4, 7;
+AGAIN:
+    st.global.u32 [%rd3], %r4;
+    add.s64 %rd3, %rd3, 1024;
+    sub.u32 %r3, %r3, 1;
+    setp.ge.s32 %p2, %r3, 0;
+    @%p2 bra AGAIN;
+    bar.sync 0;
+    and.b32 %r5, %r1, 31;
+    setp.ne.u32 %p3, %r5, 0;
+    @%p3 bra DONE;
+    atom.shared.add.u32 %r6, [next], 1;
+    mul.wide.u32 %rd4, %r2, 4;
+    add.s64 %rd4, %rd4, %rd2;
+    st.global.u32 [%rd4], %r6;
+DONE:
+"""
+
+
+def test_a_schedule_does_not_depend_on_what_an_output_held():
+    kernel = module(TICKETS, "out tickets")
+    for seed in range(10):
+        orders = set()
+        for before in (0, 7):
+            tickets = zeros(8)
+            launch(kernel, np.full(256 * 128, before, np.int32), tickets, block=256, seed=seed)
+            orders.add(tuple(tickets.tolist()))
+        assert len(orders) == 1, f"{seed=}"

@@ -102,10 +102,13 @@ Step store(Warp& w, const Instruction& i, std::uint32_t mask) {
     } else {
       const auto step = strong ? strong_step(place, address) : std::unique_lock<std::mutex>();
       changed |= w.write(place, w.actor(lane, t.scope), data, total, 1u << lane, address);
+      // The schedule must not depend on what an output held before the launch.
+      changed |= !strong && place.buffer != nullptr;
       if (strong) strong_write(w, lane, place, address, t.scope, t.release);
     }
   });
-  if (changed) ++w.cluster().progress;  // equal bytes and local stores do not end a poll loop
+  // Equal bytes, stored where other threads may poll for them, and local stores end no poll loop.
+  if (changed) ++w.cluster().progress;
   return Step::next;
 }
 
