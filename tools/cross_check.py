@@ -30,6 +30,7 @@ FLAGS = [
 ]  # fmt: skip
 # No machine of ours has AMX: the program runs its kernels on an emulation of the instructions.
 EMULATE_AMX = '-DTORCHEXT_EMULATED_AMX="tests/cross/emulated_amx.h"'
+EMULATED = "csrc/gemm/cpu/amx.cpp"
 KERNELS = ("csrc/gemm/cpu", "csrc/cpu")
 NEED_TORCH = {"csrc/gemm/cpu/gemm_cpu.cpp", "csrc/gemm/cpu/activation.cpp"}
 PROGRAM = "tests/cross"
@@ -42,11 +43,12 @@ class Target:
     runner: tuple[str, ...] = ()
     packages: str = ""  # of Debian, which have compiler and runner
     whole_library: bool = False  # also compile the sources that need torch
+    of_build: bool = False  # link the objects of the library's build where they are current
 
 
 SANITIZERS = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 TARGETS = {
-    "native": Target("c++"),
+    "native": Target("c++", of_build=True),
     "asan": Target("c++", SANITIZERS),
     "aarch64": Target(
         "aarch64-linux-gnu-g++",
@@ -90,6 +92,11 @@ def outdated(source: Path, output: Path, newest_header: float) -> bool:
     return output.stat().st_mtime < max(newest_header, source.stat().st_mtime)
 
 
+def built_objects(source: str) -> list[Path]:
+    """What setup.py has compiled of a source, for any platform tag."""
+    return sorted(ROOT.glob(f"build/temp.*/{Path(source).with_suffix('.o')}"))
+
+
 def build(name: str, folder: Path) -> Path:
     """Compiles what changed, and links. Returns the program. Raises CalledProcessError."""
     target, includes = TARGETS[name], include_flags()
@@ -98,7 +105,10 @@ def build(name: str, folder: Path) -> Path:
     newest = max(header.stat().st_mtime for header in headers)
     jobs, objects = [], []
     for source in kernel_sources():
-        objects.append(folder / (str(source.relative_to(ROOT)).replace("/", "_") + ".o"))
+        name = str(source.relative_to(ROOT))
+        built = [] if not target.of_build or name == EMULATED else built_objects(name)
+        current = [path for path in built if not outdated(source, path, newest)]
+        objects.append(current[0] if current else folder / (name.replace("/", "_") + ".o"))
         if outdated(source, objects[-1], newest):
             jobs.append(["-c", str(source), "-o", str(objects[-1])])
     if target.whole_library:

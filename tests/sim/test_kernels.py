@@ -1,15 +1,17 @@
 """Every CUDA kernel that ships, for every architecture, runs under three schedules in each
-completion mode, without a finding and with the same bits every time. Quantizers must give the bits
+completion mode, without a finding and with the same bits every time. A kernel without asynchronous
+instructions runs alike in all modes, so it runs in one. Quantizers must give the bits
 of the CPU kernels. GEMMs, whose tensor cores round differently, must be near the CPU's result;
 tests/gemm has the exact bound. Ops of the catalog without a case here run on their first sample."""
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +27,9 @@ from torchext._catalog import CATALOG, Entry
 available, reason = torchext.is_available("sim")
 if not available:
     pytest.skip(reason, allow_module_level=True)
-from torchext import sim  # noqa: E402
+from torchext import _sim, sim  # noqa: E402
 
-RUNS = [(seed, mode) for seed in (0, 1, 2) for mode in ("eager", "late", "random")]
+SEEDS, MODES = (0, 1, 2), ("eager", "late", "random")
 WIDE = (torch.bfloat16, torch.float16, torch.float32)
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 QUANTIZERS = [getattr(ops, name) for name in CATALOG if name.startswith("quantize_")]
@@ -214,6 +216,28 @@ def kernels_of(capability: int, case: Case) -> list[str]:
     return names
 
 
+@cache
+def files_by_kernel(capability: int) -> dict[str, Path]:
+    """The compiled kernels that this GPU must launch, and their PTX files."""
+    package = Path(torchext.__file__).parent
+    files = [file for name in FOLDERS[capability] for file in (package / "_ptx" / name).glob("*")]
+    entry = re.compile(r"\.visible \.entry (\w+)\(")
+    return {kernel: file for file in files for kernel in entry.findall(file.read_text())}
+
+
+@cache
+def module_of(file: Path) -> _sim.Module:
+    return _sim.Module([(file.name, file.read_text())])
+
+
+@cache
+def is_asynchronous(capability: int, kernel: str) -> bool:
+    """Whether an instruction of the kernel completes later than it executes. The completion mode
+    says when, and nothing else depends on the mode."""
+    traits = module_of(files_by_kernel(capability)[kernel]).traits(kernel)
+    return any(instruction["completion"] != "at_once" for instruction in traits)
+
+
 def bits(outputs: Outputs) -> list[torch.Tensor]:
     return [t.contiguous().reshape(-1).view(torch.uint8) for t in outputs]
 
@@ -225,7 +249,8 @@ def test_no_finding_and_the_same_bits(capability: int, name: str) -> None:
     on_cpu = outputs_of(case.run())
     kernels = kernels_of(capability, case)
     first: list[torch.Tensor] | None = None
-    for seed, mode in RUNS:
+    modes = MODES if any(is_asynchronous(capability, kernel) for kernel in kernels) else MODES[:1]
+    for seed, mode in itertools.product(SEEDS, modes):
         options: dict[str, Any] = {"seed": seed, "completion": mode, "num_sms": num_sms}
         with sim.simulate(compute_capability=capability, **options) as simulation, case.forced():
             outputs = outputs_of(case.run())
@@ -251,6 +276,30 @@ def test_no_finding_and_the_same_bits(capability: int, name: str) -> None:
         assert first is not None and all(map(torch.equal, bits(on_cpu), first))
 
 
+def test_without_asynchronous_instructions_modes_run_alike() -> None:
+    """The same instructions in the same schedules: the counts depend on the seed alone."""
+    case = CASES[75, "fp8_gemm_nt rowwise torch.float8_e4m3fn torch.float8_e4m3fn torch.bfloat16 2"]
+    assert not any(is_asynchronous(75, kernel) for kernel in kernels_of(75, case))
+    for seed in SEEDS:
+        runs = set()
+        for mode in MODES:
+            options: dict[str, Any] = {"seed": seed, "completion": mode, "num_threads": 1}
+            with sim.simulate(compute_capability=75, num_sms=2, **options) as simulation:
+                case.run()
+            runs.add(tuple((r.ok, *sorted(r.instructions.items())) for r in simulation.reports))
+        assert len(runs) == 1
+
+
+@pytest.mark.parametrize(("capability", "case", "expected"), [
+    (90, "fp8_gemm_nt 1d2d torch.float8_e4m3fn torch.float8_e4m3fn torch.bfloat16 132", True),
+    (89, "fp8_gemm_nt 1d2d torch.float8_e4m3fn torch.float8_e4m3fn torch.bfloat16 132", True),
+    (90, "quantize_1x128 torch.bfloat16 torch.float8_e4m3fn", False),
+])  # fmt: skip
+def test_which_kernels_are_asynchronous(capability: int, case: str, expected: bool) -> None:
+    (kernel,) = kernels_of(capability, CASES[capability, case])
+    assert is_asynchronous(capability, kernel) == expected
+
+
 def test_a_new_op_of_the_catalog_gets_a_case(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {name.split()[0] for _, name in CASES} == set(ops.OPS)
     monkeypatch.setitem(CATALOG, "new_op", replace(CATALOG["dequantize"], name="new_op"))
@@ -266,10 +315,7 @@ def test_some_case_launches_each_kernel(capability: int) -> None:
         if number == capability
         for kernel in kernels_of(capability, case)
     }
-    package = Path(torchext.__file__).parent
-    files = [file for name in FOLDERS[capability] for file in (package / "_ptx" / name).glob("*")]
-    text = "".join(file.read_text() for file in files)
-    assert launched >= set(re.findall(r"\.visible \.entry (\w+)\(", text)) != set()
+    assert launched >= set(files_by_kernel(capability)) != set()
 
 
 def test_every_folder_belongs_to_a_gpu() -> None:

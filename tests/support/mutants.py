@@ -9,6 +9,7 @@ because the faults of all kernels stand in one table.
 
 from __future__ import annotations
 
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -471,9 +472,21 @@ MUTANTS = [
 ]  # fmt: skip
 
 
+# The formats for which each kernel of a .cu file is compiled. Problems call it for one.
+FORMATS = "csrc/device/formats.cuh"
+COMPILED_FORMATS = re.compile(r"(#define TORCHEXT_(INPUTS|QUANTIZERS)\(APPLY\))(?:.*\\\n)*.*")
+CALLED_FORMATS = {"INPUTS": "APPLY(bf16)", "QUANTIZERS": "APPLY(bf16, e4m3)"}
+
+
 def _compile(problem: Problem, edit: tuple[str, str, str] | None, folder: Path) -> Path:
     for part in ("csrc", "ptx"):
         shutil.copytree(ROOT / part, folder / part)
+    text, count = COMPILED_FORMATS.subn(
+        lambda found: f"{found[1]} {CALLED_FORMATS[found[2]]}", (folder / FORMATS).read_text()
+    )
+    if count != len(CALLED_FORMATS):
+        raise ValueError(f"{FORMATS} no longer lists the formats of kernels")
+    (folder / FORMATS).write_text(text)
     if edit is not None:
         file, old, new = edit
         text = (folder / file).read_text()
