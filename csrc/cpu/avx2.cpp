@@ -25,6 +25,16 @@ struct Avx2 {
   static I in_each_lane(const void* p) {  // 16 bytes
     return _mm256_broadcastsi128_si256(_mm_loadu_si128(static_cast<const __m128i*>(p)));
   }
+  static I load_first(const void* p, int n) {
+    alignas(kBytes) uint8_t bytes[kBytes] = {};
+    std::memcpy(bytes, p, size_t(n));
+    return load(bytes);
+  }
+  static void store_first(void* p, I a, int n) {
+    alignas(kBytes) uint8_t bytes[kBytes];
+    store(bytes, a);
+    std::memcpy(p, bytes, size_t(n));
+  }
   static void store(void* p, I a) { _mm256_storeu_si256(static_cast<I*>(p), a); }
   static void stream(void* p, I a) { _mm256_stream_si256(static_cast<I*>(p), a); }
   static void fence() { _mm_sfence(); }

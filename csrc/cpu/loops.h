@@ -37,12 +37,10 @@ template <class V, class Bits>
 struct Magnitudes {
   using I = typename V::I;
   static constexpr int kElements = V::kBytes / int(sizeof(Bits));
-  static I load(const Bits* x) {
-    const I v = V::load(x);
-    if constexpr (sizeof(Bits) == 2)
-      return V::add16(v, v);
-    else
-      return V::add32(v, v);
+  static I load(const Bits* x) { return without_sign(V::load(x)); }
+  // The first n elements; zeros for the rest.
+  static I load_first(const Bits* x, int n) {
+    return without_sign(V::load_first(x, n * int(sizeof(Bits))));
   }
   static I larger(I a, I b) {
     if constexpr (sizeof(Bits) == 2)
@@ -78,6 +76,12 @@ struct Magnitudes {
   }
 
  private:
+  static I without_sign(I v) {
+    if constexpr (sizeof(Bits) == 2)
+      return V::add16(v, v);
+    else
+      return V::add32(v, v);
+  }
   template <bool kWords>
   static I across(I a, I b) {
     if constexpr (kWords)
@@ -101,11 +105,7 @@ inline __attribute__((always_inline)) typename V::I largest_in(const Bits* x, in
         largest[u] = M::larger(largest[u], M::load(x + i + u * M::kElements));
     for (; i + M::kElements <= cols; i += M::kElements)
       largest[0] = M::larger(largest[0], M::load(x + i));
-    if (i < cols) {
-      alignas(64) Bits tail[M::kElements] = {};
-      std::memcpy(tail, x + i, size_t(cols - i) * sizeof(Bits));
-      largest[1] = M::larger(largest[1], M::load(tail));
-    }
+    if (i < cols) largest[1] = M::larger(largest[1], M::load_first(x + i, int(cols - i)));
   }
   return M::larger(M::larger(largest[0], largest[1]), M::larger(largest[2], largest[3]));
 }
@@ -187,6 +187,15 @@ __attribute__((noinline)) void encode_exactly(const typename In::Bits* x, float 
   V::store(to, encode_step<V, In, Out, false>(x, V::setf(scale), V::setf(1.0f / scale)));
 }
 
+// The first n elements of a step, and zeros. Not inlined: GCC 12 warns of such a loop where it never
+// runs.
+template <class V, class Bits>
+__attribute__((noinline)) void copy_first(const Bits* x, int n, Bits* to) {
+  constexpr int kElements = V::kBytes / int(sizeof(Bits));
+  for (int i = 0; i < V::kBytes; i += kElements)
+    V::store(to + i, V::load_first(x + i, std::clamp(n - i, 0, kElements) * int(sizeof(Bits))));
+}
+
 // Calls step(x, to) for the steps of n elements; the last may be one of copies.
 template <class V, class Bits, class Step>
 inline __attribute__((always_inline)) void for_each_step(const Bits* x, int64_t n, uint8_t* to,
@@ -194,11 +203,10 @@ inline __attribute__((always_inline)) void for_each_step(const Bits* x, int64_t 
   int64_t i = 0;
   for (; i + V::kBytes <= n; i += V::kBytes) put<V>(to + i, step(x + i), stream);
   if (i < n) {
-    alignas(64) Bits tail[V::kBytes] = {};
-    alignas(64) uint8_t codes[V::kBytes];
-    std::memcpy(tail, x + i, size_t(n - i) * sizeof(Bits));
-    V::store(codes, step(tail));
-    std::memcpy(to + i, codes, size_t(n - i));
+    const int rest = int(n - i);
+    alignas(64) Bits tail[V::kBytes];
+    copy_first<V>(x + i, rest, tail);
+    V::store_first(to + i, step(tail), rest);
   }
 }
 

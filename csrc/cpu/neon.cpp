@@ -29,6 +29,16 @@ struct Neon {
   static I bytes(uint64x2_t a) { return vreinterpretq_u8_u64(a); }
 
   static I load(const void* p) { return vld1q_u8(static_cast<const uint8_t*>(p)); }
+  static I load_first(const void* p, int n) {
+    alignas(kBytes) uint8_t bytes[kBytes] = {};
+    std::memcpy(bytes, p, size_t(n));
+    return load(bytes);
+  }
+  static void store_first(void* p, I a, int n) {
+    alignas(kBytes) uint8_t bytes[kBytes];
+    store(bytes, a);
+    std::memcpy(p, bytes, size_t(n));
+  }
   static void store(void* p, I a) { vst1q_u8(static_cast<uint8_t*>(p), a); }
   static void stream(void* p, I a) { store(p, a); }
   static void fence() {}
