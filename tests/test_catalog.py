@@ -168,6 +168,7 @@ def test_fakes_equal_the_kernels(name, label, device):
             assert real.is_contiguous() or "out" in kwargs
 
 
+@pytest.mark.large  # tracing does not depend on the kernels
 @every_sample
 def test_fakes_keep_sizes_symbolic(name, label, device):
     """No size becomes a constant, and for the sample's sizes the strides equal the kernels'."""
@@ -210,6 +211,7 @@ CHECKED = [
 ]
 
 
+@pytest.mark.large  # tracing does not depend on the kernels
 @pytest.mark.parametrize("name, label", CHECKED)
 def test_opcheck(name, label, device):
     given = CATALOG[name].sample(label, device)
@@ -280,6 +282,7 @@ def outcome(name, label, call, device):
     return results, gradients, given.kwargs.get("out", ())
 
 
+@pytest.mark.large  # tracing does not depend on the kernels
 @pytest.mark.parametrize("name, label", COMPILED)
 def test_compile_to_one_graph(name, label, compiled, device):
     def call(args, kwargs):
@@ -291,20 +294,15 @@ def test_compile_to_one_graph(name, label, compiled, device):
     assert counter.frame_count == 1
 
 
-def marks(name, label):
-    """Graphs of grouped GEMMs are slow, and the simulator runs them in one granularity."""
-    if "grouped" not in name:
-        return []
-    rest = label.endswith(("1d1d", "rowwise", "tensorwise"))
-    return [pytest.mark.slow, *([pytest.mark.large] if rest else [])]
-
-
-ONE_GRAPH = [pytest.param(*case, marks=marks(*case)) for case in SIZED]
+ONE_GRAPH = [
+    pytest.param(*case, marks=[pytest.mark.slow] if "grouped" in case[0] else []) for case in SIZED
+]
 
 
 # Otherwise Dynamo traces a function with a float argument (the eps of norms) twice, to learn that
 # the float does not become a tensor.
 @torch._dynamo.config.patch(specialize_float=True)
+@pytest.mark.large  # tracing does not depend on the kernels
 @pytest.mark.parametrize("name, label", ONE_GRAPH)
 def test_one_graph_serves_all_sizes(name, label, compiled, device):
     """One graph serves all sizes that torch's guards do not distinguish. They ask which outputs are

@@ -12,8 +12,7 @@ from __future__ import annotations
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 from torch.utils import cpp_extension
 
+from support.op_interface import without_simulator
 from torchext import gemm_selection, ops, sim
 
 ROOT = Path(__file__).parents[2]
@@ -113,17 +113,8 @@ def _linear() -> tuple[torch.Tensor, ...]:
     return (ops.fp8_linear(x, *weight),)
 
 
-@contextmanager
-def _without_simulator() -> Iterator[None]:
-    sim.ops._install(None)
-    try:
-        yield
-    finally:
-        sim.ops._install(sim.ops._active[-1] if sim.ops._active else None)
-
-
 def _on_the_cpu(op: Callable, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    with _without_simulator():
+    with without_simulator():
         return op(x)
 
 

@@ -4,6 +4,7 @@ nothing, but records which kernels an op launches."""
 from __future__ import annotations
 
 import ctypes
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -62,3 +63,17 @@ def recorded_launches(compute_capability: int, num_sms: int) -> Iterator[list[st
         yield names
     finally:
         install(None)
+
+
+@contextmanager
+def without_simulator() -> Iterator[None]:
+    """Within the block, ops on CPU tensors run the CPU kernels, also inside of sim.simulate()."""
+    simulated = sys.modules.get("torchext.sim.ops")
+    if simulated is None:
+        yield
+        return
+    simulated._install(None)
+    try:
+        yield
+    finally:
+        simulated._install(simulated._active[-1] if simulated._active else None)
