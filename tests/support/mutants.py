@@ -119,8 +119,8 @@ def _on_the_cpu(op: Callable, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def _apart(x: torch.Tensor) -> torch.Tensor:
-    """x in the middle of a tensor. A store beyond an output then hits no x that happens to lie there,
-    which would add kinds of findings by chance."""
+    """x in the middle of a tensor. A store beyond an output then hits no x that happens to lie
+    there, which would add kinds of findings by chance."""
     around = x.new_zeros(x.shape[0] + 128, *x.shape[1:])
     around[64:-64] = x
     return around[64:-64]
