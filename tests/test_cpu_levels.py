@@ -37,6 +37,7 @@ def test_the_level_in_use_is_named() -> None:
     assert answer.reason.startswith("CPU kernels are part of every build; this process uses ")
 
 
+@pytest.mark.slow
 def test_a_lower_level_can_be_forced() -> None:
     assert output(REPORT, TORCHEXT_CPU="portable").endswith("those for portable")
 
@@ -45,6 +46,7 @@ def test_aten_s_variable_lowers_the_level() -> None:
     assert output(REPORT, ATEN_CPU_CAPABILITY="default").endswith("those for portable")
 
 
+@pytest.mark.slow
 def test_a_level_that_the_machine_lacks_is_an_error() -> None:
     other = "avx2" if os.uname().machine == "aarch64" else "neon"
     expected = "torchext: TORCHEXT_CPU must name a level of this machine: portable"
@@ -55,6 +57,7 @@ def test_a_level_that_the_machine_lacks_is_an_error() -> None:
             assert message.endswith(f"(got {wanted}); unset it to use the best")
 
 
+@pytest.mark.slow
 def test_the_lower_levels_are_listed_for_the_makefile() -> None:
     """`make test-cpu-levels` runs the tests of ops at each of them."""
     lower = cpu_levels.lower_levels()

@@ -45,6 +45,7 @@ def test_short_run(device, tmp_path, capsys):
 
 @pytest.mark.usefixtures("small_batches")
 @pytest.mark.large
+@pytest.mark.slow
 def test_a_large_gap_fails(device, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("torchext.demo.__main__.gap", lambda reference, other: 0.011)
     monkeypatch.setattr("torchext.demo.__main__.LEAST_STEPS", 1)

@@ -47,6 +47,7 @@ def assert_prints(printed: str, shown: str) -> None:
 @pytest.mark.parametrize(
     "document", ["README.md", "docs/conversion.md", "docs/debugging.md", "docs/layers.md"]
 )
+@pytest.mark.slow
 def test_snippets_print_what_is_shown(document, tmp_path):
     if document in ("README.md", "docs/debugging.md"):
         if not torchext.is_available("sim"):

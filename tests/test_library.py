@@ -153,6 +153,7 @@ def test_sim_needs_its_extension(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("hidden", ["numpy", "torchext._sim"])
+@pytest.mark.slow
 def test_the_simulator_says_what_it_lacks(hidden):
     script = f"""
 import sys

@@ -178,6 +178,7 @@ def test_markdown_shows_ratios_failures_and_reasons():
     assert len(columns) == 1
 
 
+@pytest.mark.slow
 def test_plots_are_drawn(tmp_path):
     pytest.importorskip("matplotlib")
     from benchmarks.plots import draw

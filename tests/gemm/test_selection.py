@@ -159,14 +159,8 @@ def test_every_tile_stores_any_rows(out_dtype, accumulate):
 GROUPS = torch.tensor([70, 70, 333, 401], dtype=torch.int32)
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        pytest.param("offsets", marks=pytest.mark.slow),
-        pytest.param("group_ids", marks=pytest.mark.slow),
-        "masked",
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["offsets", "group_ids", "masked"])
 def test_every_tile_computes_groups(kind):
     """Groups of any length, one of them empty; rows of no group are not written. Tiles that split K
     into the same number of parts give the same bits, and the CPU the same up to rounding."""

@@ -69,6 +69,7 @@ def _two_ranks(rank: int, where: str, results: mp.Queue) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_ranks_share_a_product(tmp_path: Path):
     """By features, by K (the partial sums are added, and the bias once), and by rows of x."""
     context = mp.get_context("spawn")

@@ -149,6 +149,7 @@ class Run:
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_launches_are_repeated_and_compared(library, tmp_path):
     run = Run(library, tmp_path, "not fault and not hang")
     assert Counter(r["status"] for r in run.records) == {
@@ -182,6 +183,7 @@ def test_launches_are_repeated_and_compared(library, tmp_path):
     "name,status,message",
     [("fault", "failed", "error 700 (an illegal"), ("hang", "hung", "did not end within 0.3 s")],
 )
+@pytest.mark.slow
 def test_a_lost_gpu_ends_the_process(library, tmp_path, name, status, message):
     run = Run(library, tmp_path, name)
     assert run.status == DEAD_CONTEXT

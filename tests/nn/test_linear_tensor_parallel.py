@@ -114,6 +114,7 @@ def _two_ranks(rank: int, where: str, results: mp.Queue) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_ranks(tmp_path):
     context = mp.get_context("spawn")
     results = context.Queue()

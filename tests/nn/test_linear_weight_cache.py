@@ -239,6 +239,7 @@ def _receive_and_share(rank: int, where: str, shared: Linear, queue) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_weights_from_other_processes_are_used(tmp_path):
     shared = normal_linear(torch.device("cpu")).share_memory()
     x = normal(8, 200, device=torch.device("cpu"))

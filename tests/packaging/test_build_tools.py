@@ -47,6 +47,7 @@ def test_performance_warnings_are_findings(code: str) -> None:
 
 
 @pytest.mark.skipif(toolchain.find_toolkit() is None, reason="no nvcc")
+@pytest.mark.slow
 def test_a_spilling_kernel_does_not_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run-time index into a register array puts it in local memory."""
     source = tmp_path / "spill.cu"
@@ -88,6 +89,7 @@ def test_a_folder_says_what_its_kernels_are_compiled_for(source: str, expected: 
 
 
 @pytest.mark.skipif(toolchain.find_toolkit() is None, reason="no nvcc")
+@pytest.mark.slow
 def test_keeps_the_ptx_of_each_architecture_and_the_headers_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

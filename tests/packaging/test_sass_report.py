@@ -222,6 +222,7 @@ const Kernel kernels[] = {{"copy_kernel", 7, 64, 5120}};
 
 
 @pytest.mark.skipif(toolchain.find_toolkit() is None, reason="no nvcc")
+@pytest.mark.slow
 def test_report_and_check_of_a_compiled_library(tmp_path: Path, capsys: pytest.CaptureFixture):
     toolkit = toolchain.find_toolkit()
     assert toolkit is not None

@@ -6,9 +6,12 @@ import os
 import subprocess
 from pathlib import Path
 
+import pytest
+
 SOURCE = Path(__file__).with_name("cuda_numbers.cpp")
 
 
+@pytest.mark.slow
 def test_scales_and_quotients_are_those_of_a_true_division(tmp_path: Path) -> None:
     program = tmp_path / "cuda_numbers"
     compiler = os.environ.get("CXX", "c++")

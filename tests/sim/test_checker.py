@@ -6,10 +6,13 @@ import os
 import subprocess
 from pathlib import Path
 
+import pytest
+
 SOURCE = Path(__file__).with_name("checker.cpp")
 CHECK = Path(__file__).resolve().parents[2] / "ptx" / "sim" / "check"
 
 
+@pytest.mark.slow
 def test_the_core_of_the_checker(tmp_path: Path) -> None:
     program = tmp_path / "checker"
     sources = [SOURCE, *(CHECK / name for name in ("scopes.cpp", "shadow.cpp", "spread.cpp"))]

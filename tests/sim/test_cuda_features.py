@@ -32,6 +32,7 @@ def run(module, name, args, **options):
 
 
 @pytest.mark.parametrize("name,dtype", [("wmma_f16", torch.half), ("wmma_bf16", torch.bfloat16)])
+@pytest.mark.slow
 def test_wmma(module, name, dtype):
     torch.manual_seed(0)
     a, b = torch.randint(-8, 8, (32, 64)).to(dtype), torch.randint(-8, 8, (48, 64)).to(dtype)

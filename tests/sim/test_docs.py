@@ -36,9 +36,11 @@ def example(*arguments: str) -> str:
     ).stdout
 
 
+@pytest.mark.slow
 def test_the_report_of_the_worked_example():
     assert without_ptx_numbers(example()) == without_ptx_numbers(blocks()[0])
 
 
+@pytest.mark.slow
 def test_the_mended_example():
     assert example("-DMENDED") == blocks()[1]

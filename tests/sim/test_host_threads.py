@@ -166,6 +166,7 @@ def launch(kernel, block, **options):
 
 @THREADS
 @pytest.mark.parametrize("name", CORRECT)
+@pytest.mark.slow
 def test_what_is_ordered_has_no_finding(name, num_threads):
     code, block, want = CORRECT[name]
     kernel = module(code)

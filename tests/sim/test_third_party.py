@@ -40,6 +40,7 @@ def check(reports):
         assert report.ok, str(report)
 
 
+@pytest.mark.slow
 def test_block_reduce(launch):
     x = np.random.default_rng(0).integers(-50, 50, 1000).astype(np.float32)
     total = np.zeros(1, np.float32)
