@@ -90,7 +90,7 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any], dict[str, int]]] = {
         {},
     ),
 }
-# What runs fused. The layers of BERT's MLP are in two modules.
+# These modules run fused. The layers of BERT's MLP are in two modules.
 FUSED: dict[str, list[str]] = {
     "Gemma": ["GEGLU"] * 2,
     "GPT-2": ["GELU"] * 2,

@@ -93,7 +93,7 @@ def outdated(source: Path, output: Path, newest_header: float) -> bool:
 
 
 def built_objects(source: str) -> list[Path]:
-    """What setup.py has compiled of a source, for any platform tag."""
+    """Finds the objects that setup.py has compiled of a source, for any platform tag."""
     return sorted(ROOT.glob(f"build/temp.*/{Path(source).with_suffix('.o')}"))
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -20,12 +19,11 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from ._fusion import ACTIVATIONS, GATED
+from ._probing import results_of
 from .nn.experts import ExpertsRoles, FP8Experts
 from .nn.weight_cache import WeightCache
 from .ops.mlp_function import Save
 from .recipe import Recipe
-
-_log = logging.getLogger("torchext")
 
 
 def recognize_experts(module: torch.nn.Module) -> ExpertsRoles | None:
@@ -108,28 +106,14 @@ class _Probe:
                 break
 
     def _call(self, dtype: torch.dtype) -> list[Tensor] | None:
-        """What the module returns for each input; None if it does not take these arguments."""
+        """Calls the module for each input, as results_of does."""
         values = (self.up, self.down)
         self.module._parameters = {
             name: torch.nn.Parameter(value.to(dtype))
             for name, value in zip(self.names, values, strict=True)
         }
-        try:
-            with torch.no_grad(), torch.random.fork_rng(devices=[]):
-                ys = [
-                    type(self.module).forward(
-                        self.module, x.to(dtype), self.ids.clone(), self.weights.to(dtype)
-                    )
-                    for x in self.inputs
-                ]
-        except Exception as error:  # of any class: the module may need other inputs
-            _log.debug("%s: no experts in %s: %r", type(self.module).__name__, dtype, error)
-            return None
-        fits = all(
-            isinstance(y, Tensor) and y.shape == x.shape
-            for y, x in zip(ys, self.inputs, strict=True)
-        )
-        return ys if fits else None
+        calls = [(x.to(dtype), self.ids.clone(), self.weights.to(dtype)) for x in self.inputs]
+        return results_of(self.module, calls, f"experts in {dtype}")
 
     def agrees(self, function: Callable[[Tensor], Tensor]) -> bool:
         """Whether the results are those of experts with this activation."""

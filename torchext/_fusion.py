@@ -16,7 +16,6 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
-import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -25,11 +24,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from ._probing import results_of
 from .nn.converted import Rerouted, TransposedLinear
 from .nn.mlp import _MLP, as_out_in, can_fuse_class, can_fuse_recipe, fused_mlp
 from .ops.mlp_function import Save
 
-_log = logging.getLogger("torchext")
 _LINEARS = (torch.nn.Linear, TransposedLinear)
 
 
@@ -79,7 +78,7 @@ def recognize_mlp(module: torch.nn.Module) -> MLPRoles | None:
 
 
 def _roles_by_results(probe: _Probe, orders: list[tuple[str, ...]]) -> MLPRoles | None:
-    results = probe.results()
+    results = results_of(probe.module, [(x,) for x in probe.inputs], "MLP")
     if results is None:
         return None
     for names in orders:
@@ -123,21 +122,6 @@ class _Probe:
         }
         self.module.train()  # so that dropout shows
         self.inputs = [scale * random(2, 3, self._SIZE) for scale in self._SCALES]
-
-    def results(self) -> list[Tensor] | None:
-        """What the module returns for each input; None if it does not take one tensor and return
-        one of the same shape."""
-        try:
-            with torch.no_grad(), torch.random.fork_rng(devices=[]):
-                ys = [type(self.module).forward(self.module, x) for x in self.inputs]
-        except Exception as error:  # of any class: the module may need other inputs
-            _log.debug("%s is no MLP: %r", type(self.module).__name__, error)
-            return None
-        fits = all(
-            isinstance(y, Tensor) and y.shape == x.shape
-            for y, x in zip(ys, self.inputs, strict=True)
-        )
-        return ys if fits else None
 
     def agrees(
         self, names: tuple[str, ...], function: Callable[[Tensor], Tensor], results: list[Tensor]

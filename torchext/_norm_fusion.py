@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import logging
 from collections.abc import Container, Iterator
 from typing import Any, NamedTuple
 
@@ -21,16 +20,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from ._probing import results_of
 from .nn.converted import Rerouted, is_fp8
 from .nn.norm import LayerNorm, ReadersByMode, RMSNorm, fused_norm, rms_eps
 from .ops.norm_function import Kind, Norm
 from .ops.shared_input import Form
 
-_log = logging.getLogger("torchext")
-
 
 class NormRoles(NamedTuple):
-    """What a module computes as a norm.
+    """Names what a module computes as a norm.
 
     Attributes:
         kind, unit_offset: as in torchext.ops.norm_function.Norm.
@@ -88,7 +86,7 @@ class _Probe:
         self.inputs = [scale * random(2, 3, size) for scale in self._SCALES]
 
     def roles(self) -> NormRoles | None:
-        results = self._results()
+        results = results_of(self.module, [(x,) for x in self.inputs], "norm")
         if results is None:
             return None
         for weight, bias in self._orders():
@@ -109,21 +107,6 @@ class _Probe:
             yield names[0], None
         else:
             yield from itertools.permutations(names)  # type: ignore[misc]
-
-    def _results(self) -> list[Tensor] | None:
-        """What the module returns for each input; None if it does not take one tensor and return
-        one of the same shape."""
-        try:
-            with torch.no_grad(), torch.random.fork_rng(devices=[]):
-                ys = [type(self.module).forward(self.module, x) for x in self.inputs]
-        except Exception as error:  # of any class: the module may need other inputs
-            _log.debug("%s is no norm: %r", type(self.module).__name__, error)
-            return None
-        fits = all(
-            isinstance(y, Tensor) and y.shape == x.shape
-            for y, x in zip(ys, self.inputs, strict=True)
-        )
-        return ys if fits else None
 
     def _expected(self, norm: Norm, weight: str, bias: str | None, x: Tensor) -> Tensor:
         if norm.kind == "layer_norm":

@@ -37,16 +37,16 @@ struct Avx512 {
   using Squares = Avx512Squares;
   static constexpr int kBytes = 64;
 
-  // Of the first n bytes of a register, n <= 64.
-  static __mmask64 first(int n) { return n < 64 ? (uint64_t(1) << n) - 1 : ~uint64_t(0); }
+  // A mask that selects the first n bytes of a register; n is at most 64.
+  static __mmask64 first_bytes(int n) { return n < 64 ? (uint64_t(1) << n) - 1 : ~uint64_t(0); }
 
   static I load(const void* p) { return _mm512_loadu_si512(p); }
-  static I load_first(const void* p, int n) { return _mm512_maskz_loadu_epi8(first(n), p); }
+  static I load_first(const void* p, int n) { return _mm512_maskz_loadu_epi8(first_bytes(n), p); }
   static I in_each_lane(const uint8_t* p) {  // 16 bytes
     return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
   static void store(void* p, I a) { _mm512_storeu_si512(p, a); }
-  static void store_first(void* p, I a, int n) { _mm512_mask_storeu_epi8(p, first(n), a); }
+  static void store_first(void* p, I a, int n) { _mm512_mask_storeu_epi8(p, first_bytes(n), a); }
   static void stream(void* p, I a) { _mm512_stream_si512(static_cast<__m512i*>(p), a); }
   static void fence() { _mm_sfence(); }
   static I zero() { return _mm512_setzero_si512(); }

@@ -63,7 +63,7 @@ def results(layer: Any, x: Tensor, **options: Any) -> list[Tensor]:
 
 
 class Reference(torch.nn.Module):
-    """What the layer should compute, in float64 and with nothing fused."""
+    """Computes what the layer should, in float64 and with nothing fused."""
 
     def __init__(self, layer: Attention, visible: Tensor | None = None) -> None:
         super().__init__()

@@ -275,7 +275,7 @@ class Attention(torch.nn.Module):
         attn_mask: Tensor | None,
         is_causal: bool,
     ) -> Tensor:
-        """What o_proj reads, [..., length, num_heads * head_dim]."""
+        """Computes what o_proj reads, [..., length, num_heads * head_dim]."""
         q, k, v = (
             projection(input).unflatten(-1, (-1, self.head_dim))
             for projection in (self.q_proj, self.k_proj, self.v_proj)

@@ -173,10 +173,7 @@ class ExpertsFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # create_graph=True
-            with torch.no_grad():
-                return differentiable_once(grads[0], _gradients(ctx, grads[0]))
-        return _gradients(ctx, grads[0])
+        return differentiable_once(grads[0], lambda: _gradients(ctx, grads[0]))
 
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

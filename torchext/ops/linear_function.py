@@ -19,6 +19,7 @@ strides are fixed when it is compiled, gets dense tensors instead (csrc/linear/k
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -285,10 +286,9 @@ class LinearFunction(torch.autograd.Function):
         if not compiling and profiler._is_profiler_enabled:
             opened = open_range("backward", ctx.recipe)
         try:
-            if torch.is_grad_enabled() and not compiling:  # create_graph=True
-                with torch.no_grad():
-                    return differentiable_once(grad, _gradients(ctx, grad))
-            return _gradients(ctx, grad)
+            if compiling:
+                return _gradients(ctx, grad)
+            return differentiable_once(grad, lambda: _gradients(ctx, grad))
         except RuntimeError as error:
             raise named_after_layer(error) from None
         finally:
@@ -363,8 +363,14 @@ class _SecondGradient(torch.autograd.Function):
 
 
 def differentiable_once(
-    dy: Tensor, grads: tuple[Tensor | None, ...], layer: str = "Linear"
+    dy: Tensor, gradients: Callable[[], tuple[Tensor | None, ...]], layer: str = "Linear"
 ) -> tuple[Tensor | None, ...]:
+    """Returns what `gradients` computes from dy. Under create_graph=True, a second backward then
+    raises an error that names `layer`."""
+    if not torch.is_grad_enabled():
+        return gradients()
+    with torch.no_grad():
+        grads = gradients()
     # Without an autograd graph the gradients would count as constants, and a penalty on them would
     # silently train nothing. The anchor gives them a graph even if dy is constant. Multiplying each
     # by `one`, unlike one function of all of them, also works for batched gradients.

@@ -81,11 +81,8 @@ class NormFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # create_graph=True
-            with torch.no_grad():
-                layer = "RMSNorm" if ctx.config.kind == "rms_norm" else "LayerNorm"
-                return differentiable_once(grads[0], _gradients(ctx, grads[0]), layer)
-        return _gradients(ctx, grads[0])
+        layer = "RMSNorm" if ctx.config.kind == "rms_norm" else "LayerNorm"
+        return differentiable_once(grads[0], lambda: _gradients(ctx, grads[0]), layer)
 
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -1,0 +1,36 @@
+"""Calls modules to find out what they compute: MLPs, norms and experts are recognized so."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_log = logging.getLogger("torchext")
+
+
+def results_of(module: Any, calls: Sequence[tuple[Tensor, ...]], kind: str) -> list[Tensor] | None:
+    """Calls the forward of the module's class, without hooks, once for each tuple of arguments.
+
+    Args:
+        module: a copy that the calls may change.
+        calls: arguments; the first are of the shape that the results must have.
+        kind: what the module may be, for the log.
+
+    Returns:
+        The results, or None if the module does not take such arguments or returns anything else
+        than one tensor of the shape of the first.
+    """
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            ys = [type(module).forward(module, *arguments) for arguments in calls]
+    except Exception as error:  # of any class: the module may need other inputs
+        _log.debug("%s: no %s: %r", type(module).__name__, kind, error)
+        return None
+    fits = all(
+        isinstance(y, Tensor) and y.shape == x.shape for y, (x, *_) in zip(ys, calls, strict=True)
+    )
+    return ys if fits else None
