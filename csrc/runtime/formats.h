@@ -2,15 +2,13 @@
 // compiler turns loops over them into vector code.
 #pragma once
 
-#include <torch/headeronly/core/ScalarType.h>
-
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
 
-namespace torchext {
+#include "dtype.h"
 
-using torch::headeronly::ScalarType;
+namespace torchext {
 
 inline float float_of(uint32_t bits) {
   float value;

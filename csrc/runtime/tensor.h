@@ -2,20 +2,29 @@
 // allocation with explicit strides, and calls into ATen through the dispatcher.
 #pragma once
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-
 #include <cstdint>
 #include <optional>
 #include <string>
 #include <vector>
 
+#include "dtype.h"
+
+#ifdef __CUDA_ARCH__
+namespace torch::stable {
+class Tensor {
+ public:
+  void* data_ptr() const;
+};
+}  // namespace torch::stable
+#else
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#endif
+
 namespace torchext {
 
-using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t kScaleGroup = 128;  // elements of a row that share a 1x128 scale; a promotion's K
