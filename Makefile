@@ -12,7 +12,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc ptx -type f -not -name '*.p
 # kernels anew.
 export TORCHEXT_WERROR := 1
 
-.PHONY: all demo check test test-cpu test-cpu-levels test-sim asan tsan cross-check lint format bench bench-cpu instruction-counts soak wheel gpu-check sass-report clean
+.PHONY: all demo check test test-cpu test-cpu-levels test-sim asan tsan cross-check lint format bench bench-cpu instruction-counts validate-timing soak wheel gpu-check sass-report clean
 all: $(BUILT)
 
 $(VENV)/.ready: pyproject.toml Makefile csrc/build/setup_venv.sh csrc/build/toolchain.py
@@ -109,6 +109,11 @@ bench-cpu: $(BUILT)
 # Pass arguments by ARGS: make soak ARGS="--minutes 30 --seed 7"
 soak: $(BUILT)
 	$(BIN)/python -m tests.hardware.soak $(ARGS)
+
+# Compares predicted times of GEMMs with published measurements, and writes the tables of
+# docs/timing_validation.md. Needs no GPU.
+validate-timing: $(VENV)/.ready
+	$(BIN)/python -m benchmarks.validate_timing --write $(ARGS)
 
 # Writes tools/instruction_counts.json, the instructions that CPU kernels execute. Needs valgrind.
 instruction-counts: $(BUILT)
