@@ -48,7 +48,7 @@ def multiplies(name):
     arguments = {a.name for a in getattr(torch.ops.torchext, name).default._schema.arguments}
     if {"eps", "rstd"} & arguments:
         return False
-    return bool({"b", "weight"} & arguments) or {"dy", "input"} <= arguments
+    return bool({"b", "weight", "gate"} & arguments) or {"dy", "input"} <= arguments
 
 
 @pytest.mark.parametrize("name", DECLARATIONS)

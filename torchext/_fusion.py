@@ -7,7 +7,7 @@ does not matter, nor do the names of its layers. Dropout, a residual, a clamp or
 another result, and the module is left alone.
 
 A fused module gets a subclass of its class with the same name. Its forward calls the fused MLP or,
-where that cannot run (hooks, torch.compile, ...), the forward of its class. Parameters and
+where that cannot run (hooks, torch.export, ...), the forward of its class. Parameters and
 `state_dict` do not change.
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import itertools
 import pickle
@@ -15,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from support.linear_testing import (
     OpCounter,
+    counting_backend,
     gradient,
     normal,
     saved_tensors,
@@ -403,12 +405,26 @@ def test_ragged_intermediate_size(device):
 @large
 @every_layer
 def test_compiled_in_one_graph(device, make):
-    layer = layer_of(make, device)
-    x = normal(20, 200, device=device)
+    """It runs fused, to the bits of the eager layer, with every size of a batch."""
+    layer = layer_of(make, device, bias=True)
+    calls: collections.Counter[str] = collections.Counter()
     torch._dynamo.reset()
-    compiled = torch.compile(copy.deepcopy(layer), fullgraph=True, backend="aot_eager")
-    exact = results(in_float64(layer), x.double())
-    assert all(map(lambda e, g: sqnr(e, g) > 18, exact, results(compiled, x)))
+    compiled = torch.compile(copy.deepcopy(layer), fullgraph=True, backend=counting_backend(calls))
+    for rows in (10, 17, 33):
+        x = normal(2, rows, 200, device=device)
+        assert_equal(results(compiled, x), results(layer, x))
+    activation = layer.activation
+    gated = activation.endswith("_mul")
+    graphs = calls["quantize_1x128_dual"] // 2  # of x and of dy
+    assert graphs == 2 and calls == {
+        "quantize_128x128_dual": graphs * (3 if gated else 2),
+        "quantize_1x128_dual": graphs * 2,
+        **({"gate_up": graphs} if gated else {}),
+        f"{activation}_quantize_1x128": graphs,
+        "quantize_1x128": graphs,
+        f"{activation}_backward_quantize_1x128_dual": graphs,
+        "fp8_gemm_nt": graphs * (7 if gated else 6),
+    }
 
 
 @large

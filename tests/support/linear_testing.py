@@ -6,6 +6,7 @@ import collections
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -55,6 +56,25 @@ class OpCounter(TorchDispatchMode):
 
     def of(self, *names: str) -> int:
         return sum(self.calls[name] for name in names)
+
+
+def counting_backend(calls: collections.Counter[str]) -> Any:
+    """A backend of torch.compile that adds the ops of its graphs, forward and backward, to `calls`.
+
+    Names are those of OpCounter.
+    """
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+
+    def compiler(module: Any, inputs: Any) -> Any:
+        for node in module.graph.nodes:
+            # A write to a view or to an argument is the first argument of a higher-order op.
+            op = node.args[0] if "auto_functionalized" in str(node.target) else node.target
+            if isinstance(op, torch._ops.OpOverload) and op.namespace == "torchext":
+                calls[op._opname.removeprefix("_")] += 1
+        return make_boxed_func(module.forward)
+
+    return aot_autograd(fw_compiler=compiler)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from ..ops.linear_function import Operand, quantize_weight
 from ..ops.linear_operands import bias_fits, fit
 from ..ops.mlp_function import MLP, MLPFunction, Save, mlp, quantized_input
 from ..recipe import Recipe
-from .composition import is_composed
+from .composition import is_composed, is_composed_in_graph
 from .converted import TransposedLinear
 from .linear import Linear, output_dtype
 
@@ -73,9 +73,9 @@ class _MLP(torch.nn.Module):
 
         The three steps run fused if the projections are torchext.nn.Linears without hooks, with one
         blockwise recipe whose GEMMs are all FP8, and I is a multiple of 128 if there is a gate.
-        Otherwise, and under torch.compile, tracers and transforms, they run one after another, with
-        PyTorch's activation in between, which rounds its operands and its result to the output's
-        dtype.
+        Otherwise, and under torch.export, other tracers and transforms, they run one after another,
+        with PyTorch's activation in between, which rounds its operands and its result to the
+        output's dtype.
 
         Args:
             input: [..., hidden_size], as for torchext.nn.Linear.
@@ -137,10 +137,12 @@ def fused_mlp(
     for_x, for_wide = input.requires_grad, graph
     if not torch.is_grad_enabled():
         for_x = for_wide = linears[0].training
-    operands = [
-        _kept_operand(layer, transposed=for_wide if layer is linears[-1] else for_x)
-        for layer in linears
-    ]
+    operands: list[Operand | None] = [None] * len(linears)
+    if not torch.compiler.is_compiling():
+        operands = [
+            _kept_operand(layer, transposed=for_wide if layer is linears[-1] else for_x)
+            for layer in linears
+        ]
     if graph:
         return cast("Tensor", MLPFunction.apply(input, config, operands, *parameters))
     quantized = [
@@ -153,14 +155,12 @@ def fused_mlp(
 
 
 def _can_fuse(layers: Sequence[torch.nn.Module], activation: str, input: Tensor) -> bool:
-    if (
-        torch.compiler.is_compiling()
-        or type(input) is not Tensor
-        or input.is_nested
-        or is_composed()
-        or torch._C._len_torch_function_stack()
-        or _has_global_hooks()
-    ):
+    if torch.compiler.is_compiling():
+        if is_composed_in_graph():
+            return False
+    elif is_composed() or torch._C._len_torch_function_stack():
+        return False
+    if type(input) is not Tensor or input.is_nested or _has_global_hooks():
         return False
     recipe = getattr(layers[0], "recipe", None)
     if recipe is None or not can_fuse_recipe(recipe):

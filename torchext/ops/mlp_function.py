@@ -29,6 +29,7 @@ from .._dispatch.declaration import DECLARATIONS
 from .._dispatch.layout import GROUP, ceil_div, laid_out
 from ..recipe import Recipe
 from . import activation as _activation  # noqa: F401  (declares the ops)
+from .gate_up import gate_up, gate_up_in_graph
 from .linear_function import (
     Operand,
     as_matrix,
@@ -104,13 +105,15 @@ def mlp(
 def _wide(
     config: MLP, operands: list[Operand], biases: Sequence[Tensor | None], q_x: Operand
 ) -> Tensor:
-    x, x_scale = q_x.data, q_x.scale
-    assert x is not None
-    sizes = [operand.data.shape[0] for operand in operands if operand.data is not None]
-    wide = x.new_empty((x.shape[0], sum(sizes)), dtype=config.out_dtype)
-    for part, operand, bias in zip(wide.split(sizes, 1), operands, biases, strict=True):
-        _write_fp8_gemm_nt(x, x_scale, operand.data, operand.scale, out=part, bias=bias)
-    return wide
+    products = [
+        part
+        for operand, bias in zip(operands, biases, strict=True)
+        for part in (operand.data, operand.scale, bias)
+    ]
+    if not config.is_gated:
+        return _fp8_gemm_nt(q_x.data, q_x.scale, *products, config.out_dtype)
+    both: Any = gate_up_in_graph if torch.compiler.is_compiling() else gate_up
+    return both(q_x.data, q_x.scale, *products, config.out_dtype)
 
 
 def activated(config: MLP, layout: str, wide: Tensor, scale: Tensor | None = None) -> Any:
@@ -131,11 +134,10 @@ def quantized_input(x: Tensor, recipe: Recipe, *, transposed: bool) -> Operand:
         )
 
     # Other layers keep the shape of x for `data`. That of a vector is no matrix.
-    q_x = (
-        quantized_once(x, recipe, transposed=transposed, quantize=quantize)
-        if x.dim() > 1
-        else quantize()
-    )
+    if x.dim() == 1 or torch.compiler.is_compiling():
+        q_x = quantize()
+    else:
+        q_x = quantized_once(x, recipe, transposed=transposed, quantize=quantize)
     if x.dim() == 2 or q_x.data is None or q_x.scale is None:
         return q_x
     return q_x._replace(data=as_matrix(q_x.data), scale=as_matrix(q_x.scale))
@@ -223,11 +225,13 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         width = data.shape[1] // projections
         parts = [slice(i * width, (i + 1) * width) for i in range(projections)]
         if needs_x:
-            dx = dy.new_empty((dy.shape[0], weights_t[0][0].shape[0]), dtype=x_dtype)
             for i, part in enumerate(parts):
                 groups = slice(part.start // GROUP, ceil_div(part.stop, GROUP))
                 operands = (data[:, part], scale[:, groups], *laid_out(*weights_t[i]))
-                _write_fp8_gemm_nt(*operands, out=dx, accumulate=i > 0)
+                if dx is None:
+                    dx = _fp8_gemm_nt(*operands, None, x_dtype)
+                else:
+                    _write_fp8_gemm_nt(*operands, out=dx, accumulate=True)
         for i, part in enumerate(parts):
             if needs_weight[i]:
                 dw = _product(data_t[part], scale_t[part], x_t, dtypes[2 * i])
