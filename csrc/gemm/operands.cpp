@@ -32,11 +32,13 @@ void check_operand(const char* op, const char* name, const Tensor& tensor, const
   const bool contiguous = k <= 1 || tensor.stride(tensor.dim() - 1) == 1;
   const bool pitched = rows.count <= 1 || rows.stride % 16 == 0;
   const bool aligned = address(tensor.data_ptr()) % 16 == 0;
+  if (tensor.numel() == 0 || (contiguous && pitched && aligned)) return;
+  // The CPU kernels read rows of any pitch at any address, as files of weights hold them.
   TORCHEXT_CHECK_VALUE(
-      tensor.numel() == 0 || (contiguous && pitched && aligned), op, ": ", name,
-      " must have contiguous rows, each starting at a multiple of 16 bytes, as torchext's "
-      "quantizers lay them out: stride(-1) == 1, stride(-2) % 16 == 0, data_ptr() % 16 == 0 (got "
-      "shape ",
+      contiguous && device_for(tensor, op) == nullptr, op, ": ", name,
+      " must have contiguous rows and, on a GPU, start each at a multiple of 16 bytes, as "
+      "torchext's quantizers lay them out: stride(-1) == 1, stride(-2) % 16 == 0, data_ptr() % 16 "
+      "== 0 (got shape ",
       shape_string(tensor), ", strides ", stride_string(tensor),
       ", data_ptr() % 16 == ", address(tensor.data_ptr()) % 16,
       "); torchext.ops.restore_layout(data, scale) copies into rows of stride round_up(K, 16)");
@@ -80,16 +82,16 @@ void check_shapes(const GemmCall& call, Grouping grouping) {
 
 void check_scale_tensor(const char* op, const char* name, const Tensor& scale) {
   TORCHEXT_CHECK_TYPE(scale.scalar_type() == ScalarType::Float, op, ": ", name,
-                      " must be torch.float32 (got ", dtype_name(scale.scalar_type()), ")");
-  TORCHEXT_CHECK_VALUE(scale.dim() >= 1, op, ": ", name,
-                       " must have a dimension for groups of K; a tensor-wise scale has shape [1, "
-                       "1] (got a 0-dimensional tensor)");
+                      " must be torch.float32 (got ", dtype_name(scale.scalar_type()),
+                      "); convert it with .float(). torchext.ops converts torch.bfloat16 and "
+                      "torch.float8_e8m0fnu itself, unless a compiled graph calls the op");
 }
 
 }  // namespace
 
 Scale check_scale(const char* op, const char* name, const Tensor& scale) {
   check_scale_tensor(op, name, scale);
+  if (scale.dim() == 0) return {static_cast<const float*>(scale.data_ptr()), 1, 1, 1, 0, 0, 0};
   const FoldedRows rows = folded(op, name, scale);
   const int64_t groups = scale.size(scale.dim() - 1);
   return {static_cast<const float*>(scale.data_ptr()),

@@ -285,17 +285,19 @@ Tensor dequantize(const Tensor& data, const Tensor& scale, ScalarType out_dtype)
                       ": data must be torch.float8_e4m3fn or torch.float8_e5m2 (got ",
                       dtype_name(data.scalar_type()), ")");
   TORCHEXT_CHECK_TYPE(scale.scalar_type() == ScalarType::Float, kOp,
-                      ": scale must be torch.float32 (got ", dtype_name(scale.scalar_type()), ")");
+                      ": scale must be torch.float32 (got ", dtype_name(scale.scalar_type()),
+                      "); convert it with .float()");
   TORCHEXT_CHECK_TYPE(is_wide(out_dtype), kOp,
                       ": out_dtype must be torch.bfloat16, torch.float16 or torch.float32 (got ",
                       dtype_name(out_dtype), ")");
-  TORCHEXT_CHECK_VALUE(data.dim() >= 1 && scale.dim() >= 1, kOp,
-                       ": data and scale must have at least one dimension (got data ",
+  TORCHEXT_CHECK_VALUE(data.dim() >= 1, kOp, ": data must have at least one dimension (got data ",
                        shape_string(data), " and scale ", shape_string(scale), ")");
   TORCHEXT_CHECK_VALUE(
       data.is_cpu() == scale.is_cpu() && data.get_device_index() == scale.get_device_index(), kOp,
       ": scale must be on the device of data; move it there with .to(data.device)");
-  const auto rows = fold_rows(data), scale_rows = fold_rows(scale);
+  const bool scalar = scale.dim() == 0;
+  const auto rows = fold_rows(data);
+  const auto scale_rows = scalar ? FoldedRows{1, 0} : fold_rows(scale);
   TORCHEXT_CHECK_VALUE(rows.has_value() && scale_rows.has_value(), kOp,
                        ": the leading dimensions of data and of scale must each fold into one row "
                        "stride (got data ",
@@ -303,7 +305,7 @@ Tensor dequantize(const Tensor& data, const Tensor& scale, ScalarType out_dtype)
                        shape_string(scale), ", strides ", stride_string(scale),
                        "); pass data.contiguous()");
   const int64_t columns = data.size(data.dim() - 1);
-  const int64_t scale_columns = scale.size(scale.dim() - 1);
+  const int64_t scale_columns = scalar ? 1 : scale.size(scale.dim() - 1);
   const bool each_row = scale_rows->count == rows->count;
   const bool row_blocks = scale_rows->count == ceil_div(rows->count, kScaleGroup);
   const bool column_groups = scale_columns == ceil_div(columns, kScaleGroup);
@@ -324,7 +326,7 @@ Tensor dequantize(const Tensor& data, const Tensor& scale, ScalarType out_dtype)
   view.e5m2 = data.scalar_type() == ScalarType::Float8_e5m2;
   view.scale = static_cast<const float*>(scale.data_ptr());
   view.scale_row_stride = scale_rows->stride;
-  view.scale_col_stride = scale.stride(scale.dim() - 1);
+  view.scale_col_stride = scalar ? 0 : scale.stride(scale.dim() - 1);
   view.rows = rows->count;
   view.cols = columns;
   view.row_group = each_row                 ? 1

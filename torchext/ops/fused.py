@@ -7,9 +7,9 @@ from torch import Tensor
 
 from .._dispatch.batching import each_quantized_product
 from .._dispatch.declaration import declare
-from .._dispatch.errors import python_error
 from .._dispatch.flops import product_flops
 from .._dispatch.layout import empty_data, empty_group_scale
+from .._dispatch.scales import call_with_float32_scales
 
 
 def _empty_quantized(a: Tensor, columns: int, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
@@ -82,7 +82,16 @@ def fp8_gemm_nt_swiglu_quantize(
             a, a_scale, b, b_scale, bias=bias, dtype=dtype, pow2_scale=pow2_scale, num_sms=num_sms
         )
     except RuntimeError as error:
-        raise python_error(error) from None
+        return call_with_float32_scales(
+            error,
+            fp8_gemm_nt_swiglu_quantize,
+            *(a, a_scale, b, b_scale),
+            pairs=((0, 1), (2, 3)),
+            bias=bias,
+            dtype=dtype,
+            pow2_scale=pow2_scale,
+            num_sms=num_sms,
+        )
 
 
 def _fake_gelu(
@@ -159,7 +168,17 @@ def fp8_gemm_nt_gelu_quantize(
             num_sms=num_sms,
         )
     except RuntimeError as error:
-        raise python_error(error) from None
+        return call_with_float32_scales(
+            error,
+            fp8_gemm_nt_gelu_quantize,
+            *(a, a_scale, b, b_scale),
+            pairs=((0, 1), (2, 3)),
+            tanh_approximation=tanh_approximation,
+            bias=bias,
+            dtype=dtype,
+            pow2_scale=pow2_scale,
+            num_sms=num_sms,
+        )
 
 
 def _fake_relu2(
@@ -223,4 +242,13 @@ def fp8_gemm_nt_relu2_quantize(
             a, a_scale, b, b_scale, bias=bias, dtype=dtype, pow2_scale=pow2_scale, num_sms=num_sms
         )
     except RuntimeError as error:
-        raise python_error(error) from None
+        return call_with_float32_scales(
+            error,
+            fp8_gemm_nt_relu2_quantize,
+            *(a, a_scale, b, b_scale),
+            pairs=((0, 1), (2, 3)),
+            bias=bias,
+            dtype=dtype,
+            pow2_scale=pow2_scale,
+            num_sms=num_sms,
+        )

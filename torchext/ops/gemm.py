@@ -10,9 +10,9 @@ from torch import Tensor
 from .._dispatch.autograd import Gradient, asks_gradient
 from .._dispatch.batching import multiply_rows
 from .._dispatch.declaration import declare
-from .._dispatch.errors import python_error
 from .._dispatch.flops import product_flops
 from .._dispatch.layout import leading_sizes
+from .._dispatch.scales import call_with_float32_scales
 
 
 def _fake(
@@ -73,10 +73,13 @@ def fp8_gemm_nt(
 
     Args:
         a: [..., K], torch.float8_e4m3fn or torch.float8_e5m2; any K. Its rows, with leading
-            dimensions folded, are contiguous and a multiple of 16 bytes apart, and it starts at a
-            16-byte aligned address, as the quantizers return it.
+            dimensions folded, are contiguous. On a GPU they are a multiple of 16 bytes apart, and
+            it starts at a 16-byte aligned address, as the quantizers return it; the CPU reads rows
+            of any pitch at any address.
         a_scale: float32. For 1x128 groups it must be M-major and 16-byte aligned, as the quantizers
             return it: stride 1 between rows, and between scale groups a multiple of four elements.
+            A tensor-wise scale may also have shape [1] or []. Scales in bfloat16 or
+            torch.float8_e8m0fnu are converted at each call, but not in a compiled graph.
         b: [N, K], FP8, laid out like a. One operand may be e4m3 and the other e5m2.
         b_scale: float32. For 1x128 groups it is laid out like a_scale.
         out: [..., N], bfloat16, float16 or float32, with contiguous rows; the result is written to
@@ -120,4 +123,14 @@ def fp8_gemm_nt(
         )
         return out
     except RuntimeError as error:
-        raise python_error(error) from None
+        return call_with_float32_scales(
+            error,
+            fp8_gemm_nt,
+            *(a, a_scale, b, b_scale),
+            pairs=((0, 1), (2, 3)),
+            out=out,
+            accumulate=accumulate,
+            bias=bias,
+            out_dtype=out_dtype,
+            num_sms=num_sms,
+        )

@@ -14,8 +14,8 @@ from torch import Tensor
 from .._dispatch.autograd import Gradient, asks_gradient
 from .._dispatch.batching import each_product
 from .._dispatch.declaration import declare
-from .._dispatch.errors import python_error
 from .._dispatch.flops import product_flops
+from .._dispatch.scales import call_with_float32_scales
 
 
 def _fake_contiguous(
@@ -154,7 +154,18 @@ def m_grouped_fp8_gemm_nt_contiguous(
         )
         return out
     except RuntimeError as error:
-        raise python_error(error) from None
+        return call_with_float32_scales(
+            error,
+            m_grouped_fp8_gemm_nt_contiguous,
+            *(a, a_scale, b, b_scale, offsets),
+            pairs=((0, 1), (2, 3)),
+            group_ids=group_ids,
+            out=out,
+            accumulate=accumulate,
+            bias=bias,
+            out_dtype=out_dtype,
+            num_sms=num_sms,
+        )
 
 
 def _fake_masked(
@@ -280,7 +291,18 @@ def m_grouped_fp8_gemm_nt_masked(
         )
         return out
     except RuntimeError as error:
-        raise python_error(error) from None
+        return call_with_float32_scales(
+            error,
+            m_grouped_fp8_gemm_nt_masked,
+            *(a, a_scale, b, b_scale, masked_m),
+            pairs=((0, 1), (2, 3)),
+            expected_m=expected_m,
+            out=out,
+            accumulate=accumulate,
+            bias=bias,
+            out_dtype=out_dtype,
+            num_sms=num_sms,
+        )
 
 
 def _fake_k_grouped(
@@ -365,7 +387,16 @@ def k_grouped_fp8_gemm_nt(
         )
         return out
     except RuntimeError as error:
-        raise python_error(error) from None
+        return call_with_float32_scales(
+            error,
+            k_grouped_fp8_gemm_nt,
+            *(a, a_scale, b, b_scale, offsets),
+            pairs=((0, 1), (2, 3)),
+            out=out,
+            accumulate=accumulate,
+            out_dtype=out_dtype,
+            num_sms=num_sms,
+        )
 
 
 def _check_accumulate(op: str, accumulate: bool) -> None:

@@ -27,6 +27,7 @@ from .._dispatch.layout import (
     laid_out,
     leading_sizes,
 )
+from .._dispatch.scales import call_with_float32_scales
 
 Dtype = torch.dtype | None
 
@@ -429,7 +430,8 @@ def dequantize(data: Tensor, scale: Tensor, *, out_dtype: torch.dtype) -> Tensor
     Args:
         data: [..., K], torch.float8_e4m3fn or torch.float8_e5m2, whose rows fold into M rows.
         scale: float32, whose leading dimensions fold, with the shape that a quantizer returns:
-            [..., ceil(K / 128)], [ceil(M / 128), ceil(K / 128)], [..., 1] or [1, 1].
+            [..., ceil(K / 128)], [ceil(M / 128), ceil(K / 128)], [..., 1], [1, 1], or []. BF16 and
+            torch.float8_e8m0fnu as for `fp8_gemm_nt`.
         out_dtype: torch.bfloat16, torch.float16 or torch.float32.
 
     Returns:
@@ -445,4 +447,10 @@ def dequantize(data: Tensor, scale: Tensor, *, out_dtype: torch.dtype) -> Tensor
             return _dequantize_alias(data, scale, out_dtype)
         return _dequantize(data, scale, out_dtype=out_dtype)
     except RuntimeError as error:
-        raise python_error(error) from None
+        return call_with_float32_scales(
+            error,
+            dequantize,
+            *(data, scale),
+            pairs=((0, 1),),
+            out_dtype=out_dtype,
+        )

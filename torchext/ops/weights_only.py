@@ -11,9 +11,9 @@ from .._dispatch.autograd import Gradient, asks_gradient
 from .._dispatch.batching import multiply_wide_rows
 from .._dispatch.declaration import Sharding, declare
 from .._dispatch.dtensor import is_distributed
-from .._dispatch.errors import python_error
 from .._dispatch.flops import linear_flops
 from .._dispatch.layout import GROUP, leading_sizes, pitched
+from .._dispatch.scales import call_with_float32_scales
 from .gemm import gradient_of_bias
 
 
@@ -40,7 +40,8 @@ def _gradient_of_x(
     if n == 0 or 0 in x_shape:
         return grad.new_zeros(x_shape)
     transposed = pitched(weight.t())
-    scale = weight_scale.reshape(-1, weight_scale.shape[-1])
+    groups = weight_scale.shape[-1] if weight_scale.dim() else 1
+    scale = weight_scale.reshape(-1, groups)
     if scale.numel() == 1 or scale.shape[0] != n:
         return _fp8_linear(grad, transposed, scale.t())
     columns = transposed.split(GROUP if scale.shape[1] > 1 else k)
@@ -133,12 +134,12 @@ def fp8_linear(
         x: [..., K], bfloat16, float16 or float32, with any strides. It is read in place if its rows
             are contiguous and fold into one row stride and, on a GPU, start at multiples of 16
             bytes. Otherwise it is copied, as torch.nn.functional.linear does.
-        weight: [N, K], torch.float8_e4m3fn or torch.float8_e5m2; any K. Its rows are contiguous and
-            a multiple of 16 bytes apart, and it starts at a 16-byte aligned address, as the
-            quantizers return it.
+        weight: [N, K], torch.float8_e4m3fn or torch.float8_e5m2; any K. Its rows are contiguous. On
+            a GPU they are a multiple of 16 bytes apart, and it starts at a 16-byte aligned address,
+            as the quantizers return it; the CPU reads rows of any pitch at any address.
         weight_scale: float32. For 1x128 groups it must be M-major and 16-byte aligned, as the
             quantizers return it: stride 1 between rows, and between scale groups a multiple of four
-            elements.
+            elements. Other dtypes and shapes: as b_scale of `fp8_gemm_nt`.
         bias: [N], bfloat16, float16 or float32, contiguous.
         num_sms: the number of SMs that the CUDA kernel may occupy, so that other work can run on
             the rest; 0 for all.
@@ -159,4 +160,10 @@ def fp8_linear(
             return _fp8_linear_alias(x, weight, weight_scale, bias, num_sms)
         return _fp8_linear(x, weight, weight_scale, bias, num_sms=num_sms)
     except RuntimeError as error:
-        raise python_error(error) from None
+        return call_with_float32_scales(
+            error,
+            fp8_linear,
+            *(x, weight, weight_scale, bias),
+            pairs=((1, 2),),
+            num_sms=num_sms,
+        )
