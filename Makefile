@@ -63,7 +63,7 @@ test-cpu-levels: $(BUILT)
 # large tiles.
 OTHER_ARCHITECTURES := $(shell sed -n 's/^TORCHEXT_PATH(.*, \([0-9]*\), 0)/\1/p' csrc/runtime/architectures.inc)
 test-sim: $(BUILT)
-	@if ls torchext/_ptx/*/*.ptx >/dev/null 2>&1; then \
+	@if ls torchext/_ptx/*/*.ptx.gz >/dev/null 2>&1; then \
 	  $(PARALLEL_PYTEST) --device sim $(OP_TESTS) tests/nn tests/compat \
 	    tests/test_catalog.py tests/test_ops.py && \
 	  for arch in $(OTHER_ARCHITECTURES); do \

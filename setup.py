@@ -12,6 +12,7 @@ more than ours. TORCHEXT_SANITIZE, "address" or "thread", builds for the CPU alo
 sanitizers; "thread" builds the simulator only.
 """
 
+import gzip
 import os
 import shutil
 import sys
@@ -139,9 +140,9 @@ class BuildExtension(cpp_extension.BuildExtension):
                 _, architecture, _ = ptx.name.rsplit(".", 2)
                 folder = package / "_ptx" / architecture
                 folder.mkdir(parents=True, exist_ok=True)
-                target = folder / f"{kernels.parents[1].name}_{kernels.stem}.ptx"
+                target = folder / f"{kernels.parents[1].name}_{kernels.stem}.ptx.gz"
                 assert not target.exists(), f"two sources would leave {target}"
-                shutil.copy2(ptx, target)
+                target.write_bytes(gzip.compress(ptx.read_bytes(), 6, mtime=0))
 
     def copy_extensions_to_source(self) -> None:  # build_ext --inplace
         super().copy_extensions_to_source()

@@ -75,7 +75,7 @@ def without_ptx(monkeypatch, tmp_path):
 
 def with_ptx(monkeypatch, tmp_path):
     (tmp_path / "_ptx" / "90a").mkdir(parents=True)
-    (tmp_path / "_ptx" / "90a" / "kernel.ptx").touch()
+    (tmp_path / "_ptx" / "90a" / "kernel.ptx.gz").touch()
     monkeypatch.setattr(library, "PACKAGE", tmp_path)
 
 

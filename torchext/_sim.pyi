@@ -1,7 +1,7 @@
 """Types of torchext._sim, the simulator's extension module (ptx/sim/api). torchext.sim is its
 public face. Addresses and sizes are ints, in bytes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -57,9 +57,13 @@ class OpSimulator:
     """Executes the kernels of the op library, whose PTX it finds among `ptx_files`."""
 
     def __init__(
-        self, ptx_files: Sequence[str], options: LaunchOptions, compute_capability: int
+        self,
+        ptx_files: Sequence[str],
+        read_ptx: Callable[[str], str],
+        options: LaunchOptions,
+        compute_capability: int,
     ) -> None:
-        """compute_capability: 90 for sm_90. Raises RuntimeError if a file cannot be read."""
+        """read_ptx: the text of a file. compute_capability: 90 for sm_90."""
     @property
     def interface(self) -> int:
         """Address of the TorchextSimulator that torchext_set_simulator takes."""

@@ -25,7 +25,7 @@ def facts() -> dict[str, str]:
     result = {"python": sys.version.split()[0], "folder": str(PACKAGE)}
     library = PACKAGE / "_C.so"
     result["op library"] = f"{library.stat().st_size:,} bytes" if library.is_file() else "missing"
-    built = sorted(path.name for path in PACKAGE.glob("_ptx/*") if any(path.glob("*.ptx")))
+    built = sorted(path.name for path in PACKAGE.glob("_ptx/*") if any(path.glob("*.ptx.gz")))
     result["PTX for"] = ", ".join(f"sm_{name}" for name in built) or "no GPU (built without nvcc)"
     extensions = sorted(path.name for path in PACKAGE.glob("_sim.*") if path.suffix == ".so")
     result["simulator"] = ", ".join(extensions) or "missing"

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import gzip
 import struct
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from support.kernels import SCALE
 from support.opcodes import HEADER
 from torchext import sim
 from torchext.sim.__main__ import main as command_line
+from torchext.sim.ptx_file import read_ptx
 
 
 # Launches a kernel that stores the bytes of its parameter, and returns them.
@@ -154,11 +156,24 @@ def test_text_with_a_byte_order_mark():
         (b"\x7fELF\x02\x01" + bytes(99), "an ELF file .* pass the PTX itself"),
         (b"\x50\xed\x55\xba" + bytes(99), "a fatbin"),
         (SCALE.encode() + b"\x00", "which no text has"),
+        (gzip.compress(SCALE.encode())[:-9], "got damaged gzip data"),
+        (gzip.compress(b"\x7fELF"), "an ELF file"),
         (b"\n \n", "got an empty file"),
         (b"", "got an empty file"),
         (b"__global__ void k() {}\n", ""),
     ],
-    ids=["UTF-16", "UTF-16 without a mark", "cubin", "fatbin", "zero", "blank", "empty", "CUDA"],
+    ids=[
+        "UTF-16",
+        "UTF-16 without a mark",
+        "cubin",
+        "fatbin",
+        "zero",
+        "half of a gzip file",
+        "gzip of a cubin",
+        "blank",
+        "empty",
+        "CUDA",
+    ],
 )
 def test_files_that_are_no_ptx_are_named(tmp_path, capsys, data, message):
     path = tmp_path / "kernel.ptx"
@@ -168,6 +183,16 @@ def test_files_that_are_no_ptx_are_named(tmp_path, capsys, data, message):
     assert command_line([str(path)]) == 2
     error = capsys.readouterr().err
     assert error.startswith("torchext.sim: ") and "kernel.ptx" in error
+
+
+def test_ptx_may_be_compressed(tmp_path, capsys):
+    path = tmp_path / "scale.ptx.gz"
+    path.write_bytes(gzip.compress(SCALE.encode()))
+    assert [k.name for k in sim.Module(path).kernels()] == [
+        k.name for k in sim.Module(SCALE).kernels()
+    ]
+    assert command_line([str(path)]) == 0
+    assert "scale" in capsys.readouterr().out
 
 
 def test_paths_that_cannot_be_read_are_named(tmp_path, capsys):
@@ -202,11 +227,11 @@ def test_ptx_files_of_ops_may_have_a_byte_order_mark(tmp_path):
     import torchext
 
     files = [Path(file) for file in sim.ops._kernels(90)]
-    build = next((file for file in files if "quantize_1x128_f32_e4m3(" in file.read_text()), None)
+    build = next((file for file in files if "quantize_1x128_f32_e4m3(" in read_ptx(file)), None)
     if build is None:
         pytest.skip("this build has no PTX")
     path = tmp_path / "quantize.ptx"
-    path.write_bytes(b"\xef\xbb\xbf" + build.read_bytes())
+    path.write_bytes(b"\xef\xbb\xbf" + read_ptx(build).encode())
     with sim.simulate(ptx=[path]) as simulation:
         torchext.ops.quantize_1x128(torch.ones(4, 128))
     assert simulation.reports and simulation.reports[0].ok

@@ -28,6 +28,7 @@ available, reason = torchext.is_available("sim")
 if not available:
     pytest.skip(reason, allow_module_level=True)
 from torchext import _sim, sim  # noqa: E402
+from torchext.sim.ptx_file import read_ptx  # noqa: E402
 
 SEEDS, MODES = (0, 1, 2), ("eager", "late", "random")
 WIDE = (torch.bfloat16, torch.float16, torch.float32)
@@ -221,7 +222,7 @@ PTX = Path(torchext.__file__).parent / "_ptx"
 
 @cache
 def kernels_in(file: Path) -> list[str]:
-    return re.findall(r"\.visible \.entry (\w+)\(", file.read_text())
+    return re.findall(r"\.visible \.entry (\w+)\(", read_ptx(file))
 
 
 @cache
@@ -233,7 +234,7 @@ def files_by_kernel(capability: int) -> dict[str, Path]:
 
 @cache
 def module_of(file: Path) -> _sim.Module:
-    return _sim.Module([(file.name, file.read_text())])
+    return _sim.Module([(file.name, read_ptx(file))])
 
 
 @cache

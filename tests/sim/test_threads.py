@@ -21,6 +21,7 @@ from support.op_interface import LAUNCH, Buffer, Simulator
 from support.ptx_texts import text_of
 from torchext import _sim, sim
 from torchext.sim.options import launch_options
+from torchext.sim.ptx_file import read_ptx
 
 CTAS = 48
 BLOCK = 32
@@ -341,7 +342,7 @@ def test_ops_of_many_threads_are_simulated_at_once(tmp_path):
     path = tmp_path / "k.ptx"
     path.write_text(text_of(NUMBERS + "red.global.add.u32 [%rd1], 1;\n" + PRINT, DECLARE))
     options = launch_options("test", seed=0, completion="late", num_threads=2)
-    simulator = _sim.OpSimulator([str(path)], options, 90)
+    simulator = _sim.OpSimulator([str(path)], read_ptx, options, 90)
     out = np.zeros(CTAS * BLOCK, np.uint32)
 
     def launch() -> None:

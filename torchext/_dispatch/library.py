@@ -14,7 +14,7 @@ _log = logging.getLogger("torchext")
 
 def has_ptx() -> bool:
     """Whether this build has CUDA kernels. A build stores their PTX in the package."""
-    return any((PACKAGE / "_ptx").glob("*/*.ptx"))
+    return any((PACKAGE / "_ptx").glob("*/*.ptx.gz"))
 
 
 def load(path: Path = PATH) -> None:

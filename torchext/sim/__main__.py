@@ -32,7 +32,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=spec_module.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("source", type=Path, help="a .cu or a .ptx file")
+    parser.add_argument("source", type=Path, help="a .cu, .ptx or .ptx.gz file")
     parser.add_argument(
         "--launch", type=Path, metavar="SPEC", help="run the launch that this TOML file describes"
     )
@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _load(options: argparse.Namespace) -> Module:
-    if options.source.suffix == ".ptx":
+    if options.source.name.endswith((".ptx", ".ptx.gz")):
         return Module(options.source)
     includes = [f"-I{folder}" for folder in options.include]
     return compile_cuda(

@@ -11,6 +11,7 @@ from torchext._architectures import architectures, simulated
 from torchext._dispatch.c_api import c_function
 
 from .options import launch_options
+from .ptx_file import read_ptx
 from .report import Report, report_from
 
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -44,7 +45,7 @@ def _kernels(compute_capability: int) -> list[str]:
         or (path.name.isdecimal() and int(path.name) <= compute_capability)
     ]
     usable.sort(key=lambda pair: (-pair[0], pair[1].name))
-    return [str(file) for _, folder in usable for file in sorted(folder.glob("*.ptx"))]
+    return [str(file) for _, folder in usable for file in sorted(folder.glob("*.ptx.gz"))]
 
 
 @contextmanager
@@ -71,8 +72,8 @@ def simulate(
         num_sms: number of SMs of the simulated GPU. Persistent kernels launch as many CTAs.
         compute_capability: of the simulated GPU, 90 for 9.0; docs/architectures.md says which can
             be simulated. Launchers choose their kernels by it, as on a GPU.
-        ptx: PTX files to take the kernels from, instead of the build's. The kernels must have the
-            same names and parameters.
+        ptx: PTX files (plain, or gzip) to take the kernels from, instead of the build's. The
+            kernels must have the same names and parameters.
         seed, completion, lane_order, checks, num_threads, max_instructions: as in `Module.launch`.
 
     Raises:
@@ -100,7 +101,7 @@ def simulate(
             "torchext.sim.simulate: torchext must be built with nvcc (got a build without PTX); "
             "reinstall torchext where nvcc is on PATH or CUDA_HOME is set"
         )
-    simulator = _sim.OpSimulator(files, options, compute_capability)
+    simulator = _sim.OpSimulator(files, read_ptx, options, compute_capability)
     _active.append(simulator)
     _install(simulator)
     try:

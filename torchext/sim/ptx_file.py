@@ -1,9 +1,12 @@
-"""Reads .ptx files. For a file of another kind, the error says what it is."""
+"""Reads PTX files, plain or compressed by gzip, as those of the build are. For a file of another
+kind, the error says what it is."""
 
 from __future__ import annotations
 
+import gzip
 import re
 import warnings
+import zlib
 from pathlib import Path
 
 from torchext import _sim
@@ -13,11 +16,11 @@ _SIGNATURES = {
     b"\x7fELF": "an ELF file (a cubin, or a compiled program)",
     b"\x50\xed\x55\xba": "a fatbin",
     b"BC\xc0\xde": "LLVM bitcode",
-    b"\x1f\x8b": "compressed by gzip",
     b"\xff\xfe": "UTF-16 text",
     b"\xfe\xff": "UTF-16 text",
     b"\x00\x00\xfe\xff": "UTF-32 text",
 }
+_GZIP = b"\x1f\x8b"
 _NOT_TEXT = re.compile(rb"[\x00-\x08\x0e-\x1f]")
 
 
@@ -37,6 +40,8 @@ def warn_unless_ascii(text: bytes | str, name: str | Path) -> None:
 def read_ptx(path: str | Path) -> str:
     """The text of a PTX file, without a byte-order mark. Warns of bytes that ptxas refuses.
 
+    A file that gzip compressed is decompressed, whatever its name.
+
     Raises OSError if it cannot be read, PtxError if it is not text; both name the file.
     """
     try:
@@ -53,6 +58,13 @@ def read_ptx(path: str | Path) -> str:
         raise type(error)(
             f"torchext.sim: path must be readable (got {str(path)!r}: {error.strerror})"
         ) from None
+    if data.startswith(_GZIP):
+        try:
+            data = gzip.decompress(data)
+        except (EOFError, OSError, zlib.error) as error:
+            raise _sim.PtxError(
+                f"{path}: the file must be whole (got damaged gzip data: {error}); copy it again"
+            ) from None
     for signature, what in _SIGNATURES.items():
         if data.startswith(signature):
             hint = "save it as UTF-8" if "text" in what else "pass the PTX itself (nvcc -ptx)"

@@ -1,4 +1,5 @@
 // Python bindings of modules, launches and simulated ops.
+#include <pybind11/functional.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -291,11 +292,13 @@ void bind_launch(py::module_& module) {
       .def("launch", &launch_module);
 
   py::class_<OpSimulator>(module, "OpSimulator")
-      .def(py::init([](const std::vector<std::string>& files, const py::dict& options,
-                       int compute_capability) {
-             return std::make_unique<OpSimulator>(files, options_of(options), compute_capability);
+      .def(py::init([](const std::vector<std::string>& files, const OpSimulator::ReadPtx& read_ptx,
+                       const py::dict& options, int compute_capability) {
+             return std::make_unique<OpSimulator>(files, read_ptx, options_of(options),
+                                                  compute_capability);
            }),
-           py::arg("ptx_files"), py::arg("options"), py::arg("compute_capability"))
+           py::arg("ptx_files"), py::arg("read_ptx"), py::arg("options"),
+           py::arg("compute_capability"))
       .def_property_readonly("interface",
                              [](const OpSimulator& self) {
                                return reinterpret_cast<std::uintptr_t>(self.interface());

@@ -4,8 +4,6 @@
 #include <algorithm>
 #include <cstring>
 #include <filesystem>
-#include <fstream>
-#include <sstream>
 #include <stdexcept>
 #include <tuple>
 #include <utility>
@@ -15,15 +13,6 @@
 
 namespace torchext::sim {
 namespace {
-
-std::string read_file(const std::string& path) {
-  std::ifstream file(path, std::ios::binary);
-  std::ostringstream text;
-  if (!file || !(text << file.rdbuf())) throw std::runtime_error("cannot read " + path);
-  static const std::string kByteOrderMark = "\xef\xbb\xbf";
-  const std::string all = text.str();
-  return all.compare(0, 3, kByteOrderMark) == 0 ? all.substr(3) : all;
-}
 
 // The names of the kernels, found without parsing files that may never be launched.
 std::vector<std::string> entry_names(const std::string& ptx) {
@@ -96,11 +85,12 @@ struct OpSimulator::Source {
 // Parsed files are kept for later simulations, as long as the files do not change: reading and
 // parsing the PTX of a build takes longer than many launches. Device variables keep their values,
 // as on a GPU.
-std::shared_ptr<OpSimulator::Source> OpSimulator::open(const std::string& path) {
+std::shared_ptr<OpSimulator::Source> OpSimulator::open(const std::string& path,
+                                                       const ReadPtx& read_ptx) {
   using Key = std::tuple<std::string, std::filesystem::file_time_type, std::uintmax_t>;
   static std::mutex mutex;
   static std::map<Key, std::shared_ptr<Source>> kept;
-  std::error_code missing;  // read_file reports it
+  std::error_code missing;  // read_ptx reports it
   const Key key{path, std::filesystem::last_write_time(path, missing),
                 std::filesystem::file_size(path, missing)};
   const std::lock_guard<std::mutex> lock(mutex);
@@ -108,21 +98,21 @@ std::shared_ptr<OpSimulator::Source> OpSimulator::open(const std::string& path) 
   if (!source) {
     auto read = std::make_shared<Source>();
     read->path = path;
-    read->text = read_file(path);
+    read->text = read_ptx(path);
     read->kernels = entry_names(read->text);
     source = std::move(read);
   }
   return source;
 }
 
-OpSimulator::OpSimulator(const std::vector<std::string>& ptx_files, LaunchOptions options,
-                         int compute_capability)
+OpSimulator::OpSimulator(const std::vector<std::string>& ptx_files, const ReadPtx& read_ptx,
+                         LaunchOptions options, int compute_capability)
     : options_(std::move(options)),
       interface_{this, compute_capability, static_cast<int>(options_.num_sms), &encode_tensor_map,
                  &launch_kernel} {
   options_.compute_capability = compute_capability;
   for (const std::string& path : ptx_files) {
-    sources_.push_back(open(path));
+    sources_.push_back(open(path, read_ptx));
     for (const std::string& name : sources_.back()->kernels)
       source_by_kernel_.emplace(name, sources_.back().get());
   }

@@ -2,6 +2,7 @@
 // launches it, and keeps the reports.
 #pragma once
 
+#include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -15,10 +16,12 @@ namespace torchext::sim {
 
 class OpSimulator {
  public:
-  // `options` has the options that all launches share (seed, completion, checks ...). Throws
-  // std::runtime_error if a file cannot be read.
-  OpSimulator(const std::vector<std::string>& ptx_files, LaunchOptions options,
-              int compute_capability);
+  using ReadPtx = std::function<std::string(const std::string& path)>;
+
+  // `read_ptx` returns the text of a file. `options` has the options that all launches share (seed,
+  // completion, checks ...).
+  OpSimulator(const std::vector<std::string>& ptx_files, const ReadPtx& read_ptx,
+              LaunchOptions options, int compute_capability);
 
   // The argument of torchext_set_simulator. It is valid as long as this object.
   const TorchextSimulator* interface() const { return &interface_; }
@@ -34,7 +37,7 @@ class OpSimulator {
 
  private:
   struct Source;
-  static std::shared_ptr<Source> open(const std::string& path);
+  static std::shared_ptr<Source> open(const std::string& path, const ReadPtx& read_ptx);
 
   static int encode_tensor_map(void* context, void* map, const char* name, uint32_t element,
                                uint32_t rank, const void* address, const uint64_t* dims,
