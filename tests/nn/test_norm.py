@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import pickle
 import weakref
@@ -12,7 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from support.linear_testing import OpCounter, gradient, normal, normal_linear, saved_tensors
+from support.linear_testing import (
+    OpCounter,
+    counting_backend,
+    gradient,
+    normal,
+    normal_linear,
+    saved_tensors,
+)
 from torchext import Recipe
 from torchext.nn import LayerNorm, RMSNorm, SwiGLU
 
@@ -235,8 +243,16 @@ def test_compiled_and_transformed(device, make):
     norm = norm_of(make, device)
     x = normal(9, K, device=device)
     expected = norm(x)
-    compiled = torch.compile(norm, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(compiled(x), expected)
+    calls: collections.Counter[str] = collections.Counter()
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        copy.deepcopy(norm), backend=counting_backend(calls), fullgraph=True, dynamic=True
+    )
+    for rows in (9, 33):
+        input = normal(2, rows, K, device=device)
+        assert all(map(torch.equal, results(compiled, input), results(norm, input)))
+    family = "rms_norm" if isinstance(norm, RMSNorm) else "layer_norm"
+    assert calls == {f"{family}_quantize_1x128": 1, f"{family}_backward": 1}
     torch.testing.assert_close(torch.vmap(norm)(x), expected)
     torch.testing.assert_close(norm(x.t().contiguous().t()), expected)
     assert norm(x[:0]).shape == (0, K)

@@ -11,7 +11,7 @@ from torch.nn import Parameter
 
 from ..ops.norm_function import Norm, NormFunction, normed
 from ..ops.shared_input import Form, Readers, offer
-from .composition import is_composed
+from .composition import is_composed, is_composed_in_graph
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _GUESS = Form(torch.float8_e4m3fn, pow2_scale=False, transposed=True)
@@ -74,7 +74,8 @@ class RMSNorm(torch.nn.RMSNorm):
 
         It is computed by torch.nn.functional.rms_norm, and not quantized, if x is not contiguous or
         empty, if normalized_shape has several dimensions, without a weight, under autocast if x is
-        not FP32, and under torch.compile, tracers and transforms.
+        not FP32, and under torch.export, other tracers and transforms. Under torch.compile it is
+        the same kernel, but the layers that read the result quantize it.
 
         Args:
             x: [..., K], FP32, BF16 or FP16; others as for torch.nn.RMSNorm.
@@ -135,31 +136,33 @@ def fused_norm(
     """The normed x, offered to FP8 layers; None if it cannot be computed so."""
     if weight is None or not _can_fuse(weight, bias, x):
         return None
-    readers = readers_by_mode.current()
-    wanted = readers.wanted()
+    wanted = None
+    if not torch.compiler.is_compiling():
+        readers = readers_by_mode.current()
+        wanted = readers.wanted()
     form = wanted or _WITHOUT_READERS
     needs_graph = torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     )
     if needs_graph:
         operands: list[Any] = []
-        y = cast("Tensor", NormFunction.apply(x, weight, bias, config, form, operands))
-        operand = operands.pop()
+        keep = None if wanted is None else operands.append
+        y = cast("Tensor", NormFunction.apply(x, weight, bias, config, form, keep))
+        operand = operands.pop() if operands else None
     else:
         y, _, operand = normed(config, x, weight, bias, form)
-    if wanted is not None:
+    if wanted is not None and operand is not None:
         offer(y, readers, form, operand)
     return y
 
 
 def _can_fuse(weight: Tensor, bias: Tensor | None, x: Tensor) -> bool:
-    if (
-        torch.compiler.is_compiling()
-        or type(x) is not Tensor
-        or x.is_nested
-        or is_composed()
-        or torch._C._len_torch_function_stack()
-    ):
+    if torch.compiler.is_compiling():
+        if is_composed_in_graph():
+            return False
+    elif is_composed() or torch._C._len_torch_function_stack():
+        return False
+    if type(x) is not Tensor or x.is_nested:
         return False
     device = "cuda" if x.is_cuda else "cpu" if x.is_cpu else None
     if device is None or x.dtype not in _FLOATS:

@@ -65,15 +65,16 @@ def normed(
 class NormFunction(torch.autograd.Function):
     """`normed` with gradients for x, weight and bias.
 
-    apply(x, weight, bias, config, form, operands) returns the normed x and appends its quantization
-    to the list `operands`.
+    apply(x, weight, bias, config, form, keep) returns the normed x and passes its quantization to
+    the function `keep`, unless it is None.
     """
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        x, weight, bias, config, form, operands = inputs
+        x, weight, bias, config, form, keep = inputs
         y, statistics, operand = normed(config, x, weight, bias, form)
-        operands.append(operand)
+        if keep is not None:
+            keep(operand)
         ctx.save_for_backward(x, weight, *statistics)
         ctx.config = config
         ctx.bias_dtype = None if bias is None else bias.dtype
