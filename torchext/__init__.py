@@ -1,6 +1,7 @@
 """torchext: FP8 mixed-precision training and inference kernels for PyTorch.
 
 - `torchext.convert_to_fp8_training(model)` makes a model's `nn.Linear`s train in FP8.
+- `torchext.quantize_for_inference(model)` replaces their weights by FP8 ones, one byte for each.
 - `torchext.nn` has the layers, `torchext.ops` the ops.
 - `torchext.debug` shows what FP8 does to the values of a model.
 - `torchext.reference` computes what each op computes, in plain PyTorch.
@@ -21,6 +22,7 @@ from ._memory_report import MemoryReport, memory_report
 from .availability import get_include, is_available
 from .convert import convert_to_fp8_training, revert_to_linear, unconvert
 from .gemm_selection import explain_gemm
+from .inference import InferenceResult, dequantize_weights, quantize_for_inference
 from .nn.weight_cache import fixed_weights
 from .recipe import Recipe
 
@@ -35,10 +37,12 @@ _LAZY = ("compat", "debug", "reference", "sim")
 
 __all__ = [
     "ConversionResult",
+    "InferenceResult",
     "MemoryReport",
     "Recipe",
     "__version__",
     "convert_to_fp8_training",
+    "dequantize_weights",
     "explain_gemm",
     "fixed_weights",
     "get_include",
@@ -46,6 +50,7 @@ __all__ = [
     "memory_report",
     "nn",
     "ops",
+    "quantize_for_inference",
     "revert_to_linear",
     "unconvert",
 ]

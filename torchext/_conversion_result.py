@@ -186,13 +186,13 @@ class ConversionResult:
                 sizes[reason] = sizes.get(reason, 0) + size
         total = self.elements if of == "parameters" else self.flops
         reasons = "; ".join(
-            f"{_percent(size / total)}: {reason}"
+            f"{percent(size / total)}: {reason}"
             for reason, size in sorted(sizes.items(), key=lambda item: -item[1])
         )
         what = "parameters" if of == "parameters" else "FLOPs"
         raise RuntimeError(
             f"ConversionResult.require: at least {share:.1%} of the {what} must train in FP8 (got "
-            f"{_percent(got)}); what stays wide: {reasons or 'biases and other vectors'}"
+            f"{percent(got)}); what stays wide: {reasons or 'biases and other vectors'}"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -230,7 +230,7 @@ class ConversionResult:
 
     def __repr__(self) -> str:
         return (
-            f"<ConversionResult: {self._headline()}, {_percent(self.fp8_share)} of the "
+            f"<ConversionResult: {self._headline()}, {percent(self.fp8_share)} of the "
             "parameters; print() shows all>"
         )
 
@@ -241,27 +241,27 @@ class ConversionResult:
         for recipe in used:
             if len(used) > 1:
                 lines.append(f"by the recipe {recipe}:")
-            lines += _indented(name for name in self.converted if recipes.get(name) == recipe)
+            lines += indented(name for name in self.converted if recipes.get(name) == recipe)
         for kind in dict.fromkeys(self.fused.values()):
             what = "quantizes its result" if kind in _NORMS else "with FP8 between its GEMMs"
             lines.append(f"fused: {kind} {what}")
-            lines += _indented(name for name, its_kind in self.fused.items() if its_kind == kind)
+            lines += indented(name for name, its_kind in self.fused.items() if its_kind == kind)
         for reason in dict.fromkeys(self.skipped.values()):
             names = [name for name, why in self.skipped.items() if why == reason]
-            lines += [f"left alone: {reason}{self._share(reason)}", *_indented(names)]
+            lines += [f"left alone: {reason}{self._share(reason)}", *indented(names)]
         others = [parameter for parameter in self.wide if not self._is_of_a_linear(parameter)]
         for reason in dict.fromkeys(parameter.reason for parameter in others):
             group = [parameter for parameter in others if parameter.reason == reason]
             lines.append(f"not a linear layer: {reason}{self._share(reason)}")
-            lines += _indented(f"{parameter.name} {list(parameter.shape)}" for parameter in group)
+            lines += indented(f"{parameter.name} {list(parameter.shape)}" for parameter in group)
         if self.elements:
             lines.append(
-                f"{_percent(self.fp8_share)} of the parameters train in FP8: "
+                f"{percent(self.fp8_share)} of the parameters train in FP8: "
                 f"{self.fp8_elements:,} of {self.elements:,}"
             )
         if self.fp8_flops:
             lines.append(
-                f"{_percent(self.fp8_flops_share)} of the FLOPs run in FP8: {self.fp8_flops:,} of "
+                f"{percent(self.fp8_flops_share)} of the FLOPs run in FP8: {self.fp8_flops:,} of "
                 f"{self.flops:,} for each token"
             )
             lines.append(
@@ -272,7 +272,7 @@ class ConversionResult:
 
     def _share(self, reason: str) -> str:
         elements = sum(parameter.numel for parameter in self.wide if parameter.reason == reason)
-        return f" ({_percent(elements / self.elements)} of the parameters)" if elements else ""
+        return f" ({percent(elements / self.elements)} of the parameters)" if elements else ""
 
     def _is_of_a_linear(self, parameter: WideParameter) -> bool:
         return parameter.reason in self.skipped.values()
@@ -311,7 +311,7 @@ def survey(model: nn.Module, skipped: Mapping[str, str]) -> dict[str, Any]:
             recipe = in_fp8.get(id(parameter))
             reason = None
             if recipe is None:
-                reason = _why_wide(owner, parameter, modules, skipped)
+                reason = why_wide(owner, parameter, modules, skipped)
                 wide.append(WideParameter(name, shape, reason))
             else:
                 fp8_elements += parameter.numel()
@@ -399,7 +399,7 @@ def _holds_experts(module: nn.Module, parameter: torch.Tensor) -> bool:
     return parameter.dim() == 3 and parameter.shape[0] > 1 and not isinstance(module, known)
 
 
-def _percent(share: float) -> str:
+def percent(share: float) -> str:
     return "less than 0.1%" if 0 < share < 0.001 else f"{share:.1%}"
 
 
@@ -422,7 +422,7 @@ def _linear_around(
     return name
 
 
-def _why_wide(
+def why_wide(
     owner: str,
     parameter: torch.Tensor,
     modules: Mapping[str, nn.Module],
@@ -461,7 +461,7 @@ def _why_wide(
     return f"parameter of {kind} itself (only a torch.nn.Linear is converted)"
 
 
-def _indented(names: Iterable[str]) -> Iterator[str]:
+def indented(names: Iterable[str]) -> Iterator[str]:
     """Indented names; those in repeated blocks share a line: layers.*.attention.query (32)."""
     patterns: dict[str, list[str]] = {}
     for name in names:

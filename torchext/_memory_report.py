@@ -24,7 +24,8 @@ class ModuleMemory:
     Attributes:
         name: the fully qualified name; "" for the model itself.
         kind: the name of its class.
-        parameters: bytes of its parameters; those that modules share count at the first.
+        parameters: bytes of its parameters, those of torchext.nn.FP8Linear included; those that
+            modules share count at the first.
         fp8_weights: bytes of FP8 weights that it keeps between forwards, with scales.
         saved: bytes that its forward saved for backward, at the time when the model's total was
             largest. Parameters and kept FP8 weights do not count, and memory that several modules

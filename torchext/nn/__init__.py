@@ -1,7 +1,8 @@
-"""Layers that train in FP8, and norms that quantize for them."""
+"""Layers that train in FP8, norms that quantize for them, and FP8Linear for inference."""
 
 from .attention import Attention, KVCache
 from .block import Block
+from .fp8_linear import FP8Linear
 from .linear import Linear
 from .mlp import GEGLU, GELUMLP, ReLU2MLP, SwiGLU
 from .norm import LayerNorm, RMSNorm
@@ -12,6 +13,7 @@ __all__ = [
     "GELUMLP",
     "Attention",
     "Block",
+    "FP8Linear",
     "KVCache",
     "LayerNorm",
     "Linear",

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._dispatch.declaration import DECLARATIONS
-from .._dispatch.layout import laid_out
+from .._dispatch.layout import laid_out, pitched
 from .grouped import k_grouped_fp8_gemm_nt, m_grouped_fp8_gemm_nt_contiguous
 from .linear_function import (
     Operand,
@@ -163,8 +163,10 @@ class ExpertsFunction(torch.autograd.Function):
         kept_weights = [
             part
             for operand, needed in zip(operands, transposed, strict=True)
-            for part in ((operand.data_t, operand.scale_t) if needed else (None, None))
+            for part in (_kept(operand) if needed else (None, None))
         ]
+        # Backward transposes weights that do not train, so that no copy of them is kept.
+        ctx.transposes = [operand.data_t is None for operand in operands]
         kept_rows = [q_rows.data_t, q_rows.scale_t] if needs_up else [None, None]
         ctx.save_for_backward(*routing, row_weights, *kept_rows, *kept_weights, *kept_wide)
         ctx.config, ctx.choices = config, choices
@@ -191,7 +193,8 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         wide, wide_scale = _saved_wide(config, routing, saved[6:])
     if ctx.needs_dh:
         q_dy = quantize_activation(dy, recipe.grad_dtype, recipe, plain=True, transposed=False)
-        dh = _by_rows(q_dy.data, q_dy.scale, laid_out(*down_t), routing, config.out_dtype)
+        down_t = _transposed(down_t, ctx.transposes[1])
+        dh = _by_rows(q_dy.data, q_dy.scale, down_t, routing, config.out_dtype)
         if needs_weights:
             h = _dequantize(*activated(config, "", wide, wide_scale), torch.float32)
             sums = h.mul_(dh).sum(1)
@@ -206,7 +209,8 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weighted = dh.mul_(row_weights[:, None])
         data, scale, data_t, scale_t, _, *h_t = op(weighted, wide, **options)
         if needs_x:
-            drows = _by_rows(data, scale, laid_out(*up_t), routing, config.out_dtype)
+            up_t = _transposed(up_t, ctx.transposes[0])
+            drows = _by_rows(data, scale, up_t, routing, config.out_dtype)
             dx = routing.sum_of_choices(drows, choices, x_dtype)
         if needs_up:
             dup = _along_rows((data_t, scale_t), rows_t, offsets, up_dtype)
@@ -219,6 +223,18 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         )
         ddown = _along_rows((q_dy.data_t, q_dy.scale_t), h_t, offsets, down_dtype)
     return dx, None, dweights, None, None, dup, ddown
+
+
+def _kept(operand: Operand) -> tuple[Tensor | None, Tensor | None]:
+    """What dgrad needs of a weight: its transpose or, if there is none, the weight itself."""
+    if operand.data_t is None:
+        return operand.data, operand.scale
+    return operand.data_t, operand.scale_t
+
+
+def _transposed(kept: Any, transposes: bool) -> tuple[Tensor, Tensor]:
+    data, scale = kept
+    return (pitched(data.mT), scale.mT) if transposes else laid_out(data, scale)
 
 
 def _along_rows(a: Any, b: Any, offsets: Tensor, dtype: torch.dtype) -> Tensor:

@@ -28,7 +28,7 @@ def _fake(
     return x.new_empty((*leading_sizes(x), weight.shape[0]))
 
 
-def _gradient_of_x(
+def gradient_of_x(
     grad: Tensor, x_shape: torch.Size, weight: Tensor, weight_scale: Tensor
 ) -> Tensor:
     """grad @ dequantize(weight), by products with the transposed weight (one byte an element).
@@ -93,7 +93,7 @@ _fp8_linear, _fp8_linear_alias, _ = declare(
     flops=linear_flops,
     batching=multiply_wide_rows,
     gradient=[
-        Gradient("x", _gradient_of_x, saved=("weight", "weight_scale")),
+        Gradient("x", gradient_of_x, saved=("weight", "weight_scale")),
         Gradient("bias", gradient_of_bias),
     ],
     sharding=_shard,
