@@ -37,8 +37,18 @@ PARALLEL_PYTEST := OMP_NUM_THREADS=1 $(PYTEST) -n $(WORKERS) --dist worksteal
 check: $(BUILT) lint
 	$(PARALLEL_PYTEST) -m "not slow and not alone" $(PYTEST_ARGS)
 
-test: $(BUILT) lint test-cpu test-sim asan tsan
+test: $(BUILT)
+	$(MAKE) -j $(WORKERS) --output-sync=target static-checks
+	$(MAKE) test-cpu test-sim asan
+
+# Checks that run on one core each.
+.PHONY: static-checks check-sass check-counts
+static-checks: lint tsan check-sass check-counts
+
+check-sass: $(BUILT)
 	$(BIN)/python tools/sass_report.py --check
+
+check-counts: $(BUILT)
 	$(BIN)/python tools/instruction_counts.py --check
 
 test-cpu: $(BUILT) test-cpu-levels

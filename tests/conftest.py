@@ -5,6 +5,7 @@ call ops take the `device` fixture."""
 from __future__ import annotations
 
 import contextlib
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """On other devices than the CPU, keeps only tests of ops and modules; on the simulator, without
-    those marked `large`."""
+    those marked `large` and those whose kernels another generation's run covers."""
     where = config.getoption("--device")
     for item in items:
         takes_device = "device" in getattr(item, "fixturenames", ())
@@ -43,6 +44,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="runs on the CPU only"))
         if where == "sim" and item.get_closest_marker("large"):
             item.add_marker(pytest.mark.skip(reason="too large for the simulator"))
+        mark = item.get_closest_marker("every_architecture")
+        if where == "sim" and mark and "kernels" in mark.kwargs:
+            arch = config.getoption("--sim-arch")
+            origin = kernels_origin(arch, mark.kwargs["kernels"])
+            if origin != arch:
+                reason = f"sm_{arch} runs the kernels of sm_{origin}: tested there"
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def kernels_origin(compute_capability: int, patterns: list[str]) -> int:
+    """The generation whose PTX a simulated GPU takes for kernels in files with such names."""
+    for file in map(Path, torchext.sim.ops._kernels(compute_capability)):
+        if any(fnmatch(file.name, pattern) for pattern in patterns):
+            return int(file.parent.name.rstrip("af"))
+    pytest.fail(f"no PTX file of sm_{compute_capability} has a name like {patterns}")
 
 
 @pytest.fixture

@@ -221,7 +221,7 @@ def check_layout(name, x):
     assert [(tuple(t.shape), t.stride()) for t in outputs] == expected
 
 
-@pytest.mark.every_architecture
+@pytest.mark.every_architecture(kernels=["quantize_*"])
 @pytest.mark.parametrize("shape", MATRIX_SHAPES)
 @pytest.mark.parametrize("name", QUANTIZERS)
 def test_matrices(name, shape, device):
