@@ -137,9 +137,9 @@ wheel: $(VENV)/.ready
 	$(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w dist .
 	ls -l dist/*.whl
 
-# For a machine with a GPU and its own torch. WHEEL=dist/torchext-...whl comes from `make wheel`.
+# For a machine with a GPU and its own torch. WHEEL=dist/torchext_fp8-...whl comes from `make wheel`.
 gpu-check:
-	@test -n "$(WHEEL)" || { echo 'usage: make gpu-check WHEEL=dist/torchext-...whl'; exit 2; }
+	@test -n "$(WHEEL)" || { echo 'usage: make gpu-check WHEEL=dist/torchext_fp8-...whl'; exit 2; }
 	$(PYTHON) -m tests.hardware.gpu_check --wheel $(WHEEL) $(ARGS)
 
 clean:

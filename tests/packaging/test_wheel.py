@@ -55,13 +55,13 @@ print("smoke passed")
 
 
 def test_contents(wheel: Path) -> None:
-    assert re.fullmatch(r"torchext-[\d.]+-py3-none-linux_x86_64\.whl", wheel.name)
+    assert re.fullmatch(r"torchext_fp8-[\d.]+-py3-none-linux_x86_64\.whl", wheel.name)
     names = zipfile.ZipFile(wheel).namelist()
     assert "torchext/_C.so" in names
     assert "torchext/py.typed" in names
     for header in (ROOT / "ptx" / "isa").glob("*.h"):
         assert f"torchext/include/ptx/isa/{header.name}" in names
-    assert {n.split("/")[0] for n in names if not re.match(r"torchext-.*\.dist-info/", n)} == {
+    assert {n.split("/")[0] for n in names if not re.match(r"torchext_fp8-.*\.dist-info/", n)} == {
         "torchext"
     }
 

@@ -1,6 +1,6 @@
 """Checks a wheel on a machine with a GPU: tests, compute-sanitizer, soak and benchmarks.
 
-    python -m tests.hardware.gpu_check --wheel dist/torchext-*.whl
+    python -m tests.hardware.gpu_check --wheel dist/torchext_fp8-*.whl
 
 This needs the wheel, this repository and the machine's own torch, but no network and no compiler.
 The wheel is installed into a temporary copy of the repository without the source package, so that
