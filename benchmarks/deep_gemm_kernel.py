@@ -19,10 +19,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 if TYPE_CHECKING:
+    import torch
+
     from torchext import sim
+
+    Scaled = tuple[torch.Tensor, torch.Tensor]  # data, scales
 
 WHEEL, VERSION = "sgl-deep-gemm", "0.2.5"
 BLOCK_K = 128
@@ -30,9 +33,6 @@ SHARED_BYTES = 232448  # that a CTA may have
 MOST_STAGES = 16
 L2_BYTES_PER_CYCLE = int(8e6 / 1.3e3)  # DeepGEMM's estimates, for the whole GPU and for an SM
 SHARED_BYTES_PER_CYCLE = 128
-
-
-Scaled = tuple[torch.Tensor, torch.Tensor]  # data, scales
 
 
 def _up(value: Any, multiple: int) -> Any:
@@ -103,6 +103,12 @@ class Choices:
     cluster_m: np.ndarray
     cluster_n: np.ndarray
     waves: np.ndarray
+
+    @property
+    def large_and_alone(self) -> np.ndarray:
+        """Mask of the shapes that get tiles of 256x128 or 128x192, and one wave of them: without
+        clusters."""
+        return (self.block_m * self.block_n >= 128 * 192) & (self.waves == 1)
 
 
 def _candidates() -> Iterator[tuple[int, int, int, int]]:

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
+from typing import Any
 
 import numpy as np
 
+from .deep_gemm_kernel import BLOCK_K, choose
 from .timing_data import Timings
 
 SMS = 132
 # Bytes per microsecond: what streaming kernels reach, not the data sheet's 3.35 and 4.8 TB/s.
 MEMORY_BANDWIDTH = {"h100": 2.95e6, "h800": 2.95e6, "h200": 4.1e6}
 LAUNCH_MICROSECONDS = 2.0  # a quantizer and a GEMM of no work take 3.3 us, a quantizer 1.3
-BLOCK_K = 128
 
 # DeepGEMM's tiles: a warpgroup has 64 rows, and a tile of over 128 columns holds at most two scales
 # of B in the ways that its unrolled loop knows.
@@ -53,12 +54,13 @@ class Roofline:
 class ClosedForm:
     """Waves of tiles, each a main loop that tensor cores or L2 bound, and a serial epilogue.
 
-    Attributes, all fitted:
+    Attributes, fitted but for the last:
         clock_ghz: SM clock under this load.
         drain: cycles of each K block in which the tensor cores are idle.
         l2_bytes: bytes per cycle that one SM gets from L2.
         tile_cycles: of a tile, beside its main loop and its store.
         start: microseconds before and after the tiles.
+        own_tiles: assume the tile that DeepGEMM chooses, not the best.
     """
 
     clock_ghz: float
@@ -66,22 +68,34 @@ class ClosedForm:
     l2_bytes: float
     tile_cycles: float
     start: float
+    own_tiles: bool = False
 
     def __call__(
         self, gpu: str, m: np.ndarray, n: np.ndarray, k: np.ndarray, *, tile: Tile | None = None
     ) -> np.ndarray:
-        """Time with `tile`, by default with the best of TILES."""
-        k_blocks = -(-k // BLOCK_K)
-        cycles = np.full(np.shape(m), np.inf)
-        for rows, columns in TILES if tile is None else (tile,):
-            # The interval of one wgmma m64nNk32: operands at 128 bytes per cycle from shared memory
-            # or the tensor cores' N/2 cycles. Four make a K block of one warpgroup's 64 rows.
-            tensor = 4 * (rows // 64) * (max((64 + columns) / 4, columns / 2) + 0.7)
-            load = (rows + columns) * BLOCK_K / self.l2_bytes
-            store = 2.0 * rows * columns / self.l2_bytes
-            waves = -(-(-(-m // rows) * -(-n // columns)) // SMS)
-            block = max(tensor + self.drain, load)
-            cycles = np.minimum(cycles, waves * (k_blocks * block + self.tile_cycles + store))
+        """Time with `tile`, by default with the one DeepGEMM chooses or the best of TILES."""
+        if tile is not None:
+            return self.with_tile(gpu, m, n, k, tile)
+        if self.own_tiles:
+            chosen = choose(m, n, k)
+            return self.with_tile(gpu, m, n, k, (chosen.block_m, chosen.block_n))
+        times = (self.with_tile(gpu, m, n, k, tile) for tile in TILES)
+        return np.minimum.reduce(list(times))
+
+    def with_tile(
+        self, gpu: str, m: np.ndarray, n: np.ndarray, k: np.ndarray, tile: tuple[Any, Any]
+    ) -> np.ndarray:
+        """Time with one tile for all shapes, or with arrays that have a tile for each."""
+        rows, columns = tile
+        # The interval of one wgmma m64nNk32: operands at 128 bytes per cycle from shared memory, or
+        # the tensor cores' N/2 cycles. Four make a K block of one warpgroup's 64 rows.
+        wgmma = np.maximum((64 + columns) / 4, columns / 2) + 0.7
+        tensor = 4 * np.maximum(rows // 64, 1) * wgmma
+        load = (rows + columns) * BLOCK_K / self.l2_bytes
+        store = 2.0 * rows * columns / self.l2_bytes
+        waves = -(-(-(-m // rows) * -(-n // columns)) // SMS)
+        block = np.maximum(tensor + self.drain, load)
+        cycles = waves * (-(-k // BLOCK_K) * block + self.tile_cycles + store)
         busy = np.maximum(cycles / (self.clock_ghz * 1e3), _memory_microseconds(gpu, m, n, k))
         return busy + self.start
 
@@ -95,12 +109,21 @@ def fit_closed_form(
     of the measured microseconds that is not the GEMM's.
     """
     t = timings
+    chosen = choose(t.m, t.n, t.k)
+
+    def made(parameters: Sequence[float]) -> ClosedForm:
+        clock, drain, l2, tile, begin = parameters
+        return ClosedForm(clock, drain, l2, tile, begin, start.own_tiles)
 
     def loss(parameters: Sequence[float]) -> float:
-        predicted = ClosedForm(*parameters)(t.gpu, t.m, t.n, t.k) + added
-        return float(np.abs(np.log(predicted / t.microseconds)).mean())
+        if start.own_tiles:
+            tiles = chosen.block_m, chosen.block_n
+            gemm = made(parameters).with_tile(t.gpu, t.m, t.n, t.k, tiles)
+        else:
+            gemm = made(parameters)(t.gpu, t.m, t.n, t.k)
+        return float(np.abs(np.log((gemm + added) / t.microseconds)).mean())
 
-    best = list(astuple(start))
+    best = list(astuple(start)[:-1])
     least, step = loss(best), 0.1
     for _ in range(rounds):
         before = least
@@ -113,7 +136,7 @@ def fit_closed_form(
             step /= 2
         if step < 1e-3:
             break
-    return ClosedForm(*best)
+    return made(best)
 
 
 # From physical constants of published microbenchmarks; where the fit starts.

@@ -25,7 +25,7 @@ import importlib
 import math
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Protocol
@@ -33,6 +33,7 @@ from typing import Protocol
 import numpy as np
 
 from . import timing_data
+from .deep_gemm_kernel import choose
 from .timing_baselines import (
     PHYSICAL,
     ClosedForm,
@@ -252,11 +253,11 @@ def rankings(predictor: Predictor, gpu: str = "h800") -> list[Ranking]:
 
 
 @cache
-def closed_form() -> ClosedForm:
+def closed_form(own_tiles: bool = False) -> ClosedForm:
     """The closed form, fitted on the half of the H100's points that may be fitted."""
     t, _ = split(timing_data.deep_gemm("h100"))
     added = quantization_microseconds(t.gpu, t.m, t.k)
-    return fit_closed_form(t, added, PHYSICAL)
+    return fit_closed_form(t, added, replace(PHYSICAL, own_tiles=own_tiles))
 
 
 def baselines() -> dict[str, Predictor]:
@@ -264,6 +265,7 @@ def baselines() -> dict[str, Predictor]:
         "roofline, 1979 TFLOPS": Roofline(1979),
         "roofline, 1300 TFLOPS": Roofline(1300),
         "closed form": closed_form(),
+        "closed form, DeepGEMM's tiles": closed_form(own_tiles=True),
     }
 
 
@@ -373,15 +375,33 @@ def report(predictors: dict[str, Predictor], limit: int | None = None) -> Iterat
         regret = np.mean([r.regret for r in ranked])
         count = f"{sum(r.right for r in ranked)} of {len(ranked)} right"
         rows.append([f"{name}, all", "", count, f"regret {_percent(float(regret))}"])
-    yield table(
-        ("groups x M x N x K", "time of 128x160 / 128x128, measured", "predicted", ""), rows
-    )
+    columns = ("groups x M x N x K", "time of 128x160 / 128x128, measured", "predicted", "")
+    yield table(columns, rows)
+
+    yield "\n### Measured over predicted time by what DeepGEMM chooses: all points\n\n"
+    rows = []
+    for gpu in timing_data.GPUS:
+        every = timing_data.deep_gemm(gpu)
+        ratio = every.microseconds / predict(closed_form(own_tiles=True), every)
+        alone = choose(every.m, every.n, every.k).large_and_alone
+        for name, mask in ("one wave of 256x128 or 128x192", alone), ("all others", ~alone):
+            spread = [f"{x:.2f}" for x in np.percentile(ratio[mask], (5, 50, 95))]
+            slow = _percent(float((ratio[mask] > 1.6).mean()))
+            rows.append([f"{gpu}, {name}", mask.sum(), *spread, slow])
+    yield table(("tiles", "points", "5 %", "median", "95 %", "above 1.6"), rows)
 
     yield "\n### Verdict\n\n"
     for name in predictors:
         e = errors(results["h100", name], points["h100"].microseconds)
         verdict = "passes" if e.passes else "does not pass: take its predictions as relative only"
-        yield f"- {name}: median {_percent(e.median)}, mean {_percent(e.mean)}: {verdict}.\n"
+        t = points["h100"]
+        usual = ~choose(t.m, t.n, t.k).large_and_alone
+        less = errors(results["h100", name][usual], t.microseconds[usual])
+        yield (
+            f"- {name}: median {_percent(e.median)}, mean {_percent(e.mean)}: {verdict}. Without"
+            f" shapes of one wave of 256x128 or 128x192: {_percent(less.median)},"
+            f" {_percent(less.mean)}.\n"
+        )
     yield "\n"
 
 

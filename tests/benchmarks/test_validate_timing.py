@@ -5,6 +5,7 @@ import pytest
 
 from benchmarks import timing_data
 from benchmarks import validate_timing as validate
+from benchmarks.deep_gemm_kernel import choose
 from benchmarks.timing_baselines import PHYSICAL, Roofline
 from benchmarks.timing_data import Timings, extract
 
@@ -76,9 +77,20 @@ def test_two_rooflines_and_the_closed_form():
     e = validate.errors(validate.predict(closed, h100), measured)
     assert e.mean == pytest.approx(0.105, abs=0.002) and e.median == pytest.approx(0.079, abs=0.002)
     assert e.spearman > 0.993
+    e = validate.errors(validate.predict(validate.closed_form(own_tiles=True), h100), measured)
+    assert e.mean == pytest.approx(0.101, abs=0.002) and e.median == pytest.approx(0.077, abs=0.002)
     e = validate.errors(validate.predict(closed, h200), h200.microseconds)
     assert e.mean == pytest.approx(0.119, abs=0.002)
     assert all(ranking.right and ranking.regret == 0 for ranking in validate.rankings(closed))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gpu", timing_data.GPUS)
+def test_slow_shapes_are_those_of_large_tiles_without_clusters(gpu):
+    t = timing_data.deep_gemm(gpu)
+    slow = t.microseconds > 1.6 * validate.predict(validate.closed_form(own_tiles=True), t)
+    alone = choose(t.m, t.n, t.k).large_and_alone
+    assert alone.sum() == 820 and slow[alone].mean() > 0.99 and slow[~alone].mean() < 0.006
 
 
 def test_a_predictor_that_prefers_the_other_tile_pays_regret():
