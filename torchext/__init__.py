@@ -3,6 +3,7 @@
 - `torchext.convert_to_fp8_training(model)` makes a model's `nn.Linear`s train in FP8.
 - `torchext.quantize_for_inference(model)` replaces their weights by FP8 ones, one byte for each.
 - `torchext.nn` has the layers, `torchext.ops` the ops.
+- `torchext.checkpoint` reads, checks and writes FP8 checkpoints.
 - `torchext.debug` shows what FP8 does to the values of a model.
 - `torchext.reference` computes what each op computes, in plain PyTorch.
 - `torchext.sim` runs CUDA kernels on a CPU and checks them.
@@ -32,8 +33,9 @@ __version__ = "0.1.0"
 # the loaded library.
 _logging.getLogger("torchext").addHandler(_logging.NullHandler())
 
-# Imported at first use: the simulator needs numpy and its own extension module.
-_LAZY = ("compat", "debug", "reference", "sim")
+# Imported at first use: the simulator needs numpy and its own extension module, checkpoints need
+# safetensors.
+_LAZY = ("checkpoint", "compat", "debug", "reference", "sim")
 
 __all__ = [
     "ConversionResult",

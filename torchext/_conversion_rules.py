@@ -22,8 +22,8 @@ EXCLUDED = "excluded by module_filter_fn"
 NO_RECIPE = "its recipe is None"
 
 _WILDCARDS = frozenset("*?[")
-_HEAD_NAMES = {"lm_head", "output", "head", "classifier", "score", "embed_out", "unembed", "logits"}
-_ROUTER_NAMES = {"router", "gate", "shared_expert_gate"}
+HEAD_NAMES = {"lm_head", "output", "head", "classifier", "score", "embed_out", "unembed", "logits"}
+ROUTER_NAMES = {"router", "gate", "shared_expert_gate"}
 _WIDE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -144,10 +144,10 @@ def why_not_worthwhile(layer: torch.nn.Module, fqn: str, embeddings: set[int]) -
         in_features, out_features = out_features, in_features
     if id(weights[0]) in embeddings:
         return "output head: shares its weight with an embedding"
-    if name in _HEAD_NAMES and not in_repeated_block:
+    if name in HEAD_NAMES and not in_repeated_block:
         return "output head: its error goes straight into the loss"
     # A SwiGLU layer called `gate` has more outputs than inputs, a router fewer.
-    if "router" in path or (name in _ROUTER_NAMES and out_features < in_features):
+    if "router" in path or (name in ROUTER_NAMES and out_features < in_features):
         return "router: its error changes which expert a token goes to"
     if min(size for weight in weights for size in weight.shape[-2:]) < GROUP:
         return f"fewer than {GROUP} in or out features: smaller than one scale group"
