@@ -1,6 +1,7 @@
 """Activations in FP32 to the bit, in plain PyTorch: what csrc/runtime/activation_math.h computes.
 
-All functions take and return float32 tensors, and are for references: they are slow.
+All functions take and return float32 tensors. They are slow, and for references; a layer calls
+column_sums where it quantizes nothing.
 """
 
 from __future__ import annotations

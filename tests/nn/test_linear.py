@@ -214,6 +214,10 @@ def test_frozen_input_needs_no_dgrad(device):
         train_step(linear, normal(24, 200, device=device))
     assert counter.calls["fp8_gemm_nt"] == 2
     assert counter.calls["quantize_128x128"] == 1  # no transposed weight
+    assert counter.calls["quantize_1x128_dual_bias_grad"] == 1  # the gradient
+    linear = normal_linear(device, bias=False)
+    with OpCounter() as counter:
+        train_step(linear, normal(24, 200, device=device))
     assert counter.calls["quantize_1x128_t"] == 1  # the gradient, for wgrad only
     assert not any(t.shape == (200, 136) for t in saved)
 
@@ -232,11 +236,16 @@ def test_frozen_weight_needs_no_wgrad_and_no_input(device):
 def test_trained_bias_alone_needs_no_gemm_in_backward(device):
     linear = normal_linear(device)
     linear.weight.requires_grad_(False)
+    x = normal(300, 200, device=device)
     with OpCounter() as counter:
-        train_step(linear, normal(24, 200, device=device))
+        train_step(linear, x)
     assert counter.calls["fp8_gemm_nt"] == 1
     assert counter.of(*QUANTIZE_ACTIVATION) == 1
-    assert linear.bias.grad is not None
+    alone = gradient(linear.bias).clone()
+    linear.zero_grad()
+    linear.weight.requires_grad_(True)
+    train_step(linear, x)
+    assert torch.equal(gradient(linear.bias), alone)  # summed in the same order
 
 
 def test_no_grad_saves_nothing(device):

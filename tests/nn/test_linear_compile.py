@@ -61,7 +61,9 @@ def test_compile_gives_one_graph_each_way(device, recipe, backend, shape):
     assert torch.equal(y, train_step(eager, x))
     assert torch.equal(dx, x.grad)
     assert torch.equal(gradient(linear.weight), gradient(eager.weight))
-    torch.testing.assert_close(linear.bias.grad, eager.bias.grad)  # the sum's order may differ
+    if recipe.granularity == "blockwise":
+        assert torch.equal(gradient(linear.bias), gradient(eager.bias))
+    torch.testing.assert_close(linear.bias.grad, eager.bias.grad)  # the order of torch's sum varies
     assert all(t.itemsize == 1 for t in saved if t.numel() >= x.numel())
 
     halve(linear)

@@ -125,8 +125,8 @@ def test_nothing_is_quantized_for_wide_gemms(device):
             layer.eval()(normal(24, 200, device=device))
     assert not any(counter.of(name) for name in ("fp8_gemm_nt", *QUANTIZE_WEIGHT))
     assert not counter.of(*QUANTIZE_ACTIVATION)
-    # A wide wgrad needs neither x nor dy transposed.
-    layer = normal_linear(device, recipe=Recipe.parse("blockwise+wgrad=bf16"))
+    # A wide wgrad needs neither x nor dy transposed. The sum for a bias makes both.
+    layer = normal_linear(device, recipe=Recipe.parse("blockwise+wgrad=bf16"), bias=False)
     with OpCounter() as counter:
         layer(normal(24, 200, device=device, grad=True)).sum().backward()
     assert counter.calls["quantize_1x128"] == 2 and counter.of(*QUANTIZE_ACTIVATION) == 2

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from support.linear_testing import (
+    QUANTIZE_ACTIVATION,
     OpCounter,
     counting_backend,
     gradient,
@@ -34,7 +35,6 @@ NORMS: dict[str, Any] = {
     "LayerNorm without bias": lambda *args, **options: LayerNorm(*args, bias=False, **options),
 }
 every_norm = pytest.mark.parametrize("make", NORMS.values(), ids=NORMS)
-QUANTIZERS = ("quantize_1x128", "quantize_1x128_t", "quantize_1x128_dual")
 FUSED = tuple(
     f"{kind}_norm_quantize_1x128{dual}" for kind in ("rms", "layer") for dual in ("", "_dual")
 )
@@ -108,11 +108,11 @@ def test_bits_are_those_of_quantizing_the_returned_tensor(device, make, dtype):
     x = normal(3, 5, K, device=device, dtype=dtype)
     with OpCounter() as counter:
         got = results(module, x)
-    assert counter.of(*FUSED) == 1 and counter.of(*QUANTIZERS) == 2  # of two gradients
+    assert counter.of(*FUSED) == 1 and counter.of(*QUANTIZE_ACTIVATION) == 2  # of two gradients
     module.norm.register_forward_hook(lambda module, args, y: y * 1)
     with OpCounter() as counter:
         expected = results(module, x)
-    assert counter.of(*QUANTIZERS) == 3
+    assert counter.of(*QUANTIZE_ACTIVATION) == 3
     assert all(map(torch.equal, got, expected))
 
 
@@ -121,7 +121,8 @@ def test_an_mlp_takes_the_offer(device):
     x = normal(2, 9, K, device=device)
     with OpCounter() as counter:
         y = mlp(norm(x))
-    assert counter.of(*FUSED) == 1 and counter.of(*QUANTIZERS) == 1  # what save="fp8" keeps
+    assert counter.of(*FUSED) == 1
+    assert counter.of(*QUANTIZE_ACTIVATION) == 1  # what save="fp8" keeps
     assert torch.equal(y, mlp(norm(x).clone()))
 
 
@@ -138,7 +139,7 @@ def test_other_recipes_get_what_they_need(device):
             assert torch.equal(layer(y), layer(y.clone()))
         with OpCounter() as counter:
             layer(norm(x))
-        assert counter.of(*FUSED) == 1 and counter.of(*QUANTIZERS) == 0
+        assert counter.of(*FUSED) == 1 and counter.of(*QUANTIZE_ACTIVATION) == 0
 
 
 def test_no_transpose_is_made_for_nobody(device):

@@ -30,7 +30,12 @@ main_recipes = pytest.mark.parametrize(
 )
 
 QUANTIZE_WEIGHT = ("quantize_128x128", "quantize_128x128_dual")
-QUANTIZE_ACTIVATION = ("quantize_1x128", "quantize_1x128_t", "quantize_1x128_dual")
+QUANTIZE_ACTIVATION = (
+    "quantize_1x128",
+    "quantize_1x128_t",
+    "quantize_1x128_dual",
+    "quantize_1x128_dual_bias_grad",  # of a gradient
+)
 
 
 def gradient(tensor: Tensor) -> Tensor:

@@ -158,7 +158,7 @@ class _Linear(torch.autograd.Function):
             options = granularity, input_dtype, grad_dtype, pow2_scale, weight.dtype
             dw = _wgrad(dy, input, *options)
         if needs_db:
-            db = gradient_of_bias(dy, ctx.bias_dtype)
+            db = gradient_of_bias(dy, ctx.bias_dtype, _recipe(*ctx.options[:-1]))
         return dx, dw, db, *(None for _ in ctx.options)
 
     @staticmethod

@@ -28,7 +28,9 @@ from torch import Tensor
 from torch.autograd import profiler
 
 from .._dispatch.declaration import DECLARATIONS
+from .._dispatch.dtensor import is_distributed
 from .._dispatch.layout import laid_out
+from .._float32 import column_sums
 from ..recipe import GRANULARITIES, Recipe
 from . import gemm, quantize  # noqa: F401  (declare the ops)
 from . import kept as _kept  # noqa: F401  (likewise)
@@ -45,6 +47,7 @@ def _op(name: str) -> Any:
 _quantize_1x128 = _op("quantize_1x128")
 _quantize_1x128_t = _op("quantize_1x128_t")
 _quantize_1x128_dual = _op("quantize_1x128_dual")
+_quantize_1x128_dual_bias_grad = _op("quantize_1x128_dual_bias_grad")
 _quantize_128x128 = _op("quantize_128x128")
 _quantize_128x128_dual = _op("quantize_128x128_dual")
 _quantize_rowwise = _op("quantize_rowwise")
@@ -98,6 +101,30 @@ def quantize_activation(
     data, scale = _quantize_1x128(x, **options) if plain else (None, None)
     data_t, scale_t = _quantize_1x128_t(x, **options) if transposed else (None, None)
     return Operand(data, scale, data_t, scale_t)
+
+
+def quantize_gradient(
+    dy: Tensor, recipe: Recipe, *, plain: bool, transposed: bool, bias_dtype: torch.dtype | None
+) -> tuple[Operand, Tensor | None]:
+    """dy quantized, and the gradient of the bias, rounded to `bias_dtype`; None for None.
+
+    The kernel that quantizes dy both ways also sums its rows. That costs fewer bytes than a second
+    read of dy, even if only one of the results is needed.
+    """
+    quantized = plain or transposed
+    if bias_dtype is not None and recipe.granularity == "blockwise":
+        if quantized:
+            options = quantizer_options(recipe.grad_dtype, recipe)
+            *parts, sums = _quantize_1x128_dual_bias_grad(dy, **options)
+            return Operand(*parts), sums.to(bias_dtype)
+        if not torch.compiler.is_compiling():  # its loop would depend on the number of rows
+            return _NOTHING, column_sums(as_matrix(dy).float()).to(bias_dtype)
+    q_dy = _NOTHING
+    if quantized:
+        q_dy = quantize_activation(
+            dy, recipe.grad_dtype, recipe, plain=plain, transposed=transposed
+        )
+    return q_dy, None if bias_dtype is None else gradient_of_bias(dy, bias_dtype, recipe)
 
 
 def quantize_weight(
@@ -309,11 +336,16 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x_dtype, weight_dtype, bias_dtype = ctx.dtypes
     recipe = ctx.recipe
     dy = foldable(grad)
-    dx = dw = db = None
+    dx = dw = None
     fp8_dx = needs_dx and recipe.dgrad == "fp8"
     fp8_dw = needs_dw and recipe.wgrad == "fp8"
-    if fp8_dx or fp8_dw:
-        q_dy = quantize_activation(dy, recipe.grad_dtype, recipe, plain=fp8_dx, transposed=fp8_dw)
+    q_dy, db = quantize_gradient(
+        dy,
+        recipe,
+        plain=fp8_dx,
+        transposed=fp8_dw,
+        bias_dtype=bias_dtype if needs_db else None,
+    )
     product = _fp8_gemm_nt_kept if ctx.compiled else _product_with_saved
     if needs_dx:
         if fp8_dx:
@@ -330,14 +362,20 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         dw = product(q_dy.data_t, q_dy.scale_t, x_t, x_t_scale, out_dtype=weight_dtype)
     elif needs_dw:
         dw = wide_wgrad(dy, x_t, weight_dtype)
-    if needs_db:
-        db = gradient_of_bias(dy, bias_dtype)
     return dx, dw, db, *[None] * (len(ctx.needs_input_grad) - 3)
 
 
-def gradient_of_bias(dy: Tensor, dtype: torch.dtype) -> Tensor:
-    """The sum over all rows of dy [..., N], computed in FP32 and rounded to `dtype`."""
-    return as_matrix(dy).sum(0, dtype=torch.float32).to(dtype)
+def gradient_of_bias(dy: Tensor, dtype: torch.dtype, recipe: Recipe | None = None) -> Tensor:
+    """The sum over all rows of dy [..., N], computed in FP32 and rounded to `dtype`.
+
+    With a recipe it has the bits that quantize_gradient returns, for a backward whose ops quantize
+    dy themselves. A DTensor's shards are summed separately anyway.
+    """
+    rows = as_matrix(dy)
+    if recipe is None or recipe.granularity != "blockwise" or is_distributed(dy):
+        return rows.sum(0, dtype=torch.float32).to(dtype)
+    *_, sums = _quantize_1x128_dual_bias_grad(rows)
+    return sums.to(dtype)
 
 
 def refuse_second_gradient(layer: str = "Linear") -> NoReturn:

@@ -25,7 +25,13 @@ from .linear import (
     refuse_forward_derivative,
     shard_linear,
 )
-from .linear_function import apply_eagerly, gradient_of_bias, wide_dgrad, wide_linear, wide_wgrad
+from .linear_function import (
+    apply_eagerly,
+    gradient_of_bias,
+    wide_dgrad,
+    wide_linear,
+    wide_wgrad,
+)
 from .linear_operands import bias_fits, fit, misfit
 
 _DEF = torch.library.Library("torchext", "FRAGMENT")
@@ -119,7 +125,7 @@ class _LinearMixed(torch.autograd.Function):
             options = granularity, input_dtype, grad_dtype, pow2_scale, weight.dtype
             dw = _wgrad(dy, input, *options)
         if needs_db:
-            db = gradient_of_bias(dy, ctx.bias_dtype)
+            db = gradient_of_bias(dy, ctx.bias_dtype, _recipe(*ctx.options[:-1]))
         return dx, dw, db, *(None for _ in ctx.options)
 
     @staticmethod

@@ -35,8 +35,8 @@ from .linear_function import (
     as_matrix,
     differentiable_once,
     foldable,
-    gradient_of_bias,
     quantize_activation,
+    quantize_gradient,
     quantize_weight,
     quantizer_options,
 )
@@ -206,11 +206,13 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x_t_data, x_t_scale, *saved = ctx.saved_tensors
     x_t = x_t_data, x_t_scale
     weights_t = [saved[2 * i : 2 * i + 2] for i in range(projections + 1)]
-    q_dy = quantize_activation(
-        dy, recipe.grad_dtype, recipe, plain=ctx.needs_wide, transposed=needs_weight[-1]
+    q_dy, gradients[-1] = quantize_gradient(
+        dy,
+        recipe,
+        plain=ctx.needs_wide,
+        transposed=needs_weight[-1],
+        bias_dtype=dtypes[-1] if needs_bias[-1] else None,
     )
-    if needs_bias[-1]:
-        gradients[-1] = gradient_of_bias(dy, dtypes[-1])
     if ctx.needs_wide or needs_weight[-1]:
         wide, wide_scale = _saved_wide(config, saved[2 * len(weights_t) :])
     if ctx.needs_wide:
