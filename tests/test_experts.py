@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from support.linear_testing import gradient
+from support.linear_testing import gradient, sqnr
 from torchext import Recipe, convert_to_fp8_training, unconvert
 from torchext._experts import recognize_experts
-from torchext.nn.experts import ExpertsRoles, FP8Experts
+from torchext.nn.experts import ExpertsRoles, FP8Experts, FP8SortedExperts, SortedExpertsRoles
 
 
 class Experts(nn.Module):
@@ -47,6 +47,53 @@ class Products(Experts):
         h = self.activate(F.grouped_mm(rows, self.both.mT, offs=ends))
         y = F.grouped_mm(h, self.out.mT, offs=ends) * scores.flatten()[order, None]
         return torch.zeros_like(tokens).index_add(0, order // chosen.shape[1], y)
+
+
+class Sorted(nn.Module):
+    """Gate, up and down apart, called with rows sorted by expert, as torchtitan's."""
+
+    def __init__(self, features: int = 128, inner: int = 192, count: int = 4) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.randn(count, inner, features) / features**0.5)
+        self.c = nn.Parameter(torch.randn(count, features, inner) / inner**0.5)
+        self.b = nn.Parameter(torch.randn(count, inner, features) / features**0.5)
+
+    def activate(self, gate: Tensor) -> Tensor:
+        return F.silu(gate)
+
+    def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
+        parts = rows.split(counts.tolist())
+        hs = [
+            self.activate(x @ a.T) * (x @ b.T)
+            for x, a, b in zip(parts, self.a, self.b, strict=True)
+        ]
+        return torch.cat([h @ c.T for h, c in zip(hs, self.c, strict=True)])
+
+
+class SortedInBF16(Sorted):
+    def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
+        ends = counts.cumsum(0, dtype=torch.int32)
+        a, b, c = (weight.bfloat16().mT for weight in (self.a, self.b, self.c))
+        x = rows.bfloat16()
+        h = self.activate(F.grouped_mm(x, a, offs=ends)) * F.grouped_mm(x, b, offs=ends)
+        return F.grouped_mm(h, c, offs=ends).to(rows)
+
+
+class SortedWithGELU(Sorted):
+    def activate(self, gate: Tensor) -> Tensor:
+        return F.gelu(gate)
+
+
+class QuickInBF16(SortedInBF16):
+    """GELU is near, but not what it computes."""
+
+    def activate(self, gate: Tensor) -> Tensor:
+        return gate * (1.702 * gate).sigmoid()
+
+
+class ClampedInBF16(SortedInBF16):
+    def activate(self, gate: Tensor) -> Tensor:
+        return F.silu(gate.clamp(max=7))
 
 
 class Interleaved(Experts):
@@ -97,7 +144,20 @@ def test_recognized(kind):
         assert recognize_experts(kind()) == ROLES
 
 
-@pytest.mark.parametrize("kind", [Interleaved, Clamped, OtherScores, OtherOrder, WithBias, Tuple])
+@pytest.mark.parametrize(
+    "kind, activation",
+    [(Sorted, "silu_mul"), (SortedInBF16, "silu_mul"), (SortedWithGELU, "gelu_mul")],
+)
+def test_sorted_experts_are_recognized(kind, activation):
+    tanh = False if kind is SortedWithGELU else None
+    expected = SortedExpertsRoles(("a", "b", "c"), activation, tanh, ("rows", "counts"))
+    assert recognize_experts(kind()) == expected
+
+
+UNKNOWN = [Interleaved, Clamped, OtherScores, OtherOrder, WithBias, Tuple]
+
+
+@pytest.mark.parametrize("kind", [*UNKNOWN, QuickInBF16, ClampedInBF16])
 def test_left_alone(kind):
     assert recognize_experts(kind()) is None
 
@@ -185,10 +245,21 @@ def test_filters_and_names_choose_experts():
     assert convert_to_fp8_training(small, {"experts": Recipe()}).converted == ("experts",)
 
 
+class SortedModel(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.experts = SortedInBF16(inner=136)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.experts(x, torch.tensor([9, 0, 3, x.shape[0] - 12]))
+
+
 @pytest.mark.slow
-def test_compiled_in_one_graph():
+@pytest.mark.parametrize("kind", [Model, SortedModel])
+def test_compiled_in_one_graph(kind):
     """A number of rows that is no multiple of 4, to which scales are padded; then another one."""
-    model = Model()
+    model = kind()
     convert_to_fp8_training(model)
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -201,6 +272,25 @@ def test_compiled_in_one_graph():
             ys[-1].square().sum().backward()
             gradients.append([gradient(p).clone() for p in model.parameters()])
         assert torch.equal(*ys) and all(map(torch.equal, *gradients))
+
+
+def test_sorted_experts_in_a_model():
+    model, x = SortedModel(), torch.randn(33, 128)
+    wide = model(x)
+    state = copy.deepcopy(model.state_dict())
+    result = convert_to_fp8_training(model)
+    assert result.converted == ("experts",) and result.fused == {"experts": "SwiGLU experts"}
+    result.require(1.0)
+    assert isinstance(model.experts, FP8SortedExperts) and isinstance(model.experts, SortedInBF16)
+    y = model(x)
+    assert not torch.equal(y, wide) and sqnr(wide, y) > 20
+    assert torch.equal(pickle.loads(pickle.dumps(model))(x), y)
+    with torch.no_grad():
+        assert torch.equal(model(x), y)
+        assert torch.equal(SortedInBF16.forward(model.experts, x[:0], torch.zeros(4).int()), x[:0])
+    assert unconvert(model) == ("experts",) and type(model.experts) is SortedInBF16
+    assert torch.equal(model(x), wide)
+    assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
 
 
 def test_exported_experts_run_as_their_class():

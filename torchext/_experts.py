@@ -5,12 +5,18 @@ MLPs. A copy of it with small random parameters is called, in float64 or, as som
 grouped products refuse that, in FP32. If the result is the weighted sum of MLPs with one of the
 known activations, then the module computes it for all parameters: its class does not matter, nor do
 the names of its parameters.
+
+A module of three 3-D parameters (gate, up and down apart), called with rows that are sorted by
+expert and the number of each expert's rows, is recognized likewise. torchtitan's rounds everything
+to BF16. Then results are compared by their RMS error, which tells SiLU from other activations, but
+not all of these from one another; so only SiLU counts.
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -20,29 +26,33 @@ from torch.nn.parameter import is_lazy
 
 from ._fusion import ACTIVATIONS, GATED
 from ._probing import results_of
-from .nn.experts import ExpertsRoles, FP8Experts
+from .nn.experts import ExpertsRoles, FP8Experts, FP8SortedExperts, SortedExpertsRoles
 from .nn.weight_cache import WeightCache
 from .ops.mlp_function import Save
 from .recipe import Recipe
 
+Roles = ExpertsRoles | SortedExpertsRoles
 
-def recognize_experts(module: torch.nn.Module) -> ExpertsRoles | None:
+
+def recognize_experts(module: torch.nn.Module) -> Roles | None:
     """The roles of the module's parameters if it computes experts, else None."""
     with torch.device("cpu"):  # whatever the default device is
         return _recognize(module)
 
 
-def _recognize(module: torch.nn.Module) -> ExpertsRoles | None:
+def _recognize(module: torch.nn.Module) -> Roles | None:
     parameters = module._parameters
-    if len(parameters) != 2 or any(
+    if len(parameters) not in (2, 3) or any(
         p is None or is_lazy(p) or p.dim() != 3 for p in parameters.values()
     ):
         return None
-    if len(list(module.parameters())) != 2 or any(
+    if len(list(module.parameters())) != len(parameters) or any(
         name in vars(module) for name in FP8Experts.added
     ):
         return None
-    arguments = _arguments(module)
+    if len(parameters) == 3:
+        return _recognize_sorted(module)
+    arguments = _arguments(module, 3)
     if arguments is None:
         return None
     first, second = parameters
@@ -63,13 +73,31 @@ def _recognize(module: torch.nn.Module) -> ExpertsRoles | None:
     return None
 
 
-def _arguments(module: Any) -> tuple[str, ...] | None:
-    """The names of forward's arguments if they are three."""
+def _recognize_sorted(module: torch.nn.Module) -> SortedExpertsRoles | None:
+    arguments = _arguments(module, 2)
+    if arguments is None:
+        return None
+    parameters: dict[str, Any] = dict(module._parameters)
+    for names in itertools.permutations(parameters):
+        gate, up, down = (parameters[name] for name in names)
+        if not gate.shape == up.shape == down.mT.shape:
+            continue
+        probe = _SortedProbe(module, names, gate.shape[0])
+        for activation, tanh in probe.activations():
+            if probe.agrees(ACTIVATIONS[activation, tanh]):
+                return SortedExpertsRoles(
+                    (names[0], names[1], names[2]), f"{activation}_mul", tanh, arguments
+                )
+    return None
+
+
+def _arguments(module: Any, count: int) -> tuple[str, ...] | None:
+    """The names of forward's arguments if they are `count`."""
     try:
         names = tuple(inspect.signature(type(module).forward).parameters)[1:]
     except (TypeError, ValueError):
         return None
-    return names if len(names) == 3 else None
+    return names if len(names) == count else None
 
 
 class _Probe:
@@ -134,7 +162,64 @@ class _Probe:
         return True
 
 
-def find_experts(model: torch.nn.Module) -> dict[str, ExpertsRoles]:
+class _SortedProbe:
+    """_Probe for experts that are called with sorted rows."""
+
+    _RMS_IN_BF16 = 0.01  # of three products, each rounded; another activation makes 0.1
+
+    def __init__(self, module: torch.nn.Module, names: tuple[str, ...], experts: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+
+        def random(*shape: int) -> Tensor:
+            values = torch.randn(shape, generator=generator, dtype=torch.float64)
+            return values.bfloat16().double()
+
+        features, inner = _Probe._FEATURES, _Probe._INNER
+        shapes = [(experts, inner, features)] * 2 + [(experts, features, inner)]
+        self.weights = [random(*shape) / 4 for shape in shapes]
+        self.counts = torch.tensor([(5, 0, 9)[expert % 3] for expert in range(experts)])
+        rows = int(self.counts.sum())
+        self.inputs = [scale * random(rows, features) for scale in _Probe._SCALES]
+        self.module = copy.copy(module)
+        self.module._modules = {n: copy.deepcopy(m) for n, m in module._modules.items()}
+        self.module.train()  # so that dropout shows
+        self.results = None
+        for dtype, tolerance in _Probe._TOLERANCES:
+            self.module._parameters = {
+                name: torch.nn.Parameter(value.to(dtype))
+                for name, value in zip(names, self.weights, strict=True)
+            }
+            calls = [(x.to(dtype), self.counts.clone()) for x in self.inputs]
+            self.results = results_of(self.module, calls, f"experts in {dtype}")
+            self.tolerance = tolerance
+            if self.results is not None:
+                break
+        self.is_bf16 = self.results is not None and all(
+            torch.equal(y.bfloat16().to(y), y) for y in self.results
+        )
+
+    def activations(self) -> list[tuple[str, bool | None]]:
+        if self.results is None:
+            return []
+        return [key for key in ACTIVATIONS if key[0] in (("silu",) if self.is_bf16 else GATED)]
+
+    def agrees(self, function: Callable[[Tensor], Tensor]) -> bool:
+        """Whether the results are those of experts with this activation."""
+        ids = torch.arange(len(self.counts)).repeat_interleave(self.counts)
+        gate, up, down = (weight[ids] for weight in self.weights)
+        for x, y in zip(self.inputs, self.results or (), strict=True):
+            h = function(torch.einsum("tik,tk->ti", gate, x)) * torch.einsum("tik,tk->ti", up, x)
+            expected = torch.einsum("tki,ti->tk", down, h)
+            error = y.double() - expected
+            if self.is_bf16:
+                if error.square().mean() > self._RMS_IN_BF16**2 * expected.square().mean():
+                    return False
+            elif error.abs().max() > self.tolerance * expected.abs().max():
+                return False
+        return True
+
+
+def find_experts(model: torch.nn.Module) -> dict[str, Roles]:
     """{fully qualified name: its roles} of every module of experts, in FP8 or not."""
     found = {}
     for fqn, module in model.named_modules():
@@ -144,9 +229,10 @@ def find_experts(model: torch.nn.Module) -> dict[str, ExpertsRoles]:
     return found
 
 
-def convert_experts_(module: Any, roles: ExpertsRoles, recipe: Recipe, save: Save) -> None:
+def convert_experts_(module: Any, roles: Roles, recipe: Recipe, save: Save) -> None:
     """Makes a module that recognize_experts recognized train in FP8. `revert_` undoes it."""
-    module.__class__ = FP8Experts.class_for(type(module))
+    base = FP8SortedExperts if isinstance(roles, SortedExpertsRoles) else FP8Experts
+    module.__class__ = base.class_for(type(module))
     module.recipe = recipe
     module.fused_roles = roles
     module.fused_save = save

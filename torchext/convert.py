@@ -38,9 +38,9 @@ def convert_to_fp8_training(
     torch.nn.Linear becomes a torchext.nn.Linear. A layer of a subclass that inherits the forward of
     torch.nn.Linear becomes an instance of both classes. A layer that holds its weight as
     [in_features, out_features], such as the Conv1D of transformers' GPT-2, stays one of its class.
-    Experts that a module holds as two 3-D parameters, as in transformers 5, train by grouped GEMMs
-    (docs/layers.md). So an optimizer may be created before or after the conversion. Convert before
-    torch.compile and before the model is sharded. `unconvert` undoes the conversion.
+    Experts that a module holds as 3-D parameters, as in transformers 5 and torchtitan, train by
+    grouped GEMMs (docs/layers.md). So an optimizer may be created before or after the conversion.
+    Convert before torch.compile and before the model is sharded. `unconvert` undoes the conversion.
 
     Args:
         model: any module, including a torch.nn.Linear.

@@ -18,7 +18,7 @@ from . import _conversion_rules as rules
 from ._conversion_result import ReadOnlyDict, WideParameter, indented, percent, why_wide
 from ._experts import find_experts
 from .convert import unconvert
-from .nn.experts import trains_in_fp8
+from .nn.experts import ExpertsRoles, trains_in_fp8
 from .nn.fp8_linear import FP8Linear, Mode, check_mode, quantize_linear_
 from .nn.frozen_experts import quantize_experts_
 from .nn.frozen_weights import FrozenWeights
@@ -190,7 +190,8 @@ def quantize_for_inference(
     """
     _check_arguments(model, skip, module_filter_fn)
     check_mode("quantize_for_inference", mode)
-    experts = find_experts(model)
+    found = find_experts(model)
+    experts = {fqn: roles for fqn, roles in found.items() if isinstance(roles, ExpertsRoles)}
     layers = rules.linear_layers(model, experts) | {
         name: module for name, module in model.named_modules() if isinstance(module, FrozenWeights)
     }

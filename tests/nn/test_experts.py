@@ -151,6 +151,37 @@ def test_bits_are_those_of_a_loop(device):
     assert not dup[::2].any() and not ddown[::2].any()  # no token chose these
 
 
+class Sorted(nn.Module):
+    """The same experts, called with sorted rows."""
+
+    def __init__(self, experts: Experts) -> None:
+        super().__init__()
+        gate, up = experts.gate_up_proj.detach().chunk(2, 1)
+        self.w1, self.w3 = nn.Parameter(gate.clone()), nn.Parameter(up.clone())
+        self.w2 = nn.Parameter(experts.down_proj.detach().clone())
+
+    def forward(self, x: Tensor, counts: Tensor) -> Tensor:
+        parts = zip(x.split(counts.tolist()), self.w1, self.w2, self.w3, strict=True)
+        return torch.cat([F.linear(F.silu(x @ a.T) * (x @ b.T), c) for x, a, c, b in parts])
+
+
+@every_save
+def test_sorted_rows_give_the_bits_of_choices(device, save):
+    """Each row is a token with one choice of weight 1. The last rows have no expert."""
+    plain = experts_of(k=72, i=40, device=device)
+    layer, sorted_layer = in_fp8(plain, save), in_fp8(Sorted(plain), save)
+    counts = torch.tensor([20, 0, 33, 14], device=device)
+    x = normal(70, 72, device=device)
+    ids = torch.tensor([0] * 20 + [2] * 33 + [3] * 14 + [4] * 3, device=device)[:, None]
+    y, dx, _, dup, ddown = results(layer, x, ids, torch.ones(70, 1, device=device))
+    x = x.requires_grad_()
+    got = sorted_layer(x, counts)
+    got.backward(torch.arange(y.numel(), device=device).remainder(11).view_as(y).sub(3).to(y))
+    grads = sorted_layer.w1.grad, sorted_layer.w3.grad
+    assert torch.equal(got, y) and torch.equal(gradient(x), dx)
+    assert torch.equal(torch.cat(grads, 1), dup) and torch.equal(gradient(sorted_layer.w2), ddown)
+
+
 @large
 @pytest.mark.parametrize(
     "ids",

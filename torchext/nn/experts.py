@@ -1,4 +1,4 @@
-"""Experts that hold their weights as two 3-D parameters, in FP8; a conversion makes them in place.
+"""Experts that hold their weights as 3-D parameters, in FP8; a conversion makes them in place.
 
 torchext/_experts.py tells which modules are such experts.
 """
@@ -38,6 +38,21 @@ class ExpertsRoles(NamedTuple):
     arguments: tuple[str, ...]
 
 
+class SortedExpertsRoles(NamedTuple):
+    """What the experts of a module compute whose tokens are sorted by expert.
+
+    Attributes:
+        parameters: the names of the gate [E, I, K], up [E, I, K] and down [E, K, I].
+        activation, tanh_approximation: as in torchext.ops.mlp_function.MLP.
+        arguments: the names of forward's arguments: x, and how many rows each expert has.
+    """
+
+    parameters: tuple[str, str, str]
+    activation: str
+    tanh_approximation: bool | None
+    arguments: tuple[str, ...]
+
+
 class FP8Experts(Rerouted):
     """Base of the classes that experts get.
 
@@ -52,19 +67,24 @@ class FP8Experts(Rerouted):
     """
 
     recipe: Recipe
-    fused_roles: ExpertsRoles
+    fused_roles: ExpertsRoles | SortedExpertsRoles
     fused_save: Save
     _weight_cache: WeightCache
     added = ("recipe", "fused_roles", "fused_save", "_weight_cache")
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
+        given = self._given(args, kwargs)
+        if given is not None and self._can_run(*given):
+            return self._run(*given)
+        return super().run(*args, **kwargs)
+
+    def _given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any] | None:
+        """The arguments in the order of the roles; None if there are others."""
         names = self.fused_roles.arguments
         given = dict(zip(names, args, strict=False)) | kwargs
-        if len(args) + len(kwargs) == len(given) == 3 and given.keys() == set(names):
-            x, ids, weights = (given[name] for name in names)
-            if self._can_run(x, ids, weights):
-                return self._run(x, ids, weights)
-        return super().run(*args, **kwargs)
+        if not len(args) + len(kwargs) == len(given) == len(names) or given.keys() != set(names):
+            return None
+        return [given[name] for name in names]
 
     def refresh_weight(self) -> None:
         """Drops the FP8 weights, as torchext.nn.Linear.refresh_weight does."""
@@ -84,10 +104,7 @@ class FP8Experts(Rerouted):
         return super()._apply(fn, recurse)
 
     def _can_run(self, x: Any, ids: Any, weights: Any) -> bool:
-        if torch.compiler.is_compiling():
-            if is_composed_in_graph():
-                return False
-        elif is_composed() or torch._C._len_torch_function_stack():
+        if _is_transformed():
             return False
         up, down = self._matrices()
         return (
@@ -106,6 +123,11 @@ class FP8Experts(Rerouted):
             and fit(x, down[0].t(), None)
         )
 
+    def _config(self, x: Tensor) -> MLP:
+        roles = self.fused_roles
+        dtype = output_dtype(x)
+        return MLP(roles.activation, roles.tanh_approximation, self.recipe, dtype, self.fused_save)
+
     def _matrices(self) -> list[Tensor]:
         return [getattr(self, name) for name in self.fused_roles.parameters]
 
@@ -115,10 +137,7 @@ class FP8Experts(Rerouted):
 
     def _run(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         roles, recipe = self.fused_roles, self.recipe
-        config = MLP(
-            roles.activation, roles.tanh_approximation, recipe, output_dtype(x), self.fused_save
-        )
-        parameters = self._matrices()
+        config, parameters = self._config(x), self._matrices()
         graph = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weights, *parameters))
         # Re-entrant checkpointing runs forward without gradients first, and later with them.
         for_x, for_dh = x.requires_grad, graph
@@ -139,6 +158,55 @@ class FP8Experts(Rerouted):
             for operand, parameter in zip(operands, parameters, strict=True)
         ]
         return forward_only(config, quantized, x, ids, weights)
+
+
+def _is_transformed() -> bool:
+    if torch.compiler.is_compiling():
+        return is_composed_in_graph()
+    return is_composed() or bool(torch._C._len_torch_function_stack())
+
+
+class FP8SortedExperts(FP8Experts):
+    """Base of the classes that experts get whose tokens are sorted by expert.
+
+    forward(x [S, K], counts [E]) returns [S, K]: down[e] @ (activation(gate[e] @ x) * (up[e] @ x))
+    for the rows of each expert e, one expert after another; zeros for rows beyond sum(counts).
+    Gate and up are copied side by side in every forward. DTensors are used as their local shards.
+    Where FP8Experts cannot run, the forward of the class does.
+    """
+
+    def _can_run(self, x: Any, counts: Any) -> bool:  # type: ignore[override]
+        if _is_transformed():
+            return False
+        gate, up, down = self._local()
+        return (
+            all(type(t) is Tensor and not t.is_nested for t in (x, counts))
+            and x.dim() == 2
+            and x.numel() > 0
+            and counts.dim() == 1
+            and counts.dtype in (torch.int64, torch.int32)
+            and counts.device == x.device
+            and all(type(p) in (Tensor, Parameter) and p.dim() == 3 for p in (gate, up, down))
+            and gate.shape == up.shape == down.mT.shape
+            and gate.shape[0] == counts.shape[0]
+            and gate.dtype == up.dtype
+            and fit(x, gate[0], None)
+            and fit(x, down[0].t(), None)
+        )
+
+    def _local(self) -> list[Any]:
+        """The parameters; of a DTensor the shard of this rank, as the forward of the class does."""
+        parameters: list[Any] = self._matrices()
+        return [p if type(p) in (Tensor, Parameter) else p.to_local() for p in parameters]
+
+    def _run(self, x: Tensor, counts: Tensor) -> Tensor:  # type: ignore[override]
+        config, (gate, up, down) = self._config(x), self._local()
+        both, ends = torch.cat([gate, up], 1), counts.cumsum(0, dtype=torch.int32)
+        graph = torch.is_grad_enabled() and any(t.requires_grad for t in (x, both, down))
+        if graph:
+            return ExpertsFunction.apply(x, ends, None, config, [None, None], both, down)
+        operands = [quantize_weight(p, self.recipe, transposed=False) for p in (both, down)]
+        return forward_only(config, operands, x, ends, None)
 
 
 def trains_in_fp8(module: torch.nn.Module) -> bool:

@@ -45,10 +45,11 @@ class Routing(NamedTuple):
 
     Attributes:
         order: [S], int64: the choice that each row is of; choice t * k + j is the j-th of token t.
+            None if the tokens are the rows, which the caller sorted.
         offsets: [E], int32: where each expert's rows end. Rows from offsets[-1] on have no expert.
     """
 
-    order: Tensor
+    order: Tensor | None
     offsets: Tensor
 
     @classmethod
@@ -60,10 +61,12 @@ class Routing(NamedTuple):
 
     def rows_of_tokens(self, x: Tensor, choices: int) -> Tensor:
         """x [T, K] as rows [S, K]."""
-        return x.index_select(0, self.order // choices)
+        return x if self.order is None else x.index_select(0, self.order // choices)
 
     def by_choice(self, rows: Tensor) -> Tensor:
         """rows [S, ...] in the order of the choices."""
+        if self.order is None:
+            return rows
         rows_of_choices = torch.empty_like(self.order)
         rows_of_choices[self.order] = torch.arange(self.order.shape[0], device=rows.device)
         return rows.index_select(0, rows_of_choices)
@@ -76,7 +79,11 @@ class Routing(NamedTuple):
 
 
 def experts(
-    config: MLP, routing: Routing, operands: list[Operand], q_rows: Operand, row_weights: Tensor
+    config: MLP,
+    routing: Routing,
+    operands: list[Operand],
+    q_rows: Operand,
+    row_weights: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """y [S, K], weighted, and `wide` [S, W].
 
@@ -85,12 +92,12 @@ def experts(
         routing: of the choices.
         operands: the quantized `up` [E, W, K] and `down` [E, K, I].
         q_rows: rows [S, K], quantized.
-        row_weights: [S], FP32.
+        row_weights: [S], FP32; None for ones.
     """
     up, down = operands
     wide = _by_rows(q_rows.data, q_rows.scale, (up.data, up.scale), routing, config.out_dtype)
     h, h_scale = activated(config, "", wide)
-    y_scale = _weighted(h_scale, row_weights)
+    y_scale = h_scale if row_weights is None else _weighted(h_scale, row_weights)
     return _by_rows(h, y_scale, (down.data, down.scale), routing, config.out_dtype), wide
 
 
@@ -111,16 +118,25 @@ def _by_rows(
 
 
 def forward_only(
-    config: MLP, operands: list[Operand], x: Tensor, ids: Tensor, weights: Tensor
+    config: MLP, operands: list[Operand], x: Tensor, ids: Tensor, weights: Tensor | None
 ) -> Tensor:
     """`ExpertsFunction` without gradients. Every operand is quantized."""
-    recipe, choices = config.recipe, ids.shape[1]
-    routing = Routing.of(ids, operands[0].data.shape[0])  # type: ignore[union-attr]
+    recipe = config.recipe
+    routing, choices = _routing(ids, weights, operands[0].data.shape[0])  # type: ignore[union-attr]
     rows = routing.rows_of_tokens(x, choices)
     q_rows = quantize_activation(rows, recipe.input_dtype, recipe, plain=True, transposed=False)
-    row_weights = weights.reshape(-1)[routing.order].float()
+    row_weights = _by_row(weights, routing)
     y, _ = experts(config, routing, operands, q_rows, row_weights)
     return routing.sum_of_choices(y, choices, x.dtype)
+
+
+def _routing(ids: Tensor, weights: Tensor | None, experts: int) -> tuple[Routing, int]:
+    """The routing, and the number of choices of a token."""
+    return (Routing(None, ids), 1) if weights is None else (Routing.of(ids, experts), ids.shape[1])
+
+
+def _by_row(weights: Tensor | None, routing: Routing) -> Tensor | None:
+    return None if weights is None else weights.reshape(-1)[routing.order].float()
 
 
 class ExpertsFunction(torch.autograd.Function):
@@ -128,13 +144,14 @@ class ExpertsFunction(torch.autograd.Function):
 
     apply(x [T, K], ids [T, k], weights [T, k], config, operands, up, down). An operand is None
     where the parameter is to be quantized here. Returns [T, K] in x's dtype. Gradients have the
-    dtypes of what they belong to.
+    dtypes of what they belong to. If the rows of x are sorted by expert, `weights` is None and
+    `ids` is [E], int32: where each expert's rows end.
     """
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         x, ids, weights, config, given, *parameters = inputs
-        recipe, choices = config.recipe, ids.shape[1]
+        recipe = config.recipe
         needs_x, _, needs_weights, _, _, needs_up, needs_down = ctx.needs_input_grad
         ctx.needs_wide = needs_x or needs_up
         ctx.needs_dh = ctx.needs_wide or needs_weights
@@ -143,13 +160,13 @@ class ExpertsFunction(torch.autograd.Function):
             operand or quantize_weight(parameter, recipe, transposed=needed)
             for operand, parameter, needed in zip(given, parameters, transposed, strict=True)
         ]
-        routing = Routing.of(ids, parameters[0].shape[0])
+        routing, choices = _routing(ids, weights, parameters[0].shape[0])
         rows = routing.rows_of_tokens(x, choices)
         q_rows = quantize_activation(
             rows, recipe.input_dtype, recipe, plain=True, transposed=needs_up
         )
         del rows
-        row_weights = weights.reshape(-1)[routing.order].float()
+        row_weights = _by_row(weights, routing)
         y, wide = experts(config, routing, operands, q_rows, row_weights)
         kept_wide: list[Tensor | None] = []
         if ctx.needs_dh or needs_down:
@@ -170,7 +187,8 @@ class ExpertsFunction(torch.autograd.Function):
         kept_rows = [q_rows.data_t, q_rows.scale_t] if needs_up else [None, None]
         ctx.save_for_backward(*routing, row_weights, *kept_rows, *kept_weights, *kept_wide)
         ctx.config, ctx.choices = config, choices
-        ctx.dtypes = [x.dtype, weights.dtype, *(p.dtype for p in parameters)]
+        weights_dtype = None if weights is None else weights.dtype
+        ctx.dtypes = [x.dtype, weights_dtype, *(p.dtype for p in parameters)]
         return routing.sum_of_choices(y, choices, x.dtype)
 
     @staticmethod
@@ -206,7 +224,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if needs_down:
             options["activation_dtype"] = recipe.input_dtype
         op = DECLARATIONS[f"{config.activation}_backward_quantize_1x128_dual"].handles.op
-        weighted = dh.mul_(row_weights[:, None])
+        weighted = dh if row_weights is None else dh.mul_(row_weights[:, None])
         data, scale, data_t, scale_t, _, *h_t = op(weighted, wide, **options)
         if needs_x:
             up_t = _transposed(up_t, ctx.transposes[0])
@@ -217,7 +235,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     elif needs_down:
         h_t = activated(config, "_t", wide, wide_scale)
     if needs_down:
-        weighted = dy.mul_(row_weights[:, None])
+        weighted = dy if row_weights is None else dy.mul_(row_weights[:, None])
         q_dy = quantize_activation(
             weighted, recipe.grad_dtype, recipe, plain=False, transposed=True
         )
