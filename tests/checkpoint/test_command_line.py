@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from support.checkpoint_testing import load, save
+from torchext import checkpoint
 from torchext.checkpoint.__main__ import main
 from torchext.checkpoint.patterns import Patterns
 
@@ -59,6 +60,13 @@ def test_the_module_runs(tmp_path):
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert run.stdout.startswith(f"{wide}: wide\ntensors: 1 in 1 files\n") and not run.stderr
+
+
+def test_a_terminal_gets_a_progress_bar(tmp_path, monkeypatch, capsys):
+    wide = save(tmp_path / "wide", {"a.up.weight": torch.randn(128, 128)})
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    checkpoint.quantize(wide, tmp_path / "fp8")
+    assert "[##############################] 0.00 of 0.00 GB" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

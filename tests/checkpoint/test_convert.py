@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -316,6 +318,39 @@ def test_per_tensor_scales_of_experts(tmp_path):
     checkpoint.dequantize(tmp_path / "fp8", tmp_path / "wide", experts="one_by_one")
     wide = load(tmp_path / "wide")["m.experts.1.down_proj.weight"]
     assert same(wide, (data[1].float() * scale[1]).bfloat16())
+
+
+def test_experts_that_cannot_be_split(tmp_path):
+    tensors = {"m.experts.gate_up_proj": torch.randn(2, K, 512)}  # transposed
+    tensors["m.experts.down_proj"] = torch.randn(2, 256, K)
+    wide = save(tmp_path / "wide", tensors)
+    with pytest.raises(checkpoint.CheckpointError, match=r"gate_up_proj in .*transposed"):
+        checkpoint.quantize(wide, tmp_path / "fp8", experts="one_by_one")
+    tensors = {"m.experts.gate_up_proj": torch.randn(2, 512, K)}
+    tensors["m.experts.gate_up_proj_bias"] = torch.randn(2, 512)
+    wide = save(tmp_path / "biased", tensors)
+    with pytest.raises(checkpoint.CheckpointError, match=r"gate_up_proj in .*no bias"):
+        checkpoint.quantize(wide, tmp_path / "fp8", experts="one_by_one")
+    checkpoint.quantize(wide, tmp_path / "fp8")
+
+
+def test_other_files(tmp_path):
+    """What other files say of the source's quantization must not reach the result."""
+    tensors = {"a.up.weight": fp8(128, K), "a.up.qscale_weight": scales()}
+    source = save(tmp_path / "fp8", tensors)
+    (source / "params.json").write_text(
+        '{"dim": 192, "quantization": {"qformat_weight": "fp8_e4m3"}}'
+    )
+    (source / "hf_quant_config.json").write_text("{}")
+    (source / "pytorch_model.bin").write_bytes(b"weights")
+    (source / ".cache").mkdir()
+    (source / "assets").mkdir()
+    (source / "assets/chat.jinja").write_text("{{ x }}")
+    # within the source, which must not be copied into itself
+    result = checkpoint.dequantize(source, source / "wide")
+    assert result.copied == ("params.json", "tokenizer.json", "assets/chat.jinja")
+    assert json.loads((source / "wide/params.json").read_text()) == {"dim": 192}
+    assert (source / "wide/assets/chat.jinja").read_text() == "{{ x }}"
 
 
 def test_one_file_is_a_checkpoint(tmp_path):

@@ -258,9 +258,6 @@ def test_an_interrupted_conversion_goes_on(tmp_path, monkeypatch):
         checkpoint.quantize(**arguments, pow2_scale=True)
     finished = {file: file.stat().st_mtime_ns for file in partial.glob("*.safetensors")}
     truncate(partial / "model-00002-of-00004.safetensors")  # by a crash of the machine
-    with pytest.raises(CheckpointError, match=r"model-00002-of-00004\.safetensors must be a whole"):
-        checkpoint.quantize(**arguments)
-    (partial / "model-00002-of-00004.safetensors").unlink()
     result = checkpoint.quantize(**arguments)
     assert result.resumed_files == 1 and result.files == 4 and not partial.exists()
     first = tmp_path / "fp8/model-00001-of-00004.safetensors"

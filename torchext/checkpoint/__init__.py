@@ -5,7 +5,7 @@
 - `quantize_state_dict(named_tensors)` gives the same bits for tensors in memory.
 - `python -m torchext.checkpoint inspect|convert|verify PATH` does the same from a shell.
 
-Needs safetensors: `pip install torchext[checkpoint]`. docs/checkpoints.md lists the formats.
+Needs safetensors: `pip install torchext-fp8[checkpoint]`. docs/checkpoints.md lists the formats.
 """
 
 from .conversion import Conversion, convert, dequantize, quantize

@@ -59,7 +59,10 @@ def _parser() -> argparse.ArgumentParser:
     to.add_argument("--wide-dtype", choices=_DTYPES, help="round every tensor to this first")
     to.add_argument("--experts", choices=EXPERTS, default="keep")
     to.add_argument("--requantize", action="store_true", help="allow rounding a second time")
-    to.add_argument("--allow-unmatched", action="store_true", help="of patterns")
+    for command in (check, to):
+        command.add_argument(
+            "--allow-unmatched", action="store_true", help="patterns may match nothing"
+        )
     to.add_argument("--max-shard-size", type=_size, default=5 * 10**9, metavar="SIZE")
     return parser
 
@@ -72,6 +75,7 @@ def _run(args: argparse.Namespace) -> tuple[Inspection | Verification | Conversi
     if args.command == "verify":
         verified = verify(
             args.path, original=args.original, min_sqnr=args.min_sqnr,
+            allow_unmatched=args.allow_unmatched,
             weight_block_size=block, gate_up=args.gate_up,
         )  # fmt: skip
         return verified, 0 if verified.ok else 1

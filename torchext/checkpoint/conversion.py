@@ -36,6 +36,7 @@ class Conversion:
         files: how many files of tensors were written, with those finished before an interruption.
         resumed_files: how many of them were finished before.
         bytes_before, bytes_after: of all tensors.
+        config: whether config.json was written; it is not if the source has none.
         copied: other files that were copied.
     """
 
@@ -54,6 +55,7 @@ class Conversion:
     resumed_files: int
     bytes_before: int
     bytes_after: int
+    config: bool
     copied: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -81,6 +83,10 @@ class Conversion:
             lines.append(f"scales: {self.scales} read, {self.scales} applied")
         if self.resumed_files:
             lines.append(f"went on behind {self.resumed_files} files that were finished")
+        if not self.config:
+            lines.append(
+                "config.json: none, as in the source; loaders need one with quantization_config"
+            )
         if self.dropped:
             lines.append(f"dropped: {len(self.dropped)} static scales of activations")
         lines += pattern_lines(self.patterns)
@@ -203,6 +209,7 @@ def _convert(checkpoint: Checkpoint, target: Path, options: Options) -> Conversi
         resumed_files=resumed,
         bytes_before=sum(entry.nbytes for entry in checkpoint.entries.values()),
         bytes_after=sum(spec.nbytes for step in plan.steps for spec in step.outputs),
+        config=bool(config),
         copied=tuple(copied),
     )
 

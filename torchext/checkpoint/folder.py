@@ -10,7 +10,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .files import CONFIG, INDEX, Checkpoint, CheckpointError, Reader, ShardWriter, open_checkpoint
+from .files import (
+    CONFIG,
+    INDEX,
+    Checkpoint,
+    CheckpointError,
+    Reader,
+    ShardWriter,
+    open_checkpoint,
+    read_json,
+)
 from .plan import Options, Plan, shapes_of
 from .progress import Progress
 from .steps import Step
@@ -18,6 +27,9 @@ from .steps import Step
 _STATE = ".torchext_conversion.json"
 # Weights in other files would contradict the new ones.
 _WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
+# Files beside config.json that say how weights are quantized, as of the source.
+_QUANTIZATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
+_PARAMS = "params.json"  # Mistral's config.json, with its own `quantization`
 _INDEXES = (".safetensors.index.json", ".bin.index.json")
 
 
@@ -54,7 +66,10 @@ class Unfinished:
     def _is_finished(self, name: str) -> bool:
         if not (self.folder / name).exists():
             return False
-        found = open_checkpoint(self.folder / name).entries.values()
+        try:
+            found = open_checkpoint(self.folder / name).entries.values()
+        except CheckpointError:
+            return False  # the machine stopped before the file was on the disk: written again
         return {e.name: (e.dtype, e.shape) for e in found} == shapes_of(self._shards[name])
 
     def _require_space(self) -> None:
@@ -139,11 +154,18 @@ class Unfinished:
             for name in sorted(files):
                 file = Path(root) / name
                 relative = file.relative_to(source)
-                if name.endswith((*_WEIGHT_FILES, *_INDEXES)) or str(relative) == CONFIG:
+                if name.endswith((*_WEIGHT_FILES, *_INDEXES)):
+                    continue
+                if str(relative) in (CONFIG, *_QUANTIZATION_FILES):
                     continue
                 to = self.folder / relative
                 to.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(file, to)
+                if str(relative) == _PARAMS:
+                    params = read_json(file)
+                    params.pop("quantization", None)
+                    _write(to, json.dumps(params, indent=2) + "\n")
+                else:
+                    shutil.copyfile(file, to)
                 copied.append(str(relative))
         return copied
 

@@ -287,7 +287,7 @@ def unmatched_problems(patterns: Patterns, argument: str) -> list[str]:
     """A sentence for each pattern that matched nothing."""
     return [
         f"{argument} must have patterns that match a module (got {pattern!r}, which matches none "
-        "of the checkpoint's); correct or remove it"
+        "of the checkpoint's); correct or remove it, or pass allow_unmatched=True"
         for pattern in patterns.unmatched
     ]
 

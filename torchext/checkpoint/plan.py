@@ -11,6 +11,7 @@ import torch
 from .._dispatch.layout import GROUP
 from .files import NAME_OF, Checkpoint, CheckpointError, Entry
 from .formats import (
+    GATE_UP,
     WIDE,
     Pairing,
     Weight,
@@ -159,6 +160,8 @@ def make_plan(checkpoint: Checkpoint, options: Options) -> Plan:
             f"{checkpoint.path} must have weights to convert to {options.to} (got "
             f"{len(plan.steps)} tensors, none of which would change); see `inspect`"
         )
+    if options.experts == "one_by_one":
+        _require_orientation(checkpoint.entries)
     _require_one_each(plan)
     return plan
 
@@ -209,6 +212,26 @@ def _plan_wide(plan: Plan, entry: Entry, options: Options) -> None:
         plan.steps.append(Widen(WideRows(entry, cast), parts))
         return
     plan.steps.append(Copy(entry, NAME_OF[cast] if cast else entry.dtype))
+
+
+def _require_orientation(entries: Mapping[str, Entry]) -> None:
+    """Experts that are split must be [E, 2I, H] and [E, H, I], with gate before up."""
+    for name, entry in entries.items():
+        if not (name.endswith(GATE_UP) and is_of_experts(name, entry.shape)):
+            continue
+        matrices, rows, columns = entry.shape
+        down = entries.get(name.removesuffix(GATE_UP) + "down_proj")
+        expected = (matrices, columns, rows // 2)
+        if down is not None and down.shape != expected:
+            raise CheckpointError(
+                f"{entry.where} must be [E, 2I, H] to be split into experts (got "
+                f"{list(entry.shape)} with {down}); it is transposed, so keep it in 3-D"
+            )
+        if f"{name}_bias" in entries:
+            raise CheckpointError(
+                f"{entry.where} must have no bias to be split into experts (got {name}_bias); keep "
+                "it in 3-D"
+            )
 
 
 def _require_one_each(plan: Plan) -> None:

@@ -85,6 +85,7 @@ def verify(
     *,
     original: str | os.PathLike[str] | None = None,
     min_sqnr: float = 25.0,
+    allow_unmatched: bool = False,
     weight_block_size: tuple[int, int] | None = None,
     gate_up: str | None = None,
 ) -> Verification:
@@ -100,7 +101,7 @@ def verify(
         original: the wide checkpoint that this one was quantized from.
         min_sqnr: in dB; an FP8 weight whose error against `original` is larger is a problem.
             e4m3 with 128x128 blocks has about 31 dB.
-        weight_block_size, gate_up: as in `convert`.
+        allow_unmatched, weight_block_size, gate_up: as in `convert`.
 
     Raises:
         CheckpointError: a file is missing, truncated or damaged, or the index disagrees with the
@@ -109,10 +110,9 @@ def verify(
     checkpoint = open_checkpoint(path)
     pairing = pair(checkpoint, weight_block_size, gate_up)
     origins = _origins(open_checkpoint(original)) if original is not None else None
-    problems = [
-        *pairing.problems,
-        *unmatched_problems(pairing.patterns, "quantization_config of config.json"),
-    ]
+    problems = list(pairing.problems)
+    if not allow_unmatched:
+        problems += unmatched_problems(pairing.patterns, "quantization_config of config.json")
     weights = pairing.weights.values()
     progress = Progress("verifying", sum(weight.entry.nbytes for weight in weights))
     reader, of_original = Reader(), Reader()
