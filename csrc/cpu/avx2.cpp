@@ -68,6 +68,7 @@ struct Avx2 {
   static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
   static F div(F a, F b) { return _mm256_div_ps(a, b); }
   static F fmadd(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  static F fmsub(F a, F b, F c) { return _mm256_fmsub_ps(a, b, c); }
   static F fnmadd(F a, F b, F c) { return _mm256_fnmadd_ps(a, b, c); }
 
   static I zip8_low(I a, I b) { return _mm256_unpacklo_epi8(a, b); }
@@ -135,11 +136,24 @@ struct Avx2 {
       _mm_storeu_si128(reinterpret_cast<__m128i*>(to), half);
   }
 
-  static I pack_s32(I a, I b) { return _mm256_packs_epi32(a, b); }
-  static I pack_s16(I a, I b) { return _mm256_packs_epi16(a, b); }
-  // Two rounds of packing have interleaved the lanes of four registers.
-  static I packed32_in_order(I a) {
+  // The low and the high halves of each word of two registers, in an order that joined_in_order
+  // undoes after two rounds.
+  static I low_words(I a, I b) {
+    return _mm256_packus_epi32(and_(a, set32(0xffff)), and_(b, set32(0xffff)));
+  }
+  static I high_words(I a, I b) { return _mm256_packus_epi32(srl32<16>(a), srl32<16>(b)); }
+  static I low_bytes(I a, I b) {
+    return _mm256_packus_epi16(and_(a, set16(0xff)), and_(b, set16(0xff)));
+  }
+  static I high_bytes(I a, I b) { return _mm256_packus_epi16(srl16<8>(a), srl16<8>(b)); }
+  static I joined_in_order(I a) {
     return _mm256_permutevar8x32_epi32(a, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+  }
+  // The largest power of two of at most |a|, but at least that of kLeast, with the sign of a.
+  template <uint32_t kLeast>
+  static F signed_power(F a) {
+    const I power = max_s32(and_(as_int(a), set32(0x7f800000)), set32(kLeast));
+    return as_float(_mm256_or_si256(power, and_(as_int(a), set32(0x80000000))));
   }
   // `code` with the sign bits of `sign`.
   static I merge_sign(I code, I sign) { return _mm256_or_si256(code, and_(sign, set8(0x80))); }

@@ -1,16 +1,21 @@
 // The operations of loops.h on AVX-512 registers, with byte permutes if kVbmi. Included by
 // avx512.cpp and avx512_vbmi.cpp under their `#pragma GCC target`.
 
-#if TORCHEXT_VBMI
-struct Bytes {
-  uint8_t at[64];
+// The indices of every second element.
+template <class T>
+struct Indices {
+  T at[64 / sizeof(T)];
 };
-constexpr Bytes every_second(int first) {
-  Bytes bytes{};
-  for (int i = 0; i < 64; ++i) bytes.at[i] = uint8_t(2 * i + first);
-  return bytes;
+template <class T>
+constexpr Indices<T> every_second(int first) {
+  Indices<T> indices{};
+  for (int i = 0; i < int(64 / sizeof(T)); ++i) indices.at[i] = T(2 * i + first);
+  return indices;
 }
-alignas(64) constexpr Bytes kEven = every_second(0), kOdd = every_second(1);
+alignas(64) constexpr auto kEvenWords = every_second<uint16_t>(0);
+alignas(64) constexpr auto kOddWords = every_second<uint16_t>(1);
+#if TORCHEXT_VBMI
+alignas(64) constexpr auto kEven = every_second<uint8_t>(0), kOdd = every_second<uint8_t>(1);
 #endif
 
 // Half registers, for transposes: 32 rows, as whole registers would take, are more than 8 ways of
@@ -79,6 +84,7 @@ struct Avx512 {
   static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
   static F div(F a, F b) { return _mm512_div_ps(a, b); }
   static F fmadd(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static F fmsub(F a, F b, F c) { return _mm512_fmsub_ps(a, b, c); }
   static F fnmadd(F a, F b, F c) { return _mm512_fnmadd_ps(a, b, c); }
 
   static I zip8_low(I a, I b) { return _mm512_unpacklo_epi8(a, b); }
@@ -153,12 +159,28 @@ struct Avx512 {
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), half);
   }
 
-  static I pack_s32(I a, I b) { return _mm512_packs_epi32(a, b); }
-  static I pack_s16(I a, I b) { return _mm512_packs_epi16(a, b); }
-  // Two rounds of packing have interleaved the lanes of four registers.
-  static I packed32_in_order(I a) {
-    const I index = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    return _mm512_permutexvar_epi32(index, a);
+  // The low and the high halves of each word of two registers, in an order that joined_in_order
+  // undoes after two rounds.
+  static I low_words(I a, I b) { return _mm512_permutex2var_epi16(a, load(kEvenWords.at), b); }
+  static I high_words(I a, I b) { return _mm512_permutex2var_epi16(a, load(kOddWords.at), b); }
+#if TORCHEXT_VBMI
+  static I low_bytes(I a, I b) { return _mm512_permutex2var_epi8(a, load(kEven.at), b); }
+  static I high_bytes(I a, I b) { return _mm512_permutex2var_epi8(a, load(kOdd.at), b); }
+  static I joined_in_order(I a) { return a; }
+#else
+  static I low_bytes(I a, I b) {
+    return _mm512_packus_epi16(and_(a, set16(0xff)), and_(b, set16(0xff)));
+  }
+  static I high_bytes(I a, I b) { return _mm512_packus_epi16(srl16<8>(a), srl16<8>(b)); }
+  static I joined_in_order(I a) {
+    return _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7), a);
+  }
+#endif
+  // The largest power of two of at most |a|, but at least that of kLeast, with the sign of a.
+  template <uint32_t kLeast>
+  static F signed_power(F a) {
+    const F power = as_float(and_(as_int(a), set32(0xff800000)));
+    return _mm512_range_ps(power, as_float(set32(kLeast)), 3);  // larger magnitude, first's sign
   }
   // `code` with the sign bits of `sign`.
   static I merge_sign(I code, I sign) {

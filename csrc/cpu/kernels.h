@@ -55,6 +55,11 @@ struct Kernels {
   // y = data * scales; each scale serves 128 columns.
   void (*dequantize[2][3])(const uint8_t* data, int64_t cols, const float* scales, void* y,
                            bool stream);  // [e5m2][dtype_index]
+  // Quantizes `rows` <= 128 rows of 128 elements whose columns are scale groups: codes[r * 128 + c],
+  // and a scale for each column. False, and then without a result, if a scale is NaN or too small for
+  // the kernel: the caller then transposes x. [e5m2]
+  bool (*columns[2])(const float* x, int64_t stride, int rows, uint32_t dropped_mantissa,
+                     uint8_t* codes, float* scales, const Ahead& ahead);
   // to[c * 128 + r] = from[r, c] for at most 128 x 128 elements of 2 or 4
   // bytes.
   void (*transpose16)(const void* from, int64_t stride, int rows, int cols, void* to);

@@ -8,11 +8,12 @@
 // elements, which become one register of codes. V::Squares has the registers that transpose tiles.
 //
 //   groups      16 groups at a time: their largest magnitudes, their scales, then encode for each
+//   columns     the same for all columns of a tile at once
 //   encode      BF16: significands by look-up, exponents by saturating byte arithmetic. A step with
 //               codes that might be subnormal, and other dtypes: FP32 quotients by Markstein's method
 //   dequantize  to BF16: products with the 16 (E5M2: 8) smallest codes, look-ups, and exponents added
 //               as integers. To other dtypes: FP32 products
-//   transpose   each lane holds rows of another square of 16 bytes; log2(16) rounds of interleaving
+//   transpose   transpose_loops.h
 
 template <class In>
 constexpr bool kIsBf16 = std::is_same_v<In, BFloat16>;
@@ -139,52 +140,55 @@ float scale_for(uint32_t magnitude, uint32_t dropped_mantissa) {
 
 // ---- FP8 codes of FP32 quotients ----
 
-// The codes of V::kBytes quotients. kDivide: by true division, for scales below
-// 2^-64; otherwise Markstein's method, whose remainder does not underflow for
-// any quotient that is not zero in FP8.
-template <class V, class In, class Out, bool kDivide>
+// What some elements are divided by.
+template <class V>
+struct Divisor {
+  typename V::F scale, reciprocal;
+};
+
+// The codes of V::kBytes quotients; divisor(0) to divisor(3) are those of each quarter. kDivide: by
+// true division, for scales below 2^-64; otherwise Markstein's method, whose remainder does not
+// underflow for any quotient that is not zero in FP8.
+//
+// As in SmallFloat::encode_finite (runtime/formats.h), adding a power of two rounds the quotient. That
+// power has the quotient's sign. So the sum is that of the code, and has the power's exponent in its
+// high bits and the significand in its low bits.
+template <class V, class In, class Out, bool kDivide, class Divisors>
 inline __attribute__((always_inline)) typename V::I encode_step(const typename In::Bits* x,
-                                                                typename V::F scale,
-                                                                typename V::F reciprocal) {
+                                                                const Divisors& divisor) {
   using I = typename V::I;
   using F = typename V::F;
   constexpr int kMantissa = kIsE5m2<Out> ? 2 : 3;
   constexpr int kDropped = 23 - kMantissa;
-  constexpr uint32_t kLeastExponent = uint32_t(kIsE5m2<Out> ? 113 : 121) << 23;
-  const auto word = [&](int part, I& sign) {
+  constexpr uint32_t kLeastExponent = kIsE5m2<Out> ? 113 : 121;
+  I sums[4];
+  for (int part = 0; part < 4; ++part) {
     const F wide = V::template load_wide<In>(x + part * (V::kBytes / 4));
-    sign = V::as_int(wide);
-    const F magnitude = V::as_float(V::and_(sign, V::set32(0x7fffffff)));
+    const auto [scale, reciprocal] = divisor(part);
     F quotient;
     if constexpr (kDivide) {
-      quotient = V::div(magnitude, scale);
-    } else {
-      quotient = V::mul(magnitude, reciprocal);
-      const F remainder = V::fnmadd(quotient, scale, magnitude);
-      quotient = V::fmadd(remainder, reciprocal, quotient);
+      quotient = V::div(wide, scale);
+    } else {  // in this form, -0 stays -0
+      const F estimate = V::mul(wide, reciprocal);
+      quotient = V::fnmadd(V::fmsub(estimate, scale, wide), reciprocal, estimate);
     }
-    // SmallFloat::encode_finite (runtime/formats.h), except for a constant.
-    const I exponent =
-        V::max_s32(V::and_(V::as_int(quotient), V::set32(kInfinityBits)), V::set32(kLeastExponent));
-    const I rounder = V::add32(exponent, V::set32(uint32_t(kDropped) << 23));
-    const I rounded = V::as_int(V::add(quotient, V::as_float(rounder)));
-    return V::add32(V::template srl32<kDropped>(exponent), V::sub32(rounded, rounder));
-  };
-  I sign[4];
-  const I code0 = word(0, sign[0]), code1 = word(1, sign[1]);
-  const I code2 = word(2, sign[2]), code3 = word(3, sign[3]);
-  const I excess = V::set16(uint16_t(kLeastExponent >> kDropped));
-  const I low = V::sub16(V::pack_s32(code0, code1), excess);
-  const I high = V::sub16(V::pack_s32(code2, code3), excess);
-  const I signs = V::pack_s16(V::pack_s32(sign[0], sign[1]), V::pack_s32(sign[2], sign[3]));
-  return V::packed32_in_order(V::merge_sign(V::pack_s16(low, high), signs));
+    const F power = V::template signed_power<kLeastExponent << 23>(quotient);
+    sums[part] = V::as_int(V::fmadd(power, V::setf(float(1 << kDropped)), quotient));
+  }
+  const I high0 = V::high_words(sums[0], sums[1]), high1 = V::high_words(sums[2], sums[3]);
+  const I code0 = V::add16(V::template srl16<7 - kMantissa>(high0), V::low_words(sums[0], sums[1]));
+  const I code1 = V::add16(V::template srl16<7 - kMantissa>(high1), V::low_words(sums[2], sums[3]));
+  const I code = V::low_bytes(code0, code1);
+  const I excess = V::set8(uint8_t((kLeastExponent + kDropped) << kMantissa));
+  return V::joined_in_order(V::merge_sign(V::sub8(code, excess), V::high_bytes(high0, high1)));
 }
 
 // A step that a look-up cannot encode.
 template <class V, class In, class Out>
 __attribute__((noinline)) void encode_exactly(const typename In::Bits* x, float scale,
                                               uint8_t* to) {
-  V::store(to, encode_step<V, In, Out, false>(x, V::setf(scale), V::setf(1.0f / scale)));
+  const Divisor<V> divisor{V::setf(scale), V::setf(1.0f / scale)};
+  V::store(to, encode_step<V, In, Out, false>(x, [&](int) { return divisor; }));
 }
 
 // The first n elements of a step, and zeros. Not inlined: GCC 12 warns of such a loop where it never
@@ -232,28 +236,37 @@ inline __attribute__((always_inline)) void encode_tabulated(const typename In::B
       });
 }
 
+// data = x / scale by the reciprocal of the scale.
+constexpr float kLeastMultiplied = 0x1p-64f;  // scale
+template <class V, class In, class Out>
+inline __attribute__((always_inline)) void encode_multiplied(const typename In::Bits* x, int64_t n,
+                                                             float scale, float reciprocal,
+                                                             uint8_t* data, bool stream) {
+  const Divisor<V> divisor{V::setf(scale), V::setf(reciprocal)};
+  for_each_step<V>(x, n, data, stream,
+                   [&](const typename In::Bits* from) __attribute__((always_inline)) {
+                     return encode_step<V, In, Out, false>(from, [&](int) { return divisor; });
+                   });
+}
+
 // data = x / scale.
 template <class V, class In, class Out>
 inline __attribute__((always_inline)) void encode_run(const typename In::Bits* x, int64_t n,
                                                       float scale, const Significands& tables,
                                                       uint8_t* data, bool stream) {
   using Bits = typename In::Bits;
-  using F = typename V::F;
   if constexpr (kIsBf16<In>) {
     if (scale >= kLeastTabulated)
       return encode_tabulated<V, In, Out>(
           x, n, scale, significand_key(scale),
           uint8_t((bits_of(scale) >> 23) - exponents_below(kIsE5m2<Out>)), tables, data, stream);
   }
-  if (scale >= 0x1p-64f) {
-    const F divisor = V::setf(scale), reciprocal = V::setf(1.0f / scale);
-    for_each_step<V>(x, n, data, stream, [&](const Bits* from) __attribute__((always_inline)) {
-      return encode_step<V, In, Out, false>(from, divisor, reciprocal);
-    });
+  if (scale >= kLeastMultiplied) {
+    encode_multiplied<V, In, Out>(x, n, scale, 1.0f / scale, data, stream);
   } else if (scale == scale) {
-    const F divisor = V::setf(scale);
+    const Divisor<V> divisor{V::setf(scale), V::setf(scale)};
     for_each_step<V>(x, n, data, stream, [&](const Bits* from) __attribute__((always_inline)) {
-      return encode_step<V, In, Out, true>(from, divisor, divisor);
+      return encode_step<V, In, Out, true>(from, [&](int) { return divisor; });
     });
   } else {
     std::memset(data, 0x7f, size_t(n));
@@ -295,6 +308,21 @@ struct Quantize {
             encode_tabulated<V, In, Out>(x + (first + i) * x_stride, n, batch[i], keys[i],
                                          uint8_t(bases[i]), tables,
                                          data + (first + i) * data_stride, kStream);
+          }
+          continue;
+        }
+      } else {
+        float reciprocals[kBatch];
+        uint32_t multiplied = 1;
+        for (int i = 0; i < kBatch; ++i) {
+          reciprocals[i] = 1.0f / batch[i];
+          multiplied &= batch[i] >= kLeastMultiplied;
+        }
+        if (multiplied) {
+          for (int i = 0; i < count; ++i) {
+            ahead.fetch(first + i);
+            encode_multiplied<V, In, Out>(x + (first + i) * x_stride, n, batch[i], reciprocals[i],
+                                          data + (first + i) * data_stride, kStream);
           }
           continue;
         }
@@ -345,6 +373,46 @@ struct Quantize {
 
   static constexpr QuantizeKernels kernels() { return {groups, amax, scale, encode}; }
 };
+
+// Quantizes the columns of a tile; see Kernels::columns.
+template <class V, class Out>
+bool quantize_columns(const float* tile, int64_t stride, int rows, uint32_t dropped_mantissa,
+                      uint8_t* codes, float* scales, const Ahead& ahead) {
+  using M = Magnitudes<V, uint32_t>;
+  using I = typename V::I;
+  const auto* x = reinterpret_cast<const uint32_t*>(tile);
+  constexpr int kQuarter = M::kElements;
+  alignas(64) uint32_t largest[kTile];
+  for (int step = 0; step < kTile; step += V::kBytes) {
+    I quarters[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
+    for (int row = 0; row < rows; ++row)
+      for (int i = 0; i < 4; ++i)
+        quarters[i] = M::larger(quarters[i], M::load(x + row * stride + step + i * kQuarter));
+    for (int i = 0; i < 4; ++i)
+      V::store(largest + step + i * kQuarter, V::template srl32<1>(quarters[i]));
+  }
+  alignas(64) float reciprocals[kTile];
+  uint32_t multiplied = 1;
+  for (int i = 0; i < kTile; ++i) {
+    scales[i] = scale_for<Float, Out>(largest[i], dropped_mantissa);
+    reciprocals[i] = 1.0f / scales[i];
+    multiplied &= scales[i] >= kLeastMultiplied;
+  }
+  if (!multiplied) return false;
+  for (int step = 0; step < kTile; step += V::kBytes) {
+    Divisor<V> divisors[4];
+    for (int i = 0; i < 4; ++i)
+      divisors[i] = {V::as_float(V::load(scales + step + i * kQuarter)),
+                     V::as_float(V::load(reciprocals + step + i * kQuarter))};
+    for (int row = 0; row < rows; ++row) {
+      if (step == 0) ahead.fetch(row);
+      V::store(codes + row * kTile + step,
+               encode_step<V, Float, Out, false>(x + row * stride + step,
+                                                 [&](int part) { return divisors[part]; }));
+    }
+  }
+  return true;
+}
 
 // ---- dequantization ----
 
@@ -433,94 +501,7 @@ struct Dequantize {
   }
 };
 
-// ---- transposes ----
-
-template <class V, int kSize>
-inline __attribute__((always_inline)) void interleave(typename V::I a, typename V::I b,
-                                                      typename V::I& low, typename V::I& high) {
-  if constexpr (kSize == 1) {
-    low = V::zip8_low(a, b);
-    high = V::zip8_high(a, b);
-  } else if constexpr (kSize == 2) {
-    low = V::zip16_low(a, b);
-    high = V::zip16_high(a, b);
-  } else {
-    low = V::zip32_low(a, b);
-    high = V::zip32_high(a, b);
-  }
-}
-
-// Transposes a square of n = 16 / kSize rows in each lane. Each round
-// interleaves rows i and i + n/2 into rows 2i and 2i + 1, which moves one bit
-// of each element's row index to its column index.
-template <class V, int kSize>
-inline __attribute__((always_inline)) void transpose_lanes(typename V::I (&rows)[16 / kSize]) {
-  constexpr int n = 16 / kSize;
-  for (int size = 1; size < n; size *= 2) {
-    typename V::I next[n];
-    for (int i = 0; i < n / 2; ++i)
-      interleave<V, kSize>(rows[i], rows[i + n / 2], next[2 * i], next[2 * i + 1]);
-    for (int i = 0; i < n; ++i) rows[i] = next[i];
-  }
-}
-
-// to[c * to_stride + r] = from[r * from_stride + c], strides in bytes. Whole
-// registers only: rows and cols are multiples of V::kBytes / kSize and of 16 /
-// kSize.
-template <class V, int kSize>
-void transpose_whole(const uint8_t* from, int64_t from_stride, int rows, int cols, uint8_t* to,
-                     int64_t to_stride, bool stream) {
-  constexpr int n = 16 / kSize, kRows = V::kBytes / kSize;
-  for (int row = 0; row < rows; row += kRows) {
-    const uint8_t* part = from + row * from_stride;
-    for (int col = 0; col < cols; col += n) {
-      typename V::I square[n];
-      for (int i = 0; i < n; ++i)
-        square[i] = V::load_lanes(part + i * from_stride + col * kSize, n * from_stride);
-      transpose_lanes<V, kSize>(square);
-      for (int i = 0; i < n; ++i)
-        put<V>(to + (col + i) * to_stride + row * kSize, square[i], stream);
-    }
-  }
-}
-
-template <class V, class Bits>
-void transpose_part(const Bits* from, int64_t from_stride, int rows, int cols, Bits* to,
-                    int64_t to_stride, bool stream) {
-  constexpr int kSize = int(sizeof(Bits)), n = 16 / kSize, kRows = V::kBytes / kSize;
-  const int whole_rows = rows / kRows * kRows, whole_cols = cols / n * n;
-  transpose_whole<V, kSize>(reinterpret_cast<const uint8_t*>(from), from_stride * kSize, whole_rows,
-                            whole_cols, reinterpret_cast<uint8_t*>(to), to_stride * kSize, stream);
-  for (int row = 0; row < rows; ++row)
-    for (int col = row < whole_rows ? whole_cols : 0; col < cols; ++col)
-      to[col * to_stride + row] = from[row * from_stride + col];
-}
-
-template <class V, class Bits>
-void transpose_tile(const void* from, int64_t stride, int rows, int cols, void* to) {
-  transpose_part<V, Bits>(static_cast<const Bits*>(from), stride, rows, cols,
-                          static_cast<Bits*>(to), kTile, false);
-}
-
-template <class V>
-void transpose_codes(const uint8_t* from, int rows, int cols, uint8_t* to, int64_t to_stride,
-                     bool stream) {
-  if (stream)
-    transpose_part<V, uint8_t>(from, kTile, rows, cols, to, to_stride, true);
-  else
-    transpose_part<V, uint8_t>(from, kTile, rows, cols, to, to_stride, false);
-}
-
-template <class V>
-void copy_codes(const uint8_t* from, int rows, int cols, uint8_t* to, int64_t to_stride,
-                bool stream) {
-  for (int row = 0; row < rows; ++row, from += kTile, to += to_stride) {
-    if (cols == kTile && stream)
-      for (int i = 0; i < kTile; i += V::kBytes) V::stream(to + i, V::load(from + i));
-    else
-      std::memcpy(to, from, size_t(cols));
-  }
-}
+#include "transpose_loops.h"
 
 template <class V>
 constexpr Kernels make_kernels() {
@@ -532,6 +513,7 @@ constexpr Kernels make_kernels() {
         Dequantize<V, E4M3, Float>::kernel},
        {Dequantize<V, E5M2, BFloat16>::kernel, Dequantize<V, E5M2, Half>::kernel,
         Dequantize<V, E5M2, Float>::kernel}},
+      {quantize_columns<V, E4M3>, quantize_columns<V, E5M2>},
       transpose_tile<typename V::Squares, uint16_t>,
       transpose_tile<typename V::Squares, uint32_t>,
       transpose_codes<V>,

@@ -72,6 +72,7 @@ struct Neon {
   static F mul(F a, F b) { return vmulq_f32(a, b); }
   static F div(F a, F b) { return vdivq_f32(a, b); }
   static F fmadd(F a, F b, F c) { return vfmaq_f32(c, a, b); }
+  static F fmsub(F a, F b, F c) { return vfmaq_f32(vnegq_f32(c), a, b); }
   static F fnmadd(F a, F b, F c) { return vfmsq_f32(c, a, b); }
 
   static I zip8_low(I a, I b) { return vzip1q_u8(a, b); }
@@ -125,14 +126,19 @@ struct Neon {
     vst1_u8(to, vreinterpret_u8_f16(vcvt_f16_f32(a)));
   }
 
-  static I pack_s32(I a, I b) {
-    return bytes(vcombine_s16(vqmovn_s32(as_s32(a)), vqmovn_s32(as_s32(b))));
+  // The low and the high halves of each word of two registers, in an order that joined_in_order
+  // undoes after two rounds.
+  static I low_words(I a, I b) { return bytes(vuzp1q_u16(as16(a), as16(b))); }
+  static I high_words(I a, I b) { return bytes(vuzp2q_u16(as16(a), as16(b))); }
+  static I low_bytes(I a, I b) { return vuzp1q_u8(a, b); }
+  static I high_bytes(I a, I b) { return vuzp2q_u8(a, b); }
+  static I joined_in_order(I a) { return a; }
+  // The largest power of two of at most |a|, but at least that of kLeast, with the sign of a.
+  template <uint32_t kLeast>
+  static F signed_power(F a) {
+    const I power = max_s32(and_(as_int(a), set32(0x7f800000)), set32(kLeast));
+    return as_float(vorrq_u8(power, and_(as_int(a), set32(0x80000000))));
   }
-  static I pack_s16(I a, I b) {
-    return vreinterpretq_u8_s8(
-        vcombine_s8(vqmovn_s16(vreinterpretq_s16_u8(a)), vqmovn_s16(vreinterpretq_s16_u8(b))));
-  }
-  static I packed32_in_order(I a) { return a; }
   // `code` with the sign bits of `sign`.
   static I merge_sign(I code, I sign) { return vorrq_u8(code, and_(sign, set8(0x80))); }
 

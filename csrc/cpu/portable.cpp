@@ -160,6 +160,10 @@ void copy_codes(const uint8_t* from, int rows, int cols, uint8_t* to, int64_t to
     std::memcpy(to + row * to_stride, from + row * kTile, size_t(cols));
 }
 
+bool no_columns(const float*, int64_t, int, uint32_t, uint8_t*, float*, const Ahead&) {
+  return false;
+}
+
 void fence() {}
 
 }  // namespace
@@ -170,6 +174,7 @@ const Kernels portable_kernels = {
      {Quantize<Float, E4M3>::kernels(), Quantize<Float, E5M2>::kernels()}},
     {{dequantize<E4M3, BFloat16>, dequantize<E4M3, Half>, dequantize<E4M3, Float>},
      {dequantize<E5M2, BFloat16>, dequantize<E5M2, Half>, dequantize<E5M2, Float>}},
+    {no_columns, no_columns},
     transpose_tile<uint16_t>,
     transpose_tile<uint32_t>,
     transpose_codes,

@@ -49,10 +49,12 @@ struct QuantizeTask {
   QuantizeTask(ScalarType dtype, const QuantizeOptions& options)
       : all(kernels()),
         quantize(all.quantize[dtype_index(dtype)][options.e5m2]),
+        columns(all.columns[options.e5m2]),
         dropped_mantissa(cpu::dropped_mantissa(options)),
         element_size(dtype == ScalarType::Float ? 4 : 2) {}
   const Kernels& all;
   const QuantizeKernels& quantize;
+  bool (*const columns)(const float*, int64_t, int, uint32_t, uint8_t*, float*, const Ahead&);
   const uint32_t dropped_mantissa;
   const int64_t element_size;
 };
@@ -109,6 +111,15 @@ class GroupWriter {
 
   void write_transposed(const Tile& tile, const Ahead& ahead, int64_t row, int64_t col,
                         TransposedTile& memory) const {
+    if (task_.element_size == 4 && tile.cols == kTile) {
+      alignas(kLine) float scales[kTile];
+      if (task_.columns(static_cast<const float*>(tile.data), tile.stride, tile.rows,
+                        task_.dropped_mantissa, memory.data, scales, ahead)) {
+        task_.all.transpose8(memory.data, tile.rows, kTile, data_at(*transposed_, col, row),
+                             transposed_->data_stride, stream_t_);
+        return store_scales(scales, kTile, &scale_at(*transposed_, col, row / kTile), stream_t_);
+      }
+    }
     const auto transpose = task_.element_size == 2 ? task_.all.transpose16 : task_.all.transpose32;
     transpose(tile.data, tile.stride, tile.rows, tile.cols, memory.data);
     write_rows({memory.data, kTile, tile.cols, tile.rows, {}}, ahead, col, row, *transposed_,
