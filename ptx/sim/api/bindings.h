@@ -7,5 +7,6 @@ namespace torchext::sim {
 
 void bind_numerics(pybind11::module_& module);
 void bind_launch(pybind11::module_& module);
+void bind_timing(pybind11::module_& module);
 
 }  // namespace torchext::sim

@@ -19,6 +19,7 @@
 #include "../frontend/targets.h"
 #include "../machine/launch.h"
 #include "bindings.h"
+#include "bindings_timing.h"
 #include "op_simulator.h"
 
 namespace py = pybind11;
@@ -52,6 +53,14 @@ LaunchOptions options_of(const py::dict& d) {
       d.contains("non_portable_cluster") && d["non_portable_cluster"].cast<bool>();
   options.max_instructions = d["max_instructions"].cast<std::uint64_t>();
   return options;
+}
+
+// What the options ask of the clock: nothing, if they name no GPU.
+timing::Request request_of(const py::dict& d) {
+  timing::Request request;
+  request.gpu = d["timing"].cast<std::string>();
+  request.only = d["timing_only"].cast<bool>();
+  return request;
 }
 
 py::tuple frames_of(const SourceMap& map, std::uint32_t ptx_line) {
@@ -99,7 +108,8 @@ py::dict to_python(const Finding& f, const SourceMap& map) {
 }
 
 py::dict to_python(const std::string& kernel, const Report& report, const std::string& text,
-                   const std::vector<SourceText>& ptx) {
+                   const std::vector<SourceText>& ptx,
+                   const std::shared_ptr<const timing::Prediction>& timing) {
   const SourceMap map(report.findings.empty() ? std::vector<SourceText>() : ptx);
   py::list findings, unwritten;
   for (const Finding& f : report.findings) findings.append(to_python(f, map));
@@ -116,6 +126,7 @@ py::dict to_python(const std::string& kernel, const Report& report, const std::s
   d["output"] = report.output;
   d["unwritten"] = unwritten;
   d["text"] = text;
+  d["timing"] = timing ? timing_to_python(*timing, SourceMap(ptx)) : py::object(py::none());
   return d;
 }
 
@@ -247,12 +258,14 @@ py::dict launch_module(const PythonModule& self, const std::string& kernel,
   }
   Report report;
   std::string text;
+  timing::Request request = request_of(shared_options);
   {
     const py::gil_scoped_release unlocked;
+    const timing::Asking asking(request.gpu.empty() ? nullptr : &request);
     report = launch(*self.module, kernel, options, bytes, ranges);
     text = render(report, kernel, options, self.texts);
   }
-  return to_python(kernel, report, text, self.texts);
+  return to_python(kernel, report, text, self.texts, request.result);
 }
 
 }  // namespace
@@ -295,7 +308,7 @@ void bind_launch(py::module_& module) {
       .def(py::init([](const std::vector<std::string>& files, const OpSimulator::ReadPtx& read_ptx,
                        const py::dict& options, int compute_capability) {
              return std::make_unique<OpSimulator>(files, read_ptx, options_of(options),
-                                                  compute_capability);
+                                                  compute_capability, request_of(options));
            }),
            py::arg("ptx_files"), py::arg("read_ptx"), py::arg("options"),
            py::arg("compute_capability"))
@@ -306,8 +319,8 @@ void bind_launch(py::module_& module) {
       .def("launches", [](const OpSimulator& self) {
         py::list reports;
         for (const auto& launch : self.launches()) {
-          reports.append(
-              to_python(launch.kernel, launch.report, launch.text, {{launch.path, *launch.ptx}}));
+          reports.append(to_python(launch.kernel, launch.report, launch.text,
+                                   {{launch.path, *launch.ptx}}, launch.timing));
         }
         return reports;
       });

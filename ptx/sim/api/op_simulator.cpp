@@ -106,8 +106,9 @@ std::shared_ptr<OpSimulator::Source> OpSimulator::open(const std::string& path,
 }
 
 OpSimulator::OpSimulator(const std::vector<std::string>& ptx_files, const ReadPtx& read_ptx,
-                         LaunchOptions options, int compute_capability)
+                         LaunchOptions options, int compute_capability, timing::Request timing)
     : options_(std::move(options)),
+      timing_(std::move(timing)),
       interface_{this, compute_capability, static_cast<int>(options_.num_sms), &encode_tensor_map,
                  &launch_kernel} {
   options_.compute_capability = compute_capability;
@@ -142,8 +143,12 @@ std::string OpSimulator::launch(const std::string& kernel, LaunchOptions options
     const auto* bytes = static_cast<const std::uint8_t*>(arguments[params.size()]);
     params.emplace_back(bytes, bytes + parameter.size);
   }
-  Launch launch{kernel, sim::launch(module, kernel, options, params, buffers), "", source.path,
-                &source.text};
+  timing::Request request = timing_;
+  const timing::Asking asking(request.gpu.empty() ? nullptr : &request);
+  Launch launch{kernel,       sim::launch(module, kernel, options, params, buffers),
+                "",           source.path,
+                &source.text, nullptr};
+  launch.timing = request.result;
   launch.text = render(launch.report, kernel, options, {{source.path, source.text}});
   const std::string findings = launch.report.ok() ? "" : launch.text;
   const std::lock_guard<std::mutex> lock(mutex_);

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "../machine/launch.h"
+#include "../timing/replay.h"
 #include "op_interface.h"
 
 namespace torchext::sim {
@@ -21,7 +22,7 @@ class OpSimulator {
   // `read_ptx` returns the text of a file. `options` has the options that all launches share (seed,
   // completion, checks ...).
   OpSimulator(const std::vector<std::string>& ptx_files, const ReadPtx& read_ptx,
-              LaunchOptions options, int compute_capability);
+              LaunchOptions options, int compute_capability, timing::Request timing = {});
 
   // The argument of torchext_set_simulator. It is valid as long as this object.
   const TorchextSimulator* interface() const { return &interface_; }
@@ -32,6 +33,7 @@ class OpSimulator {
     std::string text;  // rendered
     std::string path;
     const std::string* ptx;  // of the module; this object owns it
+    std::shared_ptr<const timing::Prediction> timing;
   };
   std::vector<Launch> launches() const;
 
@@ -53,6 +55,7 @@ class OpSimulator {
                      const std::vector<Buffer>& buffers);
 
   LaunchOptions options_;
+  timing::Request timing_;
   TorchextSimulator interface_;
   std::vector<std::shared_ptr<Source>> sources_;
   std::map<std::string, Source*> source_by_kernel_;

@@ -1,6 +1,7 @@
 // CTA and cluster barriers: bar / barrier (sync, arrive, red), barrier.cluster (arrive, wait).
 #include "../frontend/decode.h"
 #include "../machine/collective.h"
+#include "../timing/trace.h"
 #include "lanes.h"
 
 namespace torchext::sim {
@@ -85,6 +86,16 @@ Step barrier(Warp& w, const Instruction& i, U32 mask) {
   if ((arrived & mask) != 0) b.again += (w.live() & ~mask) == 0 ? 32 : __builtin_popcount(mask);
   arrived |= mask;
   b.arriving.join(w.release(mask));
+  if (auto* const recorder = timing::recorder()) {
+    timing::Action action;
+    action.kind = timing::Action::barrier;
+    action.id = id;
+    action.count = count;
+    action.lanes = static_cast<std::uint8_t>(
+        (w.live() & ~mask) == 0 && counted ? 32 : __builtin_popcount(mask));
+    action.flag = form == kArrive;
+    recorder->note(action);
+  }
   Group& g = w.group();
   g.generation = b.generation;
   complete_barrier_if_full(cta, b);
@@ -169,6 +180,12 @@ Step cluster_arrive(Warp& w, const Instruction& i, U32 mask) {
   }
   complete_cluster_barrier_if_full(c);
   ++c.progress;
+  if (auto* const recorder = timing::recorder()) {
+    timing::Action action;
+    action.kind = timing::Action::cluster_arrive;
+    action.lanes = static_cast<std::uint8_t>(__builtin_popcount(mask));
+    recorder->note(action);
+  }
   return Step::next;
 }
 
@@ -187,6 +204,7 @@ Step cluster_wait(Warp& w, const Instruction&, U32 mask) {
     mask &= ~early;
   }
   w.cluster_arrived &= ~mask;
+  if (auto* const recorder = timing::recorder()) recorder->note_group(timing::Action::cluster_wait);
   w.acquire(mask, c.barrier.completed);
   if (w.cta().cluster_completed.known) w.acquire(mask, w.cta().cluster_completed);
   return Step::next;

@@ -5,6 +5,7 @@
 #include <iterator>
 
 #include "../frontend/decode.h"
+#include "../timing/trace.h"
 #include "copy_engine.h"
 #include "mbarrier.h"
 
@@ -110,7 +111,7 @@ void copy_one(Warp& w, const BulkCopy& c, int lane) {
     job.global = source.buffer;
     job.reduction = c.reduction;
     job.runs.push_back({cta->shared.data() + offset, source.host, bytes, 0});
-    start_signaled(w, std::move(job), signal, bytes, "a bulk copy");
+    start_signaled(w, std::move(job), signal, bytes, "a bulk copy", static_cast<U32>(ctas.size()));
   }
 }
 
@@ -133,6 +134,7 @@ Step commit(Warp& w, const Instruction&, U32 mask) {
     ++g.current;  // an empty group counts too
     g.open = false;
   });
+  if (auto* const recorder = timing::recorder()) recorder->note_group(timing::Action::bulk_commit);
   return Step::next;
 }
 
@@ -160,6 +162,8 @@ Step wait_groups(Warp& w, const Instruction& i, U32 mask) {
     }
   });
   if (!ready) return Step::block;
+  if (auto* const recorder = timing::recorder())
+    recorder->note_group(timing::Action::bulk_wait, allowed, read_only);
   for_lanes(mask, [&](int lane) {
     const auto it = w.bulk_groups.find(lane);
     if (it == w.bulk_groups.end()) return;

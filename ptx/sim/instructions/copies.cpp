@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "../frontend/decode.h"
+#include "../timing/trace.h"
 #include "bulk_copies.h"
 #include "lanes.h"
 #include "mbarrier.h"
@@ -70,6 +71,11 @@ Step copy(Warp& w, const Instruction& i, U32 mask) {
     w.check_write(target, actor, c.bytes, 1u << lane, to);
     pieces.push_back({target.host, source, bytes});
   });
+  if (auto* const recorder = timing::recorder()) {
+    U64 from[32] = {};
+    for_lanes(mask, [&](int lane) { from[lane] = w.address(c.from, c.from_offset, lane); });
+    recorder->note_copy(w, from, mask, c.bytes);
+  }
   auto work = std::make_shared<AsyncWork>();
   work->what = "a cp.async";
   work->finish = [pieces = std::move(pieces), size = c.bytes] {
@@ -121,6 +127,7 @@ void decode_copy(Decoder& d) {
 Step commit(Warp& w, const Instruction&, U32) {
   ++w.cp_async.current;
   w.cp_async.open = false;
+  if (auto* const recorder = timing::recorder()) recorder->note_group(timing::Action::copy_commit);
   return Step::next;
 }
 
@@ -149,6 +156,8 @@ Step wait(Warp& w, const Instruction& i, U32 mask) {
   const U32 committed = g.current - 1;
   const U32 upto = form.all ? g.current : committed > form.allowed ? committed - form.allowed : 0;
   if (!groups_done(w, upto)) return Step::block;
+  if (auto* const recorder = timing::recorder())
+    recorder->note_group(timing::Action::copy_wait, form.all ? 0 : form.allowed, form.all);
   if (form.all) {
     ++g.current;
     g.open = false;
@@ -174,6 +183,16 @@ Step arrive_later(Warp& w, const Instruction& i, U32 mask) {
     MBarrier* m = find_mbarrier(w, lane, i.as<Arrival>().space, w.address(i.s[0], i.offset, lane),
                                 &owner, &offset);
     if (m == nullptr) return;
+    if (auto* const recorder = timing::recorder()) {
+      timing::Action action;
+      action.kind = timing::Action::arrive;
+      action.rank = static_cast<std::uint8_t>(owner->rank);
+      action.id = offset;
+      action.count = 1;
+      action.ideal = i.as<Arrival>().counted ? 0 : 1;
+      action.flag = true;
+      recorder->note(action);
+    }
     if (!i.as<Arrival>().counted) ++m->pending;
     Knowledge k = base;
     if (g.write_agent != 0 && w.grid().checks) {

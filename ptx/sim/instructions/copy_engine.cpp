@@ -8,6 +8,7 @@
 #include "../check/strong.h"
 #include "../frontend/decode.h"
 #include "../numerics/number_formats.h"
+#include "../timing/trace.h"
 #include "mbarrier.h"
 
 namespace torchext::sim {
@@ -167,8 +168,36 @@ void run_job(const CopyJob& job) {
 
 }  // namespace
 
+namespace {
+
+// Tells the clock of a copy. A multicast reads memory once for all its receivers.
+void note_copy(Warp& w, const CopyJob& job, timing::Action action, std::uint32_t receivers) {
+  timing::Recorder& recorder = *timing::recorder();
+  const bool loads = action.kind == timing::Action::load;
+  for (const CopyRun& r : job.runs) {
+    const std::uint8_t* global = loads ? r.from : r.to;
+    if (job.global == nullptr || global == nullptr) continue;
+    action.global_bytes += r.bytes;
+    const bool first = !loads || receivers == 1 || w.cta().rank == action.rank;
+    recorder.touch(job.global, reinterpret_cast<std::uint64_t>(global), r.bytes, !loads, first);
+  }
+  if (job.global != nullptr) action.buffer = recorder.index_of(job.global);
+  action.receivers = static_cast<std::uint8_t>(receivers);
+  recorder.note(action);
+}
+
+}  // namespace
+
 void start_signaled(Warp& w, CopyJob job, const Signal& signal, std::uint32_t bytes,
-                    std::string what) {
+                    std::string what, std::uint32_t receivers) {
+  if (timing::recorder() != nullptr) {
+    timing::Action action;
+    action.kind = timing::Action::load;
+    action.rank = static_cast<std::uint8_t>(signal.cta->rank);
+    action.id = signal.offset;
+    action.bytes = bytes;
+    note_copy(w, job, action, receivers);
+  }
   auto work = std::make_shared<AsyncWork>();
   work->what = std::move(what);
   auto shared_job = std::make_shared<CopyJob>(std::move(job));
@@ -202,6 +231,12 @@ void start_grouped(Warp& w, int lane, CopyJob job, std::string what) {
   CopyGroups& g = bulk_group(w, lane);
   g.open = true;
   g.last_pc = w.pc();
+  if (timing::recorder() != nullptr) {
+    timing::Action action;
+    action.kind = timing::Action::store;
+    for (const CopyRun& r : job.runs) action.bytes += r.bytes;
+    note_copy(w, job, action, 1);
+  }
   auto work = std::make_shared<AsyncWork>();
   work->what = std::move(what);
   auto shared_job = std::make_shared<CopyJob>(std::move(job));

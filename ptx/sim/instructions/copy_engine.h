@@ -46,7 +46,7 @@ struct Signal {
 };
 Signal make_signal(Cta& cta, std::uint32_t offset, const MBarrier& m);
 void start_signaled(Warp& w, CopyJob job, const Signal& signal, std::uint32_t bytes,
-                    std::string what);
+                    std::string what, std::uint32_t receivers = 1);
 
 // For copies out of shared memory, which belong to the lane's current bulk group.
 CopyGroups& bulk_group(Warp& w, int lane);

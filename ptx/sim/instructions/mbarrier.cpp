@@ -6,6 +6,7 @@
 #include <cstdio>
 
 #include "../frontend/decode.h"
+#include "../timing/trace.h"
 #include "lanes.h"
 
 namespace torchext::sim {
@@ -96,6 +97,13 @@ Step init(Warp& w, const Instruction& i, U32 mask) {
     m.init_pc = w.pc();
     w.cluster().agent_names[m.agent] = "copies that signal " + name_of(w.cta(), offset);
     all[offset] = std::move(m);
+    if (auto* const recorder = timing::recorder()) {
+      timing::Action action;
+      action.kind = timing::Action::init;
+      action.id = offset;
+      action.count = count;
+      recorder->note(action);
+    }
   });
   ++w.cluster().progress;
   return Step::next;
@@ -162,6 +170,19 @@ void pass_on(Warp& w, const Cta& owner, MBarrier& m, bool cta_scope, const Scope
     m.arriving.join(refused(knowledge[0], Scope::cta, Scope::cluster));
 }
 
+// Tells the clock of `count` arrivals and `bytes` expected bytes.
+void note_arrival(const Cta& owner, U32 offset, U32 count, U32 bytes) {
+  auto* const recorder = timing::recorder();
+  if (recorder == nullptr) return;
+  timing::Action action;
+  action.kind = timing::Action::arrive;
+  action.rank = static_cast<std::uint8_t>(owner.rank);
+  action.id = offset;
+  action.count = count;
+  action.bytes = bytes;
+  recorder->note(action);
+}
+
 Step arrive_at(Warp& w, const Instruction& i, U32 mask) {
   const auto form = i.as<Operation>();
   w.need(i.s[0], mask, "as an address");
@@ -205,6 +226,7 @@ Step arrive_at(Warp& w, const Instruction& i, U32 mask) {
     if (form.drop) m->expected -= count;
     const bool fenced = form.relaxed && (w.fenced_lanes >> lane & 1);
     pass_on(w, *owner, *m, form.cta_scope, fenced ? w.fence_released[lane] : knowledge);
+    note_arrival(*owner, offset, count, form.expect ? operand : 0);
     arrive(*owner, *m, count, {});
   });
   if (!i.d.sink) w.set_valid(i.d, mask, mask);
@@ -253,6 +275,7 @@ Step transactions(Warp& w, const Instruction& i, U32 mask) {
         find_mbarrier(w, lane, space_of(i), w.address(i.s[0], i.offset, lane), &owner, &offset);
     if (m == nullptr) return;
     const auto bytes = static_cast<std::int64_t>(w.integer(i.s[1], lane));
+    if (sign > 0) note_arrival(*owner, offset, 0, static_cast<U32>(bytes));
     if (sign > 0)
       expect_transactions(*m, bytes);
     else
@@ -278,6 +301,25 @@ void decode_transactions(Decoder& d) {
 }
 
 // ---- test_wait, try_wait ------------------------------------------------------------------------
+
+void note_wait(Warp& w, const Instruction& i, U32 mask, timing::Recorder& recorder) {
+  timing::Action last;
+  for_lanes(mask, [&](int lane) {
+    Cta* owner;
+    U32 offset;
+    const MBarrier* m =
+        find_mbarrier(w, lane, space_of(i), w.address(i.s[0], i.offset, lane), &owner, &offset);
+    if (m == nullptr) return;
+    timing::Action action;
+    action.kind = timing::Action::wait;
+    action.rank = static_cast<std::uint8_t>(owner->rank);
+    action.id = offset;
+    action.count =
+        static_cast<U32>(i.as<Operation>().parity ? m->phase : (w.integer(i.s[1], lane) >> 32) + 1);
+    if (!(action == last)) recorder.note(action);
+    last = action;
+  });
+}
 
 Step wait(Warp& w, const Instruction& i, U32 mask) {
   const auto form = i.as<Operation>();
@@ -313,10 +355,13 @@ Step wait(Warp& w, const Instruction& i, U32 mask) {
       }
     }
   });
+  auto* const recorder = timing::recorder();
+  if (recorder != nullptr && complete == mask) note_wait(w, i, mask, *recorder);
   if (complete != mask) {
     const bool patient = form.patient && !g.give_up;
     if (patient && (g.blocked || w.cluster().random.below(4) != 0)) return Step::block;
     ++w.cluster().spins;
+    if (recorder != nullptr) recorder->failed_wait();
   }
   const Knowledge& reached = form.cta_scope ? own : all;
   if (!form.relaxed) {

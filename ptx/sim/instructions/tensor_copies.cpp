@@ -220,7 +220,8 @@ void load_box(Warp& w, const TensorCopy& c, int lane) {
     const auto m = t.cta->mbarriers.find(barrier_offset);
     if (map_reader.first != 0 && m != t.cta->mbarriers.end())
       m->second.map_reads.push_back(map_reader);
-    start_signaled(w, std::move(job), t.signal, bytes, "a tensor copy");
+    start_signaled(w, std::move(job), t.signal, bytes, "a tensor copy",
+                   static_cast<U32>(targets.size()));
   }
 }
 

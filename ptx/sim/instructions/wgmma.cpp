@@ -7,6 +7,7 @@
 #include "../frontend/decode.h"
 #include "../numerics/number_formats.h"
 #include "../numerics/tensor_core.h"
+#include "../timing/trace.h"
 #include "lanes.h"
 #include "wgmma_stream.h"
 
@@ -125,6 +126,7 @@ Step fence(Warp& w, const Instruction&, U32 mask) {
 
 Step commit(Warp& w, const Instruction&, U32 mask) {
   ++w.wgmma_group;
+  if (auto* const recorder = timing::recorder()) recorder->note_group(timing::Action::wgmma_commit);
   ++w.cluster().progress;  // another warp of the warpgroup may wait for this warp
   w.order_if_converged(mask);
   return Step::next;
@@ -143,6 +145,8 @@ Step wait(Warp& w, const Instruction& i, U32 mask) {
   for (std::size_t k = first; k < last; ++k) {
     if (warps[k]->wgmma_group <= upto) return Step::block;  // this warp has not issued its part yet
   }
+  if (auto* const recorder = timing::recorder())
+    recorder->note_group(timing::Action::wgmma_wait, allowed);
   for (std::size_t k = first; k < last; ++k) {
     for (auto& p : warps[k]->wgmma_pending) {
       if (p->group <= upto && !p->done) compute(*warps[k], *p);
@@ -301,6 +305,13 @@ Step issue(Warp& w, const Instruction& i, U32 mask) {
   pending->knowledge = w.grid().options.lane_order == LaunchOptions::strict
                            ? Knowledge{w.known(first), w.views(first)}
                            : w.release(mask);
+  if (auto* const recorder = timing::recorder()) {
+    timing::Action action;
+    action.kind = timing::Action::wgmma;
+    action.count = static_cast<U32>(shape.n);
+    action.flag = shape.a_in_registers;
+    recorder->note(action);
+  }
   w.wgmma_pending.push_back(pending);
   meet(w, std::move(pending), shape.a_in_registers);
   for (std::size_t r = 0; r < shape.accumulators; ++r) w.set_valid(i.list[r], mask, mask);
@@ -404,6 +415,10 @@ void decode_wgmma(Decoder& d) {
 }  // namespace
 
 void compute(Warp& w, PendingWgmma& p) {
+  if (timing::without_products()) {  // the clock needs no products
+    p.done = true;
+    return;
+  }
   const Instruction& i = *p.instruction;
   const auto& s = i.as<WgmmaShape>();
   thread_local MmaOperand a, b;

@@ -7,6 +7,7 @@
 #include <thread>
 
 #include "../frontend/decode.h"
+#include "../timing/replay.h"
 #include "csrc/runtime/architecture.h"
 #include "launch_checks.h"
 #include "machine.h"
@@ -33,6 +34,24 @@ std::uint32_t default_registers(const Program& program, const Dim3& block) {
   if (f.max_registers != 0) most = std::min(most, f.max_registers);
   if (program.asks_for_registers) most = std::min(most, program.most_registers);
   return std::max(16u, most / 8 * 8);
+}
+
+// The clock replays the traces of some clusters: the first, the last, and others between them,
+// until they have so many events.
+constexpr std::uint64_t kTracedEvents = 2'000'000;
+constexpr std::uint32_t kTracedClusters = 16;
+
+std::vector<std::uint32_t> to_trace(std::uint32_t clusters) {
+  std::vector<std::uint32_t> chosen{0};
+  const auto add = [&](std::uint32_t n) {
+    if (std::find(chosen.begin(), chosen.end(), n) == chosen.end()) chosen.push_back(n);
+  };
+  add(clusters - 1);
+  for (std::uint32_t parts = 2; parts <= kTracedClusters / 2; parts *= 2) {
+    for (std::uint32_t k = 1; k < parts; k += 2)
+      add(static_cast<std::uint32_t>(std::uint64_t{clusters} * k / parts));
+  }
+  return chosen;
 }
 
 }  // namespace
@@ -144,17 +163,43 @@ void Grid::note_kept_blocks() {
 
 Report Grid::run() {
   const auto started = std::chrono::steady_clock::now();
-  const auto total = static_cast<std::uint32_t>(options.grid.volume() / cluster_size);
+  const auto clusters_of_grid = static_cast<std::uint32_t>(options.grid.volume() / cluster_size);
+  timing::Request* const request = timing::request();
+  const bool only = request != nullptr && request->only;
+  const std::vector<std::uint32_t> traced =
+      request == nullptr ? std::vector<std::uint32_t>() : to_trace(clusters_of_grid);
+  const auto total = only ? static_cast<std::uint32_t>(traced.size()) : clusters_of_grid;
+  std::map<std::uint32_t, std::unique_ptr<timing::ClusterTrace>> traces;  // by place in `traced`
+  std::atomic<std::uint64_t> traced_events{0};
   unsigned workers =
       options.num_threads ? options.num_threads : std::thread::hardware_concurrency();
-  workers = std::max(1u, std::min(workers, total));
+  workers = only ? 1 : std::max(1u, std::min(workers, total));
 
   std::atomic<std::uint32_t> next{0};
   std::mutex counts_mutex;
   std::vector<std::uint64_t> counts(program->code.size(), 0);
   std::exception_ptr failure;
   // A polling cluster yields to others. As many clusters are resident as the GPU holds at once.
-  const std::uint32_t resident = std::max(1u, (options.num_sms + workers - 1) / workers);
+  const std::uint32_t resident = only ? 1 : std::max(1u, (options.num_sms + workers - 1) / workers);
+  std::map<std::uint32_t, std::unique_ptr<timing::Recorder>> recorders;  // by cluster
+  const auto new_cluster = [&](std::uint32_t n) {
+    auto cluster = std::make_unique<Cluster>(*this, only ? traced[n] : n);
+    if (std::find(traced.begin(), traced.end(), cluster->number) != traced.end()) {
+      const std::lock_guard<std::mutex> lock(counts_mutex);
+      recorders[cluster->number] = std::make_unique<timing::Recorder>(*cluster, warps_per_cta);
+    }
+    return cluster;
+  };
+  const auto run_cluster = [&](Cluster& cluster) {
+    timing::Recorder* recorder = nullptr;
+    if (!traced.empty()) {
+      const std::lock_guard<std::mutex> lock(counts_mutex);
+      const auto it = recorders.find(cluster.number);
+      if (it != recorders.end()) recorder = it->second.get();
+    }
+    const timing::Listening listening(recorder, only);
+    return cluster.run(1'000'000);
+  };
   // All workers must agree that there is a deadlock. Each stores here the value of global_progress
   // at which all of its clusters repeated, and whether it has tried every remaining step.
   enum : std::uint64_t { kBusy = ~0ull, kGone = ~1ull };
@@ -175,20 +220,26 @@ Report Grid::run() {
     const auto account = [&](const Cluster& c) {
       const std::lock_guard<std::mutex> lock(counts_mutex);
       for (std::size_t i = 0; i < counts.size(); ++i) counts[i] += c.counts[i];
+      const auto recorder = recorders.find(c.number);
+      if (recorder == recorders.end()) return;
+      auto trace = recorder->second->take();
+      traced_events += trace->events();
+      const auto place = std::find(traced.begin(), traced.end(), c.number) - traced.begin();
+      traces[static_cast<std::uint32_t>(place)] = std::move(trace);
     };
     try {
       while (!stop.load()) {
         if (clusters.empty()) {
           const std::uint32_t n = next.fetch_add(1);
-          if (n >= total) break;
-          clusters.push_back(std::make_unique<Cluster>(*this, n));
+          if (n >= total || (only && traced_events.load() > kTracedEvents)) break;
+          clusters.push_back(new_cluster(n));
         }
         std::unique_ptr<Cluster> c = std::move(clusters.front());
         clusters.pop_front();
         const std::uint64_t before = c->progress, world = global_progress.load();
         Cluster::State state;
         try {
-          state = c->run(1'000'000);
+          state = run_cluster(*c);
         } catch (const LaunchStopped&) {
           account(*c);
           throw;
@@ -211,7 +262,7 @@ Report Grid::run() {
         if (clusters.size() < resident) {
           const std::uint32_t n = next.fetch_add(1);
           if (n < total) {
-            clusters.push_front(std::make_unique<Cluster>(*this, n));
+            clusters.push_front(new_cluster(n));
             continue;
           }
         }
@@ -270,6 +321,21 @@ Report Grid::run() {
       const std::uint64_t bytes = b->shadow->count_invalid(&first);
       if (bytes != 0) report.unwritten.push_back({b->name, bytes, first});
     }
+  }
+  if (request != nullptr && !stop.load()) {
+    std::uint64_t events = 0;
+    std::vector<std::unique_ptr<timing::ClusterTrace>> chosen;
+    for (auto& [place, trace] : traces) {
+      if (events > kTracedEvents) break;
+      events += trace->events();
+      chosen.push_back(std::move(trace));
+    }
+    timing::LaunchShapeOf shape{clusters_of_grid, cluster_size,         threads,
+                                shared_bytes,     registers_per_thread, {}};
+    for (const auto& buffer : memory.buffers())
+      shape.buffer_bytes.push_back(buffer->end - buffer->begin);
+    request->result = std::make_shared<timing::Prediction>(
+        timing::predict(*timing::find_gpu(request->gpu), *program, shape, chosen));
   }
   report.seconds =
       std::chrono::duration<double>(std::chrono::steady_clock::now() - started).count();

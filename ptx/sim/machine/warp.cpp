@@ -4,6 +4,7 @@
 #include <stdexcept>
 
 #include "../instructions/wgmma_stream.h"
+#include "../timing/trace.h"
 #include "machine.h"
 
 namespace torchext::sim {
@@ -184,6 +185,7 @@ std::uint32_t Warp::run(std::uint32_t quantum) {
   const std::uint64_t progress_before = cluster_.progress;
   current_ = pick_group();
   const Instruction* code = program_.code.data();
+  timing::Recorder* const recorder = timing::recorder();
   while (executed < quantum) {
     if (!groups_[current_].tokens.empty() && at_token()) {
       if (live_ == 0 || !runnable()) break;
@@ -205,6 +207,10 @@ std::uint32_t Warp::run(std::uint32_t quantum) {
       }
       mask &= i.guard_negated ? ~p : p;
       if (mask == 0) {
+        if (recorder != nullptr) {
+          recorder->begin(*this, i, pc, 0);
+          recorder->end(false);
+        }
         ++g.pc;
         ++executed;
         ++cluster_.counts[pc];
@@ -214,7 +220,9 @@ std::uint32_t Warp::run(std::uint32_t quantum) {
     Step step = Step::block;
     if (!i.aligned || mask == live_ || together(i, &mask)) {
       if (!i.tracked.empty()) check_tracked(i, mask);
+      if (recorder != nullptr) recorder->begin(*this, i, pc, mask);
       step = i.execute(*this, i, mask);
+      if (recorder != nullptr) recorder->end(step == Step::block);
     }
     if (step == Step::block) {
       if (i.traits.wait == Wait::nothing && !i.aligned)
