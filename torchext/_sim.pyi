@@ -53,6 +53,12 @@ class Module:
         "read_write", name). Raises ValueError for a launch that the target's GPUs would refuse.
         """
 
+def timing_gpus() -> list[dict[str, Any]]:
+    """The GPUs that the timing model knows (csrc/runtime/timing.inc)."""
+
+def timing_constants() -> list[tuple[str, float, str, bool, str, str]]:
+    """The model's constants: name, value, unit, whether a fit may move it, grade, source."""
+
 class OpSimulator:
     """Executes the kernels of the op library, whose PTX it finds among `ptx_files`."""
 

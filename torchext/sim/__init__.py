@@ -40,6 +40,7 @@ from .module import Kernel, Module, Parameter, link
 from .numerics import tensor_core_matmul
 from .ops import Simulation, simulate
 from .report import Finding, Report, SimulationError
+from .timing import Remark, RoleWait, Timing
 from .variables import Variable
 
 PtxError = _sim.PtxError
@@ -53,10 +54,13 @@ __all__ = [
     "Module",
     "Parameter",
     "PtxError",
+    "Remark",
     "Report",
+    "RoleWait",
     "Simulation",
     "SimulationError",
     "TensorMapError",
+    "Timing",
     "Variable",
     "compile_cuda",
     "link",

@@ -49,6 +49,15 @@ def _parser() -> argparse.ArgumentParser:
         "--keep-ptx", type=Path, metavar="FILE", help="write the PTX of a .cu file here"
     )
     parser.add_argument(
+        "--timing", metavar="GPU", help="predict the launch's time on this GPU (docs/timing.md)"
+    )
+    parser.add_argument(
+        "--trace",
+        type=Path,
+        metavar="FILE",
+        help="write the predicted timeline here, for ui.perfetto.dev (needs --timing)",
+    )
+    parser.add_argument(
         "-I",
         "--include",
         action="append",
@@ -153,6 +162,30 @@ def _faults(report: Report) -> set[tuple[str, int, int]]:
     return {(f.kind, f.ptx_line, f.other_ptx_line) for f in report.findings}
 
 
+def _predict(
+    module: Module, spec: LaunchSpec, gpu: str, trace: Path | None, text: bool
+) -> dict[str, Any]:
+    """Predicts the launch's time with the first seed; checks are the other runs' matter."""
+    arguments, _ = spec.arguments()
+    report = module.launch(
+        spec.kernel,
+        grid=spec.grid,
+        block=spec.block,
+        args=arguments,
+        smem=spec.smem,
+        cluster=spec.cluster,
+        checks=False,
+        timing=gpu,
+    )
+    if report.timing is None:
+        raise ValueError(f"the launch stopped, so nothing can be predicted: {report}")
+    if text:
+        print(f"\n{report.timing}")
+    if trace is not None:
+        report.timing.save_trace(trace)
+    return report.timing.to_dict()
+
+
 def _launch(module: Module, spec: LaunchSpec, text: bool) -> tuple[dict[str, Any], int]:
     """Runs all schedules. With `text`, prints each distinct fault once, when it first occurs."""
     runs: list[_Run] = []
@@ -219,13 +252,26 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     text = options.format == "text"
     try:
+        if options.timing is None and options.trace is not None:
+            raise ValueError(
+                f"--timing must name a GPU for --trace (got --trace {options.trace} alone); "
+                "docs/timing.md lists the GPUs"
+            )
+        if options.timing is not None and options.launch is None:
+            raise ValueError(
+                f"--launch must name a launch for --timing (got --timing {options.timing} alone)"
+            )
         module = _load(options)
         if options.launch is None:
             outcome, status = _list(module)
             if text:
                 _print_list(outcome)
         else:
-            outcome, status = _launch(module, load_spec(options.launch), text)
+            spec = load_spec(options.launch)
+            outcome, status = _launch(module, spec, text)
+            if options.timing is not None:
+                timing = _predict(module, spec, options.timing, options.trace, text)
+                outcome["timing"] = timing
     except (CompileError, OSError, TypeError, ValueError) as error:
         print(f"torchext.sim: {error}", file=sys.stderr)
         outcome, status = {"error": str(error)}, 2

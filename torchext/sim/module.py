@@ -209,6 +209,8 @@ class Module:
         num_threads: int = 0,
         num_sms: int = 132,
         max_instructions: int = 20_000_000_000,
+        timing: str | None = None,
+        timing_only: bool = False,
     ) -> Report:
         """Runs a kernel and returns what the checker saw.
 
@@ -232,6 +234,10 @@ class Module:
             num_threads: host threads; 0 uses all cores.
             num_sms: what %nsmid says.
             max_instructions: a finding ends the launch after so many warp-instructions.
+            timing: a GPU of docs/timing.md, such as "h100", for which `report.timing` predicts the
+                launch's time.
+            timing_only: run only the clusters that the prediction is made of, without checks, and
+                without wgmma's products. The arrays are not valid afterwards.
 
         Raises:
             ValueError: no such kernel, arguments that do not fit, a launch that exceeds what the
@@ -256,6 +262,8 @@ class Module:
             num_threads=num_threads,
             num_sms=num_sms,
             max_instructions=max_instructions,
+            timing=timing,
+            timing_only=timing_only,
             non_portable_cluster=non_portable_cluster,
         )
         arguments = [

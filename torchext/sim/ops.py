@@ -58,6 +58,8 @@ def simulate(
     num_threads: int = 0,
     num_sms: int = 132,
     max_instructions: int = 20_000_000_000,
+    timing: str | None = None,
+    timing_only: bool = False,
     compute_capability: int = 90,
     ptx: Sequence[str | Path] | None = None,
 ) -> Iterator[Simulation]:
@@ -74,7 +76,8 @@ def simulate(
             be simulated. Launchers choose their kernels by it, as on a GPU.
         ptx: PTX files (plain, or gzip) to take the kernels from, instead of the build's. The
             kernels must have the same names and parameters.
-        seed, completion, lane_order, checks, num_threads, max_instructions: as in `Module.launch`.
+        seed, completion, lane_order, checks, num_threads, max_instructions, timing, timing_only:
+            as in `Module.launch`. With `timing_only` the ops' results are not valid.
 
     Raises:
         ValueError: an option has a value that is not allowed.
@@ -89,6 +92,8 @@ def simulate(
         num_threads=num_threads,
         num_sms=num_sms,
         max_instructions=max_instructions,
+        timing=timing,
+        timing_only=timing_only,
     )
     if compute_capability not in simulated():
         raise ValueError(

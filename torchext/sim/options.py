@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TypedDict
 
+from torchext import _sim
+
 COMPLETIONS = ("late", "eager", "random")
 LANE_ORDERS = ("converged", "strict")
 
@@ -19,6 +21,8 @@ class LaunchOptions(TypedDict):
     num_sms: int
     max_instructions: int
     non_portable_cluster: bool
+    timing: str  # "": none
+    timing_only: bool
 
 
 def launch_options(
@@ -32,6 +36,8 @@ def launch_options(
     num_sms: int = 132,
     max_instructions: int = 20_000_000_000,
     non_portable_cluster: bool = False,
+    timing: str | None = None,
+    timing_only: bool = False,
 ) -> LaunchOptions:
     """The options as torchext._sim takes them.
 
@@ -51,13 +57,26 @@ def launch_options(
     ):
         if number < least:
             raise ValueError(f"{where}: {name} must be at least {least} (got {number})")
+    gpus = tuple(row["name"] for row in _sim.timing_gpus())
+    if timing is not None and timing not in gpus:
+        raise ValueError(
+            f"{where}: timing must be one of {', '.join(gpus)} (got {timing!r}); "
+            "docs/timing.md lists the GPUs"
+        )
+    if timing_only and timing is None:
+        raise ValueError(
+            f"{where}: timing must name a GPU if timing_only is True (got None); "
+            f'pass timing="{gpus[0]}"'
+        )
     return {
         "seed": seed,
         "completion": completion,
         "lane_order": lane_order,
-        "checks": checks,
+        "checks": checks and not timing_only,
         "num_threads": num_threads,
         "num_sms": num_sms,
         "max_instructions": max_instructions,
         "non_portable_cluster": non_portable_cluster,
+        "timing": timing or "",
+        "timing_only": timing_only,
     }

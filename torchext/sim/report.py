@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from .timing import Timing, timing_from
+
 
 class SimulationError(RuntimeError):
     """A simulated kernel has errors; `str(error)` is the rendered report."""
@@ -69,6 +71,8 @@ class Report:
         output: what the kernel printed.
         unwritten: (buffer, bytes, offset of the first) of output buffers with bytes that the kernel
             did not write. No fault in itself: padding is often left alone.
+        timing: what the timing model predicts, if the launch asked for it and had no error that
+            stopped it; see `Timing`.
     """
 
     kernel: str
@@ -80,6 +84,7 @@ class Report:
     output: str
     unwritten: tuple[tuple[str, int, int], ...]
     text: str = field(repr=False)
+    timing: Timing | None = None
 
     @property
     def errors(self) -> tuple[Finding, ...]:
@@ -103,7 +108,10 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as a dict for JSON: `ok` and every attribute except `text`."""
-        fields = {k: v for k, v in asdict(self).items() if k != "text"}
+        fields = {k: v for k, v in vars(self).items() if k not in ("text", "timing", "findings")}
+        fields["findings"] = tuple(asdict(finding) for finding in self.findings)
+        if self.timing is not None:
+            fields["timing"] = self.timing.to_dict()
         unwritten = [
             {"buffer": buffer, "bytes": count, "first_offset": first}
             for buffer, count, first in self.unwritten
@@ -117,4 +125,6 @@ class Report:
 def report_from(raw: dict[str, Any]) -> Report:
     """The Report of what torchext._sim returns."""
     findings = tuple(Finding(**finding) for finding in raw["findings"])
-    return Report(**{**raw, "findings": findings, "unwritten": tuple(raw["unwritten"])})
+    timing = timing_from(raw["timing"])
+    unwritten = tuple(raw["unwritten"])
+    return Report(**{**raw, "findings": findings, "unwritten": unwritten, "timing": timing})
