@@ -70,29 +70,39 @@ SIZES = {
     "rms_norm_eps": 1e-5,
     "num_hidden_layers": 1,
 }
+UNIT_OFFSET = functools.partial(RMSNorm, unit_offset=True)
 FAMILIES: dict[str, dict[str, Any]] = {
     "Llama": {},
     "Mistral": {},
     "Qwen2": {"bias": True, "output_bias": False},
     "Qwen3": {"qk_norm": True},
-    "Gemma": {"mlp": GEGLU, "norm": functools.partial(RMSNorm, unit_offset=True)},
+    "Gemma": {"mlp": GEGLU, "norm": UNIT_OFFSET},
+    "Gemma3": {"mlp": GEGLU, "norm": UNIT_OFFSET, "qk_norm": UNIT_OFFSET, "norms_after": True},
 }
+# As far as their names are not those of Llama.
+MODELS = {"Gemma3": ("Gemma3TextConfig", "Gemma3TextModel")}
+THEIRS = {"Gemma3": {"query_pre_attn_scalar": 32, "sliding_window": 64}}
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
 def their_layer(family: str, implementation: str = "sdpa") -> tuple[Any, Any]:
     """A random decoder layer of transformers, and its module that makes rotary embeddings."""
     transformers = pytest.importorskip("transformers")
-    config = getattr(transformers, f"{family}Config")(**SIZES, pad_token_id=0)
+    names = MODELS.get(family, (f"{family}Config", f"{family}Model"))
+    config_class, model_class = (getattr(transformers, name) for name in names)
+    config = config_class(**SIZES, **THEIRS.get(family, {}), pad_token_id=0)
     config._attn_implementation = implementation
     torch.manual_seed(0)
-    model = getattr(transformers, f"{family}Model")(config)
+    model = model_class(config)
     (layer,) = model.layers
-    mean = 0 if family == "Gemma" else 1  # of the weights of norms, and of biases
+    mean = 0 if "Gemma" in family else 1  # of the weights of norms, and of biases
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.normal_(std=parameter.shape[-1] ** -0.5).add_(mean * (parameter.dim() == 1))
-    return layer, model.rotary_emb
+    rotary = model.rotary_emb
+    if family == "Gemma3":  # its layers have frequencies by their type
+        rotary = functools.partial(rotary, layer_type=layer.self_attn.layer_type)
+    return layer, rotary
 
 
 def ours(family: str, layer: Any) -> Block:
@@ -115,13 +125,16 @@ def test_close_to_the_layer_of_transformers(family):
 
 
 @pytest.mark.slow
-@every_family
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "Gemma3"])
 @pytest.mark.parametrize("masked", [False, True])
 def test_bits_are_those_of_the_converted_layer(family, masked):
-    """Norms aside, which round differently: both run the same ones."""
+    """Norms aside, which round differently: both run the same ones.
+
+    Gemma 3 normalizes q and k when they are transposed, and its norms are then PyTorch's.
+    """
     layer, rotary = their_layer(family)
     block, x = ours(family, layer), inputs(torch.device("cpu"))
-    for norm in ("input_layernorm", "post_attention_layernorm"):
+    for norm in [name for name, _ in layer.named_children() if name.endswith("_layernorm")]:
         setattr(layer, norm, copy.deepcopy(getattr(block, norm)))
     if block.self_attn.q_norm is not None:
         layer.self_attn.q_norm = copy.deepcopy(block.self_attn.q_norm)

@@ -67,7 +67,7 @@ class Attention(torch.nn.Module):
         head_dim: int | None = None,
         bias: bool = False,
         output_bias: bool | None = None,
-        qk_norm: bool = False,
+        qk_norm: bool | Callable[..., torch.nn.Module] = False,
         norm_eps: float = 1e-6,
         theta: float | None = None,
         rotary_dim: int | None = None,
@@ -89,7 +89,8 @@ class Attention(torch.nn.Module):
             head_dim: features of a head; hidden_size / num_heads if None.
             bias: whether q_proj, k_proj and v_proj have biases.
             output_bias: whether o_proj has a bias; as `bias` if None.
-            qk_norm: whether the heads of q and k are normalized, each by its own RMSNorm.
+            qk_norm: whether the heads of q and k are normalized, each by its own RMSNorm; or, in
+                place of RMSNorm, a function that makes a norm from head_dim and norm_eps.
             norm_eps: what these norms add to the mean of squares.
             theta: base of the rotary frequencies, as for torchext.nn.rotary_embedding. If None, q
                 and k turn only if forward gets `position_embeddings`.
@@ -149,8 +150,9 @@ class Attention(torch.nn.Module):
         output_bias = bias if output_bias is None else output_bias
         self.o_proj = Linear(q_size, hidden_size, output_bias, recipe=recipe, **options)
         self.o_proj._keeps_input = not recompute  # scaled_dot_product_attention keeps it anyway
-        self.q_norm = RMSNorm(head_dim, norm_eps, **options) if qk_norm else None
-        self.k_norm = RMSNorm(head_dim, norm_eps, **options) if qk_norm else None
+        norm = RMSNorm if qk_norm is True else qk_norm
+        self.q_norm = norm(head_dim, norm_eps, **options) if norm else None
+        self.k_norm = norm(head_dim, norm_eps, **options) if norm else None
         self.register_load_state_dict_pre_hook(_split_qkv)
 
     def forward(

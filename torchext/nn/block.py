@@ -21,6 +21,10 @@ class Block(torch.nn.Module):
     As in Llama, Mistral, Qwen2, Qwen3 and Gemma, whose decoder layers have the same parameters and
     `state_dict` keys: those of `self_attn`, a torchext.nn.Attention, of `mlp`, and those of the two
     norms. What both norms return is quantized by the kernels that compute it.
+
+    With `norms_after`, as in Gemma 2 and 3: y = x + post_attention_layernorm(
+    self_attn(input_layernorm(x))), and y + post_feedforward_layernorm(mlp(
+    pre_feedforward_layernorm(y))).
     """
 
     def __init__(
@@ -34,6 +38,7 @@ class Block(torch.nn.Module):
         mlp_bias: bool = False,
         norm: Callable[..., torch.nn.Module] = RMSNorm,
         norm_eps: float = 1e-6,
+        norms_after: bool = False,
         theta: float | None = 10000.0,
         is_causal: bool = True,
         save: Save = "fp8",
@@ -55,6 +60,7 @@ class Block(torch.nn.Module):
             norm: the norms' class, torchext.nn.RMSNorm or LayerNorm, or a function with the same
                 arguments: functools.partial(RMSNorm, unit_offset=True).
             norm_eps: what all norms add to the mean of squares, or to the variance.
+            norms_after: whether norms follow attention and the MLP, too.
             save: what the MLP keeps for backward, as for torchext.nn.SwiGLU.
             recompute_attention: whether backward computes the first norm and attention again.
                 It keeps nothing of them but x, which the norm keeps anyway. `recompute` of
@@ -85,6 +91,10 @@ class Block(torch.nn.Module):
         )
         self.input_layernorm = norm(hidden_size, norm_eps, **factory)
         self.post_attention_layernorm = norm(hidden_size, norm_eps, **factory)
+        self.pre_feedforward_layernorm: torch.nn.Module | None = None
+        if norms_after:
+            self.pre_feedforward_layernorm = norm(hidden_size, norm_eps, **factory)
+            self.post_feedforward_layernorm = norm(hidden_size, norm_eps, **factory)
 
     def forward(self, input: Tensor, attn_mask: Tensor | None = None, **options: Any) -> Tensor:
         """The layer's output, [..., length, hidden_size], in the input's dtype.
@@ -102,10 +112,15 @@ class Block(torch.nn.Module):
 
         if self.recompute_attention and options.get("cache") is None:
             random = self.training and getattr(self.self_attn, "dropout", 1) > 0
-            x = input + recomputed(attend, input, random=random)
+            attended = recomputed(attend, input, random=random)
         else:
-            x = input + attend(input)
-        return x + self.mlp(self.post_attention_layernorm(x))
+            attended = attend(input)
+        if self.pre_feedforward_layernorm is None:
+            x = input + attended
+            return x + self.mlp(self.post_attention_layernorm(x))
+        x = input + self.post_attention_layernorm(attended)
+        y: Tensor = self.mlp(self.pre_feedforward_layernorm(x))
+        return x + self.post_feedforward_layernorm(y)
 
     def extra_repr(self) -> str:
         return "recompute_attention=True" if self.recompute_attention else ""
