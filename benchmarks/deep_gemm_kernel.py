@@ -120,8 +120,14 @@ def _candidates() -> Iterator[tuple[int, int, int, int]]:
                     yield block_m, block_n, cluster_m, cluster_n
 
 
-def choose(m: np.ndarray, n: np.ndarray, k: np.ndarray, sms: int = 132) -> Choices:
-    """The configurations that DeepGEMM chooses, from int64 arrays of sizes.
+def choose(
+    m: np.ndarray,
+    n: np.ndarray,
+    k: np.ndarray,
+    sms: int = 132,
+    tile: tuple[int, int] | None = None,
+) -> Choices:
+    """The configurations that DeepGEMM chooses, from int64 arrays of sizes; `tile` fixes the tile.
 
     It estimates cycles: the larger of a tile's traffic to L2 and its traffic in shared memory, for
     all tiles, over the share of SMs that have a tile in the average wave. Clusters halve the L2
@@ -131,6 +137,8 @@ def choose(m: np.ndarray, n: np.ndarray, k: np.ndarray, sms: int = 132) -> Choic
     least = np.full(m.shape, np.iinfo(np.int64).max)
     best = [zero.copy() for _ in range(6)]
     for block_m, block_n, cluster_m, cluster_n in _candidates():
+        if tile is not None and tile != (block_m, block_n):
+            continue
         fixed, stage = _shared_bytes(block_m, block_n, k)
         stages = np.minimum((SHARED_BYTES - fixed) // stage, MOST_STAGES)
         tiles = -(-m // block_m) * -(-n // block_n)
@@ -158,13 +166,15 @@ def choose(m: np.ndarray, n: np.ndarray, k: np.ndarray, sms: int = 132) -> Choic
     return Choices(*best)
 
 
-def configuration(m: int, n: int, k: int, sms: int = 132) -> Configuration:
-    """The configuration that DeepGEMM chooses for one shape."""
+def configuration(
+    m: int, n: int, k: int, sms: int = 132, tile: tuple[int, int] | None = None
+) -> Configuration:
+    """The configuration that DeepGEMM chooses for one shape, or would choose with this tile."""
     sizes = np.array([[m], [n], [k]], np.int64)
-    c = choose(sizes[0], sizes[1], sizes[2], sms)
+    c = choose(sizes[0], sizes[1], sizes[2], sms, tile)
     clusters = int(c.cluster_m[0] * c.cluster_n[0])
-    tile = int(c.block_m[0]), int(c.block_n[0]), int(c.stages[0])
-    return Configuration(*tile, multicast=clusters, multicast_a=bool(c.cluster_n[0] == 2), sms=sms)
+    shape = int(c.block_m[0]), int(c.block_n[0]), int(c.stages[0])
+    return Configuration(*shape, multicast=clusters, multicast_a=bool(c.cluster_n[0] == 2), sms=sms)
 
 
 def headers() -> Path:
