@@ -132,6 +132,25 @@ class Tuple(Experts):
 ROLES = ExpertsRoles(("both", "out"), "silu_mul", None, ("tokens", "chosen", "scores"))
 
 
+class Transposed(Experts):
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Parameter(self.out.detach().mT.contiguous())
+        self.both = nn.Parameter(self.both.detach().mT.contiguous())
+
+    def forward(self, tokens: Tensor, chosen: Tensor, scores: Tensor) -> Tensor:
+        h = self.activate(torch.einsum("tckw,tk->tcw", self.both[chosen], tokens))
+        return torch.einsum("tcik,tci,tc->tk", self.out[chosen], h, scores)
+
+
+def test_transposed_weights_are_recognized():
+    assert recognize_experts(Transposed()) == ROLES._replace(transposed=True)
+    model = Model(Transposed())
+    result = convert_to_fp8_training(model, {"experts": Recipe()})
+    plain = Model()
+    assert result.bf16_bytes == convert_to_fp8_training(plain, {"experts": Recipe()}).bf16_bytes
+
+
 @pytest.mark.parametrize("kind", [Experts, Products])
 def test_recognized(kind):
     module = kind().eval()
@@ -256,7 +275,7 @@ class SortedModel(nn.Module):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [Model, SortedModel])
+@pytest.mark.parametrize("kind", [Model, lambda: Model(Transposed()), SortedModel])
 def test_compiled_in_one_graph(kind):
     """A number of rows that is no multiple of 4, to which scales are padded; then another one."""
     model = kind()

@@ -348,8 +348,11 @@ def _uses(model: nn.Module, skipped: Mapping[str, str]) -> dict[int, tuple[int, 
             layer = module if linear is None else modules[linear]
             if trains_in_fp8(layer):
                 recipe: Recipe = layer.recipe  # type: ignore[assignment]
-                transposed = not isinstance(layer, (nn.Linear, FP8Experts))
-                in_features = parameter.shape[0 if transposed else -1]
+                if isinstance(layer, FP8Experts):
+                    transposed = layer._is_transposed
+                else:
+                    transposed = not isinstance(layer, nn.Linear)
+                in_features = parameter.shape[-2 if transposed else -1]
                 if of_experts:  # those that a token passes
                     in_features *= round(share * parameter.shape[0])
                 fp8 = [gemm for gemm in gemms if gemm not in recipe.wide_gemms]

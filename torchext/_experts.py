@@ -1,10 +1,10 @@
 """Finds experts that a model holds as 3-D parameters, and converts them in place.
 
 A candidate is a module whose only parameters are two 3-D ones, with the shapes of the weights of E
-MLPs. A copy of it with small random parameters is called, in float64 or, as some implementations of
-grouped products refuse that, in FP32. If the result is the weighted sum of MLPs with one of the
-known activations, then the module computes it for all parameters: its class does not matter, nor do
-the names of its parameters.
+MLPs, or of their transposes. A copy of it with small random parameters is called, in float64 or, as
+some implementations of grouped products refuse that, in FP32. If the result is the weighted sum of
+MLPs with one of the known activations, then the module computes it for all parameters: its class
+does not matter, nor do the names of its parameters.
 
 A module of three 3-D parameters (gate, up and down apart), called with rows that are sorted by
 expert and the number of each expert's rows, is recognized likewise. torchtitan's rounds everything
@@ -56,20 +56,23 @@ def _recognize(module: torch.nn.Module) -> Roles | None:
     if arguments is None:
         return None
     first, second = parameters
-    for names in ((first, second), (second, first)):
-        up, down = (parameters[name] for name in names)
-        assert up is not None and down is not None
+    orders = ((first, second), (second, first))
+    for names, transposed in itertools.product(orders, (False, True)):
+        up, down = (module.get_parameter(name).detach() for name in names)
+        if transposed:
+            up, down = up.mT, down.mT
         experts, width, features = up.shape
         inner = down.shape[2]
         if down.shape[:2] != (experts, features) or width not in (inner, 2 * inner):
             continue
-        probe = _Probe(module, names, experts, is_gated=width == 2 * inner)
+        is_gated = width == 2 * inner
+        probe = _Probe(module, names, experts, is_gated=is_gated, transposed=transposed)
         for (activation, tanh), function in ACTIVATIONS.items():
             if probe.is_gated and activation not in GATED:
                 continue
             if probe.agrees(function):
                 gated = "_mul" if probe.is_gated else ""
-                return ExpertsRoles(names, f"{activation}{gated}", tanh, arguments)
+                return ExpertsRoles(names, f"{activation}{gated}", tanh, arguments, transposed)
     return None
 
 
@@ -108,14 +111,20 @@ class _Probe:
     _TOLERANCES = ((torch.float64, 1e-5), (torch.float32, 1e-4))
 
     def __init__(
-        self, module: torch.nn.Module, names: tuple[str, str], experts: int, *, is_gated: bool
+        self,
+        module: torch.nn.Module,
+        names: tuple[str, str],
+        experts: int,
+        *,
+        is_gated: bool,
+        transposed: bool,
     ) -> None:
         generator = torch.Generator().manual_seed(0)
 
         def random(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator, dtype=torch.float64)
 
-        self.is_gated = is_gated
+        self.is_gated, self.transposed = is_gated, transposed
         width = self._INNER * (2 if is_gated else 1)
         self.up = random(experts, width, self._FEATURES) / self._FEATURES**0.5
         self.down = random(experts, self._FEATURES, self._INNER) / self._INNER**0.5
@@ -136,6 +145,8 @@ class _Probe:
     def _call(self, dtype: torch.dtype) -> list[Tensor] | None:
         """Calls the module for each input, as results_of does."""
         values = (self.up, self.down)
+        if self.transposed:
+            values = (self.up.mT.contiguous(), self.down.mT.contiguous())
         self.module._parameters = {
             name: torch.nn.Parameter(value.to(dtype))
             for name, value in zip(self.names, values, strict=True)

@@ -191,7 +191,11 @@ def quantize_for_inference(
     _check_arguments(model, skip, module_filter_fn)
     check_mode("quantize_for_inference", mode)
     found = find_experts(model)
-    experts = {fqn: roles for fqn, roles in found.items() if isinstance(roles, ExpertsRoles)}
+    experts = {
+        fqn: roles
+        for fqn, roles in found.items()
+        if isinstance(roles, ExpertsRoles) and not roles.transposed
+    }
     layers = rules.linear_layers(model, experts) | {
         name: module for name, module in model.named_modules() if isinstance(module, FrozenWeights)
     }

@@ -151,6 +151,33 @@ def test_bits_are_those_of_a_loop(device):
     assert not dup[::2].any() and not ddown[::2].any()  # no token chose these
 
 
+class Transposed(nn.Module):
+    """The same experts, with weights [E, in, out]."""
+
+    def __init__(self, experts: Experts) -> None:
+        super().__init__()
+        self.w1 = nn.Parameter(experts.gate_up_proj.detach().mT.contiguous())
+        self.w2 = nn.Parameter(experts.down_proj.detach().mT.contiguous())
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        gate, up = torch.einsum("tckw,tk->tcw", self.w1[ids], x).chunk(2, -1)
+        return torch.einsum("tcik,tci,tc->tk", self.w2[ids], F.silu(gate) * up, weights)
+
+
+@every_save
+def test_transposed_weights_give_the_same_bits(device, save):
+    plain = experts_of(k=72, i=40, device=device)
+    layer, transposed = in_fp8(plain, save), in_fp8(Transposed(plain), save)
+    x, (ids, weights) = normal(40, 72, device=device), choices(40, device)
+    assert runs_fused(transposed, x, ids, weights)
+    *expected, dup, ddown = results(layer, x, ids, weights)
+    for _ in range(2):
+        got = results(transposed, x, ids, weights)
+        assert all(map(torch.equal, got, [*expected, dup.mT, ddown.mT]))
+    with torch.no_grad(), fixed_weights(transposed):
+        assert torch.equal(transposed.eval()(x, ids, weights), expected[0])
+
+
 class Sorted(nn.Module):
     """The same experts, called with sorted rows."""
 

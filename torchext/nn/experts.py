@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from ..ops.experts_function import ExpertsFunction, forward_only
-from ..ops.linear_function import quantize_weight
+from ..ops.linear_function import Operand, quantize_weight
 from ..ops.linear_operands import fit
 from ..ops.mlp_function import MLP, Save
 from ..recipe import Recipe
@@ -30,12 +30,14 @@ class ExpertsRoles(NamedTuple):
             the gate and then of up, W = 2 I, or of up alone, W = I.
         activation, tanh_approximation: as in torchext.ops.mlp_function.MLP.
         arguments: the names of forward's arguments: x, the experts' indices, their weights.
+        transposed: the module holds `up` as [E, K, W] and `down` as [E, I, K].
     """
 
     parameters: tuple[str, str]
     activation: str
     tanh_approximation: bool | None
     arguments: tuple[str, ...]
+    transposed: bool = False
 
 
 class SortedExpertsRoles(NamedTuple):
@@ -106,10 +108,11 @@ class FP8Experts(Rerouted):
     def _can_run(self, x: Any, ids: Any, weights: Any) -> bool:
         if _is_transformed():
             return False
+        if not all(type(p) is Parameter and p.dim() == 3 for p in self._held()):
+            return False
         up, down = self._matrices()
         return (
             all(type(t) is Tensor and not t.is_nested for t in (x, ids, weights))
-            and all(type(p) is Parameter and p.dim() == 3 for p in (up, down))
             and x.dim() == ids.dim() == 2
             and x.shape[0] == ids.shape[0]
             and ids.shape == weights.shape
@@ -128,8 +131,16 @@ class FP8Experts(Rerouted):
         dtype = output_dtype(x)
         return MLP(roles.activation, roles.tanh_approximation, self.recipe, dtype, self.fused_save)
 
-    def _matrices(self) -> list[Tensor]:
+    def _held(self) -> list[Tensor]:
         return [getattr(self, name) for name in self.fused_roles.parameters]
+
+    def _matrices(self) -> list[Tensor]:
+        """up [E, W, K] and down [E, K, I]."""
+        return [p.mT for p in self._held()] if self._is_transposed else self._held()
+
+    @property
+    def _is_transposed(self) -> bool:
+        return isinstance(self.fused_roles, ExpertsRoles) and self.fused_roles.transposed
 
     @property
     def _is_gated(self) -> bool:
@@ -146,9 +157,9 @@ class FP8Experts(Rerouted):
         operands: list[Any] = [None, None]
         if not torch.compiler.is_compiling():
             operands = [
-                self._weight_cache.operand(parameter, recipe, transposed=needed, role=name)
+                self._kept_operand(parameter, needed, name)
                 for parameter, needed, name in zip(
-                    parameters, (for_x, for_dh), roles.parameters, strict=True
+                    self._held(), (for_x, for_dh), roles.parameters, strict=True
                 )
             ]
         if graph:
@@ -158,6 +169,16 @@ class FP8Experts(Rerouted):
             for operand, parameter in zip(operands, parameters, strict=True)
         ]
         return forward_only(config, quantized, x, ids, weights)
+
+    def _kept_operand(self, parameter: Tensor, needed: bool, name: str) -> Operand | None:
+        """The FP8 weights that are kept, with those for dgrad if `needed`."""
+        swapped = self._is_transposed  # then fprop reads the parameter's transpose
+        kept = self._weight_cache.operand(
+            parameter, self.recipe, transposed=needed or swapped, role=name
+        )
+        if kept is None or not swapped:
+            return kept
+        return Operand(kept.data_t, kept.scale_t, kept.data, kept.scale)
 
 
 def _is_transformed() -> bool:
@@ -196,7 +217,7 @@ class FP8SortedExperts(FP8Experts):
 
     def _local(self) -> list[Any]:
         """The parameters; of a DTensor the shard of this rank, as the forward of the class does."""
-        parameters: list[Any] = self._matrices()
+        parameters: list[Any] = self._held()
         return [p if type(p) in (Tensor, Parameter) else p.to_local() for p in parameters]
 
     def _run(self, x: Tensor, counts: Tensor) -> Tensor:  # type: ignore[override]
