@@ -9,7 +9,7 @@ import logging
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from .convert import unconvert
 from .nn.experts import ExpertsRoles, trains_in_fp8
 from .nn.fp8_linear import FP8Linear, Mode, check_mode, quantize_linear_
 from .nn.frozen_experts import quantize_experts_
-from .nn.frozen_weights import FrozenWeights
+from .nn.frozen_weights import E4M3, FrozenWeights
 
 _log = logging.getLogger("torchext")
 _EXPERTS_ARE_W8A8 = "experts multiply FP8 inputs (mode='w8a8' converts them)"
@@ -227,6 +227,7 @@ def quantize_for_inference(
         else:
             quantize_experts_(layer, experts[fqn], pow2_scale=pow2_scale)
             converted[fqn] = "w8a8"
+    _leave_out_of_ddp(model, ())
     result = InferenceResult(
         model,
         ReadOnlyDict(converted),
@@ -265,9 +266,27 @@ def dequantize_weights(model: torch.nn.Module, dtype: torch.dtype | None = None)
         The fully qualified names of the modules.
     """
     found = {n: m for n, m in model.named_modules() if isinstance(m, FrozenWeights)}
+    before = set(_fp8_names(model))
     for module in found.values():
         module.dequantize_(dtype)  # type: ignore[operator]
+    _leave_out_of_ddp(model, before)
     return tuple(found)
+
+
+def _fp8_names(model: torch.nn.Module) -> list[str]:
+    return [name for name, p in model.named_parameters() if p.dtype is E4M3]
+
+
+def _leave_out_of_ddp(model: torch.nn.Module, before: Collection[str]) -> None:
+    """Tells DistributedDataParallel not to broadcast FP8 weights: gloo cannot.
+
+    `before` are the names of FP8 weights when it was last told.
+    """
+    attribute = "_ddp_params_and_buffers_to_ignore"  # what DDP's own function for this sets
+    others = [name for name in getattr(model, attribute, ()) if name not in before]
+    names = list(dict.fromkeys([*others, *_fp8_names(model)]))
+    if names or hasattr(model, attribute):
+        setattr(model, attribute, names)
 
 
 def _why_impossible(
