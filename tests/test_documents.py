@@ -1,4 +1,4 @@
-"""The snippets of four documents print what the documents show, if a reader runs them in order in
+"""The snippets of five documents print what the documents show, if a reader runs them in order in
 one fresh interpreter. Also checks the glossary."""
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ def assert_prints(printed: str, shown: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "document", ["README.md", "docs/conversion.md", "docs/debugging.md", "docs/layers.md"]
+    "document",
+    ["README.md", "docs/conversion.md", "docs/debugging.md", "docs/inference.md", "docs/layers.md"],
 )
 @pytest.mark.slow
 def test_snippets_print_what_is_shown(document, tmp_path):
