@@ -239,10 +239,12 @@ def test_an_unknown_attribute_is_an_attribute_error():
 def test_exports():
     assert set(torchext.__all__) == {
         "ConversionResult",
+        "InferenceResult",
         "MemoryReport",
         "Recipe",
         "__version__",
         "convert_to_fp8_training",
+        "dequantize_weights",
         "explain_gemm",
         "fixed_weights",
         "get_include",
@@ -250,6 +252,7 @@ def test_exports():
         "memory_report",
         "nn",
         "ops",
+        "quantize_for_inference",
         "revert_to_linear",
         "unconvert",
     }

@@ -88,6 +88,42 @@ def test_merge_and_unload_gives_fp8_layers(adapted):
     assert sqnr(before, model(x()).detach()) > 20
 
 
+def test_trainer_on_an_fp8_model_of_transformers(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    from torchext.integrations import transformers as torchext_transformers
+
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=128, intermediate_size=128, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=32,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    wide = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    wide.save_pretrained(tmp_path)
+    with torchext_transformers.enable():
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path,
+            quantization_config=transformers.FineGrainedFP8Config(),
+            dtype=torch.bfloat16,
+        )
+        lora = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"])
+        model = peft.get_peft_model(model, torchext_peft.over_fp8(lora))
+        arguments = transformers.TrainingArguments(
+            output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=2, report_to=[],
+            use_cpu=True, learning_rate=0.05, save_strategy="no", disable_tqdm=True,
+        )  # fmt: skip
+        ids = torch.arange(16)
+        data = [{"input_ids": ids, "labels": ids}] * 4
+        transformers.Trainer(model, arguments, train_dataset=data).train()
+        layer = model.base_model.model.model.layers[0].self_attn.q_proj
+        assert isinstance(layer, torchext_peft.LoraFP8Linear)
+        assert layer.lora_B["default"].weight.abs().max() > 0.01
+        model.eval()
+        expected = model(ids[None]).logits.detach()
+        merged = model.merge_and_unload()
+        assert merged.model.layers[0].self_attn.q_proj.weight.dtype == torch.float8_e4m3fn
+        assert sqnr(expected, merged(ids[None]).logits.detach()) > 20
+
+
 def test_what_cannot_merge(adapted):
     layer = adapted.base_model.model.first
     layer.lora_B["default"].weight.data[0, 0] = float("nan")

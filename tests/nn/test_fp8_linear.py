@@ -222,6 +222,18 @@ def test_merge(device, pow2_scale):
         quantized.merge(delta.t())
 
 
+def test_merge_keeps_the_shape_of_scales(device):
+    weight, delta = normal(136, 208, device=device), 0.1 * normal(136, 208, device=device)
+    for quantize in (ops.quantize_rowwise, ops.quantize_tensorwise):
+        layer = FP8Linear.from_tensors(*quantize(weight))
+        shape = layer.weight_scale_inv.shape
+        assert layer.merge(delta).of_weight < 0.05
+        assert layer.weight_scale_inv.shape == shape
+        state = layer.state_dict()
+        got = ops.dequantize(state["weight"], state["weight_scale_inv"], out_dtype=torch.float32)
+        assert sqnr(weight + delta, got) > 25
+
+
 def test_dequantize_gives_a_linear_back(device):
     linear, quantized = layer(device)
     bias = quantized.bias

@@ -28,6 +28,7 @@ _NAMES: dict[str, dict[str, tuple[str, ...]]] = {
         ),
         "fp8_grouped_mm_experts_forward": ("self", "hidden_states"),
         "FineGrainedFP8": ("matmul", "batched_matmul", "grouped_matmul"),
+        "FP8Linear": ("forward",),
         "Fp8Quantize": ("_quantize_one",),
         "ALL_FP8_EXPERTS_FUNCTIONS": (),
     },

@@ -1,4 +1,5 @@
-"""LoRA of Hugging Face peft over layers with FP8 weights (torchext.nn.FP8Linear).
+"""LoRA of Hugging Face peft over layers with FP8 weights: torchext.nn.FP8Linear, and the layers of
+transformers' FP8 models, which torchext.integrations.transformers runs.
 
     torchext.quantize_for_inference(model)
     config = torchext_peft.over_fp8(LoraConfig(target_modules=["q_proj", "v_proj"]))
@@ -13,6 +14,7 @@ dequantize, add and quantize again, and `unmerge` gives the old bits back.
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -20,14 +22,15 @@ from peft import LoraConfig
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.tuners_utils import check_adapters_to_merge
 
-from ..nn.fp8_linear import FP8Linear, MergeError
+from ..nn.fp8_linear import FP8Linear, MergeError, merged
+from . import _transformers_names
 
 TESTED = "0.21.2"
 _NAME = "torchext.integrations.peft"
 
 
 class LoraFP8Linear(LoraLinear):
-    """peft's LoRA layer over an FP8Linear.
+    """peft's LoRA layer over a layer with FP8 `weight` and `weight_scale_inv`.
 
     Attributes:
         merge_errors: {adapter: the error that merging it added}, of the adapters that are merged.
@@ -45,7 +48,7 @@ class LoraFP8Linear(LoraLinear):
             NotImplementedError: an adapter is a variant of LoRA (DoRA, ...), or has a bias.
             ValueError: safe_merge is true and an adapter has a NaN or Inf.
         """
-        base: FP8Linear = self.get_base_layer()
+        base = self.get_base_layer()
         for name in check_adapters_to_merge(self, adapter_names) or ():
             if name not in self.lora_A:
                 continue
@@ -62,21 +65,28 @@ class LoraFP8Linear(LoraLinear):
                 )
             if self._unmerged is None:
                 self._unmerged = base.weight.clone(), base.weight_scale_inv.clone()
-            self.merge_errors[name] = base.merge(delta)
+            with torch.no_grad():
+                *pair, self.merge_errors[name] = merged(base.weight, base.weight_scale_inv, delta)
+                self._set(*pair)
             self.merged_adapters.append(name)
 
     def unmerge(self) -> None:
         """Gives the weight the bits that it had before the first merge."""
         if self._unmerged is not None:
-            base: FP8Linear = self.get_base_layer()
-            base.hold("weight", *self._unmerged)
+            self._set(*self._unmerged)
         self._unmerged = None
         self.merge_errors.clear()
         self.merged_adapters.clear()
 
+    def _set(self, data: torch.Tensor, scale: torch.Tensor) -> None:
+        base = self.get_base_layer()
+        base.weight.data, base.weight_scale_inv.data = data, scale
+
 
 def over_fp8(config: LoraConfig) -> LoraConfig:
-    """Makes `config` wrap FP8Linears in layers that merge into FP8 weights; returns it.
+    """Makes `config` wrap layers with FP8 weights in layers that merge into them; returns it.
+
+    Call it after transformers has loaded an FP8 model, if there is one.
 
     Raises:
         ImportError: this release of peft has no LoraConfig._register_custom_module.
@@ -88,5 +98,9 @@ def over_fp8(config: LoraConfig) -> LoraConfig:
             f"{_NAME}: peft must have LoraConfig._register_custom_module (got {peft.__version__}); "
             f"install peft=={TESTED}"
         )
-    config._register_custom_module({FP8Linear: LoraFP8Linear})
+    classes = {FP8Linear: LoraFP8Linear}
+    if "transformers.integrations.finegrained_fp8" in sys.modules:
+        names = _transformers_names.find()
+        classes[names.fp8.FP8Linear] = LoraFP8Linear
+    config._register_custom_module(classes)
     return config

@@ -11,7 +11,7 @@ from torch.nn import Parameter
 from .._dispatch.layout import GROUP, ceil_div, pitched
 from .._dispatch.scales import float32_scale
 from ..ops.frozen import frozen_product
-from ..ops.quantize import dequantize, quantize_128x128
+from ..ops.quantize import dequantize, quantize_128x128, quantize_rowwise, quantize_tensorwise
 from ..ops.weights_only import fp8_linear
 from .frozen_weights import E4M3, FrozenWeights
 from .linear import output_dtype
@@ -162,7 +162,7 @@ class FP8Linear(FrozenWeights, torch.nn.Linear):
         weight, scale = self.frozen_pair("weight")
         bias = self.bias
         dtype = output_dtype(input)
-        if self.in_features % 16 and not weight.is_cpu:
+        if self.in_features % 16:
             weight = pitched(weight)  # a GPU reads rows at multiples of 16 bytes
         if self.mode == "w8a16":
             x = input if input.dtype is dtype else input.to(dtype)
@@ -173,7 +173,7 @@ class FP8Linear(FrozenWeights, torch.nn.Linear):
     def merge(self, delta: Tensor) -> MergeError:
         """Adds `delta` to the weight in place: dequantizes, adds in FP32, and quantizes again.
 
-        New scales are powers of two if all old ones are.
+        New scales have the shape of the old ones, and are powers of two if all of those are.
 
         Args:
             delta: [N, K], FP32, BF16 or FP16, on the weight's device, such as the product of a
@@ -190,18 +190,10 @@ class FP8Linear(FrozenWeights, torch.nn.Linear):
                 f"FP8Linear.merge: delta must have shape {list(self.weight.shape)} (got "
                 f"{list(delta.shape)}); pass lora_B @ lora_A times its scaling"
             )
-        old = dequantize(self.weight, self.weight_scale_inv, out_dtype=torch.float32)
-        new = old + delta.to(old)
-        pow2_scale = bool((torch.frexp(self.weight_scale_inv)[0] == 0.5).all())
-        data, scale = quantize_128x128(new, pow2_scale=pow2_scale)
-        if scale.shape == self.weight_scale_inv.shape:
-            self.weight_scale_inv.copy_(scale)
-        else:  # it was row-wise or tensor-wise
-            self.hold("weight", self.weight, scale)
+        data, scale, error = merged(self.weight, self.weight_scale_inv, delta)
         self.weight.copy_(data)
-        error = (dequantize(self.weight, scale, out_dtype=torch.float32) - new).norm()
-        norms = new.norm(), delta.float().norm()
-        return MergeError(*(float(error / norm) if norm else 0.0 for norm in norms))
+        self.weight_scale_inv.copy_(scale)
+        return error
 
     def dequantize_(self, dtype: torch.dtype | None = None) -> torch.nn.Linear:
         """Turns this layer into a torch.nn.Linear in place, and returns it.
@@ -248,6 +240,27 @@ class FP8Linear(FrozenWeights, torch.nn.Linear):
         own = bias if bias is None or isinstance(bias, Parameter) else Parameter(bias)
         new.register_parameter("bias", own)
         return new
+
+
+def merged(weight: Tensor, scale: Tensor, delta: Tensor) -> tuple[Tensor, Tensor, MergeError]:
+    """FP8 data and scales of the dequantized weight plus `delta`, of the shapes and dtypes given.
+
+    weight [N, K] may have the scales that FP8Linear.from_tensors takes.
+    """
+    old_scale = float32_scale(scale)
+    old = dequantize(weight, old_scale, out_dtype=torch.float32)
+    new = old + delta.to(old)
+    quantize = quantize_128x128
+    if scale.numel() == 1 and max(weight.shape) > GROUP:
+        quantize = quantize_tensorwise
+    elif tuple(scale.shape) == (weight.shape[0], 1) and weight.shape[0] > 1:
+        quantize = quantize_rowwise
+    pow2_scale = bool((torch.frexp(old_scale)[0] == 0.5).all())
+    data, new_scale = quantize(new, pow2_scale=pow2_scale)
+    rounding = (dequantize(data, new_scale, out_dtype=torch.float32) - new).norm()
+    norms = new.norm(), delta.float().norm()
+    error = MergeError(*(float(rounding / norm) if norm else 0.0 for norm in norms))
+    return data.contiguous(), new_scale.view(scale.shape).to(scale.dtype), error
 
 
 def quantize_linear_(linear: torch.nn.Linear, mode: Mode, *, pow2_scale: bool) -> FP8Linear:
