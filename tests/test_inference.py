@@ -227,6 +227,15 @@ def test_a_model_that_trained_in_fp8(model):
     assert again.fp8_elements == result.fp8_elements
 
 
+def test_training_in_fp8_says_what_to_do_first(model):
+    quantize_for_inference(model)
+    with pytest.warns(UserWarning, match="no parameter of this Model trains in FP8"):
+        result = convert_to_fp8_training(model)
+    assert "call torchext.dequantize_weights first" in result.skipped["blocks.0.up_proj"]
+    dequantize_weights(model)
+    assert len(convert_to_fp8_training(model).converted) == 8
+
+
 def test_dequantize_weights_gives_the_classes_back(model):
     plain = copy.deepcopy(model)
     result = quantize_for_inference(model)
@@ -241,16 +250,29 @@ def test_dequantize_weights_gives_the_classes_back(model):
 def test_what_cannot_be_quantized():
     wrong: Any = 3
 
+    class Conv1D(nn.Module):  # as transformers' layer for GPT-2
+        def __init__(self, out_features: int, in_features: int) -> None:
+            super().__init__()
+            self.nf = out_features
+            self.weight = nn.Parameter(torch.randn(in_features, out_features))
+            self.bias = nn.Parameter(torch.randn(out_features))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.addmm(self.bias, x, self.weight)
+
     class Custom(nn.Linear):
         def forward(self, input: Tensor) -> Tensor:
             return super().forward(input) * 2
 
     parametrized = nn.utils.parametrizations.weight_norm(nn.Linear(128, 128))
-    model = nn.ModuleDict({"custom": Custom(128, 128), "norm": parametrized})
+    model = nn.ModuleDict(
+        {"custom": Custom(128, 128), "norm": parametrized, "transposed": Conv1D(128, 128)}
+    )
     with pytest.warns(UserWarning, match="no weight of this ModuleDict is in FP8"):
         result = quantize_for_inference(model)
     assert "own behavior would be lost" in result.skipped["custom"]
     assert "parametrized" in result.skipped["norm"]
+    assert result.skipped["transposed"].startswith("Conv1D holds a transposed weight")
     with pytest.raises(TypeError, match="skip must be patterns"):
         quantize_for_inference(model, skip="lm_head")
     with pytest.raises(ValueError, match="mode must be"):

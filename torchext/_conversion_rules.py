@@ -12,6 +12,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from ._dispatch.layout import GROUP
 from .nn.converted import is_transposed_linear, overrides
 from .nn.experts import trains_in_fp8
+from .nn.frozen_weights import FrozenWeights
 from .nn.mlp import can_fuse_recipe
 from .recipe import Recipe
 
@@ -87,6 +88,8 @@ def why_impossible(layer: torch.nn.Module) -> str | None:
     """The reason why `layer`, one of `linear_layers`, cannot be converted; None if it can."""
     if trains_in_fp8(layer):
         return "trains in FP8 already"
+    if isinstance(layer, FrozenWeights):
+        return "holds FP8 weights for inference (call torchext.dequantize_weights first)"
     if is_parametrized(layer):
         return "its parameters are parametrized (convert first, parametrize after)"
     weights = _weights(layer)

@@ -18,6 +18,7 @@ from . import _conversion_rules as rules
 from ._conversion_result import ReadOnlyDict, WideParameter, indented, percent, why_wide
 from ._experts import find_experts
 from .convert import unconvert
+from .nn.converted import is_transposed_linear
 from .nn.experts import ExpertsRoles, trains_in_fp8
 from .nn.fp8_linear import FP8Linear, Mode, check_mode, quantize_linear_
 from .nn.frozen_experts import quantize_experts_
@@ -294,10 +295,11 @@ def _why_impossible(
 ) -> str | None:
     if isinstance(layer, FrozenWeights):
         return "holds FP8 weights already"
-    if fqn not in experts and type(layer) is not torch.nn.Linear:
-        # The reasons for subclasses that cannot train in FP8 hold here, too.
-        return rules.why_impossible(layer) or f"{type(layer).__name__} {_SUBCLASS}"
     reason = rules.why_impossible(layer)
+    if reason is None and is_transposed_linear(layer):
+        return f"{type(layer).__name__} holds a transposed weight (replace it by a torch.nn.Linear)"
+    if reason is None and fqn not in experts and type(layer) is not torch.nn.Linear:
+        return f"{type(layer).__name__} {_SUBCLASS}"
     if reason is None and fqn in experts and mode != "w8a8":
         return _EXPERTS_ARE_W8A8
     return reason
