@@ -63,6 +63,8 @@ class Timing:
         gpu: the GPU's name in the table of docs/timing.md.
         cycles: SM cycles from the first instruction to the last.
         microseconds: the kernel's time, launch ramp and drain included, at `mhz`.
+        launch_microseconds: the part of `microseconds` that is launch ramp and drain. A profiler's
+            time of a kernel leaves most of it out; the time of a CUDA graph's replay contains it.
         error: relative error of `microseconds` to expect, 0.25 for 25 %.
         mhz: SM clock under the load of such a kernel.
         sms, ctas_per_sm: of the GPU; CTAs of the kernel that fit on an SM.
@@ -78,6 +80,7 @@ class Timing:
     gpu: str
     cycles: float
     microseconds: float
+    launch_microseconds: float
     error: float
     mhz: float
     sms: int

@@ -32,6 +32,7 @@ py::object timing_to_python(const timing::Prediction& p, const SourceMap& map) {
   d["gpu"] = p.gpu;
   d["cycles"] = p.cycles;
   d["microseconds"] = p.microseconds;
+  d["launch_microseconds"] = p.launch_microseconds;
   d["error"] = p.error;
   d["mhz"] = p.mhz;
   d["sms"] = p.sms;

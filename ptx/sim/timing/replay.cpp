@@ -139,6 +139,7 @@ class Replay {
   using Samples = std::vector<const ClusterTrace*>;
   double simulate(const Samples& samples, std::uint64_t count, std::uint32_t resident,
                   std::uint64_t rest, double* middle);
+  double share_of_others(const ClusterTrace& trace) const;
   void start_cluster(double time, std::uint64_t index);
   void finish_warp(WarpRun& w);
   void step(WarpRun& w);
@@ -166,6 +167,7 @@ class Replay {
   double dram(double now, double bytes, double multiplicity);
   void settle(double time);
   void find_misses();
+  void set_clock();
   std::uint32_t label(const std::string& text);
   std::uint32_t mbarrier_label(std::uint32_t id);
   bool shows(const WarpRun& w) const {
@@ -201,6 +203,7 @@ class Replay {
   std::uint64_t finished_ = 0;
   using InFlight = std::pair<double, double>;
   std::priority_queue<InFlight, std::vector<InFlight>, std::greater<InFlight>> in_flight_;
+  double share_ = 1;  // share_of_others of the replayed cluster
   double average_in_flight_ = 0, settled_ = 0, dram_free_ = 0;
   double bytes_in_flight_ = 0, dram_bytes_ = 0, l2_bytes_ = 0;
   std::vector<double> multicast_;  // when the pieces of a multicast arrive at its issuer
@@ -310,7 +313,7 @@ double Replay::dram(double now, double bytes, double multiplicity) {
   bytes_in_flight_ += bytes * multiplicity;
   dram_bytes_ += bytes;
   if (now < kTogether) average_in_flight_ = bytes_in_flight_;
-  const double others = 1 - 1 / double(islands_);
+  const double others = std::max(0.0, 1 - 1 / multiplicity);
   const double all = (1 - others) * bytes_in_flight_ + others * average_in_flight_;
   const double n = c_.dram_exponent;
   const double curve =
@@ -795,12 +798,27 @@ const std::string& Replay::role_of(const std::vector<Event>& events, const Clust
   return role;
 }
 
+// How much the traced clusters move on average, as a share of what this one moves: in a launch that
+// fits on the GPU at once, some CTAs may have less to do than others, or nothing.
+double Replay::share_of_others(const ClusterTrace& trace) const {
+  const auto moved = [](const ClusterTrace& t) {
+    double bytes = 1;
+    for (const BufferUse& use : t.buffers) bytes += double(use.loaded + use.stored);
+    return bytes;
+  };
+  double sum = 0;
+  for (const auto& each : traces_) sum += moved(*each);
+  return std::min(1.0, sum / double(traces_.size()) / moved(trace));
+}
+
 void Replay::start_cluster(double time, std::uint64_t index) {
   auto run = std::make_unique<ClusterRun>();
   run->index = static_cast<std::uint32_t>(index);
   run->trace = (*samples_)[index % samples_->size()];
   // In the last, partial wave fewer SMs have a cluster.
   run->multiplicity = double(rest_ != 0 && index + 1 == count_ ? rest_ : islands_);
+  if (launch_.clusters <= islands_) share_ = share_of_others(*run->trace);
+  run->multiplicity *= share_;
   for (std::size_t rank = 0; rank < run->trace->ctas.size(); ++rank) {
     auto cta = std::make_unique<CtaRun>();
     cta->cluster = run.get();
@@ -907,8 +925,9 @@ Prediction Replay::run() {
     all.push_back(trace.get());
     events += trace->events();
   }
-  double cycles = 0, longest = 0, sum = 0;
+  double cycles = 0;
   if (queue == 1) {  // one cluster on each group of SMs: the slowest decides
+    double longest = 0, sum = 0;
     Samples slowest;
     for (const ClusterTrace* trace : all) {
       const double each = simulate({trace}, 1, 1, 0, nullptr);
@@ -919,6 +938,10 @@ Prediction Replay::run() {
       }
     }
     out_.tail = 1 - sum / (longest * double(all.size()));
+    if (uses_tensor_cores_) {
+      simulate(slowest, 1, 1, 0, nullptr);
+      set_clock();
+    }
     tracing_ = true;
     cycles = simulate(slowest, 1, 1, 0, nullptr);
   } else {
@@ -926,8 +949,12 @@ Prediction Replay::run() {
     const std::uint64_t affordable =
         std::max<std::uint64_t>(4 * fit, std::min(kMaxClusters, kMaxEvents / each));
     const std::uint64_t count = std::min(queue, affordable);
-    tracing_ = true;
     double middle = 0;
+    if (uses_tensor_cores_) {
+      simulate(all, count, fit, count == queue ? rest : 0, &middle);
+      set_clock();
+    }
+    tracing_ = true;
     cycles = simulate(all, count, fit, count == queue ? rest : 0, &middle);
     if (count < queue)
       cycles += (cycles - middle) / double(count - count / 2) * double(queue - count);
@@ -935,6 +962,16 @@ Prediction Replay::run() {
   }
   summarize(cycles);
   return std::move(out_);
+}
+
+// Tensor cores at work lower the clock: in full, if they work for c_.full_load of the time.
+void Replay::set_clock() {
+  double busy = 0;
+  for (const Sm& sm : sms_) busy += sm.busy_tensor;
+  const double load = busy / std::max(1.0, end_ * double(sms_.size()));
+  const double full = out_.mhz;
+  out_.mhz = gpu_.other_mhz - (gpu_.other_mhz - full) * std::min(1.0, load / c_.full_load);
+  dram_rate_ = gpu_.gigabytes_per_second * 1e3 / out_.mhz;
 }
 
 // ---- Summary ------------------------------------------------------------------------------------
@@ -947,7 +984,8 @@ void Replay::remark(const std::string& kind, const std::string& text, double cyc
 
 void Replay::summarize(double cycles) {
   out_.cycles = cycles;
-  out_.microseconds = cycles / out_.mhz + c_.ramp + c_.drain;
+  out_.launch_microseconds = c_.ramp + c_.drain;
+  out_.microseconds = cycles / out_.mhz + out_.launch_microseconds;
   out_.error = c_.error;
   const double simulated = std::max(1.0, end_), sms = double(sms_.size());
   Sm sum;
@@ -970,9 +1008,9 @@ void Replay::summarize(double cycles) {
   u["tensor cores"] = sum.busy_tensor / whole;
   u["TMA"] = sum.busy_tma / whole;
   u["L2 to SM"] = sum.busy_port / whole;
-  const double share = double(islands_) * dram_bytes_ / simulated / dram_rate_;
+  const double share = share_ * double(islands_) * dram_bytes_ / simulated / dram_rate_;
   u["device memory"] = std::min(1.0, share);
-  const double scale = double(islands_) * cycles / simulated;
+  const double scale = share_ * double(islands_) * cycles / simulated;
   out_.dram_bytes = dram_bytes_ * scale;
   out_.l2_bytes = l2_bytes_ * scale;
 

@@ -58,7 +58,7 @@ struct Interval {
 
 struct Prediction {
   std::string gpu;
-  double cycles = 0, microseconds = 0, error = 0, mhz = 0;
+  double cycles = 0, microseconds = 0, launch_microseconds = 0, error = 0, mhz = 0;
   double waves = 0, tail = 0;  // tail: share of the SMs' time without work
   std::uint32_t ctas_per_sm = 0, sms = 0, traced_ctas = 0;
   double dram_bytes = 0, l2_bytes = 0;
