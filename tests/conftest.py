@@ -4,7 +4,9 @@ call ops take the `device` fixture."""
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import re
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -92,3 +94,18 @@ def mesh(tmp_path: Path):
         yield init_device_mesh("cpu", (1,))
     finally:
         dist.destroy_process_group()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Names the packages whose absence skips tests, which -q leaves out."""
+    counts: collections.Counter[str] = collections.Counter()
+    for report in terminalreporter.stats.get("skipped", []):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else ""
+        missing = re.search(r"No module named '(\w+)", reason)
+        if missing is not None:
+            counts[missing[1]] += 1
+    for package, count in sorted(counts.items()):
+        terminalreporter.write_line(
+            f"skipped for want of {package}: {count} tests or files; the development group of "
+            "pyproject.toml has it"
+        )
