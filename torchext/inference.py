@@ -9,7 +9,7 @@ import logging
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -228,7 +228,8 @@ def quantize_for_inference(
         else:
             quantize_experts_(layer, experts[fqn], pow2_scale=pow2_scale)
             converted[fqn] = "w8a8"
-    _leave_out_of_ddp(model, ())
+    if converted:
+        _LeftOutOfDDP.set(model)
     result = InferenceResult(
         model,
         ReadOnlyDict(converted),
@@ -267,27 +268,32 @@ def dequantize_weights(model: torch.nn.Module, dtype: torch.dtype | None = None)
         The fully qualified names of the modules.
     """
     found = {n: m for n, m in model.named_modules() if isinstance(m, FrozenWeights)}
-    before = set(_fp8_names(model))
     for module in found.values():
         module.dequantize_(dtype)  # type: ignore[operator]
-    _leave_out_of_ddp(model, before)
     return tuple(found)
 
 
-def _fp8_names(model: torch.nn.Module) -> list[str]:
-    return [name for name, p in model.named_parameters() if p.dtype is E4M3]
+class _LeftOutOfDDP:
+    """The names that DistributedDataParallel reads from a model, which it then does not broadcast:
+    those of FP8 weights, which gloo cannot, and those that others gave.
 
-
-def _leave_out_of_ddp(model: torch.nn.Module, before: Collection[str]) -> None:
-    """Tells DistributedDataParallel not to broadcast FP8 weights: gloo cannot.
-
-    `before` are the names of FP8 weights when it was last told.
+    They are those of the moment when DDP wraps the model, because modules may move until then.
     """
+
     attribute = "_ddp_params_and_buffers_to_ignore"  # what DDP's own function for this sets
-    others = [name for name in getattr(model, attribute, ()) if name not in before]
-    names = list(dict.fromkeys([*others, *_fp8_names(model)]))
-    if names or hasattr(model, attribute):
-        setattr(model, attribute, names)
+
+    def __init__(self, model: torch.nn.Module, others: Iterable[str]) -> None:
+        self._model, self._others = model, tuple(others)
+
+    def __iter__(self) -> Iterator[str]:
+        frozen = (name for name, p in self._model.named_parameters() if p.dtype is E4M3)
+        return iter(dict.fromkeys([*self._others, *frozen]))
+
+    @classmethod
+    def set(cls, model: torch.nn.Module) -> None:
+        before = getattr(model, cls.attribute, ())
+        if not isinstance(before, cls):
+            setattr(model, cls.attribute, cls(model, before))
 
 
 def _why_impossible(

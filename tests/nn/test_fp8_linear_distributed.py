@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -52,14 +53,22 @@ def test_ddp(model, mesh):
         assert torch.equal(got, wanted)
 
 
-def test_ddp_is_told_of_fp8_weights_only():
-    model: Any = Adapted()
-    model._ddp_params_and_buffers_to_ignore = ["down.weight"]
+def test_ddp_is_told_of_what_is_in_fp8_when_it_wraps_the_model():
+    def left_out(model: Any) -> list[str]:
+        return list(model._ddp_params_and_buffers_to_ignore)
+
+    model = nn.Sequential(nn.Linear(128, 256), nn.Linear(256, 128))
+    attribute: Any = ["1.bias"]
+    model._ddp_params_and_buffers_to_ignore = attribute
     quantize_for_inference(model)
-    left_out = model._ddp_params_and_buffers_to_ignore
-    assert left_out == ["down.weight", "first.weight", "second.weight"]
+    model.insert(0, nn.Linear(128, 128))
+    assert left_out(model) == ["1.bias", "1.weight", "2.weight"]
+    assert not quantize_for_inference(model, skip=["0"]).converted
+    assert left_out(model) == ["1.bias", "1.weight", "2.weight"]
+    twin = copy.deepcopy(model)
     dequantize_weights(model)
-    assert model._ddp_params_and_buffers_to_ignore == ["down.weight"]
+    assert left_out(model) == ["1.bias"]
+    assert left_out(pickle.loads(pickle.dumps(twin))) == ["1.bias", "1.weight", "2.weight"]
 
 
 def test_fsdp2(model, mesh):
