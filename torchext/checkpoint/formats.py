@@ -261,14 +261,14 @@ def pair(
     if ties_head(checkpoint.config):
         patterns.match("lm_head")
     used = {weight.scale.name for weight in weights.values()}
-    of_broken = {
+    used |= {  # those of weights with problems of their own
         scale.name
         for name, entry in entries.items()
         if entry.dtype in FP8 and name not in weights and (scale := _scale_of(entry, entries))
     }
     for name, entry in entries.items():
         base = _base_of_scale(name)
-        if base is not None and name not in used | of_broken:
+        if base is not None and name not in used:
             got = next((entries[b] for b in base if b in entries), None)
             problems.append(
                 f"{entry.where} must belong to an FP8 weight (got "

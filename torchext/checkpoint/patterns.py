@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import fnmatch
 import re
 from collections.abc import Iterable
 
 _WILDCARDS = re.compile(r"\Are:|[*?[]|\.weight\Z")
+_GLOBS = {"*": "[^.]*", "?": "[^.]"}
 
 
 class Patterns:
@@ -29,15 +29,14 @@ class Patterns:
                 f"list, [{patterns!r}]"
             )
         self.matched: dict[str, list[str]] = {pattern: [] for pattern in patterns}
-        # Configurations list hundreds of whole names; these are looked up, not tried one by one.
-        self._tried = [pattern for pattern in self.matched if _WILDCARDS.search(pattern)]
-        for pattern in self._tried:
-            _matches(pattern, "")  # an invalid regular expression raises here
+        # Names are tens of thousands, and patterns hundreds, most of them whole names: those are
+        # looked up, and only the others are tried one by one.
+        self._tried = {p: _compiled(p) for p in self.matched if _WILDCARDS.search(p)}
 
     def match(self, name: str) -> str | None:
         """A pattern that matches `name`, or None. Every pattern that does is noted."""
         found = [pattern for pattern in _runs(name) if pattern in self.matched]
-        found += [pattern for pattern in self._tried if _matches(pattern, name)]
+        found += [pattern for pattern, test in self._tried.items() if test.match(name)]
         for pattern in found:
             self.matched[pattern].append(name)
         return found[0] if found else None
@@ -55,18 +54,28 @@ def _runs(name: str) -> set[str]:
     return {".".join(segments[start:end]) for end in ends for start in range(end)}
 
 
-def _matches(pattern: str, name: str) -> bool:
-    if pattern.startswith("re:"):
-        try:
-            return re.match(pattern[3:], name) is not None
-        except re.error as error:
-            raise ValueError(
-                f"torchext.checkpoint: {pattern!r} must be a regular expression after re: (got "
-                f"{error}); correct it"
-            ) from None
-    globs = pattern.removesuffix(".weight").split(".")
-    segments = name.split(".")
-    return any(
-        all(map(fnmatch.fnmatchcase, segments[start:], globs))
-        for start in range(len(segments) - len(globs) + 1)
-    )
+def _compiled(pattern: str) -> re.Pattern[str]:
+    """The regular expression that matches names from their beginning."""
+    try:
+        if pattern.startswith("re:"):
+            return re.compile(pattern[3:])
+        segments = map(_segment, pattern.removesuffix(".weight").split("."))
+        return re.compile(rf"(?:.*\.)?{'[.]'.join(segments)}(?:\Z|\.)")
+    except re.error as error:
+        raise ValueError(
+            f"torchext.checkpoint: {pattern!r} must be a glob, or a regular expression after re: "
+            f"(got {error}); correct it"
+        ) from None
+
+
+def _segment(glob: str) -> str:
+    """The regular expression of a segment: `*` and `?` match no dot, `[...]` is a set."""
+    expression = ""
+    for piece in re.findall(r"\[!?[^]]+\]|.", glob):
+        if piece in _GLOBS:
+            expression += _GLOBS[piece]
+        elif len(piece) > 1:
+            expression += piece.replace("[!", "[^", 1)
+        else:
+            expression += re.escape(piece)
+    return expression
