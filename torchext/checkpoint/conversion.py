@@ -144,7 +144,7 @@ def convert(
             or FP8 of any format that docs/checkpoints.md lists.
         target: the folder to make; it must not exist.
         to: "fp8" or "bf16".
-        modules_to_not_convert: patterns of modules that stay wide; see `Patterns` in
+        modules_to_not_convert: patterns of modules that stay wide; see "What stays wide" in
             docs/checkpoints.md. Embeddings, output heads, routers and weights with fewer than 128
             in or out features always do.
         pow2_scale: round scales up to powers of two (`scale_fmt: ue8m0`).
