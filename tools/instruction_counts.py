@@ -61,6 +61,7 @@ def calls() -> dict[str, Callable[[], object]]:
         return torch.randn(shape).bfloat16()
 
     x, weight = random(128, 512), random(256, 512)
+    factors, rstd = random(512), torch.ones(128)
     a, b = ops.quantize_1x128(x), ops.quantize_128x128(weight)
     x_t, weight_t = ops.quantize_1x128(x.t().contiguous()), ops.quantize_1x128(random(256, 128))
     few = ops.quantize_1x128(x[:2])
@@ -75,6 +76,12 @@ def calls() -> dict[str, Callable[[], object]]:
         "quantize_128x128_dual 256x512": lambda: ops.quantize_128x128_dual(weight),
         "quantize_rowwise 128x512": lambda: ops.quantize_rowwise(x),
         "quantize_tensorwise 128x512": lambda: ops.quantize_tensorwise(x),
+        "quantize_1x128_dual_bias_grad 128x512": lambda: ops.quantize_1x128_dual_bias_grad(x),
+        "silu_mul_quantize_1x128_dual 128x512": lambda: ops.silu_mul_quantize_1x128_dual(x),
+        "rms_norm_quantize_1x128_dual 128x512": (
+            lambda: ops.rms_norm_quantize_1x128_dual(x, factors, 1e-6)
+        ),
+        "rms_norm_backward 128x512": lambda: ops.rms_norm_backward(x, x, factors, rstd),
         "dequantize 128x512": lambda: ops.dequantize(*a, out_dtype=torch.bfloat16),
         "fp8_gemm_nt 1D2D 128x256x512": lambda: ops.fp8_gemm_nt(*a, *b),
         "fp8_gemm_nt 1D1D 512x256x128": lambda: ops.fp8_gemm_nt(*x_t, *weight_t),

@@ -138,26 +138,36 @@ class GroupWriter {
 // added as ((p0 + p1) + (p2 + p3)) + ((p4 + p5) + (p6 + p7)), with +0 for rows that do not exist. The
 // sums of each 128 rows are then added from the first to the last. CUDA kernels do the same.
 
-// Adds a tile of FP32 values.
-struct SumTile {
-  static void run(const float* x, int64_t stride, int rows, int cols, float* __restrict sums) {
-    alignas(64) float runs[8][kTile];
-    for (int i = 0; i < 8; ++i) {
-      const int first = 16 * i, count = std::clamp(rows - first, 0, 16);
-      float* __restrict run = runs[i];
-      for (int j = 0; j < kTile; ++j) run[j] = 0.0f;
-      if (count == 0) continue;
-      std::memcpy(run, x + first * stride, size_t(cols) * sizeof(float));
-      for (int r = 1; r < count; ++r) {
-        const float* from = x + (first + r) * stride;
-        for (int j = 0; j < cols; ++j) run[j] += from[j];
-      }
-      if (count < 16)
-        for (int j = 0; j < cols; ++j) run[j] += 0.0f;
-    }
+// The sums of the runs of a tile. They begin as -0, which changes no sum.
+struct RunSums {
+  alignas(64) float at[8][kTile];
+
+  void clear() { std::fill_n(at[0], 8 * kTile, -0.0f); }
+};
+
+// The sums of a tile's columns from those of its runs.
+struct SumRuns {
+  static void run(RunSums* runs, int rows, int cols, float* __restrict sums) {
+    for (int i = rows / 16; i < 8; ++i)
+      for (int j = 0; j < kTile; ++j) runs->at[i][j] += 0.0f;
+    const auto& r = runs->at;
     for (int j = 0; j < cols; ++j)
-      sums[j] = ((runs[0][j] + runs[1][j]) + (runs[2][j] + runs[3][j])) +
-                ((runs[4][j] + runs[5][j]) + (runs[6][j] + runs[7][j]));
+      sums[j] =
+          ((r[0][j] + r[1][j]) + (r[2][j] + r[3][j])) + ((r[4][j] + r[5][j]) + (r[6][j] + r[7][j]));
+  }
+};
+
+// Adds the rows of a tile of a wide dtype to the sums of its runs.
+struct AddRows {
+  static void run(const Tile& tile, ScalarType dtype, RunSums* runs) {
+    with_wide_format(dtype, [&](auto format) {
+      using Format = decltype(format);
+      for (int r = 0; r < tile.rows; ++r) {
+        const auto* from = static_cast<const typename Format::Bits*>(tile.data) + r * tile.stride;
+        float* __restrict to = runs->at[r / 16];
+        for (int j = 0; j < tile.cols; ++j) to[j] += Format::to_float(from[j]);
+      }
+    });
   }
 };
 
@@ -179,10 +189,16 @@ class ColumnSums {
   ColumnSums(int64_t rows, int64_t cols)
       : cols_(cols), tiles_(ceil_div(rows, kTile)), sums_(size_t(tiles_ * cols)) {}
 
-  // Called once for each tile, by any thread.
-  void add(const float* x, int64_t stride, const TilePosition& at) {
+  // One of these is called once for each tile, by any thread.
+  void add(const Tile& tile, ScalarType dtype, const TilePosition& at) {
+    RunSums runs;
+    runs.clear();
+    run_vectorized<AddRows>(tile, dtype, &runs);
+    add(&runs, at);
+  }
+  void add(RunSums* runs, const TilePosition& at) {
     float* sums = sums_.data() + at.row / kTile * cols_ + at.col;
-    run_vectorized<SumTile>(x, stride, at.rows, at.cols, sums);
+    run_vectorized<SumRuns>(runs, at.rows, at.cols, sums);
   }
 
   // Writes cols() sums. All tiles have been added.
@@ -206,8 +222,7 @@ constexpr bool kHasPrepare<Producer, std::void_t<decltype(&Producer::prepare)>> 
 
 // Quantizes the rows x cols values of a producer with 1x128 scales: along rows into `row`, and along
 // columns into `transposed`. Either may be nullptr. Each tile is produced once. `column_sums`, if not
-// nullptr, gets the FP32 sums over rows; the producer's tiles must then be FP32. The matrix must have
-// elements.
+// nullptr, gets the FP32 sums over rows. The matrix must have elements.
 template <class Producer>
 void quantize_produced_groups(int64_t rows, int64_t cols, const QuantizeOptions& options,
                               const Producer& producer, const QuantizedView* row,
@@ -225,7 +240,7 @@ void quantize_produced_groups(int64_t rows, int64_t cols, const QuantizeOptions&
   ColumnSums sums(column_sums ? rows : 0, cols);
   const auto body = [&](Scratch& scratch, const TilePosition& at, const TilePosition& next) {
     const Tile tile = producer(scratch.producer, at, next);
-    if (column_sums) sums.add(static_cast<const float*>(tile.data), tile.stride, at);
+    if (column_sums) sums.add(tile, producer.dtype, at);
     writer.write(tile, at.row, at.col, scratch.transposed);
   };
   if constexpr (kHasPrepare<Producer>) {

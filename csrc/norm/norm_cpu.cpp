@@ -83,9 +83,12 @@ struct NormedTiles {
   }
 
   cpu::Tile operator()(Scratch& scratch, const cpu::TilePosition& at,
-                       const cpu::TilePosition&) const {
-    const uint8_t* h = scratch.h.data + (at.row - scratch.first) * scratch.h.pitch +
-                       at.col * element_size(norm.x.dtype);
+                       const cpu::TilePosition& next) const {
+    const int64_t size = element_size(norm.x.dtype);
+    const auto part = [&](const cpu::TilePosition& tile) {
+      return scratch.h.data + (tile.row - scratch.first) * scratch.h.pitch + tile.col * size;
+    };
+    const uint8_t* h = part(at);
     for (int i = 0; i < at.rows; ++i) {
       float* y = scratch.tile + i * kTile;
       rows.normalize(h + i * scratch.h.pitch, at.cols,
@@ -96,7 +99,12 @@ struct NormedTiles {
                    static_cast<uint8_t*>(norm.normed) +
                        ((at.row + i) * norm.x.cols + at.col) * element_size(norm.x.dtype));
     }
-    return {scratch.tile, kTile, at.rows, at.cols, {}};
+    if (next.rows == 0) return {scratch.tile, kTile, at.rows, at.cols, {}};
+    return {scratch.tile,
+            kTile,
+            at.rows,
+            at.cols,
+            {part(next), scratch.h.pitch, next.rows, int(next.cols * size)}};
   }
 
   // Computes and stores mean and rstd of a row.
@@ -121,7 +129,7 @@ struct NormedTiles {
 class Backward {
  public:
   struct Scratch {
-    alignas(64) float terms[kTile * kTile];
+    cpu::RunSums dweight, dbias;
     cpu::TransposedTile transposed;
     std::vector<uint8_t> of_grad, of_x, of_residual;  // gathered rows
     Rows grad, x, residual;                           // from row `first` on
@@ -155,27 +163,24 @@ class Backward {
     }
   }
 
-  // Computes a tile of dx, which lies in the result, and adds the tile's columns.
+  // Computes a tile of dx, which lies in the result, and the sums of the tile's columns.
   cpu::Tile compute(Scratch& scratch, const cpu::TilePosition& at) {
     auto* dx = static_cast<uint8_t*>(norm_.dx) + (at.row * norm_.x.cols + at.col) * size_;
     const auto part = [&](const Rows& rows, int i) {
       return rows.data + (at.row - scratch.first + i) * rows.pitch + at.col * size_;
     };
+    scratch.dweight.clear();
+    if (norm_.dbias != nullptr) scratch.dbias.clear();
     for (int i = 0; i < at.rows; ++i) {
       const int64_t row = at.row + i, of_row = row - scratch.first;
-      const uint8_t *grad = part(scratch.grad, i), *x = part(scratch.x, i);
-      rows_.gradient(grad, x, factors_.data() + at.col, at.cols, mean(row), rstd(row),
-                     scratch.weighted[of_row], scratch.products[of_row],
+      rows_.gradient(part(scratch.grad, i), part(scratch.x, i), factors_.data() + at.col, at.cols,
+                     mean(row), rstd(row), scratch.weighted[of_row], scratch.products[of_row],
                      norm_.residual_grad.data ? part(scratch.residual, i) : nullptr,
-                     dx + i * norm_.x.cols * size_);
-      rows_.weight_terms(grad, x, at.cols, mean(row), rstd(row), scratch.terms + i * kTile);
+                     dx + i * norm_.x.cols * size_, scratch.dweight.at[i / 16],
+                     norm_.dbias != nullptr ? scratch.dbias.at[i / 16] : nullptr);
     }
-    dweight_.add(scratch.terms, kTile, at);
-    if (norm_.dbias != nullptr) {
-      for (int i = 0; i < at.rows; ++i)
-        rows_.widen(part(scratch.grad, i), at.cols, scratch.terms + i * kTile);
-      dbias_.add(scratch.terms, kTile, at);
-    }
+    dweight_.add(&scratch.dweight, at);
+    if (norm_.dbias != nullptr) dbias_.add(&scratch.dbias, at);
     return {dx, norm_.x.cols, at.rows, at.cols, {}};
   }
 

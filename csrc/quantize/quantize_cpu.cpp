@@ -142,39 +142,6 @@ void quantize_contiguous_groups(const QuantizeTask& task, const MatrixView& x,
   });
 }
 
-// Widens a tile to FP32, row by row.
-struct WidenTile {
-  static void run(const Tile& tile, ScalarType dtype, float* __restrict to) {
-    with_wide_format(dtype, [&](auto format) {
-      using Format = decltype(format);
-      const auto* from = static_cast<const typename Format::Bits*>(tile.data);
-      for (int i = 0; i < tile.rows; ++i)
-        for (int j = 0; j < tile.cols; ++j)
-          to[i * kTile + j] = Format::to_float(from[i * tile.stride + j]);
-    });
-  }
-};
-
-// Reads tiles of x, and widens them: sums of columns take FP32. A producer.
-struct WideTiles {
-  struct Scratch {
-    TileReader::Scratch reader;
-    alignas(64) float tile[kTile * kTile];
-  };
-  const ScalarType dtype = ScalarType::Float;
-  const TileReader reader;
-
-  WideTiles(const MatrixView& x, const Kernels& kernels) : reader(x, kernels) {}
-
-  Tile operator()(Scratch& scratch, const TilePosition& at, const TilePosition& next) const {
-    const Tile tile = reader(scratch.reader, at, next);
-    if (reader.dtype == ScalarType::Float) return tile;
-    float* wide = scratch.tile;
-    run_vectorized<WidenTile>(tile, reader.dtype, wide);
-    return {wide, kTile, tile.rows, tile.cols, tile.ahead};
-  }
-};
-
 // Groups along rows, along columns, or both, by tiles.
 void quantize_tiles(const QuantizeOptions& options, const MatrixView& x, const QuantizedView* row,
                     const QuantizedView* transposed) {
@@ -340,7 +307,7 @@ void quantize_groups_cpu(const MatrixView& x, const QuantizeOptions& options,
 void quantize_groups_bias_grad_cpu(const MatrixView& x, const QuantizeOptions& options,
                                    const QuantizedView& row, const QuantizedView& transposed,
                                    float* bias_grad) {
-  quantize_produced_groups(x.rows, x.cols, options, WideTiles(x, kernels()), &row, &transposed,
+  quantize_produced_groups(x.rows, x.cols, options, TileReader(x, kernels()), &row, &transposed,
                            bias_grad);
 }
 

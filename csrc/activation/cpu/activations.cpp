@@ -190,8 +190,9 @@ class GradientWriter {
         bias_grad_(out.bias_grad) {}
 
   void write(const FloatTile& tile, const TilePosition& at, TransposedTile& memory) {
-    if (bias_grad_) sums_.add(tile.data, kTile, at);
-    writer_.write({tile.data, kTile, at.rows, at.cols, {}}, at.row, at.col, memory);
+    const Tile values{tile.data, kTile, at.rows, at.cols, {}};
+    if (bias_grad_) sums_.add(values, ScalarType::Float, at);
+    writer_.write(values, at.row, at.col, memory);
   }
 
   void finish() const {

@@ -29,14 +29,10 @@ struct RowKernels {
   float (*sum_products)(const void* g, const void* h, const float* w, int64_t n, float mean,
                         float rstd);
   // dx = rstd * ((g_w - first) - h_hat * second) + residual_grad, rounded to the dtype; nothing is
-  // added if residual_grad is nullptr.
+  // added if residual_grad is nullptr. Adds g * h_hat to dweight, and g to dbias unless it is nullptr.
   void (*gradient)(const void* g, const void* h, const float* w, int64_t n, float mean, float rstd,
-                   float first, float second, const void* residual_grad, void* dx);
-  // terms = g * h_hat.
-  void (*weight_terms)(const void* g, const void* h, int64_t n, float mean, float rstd,
-                       float* terms);
-  // terms = g.
-  void (*widen)(const void* g, int64_t n, float* terms);
+                   float first, float second, const void* residual_grad, void* dx, float* dweight,
+                   float* dbias);
 };
 
 struct Kernels {

@@ -134,43 +134,39 @@ struct Rows {
     });
   }
 
-  static void gradient(const void* g, const void* h, const float* w, int64_t n, float mean,
-                       float rstd, float first, float second, const void* residual_grad, void* dx) {
-    const auto* __restrict grad = static_cast<const Bits*>(g);
-    const auto* __restrict from = static_cast<const Bits*>(h);
-    const float* __restrict factors = w;
-    const auto* __restrict residual = static_cast<const Bits*>(residual_grad);
-    auto* __restrict to = static_cast<Bits*>(dx);
-    const auto of = [&](int64_t i) {
-      const float weighted = In::to_float(grad[i]) * factors[i];
+  template <bool kResidual, bool kBias>
+  static void gradient_loop(const Bits* __restrict grad, const Bits* __restrict from,
+                            const float* __restrict w, int64_t n, float mean, float rstd,
+                            float first, float second, const Bits* __restrict residual,
+                            Bits* __restrict to, float* __restrict dweight,
+                            float* __restrict dbias) {
+    for (int64_t i = 0; i < n; ++i) {
+      const float gradient = In::to_float(grad[i]);
       const float normed = (In::to_float(from[i]) - mean) * rstd;
-      return rstd * ((weighted - first) - normed * second);
-    };
-    if (residual == nullptr) {
-      for (int64_t i = 0; i < n; ++i) to[i] = In::from_float(of(i));
-    } else {
-      for (int64_t i = 0; i < n; ++i) to[i] = In::from_float(of(i) + In::to_float(residual[i]));
+      const float result = rstd * ((gradient * w[i] - first) - normed * second);
+      dweight[i] += gradient * normed;
+      if constexpr (kBias) dbias[i] += gradient;
+      if constexpr (kResidual)
+        to[i] = In::from_float(result + In::to_float(residual[i]));
+      else
+        to[i] = In::from_float(result);
     }
   }
 
-  static void weight_terms(const void* g, const void* h, int64_t n, float mean, float rstd,
-                           float* terms) {
-    const auto* __restrict grad = static_cast<const Bits*>(g);
-    const auto* __restrict from = static_cast<const Bits*>(h);
-    float* __restrict to = terms;
-    for (int64_t i = 0; i < n; ++i)
-      to[i] = In::to_float(grad[i]) * ((In::to_float(from[i]) - mean) * rstd);
-  }
-
-  static void widen(const void* g, int64_t n, float* terms) {
-    const auto* __restrict from = static_cast<const Bits*>(g);
-    float* __restrict to = terms;
-    for (int64_t i = 0; i < n; ++i) to[i] = In::to_float(from[i]);
+  static void gradient(const void* g, const void* h, const float* w, int64_t n, float mean,
+                       float rstd, float first, float second, const void* residual_grad, void* dx,
+                       float* dweight, float* dbias) {
+    const auto loop = residual_grad
+                          ? (dbias ? gradient_loop<true, true> : gradient_loop<true, false>)
+                      : dbias ? gradient_loop<false, true>
+                              : gradient_loop<false, false>;
+    loop(static_cast<const Bits*>(g), static_cast<const Bits*>(h), w, n, mean, rstd, first, second,
+         static_cast<const Bits*>(residual_grad), static_cast<Bits*>(dx), dweight, dbias);
   }
 
   static constexpr RowKernels kernels() {
     return {add,          sum,          sum_squares, sum_squared_deviations, normalize, round,
-            sum_weighted, sum_products, gradient,    weight_terms,           widen};
+            sum_weighted, sum_products, gradient};
   }
 };
 
