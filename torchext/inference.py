@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 import json
 import logging
 import math
@@ -17,6 +16,7 @@ import torch
 from . import _conversion_rules as rules
 from ._conversion_result import ReadOnlyDict, WideParameter, indented, percent, why_wide
 from ._experts import find_experts
+from ._patterns import Patterns
 from .convert import unconvert
 from .nn.converted import is_transposed_linear
 from .nn.experts import ExpertsRoles, trains_in_fp8
@@ -172,8 +172,9 @@ def quantize_for_inference(
         model: any module, including a torch.nn.Linear.
         mode: "w8a8" multiplies FP8 inputs, "w8a16" inputs as they are; see torchext.nn.FP8Linear.
         skip: patterns of names to leave alone: a name, such as "lm_head" or "mlp.gate", matches
-            whole parts of a fully qualified name ("model.layers.0.mlp.gate", not "...mlp.gate_up"),
-            and whatever is inside; a glob, as in fnmatch, must match all of it.
+            whole segments of a fully qualified name ("model.layers.0.mlp.gate", not
+            "...mlp.gate_up"), and whatever is inside; each segment may be a glob; "re:..." is a
+            regular expression that must match from the beginning of the name.
         module_filter_fn: called as in convert_to_fp8_training, whose default filter it replaces:
             layers with fewer than 128 features, output heads and routers.
         pow2_scale: round scales up to powers of two.
@@ -189,7 +190,7 @@ def quantize_for_inference(
     Warns:
         UserWarning: no weight of the model is in FP8 afterwards.
     """
-    _check_arguments(model, skip, module_filter_fn)
+    _check_arguments(model, module_filter_fn)
     check_mode("quantize_for_inference", mode)
     found = find_experts(model)
     experts = {
@@ -313,20 +314,17 @@ def _why_impossible(
 
 def _matches(skip: Iterable[str], names: Iterable[str]) -> dict[str, tuple[str, ...]]:
     names = list(names)
-    matched = {p: tuple(name for name in names if _matches_one(name, p)) for p in skip}
-    empty = [pattern for pattern, found in matched.items() if not found]
-    if empty:
+    patterns = Patterns(skip, "quantize_for_inference: skip")
+    for name in names:
+        patterns.match(name)
+    if patterns.unmatched:
         shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
         raise ValueError(
             "quantize_for_inference: skip must have patterns that match a linear layer's name (got "
-            f"{', '.join(map(repr, empty))}, which match none of {shown or 'its no linear layers'})"
-            "; correct or remove them"
+            f"{', '.join(map(repr, patterns.unmatched))}, which match none of "
+            f"{shown or 'its no linear layers'}); correct or remove them"
         )
-    return matched
-
-
-def _matches_one(name: str, pattern: str) -> bool:
-    return f".{pattern}." in f".{name}." or fnmatch.fnmatchcase(name, pattern)
+    return {pattern: tuple(found) for pattern, found in patterns.matched.items()}
 
 
 def _bytes(model: torch.nn.Module) -> int:
@@ -361,16 +359,11 @@ def _survey(model: torch.nn.Module, skipped: Mapping[str, str]) -> dict[str, Any
     return {"wide": tuple(wide), "fp8_elements": fp8_elements, "elements": elements}
 
 
-def _check_arguments(model: object, skip: object, module_filter_fn: object) -> None:
+def _check_arguments(model: object, module_filter_fn: object) -> None:
     if not isinstance(model, torch.nn.Module):
         raise TypeError(
             f"quantize_for_inference: model must be a torch.nn.Module (got {model!r}); pass the "
             "model to quantize"
-        )
-    if isinstance(skip, str) or not isinstance(skip, Iterable):
-        raise TypeError(
-            f"quantize_for_inference: skip must be patterns of names (got {skip!r}); pass a list "
-            "of strings"
         )
     if module_filter_fn is not None and not callable(module_filter_fn):
         raise TypeError(

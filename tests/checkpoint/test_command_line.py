@@ -11,8 +11,8 @@ import torch
 
 from support.checkpoint_testing import load, save
 from torchext import checkpoint
+from torchext._patterns import Patterns
 from torchext.checkpoint.__main__ import main
-from torchext.checkpoint.patterns import Patterns
 
 
 def test_the_commands(tmp_path, capsys):
@@ -91,7 +91,7 @@ def test_a_terminal_gets_a_progress_bar(tmp_path, monkeypatch, capsys):
     ],
 )
 def test_patterns(pattern, name, matches):
-    patterns = Patterns([pattern])
+    patterns = Patterns([pattern], "test: patterns")
     assert (patterns.match(name) == pattern) == matches
     assert patterns.unmatched == ([] if matches else [pattern])
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from .._dispatch.layout import GROUP, ceil_div
+from .._patterns import Patterns
 from ..ops.quantize import dequantize
 from .files import Checkpoint, CheckpointError, Entry, Reader
-from .patterns import Patterns
 
 Block = tuple[int, int]
 
@@ -23,6 +23,7 @@ _SCALES = (*WIDE, "F8_E8M0", "U8")
 _MX_BLOCK = (1, 32)
 _ACTIVATION_SCALES = ("input_scale", "activation_scale", "input_activation_scale", "qscale_act")
 GATE_UP = "gate_up_proj"
+SKIPPED = "torchext.checkpoint: modules_to_not_convert"  # of errors
 
 
 def module_of(name: str) -> str:
@@ -233,7 +234,7 @@ def pair(
         )
     entries, problems = checkpoint.entries, []
     weights: dict[str, Weight] = {}
-    patterns = Patterns(scheme.patterns)
+    patterns = Patterns(scheme.patterns, SKIPPED)
     for name, entry in entries.items():
         pattern = None
         if _base_of_scale(name) is None and not name.endswith(_ACTIVATION_SCALES):

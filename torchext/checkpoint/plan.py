@@ -9,9 +9,11 @@ from typing import Any
 import torch
 
 from .._dispatch.layout import GROUP
+from .._patterns import Patterns
 from .files import NAME_OF, Checkpoint, CheckpointError, Entry
 from .formats import (
     GATE_UP,
+    SKIPPED,
     WIDE,
     Pairing,
     Weight,
@@ -21,7 +23,6 @@ from .formats import (
     ties_head,
     unmatched_problems,
 )
-from .patterns import Patterns
 from .rules import is_of_experts, is_weight, parts_of, require_readable, why_wide
 from .steps import Copy, DequantizedRows, Quantize, Relabel, Step, Widen, WideRows, is_lossless
 
@@ -45,7 +46,9 @@ class Options:
     max_shard_bytes: int = 5_000_000_000
 
     def __post_init__(self) -> None:
-        patterns = Patterns(self.modules_to_not_convert)  # refuses what is no list of patterns
+        patterns = Patterns(
+            self.modules_to_not_convert, SKIPPED
+        )  # refuses what is no list of patterns
         object.__setattr__(self, "modules_to_not_convert", tuple(patterns.matched))
         for name, allowed in (
             ("to", FORMATS), ("experts", EXPERTS), ("gate_up", (None, "fused", "apart")),
@@ -138,7 +141,7 @@ def make_plan(checkpoint: Checkpoint, options: Options) -> Plan:
             f"{len(pairing.weights)} FP8 weights in {checkpoint.path}); its FP8 weights stay FP8 "
             "and its wide ones wide"
         )
-    plan = Plan(pairing, Patterns(options.modules_to_not_convert))
+    plan = Plan(pairing, Patterns(options.modules_to_not_convert, SKIPPED))
     if ties_head(checkpoint.config):
         plan.patterns.match("lm_head")
     scales = {weight.scale.name for weight in pairing.weights.values()}

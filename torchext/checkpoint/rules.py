@@ -7,9 +7,9 @@ import math
 
 from .._conversion_rules import HEAD_NAMES, ROUTER_NAMES
 from .._dispatch.layout import GROUP, ceil_div
+from .._patterns import Patterns
 from .files import CheckpointError, Spec
 from .formats import GATE_UP, WIDE, is_ambiguous, module_of
-from .patterns import Patterns
 
 NOT_A_WEIGHT = "no weight of a linear layer or of experts"
 

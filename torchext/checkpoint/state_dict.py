@@ -7,10 +7,10 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import Tensor
 
+from .._patterns import Patterns
 from ..ops.quantize import quantize_128x128
 from .files import NAME_OF, CheckpointError, Spec
-from .formats import WIDE, unmatched_problems
-from .patterns import Patterns
+from .formats import SKIPPED, WIDE, unmatched_problems
 from .plan import Options
 from .rules import is_weight, parts_of, require_readable, why_wide
 from .steps import finite
@@ -57,7 +57,7 @@ def quantize_state_dict(
 def _quantize(
     pairs: Iterable[tuple[str, Tensor]], options: Options
 ) -> Iterator[tuple[str, Tensor]]:
-    patterns = Patterns(options.modules_to_not_convert)
+    patterns = Patterns(options.modules_to_not_convert, SKIPPED)
     for name, given in pairs:
         spec = Spec(name, NAME_OF.get(given.dtype, str(given.dtype)), tuple(given.shape))
         tensor = given.detach()

@@ -10,7 +10,7 @@ _GLOBS = {"*": "[^.]*", "?": "[^.]"}
 
 
 class Patterns:
-    """Patterns of module names, such as those of `modules_to_not_convert`.
+    """Patterns of module names, such as those of a checkpoint's `modules_to_not_convert`.
 
     A pattern is a run of whole segments of a name, between dots, with globs in each segment:
     `mlp.gate` matches `model.layers.3.mlp.gate` and what is within it, but not
@@ -22,16 +22,17 @@ class Patterns:
         matched: for each pattern the names that it matched so far.
     """
 
-    def __init__(self, patterns: Iterable[str] = ()) -> None:
-        if isinstance(patterns, str):
+    def __init__(self, patterns: Iterable[str], argument: str) -> None:
+        """argument: "NAME: ARGUMENT" of errors. Raises TypeError, or ValueError for a pattern that
+        cannot be read."""
+        if isinstance(patterns, str) or not isinstance(patterns, Iterable):
             raise TypeError(
-                "torchext.checkpoint: modules_to_not_convert must be patterns (got a str); pass a "
-                f"list, [{patterns!r}]"
+                f"{argument} must be patterns of names (got {patterns!r}); pass a list of strings"
             )
         self.matched: dict[str, list[str]] = {pattern: [] for pattern in patterns}
         # Names are tens of thousands, and patterns hundreds, most of them whole names: those are
         # looked up, and only the others are tried one by one.
-        self._tried = {p: _compiled(p) for p in self.matched if _WILDCARDS.search(p)}
+        self._tried = {p: _compiled(p, argument) for p in self.matched if _WILDCARDS.search(p)}
 
     def match(self, name: str) -> str | None:
         """A pattern that matches `name`, or None. Every pattern that does is noted."""
@@ -54,7 +55,7 @@ def _runs(name: str) -> set[str]:
     return {".".join(segments[start:end]) for end in ends for start in range(end)}
 
 
-def _compiled(pattern: str) -> re.Pattern[str]:
+def _compiled(pattern: str, argument: str) -> re.Pattern[str]:
     """The regular expression that matches names from their beginning."""
     try:
         if pattern.startswith("re:"):
@@ -63,8 +64,8 @@ def _compiled(pattern: str) -> re.Pattern[str]:
         return re.compile(rf"(?:.*\.)?{'[.]'.join(segments)}(?:\Z|\.)")
     except re.error as error:
         raise ValueError(
-            f"torchext.checkpoint: {pattern!r} must be a glob, or a regular expression after re: "
-            f"(got {error}); correct it"
+            f"{argument} must have globs, or regular expressions after re: (got {pattern!r}: "
+            f"{error}); correct it"
         ) from None
 
 
