@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -119,7 +120,8 @@ def test_trainer_on_an_fp8_model_of_transformers(tmp_path):
         assert layer.lora_B["default"].weight.abs().max() > 0.01
         model.eval()
         expected = model(ids[None]).logits.detach()
-        merged = model.merge_and_unload()
+        merge: Any = model.merge_and_unload
+        merged = merge()
         assert merged.model.layers[0].self_attn.q_proj.weight.dtype == torch.float8_e4m3fn
         assert sqnr(expected, merged(ids[None]).logits.detach()) > 20
 

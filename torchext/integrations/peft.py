@@ -48,7 +48,7 @@ class LoraFP8Linear(LoraLinear):
             NotImplementedError: an adapter is a variant of LoRA (DoRA, ...), or has a bias.
             ValueError: safe_merge is true and an adapter has a NaN or Inf.
         """
-        base = self.get_base_layer()
+        base: Any = self.get_base_layer()
         for name in check_adapters_to_merge(self, adapter_names) or ():
             if name not in self.lora_A:
                 continue
@@ -79,7 +79,7 @@ class LoraFP8Linear(LoraLinear):
         self.merged_adapters.clear()
 
     def _set(self, data: torch.Tensor, scale: torch.Tensor) -> None:
-        base = self.get_base_layer()
+        base: Any = self.get_base_layer()
         base.weight.data, base.weight_scale_inv.data = data, scale
 
 
@@ -98,7 +98,7 @@ def over_fp8(config: LoraConfig) -> LoraConfig:
             f"{_NAME}: peft must have LoraConfig._register_custom_module (got {peft.__version__}); "
             f"install peft=={TESTED}"
         )
-    classes = {FP8Linear: LoraFP8Linear}
+    classes: dict[Any, Any] = {FP8Linear: LoraFP8Linear}
     if "transformers.integrations.finegrained_fp8" in sys.modules:
         names = _transformers_names.find()
         classes[names.fp8.FP8Linear] = LoraFP8Linear
