@@ -117,11 +117,11 @@ def test_trainer_on_an_fp8_model_of_transformers(tmp_path):
         transformers.Trainer(model, arguments, train_dataset=data).train()
         layer = model.base_model.model.model.layers[0].self_attn.q_proj
         assert isinstance(layer, torchext_peft.LoraFP8Linear)
-        assert layer.lora_B["default"].weight.abs().max() > 0.01
+        lora_b: Any = layer.lora_B["default"]
+        assert lora_b.weight.abs().max() > 0.01
         model.eval()
         expected = model(ids[None]).logits.detach()
-        merge: Any = model.merge_and_unload
-        merged = merge()
+        merged = model.merge_and_unload()
         assert merged.model.layers[0].self_attn.q_proj.weight.dtype == torch.float8_e4m3fn
         assert sqnr(expected, merged(ids[None]).logits.detach()) > 20
 
