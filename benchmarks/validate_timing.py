@@ -305,6 +305,10 @@ def _cells(e: Errors) -> list[object]:
     return [e.points, *map(_percent, (e.mean, e.median, e.p90)), _percent(e.bias, True), rank]
 
 
+def _verdict(e: Errors) -> str:
+    return "passes" if e.passes else "does not pass: take its predictions as relative only"
+
+
 ERROR_COLUMNS = ("points", "mean", "median", "p90", "bias", "Spearman")
 
 
@@ -395,16 +399,35 @@ def report(predictors: dict[str, Predictor], limit: int | None = None) -> Iterat
             rows.append([f"{gpu}, {name}", mask.sum(), *spread, slow])
     yield table(("tiles", "points", "5 %", "median", "95 %", "above 1.6"), rows)
 
+    yield "\n### The simulator's clock, nothing fitted, on a sample of shapes\n\n"
+    rows = []
+    for name, (t, gemm) in timing_data.clock_predictions().items():
+        clock = gemm + (quantization_microseconds(t.gpu, t.m, t.k) if t.quantizes else 0)
+        closed = predict(closed_form(own_tiles=True), t)
+        for predictor_name, times in (("clock", clock), ("closed form", closed)):
+            cells = _cells(errors(times, t.microseconds))
+            rows.append([f"{name}, {predictor_name}", *cells])
+            for which, mask in list(classes(t))[: len(M_CLASSES)]:
+                if mask.any():
+                    cells = _cells(errors(times[mask], t.microseconds[mask]))
+                    rows.append([f"{name}, {predictor_name}, {which}", *cells])
+    yield table(("", *ERROR_COLUMNS), rows)
+
     yield "\n### Verdict\n\n"
+    t, gemm = timing_data.clock_predictions()["h100 reported half"]
+    e = errors(gemm + quantization_microseconds(t.gpu, t.m, t.k), t.microseconds)
+    yield (
+        f"- the simulator's clock, {e.points} shapes: median {_percent(e.median)}, mean"
+        f" {_percent(e.mean)}: {_verdict(e)}.\n"
+    )
     for name in predictors:
         e = errors(results["h100", name], points["h100"].microseconds)
-        verdict = "passes" if e.passes else "does not pass: take its predictions as relative only"
         t = points["h100"]
         usual = ~choose(t.m, t.n, t.k).large_and_alone
         less = errors(results["h100", name][usual], t.microseconds[usual])
         yield (
-            f"- {name}: median {_percent(e.median)}, mean {_percent(e.mean)}: {verdict}. Without"
-            f" shapes of one wave of 256x128 or 128x192: {_percent(less.median)},"
+            f"- {name}: median {_percent(e.median)}, mean {_percent(e.mean)}: {_verdict(e)}."
+            f" Without shapes of one wave of 256x128 or 128x192: {_percent(less.median)},"
             f" {_percent(less.mean)}.\n"
         )
     yield "\n"

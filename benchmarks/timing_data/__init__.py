@@ -141,3 +141,18 @@ def static_quantization(gpu: str, framework: str) -> Timings:
         for row in _rows("static_quantization.csv")
     ]
     return _timings(gpu, f"static quantization in {framework}", points, True)
+
+
+@cache
+def clock_predictions() -> dict[str, tuple[Timings, np.ndarray]]:
+    """By set of shapes: what was measured, and what the simulator's clock predicted of the GEMM
+    alone, in microseconds (`python -m benchmarks.simulated_times` writes them)."""
+    rows: dict[str, list[dict[str, str]]] = {}
+    for row in _rows("clock_predictions.csv"):
+        rows.setdefault(row["set"], []).append(row)
+    sets = {}
+    for name, lines in rows.items():
+        points = [(int(r["m"]), int(r["n"]), int(r["k"]), float(r["measured_us"])) for r in lines]
+        measured = _timings(lines[0]["gpu"], name, points, "README" not in name)
+        sets[name] = measured, np.array([float(r["predicted_gemm_us"]) for r in lines])
+    return sets

@@ -1,6 +1,7 @@
 """DeepGEMM's FP8 kernels for Hopper, compiled from the headers of the wheel `sgl-deep-gemm`, run in
 the simulator: right numbers, and no findings but those that its tiles of under 64 rows have."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,6 +13,7 @@ from benchmarks.deep_gemm_kernel import (
     kernel_name,
     launch_options,
 )
+from benchmarks.simulated_times import DeepGemm
 from torchext.sim.compiler import CompileError, find_nvcc
 
 # Shape and configuration: ragged in M and N, one and two CTAs in a cluster, A or B shared by them.
@@ -21,6 +23,8 @@ CASES = {
     "32x48": ((20, 96, 640), Configuration(32, 48, 8, sms=2)),
 }
 
+PREDICTED = (64, 128, 512)
+
 
 @pytest.fixture(scope="module")
 def module():
@@ -29,7 +33,8 @@ def module():
         headers()
     except (CompileError, ModuleNotFoundError) as missing:
         pytest.skip(str(missing))
-    return compile_kernels([(chosen, n, k) for (_, n, k), chosen in CASES.values()])
+    kernels = [(chosen, n, k) for (_, n, k), chosen in CASES.values()]
+    return compile_kernels([*kernels, (configuration(*PREDICTED), *PREDICTED[1:])])
 
 
 def operands(m, n, k):
@@ -74,3 +79,13 @@ def test_configuration():
     assert configuration(4096, 7168, 16384) == Configuration(256, 128, 3, 2, True)
     assert configuration(64, 2112, 7168) == Configuration(64, 16, 16)
     assert configuration(2048, 2048, 16384).multicast == 1
+
+
+@pytest.mark.slow
+def test_predicted_times(module):
+    """The H200 differs by its clock and its memory; times have no noise."""
+    key = configuration(*PREDICTED), *PREDICTED[1:]
+    predictor = DeepGemm(modules={key: module})
+    shape = [np.array([size]) for size in PREDICTED]
+    h100, h200, again = (float(predictor(gpu, *shape)[0]) for gpu in ("h100", "h200", "h100"))
+    assert 2 < h100 < 10 and 2 < h200 < 10 and h100 != h200 and again == h100
