@@ -122,7 +122,7 @@ soak: $(BUILT)
 
 # Compares predicted times of GEMMs with published measurements, and writes the tables of
 # docs/timing_validation.md. Needs no GPU.
-validate-timing: $(VENV)/.ready
+validate-timing: $(BUILT)
 	$(BIN)/python -m benchmarks.validate_timing --write $(ARGS)
 
 # Writes tools/instruction_counts.json, the instructions that CPU kernels execute. Needs valgrind.

@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from torchext._architectures import architectures
+
 if TYPE_CHECKING:
     import torch
 
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 
 WHEEL, VERSION = "sgl-deep-gemm", "0.2.5"
 BLOCK_K = 128
-SHARED_BYTES = 232448  # that a CTA may have
+SHARED_BYTES = architectures()[90].shared_per_block  # that a CTA may have
 MOST_STAGES = 16
 L2_BYTES_PER_CYCLE = int(8e6 / 1.3e3)  # DeepGEMM's estimates, for the whole GPU and for an SM
 SHARED_BYTES_PER_CYCLE = 128

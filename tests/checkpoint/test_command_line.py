@@ -101,15 +101,15 @@ PEAK = """
 import json, resource, sys
 import torch, torchext
 from torchext import checkpoint
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+most = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 small, source, target = sys.argv[1:]
 checkpoint.quantize(small, small + "-fp8")  # what is loaded at first use does not count
 torch.ones(1 << 12).sum()
-before = peak()
+before = most()
 checkpoint.quantize(source, target + "-fp8", max_shard_bytes=40_000_000)
 checkpoint.verify(target + "-fp8", original=source)
 checkpoint.dequantize(target + "-fp8", target + "-wide", max_shard_bytes=40_000_000)
-print(peak() - before)
+print(most() - before)
 """
 
 
