@@ -79,7 +79,7 @@ class Configuration:
         return fixed + self.stages * stage
 
     def template_arguments(self, n: int, k: int) -> list[str]:
-        """Of the kernel's template for this N and K, as C++ prints them."""
+        """The arguments of the kernel's template for this N and K, as C++ prints them."""
         sizes = [0, n, k, 1, self.block_m, self.block_n, BLOCK_K, 128, 128, self.swizzle_d]
         sizes += [self.stages, 128, self.math_threads, self.multicast]
         numbers = [f"{size}u" for size in sizes]

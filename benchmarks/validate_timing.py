@@ -138,8 +138,8 @@ def row_differences(timings: Timings) -> tuple[Timings, Timings]:
 
 @dataclass(frozen=True)
 class Errors:
-    """Of predicted / measured - 1: mean, median and 90th percentile of its absolute value, and its
-    median (the bias). `spearman` is the correlation of ranks."""
+    """Statistics of predicted / measured - 1: mean, median and 90th percentile of its absolute value,
+    and its median (the bias). `spearman` is the correlation of ranks."""
 
     points: int
     mean: float
@@ -179,7 +179,7 @@ def quantization_microseconds(gpu: str, m: np.ndarray, k: np.ndarray) -> np.ndar
 
 
 def difference_errors(predictor: Predictor, timings: Timings) -> Errors:
-    """Of the differences of times, see row_differences."""
+    """The errors of predicted differences of times, see row_differences."""
     less, more = row_differences(timings)
     predicted = predict(predictor, more) - predict(predictor, less)
     return errors(predicted, more.microseconds - less.microseconds)
@@ -203,8 +203,8 @@ def _shapes(timings: Timings) -> Iterator[tuple[int, int, int]]:
 
 @dataclass(frozen=True)
 class Noise:
-    """Of two collections of one kernel's times: percentiles 5, 25, 75 and 95 of their ratio, and
-    the median error that a perfect predictor of one collection would have."""
+    """How far two collections of one kernel's times differ: percentiles 5, 25, 75 and 95 of their
+    ratio, and the median error that a perfect predictor of one collection would have."""
 
     points: int
     ratios: tuple[float, ...]
@@ -226,7 +226,7 @@ def noise(first: Timings, second: Timings) -> Noise:
 
 @dataclass(frozen=True)
 class Ranking:
-    """Of two tiles for one product. Ratios are the second tile's time over the first's; regret is
+    """Which of two tiles for one product is faster. Ratios are the second tile's time over the first's; regret is
     the time of the tile that the predictor prefers over that of the faster one, less 1."""
 
     pair: TilePair
@@ -244,7 +244,7 @@ class Ranking:
 
 
 def rankings(predictor: Predictor, gpu: str = "h800") -> list[Ranking]:
-    """Of the tile pairs of DeepGEMM's pull request 74. Groups count as more rows of one product."""
+    """One for each tile pair of DeepGEMM's pull request 74. Groups count as more rows of one product."""
     ranked = []
     for pair in timing_data.tile_pairs():
         m, n, k = (np.array([size]) for size in (pair.m * pair.groups, pair.n, pair.k))

@@ -133,7 +133,7 @@ def backward(name: str, operands: int) -> Entry:
         sized["tanh"] = _sized_backward(operands, **TANH)
         tanh = _backward(operands, **TANH)
         samples |= {f"tanh, {label}": tanh[label] for label in ("ragged", "special numbers")}
-    # Of an activated element: its gradient, its operands, their gradients both ways, itself.
+    # Bytes of an activated element: its gradient, its operands, their gradients both ways, itself.
     per_element = 2 + 2 * operands + 2 * operands * (1 + 4 / 128) + 1 + 4 / 128
     return Entry(
         name,

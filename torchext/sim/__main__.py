@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -137,22 +137,25 @@ class _Run:
     changed: list[str]  # arrays whose bits differ from the first run's
 
 
+def _launch(module: Module, spec: LaunchSpec, arguments: Sequence[Any], **options: Any) -> Report:
+    return module.launch(
+        spec.kernel,
+        grid=spec.grid,
+        block=spec.block,
+        args=arguments,
+        smem=spec.smem,
+        cluster=spec.cluster,
+        **options,
+    )
+
+
 def _runs(module: Module, spec: LaunchSpec) -> Iterator[_Run]:
     """Runs the kernel with every seed in every completion mode."""
     first: dict[str, torch.Tensor] | None = None
     for completion in spec.completion:
         for seed in spec.seeds:
             arguments, tensors = spec.arguments()
-            report = module.launch(
-                spec.kernel,
-                grid=spec.grid,
-                block=spec.block,
-                args=arguments,
-                smem=spec.smem,
-                cluster=spec.cluster,
-                seed=seed,
-                completion=completion,
-            )
+            report = _launch(module, spec, arguments, seed=seed, completion=completion)
             first = tensors if first is None else first
             changed = [name for name in tensors if not _same_bits(tensors[name], first[name])]
             yield _Run(seed, completion, report, tensors, changed)
@@ -165,18 +168,9 @@ def _faults(report: Report) -> set[tuple[str, int, int]]:
 def _predict(
     module: Module, spec: LaunchSpec, gpu: str, trace: Path | None, text: bool
 ) -> dict[str, Any]:
-    """Predicts the launch's time with the first seed; checks are the other runs' matter."""
+    """Predicts the launch's time with the first seed, without the checks that other runs make."""
     arguments, _ = spec.arguments()
-    report = module.launch(
-        spec.kernel,
-        grid=spec.grid,
-        block=spec.block,
-        args=arguments,
-        smem=spec.smem,
-        cluster=spec.cluster,
-        checks=False,
-        timing=gpu,
-    )
+    report = _launch(module, spec, arguments, checks=False, timing=gpu)
     if report.timing is None:
         raise ValueError(f"the launch stopped, so nothing can be predicted: {report}")
     if text:
