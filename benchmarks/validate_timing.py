@@ -138,8 +138,8 @@ def row_differences(timings: Timings) -> tuple[Timings, Timings]:
 
 @dataclass(frozen=True)
 class Errors:
-    """Statistics of predicted / measured - 1: mean, median and 90th percentile of its absolute value,
-    and its median (the bias). `spearman` is the correlation of ranks."""
+    """Statistics of predicted / measured - 1: mean, median and 90th percentile of its absolute
+    value, and its median (the bias). `spearman` is the correlation of ranks."""
 
     points: int
     mean: float
@@ -226,8 +226,9 @@ def noise(first: Timings, second: Timings) -> Noise:
 
 @dataclass(frozen=True)
 class Ranking:
-    """Which of two tiles for one product is faster. Ratios are the second tile's time over the first's; regret is
-    the time of the tile that the predictor prefers over that of the faster one, less 1."""
+    """Which of two tiles for one product is faster. Ratios are the second tile's time over the
+    first's; regret is the time of the tile that the predictor prefers over that of the faster one,
+    less 1."""
 
     pair: TilePair
     measured: float
@@ -244,7 +245,7 @@ class Ranking:
 
 
 def rankings(predictor: Predictor, gpu: str = "h800") -> list[Ranking]:
-    """One for each tile pair of DeepGEMM's pull request 74. Groups count as more rows of one product."""
+    """One for each tile pair of DeepGEMM's pull request 74. Groups count as more rows."""
     ranked = []
     for pair in timing_data.tile_pairs():
         m, n, k = (np.array([size]) for size in (pair.m * pair.groups, pair.n, pair.k))

@@ -137,7 +137,7 @@ class _Run:
     changed: list[str]  # arrays whose bits differ from the first run's
 
 
-def _launch(module: Module, spec: LaunchSpec, arguments: Sequence[Any], **options: Any) -> Report:
+def _run_once(module: Module, spec: LaunchSpec, arguments: Sequence[Any], **options: Any) -> Report:
     return module.launch(
         spec.kernel,
         grid=spec.grid,
@@ -155,7 +155,7 @@ def _runs(module: Module, spec: LaunchSpec) -> Iterator[_Run]:
     for completion in spec.completion:
         for seed in spec.seeds:
             arguments, tensors = spec.arguments()
-            report = _launch(module, spec, arguments, seed=seed, completion=completion)
+            report = _run_once(module, spec, arguments, seed=seed, completion=completion)
             first = tensors if first is None else first
             changed = [name for name in tensors if not _same_bits(tensors[name], first[name])]
             yield _Run(seed, completion, report, tensors, changed)
@@ -170,7 +170,7 @@ def _predict(
 ) -> dict[str, Any]:
     """Predicts the launch's time with the first seed, without the checks that other runs make."""
     arguments, _ = spec.arguments()
-    report = _launch(module, spec, arguments, checks=False, timing=gpu)
+    report = _run_once(module, spec, arguments, checks=False, timing=gpu)
     if report.timing is None:
         raise ValueError(f"the launch stopped, so nothing can be predicted: {report}")
     if text:
