@@ -84,6 +84,19 @@ def device(request: pytest.FixtureRequest):
 
 
 @pytest.fixture
+def gpu(request: pytest.FixtureRequest, device: torch.device):
+    """Makes ops check operands as on a GPU, also in tests that run on the CPU: on the simulator."""
+    if request.config.getoption("--device") != "cpu":
+        yield
+        return
+    available, reason = torchext.is_available("sim")
+    if not available:
+        pytest.skip(f"no GPU, no simulator: {reason}")
+    with torchext.sim.simulate():
+        yield
+
+
+@pytest.fixture
 def mesh(tmp_path: Path):
     """A device mesh of one CPU process."""
     import torch.distributed as dist

@@ -3,7 +3,6 @@ expects, what it got and the remedy."""
 
 from __future__ import annotations
 
-import contextlib
 import re
 
 import pytest
@@ -101,13 +100,6 @@ def test_dequantize_refuses_a_scale_that_fits_nothing(shape, device):
 
 
 class TestGemmErrors:
-    @pytest.fixture
-    def gpu(self, device, request):
-        """A GPU, or the simulator in its place, whose kernels load operands by TMA."""
-        simulated = request.config.getoption("--device") == "cpu"
-        with torchext.sim.simulate() if simulated else contextlib.nullcontext():
-            yield
-
     @pytest.fixture
     def operands(self, device):
         return list(quantized("1d2d", 20, 40, 300, device=device))
