@@ -27,8 +27,8 @@ demo: $(BUILT)
 	$(BIN)/python -m torchext.demo
 
 # Two tiers. `make check` runs lint, types and the tests that are neither `slow` nor `alone` (under 3
-# minutes on 2 cores, after the build). `make test` runs everything (40 minutes on 2 cores, including
-# the build).
+# minutes on 2 cores, after the build). `make test` runs everything (about 45 minutes on 2 cores,
+# including the build).
 WORKERS ?= $(shell nproc)
 PYTEST := $(BIN)/python -m pytest --durations=15 --durations-min=1
 # One pytest worker for each core, and one torch thread in each worker.

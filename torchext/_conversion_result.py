@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NoReturn
 
 import torch
@@ -246,14 +246,7 @@ class ConversionResult:
             what = "quantizes its result" if kind in _NORMS else "with FP8 between its GEMMs"
             lines.append(f"fused: {kind} {what}")
             lines += indented(name for name, its_kind in self.fused.items() if its_kind == kind)
-        for reason in dict.fromkeys(self.skipped.values()):
-            names = [name for name, why in self.skipped.items() if why == reason]
-            lines += [f"left alone: {reason}{self._share(reason)}", *indented(names)]
-        others = [parameter for parameter in self.wide if not self._is_of_a_linear(parameter)]
-        for reason in dict.fromkeys(parameter.reason for parameter in others):
-            group = [parameter for parameter in others if parameter.reason == reason]
-            lines.append(f"not a linear layer: {reason}{self._share(reason)}")
-            lines += indented(f"{parameter.name} {list(parameter.shape)}" for parameter in group)
+        lines += lines_on_wide(self.skipped, self.wide, self.elements)
         if self.elements:
             lines.append(
                 f"{percent(self.fp8_share)} of the parameters train in FP8: "
@@ -269,13 +262,6 @@ class ConversionResult:
                 f"{self.bf16_bytes:,.0f} in BF16"
             )
         return "\n".join(lines)
-
-    def _share(self, reason: str) -> str:
-        elements = sum(parameter.numel for parameter in self.wide if parameter.reason == reason)
-        return f" ({percent(elements / self.elements)} of the parameters)" if elements else ""
-
-    def _is_of_a_linear(self, parameter: WideParameter) -> bool:
-        return parameter.reason in self.skipped.values()
 
     def _headline(self) -> str:
         total = len(self.converted) + len(self.skipped)
@@ -400,6 +386,28 @@ def _is_conv1d(module: nn.Module, parameter: torch.Tensor) -> bool:
 def _holds_experts(module: nn.Module, parameter: torch.Tensor) -> bool:
     known = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RMSNorm)
     return parameter.dim() == 3 and parameter.shape[0] > 1 and not isinstance(module, known)
+
+
+def lines_on_wide(
+    skipped: Mapping[str, str], wide: Sequence[WideParameter], elements: int
+) -> Iterator[str]:
+    """What stays wide and why: first linear layers, then parameters of other modules.
+
+    Each reason says which share it has of the model's `elements`.
+    """
+
+    def share(reason: str) -> str:
+        its = sum(parameter.numel for parameter in wide if parameter.reason == reason)
+        return f" ({percent(its / elements)} of the parameters)" if its else ""
+
+    of_layers = dict.fromkeys(skipped.values())
+    for reason in of_layers:
+        yield f"left alone: {reason}{share(reason)}"
+        yield from indented(name for name, why in skipped.items() if why == reason)
+    others = [parameter for parameter in wide if parameter.reason not in of_layers]
+    for reason in dict.fromkeys(parameter.reason for parameter in others):
+        yield f"not a linear layer: {reason}{share(reason)}"
+        yield from indented(f"{p.name} {list(p.shape)}" for p in others if p.reason == reason)
 
 
 def percent(share: float) -> str:

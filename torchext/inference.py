@@ -14,7 +14,14 @@ from typing import Any
 import torch
 
 from . import _conversion_rules as rules
-from ._conversion_result import ReadOnlyDict, WideParameter, indented, percent, why_wide
+from ._conversion_result import (
+    ReadOnlyDict,
+    WideParameter,
+    indented,
+    lines_on_wide,
+    percent,
+    why_wide,
+)
 from ._experts import find_experts
 from ._patterns import Patterns
 from .convert import unconvert
@@ -121,14 +128,7 @@ class InferenceResult:
         lines = [self._headline()]
         for mode in dict.fromkeys(self.converted.values()):
             lines += [f"{mode}:", *indented(n for n, m in self.converted.items() if m == mode)]
-        for reason in dict.fromkeys(self.skipped.values()):
-            names = [name for name, why in self.skipped.items() if why == reason]
-            lines += [f"left alone: {reason}{self._share(reason)}", *indented(names)]
-        others = [p for p in self.wide if p.reason not in self.skipped.values()]
-        for reason in dict.fromkeys(parameter.reason for parameter in others):
-            group = [parameter for parameter in others if parameter.reason == reason]
-            lines.append(f"not a linear layer: {reason}{self._share(reason)}")
-            lines += indented(f"{parameter.name} {list(parameter.shape)}" for parameter in group)
+        lines += lines_on_wide(self.skipped, self.wide, self.elements)
         lines.append(
             f"{percent(self.fp8_share)} of the parameters are in FP8: {self.fp8_elements:,} of "
             f"{self.elements:,}"
@@ -139,10 +139,6 @@ class InferenceResult:
                 f"{self.bytes_after / self.bytes_before:.2f} times the {self.bytes_before:,} before"
             )
         return "\n".join(lines)
-
-    def _share(self, reason: str) -> str:
-        elements = sum(parameter.numel for parameter in self.wide if parameter.reason == reason)
-        return f" ({percent(elements / self.elements)} of the parameters)" if elements else ""
 
     def _headline(self) -> str:
         total = len(self.converted) + len(self.skipped)
