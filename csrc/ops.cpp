@@ -11,6 +11,7 @@
 #include "gemm/weights_only.h"
 #include "linear/kept.h"
 #include "linear/linear.h"
+#include "moe/moe.h"
 #include "norm/norm.h"
 #include "quantize/quantize.h"
 
@@ -219,6 +220,21 @@ const Op kOps[] = {
     {"k_grouped_fp8_gemm_nt.out(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale,"
      " Tensor offsets, *, Tensor(a!) out, bool accumulate=False, int num_sms=0) -> ()",
      TORCH_BOX(&torchext::k_grouped_fp8_gemm_nt_out), kHasAlias},
+
+    // The row of each choice of an expert, where each expert's rows end, tokens in the rows of their
+    // choices, and the sum of each token's rows.
+    {"moe_route(Tensor ids, int num_experts, *, int num_sms=0) -> (Tensor slots, Tensor offsets)",
+     TORCH_BOX(&torchext::moe_route)},
+    {"moe_permute_quantize_1x128(Tensor x, Tensor slots, int? rows=None, *,"
+     " ScalarType? dtype=None, bool pow2_scale=False, int num_sms=0)"
+     " -> (Tensor data, Tensor scale)",
+     TORCH_BOX(&torchext::moe_permute_quantize_1x128)},
+    {"moe_permute(Tensor x, Tensor slots, Tensor? weights=None, int? rows=None, *, int num_sms=0)"
+     " -> Tensor",
+     TORCH_BOX(&torchext::moe_permute), kHasAlias},
+    {"moe_combine(Tensor y, Tensor slots, Tensor? weights=None, *, Tensor? residual=None,"
+     " ScalarType? out_dtype=None, int num_sms=0) -> Tensor",
+     TORCH_BOX(&torchext::moe_combine), kHasAlias},
 
     // quantize_1x128(activation(fp8_gemm_nt(...))), with FP32 in between.
     {"fp8_gemm_nt_swiglu_quantize(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, *,"

@@ -27,8 +27,9 @@ MAY_INCLUDE = {
     "quantize": ON_HOST,
     "gemm": ON_HOST,
     "norm": ON_HOST,
+    "moe": ON_HOST,
     "linear": ON_HOST | {"quantize", "gemm"},
-    "ops.cpp": {"runtime", "activation", "quantize", "gemm", "norm", "linear"},
+    "ops.cpp": {"runtime", "activation", "quantize", "gemm", "norm", "linear", "moe"},
 }
 
 

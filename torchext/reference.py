@@ -867,3 +867,64 @@ def _spread(scale: Tensor, rows: int, columns: int) -> Tensor:
         group = GROUP if scales == ceil_div(size, GROUP) else size
         scale = scale.repeat_interleave(group, dim).narrow(dim, 0, size)
     return scale
+
+
+def moe_route(ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """A stable sort of the choices by expert; see `torchext.ops.moe_route`."""
+    flat = ids.reshape(-1).long()
+    classes = torch.where((flat >= 0) & (flat < num_experts), flat, num_experts)
+    order = classes.argsort(stable=True)
+    slots = torch.empty_like(order, dtype=torch.int32)
+    slots[order] = torch.arange(len(order), dtype=torch.int32, device=ids.device)
+    counts = torch.bincount(classes, minlength=num_experts + 1)[:num_experts]
+    shaped = empty_contiguous(ids, ids.shape[:1], ids.shape[1], torch.int32)
+    return shaped.copy_(slots.view(ids.shape)), counts.cumsum(0, dtype=torch.int32)
+
+
+def moe_permute_quantize_1x128(
+    x: Tensor,
+    slots: Tensor,
+    rows: int | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    pow2_scale: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Tokens in the rows of their choices; see `torchext.ops.moe_permute_quantize_1x128`."""
+    return quantize_1x128(moe_permute(x, slots, None, rows), dtype=dtype, pow2_scale=pow2_scale)
+
+
+def moe_permute(
+    x: Tensor, slots: Tensor, weights: Tensor | None = None, rows: int | None = None
+) -> Tensor:
+    """y[slots[t, j]] = x[t] * weights[t, j]; see `torchext.ops.moe_permute`."""
+    y = empty_contiguous(x, (slots.numel() if rows is None else rows,), x.shape[1], x.dtype)
+    for token, choice in itertools.product(*map(range, slots.shape)):
+        slot = int(slots[token, choice])
+        if slot >= 0:
+            factor = 1.0 if weights is None else weights[token, choice]
+            y[slot] = (x[token].float() * factor).to(x.dtype)
+    return y
+
+
+def moe_combine(
+    y: Tensor,
+    slots: Tensor,
+    weights: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """FP32 sums of each token's rows; see `torchext.ops.moe_combine`."""
+    tokens, choices = slots.shape
+    sums = y.new_zeros((tokens, y.shape[1]), dtype=torch.float32)
+    for choice in range(choices):
+        column = slots[:, choice].long()
+        there = column >= 0
+        products = y[column[there]].float()
+        if weights is not None:
+            products *= weights[there, choice, None]
+        sums[there] += products
+    if residual is not None:
+        sums += residual.float()
+    out = empty_contiguous(y, (tokens,), y.shape[1], out_dtype or y.dtype)
+    return out.copy_(sums)

@@ -88,6 +88,8 @@ int64_t element_size(ScalarType dtype) {
     case ScalarType::Float:
     case ScalarType::Int:
       return 4;
+    case ScalarType::Long:
+      return 8;
     default:
       fail("TypeError", "torchext has no use for dtype ", dtype_name(dtype));
   }

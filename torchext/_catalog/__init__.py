@@ -5,12 +5,12 @@ entry. Nothing else in torchext imports this package. It is part of the wheel, s
 finds it on a machine with a GPU.
 """
 
-from . import activation, fused, gemm, grouped, norm, quantize, weights_only
+from . import activation, fused, gemm, grouped, moe, norm, quantize, weights_only
 from .entry import BITS, Bits, Bound, Entry, Sample
 
 CATALOG: dict[str, Entry] = {
     entry.name: entry
-    for module in (quantize, activation, norm, gemm, grouped, fused, weights_only)
+    for module in (quantize, activation, norm, gemm, grouped, fused, weights_only, moe)
     for entry in module.ENTRIES
 }
 

@@ -1,6 +1,6 @@
 """The ops as typed functions: quantization to FP8, also fused with norms, activations and their
-gradients, FP8 GEMMs (dense, grouped and fused), and the product of an input that is not quantized
-with an FP8 weight.
+gradients, FP8 GEMMs (dense, grouped and fused), the product of an input that is not quantized with
+an FP8 weight, and rows for the experts of a mixture.
 
 Each function calls the op of the same name under `torch.ops.torchext`. The function raises
 ValueError and TypeError; the op itself, and so a compiled graph, can only raise a RuntimeError,
@@ -71,6 +71,7 @@ from .grouped import (
     m_grouped_fp8_gemm_nt_contiguous,
     m_grouped_fp8_gemm_nt_masked,
 )
+from .moe import moe_combine, moe_permute, moe_permute_quantize_1x128, moe_route
 from .norm import (
     layer_norm_quantize_1x128,
     layer_norm_quantize_1x128_dual,
@@ -119,6 +120,10 @@ __all__ = [
     "layer_norm_quantize_1x128_dual",
     "m_grouped_fp8_gemm_nt_contiguous",
     "m_grouped_fp8_gemm_nt_masked",
+    "moe_combine",
+    "moe_permute",
+    "moe_permute_quantize_1x128",
+    "moe_route",
     "quantize_1x128",
     "quantize_1x128_dual",
     "quantize_1x128_dual_bias_grad",

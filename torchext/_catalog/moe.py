@@ -1,0 +1,221 @@
+"""Rows for experts, whose results are specified to the bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .entry import BITS, E5M2, Entry, Sample, random, sample
+from .quantize import special
+
+Make = Callable[[], Sample]
+EXPERTS, CHOICES = 6, 3  # of a token in the samples; sized calls make 8 choices of 64 experts
+
+
+def ids_of(tokens: int, choices: int, experts: int) -> Tensor:
+    """Ids from -1 (no expert) on, some experts far more often than others."""
+    values = random(tokens, choices, dtype=torch.float32).square() * experts / 2
+    return values.long().clamp(max=experts) - 1
+
+
+def slots_of(tokens: int, choices: int) -> Tensor:
+    """A permutation of the rows."""
+    order = random(tokens, choices, dtype=torch.float32).flatten().argsort()
+    return order.int().view(tokens, choices)
+
+
+def weights_of(tokens: int, choices: int) -> Tensor:
+    return random(tokens, choices, dtype=torch.float32).abs()
+
+
+def entry(
+    name: str,
+    samples: dict[str, Make],
+    sized: dict[str, Callable[..., Sample]],
+    shape: Callable[..., tuple[int, ...]],
+    traffic: Callable[..., float],
+) -> Entry:
+    return Entry(
+        name,
+        samples=samples,
+        sized=sized,
+        shape=shape,
+        bytes=traffic,
+        flops=lambda *_: 0,
+        bound=BITS,
+    )
+
+
+# ---- route ----
+
+
+def route(tokens: int, choices: int, experts: int, dtype: torch.dtype = torch.int64) -> Make:
+    return lambda: sample(ids_of(tokens, choices, experts).to(dtype), experts)
+
+
+ROUTE = {
+    "a few experts": route(67, CHOICES, EXPERTS),
+    "int32": route(130, 2, 5, torch.int32),
+    "one expert": route(40, 1, 1),
+    "many experts": route(33, 8, 1024),
+    "several CTAs": route(1200, 4, 37),
+    "all choose one": lambda: sample(torch.full((70, 2), 3), 5),
+    "strides": lambda: sample(ids_of(80, 9, 7)[::2, ::3], 7),
+    "one choice": route(1, 1, 4),
+    "no tokens": route(0, 2, 4),
+    "no choices": route(5, 0, 4),
+}
+
+# ---- permute ----
+
+
+def permute(
+    tokens: int,
+    columns: int,
+    choices: int = CHOICES,
+    *,
+    x_dtype: torch.dtype = torch.bfloat16,
+    weighted: bool = False,
+    **options: Any,
+) -> Make:
+    def make() -> Sample:
+        weights = (weights_of(tokens, choices),) if weighted else ()
+        x = random(tokens, columns, dtype=x_dtype)
+        return sample(x, slots_of(tokens, choices), *weights, **options)
+
+    return make
+
+
+def permutations(*weights: bool, **options: Any) -> dict[str, Make]:
+    """weights: (True,) for calls with weights, () for an op without."""
+
+    def with_weights(*tensors: Tensor) -> Sample:
+        return sample(*tensors, *(weights_of(*tensors[1].shape) for _ in weights))
+
+    weighted = {"weighted": True} if weights else {}
+
+    def strided() -> Sample:
+        return with_weights(random(60, 600)[::2, ::3], slots_of(CHOICES, 30).t())
+
+    return {
+        "ragged": permute(37, 400, **weighted),
+        "whole groups": permute(16, 1024, 2, **options),
+        "fp16": permute(20, 1040, x_dtype=torch.float16, **weighted),
+        "fp32": permute(11, 129, x_dtype=torch.float32, **weighted, **options),
+        "one choice each": permute(9, 256, 1),
+        "special numbers": lambda: with_weights(special(), slots_of(140, 2)),
+        "strides": strided,
+        "unaligned rows": lambda: with_weights(random(30, 273)[:, 1:], slots_of(30, CHOICES)),
+        "one element": permute(1, 1, 1, **weighted),
+        "no tokens": permute(0, 40, **weighted),
+        "no columns": permute(7, 0, **weighted),
+        "no choices": permute(7, 40, 0, **weighted),
+    }
+
+
+def shape_of_permute(x: Tensor, slots: Tensor, *_: Any, **__: Any) -> tuple[int, ...]:
+    return *x.shape, slots.shape[1]
+
+
+# ---- combine ----
+
+
+def combine(
+    tokens: int,
+    columns: int,
+    choices: int = CHOICES,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    weighted: bool = True,
+    residual: bool = False,
+    **options: Any,
+) -> Make:
+    def make() -> Sample:
+        y, slots = random(tokens * choices, columns, dtype=dtype), slots_of(tokens, choices)
+        weights = (weights_of(tokens, choices),) if weighted else ()
+        more = {"residual": random(tokens, columns, dtype=dtype)} if residual else {}
+        return sample(y, slots, *weights, **more, **options)
+
+    return make
+
+
+def without_rows() -> Sample:
+    """Choices without a row, and rows of no choice."""
+    slots = slots_of(30, CHOICES)
+    slots[::3, 1] = -1
+    return sample(random(90, 200), slots, weights_of(30, CHOICES))
+
+
+COMBINE = {
+    "residual": combine(37, 400, residual=True),
+    "no weights": combine(20, 300, weighted=False),
+    "many choices": combine(6, 512, 11),
+    "fp16": combine(20, 1040, dtype=torch.float16, residual=True),
+    "fp32": combine(11, 129, dtype=torch.float32),
+    "to fp32": combine(11, 129, out_dtype=torch.float32, residual=True),
+    "fp32 to fp16": combine(11, 300, dtype=torch.float32, out_dtype=torch.float16),
+    "choices without rows": without_rows,
+    "special numbers": lambda: sample(special(), slots_of(70, 2), weights_of(70, 2)),
+    "strides": lambda: sample(
+        random(120, 600)[::2, ::3],
+        slots_of(20, 3),
+        weights_of(20, 6)[:, ::2],
+        residual=random(200, 20).t(),
+    ),
+    "unaligned rows": lambda: sample(random(90, 273)[:, 1:], slots_of(30, 3)),
+    "one element": combine(1, 1, 1),
+    "no tokens": combine(0, 40),
+    "no columns": combine(7, 0, residual=True),
+    "no choices": combine(7, 40, 0, residual=True),
+}
+
+
+def shape_of_combine(
+    y: Tensor, slots: Tensor, *_: Any, residual: Tensor | None = None, **__: Any
+) -> tuple[int, ...]:
+    return slots.shape[0], y.shape[1], slots.shape[1], int(residual is not None)
+
+
+ENTRIES = (
+    entry(
+        "moe_route",
+        ROUTE,
+        {"choices": lambda rows, columns: route(rows, 8, 64)()},
+        lambda ids, experts, **_: (*ids.shape, experts),
+        lambda tokens, choices, experts: 12 * tokens * choices + 4 * experts,
+    ),
+    entry(
+        "moe_permute_quantize_1x128",
+        permutations(dtype=E5M2, pow2_scale=True),
+        {"tokens": lambda rows, columns: permute(rows, columns, 8)()},
+        shape_of_permute,
+        lambda tokens, columns, choices=8: (
+            tokens * (2 * columns + choices * (4 + (1 + 4 / 128) * columns))
+        ),
+    ),
+    entry(
+        "moe_permute",
+        permutations(True),
+        {
+            "weights": lambda rows, columns: permute(rows, columns, 8, weighted=True)(),
+            "no weights": lambda rows, columns: permute(rows, columns, 8)(),
+        },
+        shape_of_permute,
+        lambda tokens, columns, choices=8: tokens * (2 * columns + choices * (8 + 2 * columns)),
+    ),
+    entry(
+        "moe_combine",
+        COMBINE,
+        {
+            "residual": lambda rows, columns: combine(rows, columns, 8, residual=True)(),
+            "no weights": lambda rows, columns: combine(rows, columns, 8, weighted=False)(),
+        },
+        shape_of_combine,
+        lambda tokens, columns, choices=8, residual=1: (
+            tokens * (2 * columns * (1 + residual) + choices * (8 + 2 * columns))
+        ),
+    ),
+)
