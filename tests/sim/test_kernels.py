@@ -23,6 +23,7 @@ from support.op_interface import recorded_launches
 from tests.hardware.gpu_check.op_calls import check
 from torchext import _architectures, gemm_selection, ops
 from torchext._catalog import CATALOG, Entry
+from torchext._catalog.moe import ids_of, slots_of, weights_of
 
 available, reason = torchext.is_available("sim")
 if not available:
@@ -83,7 +84,7 @@ def cases(capability: int) -> dict[str, Case]:
                 partial(ops.dequantize, data, scale, out_dtype=dtype)
             )
     if capability != 80:
-        found |= activations(wide) | norms(wide)
+        found |= activations(wide) | norms(wide) | rows_of_experts(wide)
     weight = torch.randn(136, 200, generator=generator)
     granularities = {
         "1d2d": (ops.quantize_1x128, ops.quantize_128x128),
@@ -156,6 +157,25 @@ def norms(wide: torch.Tensor) -> dict[str, Case]:
         found[f"{gradient.__name__} {dtype}"] = Case(
             partial(gradient, x, x, weight, mean, rstd, residual_grad=x)
         )
+    return found
+
+
+def rows_of_experts(wide: torch.Tensor) -> dict[str, Case]:
+    """Every kernel that gives experts their rows; routes of one CTA and of several."""
+    found: dict[str, Case] = {}
+    for tokens in (40, 1200):
+        ids = ids_of(tokens, 4, 37)
+        found[f"moe_route {tokens}"] = Case(partial(ops.moe_route, ids, 37))
+    slots, few, weights = slots_of(140, 2), slots_of(70, 2), weights_of(70, 2)
+    for dtype in WIDE:
+        x = wide.to(dtype)
+        quantize: Callable[..., Any] = partial(ops.moe_permute_quantize_1x128, x, slots)
+        for num_sms in (0, 2):  # as many CTAs as there is work for, or as many as SMs
+            label = f"moe_permute_quantize_1x128 {dtype} {num_sms}"
+            found[label] = Case(partial(quantize, num_sms=num_sms))
+        found[f"moe_permute {dtype}"] = Case(partial(ops.moe_permute, x[:70], few, weights))
+        combine: Callable[..., Any] = partial(ops.moe_combine, x, few, weights, residual=x[:70])
+        found[f"moe_combine {dtype}"] = Case(combine)
     return found
 
 

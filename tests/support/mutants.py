@@ -22,6 +22,8 @@ from torch.utils import cpp_extension
 
 from support.op_interface import without_simulator
 from torchext import gemm_selection, ops, sim
+from torchext._catalog.entry import random
+from torchext._catalog.moe import ids_of, slots_of
 
 ROOT = Path(__file__).parents[2]
 RUNS = [(seed, mode) for seed in (0, 1, 2) for mode in ("eager", "late", "random")]
@@ -43,6 +45,8 @@ NORM_GRADIENTS = "csrc/norm/cuda/gradients.cu"
 NORM_ROWS = "csrc/norm/cuda/norm.cuh"
 FORWARD = "csrc/activation/cuda/forward.cu"
 BACKWARD = "csrc/activation/cuda/backward.cu"
+ROUTE = "csrc/moe/cuda/route.cu"
+ROWS = "csrc/moe/cuda/rows.cuh"
 
 
 def _kernel(tile: str, granularity: str = "1d2d", op: str = "", output: str = "kStored") -> str:
@@ -216,6 +220,17 @@ def _swiglu() -> tuple[torch.Tensor, ...]:
     return ops.fp8_gemm_nt_swiglu_quantize(*a, *b)
 
 
+def _route() -> tuple[torch.Tensor, ...]:
+    """Three CTAs."""
+    return ops.moe_route(ids_of(1200, 4, 37), 37)
+
+
+def _permute() -> tuple[torch.Tensor, ...]:
+    """The last slots lie beyond the rows. Every row has a choice."""
+    x, slots = random(60, 200), slots_of(60, 2)
+    return ops.moe_permute_quantize_1x128(_apart(x), slots, 110)
+
+
 PROBLEMS = {
     # Four tiles, eight K blocks.
     "by TMA": Problem(_kernel(MEDIUM), _gemm(256, 256, 1024), tile=MEDIUM),
@@ -240,6 +255,8 @@ PROBLEMS = {
     "gradient of a norm": Problem(NORM_GRADIENTS, _norm_gradient),
     "activation": Problem(FORWARD, _activation),
     "activation gradient": Problem(BACKWARD, _activation_gradient),
+    "route": Problem(ROUTE, _route),
+    "permute": Problem("csrc/moe/cuda/permute.cu", _permute),
 }
 
 
@@ -471,6 +488,18 @@ MUTANTS = [
            "  __syncthreads();  // the runs have been read\n", ""),
     Mutant("sums of the first 128 rows alone", "gradient of a norm", NORM_GRADIENTS,
            "for (int64_t i = 1; i < count; ++i) sum", "for (int64_t i = 1; i < 1; ++i) sum"),
+    Mutant("choices counted before all counts are zero", "route", ROUTE,
+           "counts[i] = 0;\n  __syncthreads();", "counts[i] = 0;"),
+    Mutant("rows given before each class has its first", "route", ROUTE,
+           "  __syncthreads();\n\n  int32_t* next", "\n  int32_t* next"),
+    Mutant("next row read while another lane writes it", "route", ROUTE,
+           "    __syncwarp();\n    if (exists && lane", "    if (exists && lane"),
+    Mutant("choices of earlier CTAs left out", "route", ROUTE,
+           "earlier[j] += cta < blockIdx.x ? count : 0;", ""),
+    Mutant("slots beyond the rows not ignored", "permute", ROWS,
+           "return row < rows ? row : -1;", "return row;"),
+    Mutant("a token beyond the last", "permute", ROWS,
+           "i < tokens * chunks; i += step", "i <= tokens * chunks; i += step"),
 ]  # fmt: skip
 
 

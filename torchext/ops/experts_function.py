@@ -1,7 +1,7 @@
 """The experts of a mixture as one autograd function: grouped FP8 GEMMs, forward and backward.
 
-Each of T tokens chooses k of E experts. The S = T k choices are sorted by expert, so that an
-expert's rows are a run, whose end is in `offsets`:
+Each of T tokens chooses k of E experts. Each of the S = T k choices gets a row, its slot, so that
+an expert's rows are a run, whose end is in `offsets` (moe.py):
 
     rows [S, K]   x of each choice's token
     wide [S, W] = rows @ up[e].T       gate and up side by side (W = 2 I), or up alone (W = I)
@@ -12,7 +12,7 @@ expert's rows are a run, whose end is in `offsets`:
 fprop and dgrad are grouped along their rows, wgrad along K. Backward needs no y for the gradients
 of the weights: dweight = <dy, y> = <dy @ down[e], h>, and dgrad computes the product on the left.
 
-Bytes kept for backward, for each choice: those of mlp_function.py, and 12 for its place and weight.
+Bytes kept for backward, for each choice: those of mlp_function.py, and 8 for its row and weight.
 Nothing here waits for the device, and every sum has a fixed order.
 """
 
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from .._dispatch.declaration import DECLARATIONS
 from .._dispatch.layout import laid_out, pitched
+from ..recipe import Recipe
 from .grouped import k_grouped_fp8_gemm_nt, m_grouped_fp8_gemm_nt_contiguous
 from .linear_function import (
     Operand,
@@ -35,47 +36,59 @@ from .linear_function import (
     quantizer_options,
 )
 from .mlp_function import MLP, activated
+from .moe import moe_combine, moe_permute, moe_permute_quantize_1x128, moe_route
 
 _dequantize = DECLARATIONS["dequantize"].handles.alias
 _quantize_1x128 = DECLARATIONS["quantize_1x128"].handles.op
 
 
 class Routing(NamedTuple):
-    """Which rows belong to which choice, token and expert.
+    """Which rows belong to which choice and expert.
 
     Attributes:
-        order: [S], int64: the choice that each row is of; choice t * k + j is the j-th of token t.
-            None if the tokens are the rows, which the caller sorted.
+        slots: [T, k], int32: the row of each choice; None if the tokens are the rows, which the
+            caller sorted.
         offsets: [E], int32: where each expert's rows end. Rows from offsets[-1] on have no expert.
     """
 
-    order: Tensor | None
+    slots: Tensor | None
     offsets: Tensor
 
     @classmethod
-    def of(cls, ids: Tensor, experts: int) -> Routing:
-        """ids: [T, k], integers from 0; a choice whose id is `experts` or more has no expert."""
-        sorted_ids, order = ids.reshape(-1).sort(stable=True)
-        numbers = torch.arange(experts, dtype=ids.dtype, device=ids.device)
-        return cls(order, torch.searchsorted(sorted_ids, numbers, right=True, out_int32=True))
+    def of(cls, ids: Tensor, weights: Tensor | None, experts: int) -> Routing:
+        """ids: those of the choices [T, k] or, without weights, the offsets of sorted tokens."""
+        return cls(None, ids) if weights is None else cls(*moe_route(ids, experts))
 
-    def rows_of_tokens(self, x: Tensor, choices: int) -> Tensor:
+    def rows_of_tokens(self, x: Tensor) -> Tensor:
         """x [T, K] as rows [S, K]."""
-        return x if self.order is None else x.index_select(0, self.order // choices)
+        return x if self.slots is None else moe_permute(x, self.slots)
 
-    def by_choice(self, rows: Tensor) -> Tensor:
-        """rows [S, ...] in the order of the choices."""
-        if self.order is None:
-            return rows
-        rows_of_choices = torch.empty_like(self.order)
-        rows_of_choices[self.order] = torch.arange(self.order.shape[0], device=rows.device)
-        return rows.index_select(0, rows_of_choices)
+    def quantized_rows_of_tokens(self, x: Tensor, recipe: Recipe, *, transposed: bool) -> Operand:
+        """x [T, K] as rows [S, K], quantized."""
+        dtype = recipe.input_dtype
+        if self.slots is None or transposed or recipe.granularity != "blockwise":
+            rows = self.rows_of_tokens(x)
+            return quantize_activation(rows, dtype, recipe, plain=True, transposed=transposed)
+        options = quantizer_options(dtype, recipe)
+        return Operand(*moe_permute_quantize_1x128(x, self.slots, **options), None, None)
 
-    def sum_of_choices(self, rows: Tensor, choices: int, dtype: torch.dtype) -> Tensor:
+    def by_row(self, values: Tensor | None) -> Tensor | None:
+        """values [T, k] of choices as [S], in FP32."""
+        if values is None or self.slots is None:
+            return None
+        rows = torch.empty(values.numel(), dtype=torch.float32, device=values.device)
+        return rows.index_copy(0, self.slots.reshape(-1).long(), values.reshape(-1).float())
+
+    def by_choice(self, values: Tensor) -> Tensor:
+        """values [S] of rows as [T, k]."""
+        assert self.slots is not None
+        return values[self.slots.long()]
+
+    def sum_of_choices(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
         """[T, K], the FP32 sum of each token's rows, rounded to `dtype`."""
-        tokens = rows.shape[0] // choices
-        by_token = self.by_choice(rows).view(tokens, choices, rows.shape[1])
-        return by_token.sum(1, dtype=torch.float32).to(dtype)
+        if self.slots is None:
+            return rows.to(dtype)
+        return moe_combine(rows, self.slots, out_dtype=dtype)
 
 
 def experts(
@@ -121,22 +134,10 @@ def forward_only(
     config: MLP, operands: list[Operand], x: Tensor, ids: Tensor, weights: Tensor | None
 ) -> Tensor:
     """`ExpertsFunction` without gradients. Every operand is quantized."""
-    recipe = config.recipe
-    routing, choices = _routing(ids, weights, operands[0].data.shape[0])  # type: ignore[union-attr]
-    rows = routing.rows_of_tokens(x, choices)
-    q_rows = quantize_activation(rows, recipe.input_dtype, recipe, plain=True, transposed=False)
-    row_weights = _by_row(weights, routing)
-    y, _ = experts(config, routing, operands, q_rows, row_weights)
-    return routing.sum_of_choices(y, choices, x.dtype)
-
-
-def _routing(ids: Tensor, weights: Tensor | None, experts: int) -> tuple[Routing, int]:
-    """The routing, and the number of choices of a token."""
-    return (Routing(None, ids), 1) if weights is None else (Routing.of(ids, experts), ids.shape[1])
-
-
-def _by_row(weights: Tensor | None, routing: Routing) -> Tensor | None:
-    return None if weights is None else weights.reshape(-1)[routing.order].float()
+    routing = Routing.of(ids, weights, operands[0].data.shape[0])  # type: ignore[union-attr]
+    q_rows = routing.quantized_rows_of_tokens(x, config.recipe, transposed=False)
+    y, _ = experts(config, routing, operands, q_rows, routing.by_row(weights))
+    return routing.sum_of_choices(y, x.dtype)
 
 
 class ExpertsFunction(torch.autograd.Function):
@@ -160,13 +161,9 @@ class ExpertsFunction(torch.autograd.Function):
             operand or quantize_weight(parameter, recipe, transposed=needed)
             for operand, parameter, needed in zip(given, parameters, transposed, strict=True)
         ]
-        routing, choices = _routing(ids, weights, parameters[0].shape[0])
-        rows = routing.rows_of_tokens(x, choices)
-        q_rows = quantize_activation(
-            rows, recipe.input_dtype, recipe, plain=True, transposed=needs_up
-        )
-        del rows
-        row_weights = _by_row(weights, routing)
+        routing = Routing.of(ids, weights, parameters[0].shape[0])
+        q_rows = routing.quantized_rows_of_tokens(x, recipe, transposed=needs_up)
+        row_weights = routing.by_row(weights)
         y, wide = experts(config, routing, operands, q_rows, row_weights)
         kept_wide: list[Tensor | None] = []
         if ctx.needs_dh or needs_down:
@@ -186,10 +183,10 @@ class ExpertsFunction(torch.autograd.Function):
         ctx.transposes = [operand.data_t is None for operand in operands]
         kept_rows = [q_rows.data_t, q_rows.scale_t] if needs_up else [None, None]
         ctx.save_for_backward(*routing, row_weights, *kept_rows, *kept_weights, *kept_wide)
-        ctx.config, ctx.choices = config, choices
+        ctx.config = config
         weights_dtype = None if weights is None else weights.dtype
         ctx.dtypes = [x.dtype, weights_dtype, *(p.dtype for p in parameters)]
-        return routing.sum_of_choices(y, choices, x.dtype)
+        return routing.sum_of_choices(y, x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -198,15 +195,15 @@ class ExpertsFunction(torch.autograd.Function):
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     config: MLP = ctx.config
-    recipe, choices = config.recipe, ctx.choices
+    recipe = config.recipe
     needs_x, _, needs_weights, _, _, needs_up, needs_down = ctx.needs_input_grad
     x_dtype, weights_dtype, up_dtype, down_dtype = ctx.dtypes
-    order, offsets, row_weights, *saved = ctx.saved_tensors
-    routing = Routing(order, offsets)
+    slots, offsets, row_weights, *saved = ctx.saved_tensors
+    routing = Routing(slots, offsets)
     rows_t, up_t, down_t = saved[0:2], saved[2:4], saved[4:6]
     dx = dweights = dup = ddown = None
 
-    dy = routing.rows_of_tokens(grad.to(config.out_dtype), choices)  # without the weights
+    dy = routing.rows_of_tokens(grad.to(config.out_dtype))  # without the weights
     if ctx.needs_dh or needs_down:
         wide, wide_scale = _saved_wide(config, routing, saved[6:])
     if ctx.needs_dh:
@@ -216,7 +213,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if needs_weights:
             h = _dequantize(*activated(config, "", wide, wide_scale), torch.float32)
             sums = h.mul_(dh).sum(1)
-            dweights = routing.by_choice(sums).view(-1, choices).to(weights_dtype)
+            dweights = routing.by_choice(sums).to(weights_dtype)
     h_t: list[Tensor] = []
     if ctx.needs_wide:
         options = config.options(recipe.grad_dtype)
@@ -229,7 +226,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if needs_x:
             up_t = _transposed(up_t, ctx.transposes[0])
             drows = _by_rows(data, scale, up_t, routing, config.out_dtype)
-            dx = routing.sum_of_choices(drows, choices, x_dtype)
+            dx = routing.sum_of_choices(drows, x_dtype)
         if needs_up:
             dup = _along_rows((data_t, scale_t), rows_t, offsets, up_dtype)
     elif needs_down:
