@@ -95,7 +95,7 @@ def permutations(*weights: bool, **options: Any) -> dict[str, Make]:
     def with_weights(*tensors: Tensor) -> Sample:
         return sample(*tensors, *(weights_of(*tensors[1].shape) for _ in weights))
 
-    weighted = {"weighted": True} if weights else {}
+    weighted: dict[str, Any] = {"weighted": True} if weights else {}
 
     def strided() -> Sample:
         return with_weights(random(60, 600)[::2, ::3], slots_of(CHOICES, 30).t())
