@@ -3,12 +3,14 @@
 A planted fault (`Mutant`) is an edit of a kernel's source, so the kernels need no test switches. An
 edit whose text is no longer there fails loudly. Each edited kernel is compiled to PTX and run by
 its op, in every completion mode and under several seeds; every run must have a finding or wrong
-numbers. `python tests/support/mutants.py` prints the table of ptx/sim/README.md. Above 500 lines
-because the faults of all kernels stand in one table.
+numbers. Without asynchronous instructions all modes run alike (tests/sim/test_kernels.py): one run
+counts for all of them. `python tests/support/mutants.py` prints the table of ptx/sim/README.md.
+Above 500 lines because the faults of all kernels stand in one table.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 import shutil
 import tempfile
@@ -20,13 +22,15 @@ from typing import Any
 import torch
 from torch.utils import cpp_extension
 
+from support.completion import MODES, is_asynchronous, modes_that_differ
 from support.op_interface import without_simulator
 from torchext import gemm_selection, ops, sim
 from torchext._catalog.entry import random
 from torchext._catalog.moe import ids_of, slots_of
 
 ROOT = Path(__file__).parents[2]
-RUNS = [(seed, mode) for seed in (0, 1, 2) for mode in ("eager", "late", "random")]
+SEEDS = (0, 1, 2)
+RUNS = len(SEEDS) * len(MODES)
 
 KERNEL = "csrc/gemm/sm90/fp8_gemm_nt.cuh"
 RING = "csrc/device/sm90/ring.cuh"
@@ -113,7 +117,7 @@ def _gemm(
 def _linear() -> tuple[torch.Tensor, ...]:
     generator = torch.Generator().manual_seed(13)
     x = torch.randn(256, 1000, generator=generator).bfloat16()
-    weight = _on_the_cpu(ops.quantize_1x128, torch.randn(256, 1000, generator=generator))
+    weight = _on_the_cpu(ops.quantize_1x128, torch.randn(128, 1000, generator=generator))
     return (ops.fp8_linear(x, *weight),)
 
 
@@ -232,13 +236,13 @@ def _permute() -> tuple[torch.Tensor, ...]:
 
 
 PROBLEMS = {
-    # Four tiles, eight K blocks.
-    "by TMA": Problem(_kernel(MEDIUM), _gemm(256, 256, 1024), tile=MEDIUM),
+    # One CTA computes two tiles of eight K blocks.
+    "by TMA": Problem(_kernel(MEDIUM), _gemm(256, 128, 1024), num_sms=1, tile=MEDIUM),
     # A tile has four boxes, but the buffers hold two.
     "in FP32": Problem(_kernel(MEDIUM), _gemm(256, 256, 256, torch.float32), tile=MEDIUM),
     # Rows of out are not 16-byte aligned.
     "by threads": Problem(_kernel(MEDIUM), _gemm(70, 101, 300), tile=MEDIUM),
-    "in pairs": Problem(_kernel(MEDIUM), _gemm(200, 512, 900), tile=MEDIUM, cluster=2),
+    "in pairs": Problem(_kernel(MEDIUM), _gemm(200, 256, 900), tile=MEDIUM, cluster=2),
     "split": Problem(
         _kernel(SWAPPED), _gemm(40, 200, 1100), num_sms=4, tile=SWAPPED, split_k=4, cluster=4
     ),
@@ -246,8 +250,8 @@ PROBLEMS = {
     "groups": Problem(_kernel(LARGE), _groups, tile=LARGE),
     "unaligned groups": Problem(_kernel(SWAPPED), _unaligned_groups, tile=SWAPPED),
     "gated": Problem(_kernel(GATED, op="_swiglu_quantize", output="kGated"), _swiglu, tile=GATED),
-    "by cp.async": Problem(MMA_SOURCE, _gemm(256, 256, 1024), capability=89),
-    "weights only": Problem(LINEAR_SOURCE, _linear, capability=80),
+    "by cp.async": Problem(MMA_SOURCE, _gemm(256, 128, 1024), num_sms=1, capability=89),
+    "weights only": Problem(LINEAR_SOURCE, _linear, num_sms=1, capability=80),
     "dual": Problem(GROUPS, _dual),
     "dual with sums": Problem(GROUPS, _dual_bias_grad),
     "blocks": Problem(BLOCKS, _blocks),
@@ -507,9 +511,11 @@ MUTANTS = [
 FORMATS = "csrc/device/formats.cuh"
 COMPILED_FORMATS = re.compile(r"(#define TORCHEXT_(INPUTS|QUANTIZERS)\(APPLY\))(?:.*\\\n)*.*")
 CALLED_FORMATS = {"INPUTS": "APPLY(bf16)", "QUANTIZERS": "APPLY(bf16, e4m3)"}
+PTX = "kernel.ptx"
 
 
-def _compile(problem: Problem, edit: tuple[str, str, str] | None, folder: Path) -> Path:
+def _compile(problem: Problem, edit: tuple[str, str, str] | None, folder: Path) -> sim.Module:
+    """The compiled kernel, whose PTX is left in `folder` / PTX."""
     for part in ("csrc", "ptx"):
         shutil.copytree(ROOT / part, folder / part)
     text, count = COMPILED_FORMATS.subn(
@@ -531,8 +537,7 @@ def _compile(problem: Problem, edit: tuple[str, str, str] | None, folder: Path) 
         source.write_text(problem.source)
     options = [f"-I{folder}", *(f"-I{path}" for path in cpp_extension.include_paths())]
     options += ["-DTORCHEXT_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
-    sim.compile_cuda(source, arch=problem.arch, options=options, keep=folder / "kernel.ptx")
-    return folder / "kernel.ptx"
+    return sim.compile_cuda(source, arch=problem.arch, options=options, keep=folder / PTX)
 
 
 @dataclass(frozen=True)
@@ -568,20 +573,24 @@ UNSAFE = {"out of bounds", "misaligned access", "deadlock", "read-only memory", 
 def examine(mutant: Mutant | None, problem: Problem, truth: list[torch.Tensor] | None) -> Outcome:
     with tempfile.TemporaryDirectory() as folder:
         edit = None if mutant is None else (mutant.file, mutant.old, mutant.new)
-        ptx = _compile(problem, edit, Path(folder))
+        module, ptx = _compile(problem, edit, Path(folder)), Path(folder, PTX)
+        modes = modes_that_differ(
+            is_asynchronous(module._module, kernel.name) for kernel in module.kernels()
+        )
+        alike = len(MODES) // len(modes)  # runs for which one run counts
         kinds: dict[str, int] = {}
         by_checker = caught = wrong = 0
-        for seed, mode in RUNS:
+        for seed, mode in itertools.product(SEEDS, modes):
             outputs, found = _run(problem, ptx, seed, mode, checks=True)
             for kind in found:
                 kinds[kind] = kinds.get(kind, 0) + 1
-            by_checker += bool(found)
-            caught += bool(found) or not _same(outputs, truth)
+            by_checker += alike * bool(found)
+            caught += alike * (bool(found) or not _same(outputs, truth))
         safe = not any(kind in UNSAFE for kind in kinds)
         if safe:
-            for seed, mode in RUNS:
+            for seed, mode in itertools.product(SEEDS, modes):
                 outputs, _ = _run(problem, ptx, seed, mode, checks=False)
-                wrong += outputs is None or not _same(outputs, truth)
+                wrong += alike * (outputs is None or not _same(outputs, truth))
     order = tuple(sorted(kinds, key=lambda kind: (-kinds[kind], kind)))
     return Outcome(order, caught, by_checker, wrong if safe else None)
 
@@ -600,10 +609,7 @@ def row(mutant: Mutant, outcome: Outcome) -> str:
     """A row of the table: | planted fault | kernel | caught by | right numbers |"""
     kernel = Path(mutant.file).name if mutant.file.startswith("ptx") else Path(mutant.file).stem
     by = ", ".join(outcome.kinds) or "numbers"
-    if outcome.wrong is None:
-        right = "not run unchecked"
-    else:
-        right = f"{len(RUNS) - outcome.wrong} of {len(RUNS)}"
+    right = "not run unchecked" if outcome.wrong is None else f"{RUNS - outcome.wrong} of {RUNS}"
     return f"| {mutant.name} | {kernel} | {by} | {right} |"
 
 
