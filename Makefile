@@ -11,6 +11,8 @@ SOURCES := setup.py pyproject.toml $(shell find csrc ptx -type f -not -name '*.p
 # Every build in the tree has the same options: with others, the test of the wheel would compile all
 # kernels anew.
 export TORCHEXT_WERROR := 1
+# Python keeps what it compiles, tests included: each worker of pytest would compile them anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: all demo check test test-cpu test-cpu-levels test-sim asan tsan cross-check lint format bench bench-cpu instruction-counts validate-timing soak wheel gpu-check sass-report clean
 all: $(BUILT)
@@ -53,33 +55,27 @@ check-counts: $(BUILT)
 
 test-cpu: $(BUILT) test-cpu-levels
 	$(PARALLEL_PYTEST) -m "not alone" $(PYTEST_ARGS)
-	$(PYTEST) -m alone $(PYTEST_ARGS)
+	$(PYTEST) -m alone $(or $(PYTEST_ARGS),$(shell grep -rl --include='*.py' 'mark.alone' tests))
 
 OP_TESTS := tests/activation tests/gemm tests/norm tests/quantize
 
 # Runs the tests of ops at each lower level of the CPU kernels that this machine has, but for those
-# that run no CPU kernels or only start processes.
+# that run no CPU kernels or only start processes. Each level has a worker, which runs all tests.
 test-cpu-levels: $(BUILT)
-	@levels=$$($(BIN)/python tools/cpu_levels.py) && for level in $$levels; do \
-	  echo "TORCHEXT_CPU=$$level"; \
-	  TORCHEXT_CPU=$$level $(PARALLEL_PYTEST) -m "not slow and not alone" $(OP_TESTS) \
-	    tests/test_catalog.py::test_kernels_equal_the_reference \
-	    --ignore=tests/gemm/test_selection.py --ignore=tests/quantize/test_cuda_numbers.py \
-	    --ignore=tests/gemm/test_weights_only_sharding.py || exit; \
-	done
+	@levels=$$($(BIN)/python tools/cpu_levels.py) || exit; [ -n "$$levels" ] || exit 0; \
+	echo "TORCHEXT_CPU of the workers gw0, gw1, ...:" $$levels; \
+	OMP_NUM_THREADS=1 $(PYTEST) --dist each \
+	  $$(printf -- '--tx popen//env:TORCHEXT_CPU=%s ' $$levels) -m "not slow and not alone" \
+	  $(OP_TESTS) tests/test_catalog.py::test_kernels_equal_the_reference \
+	  --ignore=tests/gemm/test_selection.py --ignore=tests/quantize/test_cuda_numbers.py \
+	  --ignore=tests/gemm/test_weights_only_sharding.py
 
 # Runs the tests of ops and layers on the PTX of the CUDA kernels: all tests on Hopper's PTX, and those
-# marked `every_architecture` on that of the other generations, with 3 SMs, so that launchers choose
-# large tiles.
-OTHER_ARCHITECTURES := $(shell sed -n 's/^TORCHEXT_PATH(.*, \([0-9]*\), 0)/\1/p' csrc/runtime/architectures.inc)
+# marked `every_architecture` also on that of the other generations.
 test-sim: $(BUILT)
 	@if ls torchext/_ptx/*/*.ptx.gz >/dev/null 2>&1; then \
-	  $(PARALLEL_PYTEST) --device sim $(OP_TESTS) tests/nn tests/compat \
-	    tests/test_catalog.py tests/test_ops.py && \
-	  for arch in $(OTHER_ARCHITECTURES); do \
-	    $(PARALLEL_PYTEST) --device sim --sim-arch $$arch --sim-sms 3 -m every_architecture \
-	      $(OP_TESTS) tests/test_catalog.py || exit; \
-	  done; \
+	  $(PARALLEL_PYTEST) --device sim --sim-arch every $(OP_TESTS) tests/nn tests/compat \
+	    tests/test_catalog.py tests/test_ops.py; \
 	else echo 'no nvcc, so no CUDA kernels to simulate'; fi
 
 # asan: tests of the CPU kernels and of the simulator under ASan and UBSan. tsan: tests of what the

@@ -7,8 +7,8 @@ from __future__ import annotations
 import collections
 import contextlib
 import re
-from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,13 +18,16 @@ from torchext import _architectures
 
 pytest.register_assert_rewrite("support")  # shows values in helpers' failed asserts, as in tests'
 
+from support.simulated_gpus import EVERY, SimulatedGpu, gpus_of, kernels_origin  # noqa: E402
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", choices=["cpu", "sim", "cuda"])
     parser.addoption("--sim-seed", type=int, default=0, help="schedule of the simulator")
     parser.addoption(
-        "--sim-arch", type=int, default=90, choices=[*_architectures.simulated()],
-        help="compute capability of the simulated GPU",
+        "--sim-arch", default="90", choices=[*map(str, _architectures.simulated()), EVERY],
+        help="compute capability of the simulated GPU; or `every`: 90, and for tests marked "
+        "every_architecture the earlier generations, too, with few SMs",
     )  # fmt: skip
     parser.addoption(
         "--sim-sms", type=int, default=132,
@@ -40,6 +43,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """On other devices than the CPU, keeps only tests of ops and modules; on the simulator, without
     those marked `large` and those whose kernels another generation's run covers."""
     where = config.getoption("--device")
+    (usual,) = gpus_of(config, every_architecture=False)
+    gpu_of = {item: parameters_of(item).get("simulated_gpu", usual) for item in items}
+    superfluous = {
+        item
+        for item, gpu in gpu_of.items()
+        if gpu != usual and not item.get_closest_marker("every_architecture")
+    }
+    config.hook.pytest_deselected(items=list(superfluous))
+    items[:] = [item for item in items if item not in superfluous]
     for item in items:
         takes_device = "device" in getattr(item, "fixturenames", ())
         if where != "cpu" and not takes_device:
@@ -48,23 +60,60 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="too large for the simulator"))
         mark = item.get_closest_marker("every_architecture")
         if where == "sim" and mark and "kernels" in mark.kwargs:
-            arch = config.getoption("--sim-arch")
+            arch = gpu_of[item].compute_capability
             origin = kernels_origin(arch, mark.kwargs["kernels"])
             if origin != arch:
                 reason = f"sm_{arch} runs the kernels of sm_{origin}: tested there"
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
-def kernels_origin(compute_capability: int, patterns: list[str]) -> int:
-    """The generation whose PTX a simulated GPU takes for kernels in files with such names."""
-    for file in map(Path, torchext.sim.ops._kernels(compute_capability)):
-        if any(fnmatch(file.name, pattern) for pattern in patterns):
-            return int(file.parent.name.rstrip("af"))
-    pytest.fail(f"no PTX file of sm_{compute_capability} has a name like {patterns}")
+def parameters_of(item: pytest.Item) -> dict[str, Any]:
+    callspec = getattr(item, "callspec", None)
+    return {} if callspec is None else callspec.params
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Runs a test once for each simulated GPU, if there are several."""
+    if metafunc.config.getoption("--sim-arch") != EVERY or not has_mark(metafunc.definition):
+        return
+    if "simulated_gpu" in metafunc.fixturenames:
+        gpus = gpus_of(metafunc.config, every_architecture=True)
+        metafunc.parametrize("simulated_gpu", gpus, ids=str)
+
+
+def has_mark(definition: pytest.Function) -> bool:
+    """Whether the test has the mark `every_architecture`, with all of its parameters or some."""
+    if definition.get_closest_marker("every_architecture"):
+        return True
+    lists = [mark.args[1] for mark in definition.iter_markers("parametrize") if len(mark.args) > 1]
+    values = [value for values in lists if isinstance(values, list) for value in values]
+    return any(
+        mark.name == "every_architecture" for v in values for mark in getattr(v, "marks", ())
+    )
 
 
 @pytest.fixture
-def device(request: pytest.FixtureRequest):
+def simulated_gpu(request: pytest.FixtureRequest) -> SimulatedGpu:
+    """The GPU that `--device sim` simulates for this test."""
+    (gpu,) = gpus_of(request.config, every_architecture=False)
+    return gpu
+
+
+@pytest.fixture
+def gpu_path(request: pytest.FixtureRequest, simulated_gpu: SimulatedGpu) -> str | None:
+    """The path of the (maybe simulated) GPU; None on the CPU."""
+    where = request.config.getoption("--device")
+    if where == "cpu":
+        return None
+    capability = simulated_gpu.compute_capability
+    if where == "cuda":
+        major, minor = torch.cuda.get_device_capability()
+        capability = 10 * major + minor
+    return _architectures.path_of(capability)
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest, simulated_gpu: SimulatedGpu):
     """The torch device of a test's tensors: "cpu" (also under the simulator) or "cuda"."""
     where = request.config.getoption("--device")
     available, reason = torchext.is_available(where)
@@ -75,8 +124,8 @@ def device(request: pytest.FixtureRequest):
         context = torchext.sim.simulate(
             seed=request.config.getoption("--sim-seed"),
             completion=request.config.getoption("--sim-completion"),
-            compute_capability=request.config.getoption("--sim-arch"),
-            num_sms=request.config.getoption("--sim-sms"),
+            compute_capability=simulated_gpu.compute_capability,
+            num_sms=simulated_gpu.num_sms,
         )
     torch.manual_seed(0)
     with context:

@@ -4,14 +4,14 @@ import warnings
 
 import pytest
 
-from support.gemm_testing import tensor_core_of
+from support.gemm_testing import TENSOR_CORES, TensorCore
 from torchext.compat import deep_gemm
 from torchext.compat.deep_gemm import _operands
 
 
 @pytest.fixture
-def tensor_core(request: pytest.FixtureRequest):
-    return tensor_core_of(request.config)
+def tensor_core(gpu_path: str | None) -> TensorCore | None:
+    return TENSOR_CORES.get(gpu_path or "")
 
 
 @pytest.fixture(autouse=True)

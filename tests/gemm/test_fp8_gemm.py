@@ -101,8 +101,8 @@ def test_results_repeat_to_the_bit(device, tensor_core):
 
 
 @pytest.mark.parametrize("num_sms", [1, 3, 20])
-def test_num_sms_changes_no_bit(num_sms, device, request):
-    if num_sms > request.config.getoption("--sim-sms"):
+def test_num_sms_changes_no_bit(num_sms, device, simulated_gpu):
+    if num_sms > simulated_gpu.num_sms:
         pytest.skip("the simulated GPU has fewer SMs")
     a, b = operands("1d2d", 300, 140, 200, device)
     tensors = (a.data, a.scale, b.data, b.scale)

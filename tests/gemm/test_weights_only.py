@@ -19,7 +19,6 @@ from support.gemm_testing import (
     WIDE_TENSOR_CORES,
     Operand,
     assert_within_bound,
-    path_of,
 )
 from support.op_testing import assert_same, metadata, overload
 from support.weights_only_testing import (
@@ -41,9 +40,9 @@ SHAPES = [
 
 
 @pytest.fixture
-def cores(request):
+def cores(gpu_path):
     """x's dtype -> the tensor core that sums its products; None if FP32 arithmetic does."""
-    core = WIDE_TENSOR_CORES.get(path_of(request.config) or "")
+    core = WIDE_TENSOR_CORES.get(gpu_path or "")
     thrice = core and replace(core, lost=3 * core.lost)
     return {torch.bfloat16: core, torch.float16: core, torch.float32: thrice}
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import pytest
 import torch
 
-from torchext import _architectures
 from torchext._catalog.entry import E4M3, E5M2
 
 WIDE = [torch.bfloat16, torch.float16, torch.float32]
@@ -77,24 +75,6 @@ class Operand:
         values = torch.zeros_like(self.values)
         values[:, begin:end] = self.values[:, begin:end]
         return replace(self, values=values)
-
-
-def tensor_core_of(config: pytest.Config) -> TensorCore | None:
-    """The (maybe simulated) tensor core that sums FP8 products; None if FP32 arithmetic does."""
-    path = path_of(config)
-    return None if path is None else TENSOR_CORES.get(path)
-
-
-def path_of(config: pytest.Config) -> str | None:
-    """The path of the (maybe simulated) GPU; None on the CPU."""
-    where = config.getoption("--device")
-    if where == "cpu":
-        return None
-    capability = config.getoption("--sim-arch")
-    if where == "cuda":
-        major, minor = torch.cuda.get_device_capability()
-        capability = 10 * major + minor
-    return _architectures.path_of(capability)
 
 
 QUANTIZERS = {
@@ -179,6 +159,9 @@ def tensor_core_error(a, b, unit):
     """
     m, n, k = a.values.shape[0], b.values.shape[0], a.values.shape[1]
     lost = torch.zeros(m, n, dtype=torch.float64)
+    # FP32 holds every product of two FP8 numbers.
+    fp8 = {a.data.dtype, b.data.dtype} <= {E4M3, E5M2}
+    product_dtype = torch.float32 if fp8 else torch.float64
     for start in range(0, k, 128):
         block = slice(start, min(start + 128, k))
         qa, qb = a.values[:, block], b.values[:, block]
@@ -186,10 +169,13 @@ def tensor_core_error(a, b, unit):
             torch.where(q == 0, 0.0, q.abs().clamp(min=SMALLEST_NORMAL[x.data.dtype]))
             for q, x in ((qa, a), (qb, b))
         ]
-        few_rows = lifted[0].split(32)  # 32 rows at a time, to save memory
-        largest = torch.cat([(rows[:, None] * lifted[1]).amax(2) for rows in few_rows])
-        for end in range(unit.step, qa.shape[1] + unit.step, unit.step):
-            largest = largest.maximum((qa[:, :end] @ qb[:, :end].t()).abs())
+        rows, columns = (x.to(product_dtype) for x in lifted)
+        # Eight rows at a time, whose products stay in the cache.
+        largest = torch.cat([(few[:, None] * columns).amax(2) for few in rows.split(8)]).double()
+        partial = torch.zeros_like(largest)
+        for qa_step, qb_step in zip(qa.split(unit.step, 1), qb.split(unit.step, 1), strict=True):
+            partial = partial + qa_step @ qb_step.t()
+            largest = largest.maximum(partial.abs())
         lost += unit.lost_in_a_block * largest * a.scales[:, start, None] * b.scales[:, start]
     return lost
 
