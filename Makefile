@@ -14,7 +14,7 @@ export TORCHEXT_WERROR := 1
 # Python keeps what it compiles, tests included: each worker of pytest would compile them anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: all demo check test test-cpu test-cpu-levels test-sim asan tsan cross-check lint format bench bench-cpu instruction-counts validate-timing soak wheel gpu-check sass-report clean
+.PHONY: all demo check test test-cpu test-cpu-levels test-sim asan tsan cross-check lint format bench bench-cpu instruction-counts validate-timing soak wheel gpu-check sass-report docs docs-serve clean
 all: $(BUILT)
 
 $(VENV)/.ready: pyproject.toml Makefile csrc/build/setup_venv.sh csrc/build/toolchain.py
@@ -45,7 +45,7 @@ test: $(BUILT)
 
 # Checks that run on one core each.
 .PHONY: static-checks check-sass check-counts
-static-checks: lint tsan check-sass check-counts
+static-checks: lint tsan check-sass check-counts docs
 
 check-sass: $(BUILT)
 	$(BIN)/python tools/sass_report.py --check
@@ -128,6 +128,13 @@ instruction-counts: $(BUILT)
 # Writes docs/sass_report.md, the facts about every kernel's machine code. Needs no GPU.
 sass-report: $(BUILT)
 	$(BIN)/python tools/sass_report.py
+
+# The documents as a site, in build/site. A link, an anchor or a docstring that is wrong fails the build.
+docs: $(VENV)/.ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+docs-serve: $(VENV)/.ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve --no-strict
 
 wheel: $(VENV)/.ready
 	$(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w dist .

@@ -1,7 +1,7 @@
-"""Writes the figures of README.md and docs/benchmarks.md, and docs/images/cpu_rows.svg, from the
-results of a run on a CPU: `python -m benchmarks.documents FOLDER`.
+"""Writes the figures of docs/benchmarks.md, and docs/images/cpu_rows.svg, from the results of a run
+on a CPU: `python -m benchmarks.documents FOLDER`.
 
-Figures stand between two marks. The tests write the blocks again from the results that they name.
+The figures stand between two marks. The tests write them again from the results that they name.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 
@@ -20,65 +19,46 @@ ROOT = Path(__file__).resolve().parents[1]
 BEGIN = "<!-- python -m benchmarks.documents: begin -->\n"
 END = "<!-- python -m benchmarks.documents: end -->\n"
 IMAGE = Path("docs/images/cpu_rows.svg")
-# The README shows the goals whose names begin so.
-IN_README = (
-    "cpu_many_rows", "cpu_m1", "cpu_m16", "cpu_w8a16", "cpu_linear", "cpu_experts",
-    "cpu_quantize_1x128_", "cpu_training",
-)  # fmt: skip
+DOCUMENT = Path("docs/benchmarks.md")
 
 
-def block(document: str, data: dict, folder: str) -> str:
-    """Returns the text between a document's marks. folder: that of the results, from the root."""
-    path = "../" if document.startswith("docs/") else ""
+def block(data: dict, folder: str) -> str:
+    """Returns the text between the marks. folder: that of the results, from the root."""
+    image = Path("..") / IMAGE
     paragraphs = [
-        measured_on(data, folder, path),
-        f"![Time of a product by its number of rows]({path}{IMAGE})",
-        *BLOCKS[document](data),
+        measured_on(data, folder),
+        f"![Time of a product by its number of rows]({image})",
+        goals_table(data),
+        roofline(data),
     ]
     return "\n\n".join(paragraphs) + "\n"
 
 
-def measured_on(data: dict, folder: str, path: str) -> str:
+def measured_on(data: dict, folder: str) -> str:
     facts = data["environment"]
     day = date.fromisoformat(data["created"][:10])
     return (
         f"Measured by `make bench-cpu` on {facts['cpu_threads']} cores, {facts['cpu']}"
         f" ({facts['cpu_capability']}), torch {facts['torch']}, {day.day} {day:%B %Y}; all numbers"
-        f" are in [{folder}]({path}{folder}/report.md). Figures are the other's time over"
+        f" are in [{folder}](../{folder}/report.md). Figures are the other's time over"
         " torchext's, in the worst of the goal's cases."
     )
 
 
-def of_readme(data: dict) -> list[str]:
-    return [goals_table(data, lambda name: name.startswith(IN_README), verdicts=False)]
-
-
-def of_benchmarks(data: dict) -> list[str]:
-    return [goals_table(data, lambda name: True, verdicts=True), roofline(data)]
-
-
-BLOCKS: dict[str, Callable[[dict], list[str]]] = {
-    "README.md": of_readme,
-    "docs/benchmarks.md": of_benchmarks,
-}
-
-
-def goals_table(data: dict, chosen: Callable[[str], bool], verdicts: bool) -> str:
+def goals_table(data: dict) -> str:
     """A row for each goal, with a column for all threads and one for one thread."""
     rows: dict[str, dict[str, dict]] = {}
     for goal in goals.evaluate(data):
-        if chosen(goal["goal"]):
-            for where in ("all threads", "one thread"):
-                if goal["text"].endswith(f", {where}"):
-                    text = goal["text"].removesuffix(f", {where}")
-                    rows.setdefault(text, {})[where] = goal
+        for where in ("all threads", "one thread"):
+            if goal["text"].endswith(f", {where}"):
+                text = goal["text"].removesuffix(f", {where}")
+                rows.setdefault(text, {})[where] = goal
     header = ["", "goal", f"{data['environment']['cpu_threads']} threads", "1 thread"]
 
     def cell(goal: dict | None) -> str:
         if goal is None or goal["value"] is None:
             return "-"
-        missed = verdicts and goal["verdict"] == "not met"
-        return f"{goal['value']:.2f}" + (" (missed)" if missed else "")
+        return f"{goal['value']:.2f}" + " (missed)" * (goal["verdict"] == "not met")
 
     return table(
         header,
@@ -137,7 +117,7 @@ def with_block(text: str, content: str) -> str:
 
 
 def named_folder(text: str) -> str | None:
-    """The results that the block of a document names."""
+    """The results that the document's block names."""
     match = re.search(
         r"\[(benchmarks/results/[^\]]+)\]", text.partition(BEGIN)[2].partition(END)[0]
     )
@@ -157,12 +137,11 @@ def draw(data: dict, folder: str) -> None:
 
 
 def write(path: Path) -> None:
-    """Writes every document's figures from the results in the folder `path`."""
+    """Writes the document's figures, and the plot, from the results in the folder `path`."""
     folder = path.relative_to(ROOT).as_posix()
     data = json.loads((path / "results.json").read_text())
-    for document in BLOCKS:
-        file = ROOT / document
-        file.write_text(with_block(file.read_text(), block(document, data, folder)))
+    file = ROOT / DOCUMENT
+    file.write_text(with_block(file.read_text(), block(data, folder)))
     draw(data, folder)
 
 

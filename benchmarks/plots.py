@@ -1,8 +1,14 @@
 """Plots of results.json: gemm.png (TFLOPS by M, for every peer), layers.png (grouped GEMMs and
-Linear), quantize.png and, of a CPU, rows.png (time by M, and speedup by threads)."""
+Linear), quantize.png and, of a CPU, rows.png (time by M, and speedup by threads).
+
+`python -m benchmarks.plots benchmarks/results/FOLDER docs/images/PREFIX_` draws the first three as
+SVG, for the documents.
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,19 +28,25 @@ MARKERS = "os^Dv<>"
 
 def draw(data: dict, folder: Path) -> Iterator[Path]:
     """Writes the plots for which `data` has figures, and yields their paths."""
-    records = [r for r in data["measurements"] if r["status"] == "ok" and not r["host"]]
-    plots = {"gemm": _gemm, "layers": _layers, "quantize": _quantize}
-    figures = {name: plot(records, data["ceilings"]) for name, plot in plots.items()}
+    figures = _figures(data)
     figures["rows"] = rows(data)
     for name, figure in figures.items():
         if figure is None:
             continue
-        if name != "rows":  # which has titles of its own
-            figure.suptitle(f"{name} on {_hardware(data)}")
         path = folder / f"{name}.png"
         figure.savefig(path, dpi=130)
         plt.close(figure)
         yield path
+
+
+def _figures(data: dict) -> dict[str, plt.Figure | None]:
+    records = [r for r in data["measurements"] if r["status"] == "ok" and not r["host"]]
+    plots = {"gemm": _gemm, "layers": _layers, "quantize": _quantize}
+    figures = {name: plot(records, data["ceilings"]) for name, plot in plots.items()}
+    for name, figure in figures.items():
+        if figure is not None:
+            figure.suptitle(f"{name} on {_hardware(data)}, {data['created'][:10]}")
+    return figures
 
 
 LABELS = {
@@ -190,3 +202,20 @@ def _bars(
         axis.grid(axis="x", alpha=0.3)
         axis.legend(fontsize="small")
     return figure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.plots")
+    parser.add_argument("folder", type=Path, help="with results.json")
+    parser.add_argument("prefix", help="of the files to write")
+    options = parser.parse_args()
+    matplotlib.rcParams["svg.hashsalt"] = "torchext"  # the same file from the same data
+    data = json.loads((options.folder / "results.json").read_text())
+    for name, figure in _figures(data).items():
+        if figure is not None:
+            metadata = {"Source": options.folder.as_posix(), "Date": None}
+            figure.savefig(f"{options.prefix}{name}.svg", metadata=metadata)
+
+
+if __name__ == "__main__":
+    main()

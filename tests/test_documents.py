@@ -1,8 +1,9 @@
-"""The snippets of five documents print what the documents show, if a reader runs them in order in
-one fresh interpreter. Also checks the glossary."""
+"""The snippets of documents print what the documents show, if a reader runs those of a document in
+order. Also checks links and the glossary."""
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import subprocess
@@ -12,9 +13,9 @@ from pathlib import Path
 import pytest
 
 import torchext
+from support.printed import assert_prints
 
 ROOT = Path(__file__).resolve().parents[1]
-NUMBER = r"\d+\.\d+"
 MARK = "==== end of snippet ===="
 
 
@@ -24,51 +25,67 @@ def snippets(document: str) -> list[tuple[str, str]]:
     return [(code, output) for code, output in blocks]
 
 
-def assert_prints(printed: str, shown: str) -> None:
-    """Asserts equality. `...` at the end of a line stands for its rest, on a line of its own for
-    any lines. Decimal fractions may differ by 5 %."""
-    pattern, expected = "", []
-    for line in shown.splitlines():
-        if line == "...":
-            pattern += r"(?:.*\n)*?"
-            continue
-        for piece in re.split(rf"({NUMBER})", line.removesuffix("...")):
-            if re.fullmatch(NUMBER, piece):
-                pattern += f"({NUMBER})"
-                expected.append(float(piece))
-            else:
-                pattern += re.escape(piece)
-        pattern += r".*\n" if line.endswith("...") else r"\n"
-    match = re.fullmatch(pattern, printed)
-    assert match, f"shown:\n{shown}\nprinted:\n{printed}"
-    assert [float(number) for number in match.groups()] == pytest.approx(expected, rel=0.05)
+# Documents whose snippets run. Each group runs in one interpreter, since `import torch` takes
+# longer than most of them; the second needs nvcc and the simulator.
+GROUPS = {
+    "models": [
+        "docs/conversion.md",
+        "docs/install.md",
+        "docs/inference.md",
+        "docs/layers.md",
+        "docs/start/training.md",
+        "docs/start/inference.md",
+        "docs/guides/huggingface.md",
+        "docs/guides/peft.md",
+        "docs/guides/distributed.md",
+        "docs/guides/serving.md",
+        "docs/guides/rl.md",
+        "docs/guides/checkpoint.md",
+    ],
+    "kernels": ["README.md", "docs/debugging.md", "docs/start/ops.md", "docs/start/kernel.md"],
+}
+# Runs each folder's document.py as if in a fresh interpreter, and ends at the first exception.
+RUN = """
+import os, sys
+for folder in sys.argv[1:]:
+    os.chdir(folder)
+    with open("document.py") as file:
+        code = compile(file.read(), os.path.join(folder, "document.py"), "exec")
+    sys.modules["__main__"].__dict__.update(__file__=code.co_filename)
+    print(f"==== {folder}", file=sys.stderr, flush=True)
+    exec(code, {"__name__": "__main__"})
+    print("==== end of document", flush=True)
+"""
 
 
-@pytest.mark.parametrize(
-    "document",
-    ["README.md", "docs/conversion.md", "docs/debugging.md", "docs/inference.md", "docs/layers.md"],
-)
+@pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.slow
-def test_snippets_print_what_is_shown(document, tmp_path):
-    if document in ("README.md", "docs/debugging.md"):
+def test_snippets_print_what_is_shown(group, tmp_path):
+    if group == "kernels":
         if not torchext.is_available("sim"):
             pytest.skip(torchext.is_available("sim").reason)
         try:
             torchext.sim.compiler.find_nvcc()
         except torchext.sim.CompileError as error:
             pytest.skip(str(error))
-    found = snippets((ROOT / document).read_text())
-    assert len(found) >= 2
-    (tmp_path / "document.py").write_text(f"print({MARK!r})\n".join(code for code, _ in found))
+    found = {name: snippets((ROOT / name).read_text()) for name in GROUPS[group]}
+    folders = []
+    for name, blocks in found.items():
+        assert blocks, name
+        folders.append(tmp_path / name.replace("/", "_"))
+        folders[-1].mkdir()
+        code = f"print({MARK!r})\n".join(code for code, _ in blocks)
+        (folders[-1] / "document.py").write_text(code)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     run = subprocess.run(
-        [sys.executable, "-W", "error::UserWarning:__main__", "document.py"],
+        [sys.executable, "-W", "error::UserWarning:__main__", "-c", RUN, *map(str, folders)],
         capture_output=True, text=True, cwd=tmp_path, env=environment, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
-    outputs = run.stdout.split(MARK + "\n")
-    for (_, shown), printed in zip(found, outputs, strict=True):
-        assert_prints(printed, shown)
+    printed_by = run.stdout.split("==== end of document\n")
+    for (name, blocks), printed in zip(found.items(), printed_by, strict=False):
+        for (_, shown), output in zip(blocks, printed.split(MARK + "\n"), strict=True):
+            assert_prints(output, shown, name)
 
 
 @pytest.mark.parametrize(
@@ -99,12 +116,27 @@ DOCUMENTS = ["README.md", "CONTRIBUTING.md", "ptx/sim/README.md"] + [
 ]
 
 
+def without_code(document: Path) -> str:
+    return re.sub(r"^```.*?^```", "", document.read_text(), flags=re.DOTALL | re.MULTILINE)
+
+
+@functools.cache
+def anchors(document: Path) -> set[str]:
+    """The fragments that GitHub gives the headings of a document."""
+    headings = re.findall(r"^#+ (.+)$", without_code(document), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_links_lead_somewhere(document):
     path = ROOT / document
-    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", path.read_text()):
-        if "://" not in target:
-            assert (path.parent / target).exists(), target
+    for target, fragment in re.findall(r"\]\(([^)#\s]*)#?([^)\s]*)[^)]*\)", without_code(path)):
+        if "://" in target:
+            continue
+        file = path.parent / target if target else path
+        assert file.exists(), target
+        if fragment and file.suffix == ".md":
+            assert fragment in anchors(file), f"{target}#{fragment}"
 
 
 # ---- the glossary ----

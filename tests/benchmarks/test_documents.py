@@ -1,4 +1,4 @@
-"""The figures in the documents are those of the results that they name."""
+"""The figures in the document are those of the results that they name."""
 
 import json
 
@@ -18,26 +18,20 @@ def data() -> dict:
     return invented
 
 
-@pytest.mark.parametrize("document", documents.BLOCKS)
-def test_figures_are_those_of_the_results_that_are_named(document):
-    text = (documents.ROOT / document).read_text()
+def test_figures_are_those_of_the_results_that_are_named():
+    text = (documents.ROOT / documents.DOCUMENT).read_text()
     folder = documents.named_folder(text)
     if folder is None:  # before the first run on a quiet machine
         assert documents.with_block(text, "") == text
         assert not (documents.ROOT / documents.IMAGE).exists()
         return
     results = Results.open(documents.ROOT / folder / "results.json").data
-    assert documents.with_block(text, documents.block(document, results, folder)) == text
+    assert documents.with_block(text, documents.block(results, folder)) == text
     assert folder in (documents.ROOT / documents.IMAGE).read_text()
 
 
-def test_all_documents_name_the_same_results():
-    texts = [(documents.ROOT / document).read_text() for document in documents.BLOCKS]
-    assert len({documents.named_folder(text) for text in texts}) == 1
-
-
 def test_a_block_says_where_and_when_and_what_was_missed():
-    block = documents.block("docs/benchmarks.md", data(), FOLDER)
+    block = documents.block(data(), FOLDER)
     assert "on 2 cores, Fake CPU (AVX512), torch 2.13.0, 1 January 2026" in block
     assert f"[{FOLDER}](../{FOLDER}/report.md)" in block
     goal = "| a training step of the demo, against the FP32 step | >= 1.15 | 2.00 | 2.00 |"
@@ -45,7 +39,7 @@ def test_a_block_says_where_and_when_and_what_was_missed():
     slow = cpu_results(2.0, 1.0)
     slow["environment"] = data()["environment"]
     slow["measurements"] = [r for r in slow["measurements"] if r["threads"] != 1]
-    block = documents.block("docs/benchmarks.md", slow, FOLDER)
+    block = documents.block(slow, FOLDER)
     assert "against the FP32 step | >= 1.15 | 0.50 (missed) | - |" in block
     assert "2 threads: 800000 GFLOPS and 4000.0 GB/s" in block
     sweep = [case for case in cpu_cases() if case.model == "sweep" and case.threads == 0]
@@ -55,7 +49,7 @@ def test_a_block_says_where_and_when_and_what_was_missed():
 def test_a_block_replaces_the_former_one():
     text = f"a\n{documents.BEGIN}old\n{documents.END}b\n"
     assert documents.named_folder(text) is None
-    new = documents.with_block(text, documents.block("README.md", data(), FOLDER))
+    new = documents.with_block(text, documents.block(data(), FOLDER))
     assert documents.named_folder(new) == FOLDER
     assert new.startswith("a\n") and new.endswith("b\n") and "old" not in new
     with pytest.raises(ValueError, match="text must contain <!-- python -m benchmarks"):
@@ -69,12 +63,10 @@ def test_the_plot_names_its_results(tmp_path, monkeypatch):
     folder = tmp_path / FOLDER
     folder.mkdir(parents=True)
     (folder / "results.json").write_text(json.dumps(data()))
-    for document in documents.BLOCKS:
-        (tmp_path / document).write_text(documents.BEGIN + documents.END)
+    (tmp_path / documents.DOCUMENT).write_text(documents.BEGIN + documents.END)
     documents.write(folder)
     image = (tmp_path / documents.IMAGE).read_bytes()
     assert FOLDER.encode() in image
     documents.write(folder)
     assert (tmp_path / documents.IMAGE).read_bytes() == image
-    for document in documents.BLOCKS:
-        assert documents.named_folder((tmp_path / document).read_text()) == FOLDER
+    assert documents.named_folder((tmp_path / documents.DOCUMENT).read_text()) == FOLDER

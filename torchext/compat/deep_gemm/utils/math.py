@@ -36,7 +36,7 @@ def align(x: int, y: int) -> int:
 
 
 def ceil_to_ue8m0(x: Tensor) -> Tensor:
-    """|x| rounded up to a power of two, 2**-126 to 2**127, as float32."""
+    """|x| rounded up to a power of two, 2^-126 to 2^127, as float32."""
     bits = x.abs().float().view(torch.int32)
     exponent = (bits >> 23) + ((bits & 0x7FFFFF) != 0)
     return (exponent.clamp(1, 254) << 23).view(torch.float32)

@@ -1,0 +1,85 @@
+"""The site of the documents: its links, its reference, and its notebooks, which are executed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import torchext
+from support.printed import assert_prints
+
+pytest.importorskip("mkdocs")
+
+import docs_site
+import notebooks
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
+
+
+def test_every_public_module_is_in_the_reference():
+    """A module is public if it has an `__all__`, or adapts another library."""
+    package = ROOT / "torchext"
+    files = [path for path in package.rglob("__init__.py") if "__all__" in path.read_text()]
+    files += (package / "integrations").glob("[a-z]*.py")
+    modules = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        for path in files
+    }
+    modules = {name for name in modules if "._" not in name and "deep_gemm." not in name}
+    assert modules - {"torchext.compat"} <= {*docs_site.API}
+
+
+@pytest.mark.parametrize(
+    "text, path, page, expected",
+    [
+        ("[a](docs/gemm.md#groups)", "README.md", "index.md", "[a](gemm.md#groups)"),
+        ("[a](../csrc/ops.cpp)", "docs/gemm.md", "gemm.md", "[a](repository/csrc/ops.cpp.md)"),
+        ("[a](../../numerics.md)", "docs/x/y/z.md", "x/y/z.md", "[a](../../numerics.md)"),
+        ("[a](../README.md)", "docs/gemm.md", "gemm.md", "[a](index.md)"),
+        ("![a](images/b.svg)", "docs/gemm.md", "gemm.md", "![a](images/b.svg)"),
+        ("[a](#groups)", "docs/gemm.md", "gemm.md", "[a](#groups)"),
+        ("[a](https://b.org/c.md)", "docs/gemm.md", "gemm.md", "[a](https://b.org/c.md)"),
+        ("[a](../notebooks/b.ipynb)", "docs/start/c.md", "start/c.md", "[a](../notebooks/b.md)"),
+        ("[a](../torchext/nn/__init__.py)", "docs/c.md", "c.md", "[a](api/torchext.nn.md)"),
+        ("```\n[a](b.md)\n```", "README.md", "index.md", "```\n[a](b.md)\n```"),
+        ("list:\n- a\n- b", "docs/c.md", "c.md", "list:\n\n- a\n- b"),
+        ("- a\n\n  more", "docs/c.md", "c.md", "- a\n\n    more"),
+    ],
+)
+def test_links_lead_to_pages_of_the_site(text, path, page, expected):
+    assert docs_site.for_site(text, path, page) == expected + "\n"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.slow
+def test_notebooks_print_what_they_show(path, tmp_path):
+    if "sim" in path.read_text() and not torchext.is_available("sim"):
+        pytest.skip(torchext.is_available("sim").reason)
+    copy = tmp_path / path.name
+    copy.write_text(path.read_text())
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    run = subprocess.run(
+        [sys.executable, ROOT / "tools" / "notebooks.py", "--write", copy],
+        capture_output=True, text=True, cwd=tmp_path, env=environment, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    shown, printed = (notebooks.code_cells(json.loads(p.read_text())) for p in (path, copy))
+    for number, (mine, new) in enumerate(zip(shown, printed, strict=True), 1):
+        where = f"{path.name}, cell {number}"
+        assert_prints(notebooks.text(new["outputs"]), notebooks.text(mine["outputs"]), where)
+
+
+def test_a_notebook_shows_prints_values_and_figures():
+    pytest.importorskip("matplotlib").use("Agg")
+    sources = ["a = 1", "print(a)\na + 1", "import matplotlib.pyplot as p\np.plot([1]);"]
+    cells = [{"cell_type": "code", "source": [source]} for source in sources]
+    outputs = notebooks.execute({"cells": [*cells, {"cell_type": "markdown", "source": []}]})
+    assert [notebooks.text(shown) for shown in outputs] == ["", "1\n2\n", "<picture>\n"]
+    page = docs_site.notebook_text({"cells": [cells[1] | {"outputs": outputs[1]}]})
+    assert page == "```python\nprint(a)\na + 1\n```\n\n```text\n1\n```\n\n```text\n2\n```\n"
