@@ -16,6 +16,7 @@ from support.printed import assert_prints
 pytest.importorskip("mkdocs")
 
 import docs_site
+import draw_overview
 import notebooks
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -83,3 +84,9 @@ def test_a_notebook_shows_prints_values_and_figures():
     assert [notebooks.text(shown) for shown in outputs] == ["", "1\n2\n", "<picture>\n"]
     page = docs_site.notebook_text({"cells": [cells[1] | {"outputs": outputs[1]}]})
     assert page == "```python\nprint(a)\na + 1\n```\n\n```text\n1\n```\n\n```text\n2\n```\n"
+
+
+def test_the_readme_has_the_picture_of_its_data():
+    losses = json.loads(draw_overview.LOSSES.read_text())
+    assert draw_overview.IMAGE.read_text() == draw_overview.picture(losses)
+    assert "](docs/images/overview.svg)" in (ROOT / "README.md").read_text()
