@@ -6,10 +6,11 @@ if nvcc is found. `torchext._sim` has the Python objects of the PTX simulator. I
 serves only the Python that built it. The build also adds the PTX of every kernel
 (torchext/_ptx/ARCHITECTURE) and the ptx/isa headers (torchext/include) to the package.
 
-Two environment variables are for developers. TORCHEXT_WERROR=1 asks for more warnings, of nvcc and
-its host compiler too, and makes them errors: the Makefile sets it; a user's compiler may warn of
-more than ours. TORCHEXT_SANITIZE, "address" or "thread", builds for the CPU alone, with GCC's
-sanitizers; "thread" builds the simulator only.
+TORCHEXT_ARCHS names the GPUs to build kernels for, such as "90a"; without it, all
+(csrc/build/generations.py). Two environment variables are for developers. TORCHEXT_WERROR=1 asks
+for more warnings, of nvcc and its host compiler too, and makes them errors: the Makefile sets it; a
+user's compiler may warn of more than ours. TORCHEXT_SANITIZE, "address" or "thread", builds for the
+CPU alone, with GCC's sanitizers; "thread" builds the simulator only.
 """
 
 import gzip
@@ -27,11 +28,13 @@ from torch.utils import cpp_extension
 ROOT = Path(__file__).parent.resolve()
 sys.path.insert(0, str(ROOT / "csrc" / "build"))
 
+import generations  # noqa: E402
 from nvcc import BY_FOLDER, is_outdated  # noqa: E402
 from toolchain import find_toolkit  # noqa: E402
 
 SANITIZE = os.environ.get("TORCHEXT_SANITIZE", "")
 TOOLKIT = None if SANITIZE else find_toolkit()
+GENERATIONS = generations.parse(os.environ.get(generations.VARIABLE, ""))
 # torch 2.10 is the oldest release that can load the binary.
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 SANITIZERS = {
@@ -79,6 +82,7 @@ def op_library() -> Extension:
         print("torchext: no nvcc found: building for the CPU only", file=sys.stderr)
     else:
         files = sources("csrc/*.cpp", "csrc/*/*.cpp", "csrc/*/*/*.cpp", "csrc/*/*/*.cu")
+        files = [each for each in files if generations.needs(each, GENERATIONS)]
         cxx.append("-DTORCHEXT_CUDA")
         nvcc = [
             "-O3",
@@ -121,12 +125,20 @@ class BuildExtension(cpp_extension.BuildExtension):
 
     def build_extensions(self) -> None:
         os.environ.setdefault("MAX_JOBS", str(os.cpu_count()))
+        os.environ.setdefault("NINJA_STATUS", "torchext: file %f of %t, after %e s: ")
         if TOOLKIT is not None:
             # A CPU-only torch leaves this None, even if the environment sets CUDA_HOME.
             cpp_extension.CUDA_HOME = str(TOOLKIT.home)
             os.environ["TORCHEXT_NVCC"] = str(TOOLKIT.nvcc)
-            wrapper = ROOT / "csrc" / "build" / "nvcc.py"
-            os.environ["PYTORCH_NVCC"] = f"{sys.executable} {wrapper}"
+            # The arguments are part of each command, so that ninja compiles anew if they change.
+            wrapper = "nvcc.py"
+            if GENERATIONS != generations.EVERY:
+                wrapper = f"generations.py {','.join(map(str, GENERATIONS))}"
+                chosen = ", ".join(f"sm_{number}" for number in GENERATIONS)
+                print(
+                    f"torchext: {generations.VARIABLE}: CUDA kernels for {chosen}", file=sys.stderr
+                )
+            os.environ["PYTORCH_NVCC"] = f"{sys.executable} {ROOT / 'csrc' / 'build'}/{wrapper}"
         self._remove_outdated_kernels()
         super().build_extensions()
         package = Path(self.build_lib) / "torchext"

@@ -9,6 +9,7 @@ import torch
 
 import torchext
 from torchext import collect_env
+from torchext._architectures import built_paths
 
 
 def test_the_report_has_the_versions_and_what_works():
@@ -17,6 +18,7 @@ def test_the_report_has_the_versions_and_what_works():
     )
     assert f"torchext: {torchext.__version__}" in run.stdout
     assert f"PyTorch version: {torch.__version__}" in run.stdout
+    assert f"GEMM kernels: {', '.join(built_paths()) or 'those of the CPU'}\n" in run.stdout
     for feature, answer in torchext.is_available().items():
         assert f"available: {feature}: {answer}" in run.stdout
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import torchext
-from torchext import availability
+from torchext import _architectures, availability
 from torchext._dispatch import library
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -77,6 +77,12 @@ def with_ptx(monkeypatch, tmp_path):
     (tmp_path / "_ptx" / "90a").mkdir(parents=True)
     (tmp_path / "_ptx" / "90a" / "kernel.ptx.gz").touch()
     monkeypatch.setattr(library, "PACKAGE", tmp_path)
+    with_paths(monkeypatch, tuple(_architectures.paths()))
+
+
+def with_paths(monkeypatch, built):
+    monkeypatch.setattr(_architectures, "built_paths", lambda: built)
+    monkeypatch.setattr(availability, "built_paths", lambda: built)
 
 
 def with_gpu(monkeypatch, capability):
@@ -134,6 +140,40 @@ def test_cuda_says_that_it_does_not_know_a_gpu(capability, path, monkeypatch, tm
     available, reason = torchext.is_available("cuda")
     assert available
     assert f"runs the {path} GEMM kernels; this version of torchext does not know" in reason
+
+
+@pytest.mark.parametrize(
+    ("capability", "number"),
+    [((8, 0), 80), ((8, 9), 89), ((10, 0), 80), ((12, 0), 89), ((7, 5), 75)],
+)
+def test_a_gpu_that_was_left_out_is_named_with_the_variable(
+    capability, number, monkeypatch, tmp_path
+):
+    with_ptx(monkeypatch, tmp_path)
+    with_paths(monkeypatch, ("sm90",))
+    with_gpu(monkeypatch, capability)
+    available, reason = torchext.is_available("cuda")
+    assert not available
+    assert "has no" in reason and "but only sm90" in reason
+    assert f"reinstall torchext with TORCHEXT_ARCHS={number} or without" in reason
+    with_gpu(monkeypatch, (9, 0))
+    available, reason = torchext.is_available("cuda")
+    assert available and reason.startswith("the sm90 CUDA kernels are built")
+
+
+def test_the_simulator_refuses_a_gpu_that_was_left_out(monkeypatch):
+    if not torchext.is_available("sim"):
+        pytest.skip(torchext.is_available("sim").reason)
+    with_paths(monkeypatch, ("sm89", "plain"))
+    for capability in (80, 90):
+        with (
+            pytest.raises(RuntimeError, match=rf"simulate: .* TORCHEXT_ARCHS={capability} or"),
+            torchext.sim.simulate(compute_capability=capability),
+        ):
+            raise AssertionError("not refused")
+    with pytest.raises(RuntimeError, match=r"gemm_selection: .* TORCHEXT_ARCHS=90 or"):
+        torchext.explain_gemm(64, 128, 128)
+    assert "of the GEMM kernels only plain and sm89" in torchext.is_available("sim").reason
 
 
 def test_a_gpu_before_turing_is_refused(monkeypatch, tmp_path):

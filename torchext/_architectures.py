@@ -20,6 +20,28 @@ def paths() -> dict[str, int]:
     return _table()["paths"]
 
 
+@cache
+def built_paths() -> tuple[str, ...]:
+    """The paths whose GEMM kernels this build has, the latest first; TORCHEXT_ARCHS may leave some
+    out when torchext is built."""
+    is_built = c_function("torchext_is_path_built")
+    return tuple(path for path, number in paths().items() if is_built(number))
+
+
+def why_not_built(capability: int) -> str | None:
+    """Why TORCHEXT_ARCHS left out the kernels for a GPU of this compute capability; None if it did
+    not, or if this build has no CUDA kernels at all."""
+    path = path_of(capability)
+    if path is None or not built_paths() or path in built_paths():
+        return None
+    return (
+        f"this build of torchext has no {path} kernels, which a GPU of compute capability "
+        f"{capability // 10}.{capability % 10} runs, but only {', '.join(built_paths())} "
+        f"(TORCHEXT_ARCHS left them out); reinstall torchext with TORCHEXT_ARCHS={paths()[path]} "
+        "or without TORCHEXT_ARCHS"
+    )
+
+
 def limits() -> dict[str, int]:
     """{limit that is the same for all GPUs: its value}."""
     return _table()["limits"]

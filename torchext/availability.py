@@ -8,7 +8,7 @@ from typing import NamedTuple, overload
 
 import torch
 
-from ._architectures import architectures, path_of
+from ._architectures import architectures, built_paths, path_of, paths, why_not_built
 from ._dispatch import library
 from ._dispatch.c_api import c_function
 from ._dispatch.errors import python_error
@@ -70,7 +70,8 @@ def is_available(feature: str | None = None) -> Availability | Availabilities:
             best that the machine has, or what the environment variable TORCHEXT_CPU asks for.
             False if it asks for what the machine lacks.
             "cuda": the CUDA kernels were built, and torch's current GPU can run them (compute
-            capability 7.5 or later). The reason says which kernels the GPU runs.
+            capability 7.5 or later, and not left out by TORCHEXT_ARCHS). The reason says which
+            kernels were built, and which of them the GPU runs.
             "sm90": as "cuda", and the GPU has compute capability 9.0, which Hopper's kernels need.
             "sim": the PTX simulator (`torchext.sim`) and the PTX of the kernels were built, and
             numpy is installed.
@@ -109,10 +110,14 @@ def _cuda() -> tuple[bool, str]:
         )
     if torch.version.cuda is None:
         return False, (
-            f"torch {torch.__version__} was built without CUDA; install a CUDA build of torch"
+            f"torch {torch.__version__} was built without CUDA; install a CUDA build of torch "
+            f"(torchext has the {_listed()} kernels)"
         )
     if not torch.cuda.is_available():
-        return False, "torch sees no GPU; check `nvidia-smi` and CUDA_VISIBLE_DEVICES"
+        return False, (
+            "torch sees no GPU; check `nvidia-smi` and CUDA_VISIBLE_DEVICES (torchext has the "
+            f"{_listed()} kernels)"
+        )
     name = torch.cuda.get_device_name()
     major, minor = torch.cuda.get_device_capability()
     capability = 10 * major + minor
@@ -123,9 +128,12 @@ def _cuda() -> tuple[bool, str]:
             f"{name} has compute capability {major}.{minor}; the CUDA kernels need "
             f"{oldest // 10}.{oldest % 10} or later"
         )
+    missing = why_not_built(capability)
+    if missing is not None:
+        return False, f"torch sees {name}; {missing}"
     reason = (
-        f"CUDA kernels are built and torch sees {name}, of compute capability {major}.{minor}, "
-        f"which runs the {path} GEMM kernels"
+        f"the {_listed()} CUDA kernels are built and torch sees {name}, of compute capability "
+        f"{major}.{minor}, which runs the {path} GEMM kernels"
     )
     if capability not in architectures():
         reason += (
@@ -164,7 +172,16 @@ def _sim() -> tuple[bool, str]:
         importlib.import_module("numpy")
     except ImportError as error:
         return False, f"the simulator needs numpy ({error}); pip install numpy"
-    return True, "the simulator and the PTX of the CUDA kernels are built, and numpy is there"
+    reason = "the simulator and the PTX of the CUDA kernels are built, and numpy is there"
+    if len(built_paths()) < len(paths()):
+        reason += f"; of the GEMM kernels only {_listed()} (TORCHEXT_ARCHS)"
+    return True, reason
+
+
+def _listed() -> str:
+    """The built kernels, such as "plain, sm80 and sm90"."""
+    *others, last = reversed(built_paths())
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 _FEATURES: dict[str, Callable[[], tuple[bool, str]]] = {

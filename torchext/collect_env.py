@@ -34,7 +34,10 @@ def facts() -> dict[str, str]:
     except Exception:  # printed: this report must also describe a failing import
         result["import"] = traceback.format_exc().strip()
         return result
+    from torchext._architectures import built_paths
+
     result["torchext"] = torchext.__version__
+    result["GEMM kernels"] = ", ".join(built_paths()) or "those of the CPU"
     for feature, answer in torchext.is_available().items():
         result[f"available: {feature}"] = str(answer)
     result["nvcc"] = _nvcc()

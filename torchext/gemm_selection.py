@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from ._architectures import paths
+from ._architectures import paths, why_not_built
 from ._dispatch.c_api import c_function
 
 _GRANULARITIES = ("1d2d", "1d1d", "rowwise")  # the order of csrc/gemm/gemm.h
@@ -304,10 +304,14 @@ def forced_path(path: str) -> Iterator[None]:
 
 def _function(name: str) -> Any:
     try:
-        return c_function(name)
+        function = c_function(name)
     except AttributeError:
         raise RuntimeError(
             "torchext.gemm_selection: this build of torchext must have CUDA kernels to choose from "
             "(got none: no nvcc was found when it was built); reinstall torchext where nvcc is on "
             "PATH or CUDA_HOME is set"
         ) from None
+    missing = why_not_built(paths()["sm90"])
+    if missing is not None:
+        raise RuntimeError(f"torchext.gemm_selection: {missing}")
+    return function

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from setuptools import build_meta as _setuptools
+
 from toolchain import installed_site_packages
 
 __all__ = [

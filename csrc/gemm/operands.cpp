@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "../runtime/check.h"
+#include "built.h"
 
 namespace torchext {
 namespace {
@@ -357,6 +358,7 @@ void run(const GemmCall& call, const GemmProblem& p, const Tensor& out, const Te
         written,
         out_scale ? writes(*out_scale, "out_scale") : written};
     const Path path = path_of(device->properties(), call.op);
+    require_built(path, call.op);
     if (path == Path::sm90 && is_fp8(p.a_dtype))
       fp8_gemm_nt_sm90(*device, p, buffers);
     else

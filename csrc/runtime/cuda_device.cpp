@@ -24,6 +24,11 @@ static_assert(sizeof(TensorMap) == sizeof(CUtensorMap) && alignof(TensorMap) >= 
 void check_cuda(cudaError_t status, const char* doing) {
   if (status == cudaSuccess) return;
   cudaGetLastError();  // a launch error is not sticky: leave none behind for the next caller
+  if (status == cudaErrorNoKernelImageForDevice)
+    fail("", doing,
+         ": this build of torchext must have kernels for this GPU (got one whose TORCHEXT_ARCHS "
+         "left them out); reinstall torchext with the GPU's compute capability in TORCHEXT_ARCHS, "
+         "such as TORCHEXT_ARCHS=90, or without TORCHEXT_ARCHS");
   fail("", "CUDA error while ", doing, ": ", cudaGetErrorName(status), " (",
        cudaGetErrorString(status), ")");
 }

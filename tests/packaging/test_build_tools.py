@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import generations
 import nvcc
 import toolchain
 
@@ -110,6 +112,82 @@ def test_keeps_the_ptx_of_each_architecture_and_the_headers_read(
     assert not nvcc.is_outdated(tmp_path / "portable.o")
     os.utime(tmp_path / "header.cuh", times=(time.time() + 60,) * 2)
     assert nvcc.is_outdated(tmp_path / "portable.o")
+
+
+# ---- TORCHEXT_ARCHS ----
+
+ROOT = BUILD.parents[1]
+KERNELS = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/*/*/*.cu"))
+
+
+def folders(text: str) -> set[str]:
+    """The folders of architectures whose files a value of the variable compiles."""
+    chosen = generations.parse(text)
+    found = {Path(file).parent.name for file in KERNELS if generations.needs(file, chosen)}
+    return {name for name in found if name.startswith("sm")}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("90a", {"sm90"}), ("9.0", {"sm90"}), ("sm_90a", {"sm90"}), ("75", {"sm75"}),
+        ("86", {"sm80"}), ("89", {"sm80", "sm89"}), ("8.0; 90", {"sm80", "sm90"}),
+        ("10.0", {"sm80"}), ("100f,75", {"sm75", "sm80"}), ("120", {"sm80", "sm89"}),
+        ("", {"sm75", "sm80", "sm89", "sm90"}),
+    ],
+)  # fmt: skip
+def test_chosen_gpus_choose_folders(text: str, expected: set[str]) -> None:
+    assert folders(text) == expected
+
+
+def test_every_file_is_compiled_by_default_and_belongs_to_a_generation() -> None:
+    every = generations.parse("")
+    assert all(generations.needs(file, every) for file in KERNELS)
+    assert generations.portable(every) == nvcc.PORTABLE
+    for file in KERNELS:
+        assert any(generations.needs(file, (number,)) for number in every), file
+    assert all((ROOT / file).is_file() for file in generations.SHARED)
+
+
+def test_sm89_takes_nothing_of_sm80_but_the_weights_only_products() -> None:
+    files = [f for f in KERNELS if "/sm80/" in f and generations.needs(f, generations.parse("89"))]
+    assert files == ["csrc/gemm/sm80/mma80_fp8_linear.cu"]
+
+
+def test_a_gpu_of_no_generation_is_refused() -> None:
+    for text in ("95", "hopper", "90x", "90a+ptx"):
+        with pytest.raises(ValueError, match=r"TORCHEXT_ARCHS: each GPU must be one of 75, .*got"):
+            generations.parse(text)
+
+
+@pytest.mark.skipif(toolchain.find_toolkit() is None, reason="no nvcc")
+@pytest.mark.parametrize(
+    ("chosen", "expected"), [("90", {"90"}), ("80", {"75"}), ("75,90", {"75", "90"})]
+)
+@pytest.mark.slow
+def test_portable_kernels_are_compiled_for_the_chosen_generations(
+    chosen: str, expected: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "portable.cu"
+    source.write_text('extern "C" __global__ void set(int* x) { *x = 1; }\n')
+    toolkit = toolchain.find_toolkit()
+    assert toolkit is not None
+    monkeypatch.setenv("TORCHEXT_NVCC", str(toolkit.nvcc))
+    command = [sys.executable, str(BUILD / "generations.py"), chosen, nvcc.BY_FOLDER]
+    command += ["-c", str(source), "-o", str(tmp_path / "portable.o")]
+    subprocess.run(command, check=True)
+    assert {path.name.split(".")[1] for path in tmp_path.glob("*.ptx")} == expected
+
+
+def test_every_kernel_has_a_stand_in() -> None:
+    """Any .cu file may be left out, because what launchers call is also defined in absent.cpp."""
+    header = (ROOT / "csrc/gemm/mma/kernels.h").read_text()
+    absent = (ROOT / "csrc/gemm/mma/absent.cpp").read_text()
+    lists = re.findall(r"^Select(?:Kernel|Linear) (\w+(?:,\s*\w+)*);", header, re.MULTILINE)
+    names = re.findall(r"\w+", " ".join(lists))
+    assert len(names) == 8
+    for name in [*names, "plain_fp8_gemm_nt"]:
+        assert f" {name}(" in absent
 
 
 def test_cuda_home_is_not_second_guessed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -21,6 +21,8 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     # csrc/runtime/architecture.h: the table as JSON; (capability) -> path
     "torchext_architectures": (c_char_p,),
     "torchext_path_of_capability": (c_int32, c_int32),
+    # csrc/gemm/built.h: (path)
+    "torchext_is_path_built": (c_bool, c_int32),
     # csrc/gemm/sm90/select.cpp, in builds with CUDA kernels: (m, n, k, granularity, a_e5m2, b_e5m2,
     # out_bytes, accumulate, grouping, groups, group_rows, num_sms, sm_count, text, size)
     "torchext_explain_gemm": (

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from torchext import _sim
-from torchext._architectures import architectures, simulated
+from torchext._architectures import architectures, simulated, why_not_built
 from torchext._dispatch.c_api import c_function
 
 from .options import launch_options
@@ -81,7 +81,7 @@ def simulate(
 
     Raises:
         ValueError: an option has a value that is not allowed.
-        RuntimeError: this build has no CUDA kernels to simulate.
+        RuntimeError: this build has no CUDA kernels to simulate, or none for such a GPU.
     """
     options = launch_options(
         "torchext.sim.simulate",
@@ -100,6 +100,9 @@ def simulate(
             "torchext.sim.simulate: compute_capability must be one of "
             f"{', '.join(map(str, simulated()))} (got {compute_capability!r})"
         )
+    missing = why_not_built(compute_capability) if ptx is None else None
+    if missing is not None:
+        raise RuntimeError(f"torchext.sim.simulate: {missing}")
     files = _kernels(compute_capability) if ptx is None else [str(path) for path in ptx]
     if not files:
         raise RuntimeError(

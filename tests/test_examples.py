@@ -1,0 +1,38 @@
+"""examples/: each runs, and prints what it promises."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["w8a16", "w8a8"])
+def test_serving_a_tiny_model_from_the_cpu(mode: str) -> None:
+    for package in ("transformers", "accelerate", "safetensors"):
+        pytest.importorskip(package)
+    command = [sys.executable, "examples/serve_cpu.py", "--size", "tiny", "--mode", mode]
+    command += ["--prompt", "8", "--tokens", "2", "--rounds", "1"]
+    run = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True,
+        text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert "weights: 14 quantized, 1 stay wide" in run.stdout
+    table = re.findall(
+        r"^(\w+) +([\d.]+) tokens/s +([\d.]+) ms to the first token +([\d.]+) MB of weights$",
+        run.stdout, re.MULTILINE,
+    )  # fmt: skip
+    assert [name for name, *_ in table] == ["BF16", "FP8"]
+    assert all(float(rate) > 0 and float(first) > 0 for _, rate, first, _ in table)
+    share = re.search(r"as fast, in ([\d.]+) times the memory", run.stdout)
+    assert share and 0.5 < float(share[1]) < 0.55
+    agreement = re.search(r"relative error ([\d.]+), the same .* at (\d+)% of pos", run.stdout)
+    assert agreement and 0 < float(agreement[1]) < 0.2 and int(agreement[2]) > 80
