@@ -38,7 +38,7 @@ def recipes(model: nn.Module) -> dict[str, str]:
 # ---- recipes by layer ----
 
 
-def test_the_last_glob_that_matches_counts():
+def test_the_last_pattern_that_matches_counts():
     model = Model()
     result = convert_to_fp8_training(
         model, {"layers.*": Recipe(), "*.down": WIDE_WGRAD, "layers.0.*": None, "*.0.up": ROWWISE}
@@ -52,7 +52,7 @@ def test_the_last_glob_that_matches_counts():
     }
     assert result.skipped["layers.0.down"] == "its recipe is None"
     assert result.skipped["lm_head"] == (
-        'no glob of `recipe` matches its name ("*" matches every name)'
+        'no pattern of `recipe` matches its name ("*" matches every name)'
     )
     lines = str(result).splitlines()
     assert lines[1:7] == [
@@ -80,16 +80,28 @@ def test_a_whole_name_overrides_the_default_filter():
     assert recipes(model) == {"lm_head": "blockwise"}
 
 
+def test_patterns_are_those_of_checkpoints_and_inference():
+    for patterns, converted in (
+        ({"layers.1": Recipe()}, ["layers.1.up", "layers.1.down"]),
+        ({"down": Recipe()}, [f"layers.{i}.down" for i in range(3)]),
+        ({"layers.?.u*": Recipe()}, [f"layers.{i}.up" for i in range(3)]),
+        ({r"re:layers\.[12]": Recipe(), "layers.2": None}, ["layers.1.up", "layers.1.down"]),
+    ):
+        assert list(convert_to_fp8_training(Model(), patterns).converted) == converted
+    with pytest.raises(ValueError, match="recipe must have globs, or regular expressions"):
+        convert_to_fp8_training(Model(), {"re:(": Recipe()})
+
+
 def test_the_model_itself_by_its_empty_name():
     model = nn.Linear(128, 128)
     assert convert_to_fp8_training(model, {"": ROWWISE}).converted == ("",)
 
 
-def test_globs_that_match_nothing_are_refused_before_anything_changes():
+def test_patterns_that_match_nothing_are_refused_before_anything_changes():
     model = Model()
     expected = (
-        r"^convert_to_fp8_training: recipe must have globs .*\(got '\*\.gate', 'layer\.0', which "
-        r"match none of layers\.0\.up, .*, \.\.\.\); correct or remove them"
+        r"^convert_to_fp8_training: recipe must have patterns .*\(got '\*\.gate', 'layer\.0', "
+        r"which match none of layers\.0\.up, .*, \.\.\.\); correct or remove them"
     )
     with pytest.raises(ValueError, match=expected):
         convert_to_fp8_training(model, {"*": Recipe(), "*.gate": None, "layer.0": Recipe()})
@@ -102,7 +114,7 @@ def test_globs_that_match_nothing_are_refused_before_anything_changes():
     "recipe, message",
     [
         ({"*": "rowwise"}, r"a torchext\.Recipe or None for '\*' \(got 'rowwise'\)"),
-        ({0: Recipe()}, r"a mapping of globs to recipes \(got 0\)"),
+        ({0: Recipe()}, r"a mapping of patterns to recipes \(got 0\)"),
     ],
 )
 def test_wrong_mappings_are_refused(recipe: Any, message: str):
@@ -186,11 +198,11 @@ def test_require():
         result.require(0.9)
     assert re.fullmatch(
         r"ConversionResult\.require: at least 90\.0% of the parameters must train in FP8 \(got "
-        r"59\.9%\); what stays wide: 20\.0%: embedding: [^;]*; 20\.0%: no glob of [^;]*",
+        r"59\.9%\); what stays wide: 20\.0%: embedding: [^;]*; 20\.0%: no pattern of [^;]*",
         str(caught.value),
     )
     # Wide GEMMs count as FLOPs that stay wide.
-    with pytest.raises(RuntimeError, match=r"FLOPs .* 25\.0%: recipe blockw.*; 25\.0%: no glob"):
+    with pytest.raises(RuntimeError, match=r"FLOPs .* 25\.0%: recipe blockw.*; 25\.0%: no pattern"):
         result.require(0.9, of="flops")
 
 

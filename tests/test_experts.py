@@ -235,7 +235,7 @@ def test_reported():
     [
         (Experts(), Recipe.rowwise(), r"experts need a blockwise .* \(its recipe is rowwise\)"),
         (Experts(), Recipe.parse("blockwise+wgrad=bf16"), "whose GEMMs are all FP8"),
-        (Experts(), {"projection": Recipe()}, "no glob of"),
+        (Experts(), {"projection": Recipe()}, "no pattern of"),
         (Experts(inner=64), None, "fewer than 128"),
         (Experts().double(), None, "its weight is torch.float64"),
     ],

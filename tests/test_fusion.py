@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from support.linear_testing import gradient, sqnr
-from torchext import convert_to_fp8_training
+from support.linear_testing import OpCounter, gradient, sqnr
+from torchext import convert_to_fp8_training, unconvert
 from torchext._fusion import FusedMLP, MLPRoles, fuse_, recognize_mlp
+from torchext._split_fusion import SplitRoles, _FeedForwardChunk, _Forward, recognize_split_mlp
 from torchext.nn import Linear
 
 
@@ -175,6 +176,148 @@ def test_replaced_forward_is_left_alone():
     assert recognize_mlp(module) is None
 
 
+# ---- MLPs in two modules ----
+
+
+class Before(nn.Module):
+    """As transformers' BertIntermediate."""
+
+    def __init__(self, activation: nn.Module) -> None:
+        super().__init__()
+        self.dense = nn.Linear(160, 256)
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.activation(self.dense(x))
+
+
+class After(nn.Module):
+    """As BertOutput."""
+
+    def __init__(self, p: float = 0.1) -> None:
+        super().__init__()
+        self.dense = nn.Linear(256, 160)
+        self.dropout = nn.Dropout(p)
+        self.norm = nn.LayerNorm(160)
+        nn.init.zeros_(self.norm.weight)
+
+    def forward(self, h: Tensor, x: Tensor) -> Tensor:
+        return self.norm(self.dropout(self.dense(h)) + x)
+
+
+class Split(nn.Module):
+    """A layer of BERT, without attention."""
+
+    def __init__(self, activation: nn.Module | None = None, p: float = 0.1) -> None:
+        super().__init__()
+        self.before, self.after = Before(activation or nn.GELU()), After(p)
+
+    def feed_forward_chunk(self, x: Tensor) -> Tensor:
+        return self.after(self.before(x), x)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        halves = [self.feed_forward_chunk(half) for half in x.chunk(2)]
+        return torch.cat(halves) if mask is None else torch.cat(halves) * mask
+
+
+class SplitInForward(Split):
+    """Of the user's own: it has no name of transformers'."""
+
+    feed_forward_chunk = None  # type: ignore[assignment]
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return x + self.after(self.before(x), 2 * x)
+
+
+class ReadsTheHidden(Split):
+    def feed_forward_chunk(self, x: Tensor) -> Tensor:
+        h = self.before(x)
+        return self.after(h, x) + h.mean(-1, keepdim=True)
+
+
+class NormBefore(Split):
+    def feed_forward_chunk(self, x: Tensor) -> Tensor:
+        return self.after(self.before(F.layer_norm(x, x.shape[-1:])), x)
+
+
+SPLIT = {
+    "BERT": (Split(), _FeedForwardChunk, "gelu", False),
+    "tanh": (Split(nn.GELU("tanh")), _FeedForwardChunk, "gelu", True),
+    "forward": (SplitInForward(), _Forward, "gelu", False),
+}
+
+
+@pytest.mark.parametrize("module, base, activation, tanh", SPLIT.values(), ids=SPLIT)
+def test_split_mlps_are_recognized(module, base, activation, tanh):
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    state = torch.get_rng_state()
+    mlp = MLPRoles(("dense", "dense"), activation, tanh)
+    expected = base, SplitRoles(("before", "after"), mlp)
+    assert recognize_split_mlp(module) == expected
+    assert recognize_split_mlp(copy.deepcopy(module).to("meta")) == expected
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(t, before[name]) for name, t in module.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "module",
+    [Split(nn.Mish()), Split(nn.Sequential(nn.GELU(), nn.Dropout(0.1))), ReadsTheHidden(),
+     NormBefore(), nn.Sequential(Before(nn.GELU()), After())],
+    ids=["activation", "dropout between", "reads", "norm", "no pair"],
+)  # fmt: skip
+def test_other_pairs_are_left_alone(module):
+    assert recognize_split_mlp(module) is None
+
+
+@pytest.mark.parametrize("name", ["BERT", "forward"])
+@pytest.mark.parametrize("save", ["bf16", "fp8", "recompute"])
+def test_split_mlps_run_fused_and_come_back(name, save):
+    torch.manual_seed(0)
+    plain: Any = copy.deepcopy(SPLIT[name][0]).bfloat16()
+    nn.init.ones_(plain.after.norm.weight)
+    plain.after.dropout.p = 0.0  # the masks for BF16 and float64 differ
+    model, separate, wide = (copy.deepcopy(plain) for _ in range(3))
+    result = convert_to_fp8_training(model, save=save)
+    assert result.fused == {"": "GELU", "after.norm": "LayerNorm"}
+    convert_to_fp8_training(separate, fuse=False)
+    assert type(model).__name__ == type(plain).__name__ and isinstance(model, type(plain))
+    assert list(model.state_dict()) == list(plain.state_dict())
+
+    def results(layer: Any, x: Tensor) -> list[Tensor]:
+        torch.manual_seed(1)
+        leaf = x.detach().requires_grad_()
+        with OpCounter() as counter:
+            y = layer(leaf)
+        counts.append(counter.of("gelu_quantize_1x128"))
+        y.backward(dy)
+        gradients = [gradient(p) for p in layer.parameters()]
+        layer.zero_grad()
+        return [y.detach(), gradient(leaf), *gradients]
+
+    x, dy = torch.randn(4, 40, 160).bfloat16(), torch.randn(4, 40, 160).bfloat16()
+    counts: list[int] = []
+    exact = results(wide.double(), x.double())
+    for mine, theirs, best in zip(results(model, x), results(separate, x), exact, strict=True):
+        assert sqnr(best, mine) > min(20, sqnr(best, theirs) - 3)
+    assert counts == [0, 2 if name == "BERT" else 1, 0]
+    for module in (model, separate, plain):
+        module.after.dropout.p = 0.1
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert type(twin) is type(model)
+        assert all(map(torch.equal, results(twin, x), results(model, x)))
+
+    model.before.activation.register_forward_hook(lambda *_: None)
+    unfused = copy.deepcopy(model)
+    unfused.revert_()
+    counts.clear()
+    assert all(map(torch.equal, results(model, x), results(unfused, x)))
+    assert counts == [0, 0]
+    model.before.activation._forward_hooks.clear()
+    assert unconvert(model) == result.converted
+    assert type(model) is type(plain) and vars(model).keys() == vars(plain).keys()
+    assert all(map(torch.equal, results(model, x), results(plain, x)))
+
+
 # ---- fusing in place ----
 
 
@@ -272,10 +415,13 @@ def test_copies_pickles_and_files():
 
 def test_calls_with_a_keyword_or_a_hook_run_the_class():
     module = fused(Llama())
-    x = torch.randn(5, 160)
+    x, called = torch.randn(5, 160), list[int]()
     assert torch.equal(module(x=x), Llama.forward(module, x))
-    module.up_proj.register_forward_hook(lambda *_: None)
-    assert torch.equal(module(x), Llama.forward(module, x))
+    for child in (module.up_proj, module.act_fn):
+        hook = child.register_forward_hook(lambda *_: called.append(1))
+        assert torch.equal(module(x), Llama.forward(module, x)) and len(called) == 2
+        called.clear()
+        hook.remove()
     with pytest.raises(TypeError, match="forward"):
         module(x, x)
 

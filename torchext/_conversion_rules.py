@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Container, Mapping
 
 import torch
@@ -10,6 +9,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from ._dispatch.layout import GROUP
+from ._patterns import Patterns
 from .nn.converted import is_transposed_linear, overrides
 from .nn.experts import trains_in_fp8
 from .nn.frozen_weights import FrozenWeights
@@ -18,7 +18,7 @@ from .recipe import Recipe
 
 RecipeByName = Mapping[str, Recipe | None]
 
-NO_GLOB = 'no glob of `recipe` matches its name ("*" matches every name)'
+NO_PATTERN = 'no pattern of `recipe` matches its name ("*" matches every name)'
 EXCLUDED = "excluded by module_filter_fn"
 NO_RECIPE = "its recipe is None"
 
@@ -44,39 +44,40 @@ def linear_layers(model: torch.nn.Module, experts: Container[str]) -> dict[str, 
 class RecipeOf:
     """The recipe of each layer.
 
-    `recipe` is one recipe for all, or a mapping of globs to recipes, of which the last that matches
-    a name counts. `names` are all linear layers'. Raises ValueError if a glob matches none of them.
+    `recipe` is one recipe for all, or a mapping of patterns (_patterns.py) to recipes, of which the
+    last that matches a name counts. `names` are all linear layers'. Raises ValueError if a pattern
+    matches none of them, or cannot be read.
     """
 
     def __init__(self, recipe: Recipe | RecipeByName | None, names: Mapping[str, object]) -> None:
-        self._by_glob: dict[str, Recipe | None]
-        if isinstance(recipe, Mapping):
-            self._by_glob = dict(recipe)
-            unmatched = [glob for glob in recipe if not any(_matches(n, glob) for n in names)]
-            if unmatched:
-                raise ValueError(
-                    "convert_to_fp8_training: recipe must have globs that match a linear layer's "
-                    f"name (got {', '.join(map(repr, unmatched))}, which match none of "
-                    f"{_some(names)}); correct or remove them"
-                )
-        else:
-            self._by_glob = {"*": recipe or Recipe.deepseek_v3()}
+        self._by_pattern: dict[str, Recipe | None] = {"*": Recipe.deepseek_v3()}
+        if recipe is not None:
+            self._by_pattern = dict(recipe) if isinstance(recipe, Mapping) else {"*": recipe}
+        self._patterns = Patterns(self._by_pattern, "convert_to_fp8_training: recipe")
+        for name in names:
+            self._patterns.match(name)
+        if isinstance(recipe, Mapping) and self._patterns.unmatched:
+            raise ValueError(
+                "convert_to_fp8_training: recipe must have patterns that match a linear layer's "
+                f"name (got {', '.join(map(repr, self._patterns.unmatched))}, which match none of "
+                f"{_some(names)}); correct or remove them"
+            )
 
     def __call__(self, name: str) -> tuple[Recipe | None, str | None]:
         """(recipe, None), or (None, the reason why the layer has no recipe)."""
-        for glob, recipe in reversed(self._by_glob.items()):
-            if _matches(name, glob):
-                return recipe, NO_RECIPE if recipe is None else None
-        return None, NO_GLOB
+        pattern = self._that_counts(name)
+        if pattern is None:
+            return None, NO_PATTERN
+        recipe = self._by_pattern[pattern]
+        return recipe, NO_RECIPE if recipe is None else None
 
     def is_named(self, name: str) -> bool:
         """Whether the entry that counts is the layer's whole name, without wildcards."""
-        counts = next((g for g in reversed(self._by_glob) if _matches(name, g)), None)
-        return counts == name and not _WILDCARDS.intersection(name)
+        return self._that_counts(name) == name and not _WILDCARDS.intersection(name)
 
-
-def _matches(name: str, glob: str) -> bool:
-    return name == glob or fnmatch.fnmatchcase(name, glob)
+    def _that_counts(self, name: str) -> str | None:
+        matching = set(self._patterns.all_matching(name))
+        return next((p for p in reversed(self._by_pattern) if p in matching), None)
 
 
 def _some(names: Mapping[str, object]) -> str:

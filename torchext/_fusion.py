@@ -26,10 +26,10 @@ from torch.nn.parameter import is_lazy
 
 from ._probing import results_of
 from .nn.converted import Rerouted, TransposedLinear
-from .nn.mlp import _MLP, as_out_in, can_fuse_class, can_fuse_recipe, fused_mlp
+from .nn.mlp import _MLP, as_out_in, can_fuse_class, can_fuse_recipe, fused_mlp, has_hooks
 from .ops.mlp_function import Save
 
-_LINEARS = (torch.nn.Linear, TransposedLinear)
+LINEARS = (torch.nn.Linear, TransposedLinear)
 
 
 class MLPRoles(NamedTuple):
@@ -56,7 +56,7 @@ GATED = ("silu", "gelu")
 
 def recognize_mlp(module: torch.nn.Module) -> MLPRoles | None:
     """The roles of the module's linear layers if it computes an MLP, else None."""
-    linears = {n: m for n, m in module.named_children() if isinstance(m, _LINEARS)}
+    linears = {n: m for n, m in module.named_children() if isinstance(m, LINEARS)}
     if not 2 <= len(linears) <= 3 or "forward" in vars(module):
         return None
     if type(module).forward is torch.nn.Module.forward:  # a container
@@ -152,13 +152,22 @@ class FusedMLP(Rerouted):
     added = ("fused_roles", "fused_save")
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
-        if len(args) == 1 and not kwargs:
-            names, activation, tanh_approximation = self.fused_roles
+        names, activation, tanh_approximation = self.fused_roles
+        if len(args) == 1 and not kwargs and not self._others_have_hooks(names):
             layers: list[Any] = [self._modules[name] for name in names]
             y = fused_mlp(layers, activation, tanh_approximation, self.fused_save, args[0])
             if y is not None:
                 return y
         return super().run(*args, **kwargs)
+
+    def _others_have_hooks(self, projections: tuple[str, ...]) -> bool:
+        """Whether a child besides the projections, such as the activation, must be called."""
+        return any(
+            has_hooks(module)
+            for name, child in self._modules.items()
+            if child is not None and name not in projections
+            for module in child.modules()
+        )
 
 
 def fuse_(module: Any, roles: MLPRoles, save: Save) -> None:
@@ -181,7 +190,7 @@ def fuse_mlps(model: torch.nn.Module, save: Save) -> dict[str, str]:
     for fqn, module in model.named_modules():
         if isinstance(module, (FusedMLP, _MLP, torch.nn.Linear)):
             continue
-        layers: list[Any] = [m for m in module.children() if isinstance(m, _LINEARS)]
+        layers: list[Any] = [m for m in module.children() if isinstance(m, LINEARS)]
         recipes = {layer.recipe for layer in layers if can_fuse_class(layer)}
         if len(recipes) != 1 or not can_fuse_recipe(next(iter(recipes))):
             continue

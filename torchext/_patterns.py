@@ -36,11 +36,15 @@ class Patterns:
 
     def match(self, name: str) -> str | None:
         """A pattern that matches `name`, or None. Every pattern that does is noted."""
-        found = [pattern for pattern in _runs(name) if pattern in self.matched]
-        found += [pattern for pattern, test in self._tried.items() if test.match(name)]
+        found = self.all_matching(name)
         for pattern in found:
             self.matched[pattern].append(name)
         return found[0] if found else None
+
+    def all_matching(self, name: str) -> list[str]:
+        """The patterns that match `name`, in any order."""
+        found = [pattern for pattern in _runs(name) if pattern in self.matched]
+        return found + [pattern for pattern, test in self._tried.items() if test.match(name)]
 
     @property
     def unmatched(self) -> list[str]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,18 +18,31 @@ def results_of(module: Any, calls: Sequence[tuple[Tensor, ...]], kind: str) -> l
 
     Args:
         module: a copy that the calls may change.
+        calls, kind: as for `results_of_function`.
+    """
+    forward = functools.partial(type(module).forward, module)
+    return results_of_function(forward, calls, f"{type(module).__name__}: no {kind}")
+
+
+def results_of_function(
+    function: Callable[..., Any], calls: Sequence[tuple[Tensor, ...]], failure: str
+) -> list[Tensor] | None:
+    """Calls the function once for each tuple of arguments. Each run draws the same random numbers.
+
+    Args:
+        function: what to call.
         calls: arguments; the first are of the shape that the results must have.
-        kind: what the module may be, for the log.
+        failure: what to log before an error.
 
     Returns:
-        The results, or None if the module does not take such arguments or returns anything else
+        The results, or None if the function does not take such arguments or returns anything else
         than one tensor of the shape of the first.
     """
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            ys = [type(module).forward(module, *arguments) for arguments in calls]
+            ys = [function(*arguments) for arguments in calls]
     except Exception as error:  # of any class: the module may need other inputs
-        _log.debug("%s: no %s: %r", type(module).__name__, kind, error)
+        _log.debug("%s: %r", failure, error)
         return None
     fits = all(
         isinstance(y, Tensor) and y.shape == x.shape for y, (x, *_) in zip(ys, calls, strict=True)

@@ -13,6 +13,7 @@ from ._conversion_result import ConversionResult, ReadOnlyDict, survey
 from ._experts import convert_experts_, find_experts
 from ._fusion import NAMES, fuse_mlps, unfuse_mlps
 from ._norm_fusion import fuse_norms, unfuse_norms
+from ._split_fusion import fuse_split_mlps, unfuse_split_mlps
 from .nn import Linear
 from .nn.converted import TransposedLinear, convert_subclass_, convert_transposed_
 from .nn.experts import FP8Experts, trains_in_fp8
@@ -45,10 +46,13 @@ def convert_to_fp8_training(
     Args:
         model: any module, including a torch.nn.Linear.
         recipe: the recipe of every converted layer, Recipe.deepseek_v3() if None; or a mapping of
-            globs (as in fnmatch; `*` also matches dots) to recipes. Then each layer gets the recipe
-            of the last glob that matches its fully qualified name, and stays wide if that recipe is
-            None or if no glob matches. A key without wildcards that is a layer's whole name
-            converts that layer even if the default filter would leave it alone.
+            patterns to recipes. A name, such as "lm_head" or "mlp.gate", matches whole segments of
+            a fully qualified name ("...mlp.gate", but not "...mlp.gate_up"), and whatever is
+            inside; each segment may be a glob; "re:..." is a regular expression for the beginning
+            of the name. Each layer gets the recipe of the last pattern that matches its name, and
+            stays wide if that recipe is None or if no pattern matches. A key without wildcards that
+            is a layer's whole name converts that layer even if the default filter would leave it
+            alone.
         module_filter_fn: called as module_filter_fn(module, fully qualified name) for each linear
             layer, and each module of experts, that can be converted and has a recipe; it is
             converted if the result is true. The
@@ -75,8 +79,8 @@ def convert_to_fp8_training(
 
     Raises:
         TypeError: model, recipe or module_filter_fn has another type.
-        ValueError: a glob matches no linear layer's name, or `save` is another string. Nothing has
-            been changed then.
+        ValueError: a pattern matches no linear layer's name or cannot be read, or `save` is another
+            string. Nothing has been changed then.
 
     Warns:
         UserWarning: no parameter of the model trains in FP8 afterwards.
@@ -113,7 +117,7 @@ def convert_to_fp8_training(
             convert_transposed_(layer, own_recipe)
             converted.append(fqn)
     if fuse:
-        fused |= fuse_mlps(model, save) | fuse_norms(model)
+        fused |= fuse_mlps(model, save) | fuse_split_mlps(model, save) | fuse_norms(model)
     result = ConversionResult(
         model,
         tuple(converted),
@@ -181,6 +185,7 @@ def _unconvert(model: torch.nn.Module, name: str) -> tuple[str, ...]:
                 "parametrizations, or replace the layer"
             )
     unfuse_mlps(model)
+    unfuse_split_mlps(model)
     unfuse_norms(model)
     for layer in layers.values():
         assert isinstance(layer, (Linear, TransposedLinear, FP8Experts))
@@ -209,14 +214,15 @@ def _check_arguments(model: object, recipe: object, module_filter_fn: object) ->
     if not isinstance(model, torch.nn.Module):
         refuse("model", "a torch.nn.Module", model, "pass the model to convert")
     if isinstance(recipe, Mapping):
-        for glob, its_recipe in recipe.items():
-            if not isinstance(glob, str):
-                refuse("recipe", "a mapping of globs to recipes", glob, "make each key a string")
+        for pattern, its_recipe in recipe.items():
+            if not isinstance(pattern, str):
+                expected = "a mapping of patterns to recipes"
+                refuse("recipe", expected, pattern, "make each key a string")
             if its_recipe is not None and not isinstance(its_recipe, Recipe):
-                expected = f"a torchext.Recipe or None for {glob!r}"
+                expected = f"a torchext.Recipe or None for {pattern!r}"
                 refuse("recipe", expected, its_recipe, "pass, for example, Recipe.parse(text)")
     elif recipe is not None and not isinstance(recipe, Recipe):
-        remedy = "pass, for example, Recipe.deepseek_v3(), or a mapping of globs to recipes"
+        remedy = "pass, for example, Recipe.deepseek_v3(), or a mapping of patterns to recipes"
         refuse("recipe", "a torchext.Recipe", recipe, remedy)
     if module_filter_fn is not None and not callable(module_filter_fn):
         expected = "a function (module, name) -> bool"

@@ -62,19 +62,24 @@ class Rerouted(Converted):
     """Base of the made classes whose forward calls `run`, which may call the forward of the class.
 
     They keep the name of the class: wrapping policies go by it.
+
+    Attributes:
+        method: what calls `run`, which a subclass with another method overrides.
     """
+
+    method: ClassVar[str] = "forward"
 
     @classmethod
     def class_for(cls, plain: type) -> type:
         base: Any = cls
         made = made_class(base, plain, prefix="")
-        if "forward" not in vars(made):
+        if cls.method not in vars(made):
 
-            @functools.wraps(plain.forward)  # type: ignore[attr-defined]
-            def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            @functools.wraps(getattr(plain, cls.method))
+            def method(self: Any, *args: Any, **kwargs: Any) -> Any:
                 return cls.run(self, *args, **kwargs)
 
-            made.forward = forward  # type: ignore[attr-defined]  # tracers read its signature
+            setattr(made, cls.method, method)  # tracers read its signature
         return made
 
     def run(self, *args: Any, **kwargs: Any) -> Any:

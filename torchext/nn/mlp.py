@@ -215,12 +215,17 @@ def _is_plain(layer: Any, recipe: Recipe) -> bool:
         and type(layer.weight) is Parameter
         and (layer.bias is None or type(layer.bias) is Parameter)
         and "forward" not in vars(layer)
-        and not (
-            layer._forward_hooks
-            or layer._forward_pre_hooks
-            or layer._backward_hooks
-            or layer._backward_pre_hooks
-        )
+        and not has_hooks(layer)
+    )
+
+
+def has_hooks(module: torch.nn.Module) -> bool:
+    """Whether a call of the module, whose forward a fused MLP replaces, calls hooks of its own."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
     )
 
 
