@@ -37,6 +37,9 @@ def test_short_run(device, tmp_path, capsys):
     assert "final gap: " in printed and "no verdict on fewer than 300 steps" in printed
     saved = next(line for line in printed.splitlines() if line.startswith("saved for backward"))
     assert float(saved.split()[-1].rstrip("%")) < -45  # against BF16
+    rows = {line[:20].strip(): line[20:].split() for line in printed.splitlines()}
+    assert int(rows["kernels of one step"][2]) < int(rows["before fusing"][0])
+    assert rows["time of one step"][1::2][:3] == ["ms"] * 3
     losses = [line.split() for line in printed.splitlines() if " steps  " in line]
     assert [row[0] for row in losses] == ["0", "12"]
     assert float(losses[-1][3]) < float(losses[0][3]) - 1

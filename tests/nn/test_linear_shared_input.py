@@ -12,6 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -26,7 +29,7 @@ from support.linear_testing import (
     saved_tensors,
 )
 from torchext import Recipe
-from torchext.nn import Linear, SwiGLU
+from torchext.nn import Linear, RMSNorm, SwiGLU
 from torchext.ops.linear_function import quantize_activation
 from torchext.ops.shared_input import Form, Readers, offer
 
@@ -382,3 +385,48 @@ def test_selective_checkpointing(device):
     )
     y.sum().backward()
     assert all(map(torch.equal, [gradient(leaf), *map(gradient, module.parameters())], expected))
+
+
+class Attended(Projections):
+    """As a block of a transformer: what q, k and v read is the result of a norm."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self.norm = RMSNorm(200, device=device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.norm(x))
+
+
+@pytest.mark.parametrize("make", [Projections, Attended])
+@pytest.mark.parametrize("kind", ["DDP", "FSDP2", "FSDP2 of layers"])
+def test_data_parallel(make, kind, mesh):
+    """Layers quantize as often as without it, and to the same bits.
+
+    FSDP2 passes its own view of the input to a layer that it shards by itself.
+    """
+    device = torch.device("cpu")
+    module = make(device)
+    leaf = normal(40, 200, device=device, grad=True)
+
+    def step(module: torch.nn.Module) -> tuple[list[Tensor], int]:
+        leaf.grad = None
+        module.zero_grad()
+        with OpCounter() as counter:
+            module(leaf * 1).sum().backward()
+        grads = [gradient(leaf), *map(gradient, module.parameters())]
+        grads = [g.full_tensor() if isinstance(g, DTensor) else g for g in grads]
+        return grads, counter.of(*ACTIVATION_QUANTIZERS)
+
+    step(module)  # the norm learns what its readers need, and weights are quantized
+    expected, count = step(module)
+    parallel: torch.nn.Module = module
+    if kind == "DDP":
+        parallel = DistributedDataParallel(module)
+    else:
+        for part in (*(module.layers if kind == "FSDP2 of layers" else ()), module):
+            fully_shard(part, mesh=mesh)
+    for _ in range(2):
+        got, again = step(parallel)
+        assert all(map(torch.equal, got, expected))
+        assert again == count or (kind == "FSDP2 of layers" and again > count)

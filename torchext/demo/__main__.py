@@ -18,7 +18,7 @@ from ..convert import convert_to_fp8_training
 from .data import batches, standard_library
 from .model import ByteTransformer
 from .report import draw, gap, table
-from .train import train
+from .train import measure_one_step, train
 
 LARGEST_GAP = 0.01
 LEAST_STEPS = 300  # with fewer, any rounding, even to BF16, moves the loss by percents
@@ -33,6 +33,8 @@ def main(arguments: list[str] | None = None) -> int:
     model = ByteTransformer().to(device)
     bf16_model, fp8_model = copy.deepcopy(model), copy.deepcopy(model)
     conversion = convert_to_fp8_training(fp8_model)
+    unfused_model = copy.deepcopy(model)
+    convert_to_fp8_training(unfused_model, fuse=False)
 
     text = standard_library()
     train_batches = batches(text.train, options.steps, BATCH, LENGTH, options.seed)
@@ -51,7 +53,10 @@ def main(arguments: list[str] | None = None) -> int:
     bf16 = train("bf16", bf16_model, train_batches, held_out, torch.bfloat16)
     fp8 = train("fp8", fp8_model, train_batches, held_out, torch.bfloat16)
 
-    print("\n" + table(fp32, bf16, fp8, conversion, device) + "\n")
+    first_batch = train_batches[0].to(device)
+    *_, kernels = measure_one_step(unfused_model, first_batch, torch.bfloat16)
+    comparison = table(fp32, bf16, fp8, conversion, device, kernels_before_fusing=kernels)
+    print(f"\n{comparison}\n")
     try:
         draw(fp32, bf16, fp8, options.plot)
         print(f"curves: {options.plot}")

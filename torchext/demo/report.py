@@ -17,9 +17,18 @@ def gap(reference: Run, other: Run) -> float:
 
 
 def table(
-    fp32: Run, bf16: Run, fp8: Run, conversion: ConversionResult, device: torch.device
+    fp32: Run,
+    bf16: Run,
+    fp8: Run,
+    conversion: ConversionResult,
+    device: torch.device,
+    *,
+    kernels_before_fusing: int,
 ) -> str:
-    """The comparison, as text."""
+    """The comparison, as text.
+
+    kernels_before_fusing: those of one step of the FP8 model if nothing in it runs fused.
+    """
     runs = (fp32, bf16, fp8)
     rows = [("held-out loss after", *(run.name for run in runs), "fp8 to fp32", "fp8 to bf16")]
 
@@ -34,7 +43,9 @@ def table(
     saved = [run.saved_bytes / 2**20 for run in runs]
     add("saved for backward", saved, "{:.1f} MiB", "+.1%")
     add("kernels of one step", [run.kernels for run in runs], "{:.0f}", "+.1%")
-    add("training time", [run.seconds for run in runs], "{:.1f} s", "+.1%")
+    rows.append(("  before fusing", "", "", str(kernels_before_fusing), "", ""))
+    steps = [1000 * run.seconds / len(run.losses) for run in runs]
+    add("time of one step", steps, "{:.1f} ms", "+.1%")
     lines = [
         (f"{row[0]:<20}" + "".join(f"{cell:>13}" for cell in row[1:])).rstrip() for row in rows
     ]

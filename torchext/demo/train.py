@@ -54,7 +54,7 @@ def train(
     """
     device = next(model.parameters()).device
     train_batches, held_out_batches = train_batches.to(device), held_out_batches.to(device)
-    saved_bytes, op_calls, kernels = _measure_one_step(model, train_batches[0], dtype)
+    saved_bytes, op_calls, kernels = measure_one_step(model, train_batches[0], dtype)
     steps = len(train_batches)
     optimizer = new_optimizer(model)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -120,7 +120,7 @@ def _held_out_loss(model: nn.Module, batches: Tensor, dtype: torch.dtype) -> flo
     return torch.stack([_loss(model, tokens, dtype) for tokens in batches]).mean().item()
 
 
-def _measure_one_step(
+def measure_one_step(
     model: nn.Module, tokens: Tensor, dtype: torch.dtype
 ) -> tuple[int, dict[str, int], int]:
     """Bytes kept for backward, with each storage counted once; calls of torchext ops; ops of all
