@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 from support.linear_testing import (
@@ -24,6 +25,7 @@ from support.linear_testing import (
 )
 from torchext import Recipe
 from torchext.nn import LayerNorm, RMSNorm, SwiGLU
+from torchext.ops import quantize_1x128, rms_norm_quantize_1x128
 
 K = 200
 pytestmark = pytest.mark.large  # tests/norm has the kernels
@@ -259,6 +261,57 @@ def test_compiled_and_transformed(device, make):
     assert norm(x[:0]).shape == (0, K)
     with torch.inference_mode():
         assert torch.equal(norm(x), expected)
+
+
+class Read(nn.Module):
+    """A norm that two layers read; in between, something may write to its result."""
+
+    def __init__(self, device: torch.device, write: Any = None) -> None:
+        super().__init__()
+        self.norm, self.write = norm_of(RMSNorm, device), write
+        self.layers = nn.ModuleList(normal_linear(device) for _ in range(2))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        first, second = self.layers
+        y = self.norm(x)
+        z = first(y)
+        if self.write is not None:
+            self.write(y)
+        return [z, second(y)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "write, quantizations",
+    [(None, 0), (lambda y: y.add_(1), 1), (lambda y: y[1].mul_(2), 1)],
+    ids=["", "whole", "view"],
+)
+def test_compiled_layers_take_the_offer(device, write, quantizations):
+    """Without gradients. Otherwise the layers quantize, in the form that a graph keeps."""
+    model, x = Read(device, write), normal(9, K, device=device)
+    calls: collections.Counter[str] = collections.Counter()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=counting_backend(calls), fullgraph=True)
+    with torch.no_grad():
+        assert all(map(torch.equal, compiled(x), model(x)))
+    assert calls["rms_norm_quantize_1x128"] == 1 and calls["quantize_1x128"] == quantizations
+
+
+def test_other_tracers_see_writes(device):
+    """Without AOTAutograd a write is no new value; versions tell."""
+
+    def function(x: Tensor) -> list[Tensor]:
+        y = rms_norm_quantize_1x128(x, weight, 1e-6, return_normed=True)[-1]
+        datas = [quantize_1x128(y)[0], quantize_1x128(y, pow2_scale=True)[0]]
+        y.add_(1)
+        return [*datas, quantize_1x128(y)[0]]
+
+    weight, x = torch.ones(K, device=device), normal(9, K, device=device)
+    graph = make_fx(function)(x)
+    ops = [str(node.target) for node in graph.graph.nodes]
+    assert ops.count("torchext.quantize_1x128.default") == 2
+    for mine, expected in zip(graph(x), function(x), strict=True):
+        assert torch.equal(mine.view(torch.uint8), expected.view(torch.uint8))
 
 
 @every_norm

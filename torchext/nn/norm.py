@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Parameter
 
+from ..ops import shared_in_graph as _shared_in_graph  # noqa: F401  (rules for traced graphs)
 from ..ops.norm_function import Norm, NormFunction, normed
 from ..ops.shared_input import Form, Readers, offer
 from .composition import is_composed, is_composed_in_graph
@@ -75,7 +76,7 @@ class RMSNorm(torch.nn.RMSNorm):
         It is computed by torch.nn.functional.rms_norm, and not quantized, if x is not contiguous or
         empty, if normalized_shape has several dimensions, without a weight, under autocast if x is
         not FP32, and under torch.export, other tracers and transforms. Under torch.compile it is
-        the same kernel, but the layers that read the result quantize it.
+        the same kernel, but layers that read the result quantize it unless gradients are off.
 
         Args:
             x: [..., K], FP32, BF16 or FP16; others as for torch.nn.RMSNorm.
