@@ -23,6 +23,8 @@ from torchext.debug.numerics import _add_quantized
 from torchext.nn import Linear
 from torchext.ops.linear_function import Operand
 
+from ..test_experts import Experts, Sorted, Transposed
+
 pytestmark = pytest.mark.large  # what is observed does not depend on the kernels
 
 
@@ -250,6 +252,40 @@ def test_what_cannot_be_observed_is_listed(device):
         torch.vmap(model[0])(normal(2, 4, 200, device=device))
     assert report.unobserved == ("0", "2") and report.gemms == ()
     assert str(report).splitlines()[-1] == "not observed: 0, 2"
+
+
+@pytest.mark.parametrize("kind", ["choices", "transposed", "sorted"])
+def test_experts(device, kind):
+    """A layer for each parameter; figures are those of all rows."""
+    torch.manual_seed(0)
+    made: dict[str, Any] = {"choices": Experts, "transposed": Transposed, "sorted": Sorted}
+    model = nn.ModuleDict({"experts": made[kind]()}).to(device)
+    assert convert_to_fp8_training(model).converted == ("experts",)
+    x = normal(24, 128, device=device, grad=True)
+    if kind == "sorted":
+        arguments: tuple[Tensor, ...] = (torch.tensor([10, 0, 14, 0], device=device),)
+    else:
+        chosen = torch.tensor([[0, 2], [2, 0]] * 12, device=device)
+        arguments = chosen, torch.rand(24, 2, device=device)
+    experts: Any = model["experts"]
+    expected = experts(x, *arguments)
+    with debug.numerics(model, every=2) as report:
+        for _ in range(2):
+            y = experts(x, *arguments)
+            y.square().sum().backward()
+    assert torch.equal(y, expected) and report.unobserved == ()
+    names = [f"experts.{name}" for name in experts.fused_roles.parameters]
+    assert {(g.layer, g.gemm) for g in report.gemms} == {
+        (name, gemm) for name in names for gemm in ("fprop", "dgrad", "wgrad")
+    }
+    assert all(g.samples == 1 and g.sqnr is not None and 20 < g.sqnr < 45 for g in report.gemms)
+    first, last = entry(report, names[0], "fprop"), entry(report, names[-1], "wgrad")
+    assert first.operands["input"].amax == x.abs().max().item()
+    weight = experts.get_parameter(experts.fused_roles.parameters[0])[::2]  # without rows: none
+    assert first.operands["weight"].amax == weight.abs().max().item()
+    factors = 1 if kind == "sorted" else arguments[1].flatten()[:, None]
+    dy = (2 * y.detach()).repeat_interleave(1 if kind == "sorted" else 2, 0) * factors
+    assert last.operands["grad"].amax == pytest.approx(dy.abs().max().item(), rel=1e-6)
 
 
 def test_empty_batches_and_keyword_arguments(device):

@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..nn.converted import is_fp8
+from ..nn.experts import FP8Experts
 from ..ops import dequantize
 from ..ops.linear_function import (
     Operand,
@@ -27,6 +28,7 @@ from ..ops.linear_function import (
     wide_wgrad,
 )
 from ..recipe import Recipe
+from .experts_numerics import ObservedExperts, parameters_of_experts
 from .numerics_report import NumericsReport, OperandNumerics
 
 
@@ -50,7 +52,9 @@ def numerics(model: torch.nn.Module, every: int = 1) -> Iterator[NumericsReport]
     forward that activation checkpointing repeats does not count.
 
     Layers that run in compiled code, under a transform of torch.func, or with tensor subclasses are
-    not observed; `report.unobserved` lists them. Experts in 3-D parameters are not observed either.
+    not observed; `report.unobserved` lists them. Experts in 3-D parameters count as a layer for
+    each parameter, which has its name. The rows of each expert are quantized by themselves, for
+    wgrad, too, whose scale groups in the layer may hold rows of several experts.
 
     Args:
         model: any module. The context applies to the FP8 layers that it has on entry.
@@ -76,10 +80,18 @@ def numerics(model: torch.nn.Module, every: int = 1) -> Iterator[NumericsReport]
             "every forward"
         )
     layers = {name: module for name, module in model.named_modules() if is_fp8(module)}
-    report = NumericsReport(list(layers), every)
+    experts = {
+        name: module for name, module in model.named_modules() if isinstance(module, FP8Experts)
+    }
+    parts = [part for name, layer in experts.items() for part in parameters_of_experts(name, layer)]
+    report = NumericsReport([*layers, *parts], every)
     handles = [
         layer.register_forward_hook(_Observer(name, report), with_kwargs=True)
         for name, layer in layers.items()
+    ]
+    handles += [
+        layer.register_forward_hook(_ExpertsObserver(name, report), with_kwargs=True)
+        for name, layer in experts.items()
     ]
     try:
         yield report
@@ -106,8 +118,10 @@ class _Observer:
         if not repeated:
             self.forwards += 1
             self.observed = (self.forwards - 1) % self.report.every == 0
-        if not self.observed:
-            return
+        if self.observed:
+            self.observe(layer, args, kwargs, output, repeated=repeated)
+
+    def observe(self, layer: Any, args: Any, kwargs: Any, output: Any, *, repeated: bool) -> None:
         x = args[0] if args else next(iter(kwargs.values()))
         weight, bias = layer.weight, getattr(layer, "bias", None)
         tensors = [t for t in (x, weight, bias, output) if t is not None]
@@ -117,11 +131,32 @@ class _Observer:
         if not isinstance(layer, torch.nn.Linear):
             weight = weight.t()
         with _undisturbed(x):
-            sample = _Sample(self, layer.recipe, x.detach(), weight.detach())
+            sample = self.sample(self.name, layer.recipe, x.detach(), weight.detach())
             if not repeated:
                 sample.fprop(None if bias is None else bias.detach(), output.detach())
         if output.requires_grad and (needs_dx or needs_dw):
             output.register_hook(lambda dy: sample.backward(dy, needs_dx, needs_dw))
+
+    def sample(
+        self, name: str, recipe: Recipe, x: Tensor, weight: Tensor, *, counts: bool = True
+    ) -> _Sample:
+        return _Sample(_Place(name, self.report, self.forwards, counts), recipe, x, weight)
+
+
+class _ExpertsObserver(_Observer):
+    """The forward hook of experts in 3-D parameters: each expert is observed as an MLP."""
+
+    def observe(self, layer: Any, args: Any, kwargs: Any, output: Any, *, repeated: bool) -> None:
+        given = layer._given(args, kwargs)
+        if given is None or not layer._can_run(*given):
+            return
+        x, needs_dx = given[0], given[0].requires_grad
+        with _undisturbed(x):
+            mlps = ObservedExperts(self.name, layer, given, self.sample)
+            if not repeated:
+                mlps.fprop()
+        if output.requires_grad:
+            output.register_hook(lambda dy: mlps.backward(dy, needs_dx))
 
 
 @contextmanager
@@ -130,22 +165,43 @@ def _undisturbed(x: Tensor) -> Iterator[None]:
         yield
 
 
-class _Sample:
-    """One observed forward of a layer, and its backward."""
+class _Place(NamedTuple):
+    """Where a sample belongs.
 
-    def __init__(self, observer: _Observer, recipe: Recipe, x: Tensor, weight: Tensor) -> None:
-        self.name, self.report, self.number = observer.name, observer.report, observer.forwards
+    Attributes:
+        name: the layer's.
+        report: what gets the figures.
+        number: of the layer's forward, from 1.
+        counts: false for further parts of a sample.
+    """
+
+    name: str
+    report: NumericsReport
+    number: int
+    counts: bool
+
+
+class _Sample:
+    """One observed forward of a layer, or of a part of it, and its backward."""
+
+    def __init__(self, place: _Place, recipe: Recipe, x: Tensor, weight: Tensor) -> None:
+        self.name, self.report, self.number, self.counts = place
         self.recipe = recipe
         self.x = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
         self.weight = weight
 
-    def fprop(self, bias: Tensor | None, y: Tensor) -> None:
-        self._operand("fprop", "input", self.x)
-        self._operand("fprop", "weight", self.weight)
+    def fprop(self, bias: Tensor | None, y: Tensor | None) -> Tensor:
+        """y is the layer's result. If it is None, it is computed. Returns it."""
+        a = self._operand("fprop", "input", self.x)
+        b = self._operand("fprop", "weight", self.weight)
+        if y is None:
+            assert a is not None and b is not None
+            y = gemm_of_operands(a, b, self.x.dtype)
         if bias is not None:
             self._look("fprop", "bias", bias)
         wide = F.linear(self.x.float(), self.weight.float(), None if bias is None else bias.float())
         self._result("fprop", y.reshape(wide.shape), wide)
+        return y
 
     def backward(self, dy: Tensor, needs_dx: bool, needs_dw: bool) -> None:
         if type(dy) is not Tensor:  # batched gradients
@@ -207,7 +263,9 @@ class _Sample:
         fp8 = getattr(self.recipe, gemm) == "fp8"
         signal = wide.square().sum(dtype=torch.float64)
         noise = (wide - result).square().sum(dtype=torch.float64)
-        self.report.gemm(self.name, gemm, fp8).add(*torch.stack([signal, noise]).tolist())
+        self.report.gemm(self.name, gemm, fp8).add(
+            *torch.stack([signal, noise]).tolist(), counts=self.counts
+        )
         _, nonfinite = self._look(gemm, "output", result)
         if not nonfinite:
             self.report.note_finite(self.name, gemm)

@@ -85,9 +85,12 @@ class GemmNumerics:
             return None
         return 10 * math.log10(self._signal / self._noise) if self._noise else math.inf
 
-    def add(self, signal: float, noise: float) -> None:
-        """Adds a sample: sums of squares of the FP32 product and of the difference from it."""
-        self.samples += 1
+    def add(self, signal: float, noise: float, *, counts: bool = True) -> None:
+        """Adds a sample: sums of squares of the FP32 product and of the difference from it.
+
+        counts: false for further parts of a sample that was added.
+        """
+        self.samples += counts
         if math.isfinite(signal) and math.isfinite(noise):
             self._signal += signal
             self._noise += noise
