@@ -48,6 +48,12 @@ struct Avx2 {
 
   static I and_(I a, I b) { return _mm256_and_si256(a, b); }
   static I sub8(I a, I b) { return _mm256_sub_epi8(a, b); }
+  static I add8(I a, I b) { return _mm256_add_epi8(a, b); }
+  static I min_u8(I a, I b) { return _mm256_min_epu8(a, b); }
+  static bool all_at_least(I a, uint8_t least) {
+    const I below = subs_u8(set8(least), a);
+    return _mm256_testz_si256(below, below);
+  }
   static I subs_u8(I a, I b) { return _mm256_subs_epu8(a, b); }
   static I add16(I a, I b) { return _mm256_add_epi16(a, b); }
   static I sub16(I a, I b) { return _mm256_sub_epi16(a, b); }
@@ -56,6 +62,10 @@ struct Avx2 {
   static I sub32(I a, I b) { return _mm256_sub_epi32(a, b); }
   static I max_u32(I a, I b) { return _mm256_max_epu32(a, b); }
   static I max_s32(I a, I b) { return _mm256_max_epi32(a, b); }
+  template <int kBits>
+  static I sll16(I a) {
+    return _mm256_slli_epi16(a, kBits);
+  }
   template <int kBits>
   static I srl16(I a) {
     return _mm256_srli_epi16(a, kBits);
@@ -181,6 +191,27 @@ struct Avx2 {
     codes = merge_sign(_mm256_andnot_si256(small, sum), _mm256_packs_epi16(a, b));
     codes = _mm256_permute4x64_epi64(codes, 0xd8);  // undoes the packs' interleaving of lanes
     return _mm256_testc_si256(_mm256_cmpeq_epi8(exponents, zero()), small);
+  }
+
+  // The exponents of 32 elements a and b, and their signs with fractions; a2 = 2 a, b2 = 2 b.
+  struct Planes {
+    I exponents, fractions;
+  };
+  static constexpr bool kHasPlanes = true;
+  static Planes planes(I a, I b, I a2, I b2) {
+    const I exponents = _mm256_packus_epi16(srl16<8>(a2), srl16<8>(b2));
+    const I fractions = _mm256_packus_epi16(and_(a, set16(0x7f)), and_(b, set16(0x7f)));
+    return {exponents, merge_sign(fractions, _mm256_packs_epi16(a, b))};
+  }
+  // The packs interleave lanes: the column of byte i of a row of planes.
+  static int column_of(int i) { return (i & ~24) | (i & 8) << 1 | (i & 16) >> 1; }
+  static I planes_in_order(I codes) { return _mm256_permute4x64_epi64(codes, 0xd8); }
+  // The significands of the codes; bit 7 of a fraction is ignored.
+  static I significands_at(const Table& table, I fractions) {
+    const I block = and_(srl16<3>(fractions), set8(0x0f));
+    const I above =
+        _mm256_cmpgt_epi8(and_(fractions, set8(0x7f)), _mm256_shuffle_epi8(table.limit, block));
+    return sub8(_mm256_shuffle_epi8(table.first, block), above);
   }
 
   // ---- FP8 to BF16 ----

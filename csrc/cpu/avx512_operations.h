@@ -64,6 +64,11 @@ struct Avx512 {
 
   static I and_(I a, I b) { return _mm512_and_si512(a, b); }
   static I sub8(I a, I b) { return _mm512_sub_epi8(a, b); }
+  static I add8(I a, I b) { return _mm512_add_epi8(a, b); }
+  static I min_u8(I a, I b) { return _mm512_min_epu8(a, b); }
+  static bool all_at_least(I a, uint8_t least) {
+    return _mm512_cmplt_epu8_mask(a, set8(least)) == 0;
+  }
   static I subs_u8(I a, I b) { return _mm512_subs_epu8(a, b); }
   static I add16(I a, I b) { return _mm512_add_epi16(a, b); }
   static I sub16(I a, I b) { return _mm512_sub_epi16(a, b); }
@@ -72,6 +77,10 @@ struct Avx512 {
   static I sub32(I a, I b) { return _mm512_sub_epi32(a, b); }
   static I max_u32(I a, I b) { return _mm512_max_epu32(a, b); }
   static I max_s32(I a, I b) { return _mm512_max_epi32(a, b); }
+  template <int kBits>
+  static I sll16(I a) {
+    return _mm512_slli_epi16(a, kBits);
+  }
   template <int kBits>
   static I srl16(I a) {
     return _mm512_srli_epi16(a, kBits);
@@ -209,6 +218,25 @@ struct Avx512 {
     const I significands = _mm512_permutex2var_epi8(table.low, fractions, table.high);
     return merge<kMantissa>(exponents, significands, signs, base, codes);
   }
+  // The exponents of 64 elements a and b, and their signs with fractions; a2 = 2 a, b2 = 2 b.
+  struct Planes {
+    I exponents, fractions;
+  };
+  static constexpr bool kHasPlanes = true;
+  static Planes planes(I a, I b, I a2, I b2) {
+    const I even = _mm512_load_si512(kEven.at), odd = _mm512_load_si512(kOdd.at);
+    const I signs = _mm512_permutex2var_epi8(a, odd, b);
+    const I fractions = _mm512_permutex2var_epi8(a, even, b);
+    return {_mm512_permutex2var_epi8(a2, odd, b2),
+            _mm512_ternarylogic_epi32(set8(0x80), signs, fractions, 0xca)};  // bit 7 from signs
+  }
+  // The column of byte i of a row of planes.
+  static int column_of(int i) { return i; }
+  static I planes_in_order(I codes) { return codes; }
+  // The significands of the codes; bit 7 of a fraction is ignored.
+  static I significands_at(const Table& table, I fractions) {
+    return _mm512_permutex2var_epi8(table.low, fractions, table.high);
+  }
 #else
   struct Table {
     I first, limit;
@@ -231,6 +259,29 @@ struct Avx512 {
     const bool normal = merge<kMantissa>(exponents, significands, signs, base, codes);
     codes = _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7), codes);
     return normal;
+  }
+  // The exponents of 64 elements a and b, and their signs with fractions; a2 = 2 a, b2 = 2 b.
+  struct Planes {
+    I exponents, fractions;
+  };
+  static constexpr bool kHasPlanes = true;
+  static Planes planes(I a, I b, I a2, I b2) {
+    const I exponents = _mm512_packus_epi16(srl16<8>(a2), srl16<8>(b2));
+    const I fractions = _mm512_packus_epi16(and_(a, set16(0x7f)), and_(b, set16(0x7f)));
+    return {exponents, merge_sign(fractions, _mm512_packs_epi16(a, b))};
+  }
+  // The packs interleave lanes: the column of byte i of a row of planes.
+  static int column_of(int i) { return (i & ~56) | (i & 8) << 2 | (i & 48) >> 1; }
+  static I planes_in_order(I codes) {
+    return _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7), codes);
+  }
+  // The significands of the codes; bit 7 of a fraction is ignored.
+  static I significands_at(const Table& table, I fractions) {
+    const I block = and_(srl16<3>(fractions), set8(0x0f));
+    const __mmask64 above = _mm512_cmpgt_epu8_mask(and_(fractions, set8(0x7f)),
+                                                   _mm512_shuffle_epi8(table.limit, block));
+    const I first = _mm512_shuffle_epi8(table.first, block);
+    return _mm512_mask_add_epi8(first, above, first, set8(1));
   }
 #endif
 

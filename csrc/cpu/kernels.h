@@ -50,6 +50,15 @@ struct QuantizeKernels {
                  uint8_t* data, int64_t data_stride, const Ahead& ahead, bool stream);
 };
 
+// Quantizes a tile of `rows` <= 128 rows of 128 BF16 elements: along rows into `data`, and along
+// columns into `data_t`. `scales` and `scales_t` have room for 128. False, and then without a result, if
+// a scale is NaN or too small for the kernel.
+using QuantizeBothKernel = bool (*)(const uint16_t* x, int64_t stride, int rows,
+                                    uint32_t dropped_mantissa, uint8_t* data, int64_t data_stride,
+                                    float* scales, bool stream, uint8_t* data_t,
+                                    int64_t data_t_stride, float* scales_t, bool stream_t,
+                                    const Ahead& ahead);
+
 struct Kernels {
   QuantizeKernels quantize[3][2];  // [dtype_index][e5m2]
   // y = data * scales; each scale serves 128 columns.
@@ -60,6 +69,8 @@ struct Kernels {
   // the kernel: the caller then transposes x. [e5m2]
   bool (*columns[2])(const float* x, int64_t stride, int rows, uint32_t dropped_mantissa,
                      uint8_t* codes, float* scales, const Ahead& ahead);
+  // nullptr if the instruction set has no such kernel. [e5m2]
+  QuantizeBothKernel both[2];
   // to[c * 128 + r] = from[r, c] for at most 128 x 128 elements of 2 or 4
   // bytes.
   void (*transpose16)(const void* from, int64_t stride, int rows, int cols, void* to);

@@ -13,6 +13,7 @@
 //               codes that might be subnormal, and other dtypes: FP32 quotients by Markstein's method
 //   dequantize  to BF16: products with the 16 (E5M2: 8) smallest codes, look-ups, and exponents added
 //               as integers. To other dtypes: FP32 products
+//   both        both_loops.h
 //   transpose   transpose_loops.h
 
 template <class In>
@@ -503,6 +504,16 @@ struct Dequantize {
 
 #include "transpose_loops.h"
 
+#include "both_loops.h"
+
+template <class V, class Out>
+constexpr QuantizeBothKernel both_kernel() {
+  if constexpr (V::kHasPlanes)
+    return QuantizeBoth<V, Out>::kernel;
+  else
+    return nullptr;
+}
+
 template <class V>
 constexpr Kernels make_kernels() {
   return {
@@ -514,6 +525,7 @@ constexpr Kernels make_kernels() {
        {Dequantize<V, E5M2, BFloat16>::kernel, Dequantize<V, E5M2, Half>::kernel,
         Dequantize<V, E5M2, Float>::kernel}},
       {quantize_columns<V, E4M3>, quantize_columns<V, E5M2>},
+      {both_kernel<V, E4M3>(), both_kernel<V, E5M2>()},
       transpose_tile<typename V::Squares, uint16_t>,
       transpose_tile<typename V::Squares, uint32_t>,
       transpose_codes<V>,

@@ -50,6 +50,8 @@ struct Neon {
   static I as_int(F a) { return vreinterpretq_u8_f32(a); }
   static F as_float(I a) { return vreinterpretq_f32_u8(a); }
 
+  static constexpr bool kHasPlanes = false;  // both_loops.h
+
   static I and_(I a, I b) { return vandq_u8(a, b); }
   static I sub8(I a, I b) { return vsubq_u8(a, b); }
   static I subs_u8(I a, I b) { return vqsubq_u8(a, b); }

@@ -175,6 +175,7 @@ const Kernels portable_kernels = {
     {{dequantize<E4M3, BFloat16>, dequantize<E4M3, Half>, dequantize<E4M3, Float>},
      {dequantize<E5M2, BFloat16>, dequantize<E5M2, Half>, dequantize<E5M2, Float>}},
     {no_columns, no_columns},
+    {nullptr, nullptr},
     transpose_tile<uint16_t>,
     transpose_tile<uint32_t>,
     transpose_codes,

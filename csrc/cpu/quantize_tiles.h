@@ -50,11 +50,13 @@ struct QuantizeTask {
       : all(kernels()),
         quantize(all.quantize[dtype_index(dtype)][options.e5m2]),
         columns(all.columns[options.e5m2]),
+        both(dtype == ScalarType::BFloat16 ? all.both[options.e5m2] : nullptr),
         dropped_mantissa(cpu::dropped_mantissa(options)),
         element_size(dtype == ScalarType::Float ? 4 : 2) {}
   const Kernels& all;
   const QuantizeKernels& quantize;
   bool (*const columns)(const float*, int64_t, int, uint32_t, uint8_t*, float*, const Ahead&);
+  const QuantizeBothKernel both;
   const uint32_t dropped_mantissa;
   const int64_t element_size;
 };
@@ -88,6 +90,7 @@ class GroupWriter {
 
   void write(const Tile& tile, int64_t row, int64_t col, TransposedTile& memory) const {
     if (row_ && transposed_) {
+      if (write_both(tile, row, col)) return;
       const Ahead& all = tile.ahead;
       const int half = all.bytes / 2;
       write_rows(tile, {all.data, all.pitch, all.rows, half}, row, col, *row_, stream_);
@@ -101,6 +104,20 @@ class GroupWriter {
   }
 
  private:
+  // False if there is no kernel that does both for this tile.
+  bool write_both(const Tile& tile, int64_t row, int64_t col) const {
+    if (task_.both == nullptr || tile.cols != kTile) return false;
+    alignas(kLine) float scales[kTile], scales_t[kTile];
+    if (!task_.both(static_cast<const uint16_t*>(tile.data), tile.stride, tile.rows,
+                    task_.dropped_mantissa, data_at(*row_, row, col), row_->data_stride, scales,
+                    stream_, data_at(*transposed_, col, row), transposed_->data_stride, scales_t,
+                    stream_t_, tile.ahead))
+      return false;
+    store_scales(scales, tile.rows, &scale_at(*row_, row, col / kTile), stream_);
+    store_scales(scales_t, kTile, &scale_at(*transposed_, col, row / kTile), stream_t_);
+    return true;
+  }
+
   void write_rows(const Tile& tile, const Ahead& ahead, int64_t row, int64_t col,
                   const QuantizedView& out, bool stream) const {
     float scales[kTile];

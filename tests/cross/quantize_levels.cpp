@@ -133,6 +133,50 @@ struct Checker {
       }
   }
 
+  // A tile of BF16 along rows and along columns at once.
+  void both(bool e5m2, bool pow2, int kind, int rows, bool stream) {
+    const auto kernel = kernels.both[e5m2];
+    if (kernel == nullptr) return;
+    const NumberFormat& out = e5m2 ? kE5M2 : kE4M3;
+    constexpr int n = 128, kStride = 136, kPitch = 192;
+    const std::vector<uint8_t> bytes = numbers(kBF16, (rows - 1) * kStride + n, kind, random);
+    const auto at = [&](int row, int col) {
+      return float(decode(kBF16, code_at(kBF16, bytes.data(), row * kStride + col)));
+    };
+    // The largest magnitudes of rows, then of columns.
+    std::vector<float> largest(2 * n), scales(2 * n), got_scales(2 * n);
+    bool tabulated = true;
+    for (int r = 0; r < rows; ++r)
+      for (int c = 0; c < n; ++c)
+        for (float* to : {&largest[size_t(r)], &largest[size_t(n + c)]})
+          *to = std::isnan(at(r, c)) || std::abs(at(r, c)) > *to ? std::abs(at(r, c)) : *to;
+    for (size_t i = 0; i < 2 * n; ++i) {
+      scales[i] = expected_scale(largest[i], e5m2, pow2);
+      tabulated &= scales[i] >= 0x1p-100f;
+    }
+    std::vector<uint16_t> x(bytes.size() / 2);
+    std::memcpy(x.data(), bytes.data(), bytes.size());
+    alignas(64) static uint8_t data[n * kPitch], data_t[n * kPitch];
+    std::memset(data_t, 0xee, sizeof data_t);
+    const bool done =
+        kernel(x.data(), kStride, rows, pow2 ? 0x007fffff : 0, data, kPitch, got_scales.data(),
+               stream, data_t, kPitch, &got_scales[n], stream, torchext::cpu::Ahead());
+    if (stream) kernels.fence();
+    if (done != tabulated) fail("%s: both: %d, though all have tables: %d", name, done, tabulated);
+    if (!done) return;
+    for (int i = 0; i < 2 * n; ++i)
+      if ((i >= n || i < rows) && !same(got_scales[size_t(i)], scales[size_t(i)]))
+        fail("%s: both: scale %d of %d rows", name, i, rows);
+    for (int c = 0; c < n; ++c) {
+      for (int r = 0; r < rows; ++r) {
+        code("both", out, at(r, c), scales[size_t(r)], data[r * kPitch + c]);
+        code("both, columns", out, at(r, c), scales[size_t(n + c)], data_t[c * kPitch + r]);
+      }
+      for (int r = rows; r < kPitch; ++r)
+        if (data_t[c * kPitch + r] != 0xee) fail("%s: both: writes behind %d rows", name, rows);
+    }
+  }
+
   // All codes, with scales of many exponents.
   void dequantize(bool e5m2, int dtype, int cols, bool stream) {
     const NumberFormat &in = e5m2 ? kE5M2 : kE4M3, &out = kWide[dtype];
@@ -199,6 +243,11 @@ struct Checker {
           move_codes(rows, cols, stream);
         }
       }
+    for (int rows : {1, 17, 64, 128})
+      for (bool stream : {false, true})
+        for (bool e5m2 : {false, true})
+          for (bool pow2 : {false, true})
+            for (int kind = 0; kind < kKinds; ++kind) both(e5m2, pow2, kind, rows, stream);
     for (int cols : {1, 63, 128, 200, 512, 1000})
       for (bool stream : {false, true})
         for (int dtype = 0; dtype < 3; ++dtype)
