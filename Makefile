@@ -60,12 +60,17 @@ test-cpu: $(BUILT) test-cpu-levels
 OP_TESTS := tests/activation tests/gemm tests/norm tests/quantize
 
 # Runs the tests of ops at each lower level of the CPU kernels that this machine has, but for those
-# that run no CPU kernels or only start processes. Each level has a worker, which runs all tests.
+# that run no CPU kernels or only start processes. Each level has a worker, which runs all tests; a
+# single level has as many workers as there are cores.
 test-cpu-levels: $(BUILT)
-	@levels=$$($(BIN)/python tools/cpu_levels.py) || exit; [ -n "$$levels" ] || exit 0; \
+	@levels=$$($(BIN)/python tools/cpu_levels.py) || exit; set -- $$levels; \
+	case $$# in \
+	  0) exit ;; \
+	  1) workers="--dist worksteal --tx $(WORKERS)*popen//env:TORCHEXT_CPU=$$1" ;; \
+	  *) workers="--dist each $$(printf -- '--tx popen//env:TORCHEXT_CPU=%s ' $$levels)" ;; \
+	esac; \
 	echo "TORCHEXT_CPU of the workers gw0, gw1, ...:" $$levels; \
-	OMP_NUM_THREADS=1 $(PYTEST) --dist each \
-	  $$(printf -- '--tx popen//env:TORCHEXT_CPU=%s ' $$levels) -m "not slow and not alone" \
+	OMP_NUM_THREADS=1 $(PYTEST) $$workers -m "not slow and not alone" \
 	  $(OP_TESTS) tests/test_catalog.py::test_kernels_equal_the_reference \
 	  --ignore=tests/gemm/test_selection.py --ignore=tests/quantize/test_cuda_numbers.py \
 	  --ignore=tests/gemm/test_weights_only_sharding.py
