@@ -4,7 +4,7 @@ The documents are written for the repository, and their links lead to its files.
 pages:
 
 - index.md: README.md;
-- api/: the reference, a page for each module of API, from its docstrings;
+- api/: the reference, a page for each public module, from its docstrings;
 - notebooks/: the notebooks of docs/notebooks, as Markdown;
 - repository/: every file or folder outside docs/ that a page links to.
 
@@ -25,22 +25,26 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[1]
-# The modules of the reference. tests/test_site.py looks for public modules that are missing.
-API = (
-    "torchext",
-    "torchext.nn",
-    "torchext.ops",
-    "torchext.checkpoint",
-    "torchext.debug",
-    "torchext.gemm_selection",
-    "torchext.sim",
-    "torchext.compat.deep_gemm",
-    "torchext.integrations.transformers",
-    "torchext.integrations.peft",
-    "torchext.integrations.lightning",
-    "torchext.integrations.torchao",
-    "torchext.reference",
-)
+
+
+def public_modules() -> list[str]:
+    """The modules of the reference: packages with an `__all__`, adapters of other libraries, and
+    two modules that users call."""
+    package = ROOT / "torchext"
+    files = [path for path in package.rglob("__init__.py") if "__all__" in path.read_text()]
+    files += (package / "integrations").glob("[a-z]*.py")
+    files += (package / "gemm_selection.py", package / "reference.py")
+    names = (".".join(path.relative_to(ROOT).with_suffix("").parts) for path in files)
+    modules = {
+        name.removesuffix(".__init__")
+        for name in names
+        if "._" not in name.removesuffix(".__init__")
+    }
+    hidden = {"torchext.compat"} | {name for name in modules if "deep_gemm." in name}
+    return sorted(modules - hidden, key=lambda name: ("integrations" in name, name))
+
+
+API = public_modules()
 # Modules whose functions are those of others, described there.
 SHORT = ("torchext.compat.deep_gemm", "torchext.reference")
 LANGUAGES = {
