@@ -30,7 +30,7 @@ def snippets(document: str) -> list[tuple[str, str]]:
 GROUPS = {
     "models": [
         "docs/conversion.md",
-        "docs/start/install.md",
+        "docs/install.md",
         "docs/inference.md",
         "docs/layers.md",
         "docs/start/training.md",
