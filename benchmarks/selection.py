@@ -40,18 +40,19 @@ class Product:
 
 
 class Selection:
-    """Uses torchext.gemm_selection, for a GPU of `sm_count` SMs."""
+    """Uses torchext.gemm_selection, for a GPU of `sm_count` SMs. memory: rated GB/s; None: of the
+    current GPU, or of an H100."""
 
-    def __init__(self, sm_count: int):
+    def __init__(self, sm_count: int, memory: int | None = None):
         from torchext import gemm_selection
 
         self._selection: Any = gemm_selection
-        self._sm_count = sm_count
+        self._gpu = {"sm_count": sm_count, "memory_gigabytes_per_second": memory}
 
     def _explain(self, product: Product) -> Any:
         options = {name: getattr(product, name) for name in product.__dataclass_fields__}
         sizes = [options.pop(name) for name in ("m", "n", "k")]
-        return self._selection.explain_gemm(*sizes, **options, sm_count=self._sm_count)
+        return self._selection.explain_gemm(*sizes, **options, **self._gpu)
 
     def expected_cycles(self, product: Product) -> dict[Configuration, float]:
         """Every configuration that can compute `product` -> cycles by the cost model."""

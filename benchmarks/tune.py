@@ -36,6 +36,7 @@ ROWS = (1, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 153
         6144, 8192)  # fmt: skip
 TOKENS = (1024, 2048, 4096, 8192)  # K of a wgrad
 GOOD_ENOUGH = 1.02  # the cost model's choice stands within this factor of the best time
+H200_MEMORY = 4917  # GB/s, of the GPU that the recorded timings were measured on
 HOPELESS = 3.0  # above this multiple of the fewest expected cycles, nothing is timed
 ROUNDS, FINAL_ROUNDS, FINALISTS = 5, 30, 5
 SECONDS_PER_PRODUCT = 5.0
@@ -136,6 +137,12 @@ def recorded(path: Path, selection: Selection) -> list[Entry]:
         of = (product.granularity, product.n, product.k)
         groups.setdefault(of, []).append((product, None if stands else best))
     return [entry for group in groups.values() for entry in merge(group)]
+
+
+def _recorded_selection() -> Selection:
+    from torchext import _architectures
+
+    return Selection(_architectures.architectures()[90].sms, H200_MEMORY)
 
 
 def merge(group: Sequence[tuple[Product, Configuration | None]]) -> list[Entry]:
@@ -248,9 +255,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--timings", type=Path, help="timings to use instead of measuring")
     options = parser.parse_args(arguments)
     if options.timings:
-        from torchext import _architectures
-
-        entries = recorded(options.timings, Selection(_architectures.architectures()[90].sms))
+        entries = recorded(options.timings, _recorded_selection())
         options.out.write_text(render(entries, [f"By the timings in {options.timings}."]))
         print(f"{options.out}: {len(entries)} lines; build again to compile them in")
         return 0

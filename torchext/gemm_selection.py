@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from ._architectures import paths, why_not_built
+from ._architectures import architectures, paths, why_not_built
 from ._dispatch.c_api import c_function
 
 _GRANULARITIES = ("1d2d", "1d1d", "rowwise")  # the order of csrc/gemm/gemm.h
@@ -159,6 +159,7 @@ def explain_gemm(
     expected_m: int = 0,
     num_sms: int = 0,
     sm_count: int = 132,
+    memory_gigabytes_per_second: int | None = None,
 ) -> GemmExplanation:
     """Which kernel `fp8_gemm_nt` or a grouped GEMM runs on a Hopper GPU, and the alternatives.
 
@@ -177,6 +178,8 @@ def explain_gemm(
         expected_m: the number of rows expected in a group; 0 if unknown.
         num_sms: the number of SMs that the GEMM may use; 0 for all.
         sm_count: the number of SMs of the GPU; an H100 or H200 (SXM) has 132.
+        memory_gigabytes_per_second: the rated bandwidth of the GPU's memory: 3350 for an H100 SXM,
+            4917 for an H200. None: that of the current CUDA device or, without one, of an H100 SXM.
 
     Returns:
         A GemmExplanation, which prints as a table of the candidates.
@@ -202,6 +205,13 @@ def explain_gemm(
             f"negative, num_sms from 0 to sm_count (got m={m}, n={n}, k={k}, groups={groups}, "
             f"expected_m={expected_m}, num_sms={num_sms}, sm_count={sm_count})"
         )
+    if memory_gigabytes_per_second is None:
+        memory_gigabytes_per_second = _memory_gigabytes_per_second()
+    if memory_gigabytes_per_second < 1:
+        raise ValueError(
+            "explain_gemm: memory_gigabytes_per_second must be positive "
+            f"(got {memory_gigabytes_per_second})"
+        )
     explain = _function("torchext_explain_gemm")
     arguments = (
         m,
@@ -217,6 +227,7 @@ def explain_gemm(
         expected_m,
         num_sms,
         sm_count,
+        memory_gigabytes_per_second,
     )
     size = explain(*arguments, None, 0)
     text = ctypes.create_string_buffer(size)
@@ -230,6 +241,13 @@ def explain_gemm(
         answer["source"],
         num_sms or sm_count,
     )
+
+
+def _memory_gigabytes_per_second() -> int:
+    if torch.cuda.is_available():
+        device = torch.cuda.current_device()
+        return c_function("torchext_memory_gigabytes_per_second")(device)
+    return architectures()[90].gigabytes_per_second
 
 
 def configurations(

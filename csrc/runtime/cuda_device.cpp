@@ -12,6 +12,7 @@
 
 #include "check.h"
 #include "device.h"
+#include "memory_rate.h"
 
 extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream)
     __attribute__((weak));
@@ -83,7 +84,16 @@ class CudaDevice final : public Device {
     check_cuda(cudaDeviceGetAttribute(&properties_.sm_count, cudaDevAttrMultiProcessorCount, index),
                "counting SMs");
     properties_.compute_capability = 10 * major + minor;
+    // A driver that does not tell is no error: the caller then takes the architecture table's.
+    int kilohertz = 0, bits = 0;
+    if (cudaDeviceGetAttribute(&kilohertz, cudaDevAttrMemoryClockRate, index) != cudaSuccess ||
+        cudaDeviceGetAttribute(&bits, cudaDevAttrGlobalMemoryBusWidth, index) != cudaSuccess)
+      cudaGetLastError();
+    // Memory sends twice a cycle.
+    memory_gigabytes_per_second_ = int(2.0 * kilohertz * (bits / 8) / 1e6);
   }
+
+  int memory_gigabytes_per_second() const { return memory_gigabytes_per_second_; }
 
   DeviceProperties properties() override { return properties_; }
 
@@ -154,6 +164,7 @@ class CudaDevice final : public Device {
 
   int index_;
   DeviceProperties properties_;
+  int memory_gigabytes_per_second_;  // 0: not known
   std::mutex mutex_;
   std::unordered_set<const void*> allowed_;  // kernels whose shared memory limit has been raised
 };
@@ -168,6 +179,10 @@ Device* cuda_device(int32_t index) {
                  kMaxDevices, " (got ", index, ")");
   std::call_once(made[index], [&] { devices[index] = std::make_unique<CudaDevice>(index); });
   return devices[index].get();
+}
+
+int cuda_memory_gigabytes_per_second(Device& device) {
+  return static_cast<CudaDevice&>(device).memory_gigabytes_per_second();
 }
 
 }  // namespace torchext

@@ -5,12 +5,14 @@
 #include <atomic>
 
 #include "check.h"
+#include "memory_rate.h"
 
 namespace torchext {
 namespace {
 
 std::atomic<const TorchextSimulator*> installed_simulator{nullptr};
 std::atomic<int32_t> forced_path{0};
+std::atomic<int32_t> simulated_memory{0};  // GB/s; 0: the architecture table's
 
 // path_of_capability() of every capability below 256, so that a launch needs one load.
 constexpr auto kPathOfCapability = [] {
@@ -66,6 +68,11 @@ class SimulatedDevice final : public Device {
   }
 };
 
+SimulatedDevice& simulated_device() {
+  static SimulatedDevice device;
+  return device;
+}
+
 }  // namespace
 
 Path path_of(const DeviceProperties& properties, const char* op) {
@@ -81,8 +88,7 @@ Path path_of(const DeviceProperties& properties, const char* op) {
 
 Device* device_for(const Tensor& tensor, const char* op) {
   if (tensor.is_cpu()) {
-    static SimulatedDevice simulated;
-    return installed_simulator.load(std::memory_order_acquire) ? &simulated : nullptr;
+    return installed_simulator.load(std::memory_order_acquire) ? &simulated_device() : nullptr;
   }
   if constexpr (!kBuiltWithCuda) {
     fail("", op,
@@ -98,10 +104,32 @@ Device* device_for(const Tensor& tensor, const char* op) {
   }
 }
 
+int memory_gigabytes_per_second(Device& device) {
+  int rate = 0;
+  if (&device == &simulated_device())
+    rate = simulated_memory.load(std::memory_order_relaxed);
+  else if constexpr (kBuiltWithCuda)
+    rate = cuda_memory_gigabytes_per_second(device);
+  if (rate > 0) return rate;
+  const Architecture* row = find_architecture(device.properties().compute_capability);
+  return row != nullptr ? row->gigabytes_per_second : 0;
+}
+
 }  // namespace torchext
 
 void torchext_set_simulator(const TorchextSimulator* simulator) {
   torchext::installed_simulator.store(simulator, std::memory_order_release);
+}
+
+void torchext_set_simulated_memory(int32_t gigabytes_per_second) {
+  torchext::simulated_memory.store(gigabytes_per_second, std::memory_order_relaxed);
+}
+
+int32_t torchext_memory_gigabytes_per_second(int32_t index) {
+  if constexpr (torchext::kBuiltWithCuda)
+    return torchext::memory_gigabytes_per_second(*torchext::cuda_device(index));
+  else
+    return 0;
 }
 
 void torchext_force_path(int32_t path) {

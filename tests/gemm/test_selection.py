@@ -42,7 +42,10 @@ def test_the_chosen_is_the_cheapest(m):
          r"swap_32x128, the next, takes 4.8% more cycles"),
         ((4096, 4096, 7168), {}, r"128x256 has 512 tiles, 4 waves of 132 SMs, bound by "
          r"shared memory \(1152 .*; 256x128, the next, takes as many cycles"),
-        ((16, 4096, 7168), {}, r"swap_16x64 with split_k=2 .*bound by instruction issue"),
+        ((16, 4096, 7168), {"memory_gigabytes_per_second": 4917},
+         r"swap_16x64 with split_k=2 .*bound by instruction issue"),
+        ((16, 4096, 7168), {"memory_gigabytes_per_second": 3350},
+         r"bound by the bytes that memory must move"),
         ((8, 2112, 7168), {"num_sms": 20}, "of 20 SMs"),
     ],
 )  # fmt: skip
@@ -75,6 +78,43 @@ def test_the_parts_of_k_do_not_depend_on_num_sms():
         assert torchext.explain_gemm(8, 2112, 7168, num_sms=num_sms).chosen.split_k == whole.split_k
 
 
+H100, H200 = 3350, 4917  # GB/s of memory, rated
+
+
+def test_the_memory_of_the_gpu_counts():
+    """An H200 moves the same bytes in fewer cycles. The waste of a last, small wave of tiles counts
+    only where memory does not bound the time, so the two choose differently."""
+    few_rows = {
+        memory: torchext.explain_gemm(1, 51200, 5120, memory_gigabytes_per_second=memory)
+        for memory in (H100, H200)
+    }
+    least = {memory: answer.chosen.memory_cycles for memory, answer in few_rows.items()}
+    launch = (H200 * least[H200] - H100 * least[H100]) / (H200 - H100)
+    assert 0 < launch < least[H200] < least[H100]
+    assert few_rows[H100].chosen != few_rows[H200].chosen
+    assert torchext.explain_gemm(1, 51200, 5120) in few_rows.values() or torch.cuda.is_available()
+    many = [
+        torchext.explain_gemm(4096, 7168, 2304, memory_gigabytes_per_second=memory).chosen.name
+        for memory in (H100, H200)
+    ]
+    assert many[0] == many[1]
+
+
+@pytest.mark.parametrize("gpu", ["h100", "h200"])
+def test_a_simulated_gpu_has_its_own_memory(gpu):
+    """The launcher asks the device: it takes the tile that explain_gemm gives for its memory."""
+    m, n, k = 32, 20480, 512
+    a, b = torch.zeros(m, k, dtype=E4M3), torch.zeros(n, k, dtype=E4M3)
+    with sim.simulate(timing=gpu, timing_only=True) as simulation:
+        ops.fp8_gemm_nt(a, torch.ones(k // 128, m).t(), b, torch.ones(n // 128, k // 128))
+    chosen = {
+        name: torchext.explain_gemm(m, n, k, memory_gigabytes_per_second=memory).chosen.name
+        for name, memory in (("h100", H100), ("h200", H200))
+    }
+    assert chosen["h100"] != chosen["h200"]
+    assert simulation.reports[0].kernel.endswith(f"_{chosen[gpu]}")
+
+
 def test_k_grouped_products_are_not_swapped():
     explanation = torchext.explain_gemm(
         64, 64, 4096, granularity="1d1d", grouping="along_k", groups=4
@@ -96,6 +136,7 @@ def test_granularity_in_the_words_of_a_recipe():
         {"a_dtype": torch.bfloat16},
         {"groups": 0},
         {"num_sms": 133},
+        {"memory_gigabytes_per_second": 0},
         {"expected_m": -1},
     ],
 )

@@ -76,4 +76,4 @@ def without_simulator() -> Iterator[None]:
     try:
         yield
     finally:
-        simulated._install(simulated._active[-1] if simulated._active else None)
+        simulated._install_innermost()

@@ -18,17 +18,21 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "torchext_force_path": (None, c_int32),
     # csrc/runtime/device.h: (simulator's interface, null for none)
     "torchext_set_simulator": (None, c_void_p),
+    # csrc/runtime/memory_rate.h: (GB/s, 0 for the architecture table's)
+    "torchext_set_simulated_memory": (None, c_int32),
+    # csrc/runtime/memory_rate.h: (index of a GPU) -> GB/s
+    "torchext_memory_gigabytes_per_second": (c_int32, c_int32),
     # csrc/runtime/architecture.h: the table as JSON; (capability) -> path
     "torchext_architectures": (c_char_p,),
     "torchext_path_of_capability": (c_int32, c_int32),
     # csrc/gemm/built.h: (path)
     "torchext_is_path_built": (c_bool, c_int32),
     # csrc/gemm/sm90/select.cpp, in builds with CUDA kernels: (m, n, k, granularity, a_e5m2, b_e5m2,
-    # out_bytes, accumulate, grouping, groups, group_rows, num_sms, sm_count, text, size)
+    # out_bytes, accumulate, grouping, groups, group_rows, num_sms, sm_count, GB/s, text, size)
     "torchext_explain_gemm": (
         c_int64,
         *(c_int64, c_int64, c_int64, c_int, c_bool, c_bool, c_int64, c_bool, c_int),
-        *(c_int64, c_int64, c_int, c_int, c_char_p, c_int64),
+        *(c_int64, c_int64, c_int, c_int, c_int, c_char_p, c_int64),
     ),
     # csrc/gemm/sm90/select.cpp, in builds with CUDA kernels: (tile or null, split_k, cluster)
     "torchext_force_gemm": (None, c_char_p, c_int, c_int),

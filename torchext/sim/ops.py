@@ -15,7 +15,9 @@ from .ptx_file import read_ptx
 from .report import Report, report_from
 
 _PACKAGE = Path(__file__).resolve().parent.parent
-_active: list[_sim.OpSimulator] = []  # innermost last
+_active: list[tuple[_sim.OpSimulator, int]] = []  # with the memory's rated GB/s; innermost last
+# Share of the rated bandwidth that kernels reach: 0.88 on an H100, 0.83 on an H200 (docs/timing.md).
+_REACHED = 0.86
 
 
 class Simulation:
@@ -30,8 +32,20 @@ class Simulation:
         return [report_from(raw) for raw in self._simulator.launches()]
 
 
-def _install(simulator: _sim.OpSimulator | None) -> None:
+def _install(simulator: _sim.OpSimulator | None, memory: int = 0) -> None:
+    c_function("torchext_set_simulated_memory")(memory)
     c_function("torchext_set_simulator")(None if simulator is None else simulator.interface)
+
+
+def _install_innermost() -> None:
+    """Installs the simulator of the innermost `simulate()`, or none."""
+    _install(*(_active[-1] if _active else (None,)))
+
+
+def rated_memory(gpu: str | None) -> int:
+    """GB/s of a GPU of the clock; 0, the architecture table's, without one."""
+    reached = {row["name"]: row["gigabytes_per_second"] for row in _sim.timing_gpus()}
+    return 0 if gpu is None else round(reached[gpu] / _REACHED)
 
 
 def _kernels(compute_capability: int) -> list[str]:
@@ -110,10 +124,11 @@ def simulate(
             "reinstall torchext where nvcc is on PATH or CUDA_HOME is set"
         )
     simulator = _sim.OpSimulator(files, read_ptx, options, compute_capability)
-    _active.append(simulator)
-    _install(simulator)
+    active = simulator, rated_memory(timing)
+    _active.append(active)
+    _install_innermost()
     try:
         yield Simulation(simulator)
     finally:
-        _active.remove(simulator)
-        _install(_active[-1] if _active else None)
+        _active.remove(active)
+        _install_innermost()

@@ -2,6 +2,7 @@
 // the grid.
 #include <algorithm>
 
+#include "../../runtime/memory_rate.h"
 #include "../persistent.h"
 #include "select.h"
 
@@ -85,7 +86,7 @@ void fp8_gemm_nt_sm90(Device& device, const GemmProblem& p, std::initializer_lis
   TORCHEXT_CHECK_VALUE(!lists_groups || p.groups <= int64_t(kMaxGroups), p.op,
                        ": there must be at most ", kMaxGroups, " groups (got ", p.groups,
                        "); split the product, or give the group of each row");
-  const Choice choice = select(p, properties.sm_count);
+  const Choice choice = select(p, {properties.sm_count, memory_gigabytes_per_second(device)});
   const GemmKernel& kernel = *choice.kernel;
 
   GemmParams params = {};

@@ -20,12 +20,15 @@ namespace {
 // shared memory has 32 banks of 4 bytes. The others were fitted to 1,530 timings of all kernels on
 // an H200 (benchmarks/results/2026-11-26-h200/timings.json), so that the kernel that the model
 // chooses takes as little longer than the fastest as possible: 3.4 % on average. They are: the rate
-// at which one SM loads tiles through L2 and all SMs together load from memory; what a launch and
-// its first tile take; the costs of an epilogue and of an exchange between CTAs.
+// at which one SM loads tiles through L2; what a launch and its first tile take; the costs of an
+// epilogue and of an exchange between CTAs; and the rate at which all SMs together load from that
+// H200's memory, 2,450 bytes per cycle where 4,917 GB/s are rated. The other GPUs' memory is taken to
+// be as many times slower as its rating is.
 constexpr double kTensorMacs = find_architecture(90)->fp8_macs, kSharedBytes = 128;
-constexpr double kL2Bytes = 43.5, kMemoryBytes = 2450;
+constexpr double kL2Bytes = 43.5;
 constexpr double kStart = 18400, kTileOverhead = 660, kStoreBytes = 14.4;
 constexpr double kExchange = 2300, kExchangeBytes = 2.9;
+constexpr double kMemoryBytesPerRated = 2450.0 / 4917;
 
 // For a K block: instructions of a warp beside its promotion; a warpgroup's wait for each batch of
 // wgmmas beyond their work; its cycles of promotion for each register, while the tensor cores use
@@ -71,7 +74,7 @@ bool can_run(const GemmProblem& p, const Choice& choice, int sms) {
   return int(choice.cluster()) <= sms;
 }
 
-Candidate estimate(const GemmProblem& p, const Choice& choice, int sms) {
+Candidate estimate(const GemmProblem& p, const Choice& choice, int sms, const Gpu& gpu) {
   const TileShape& tile = choice.kernel->tile;
   const double rows = tile.rows, columns = tile.columns;
   const bool by_column = tile.swapped || p.granularity == Granularity::k1D1D;
@@ -120,14 +123,22 @@ Candidate estimate(const GemmProblem& p, const Choice& choice, int sms) {
   const double outputs = p.grouping == Grouping::kAlongK ? double(p.groups) : 1;
   const double bytes =
       double(p.m) * p.k + weights * p.n * p.k + outputs * p.m * out_columns(p) * out_bytes;
-  c.memory_cycles = kStart + bytes / kMemoryBytes;
-  c.cycles = std::max(kStart + c.waves * tile_cycles, c.memory_cycles);
+  const double moving = bytes / (kMemoryBytesPerRated * gpu.memory_gigabytes_per_second);
+  c.memory_cycles = kStart + moving;
+  // Each wave takes as long as its tiles, or as memory takes for the wave's share of the bytes. So the
+  // waste of a last wave with few tiles counts where tiles bound the time, not where memory does.
+  const double full = std::floor(double(unit_tiles) / double(units));
+  const double last = double(unit_tiles) - full * double(units);
+  const double share = moving / double(unit_tiles);
+  c.tile_cycles = double(c.waves) * tile_cycles;
+  c.cycles = kStart + full * std::max(tile_cycles, share * double(units)) +
+             (last > 0 ? std::max(tile_cycles, share * last) : 0);
   return c;
 }
 
 // All choices that can run the problem, the best first; only those with this split_k unless it is
 // 0.
-std::vector<Candidate> candidates(const GemmProblem& p, int sms, uint32_t split_k) {
+std::vector<Candidate> candidates(const GemmProblem& p, int sms, const Gpu& gpu, uint32_t split_k) {
   constexpr int64_t kLeastBlocks = 4;  // K blocks for each CTA that shares K
   std::vector<Candidate> found;
   for (const GemmKernel* kernel : kernels()) {
@@ -139,12 +150,14 @@ std::vector<Candidate> candidates(const GemmProblem& p, int sms, uint32_t split_
         if (split > 1 && ceil_div(p.k, kTileK) < split * kLeastBlocks) continue;
         if (multicast && ceil_div(out_columns(p), kernel->tile.n()) < 2) continue;
         if (split_k != 0 && split != split_k) continue;
-        found.push_back(estimate(p, choice, sms));
+        found.push_back(estimate(p, choice, sms, gpu));
       }
     }
   }
-  std::stable_sort(found.begin(), found.end(),
-                   [](const Candidate& x, const Candidate& y) { return x.cycles < y.cycles; });
+  // Where memory bounds several, the least work for the SMs decides.
+  std::stable_sort(found.begin(), found.end(), [](const Candidate& x, const Candidate& y) {
+    return std::tie(x.cycles, x.tile_cycles) < std::tie(y.cycles, y.tile_cycles);
+  });
   return found;
 }
 
@@ -204,17 +217,17 @@ Choice forced_choice(const GemmProblem& p, int sms) {
 
 }  // namespace
 
-Selection explain(const GemmProblem& p, int sm_count) {
-  const int sms = p.num_sms > 0 ? p.num_sms : sm_count;
+Selection explain(const GemmProblem& p, const Gpu& gpu) {
+  const int sm_count = gpu.sm_count, sms = p.num_sms > 0 ? p.num_sms : sm_count;
   Selection selection;
   // split_k determines the order of sums, and so the bits. It is chosen for the whole GPU, so that
   // bits do not depend on num_sms (as long as a cluster fits on num_sms SMs).
   Choice choice = measured(p, sm_count);
   selection.source = choice.kernel != nullptr ? "tuned table" : "cost model";
-  if (choice.kernel == nullptr) choice = candidates(p, sm_count, 0).front().choice;
-  selection.candidates = candidates(p, sms, 0);
+  if (choice.kernel == nullptr) choice = candidates(p, sm_count, gpu, 0).front().choice;
+  selection.candidates = candidates(p, sms, gpu, 0);
   if (sms < sm_count) {
-    auto fitting = candidates(p, sms, choice.split_k);
+    auto fitting = candidates(p, sms, gpu, choice.split_k);
     if (fitting.empty()) fitting = selection.candidates;
     choice = fitting.front().choice;
     selection.source = "cost model";
@@ -229,7 +242,7 @@ Selection explain(const GemmProblem& p, int sm_count) {
            c.choice.cluster() == selection.choice.cluster();
   };
   if (std::none_of(selection.candidates.begin(), selection.candidates.end(), is_choice))
-    selection.candidates.push_back(estimate(p, selection.choice, sms));
+    selection.candidates.push_back(estimate(p, selection.choice, sms, gpu));
   return selection;
 }
 
@@ -243,10 +256,10 @@ struct Key {
   Output output;
   ScalarType a_dtype, b_dtype, out_dtype;
   bool accumulate;
-  int num_sms, sm_count;
+  int num_sms, sm_count, memory;
 
   Key() = default;  // equals the key of no problem
-  Key(const GemmProblem& p, int sm_count)
+  Key(const GemmProblem& p, const Gpu& gpu)
       : m(p.m),
         n(p.n),
         k(p.k),
@@ -261,34 +274,35 @@ struct Key {
         out_dtype(p.out_dtype),
         accumulate(p.accumulate),
         num_sms(p.num_sms),
-        sm_count(sm_count) {}
+        sm_count(gpu.sm_count),
+        memory(gpu.memory_gigabytes_per_second) {}
 
   auto tied() const {
     return std::tie(m, n, k, groups, group_rows, expected_rows, granularity, grouping, output,
-                    a_dtype, b_dtype, out_dtype, accumulate, num_sms, sm_count);
+                    a_dtype, b_dtype, out_dtype, accumulate, num_sms, sm_count, memory);
   }
   bool operator==(const Key& other) const { return tied() == other.tied(); }
 };
 
 }  // namespace
 
-Choice select(const GemmProblem& p, int sm_count) {
+Choice select(const GemmProblem& p, const Gpu& gpu) {
   if (is_forced.load(std::memory_order_acquire))
-    return forced_choice(p, p.num_sms > 0 ? p.num_sms : sm_count);
+    return forced_choice(p, p.num_sms > 0 ? p.num_sms : gpu.sm_count);
   struct Entry {
     Key key{};
     Choice choice;
   };
   constexpr size_t kEntries = 256;
   thread_local std::array<Entry, kEntries> remembered;
-  const Key key(p, sm_count);
+  const Key key(p, gpu);
   // Sizes often have the same low bits: multiply, and take the high bits.
   uint64_t hash = 0;
   for (const int64_t size : {p.m, p.n, p.k, p.groups})
     hash = (hash ^ uint64_t(size)) * 0x9e3779b97f4a7c15;
   Entry& entry = remembered[hash >> 56];
   static_assert(kEntries == 1 << 8);
-  if (!(entry.key == key)) entry = {key, explain(p, sm_count).choice};
+  if (!(entry.key == key)) entry = {key, explain(p, gpu).choice};
   return entry.choice;
 }
 
@@ -313,10 +327,10 @@ void append(std::string& text, const Candidate& c) {
 // For torchext.gemm_selection. The arguments are the fields of a GemmProblem, enums of gemm.h as
 // their numbers. Writes JSON to `text` if its `size` bytes are enough. Returns how many bytes the
 // JSON needs, including the terminating zero.
-extern "C" __attribute__((visibility("default"))) int64_t
-torchext_explain_gemm(int64_t m, int64_t n, int64_t k, int granularity, bool a_e5m2, bool b_e5m2,
-                      int64_t out_bytes, bool accumulate, int grouping, int64_t groups,
-                      int64_t group_rows, int num_sms, int sm_count, char* text, int64_t size) {
+extern "C" __attribute__((visibility("default"))) int64_t torchext_explain_gemm(
+    int64_t m, int64_t n, int64_t k, int granularity, bool a_e5m2, bool b_e5m2, int64_t out_bytes,
+    bool accumulate, int grouping, int64_t groups, int64_t group_rows, int num_sms, int sm_count,
+    int memory_gigabytes_per_second, char* text, int64_t size) {
   using namespace torchext;
   using namespace torchext::sm90;
   GemmProblem p = {};
@@ -333,7 +347,7 @@ torchext_explain_gemm(int64_t m, int64_t n, int64_t k, int granularity, bool a_e
   p.group_rows = p.grouping == Grouping::kCounts ? m / groups : 0;
   p.expected_rows = group_rows;
   p.num_sms = num_sms;
-  const Selection selection = explain(p, sm_count);
+  const Selection selection = explain(p, {sm_count, memory_gigabytes_per_second});
   std::string json = "{\"source\": \"" + std::string(selection.source) + "\", \"candidates\": [";
   for (const Candidate& candidate : selection.candidates) {
     if (json.back() == '}') json += ", ";

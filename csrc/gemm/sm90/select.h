@@ -1,5 +1,5 @@
-// Which Hopper kernel computes a problem. A table of measured verdicts (tuned.inc) decides if it
-// has the problem, otherwise a cost model. torchext.explain_gemm shows the model's inputs and
+// Which Hopper kernel computes a problem on a GPU. A table of measured verdicts (tuned.inc) decides if
+// it has the problem, otherwise a cost model. torchext.explain_gemm shows the model's inputs and
 // verdict.
 #pragma once
 
@@ -9,6 +9,12 @@
 #include "params.h"
 
 namespace torchext::sm90 {
+
+// What the choice depends on, of a GPU.
+struct Gpu {
+  int sm_count;
+  int memory_gigabytes_per_second;  // rated; runtime/memory_rate.h
+};
 
 // A kernel, and what its cluster does.
 struct Choice {
@@ -25,6 +31,7 @@ struct Candidate {
   // Cycles that an SM takes for one K block: the largest of the next four.
   double k_block_cycles;
   double tensor_cycles, issue_cycles, shared_cycles, load_cycles;
+  double tile_cycles;    // of an SM for its tiles of the whole GEMM, if memory keeps up
   double memory_cycles;  // to move the bytes of the whole GEMM: a lower bound
   double cycles;         // for the whole GEMM
 };
@@ -41,9 +48,9 @@ constexpr int64_t clusters_at_a_time(int64_t sms, int64_t cluster) {
   return cluster > 2 && sms >= 16 ? sms / 16 * (16 / cluster) : sms / cluster;
 }
 
-Selection explain(const GemmProblem& problem, int sm_count);
+Selection explain(const GemmProblem& problem, const Gpu& gpu);
 
 // explain()'s choice. It is remembered for problems that come again.
-Choice select(const GemmProblem& problem, int sm_count);
+Choice select(const GemmProblem& problem, const Gpu& gpu);
 
 }  // namespace torchext::sm90
