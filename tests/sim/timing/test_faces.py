@@ -110,6 +110,18 @@ def test_the_timeline_is_a_chrome_trace(gemm, tmp_path):
     assert 0 < last <= 1.5 * timing.microseconds
 
 
+def test_plot_draws_the_timeline(gemm, tmp_path):
+    pytest.importorskip("matplotlib")
+    timing, path = timed(gemm[0]), tmp_path / "plot.png"
+    timing.plot(path)
+    whole = path.read_bytes()
+    assert whole.startswith(b"\x89PNG")
+    timing.plot(path, end=timing.cycles / 2)
+    assert path.read_bytes() != whole
+    with pytest.raises(ValueError, match="begin and end must enclose work of the kernel"):
+        timing.plot(path, begin=2 * timing.cycles)
+
+
 def test_plot_names_what_is_missing(gemm, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ModuleNotFoundError, match=r"Timing\.plot: matplotlib must be installed"):
