@@ -16,7 +16,7 @@ from .report import Report, report_from
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 _active: list[tuple[_sim.OpSimulator, int]] = []  # with the memory's rated GB/s; innermost last
-# Share of the rated bandwidth that kernels reach: 0.88 on an H100, 0.83 on an H200 (docs/timing.md).
+# Share of the rated bandwidth that kernels reach: 0.88 on an H100, 0.83 on an H200.
 _REACHED = 0.86
 
 
