@@ -14,7 +14,7 @@ export TORCHEXT_WERROR := 1
 # Python keeps what it compiles, tests included: each worker of pytest would compile them anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: all demo check test test-cpu test-cpu-levels test-sim asan tsan cross-check lint format bench bench-cpu instruction-counts validate-timing soak wheel gpu-check sass-report docs docs-serve clean
+.PHONY: all demo check test test-cpu test-cpu-levels test-sim asan tsan cross-check lint format bench bench-cpu instruction-counts validate-timing predict soak wheel gpu-check sass-report docs docs-serve clean
 all: $(BUILT)
 
 $(VENV)/.ready: pyproject.toml Makefile csrc/build/setup_venv.sh csrc/build/toolchain.py
@@ -125,6 +125,11 @@ soak: $(BUILT)
 # docs/timing_validation.md. Needs no GPU.
 validate-timing: $(BUILT)
 	$(BIN)/python -m benchmarks.validate_timing --write $(ARGS)
+
+# Predicts times of our kernels and of DeepGEMM's, and writes docs/predicted.md. Needs no GPU. Pass
+# arguments by ARGS: make predict ARGS="--budget 600"
+predict: $(BUILT)
+	$(BIN)/python -m benchmarks.predict --write $(ARGS)
 
 # Writes tools/instruction_counts.json, the instructions that CPU kernels execute. Needs valgrind.
 instruction-counts: $(BUILT)
