@@ -181,6 +181,7 @@ void note_copy(Warp& w, const CopyJob& job, timing::Action action, std::uint32_t
     const bool first = !loads || receivers == 1 || w.cta().rank == action.rank;
     recorder.touch(job.global, reinterpret_cast<std::uint64_t>(global), r.bytes, !loads, first);
   }
+  if (loads) action.flag = job.runs.size() > 1;
   if (job.global != nullptr) action.buffer = recorder.index_of(job.global);
   action.receivers = static_cast<std::uint8_t>(receivers);
   recorder.note(action);

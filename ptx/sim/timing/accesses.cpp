@@ -64,10 +64,13 @@ void Replay::load_tma(WarpRun& w, const Action& a, double now, bool more) {
     done = std::max(multicast_, sm.read_port) + away;
   } else {
     double at = begin;
+    // Rows of a tensor lie apart: memory opens a page for each.
+    const double taken = a.flag ? multiplicity / c_.row_share : multiplicity;
+    const double missing = c_.tma_dram_latency + (a.flag ? c_.tma_row_latency : 0);
     for (double left = a.global_bytes; left > 0; left -= kChunk) {
       const double bytes = std::min(left, kChunk);
-      const double arrives = read(sm, sm.read_port, at, bytes, bytes / a.receivers, a.buffer,
-                                  multiplicity, c_.tma_latency, c_.tma_dram_latency);
+      const double arrives = read(sm, sm.read_port, at, bytes, bytes / a.receivers, a.buffer, taken,
+                                  c_.tma_latency, missing);
       done = std::max(done, arrives);
       at += bytes / c_.tma_rate;
     }

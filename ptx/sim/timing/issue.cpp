@@ -53,6 +53,8 @@ void Replay::step(WarpRun& w) {
       }
     }
     ++w.at;
+    if (w.starts_block) w.hoisted = w.time;
+    w.starts_block = cost.splits;
     const double before = w.time;
     const double now = issue(w, cost, operands, e.action == 0 || !cost.in_order);
     bool goes_on = e.action == 0 || act(w, e, cost, now);
@@ -100,7 +102,8 @@ double Replay::issue(WarpRun& w, const Cost& cost, double operands, bool has_res
     sm.shuffle = start + c_.shuffle_interval;
   }
   if (has_result) {
-    const double ready = start + cost.latency * std::max(1.0f, cost.slots / 2);
+    const double begun = cost.hoists ? std::max(operands, w.hoisted) : start;
+    const double ready = begun + cost.latency * std::max(1.0f, cost.slots / 2);
     for (const std::uint32_t reg : cost.writes) w.ready[reg] = ready;
     if (!cost.in_order && !cost.ends_block) w.block = std::max(w.block, start);
   }

@@ -99,6 +99,8 @@ struct WarpRun {
   std::size_t at = 0;
   std::uint32_t scheduler = 0, index = 0, threads = 32, track = ~0u;
   double time = 0, block = 0, begin = 0;
+  double hoisted = 0;  // since when ptxas may have issued the arithmetic of this basic block
+  bool starts_block = true;
   std::vector<double> ready;  // by register
   CopyGroups bulk, copies;
   std::vector<std::size_t> wgmma_groups;  // wgmmas issued at each commit

@@ -29,7 +29,8 @@ struct Action {
     arrive,  // mbarrier `id` of CTA `rank`, count: arrivals, bytes: expect_tx;
              // flag: when the warp's cp.asyncs are done; ideal: arrivals more to expect
     wait,    // mbarrier `id` of CTA `rank`, count: phases that must be complete
-    load,    // TMA to CTA `rank`: bytes of transactions at mbarrier `id`; global_bytes
+    load,    // TMA to CTA `rank`: bytes of transactions at mbarrier `id`; global_bytes;
+             // flag: in several rows
     store,   // TMA out of shared memory: bytes
     bulk_commit,
     bulk_wait,  // count: groups that may go on; flag: only reads

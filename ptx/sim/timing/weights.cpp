@@ -125,6 +125,16 @@ std::vector<Cost> costs(const Program& program, const Constants& c) {
         cost.ends_block = true;
     }
     cost.ends_block |= i.traits.flow != Flow::next || i.traits.wait != Wait::nothing;
+    cost.hoists = cost.pipe == kAlu || cost.pipe == kFma;
+    // In machine code, arithmetic stands between the instructions that start wgmmas, and waits for a
+    // wgmma are no end of a basic block; a try_wait issues before the arithmetic that precedes it.
+    const bool wgmma = begins(op, "wgmma.");
+    const bool waits = i.traits.wait != Wait::nothing;
+    cost.splits = cost.ends_block && !wgmma && (waits || op_class != OpClass::mbarrier);
+    if ((wgmma && !waits) || op_class == OpClass::mbarrier) {
+      cost.ends_block = false;
+      cost.in_order = true;
+    }
     const auto add = [](std::vector<std::uint32_t>& to, const Slot& s) {
       if (s.reg != 0 && s.bank == 0 && !s.sink) to.push_back(s.reg);
     };

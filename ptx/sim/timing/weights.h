@@ -16,7 +16,9 @@ struct Cost {
   float latency = 4;   // until its result may be used
   Pipe pipe = kNoPipe;
   bool in_order = false;    // waits for its operands before later instructions may issue
-  bool ends_block = false;  // ptxas moves nothing across it
+  bool ends_block = false;  // waits until all instructions before it have started
+  bool splits = false;      // ptxas moves no arithmetic from behind it to before it
+  bool hoists = false;      // arithmetic that ptxas issues as soon as its operands are there
   bool tensor = false, shuffle = false;
   std::vector<std::uint32_t> reads, writes;  // registers
 };

@@ -91,6 +91,17 @@ def test_two_warpgroups_share_the_tensor_cores():
     assert near(cycles(256) / cycles(128), 1.965)
 
 
+def test_arithmetic_hides_behind_wgmma():
+    """ptxas computes the next addresses while the tensor cores work, whatever the PTX's order."""
+
+    def cycles(registers: list[int]) -> float:
+        arithmetic = "".join(f"xor.b32 %r{r}, %r{r}, 0;\n" for r in registers)
+        turn = wgmma(64) + COMMIT + wait(0) + arithmetic + "ld.shared.u32 %r5, [%r4];\n"
+        return step(lambda k: START + "mov.u32 %r4, %r3;\n" + turn * k, 8, 24, block=128)
+
+    assert abs(cycles([4] * 8) - cycles([4, *range(8, 15)])) <= 2
+
+
 # ---- Latencies -----------------------------------------------------------------------------------
 
 
@@ -196,6 +207,36 @@ def test_ladder_of_tma_copies(size, ctas, gigabytes):
 
     got = step(body, 4, 12, gpu="h800_pcie", grid=ctas, data=data)
     assert near(ctas * size / got * 1.755 / 1.0737, gigabytes)
+
+
+@pytest.mark.parametrize("ctas, gigabytes", [(114, 178), (228, 346), (456, 643)])
+def test_ladder_of_tensor_copies(ctas, gigabytes):
+    """Copies of 1 KB in eight rows, which the descriptor of a tensor names."""
+
+    def cycles(steps: int) -> float:
+        turn = (
+            "mbarrier.arrive.expect_tx.shared.b64 _, [%r3], 1024;\n"
+            "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+            "[%r3+1024], [%rd5, {{%r5, %r4}}], [%r3];\nadd.u32 %r4, %r4, {pitch};\n"
+            "WAIT{n}: mbarrier.try_wait.parity.shared.b64 %p2, [%r3], {parity};\n"
+            "@!%p2 bra WAIT{n};\n"
+        )
+        turns = "".join(turn.format(pitch=8 * ctas, n=n, parity=n % 2) for n in range(steps))
+        start = (
+            "mov.b64 %rd5, rows;\ncvta.param.u64 %rd5, %rd5;\nmov.u32 %r5, 0;\n"
+            "shl.b32 %r4, %r2, 3;\n"
+        )
+        body = INIT + start + "@!%p1 bra END;\n" + turns + "END:\n"
+        data = sim.read_only(np.zeros((8 * ctas * steps, 128), np.uint8))
+        report = module(body, params=".param .u64 in, .param .align 64 .b8 rows[128]").launch(
+            "kernel", grid=ctas, block=32, smem=4 << 10, timing="h800_pcie", timing_only=True,
+            args=[data, sim.tensor_map(data, box=(8, 128))],
+        )  # fmt: skip
+        assert report.timing is not None, report.text
+        return report.timing.cycles
+
+    got = (cycles(12) - cycles(4)) / 8
+    assert near(ctas * 1024 / got * 1.755 / 1.0737, gigabytes)
 
 
 @pytest.mark.parametrize("megabytes, microseconds", [(4.19, 3.34), (33.55, 14.26)])
