@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import torchext
 from support.linear_testing import normal, sqnr
+from support.op_testing import opcheck
 from torchext import convert_to_fp8_training, dequantize_weights, ops, quantize_for_inference
 from torchext.nn import FP8Linear
 from torchext.nn.frozen_experts import FrozenExperts
@@ -100,12 +101,38 @@ def test_w8a8(model):
     assert f"bytes of parameters and scales: {result.bytes_after:,}, 0.54 times" in text
 
 
-def test_w8a16_leaves_experts_alone(model):
+def test_w8a16(model):
+    """Inputs stay as they are: the result is that of the dequantized weights but for rounding."""
     expected = model(IDS)
     result = quantize_for_inference(model, "w8a16")
-    assert list(result.converted) == PROJECTIONS
-    assert "mode='w8a8' converts them" in result.skipped["blocks.0.experts"]
+    assert set(result.converted) == {*PROJECTIONS, "blocks.0.experts", "blocks.1.experts"}
+    assert set(result.converted.values()) == {"w8a16"}
+    assert result.bytes_after < 0.55 * result.bytes_before
+    assert "mode='w8a16'" in repr(model.blocks[0].experts)
     assert sqnr(expected, model(IDS)) > 28
+    y = model(IDS)
+    with torch.inference_mode():
+        assert torch.equal(model(IDS), y)
+    dequantize_weights(model)
+    assert sqnr(model(IDS), y) > 40
+
+
+def test_experts_in_w8a16_read_no_more_than_their_rows():
+    """No expert without tokens, no choice of an expert that is elsewhere, no tokens at all."""
+    torch.manual_seed(1)
+    experts: Any = Experts(256, 192, 6)
+    quantize_for_inference(experts, "w8a16")
+    wide = copy.deepcopy(experts).dequantize_()
+    x, weights = torch.randn(9, 256), torch.rand(9, 2)
+    ids = torch.randint(0, 3, (9, 2)) * 2  # 1, 3 and 5 have none
+    assert sqnr(wide(x, ids, weights), experts(x, ids, weights)) > 100  # FP32
+    with torch.no_grad():
+        experts._parameters["both_scale_inv"][[1, 3, 5]] = torch.nan
+    assert experts(x, ids, weights).isfinite().all()
+    elsewhere = torch.where(ids == 4, 6, ids)  # as expert parallelism marks them
+    kept = torch.where(ids == 4, 0, weights)
+    assert torch.equal(experts(x, elsewhere, weights), experts(x, ids, kept))
+    assert experts(x[:0], ids[:0], weights[:0]).shape == (0, 256)
 
 
 def test_state_dict_is_a_checkpoint(model):
@@ -126,9 +153,10 @@ def test_state_dict_is_a_checkpoint(model):
     assert torch.equal(other(IDS), model(IDS))
 
 
-def test_gradients_pass_through(model):
+@pytest.mark.parametrize(("mode", "least"), [("w8a8", 22), ("w8a16", 45)])
+def test_gradients_pass_through(model, mode, least):
     """An adapter below frozen experts and layers gets the gradient of the dequantized model."""
-    quantize_for_inference(model)
+    quantize_for_inference(model, mode)
     wide = copy.deepcopy(model)
     dequantize_weights(wide, torch.float32)
     wide.float()
@@ -147,11 +175,12 @@ def test_gradients_pass_through(model):
             leaves = [x, weights] if part == "experts" else [x]
             found.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
         for got, wanted in zip(*found, strict=True):
-            assert sqnr(wanted, got) > 22
+            assert sqnr(wanted, got) > least
 
 
-def test_experts_are_copied_moved_and_pickled(model):
-    quantize_for_inference(model)
+@pytest.mark.parametrize("mode", ["w8a8", "w8a16"])
+def test_experts_are_copied_moved_and_pickled(model, mode):
+    quantize_for_inference(model, mode)
     experts = model.blocks[0].experts
     assert isinstance(experts, FrozenExperts)
     assert isinstance(experts, Experts)
@@ -165,13 +194,29 @@ def test_experts_are_copied_moved_and_pickled(model):
 
 
 @pytest.mark.slow
-def test_compiles_to_one_graph(model):
+@pytest.mark.parametrize("mode", ["w8a8", "w8a16"])
+def test_compiles_to_one_graph(model, mode):
     torch._dynamo.reset()
-    quantize_for_inference(model)
+    quantize_for_inference(model, mode)
     expected = model(IDS)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.inference_mode():
         assert torch.equal(compiled(IDS), expected)
+
+
+def test_the_op_of_experts_in_w8a16_passes_opcheck():
+    weight, scale = ops.quantize_128x128(torch.randn(3, 40, 48))
+    x, ends = torch.randn(7, 48, requires_grad=True), torch.tensor([2, 2, 6], dtype=torch.int32)
+    op = torch.ops.torchext._fp8_linear_by_expert.default
+    opcheck(op, (x, weight, scale, ends))
+    y = op(x, weight, scale, ends)
+    assert torch.equal(y[2:6], ops.fp8_linear(x[2:6], weight[2], scale[2]))
+    assert torch.equal(y[6:], torch.zeros(1, 40))
+    (dx,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    assert torch.equal(dx[6:], torch.zeros(1, 48))
+    batch = torch.stack([x, 2 * x]).detach()
+    batched = torch.vmap(op, in_dims=(0, None, None, None))(batch, weight, scale, ends)
+    assert torch.equal(batched, torch.stack([y, op(batch[1], weight, scale, ends)]))
 
 
 def test_skip_patterns_match_parts_of_names(model):

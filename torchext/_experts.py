@@ -24,11 +24,10 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from ._fusion import ACTIVATIONS, GATED
 from ._probing import results_of
 from .nn.experts import ExpertsRoles, FP8Experts, FP8SortedExperts, SortedExpertsRoles
 from .nn.weight_cache import WeightCache
-from .ops.mlp_function import Save
+from .ops.mlp_function import ACTIVATIONS, GATED, Save
 from .recipe import Recipe
 
 Roles = ExpertsRoles | SortedExpertsRoles

@@ -14,20 +14,18 @@ where that cannot run (hooks, torch.export, ...), the forward of its class. Para
 from __future__ import annotations
 
 import copy
-import functools
 import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from ._probing import results_of
 from .nn.converted import Rerouted, TransposedLinear
 from .nn.mlp import _MLP, as_out_in, can_fuse_class, can_fuse_recipe, fused_mlp, has_hooks
-from .ops.mlp_function import Save
+from .ops.mlp_function import ACTIVATIONS, GATED, Save
 
 LINEARS = (torch.nn.Linear, TransposedLinear)
 
@@ -43,15 +41,6 @@ class MLPRoles(NamedTuple):
     layers: tuple[str, ...]
     activation: str
     tanh_approximation: bool | None
-
-
-ACTIVATIONS: dict[tuple[str, bool | None], Callable[[Tensor], Tensor]] = {
-    ("silu", None): F.silu,
-    ("gelu", False): F.gelu,
-    ("gelu", True): functools.partial(F.gelu, approximate="tanh"),
-    ("relu2", None): lambda x: F.relu(x).square(),
-}
-GATED = ("silu", "gelu")
 
 
 def recognize_mlp(module: torch.nn.Module) -> MLPRoles | None:

@@ -32,7 +32,6 @@ from .nn.frozen_experts import quantize_experts_
 from .nn.frozen_weights import E4M3, FrozenWeights
 
 _log = logging.getLogger("torchext")
-_EXPERTS_ARE_W8A8 = "experts multiply FP8 inputs (mode='w8a8' converts them)"
 _SUBCLASS = (
     "is a subclass whose own behavior would be lost (replace it by a plain torch.nn.Linear, or "
     "call torchext.nn.FP8Linear.from_linear)"
@@ -156,10 +155,10 @@ def quantize_for_inference(
     """Replaces the weights of `model`'s linear layers by FP8 ones, in place: one byte for each.
 
     A torch.nn.Linear becomes a torchext.nn.FP8Linear and stays the same object with the same bias,
-    hooks and mode. Experts that a module holds as two 3-D parameters become FP8 in mode "w8a8",
-    with their module's class, and multiply in grouped GEMMs. A model that trains in FP8 is
-    unconverted first. No wide copy is kept; while it runs, there is one of a single module. The
-    weights do not train any more, but gradients pass through them to adapters.
+    hooks and mode. Experts that a module holds as two 3-D parameters become FP8, too, with their
+    module's class. A model that trains in FP8 is unconverted first. No wide copy is kept; while it
+    runs, there is one of a single module. The weights do not train any more, but gradients pass
+    through them to adapters.
 
     `state_dict` has the layout of FP8 checkpoints: `X.weight` and `X.weight_scale_inv`.
     `dequantize_weights(model)` undoes it, except for the rounding.
@@ -167,6 +166,7 @@ def quantize_for_inference(
     Args:
         model: any module, including a torch.nn.Linear.
         mode: "w8a8" multiplies FP8 inputs, "w8a16" inputs as they are; see torchext.nn.FP8Linear.
+            Experts multiply in grouped GEMMs in mode "w8a8", one after another in "w8a16".
         skip: patterns of names to leave alone: a name, such as "lm_head" or "mlp.gate", matches
             whole segments of a fully qualified name ("model.layers.0.mlp.gate", not
             "...mlp.gate_up"), and whatever is inside; each segment may be a glob; "re:..." is a
@@ -208,7 +208,7 @@ def quantize_for_inference(
     shared: dict[int, tuple[torch.Tensor, FP8Linear]] = {}  # by the id of the wide weight
     for fqn, layer in layers.items():
         reason = f"skipped by {skipped_by[fqn]!r}" if fqn in skipped_by else None
-        reason = reason or _why_impossible(layer, fqn, experts, mode)
+        reason = reason or _why_impossible(layer, fqn, experts)
         if reason is None and module_filter_fn is not None:
             reason = None if module_filter_fn(layer, fqn) else rules.EXCLUDED
         elif reason is None:
@@ -223,8 +223,8 @@ def quantize_for_inference(
                 quantized.weight, quantized.weight_scale_inv = twin.weight, twin.weight_scale_inv
             converted[fqn] = mode
         else:
-            quantize_experts_(layer, experts[fqn], pow2_scale=pow2_scale)
-            converted[fqn] = "w8a8"
+            quantize_experts_(layer, experts[fqn], mode, pow2_scale=pow2_scale)
+            converted[fqn] = mode
     if converted:
         _LeftOutOfDDP.set(model)
     result = InferenceResult(
@@ -293,9 +293,7 @@ class _LeftOutOfDDP:
             setattr(model, cls.attribute, cls(model, before))
 
 
-def _why_impossible(
-    layer: torch.nn.Module, fqn: str, experts: Mapping[str, Any], mode: Mode
-) -> str | None:
+def _why_impossible(layer: torch.nn.Module, fqn: str, experts: Mapping[str, Any]) -> str | None:
     if isinstance(layer, FrozenWeights):
         return "holds FP8 weights already"
     reason = rules.why_impossible(layer)
@@ -303,8 +301,6 @@ def _why_impossible(
         return f"{type(layer).__name__} holds a transposed weight (replace it by a torch.nn.Linear)"
     if reason is None and fqn not in experts and type(layer) is not torch.nn.Linear:
         return f"{type(layer).__name__} {_SUBCLASS}"
-    if reason is None and fqn in experts and mode != "w8a8":
-        return _EXPERTS_ARE_W8A8
     return reason
 
 

@@ -31,6 +31,7 @@ from .._dispatch.scales import float32_scale
 from ..nn.fp8_linear import Mode, check_mode
 from ..ops import fp8_linear as multiply_wide
 from ..ops import quantize_128x128
+from ..ops.experts_weights_only import fp8_linear_by_expert
 from ..ops.frozen import frozen_product
 from . import _transformers_names
 
@@ -42,8 +43,8 @@ def enable(mode: Mode = "w8a8") -> Enabled:
     """Makes transformers run FP8 models on torchext's kernels.
 
     Args:
-        mode: of linear layers: "w8a8" quantizes their inputs, as transformers does; "w8a16"
-            multiplies inputs as they are. Experts multiply FP8 inputs in both.
+        mode: "w8a8" quantizes the inputs of linear layers and experts, as transformers does;
+            "w8a16" multiplies inputs as they are.
 
     Returns:
         A context manager whose end undoes it, as its `disable()` does. Undo nested ones from the
@@ -70,11 +71,17 @@ class Enabled:
         def linear(*args: Any, **kwargs: Any) -> Tensor:
             return _linear(mode, *args, **kwargs)
 
+        def grouped_matmul(*args: Any, **kwargs: Any) -> Tensor:
+            return _grouped_matmul(mode, *args, **kwargs)
+
+        def batched_matmul(*args: Any, **kwargs: Any) -> Tensor:
+            return _batched_matmul(mode, *args, **kwargs)
+
         def quantize_one(self: Any, key: str, value: Tensor) -> dict[str, Tensor]:
             return _quantize_one(original_quantize, self, key, value)
 
         kernels = fp8.FineGrainedFP8(
-            matmul=_matmul, batched_matmul=_batched_matmul, grouped_matmul=_grouped_matmul
+            matmul=_matmul, batched_matmul=batched_matmul, grouped_matmul=grouped_matmul
         )
         self._undo: list[tuple[Any, str, Any]] = []
         self._undo_functions: list[tuple[str, Any]] = []
@@ -164,6 +171,7 @@ def _matmul(
 
 
 def _grouped_matmul(
+    mode: Mode,
     A: Tensor,
     B: Tensor,
     Bs: Tensor,
@@ -176,10 +184,14 @@ def _grouped_matmul(
     options: dict[str, Any] = {"out_dtype": output_dtype or A.dtype, "offsets": offsets.int()}
     if _Halves.fits(B, scale):
         return _Halves(B, scale).product(A, **options)
+    if mode == "w8a16":
+        y = fp8_linear_by_expert(A, B, scale, options["offsets"])
+        return y.to(options["out_dtype"])
     return frozen_product(A, B, scale, **options)
 
 
 def _batched_matmul(
+    mode: Mode,
     A: Tensor,
     B: Tensor,
     Bs: Tensor,
@@ -191,7 +203,7 @@ def _batched_matmul(
     ids, order = expert_ids.sort(stable=True)
     experts = torch.arange(B.shape[0], dtype=ids.dtype, device=ids.device)
     ends = torch.searchsorted(ids, experts, right=True, out_int32=True)
-    y = _grouped_matmul(A[order], B, Bs, ends, None, block_size, output_dtype)
+    y = _grouped_matmul(mode, A[order], B, Bs, ends, None, block_size, output_dtype)
     return y[order.argsort()]
 
 

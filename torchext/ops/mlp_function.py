@@ -19,10 +19,12 @@ between them keep K + 7 I):
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .._dispatch.declaration import DECLARATIONS
@@ -43,6 +45,15 @@ from .linear_function import (
 from .shared_input import quantized_once
 
 Save = Literal["bf16", "fp8", "recompute"]
+
+# The activations that FP8 MLPs and experts have, by name and by the approximation of GELU.
+ACTIVATIONS: dict[tuple[str, bool | None], Callable[[Tensor], Tensor]] = {
+    ("silu", None): F.silu,
+    ("gelu", False): F.gelu,
+    ("gelu", True): functools.partial(F.gelu, approximate="tanh"),
+    ("relu2", None): lambda x: F.relu(x).square(),
+}
+GATED = ("silu", "gelu")
 
 
 def _op(name: str) -> Any:
