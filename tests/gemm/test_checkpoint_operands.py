@@ -98,6 +98,20 @@ def test_scales_in_other_dtypes(product: str, dtype: torch.dtype, device: torch.
         assert torch.equal(got, wanted)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_scales_in_other_dtypes_in_a_graph(product: str) -> None:
+    make, scales, call = PRODUCTS[product]
+    operands = list(make(CPU))
+    for index in scales:
+        operands[index] = rounded(operands[index], UE8M0).to(UE8M0)
+    expected = values(call(*operands))
+    torch._dynamo.reset()
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    for got, wanted in zip(values(compiled(*operands)), expected, strict=True):
+        assert torch.equal(got, wanted)
+
+
 def test_other_dtypes_are_refused_with_the_remedy(device: torch.device) -> None:
     a, a_scale, b, b_scale = dense("1d2d", device)
     with pytest.raises(TypeError, match=r"b_scale must be torch.float32 .*float16\); convert it"):

@@ -1,7 +1,8 @@
 """Scales as checkpoints hold them: products convert BF16 and UE8M0 scales to FP32 and call again.
 
 The compiled ops take FP32 scales only. The conversion runs after an op has refused its arguments,
-so it costs nothing to a call with FP32 scales.
+so it costs nothing to a call with FP32 scales. In a graph, ops refuse arguments only when the graph
+runs, so there the conversion is traced, before the op.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import python_error
@@ -51,7 +53,27 @@ def call_with_float32_scales(
     return function(*given, **options)
 
 
+def float32_in_graph(*pairs: tuple[Tensor, Tensor]) -> list[Tensor]:
+    """The scale of each pair (data, scale) in FP32, for code that Dynamo traces."""
+    return [
+        _m_major_in_graph(scale.float())
+        if scale.dtype in _CONVERTED and _is_grouped(data, scale)
+        else float32_scale(scale)
+        for data, scale in pairs
+    ]
+
+
+def _m_major_in_graph(scale: Tensor) -> Tensor:
+    """`m_major`, always a copy. If it wrote into a new tensor, a graph would lose its strides."""
+    rows = scale.reshape(-1, scale.shape[-1])
+    padded = F.pad(rows.t(), (0, -rows.shape[0] % 4))
+    return padded[:, : rows.shape[0]].t().view(scale.shape)
+
+
 def _laid_out(data: Tensor, scale: Tensor) -> Tensor:
     """A converted scale as products read it: that of 1x128 groups M-major."""
-    grouped = (*data.shape[:-1], ceil_div(data.shape[-1], GROUP))
-    return m_major(scale) if scale.shape == grouped else scale
+    return m_major(scale) if _is_grouped(data, scale) else scale
+
+
+def _is_grouped(data: Tensor, scale: Tensor) -> bool:
+    return scale.shape == (*data.shape[:-1], ceil_div(data.shape[-1], GROUP))

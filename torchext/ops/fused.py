@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from .._dispatch.batching import each_quantized_product
 from .._dispatch.declaration import declare
 from .._dispatch.flops import product_flops
 from .._dispatch.layout import empty_data, empty_group_scale
-from .._dispatch.scales import call_with_float32_scales
+from .._dispatch.scales import call_with_float32_scales, float32_in_graph
 
 
 def _empty_quantized(a: Tensor, columns: int, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
@@ -77,6 +78,8 @@ def fp8_gemm_nt_swiglu_quantize(
         TypeError: an operand, scale or bias has another dtype; `dtype` is not an FP8 dtype.
         RuntimeError: this build has no kernels for the GPU.
     """
+    if is_compiling():
+        a_scale, b_scale = float32_in_graph((a, a_scale), (b, b_scale))
     try:
         return _fp8_gemm_nt_swiglu_quantize(
             a, a_scale, b, b_scale, bias=bias, dtype=dtype, pow2_scale=pow2_scale, num_sms=num_sms
@@ -155,6 +158,8 @@ def fp8_gemm_nt_gelu_quantize(
         TypeError: an operand, scale or bias has another dtype; `dtype` is not an FP8 dtype.
         RuntimeError: this build has no kernels for the GPU.
     """
+    if is_compiling():
+        a_scale, b_scale = float32_in_graph((a, a_scale), (b, b_scale))
     try:
         return _fp8_gemm_nt_gelu_quantize(
             a,
@@ -237,6 +242,8 @@ def fp8_gemm_nt_relu2_quantize(
         TypeError: an operand, scale or bias has another dtype; `dtype` is not an FP8 dtype.
         RuntimeError: this build has no kernels for the GPU.
     """
+    if is_compiling():
+        a_scale, b_scale = float32_in_graph((a, a_scale), (b, b_scale))
     try:
         return _fp8_gemm_nt_relu2_quantize(
             a, a_scale, b, b_scale, bias=bias, dtype=dtype, pow2_scale=pow2_scale, num_sms=num_sms

@@ -6,13 +6,14 @@ import math
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from .._dispatch.autograd import Gradient, asks_gradient
 from .._dispatch.batching import multiply_rows
 from .._dispatch.declaration import declare
 from .._dispatch.flops import product_flops
 from .._dispatch.layout import leading_sizes
-from .._dispatch.scales import call_with_float32_scales
+from .._dispatch.scales import call_with_float32_scales, float32_in_graph
 
 
 def _fake(
@@ -79,7 +80,7 @@ def fp8_gemm_nt(
         a_scale: float32. For 1x128 groups it must be M-major and 16-byte aligned, as the quantizers
             return it: stride 1 between rows, and between scale groups a multiple of four elements.
             A tensor-wise scale may also have shape [1] or []. Scales in bfloat16 or
-            torch.float8_e8m0fnu are converted at each call, but not in a compiled graph.
+            torch.float8_e8m0fnu are converted at each call.
         b: [N, K], FP8, laid out like a. One operand may be e4m3 and the other e5m2.
         b_scale: float32. For 1x128 groups it is laid out like a_scale.
         out: [..., N], bfloat16, float16 or float32, with contiguous rows; the result is written to
@@ -101,6 +102,8 @@ def fp8_gemm_nt(
         RuntimeError: this build has no kernels for the GPU; `out` is given, and it or `bias`
             requires a gradient.
     """
+    if is_compiling():
+        a_scale, b_scale = float32_in_graph((a, a_scale), (b, b_scale))
     try:
         if out is None:
             if accumulate:

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from .._dispatch.autograd import Gradient, asks_gradient
 from .._dispatch.batching import each_product
 from .._dispatch.declaration import declare
 from .._dispatch.flops import product_flops
-from .._dispatch.scales import call_with_float32_scales
+from .._dispatch.scales import call_with_float32_scales, float32_in_graph
 
 
 def _fake_contiguous(
@@ -121,6 +122,8 @@ def m_grouped_fp8_gemm_nt_contiguous(
         RuntimeError: this build has no kernels for the GPU; `out` is given, and it or `bias`
             requires a gradient.
     """
+    if is_compiling():
+        a_scale, b_scale = float32_in_graph((a, a_scale), (b, b_scale))
     try:
         if out is None:
             _check_accumulate("m_grouped_fp8_gemm_nt_contiguous", accumulate)
@@ -258,6 +261,8 @@ def m_grouped_fp8_gemm_nt_masked(
         RuntimeError: this build has no kernels for the GPU; `out` is given, and it or `bias`
             requires a gradient.
     """
+    if is_compiling():
+        a_scale, b_scale = float32_in_graph((a, a_scale), (b, b_scale))
     try:
         if out is None:
             _check_accumulate("m_grouped_fp8_gemm_nt_masked", accumulate)
@@ -377,6 +382,8 @@ def k_grouped_fp8_gemm_nt(
         TypeError: an operand, scale, index or output has another dtype.
         RuntimeError: this build has no kernels for the GPU; `out` requires a gradient.
     """
+    if is_compiling():
+        a_scale, b_scale = float32_in_graph((a, a_scale), (b, b_scale))
     try:
         if out is None:
             _check_accumulate("k_grouped_fp8_gemm_nt", accumulate)

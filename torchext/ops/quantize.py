@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from .._dispatch.autograd import Gradient, asks_gradient
 from .._dispatch.batching import each, each_quantized, quantize_rows
@@ -27,7 +28,7 @@ from .._dispatch.layout import (
     laid_out,
     leading_sizes,
 )
-from .._dispatch.scales import call_with_float32_scales
+from .._dispatch.scales import call_with_float32_scales, float32_in_graph
 
 Dtype = torch.dtype | None
 
@@ -442,6 +443,8 @@ def dequantize(data: Tensor, scale: Tensor, *, out_dtype: torch.dtype) -> Tensor
             not fold; the devices differ.
         TypeError: data, scale or out_dtype has another dtype.
     """
+    if is_compiling():
+        (scale,) = float32_in_graph((data, scale))
     try:
         if not asks_gradient(scale):
             return _dequantize_alias(data, scale, out_dtype)

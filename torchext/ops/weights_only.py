@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from .._dispatch.autograd import Gradient, asks_gradient
 from .._dispatch.batching import multiply_wide_rows
@@ -13,7 +14,7 @@ from .._dispatch.declaration import Sharding, declare
 from .._dispatch.dtensor import is_distributed
 from .._dispatch.flops import linear_flops
 from .._dispatch.layout import GROUP, leading_sizes, pitched
-from .._dispatch.scales import call_with_float32_scales
+from .._dispatch.scales import call_with_float32_scales, float32_in_graph
 from .gemm import gradient_of_bias
 
 
@@ -155,6 +156,8 @@ def fp8_linear(
     """
     if type(x) not in (Tensor, torch.nn.Parameter):
         is_distributed(x)  # registers the sharding rules if it is the first DTensor
+    if is_compiling():
+        (weight_scale,) = float32_in_graph((weight, weight_scale))
     try:
         if not (asks_gradient(x) or asks_gradient(bias)):
             return _fp8_linear_alias(x, weight, weight_scale, bias, num_sms)
