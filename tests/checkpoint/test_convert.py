@@ -367,3 +367,141 @@ def test_files_are_aligned(tmp_path):
     checkpoint.quantize(save(tmp_path / "wide", tensors), tmp_path / "fp8")
     raw = (tmp_path / "fp8/model.safetensors").read_bytes()
     assert (8 + int.from_bytes(raw[:8], "little")) % 64 == 0
+
+
+# ---- experts one by one, joined into 3-D ----
+
+
+def one_by_one(folder, width, kind, experts=3):
+    """Experts one by one in BF16, or in fine-grained FP8; each matrix's values in FP32."""
+    tensors, values = {"m.norm.weight": torch.randn(K)}, {}
+    shapes = {"gate_proj": (width, K), "up_proj": (width, K), "down_proj": (K, width)}
+    for expert in reversed(range(experts)):  # not in order, and over several files
+        for part, (rows, columns) in shapes.items():
+            name = f"m.experts.{expert}.{part}.weight"
+            if kind == "bf16":
+                tensors[name] = torch.randn(rows, columns).bfloat16()
+                values[expert, part] = tensors[name].float()
+                continue
+            data, scale = fp8(rows, columns), scales(-(-rows // 128), -(-columns // 128))
+            tensors[name], tensors[f"{name}_scale_inv"] = data, scale
+            values[expert, part] = data.float() * spread(scale, (128, 128), rows, columns)
+    save(folder, tensors, FINE_GRAINED if kind == "fp8" else None, shards=3)
+    return tensors, values
+
+
+@pytest.mark.parametrize("width", [256, 192, 64, 224])  # 224: the scales' shape tells nothing
+def test_experts_are_stacked(tmp_path, width):
+    tensors, values = one_by_one(tmp_path / "fp8", width, "fp8")
+    stacked = {
+        "m.experts.gate_up_proj": [
+            torch.cat([values[e, "gate_proj"], values[e, "up_proj"]]) for e in range(3)
+        ],
+        "m.experts.down_proj": [values[e, "down_proj"] for e in range(3)],
+    }
+    result = checkpoint.convert(
+        tmp_path / "fp8", tmp_path / "3d", to="fp8", experts="stacked", max_shard_bytes=100_000
+    )
+    assert len(result.relabeled) == 9 and result.scales == 9
+    found = load(tmp_path / "3d")
+    assert found.keys() == {"m.norm.weight", *stacked, *(f"{n}_scale_inv" for n in stacked)}
+    for expert in range(3):
+        halves = found["m.experts.gate_up_proj"][expert].split(width)
+        for part, half in zip(("gate_proj", "up_proj"), halves, strict=True):
+            assert same(half, tensors[f"m.experts.{expert}.{part}.weight"])
+    layout = str(checkpoint.inspect(tmp_path / "3d").experts)
+    assert layout.endswith("with blocks of their own") == (width % 128 != 0)
+    assert checkpoint.verify(tmp_path / "3d").ok
+    checkpoint.dequantize(tmp_path / "3d", tmp_path / "wide")
+    wide = load(tmp_path / "wide")
+    for name, matrices in stacked.items():
+        assert same(wide[name], torch.stack(matrices).bfloat16())
+    # there and back, bit for bit
+    checkpoint.convert(tmp_path / "3d", tmp_path / "back", to="fp8", experts="one_by_one")
+    back = load(tmp_path / "back")
+    assert back.keys() == tensors.keys()
+    assert all(same(back[name], tensor) for name, tensor in tensors.items())
+    config = config_of(tmp_path / "back")["quantization_config"]
+    assert "gate_up_blocks" not in config
+
+
+@pytest.mark.parametrize("width", [128, 192])
+def test_wide_experts_are_stacked_and_quantized(tmp_path, width):
+    tensors, _ = one_by_one(tmp_path / "wide", width, "bf16")
+    result = checkpoint.quantize(tmp_path / "wide", tmp_path / "fp8", experts="stacked")
+    assert len(result.quantized) == 9
+    found = load(tmp_path / "fp8")
+    pairs = [
+        ops.quantize_128x128(tensors[f"m.experts.1.{part}.weight"])
+        for part in ("gate_proj", "up_proj")
+    ]
+    data, scale = (
+        torch.cat([each.float() for each in parts]) for parts in zip(*pairs, strict=True)
+    )
+    assert torch.equal(found["m.experts.gate_up_proj"][1].float(), data)
+    assert same(found["m.experts.gate_up_proj_scale_inv"][1], scale)
+    assert checkpoint.verify(tmp_path / "fp8", original=tmp_path / "wide", min_sqnr=29).ok
+    checkpoint.convert(tmp_path / "wide", tmp_path / "3d", to="bf16", experts="stacked")
+    wide = load(tmp_path / "3d")
+    assert wide.keys() == {"m.norm.weight", "m.experts.gate_up_proj", "m.experts.down_proj"}
+    assert same(wide["m.experts.down_proj"][2], tensors["m.experts.2.down_proj.weight"])
+    kept = checkpoint.quantize(
+        tmp_path / "wide", tmp_path / "kept", experts="stacked",
+        modules_to_not_convert=["gate_proj", "up_proj"],
+    )  # fmt: skip
+    assert len(kept.quantized) == 3
+    config = config_of(tmp_path / "kept")["quantization_config"]
+    assert config["modules_to_not_convert"] == ["m.experts.gate_up_proj"]
+
+
+def test_experts_fused_or_under_other_names(tmp_path):
+    names = {"gate_up_proj": (512, K), "w2": (K, 256)}
+    tensors = {
+        f"m.experts.{e}.{name}.weight": torch.randn(shape)
+        for e in range(2)
+        for name, shape in names.items()
+    }
+    checkpoint.quantize(save(tmp_path / "wide", tensors), tmp_path / "fp8", experts="stacked")
+    found = load(tmp_path / "fp8")
+    for name in names:
+        stack = torch.stack([tensors[f"m.experts.{e}.{name}.weight"] for e in range(2)])
+        data, scale = ops.quantize_128x128(stack)
+        assert same(found[f"m.experts.{name}"], data)
+        assert same(found[f"m.experts.{name}_scale_inv"], scale)
+
+
+CANNOT_STACK = {
+    "no experts": (
+        lambda t: t.clear() or t.update({"a.weight": torch.randn(128, K)}), "got no name"
+    ),
+    "missing": (lambda t: t.pop("m.experts.1.up_proj.weight"), r"got none of expert 1\)"),
+    "another shape": (
+        lambda t: t.update({"m.experts.2.down_proj.weight": torch.randn(K, 256).bfloat16()}),
+        r"experts.2.down_proj.weight in .* must become what m.experts.0.down_proj.weight",
+    ),
+    "a bias": (
+        lambda t: t.update({"m.experts.0.up_proj.bias": torch.randn(128)}), "must be a matrix"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CANNOT_STACK)
+def test_experts_that_cannot_be_stacked(tmp_path, case):
+    tensors, _ = one_by_one(tmp_path / "good", 128, "bf16")
+    change, message = CANNOT_STACK[case]
+    change(tensors)
+    save(tmp_path / "wide", tensors)
+    with pytest.raises(checkpoint.CheckpointError, match=message):
+        checkpoint.quantize(tmp_path / "wide", tmp_path / "fp8", experts="stacked")
+    assert not (tmp_path / "fp8.partial").exists()
+    with pytest.raises(ValueError, match="cannot be joined"):
+        checkpoint.quantize_state_dict(tensors, experts="stacked")
+
+
+def test_part_of_the_experts_cannot_stay_wide(tmp_path):
+    one_by_one(tmp_path / "wide", 128, "bf16")
+    with pytest.raises(checkpoint.CheckpointError, match="quantize all experts or none"):
+        checkpoint.quantize(
+            tmp_path / "wide", tmp_path / "fp8", experts="stacked",
+            modules_to_not_convert=["experts.1"],
+        )  # fmt: skip

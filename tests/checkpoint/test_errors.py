@@ -211,7 +211,9 @@ def test_patterns_and_names_of_quantize(tmp_path):
         checkpoint.quantize(wide, tmp_path / "fp8", modules_to_not_convert="lm_head")
     with pytest.raises(ValueError, match=r"or regular expressions after re:"):
         checkpoint.quantize(wide, tmp_path / "fp8", modules_to_not_convert=["re:("])
-    with pytest.raises(ValueError, match=r"experts must be one of 'keep', 'one_by_one' \(got 'x'"):
+    with pytest.raises(
+        ValueError, match=r"experts must be one of 'keep', 'one_by_one', .*\(got 'x'"
+    ):
         checkpoint.quantize(wide, tmp_path / "fp8", experts="x")
     with pytest.raises(CheckpointError, match=r"must have weights to convert to fp8"):
         checkpoint.quantize(wide, tmp_path / "fp8", modules_to_not_convert=["a.*.gate_*"])

@@ -86,7 +86,12 @@ class Unfinished:
 
     def sources_left(self) -> set[str]:
         """Names of the tensors of the source that are not converted yet."""
-        return {step.source.name for steps in self._left().values() for step in steps}
+        return {
+            entry.name
+            for steps in self._left().values()
+            for step in steps
+            for entry in step.sources
+        }
 
     def write_shards(self) -> set[str]:
         """Writes every file of tensors that is not finished, and returns the names of tensors that

@@ -23,6 +23,8 @@ _SCALES = (*WIDE, "F8_E8M0", "U8")
 _MX_BLOCK = (1, 32)
 _ACTIVATION_SCALES = ("input_scale", "activation_scale", "input_activation_scale", "qscale_act")
 GATE_UP = "gate_up_proj"
+# torchext's key in quantization_config: whether gate and up of 3-D experts share blocks.
+GATE_UP_BLOCKS = "gate_up_blocks"
 SKIPPED = "torchext.checkpoint: modules_to_not_convert"  # of errors
 
 
@@ -41,6 +43,8 @@ class Scheme:
         granularities: those that weights may have, of "block", "row" and "tensor".
         patterns: of modules that are not converted.
         pow2: whether scales are said to be powers of two.
+        gate_up: "fused" or "apart": whether gate and up of 3-D experts share blocks, where shapes
+            do not tell; None if it is not said.
     """
 
     method: str | None = None
@@ -48,6 +52,7 @@ class Scheme:
     granularities: tuple[str, ...] = ("block", "row", "tensor")
     patterns: tuple[str, ...] = ()
     pow2: bool = False
+    gate_up: str | None = None
 
 
 def quantization_config(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -86,7 +91,7 @@ def scheme_of(config: Mapping[str, Any]) -> Scheme:
     patterns = found.get("modules_to_not_convert") or found.get("ignored_layers") or ()
     return Scheme(
         method, tuple(block) if block else None, granularities,
-        tuple(patterns), found.get("scale_fmt") == "ue8m0",
+        tuple(patterns), found.get("scale_fmt") == "ue8m0", found.get(GATE_UP_BLOCKS),
     )  # fmt: skip
 
 
@@ -254,7 +259,7 @@ def pair(
                 "factor of hundreds, so get the files that hold the scales"
             )
             continue
-        weight = _fit(entry, scale, scheme, gate_up)
+        weight = _fit(entry, scale, scheme, gate_up or scheme.gate_up)
         if isinstance(weight, Weight):
             weights[name] = weight
         else:

@@ -13,6 +13,7 @@ from .._patterns import Patterns
 from .files import NAME_OF, Checkpoint, CheckpointError, Entry
 from .formats import (
     GATE_UP,
+    GATE_UP_BLOCKS,
     SKIPPED,
     WIDE,
     Pairing,
@@ -24,10 +25,11 @@ from .formats import (
     unmatched_problems,
 )
 from .rules import is_of_experts, is_weight, parts_of, require_readable, why_wide
+from .stacks import stack_experts
 from .steps import Copy, DequantizedRows, Quantize, Relabel, Step, Widen, WideRows, is_lossless
 
 FORMATS = ("fp8", "bf16")
-EXPERTS = ("keep", "one_by_one")
+EXPERTS = ("keep", "one_by_one", "stacked")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,10 +75,12 @@ class Options:
 @dataclasses.dataclass
 class Plan:
     """Attributes:
-    steps: one for each tensor of the source, but for scales.
+    steps: one for each tensor of the source, but for scales; one for each stack of experts.
     quantized, dequantized, relabeled, requantized: names of weights of the source.
     kept: {name of a wide weight that stays wide: the reason}.
     dropped: names of tensors that mean nothing in the result, with activations' static scales.
+    stacked: {name of an expert's weight: that of the 3-D tensor which it became a part of}.
+    gate_up: "apart" if 3-D tensors of gate and up were written whose scales do not tell.
     pairing: the source's weights and scales.
     patterns: of `modules_to_not_convert`, with what they matched.
     """
@@ -90,6 +94,8 @@ class Plan:
     requantized: list[str] = dataclasses.field(default_factory=list)
     kept: dict[str, str] = dataclasses.field(default_factory=dict)
     dropped: list[str] = dataclasses.field(default_factory=list)
+    stacked: dict[str, str] = dataclasses.field(default_factory=dict)
+    gate_up: str | None = None
 
     def shards(self, max_bytes: int) -> dict[str, list[Step]]:
         """{file name: its steps}, in the order of the source, with at most `max_bytes` of tensors
@@ -158,7 +164,11 @@ def make_plan(checkpoint: Checkpoint, options: Options) -> Plan:
         problems = unmatched_problems(plan.patterns, "modules_to_not_convert")
         if problems:
             raise CheckpointError(*problems)
-    if not (plan.quantized or plan.dequantized or plan.relabeled or plan.requantized):
+    if options.experts == "stacked":
+        plan.steps, plan.stacked, plan.gate_up = stack_experts(checkpoint, plan.steps)
+    if not (
+        plan.quantized or plan.dequantized or plan.relabeled or plan.requantized or plan.stacked
+    ):
         raise CheckpointError(
             f"{checkpoint.path} must have weights to convert to {options.to} (got "
             f"{len(plan.steps)} tensors, none of which would change); see `inspect`"
@@ -243,10 +253,10 @@ def _require_one_each(plan: Plan) -> None:
         for spec in step.outputs:
             if spec.name in seen:
                 raise CheckpointError(
-                    f"{step.source.where} must not become {spec.name} (got {seen[spec.name]}, "
+                    f"{step.sources[0].where} must not become {spec.name} (got {seen[spec.name]}, "
                     "which becomes that, too); the checkpoint holds the weight twice"
                 )
-            seen[spec.name] = step.source.name
+            seen[spec.name] = step.sources[0].name
 
 
 def config_of_result(checkpoint: Checkpoint, plan: Plan, options: Options) -> dict[str, Any]:
@@ -267,6 +277,7 @@ def config_of_result(checkpoint: Checkpoint, plan: Plan, options: Options) -> di
         pow2 = options.pow2_scale or (plan.pairing.scheme.pow2 and not plan.requantized)
         kept.pop("scale_fmt", None)
         kept.pop("ignored_layers", None)
+        kept.pop(GATE_UP_BLOCKS, None)
         config["quantization_config"] = kept | {
             "quant_method": "fp8",
             "fmt": "e4m3",
@@ -274,6 +285,7 @@ def config_of_result(checkpoint: Checkpoint, plan: Plan, options: Options) -> di
             "weight_block_size": [GROUP, GROUP],
             "modules_to_not_convert": modules_kept(checkpoint.config, plan),
             **({"scale_fmt": "ue8m0"} if pow2 else {}),
+            **({GATE_UP_BLOCKS: plan.gate_up} if plan.gate_up else {}),
         }
     return config
 
@@ -284,7 +296,7 @@ _QUANTIZATION = ("quantization_config", "compression_config")
 def modules_kept(config: Mapping[str, Any], plan: Plan) -> list[str]:
     """Every module of the result that a loader could take for a linear layer and that stays wide,
     by its whole name, so that every loader's way of matching agrees."""
-    modules = {module_of(name) for name in plan.kept}
+    modules = {module_of(plan.stacked.get(name, name)) for name in plan.kept}
     return sorted(modules | {"lm_head"} if ties_head(config) else modules)
 
 

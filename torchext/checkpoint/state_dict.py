@@ -35,7 +35,8 @@ def quantize_state_dict(
     Args:
         named_tensors: a state dict, or pairs of name and tensor, on any device. Weights are
             [N, K], `X.weight`; those of experts may be [E, N, K], `X.experts.gate_up_proj`.
-        modules_to_not_convert, pow2_scale, wide_dtype, experts, allow_unmatched: as in `convert`.
+        modules_to_not_convert, pow2_scale, wide_dtype, allow_unmatched: as in `convert`.
+        experts: "keep" or "one_by_one", as there; tensors that come one by one cannot be stacked.
 
     Yields:
         (`X.weight`, [N, K] e4m3) and (`X.weight_scale_inv`, [ceil(N / 128), ceil(K / 128)]
@@ -49,6 +50,11 @@ def quantize_state_dict(
         "fp8", modules_to_not_convert, pow2_scale, wide_dtype, experts,
         allow_unmatched=allow_unmatched,
     )  # fmt: skip
+    if experts == "stacked":
+        raise ValueError(
+            'quantize_state_dict: experts must be "keep" or "one_by_one" (got "stacked"): tensors '
+            "that come one by one cannot be joined; torch.stack them before"
+        )
     pairs = named_tensors.items() if isinstance(named_tensors, Mapping) else named_tensors
     return _quantize(pairs, options)
 

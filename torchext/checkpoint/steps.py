@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -23,10 +23,10 @@ BAND = 1 << 20  # elements that are in memory at a time
 
 
 class Step(Protocol):
-    """Turns one tensor of the source into tensors of the result."""
+    """Turns tensors of the source, most often one, into tensors of the result."""
 
     @property
-    def source(self) -> Entry: ...
+    def sources(self) -> Sequence[Entry]: ...
 
     @property
     def outputs(self) -> Sequence[Spec]: ...
@@ -34,8 +34,18 @@ class Step(Protocol):
     def run(self, reader: Reader, emit: Emit) -> None: ...
 
 
+class OfOne:
+    """Base of the steps that read one tensor, `source`."""
+
+    source: Entry
+
+    @property
+    def sources(self) -> Sequence[Entry]:
+        return (self.source,)
+
+
 @dataclasses.dataclass(frozen=True)
-class Copy:
+class Copy(OfOne):
     """The tensor as it is, or cast to `dtype`."""
 
     source: Entry
@@ -99,7 +109,7 @@ def bands(start: int, stop: int, columns: int) -> Iterator[tuple[int, int]]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Quantize:
+class Quantize(OfOne):
     """FP8 parts with 128x128 blocks, with the bits of `torchext.ops.quantize_128x128`."""
 
     rows: WideRows | DequantizedRows
@@ -107,7 +117,7 @@ class Quantize:
     pow2_scale: bool
 
     @property
-    def source(self) -> Entry:
+    def source(self) -> Entry:  # type: ignore[override]
         return self.rows.entry
 
     @property
@@ -129,14 +139,14 @@ class Quantize:
 
 
 @dataclasses.dataclass(frozen=True)
-class Relabel:
+class Relabel(OfOne):
     """FP8 parts with 128x128 blocks whose data is the source's, byte for byte."""
 
     weight: Weight
     parts: Sequence[Part]
 
     @property
-    def source(self) -> Entry:
+    def source(self) -> Entry:  # type: ignore[override]
         return self.weight.entry
 
     @property
@@ -170,14 +180,14 @@ class Relabel:
 
 
 @dataclasses.dataclass(frozen=True)
-class Widen:
+class Widen(OfOne):
     """Parts in the dtype of `rows`."""
 
     rows: WideRows | DequantizedRows
     parts: Sequence[Part]
 
     @property
-    def source(self) -> Entry:
+    def source(self) -> Entry:  # type: ignore[override]
         return self.rows.entry
 
     @property
@@ -194,6 +204,53 @@ class Widen:
                     wide = read(matrix, first, last)
                     emit(part.name, wide, start)
                     start += wide.numel()
+
+
+@dataclasses.dataclass(frozen=True)
+class Stack:
+    """A 3-D tensor of experts from the matrices of each, and one of their scales if there are any.
+
+    Attributes:
+        name: of the tensor; that of its scales is `<name>_scale_inv`.
+        experts: for each expert, the steps of the matrices that lie one below the other, all of one
+            width and kind. The scales of each matrix keep rows of their own.
+    """
+
+    name: str
+    experts: Sequence[Sequence[Step]]
+
+    @property
+    def sources(self) -> Sequence[Entry]:
+        return [entry for steps in self.experts for step in steps for entry in step.sources]
+
+    @property
+    def outputs(self) -> Sequence[Spec]:
+        names = (self.name, f"{self.name}_scale_inv")
+        matrices = zip(*(step.outputs for step in self.experts[0]), strict=True)
+        return [
+            Spec(
+                name, parts[0].dtype,
+                (len(self.experts), sum(p.shape[0] for p in parts), parts[0].shape[1]),
+            )
+            for name, parts in zip(names, matrices, strict=False)
+        ]  # fmt: skip
+
+    def run(self, reader: Reader, emit: Emit) -> None:
+        begin = [0 for _ in self.outputs]
+        for steps in self.experts:
+            for step in steps:
+                place = {
+                    part.name: (to.name, start)
+                    for part, to, start in zip(step.outputs, self.outputs, begin, strict=True)
+                }
+
+                def emit_within(name: str, data: Tensor, start: int, place: Any = place) -> None:
+                    to, first = place[name]
+                    emit(to, data, first + start)
+
+                step.run(reader, emit_within)
+                for index, part in enumerate(step.outputs):
+                    begin[index] += math.prod(part.shape)
 
 
 def fp8_specs(parts: Sequence[Part]) -> list[Spec]:

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from .._dispatch.layout import GROUP
 from .files import Checkpoint, CheckpointError, Entry, Reader, open_checkpoint
-from .formats import Weight, pair, unmatched_problems
+from .formats import GATE_UP, Weight, pair, unmatched_problems
 from .progress import Progress
 from .rules import Part, is_weight, parts_of
+from .stacks import PARTS
 from .steps import BAND, DequantizedRows, WideRows, bands
 
 # A block this small may hold one magnitude only, all of it saturated.
@@ -190,6 +191,49 @@ def _full_blocks(
             yield row, column
 
 
+@dataclasses.dataclass(frozen=True)
+class _Piece:
+    """Rows of the original that a weight has, from row `start` of its matrix `matrix` on.
+
+    Attributes:
+        entry, of_entry, first, last: the tensor, which of its matrices, and the rows.
+    """
+
+    matrix: int
+    start: int
+    entry: Entry
+    of_entry: int
+    first: int
+    last: int
+
+
+def _pieces(
+    weight: Entry, origins: Mapping[str, tuple[Entry, Part]]
+) -> tuple[tuple[int, ...] | None, list[_Piece]]:
+    """The shape that the original has in place of `weight`, and where each row comes from."""
+    entry, part = origins.get(weight.name, (None, None))
+    if entry is not None and part is not None:
+        rows = part.start, part.stop
+        return part.shape, [_Piece(i, 0, entry, m, *rows) for i, m in enumerate(part.matrices)]
+    module, _, name = weight.name.rpartition(".")
+    if len(weight.shape) != 3:
+        return None, []
+    pieces, rows_of_matrices, columns = [], set(), set()
+    for expert in range(weight.shape[0]):
+        start = 0
+        for matrix in PARTS if name == GATE_UP else (name,):
+            entry, part = origins.get(f"{module}.{expert}.{matrix}.weight", (None, None))
+            if entry is None or part is None:
+                return None, []
+            pieces.append(_Piece(expert, start, entry, part.matrices[0], part.start, part.stop))
+            start += part.stop - part.start
+            columns.add(entry.shape[-1])
+        rows_of_matrices.add(start)
+    if len(rows_of_matrices) != 1 or len(columns) != 1:
+        return None, []
+    return (weight.shape[0], rows_of_matrices.pop(), columns.pop()), pieces
+
+
 def _origins(wide: Checkpoint) -> dict[str, tuple[Entry, Part]]:
     """For each name that a weight of the original may have in FP8, where it comes from."""
     origins = {}
@@ -207,21 +251,22 @@ def _compare(
     origins: Mapping[str, tuple[Entry, Part]],
     of_original: Reader,
 ) -> WeightError:
-    found, part = origins.get(weight.entry.name, (None, None))
-    if found is None or part is None or part.shape != weight.entry.shape:
-        got = "none" if part is None else f"{list(part.shape)}"
+    shape, pieces = _pieces(weight.entry, origins)
+    if shape != weight.entry.shape:
+        got = "none" if shape is None else f"{list(shape)}"
         raise CheckpointError(
             f"{weight.entry.where} must have a wide tensor of its name and shape, "
             f"{list(weight.entry.shape)}, in the original (got {got}); pass the checkpoint that "
             "this one was quantized from"
         )
     quantized = DequantizedRows(weight, torch.float32).open(reader)
-    exact = WideRows(found, torch.float32).open(of_original)
     signal = noise = largest = 0.0
-    for matrix, of_part in enumerate(part.matrices):
-        for first, last in bands(0, weight.rows, weight.columns):
-            expected = exact(of_part, part.start + first, part.start + last)
-            error = quantized(matrix, first, last).sub_(expected)
+    for piece in pieces:
+        exact = WideRows(piece.entry, torch.float32).open(of_original)
+        offset = piece.start - piece.first
+        for first, last in bands(piece.first, piece.last, weight.columns):
+            expected = exact(piece.of_entry, first, last)
+            error = quantized(piece.matrix, first + offset, last + offset).sub_(expected)
             signal += float(torch.linalg.vector_norm(expected)) ** 2
             noise += float(torch.linalg.vector_norm(error)) ** 2
             low, high = torch.aminmax(error)
