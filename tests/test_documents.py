@@ -42,7 +42,13 @@ GROUPS = {
         "docs/guides/rl.md",
         "docs/guides/checkpoint.md",
     ],
-    "kernels": ["README.md", "docs/debugging.md", "docs/start/ops.md", "docs/start/kernel.md"],
+    "kernels": [
+        "README.md",
+        "docs/advice.md",
+        "docs/debugging.md",
+        "docs/start/ops.md",
+        "docs/start/kernel.md",
+    ],
 }
 # Runs each folder's document.py as if in a fresh interpreter, and ends at the first exception.
 RUN = """

@@ -2,6 +2,7 @@
 
 - `torchext.convert_to_fp8_training(model)` makes a model's `nn.Linear`s train in FP8.
 - `torchext.quantize_for_inference(model)` replaces their weights by FP8 ones, one byte for each.
+- `torchext.advise(model, tokens=...)` predicts which layers FP8 makes faster.
 - `torchext.nn` has the layers, `torchext.ops` the ops.
 - `torchext.checkpoint` reads, checks and writes FP8 checkpoints.
 - `torchext.debug` shows what FP8 does to the values of a model.
@@ -20,6 +21,7 @@ from typing import Any as _Any
 from . import nn, ops
 from ._conversion_result import ConversionResult
 from ._memory_report import MemoryReport, memory_report
+from .advice import Advice, advise
 from .availability import get_include, is_available
 from .convert import convert_to_fp8_training, revert_to_linear, unconvert
 from .gemm_selection import explain_gemm
@@ -38,11 +40,13 @@ _logging.getLogger("torchext").addHandler(_logging.NullHandler())
 _LAZY = ("checkpoint", "compat", "debug", "reference", "sim")
 
 __all__ = [
+    "Advice",
     "ConversionResult",
     "InferenceResult",
     "MemoryReport",
     "Recipe",
     "__version__",
+    "advise",
     "convert_to_fp8_training",
     "dequantize_weights",
     "explain_gemm",

@@ -370,13 +370,22 @@ def _multiplied_share(
         return 1.0
     if not _holds_experts(module, parameter):
         return 0.0
+    return experts_of_a_token(owner, parameter, modules) / parameter.shape[0]
+
+
+def experts_of_a_token(
+    owner: str, parameter: torch.Tensor, modules: Mapping[str, nn.Module]
+) -> int:
+    """How many of the experts in a 3-D parameter of module `owner` a token passes: what `top_k` or
+    `num_experts_per_tok` of the module, or of one beside it, says; 1 if there is none."""
+    module = modules[owner]
     parent = modules.get(owner.rpartition(".")[0], module)
     for near in (module, parent, *parent.children()):
         for name in ("top_k", "num_experts_per_tok"):
             count = getattr(near, name, None)
             if isinstance(count, int) and 0 < count <= parameter.shape[0]:
-                return count / parameter.shape[0]
-    return 1 / parameter.shape[0]
+                return count
+    return 1
 
 
 def _is_conv1d(module: nn.Module, parameter: torch.Tensor) -> bool:

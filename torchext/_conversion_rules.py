@@ -93,7 +93,7 @@ def why_impossible(layer: torch.nn.Module) -> str | None:
         return "holds FP8 weights for inference (call torchext.dequantize_weights first)"
     if is_parametrized(layer):
         return "its parameters are parametrized (convert first, parametrize after)"
-    weights = _weights(layer)
+    weights = weights_of(layer)
     kind = type(layer).__name__
     if isinstance(layer, torch.nn.Linear) and type(layer) is not torch.nn.Linear:
         multiplied_elsewhere = torch.nn.modules.linear.NonDynamicallyQuantizableLinear
@@ -128,7 +128,8 @@ def why_impossible_for_experts(recipe: Recipe) -> str | None:
     return f"experts need a blockwise recipe whose GEMMs are all FP8 (its recipe is {recipe})"
 
 
-def _weights(layer: torch.nn.Module) -> list[torch.Tensor]:
+def weights_of(layer: torch.nn.Module) -> list[torch.Tensor]:
+    """The weight of a linear layer, or those of experts."""
     parameters: list[torch.Tensor] = list(layer.parameters(recurse=False))
     if not isinstance(layer, torch.nn.Linear) and all(p.dim() == 3 for p in parameters):
         return parameters  # of experts
@@ -142,7 +143,7 @@ def why_not_worthwhile(layer: torch.nn.Module, fqn: str, embeddings: set[int]) -
     """
     *path, name = fqn.split(".")
     in_repeated_block = any(part.isdigit() for part in path)
-    weights = _weights(layer)
+    weights = weights_of(layer)
     out_features, in_features = weights[0].shape[-2:]
     if not isinstance(layer, torch.nn.Linear):
         in_features, out_features = out_features, in_features
