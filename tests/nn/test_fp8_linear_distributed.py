@@ -20,16 +20,32 @@ from torchext import dequantize_weights, quantize_for_inference
 E4M3 = torch.float8_e4m3fn
 
 
+class Experts(nn.Module):
+    """ReLU^2 experts in two 3-D parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(3, 128, 256) / 16)
+        self.down = nn.Parameter(torch.randn(3, 256, 128) / 16)
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        h = F.relu(torch.einsum("tcik,tk->tci", self.up[ids], x)).square()
+        return torch.einsum("tcki,tci,tc->tk", self.down[ids], h, weights)
+
+
 class Adapted(nn.Module):
     def __init__(self, mode: str = "w8a8") -> None:
         super().__init__()
         self.first, self.second = nn.Linear(128, 256), nn.Linear(256, 128)
+        self.experts = Experts()
         quantize_for_inference(self, mode)  # type: ignore[arg-type]
         self.requires_grad_(False)
         self.down, self.up = nn.Linear(128, 8, bias=False), nn.Linear(8, 256, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.second(F.silu(self.first(x) + self.up(self.down(x))))
+        h = F.silu(self.first(x) + self.up(self.down(x)))
+        ids = torch.arange(2 * len(x)).view(-1, 2) % 3
+        return self.second(h + self.experts(h, ids, torch.full(ids.shape, 0.5)))
 
 
 @pytest.fixture(params=["w8a8", "w8a16"])
@@ -75,9 +91,9 @@ def test_fsdp2(model, mesh):
     x = torch.randn(4, 128)
     expected = step(copy.deepcopy(model), x)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    for part in (model.first, model.second, model):
+    for part in (model.first, model.experts, model.second, model):
         fully_shard(part, mesh=mesh)
-    assert isinstance(model.first.weight, DTensor)
+    assert isinstance(model.first.weight, DTensor) and isinstance(model.experts.up, DTensor)
     for got, wanted in zip(step(model, x), expected, strict=True):
         assert torch.equal(got, wanted)
     for name, tensor in model.state_dict().items():
