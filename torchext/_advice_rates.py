@@ -81,9 +81,9 @@ _WIDE_TILE = 128 * 256
 _WIDE_TILE_CYCLES = 1500
 # From the same run: the smallest kernels, launch included.
 _WIDE_START, _QUANTIZER_START = 8.0, 5.5
-# mma.sync reaches this share of wgmma's BF16 rate: an instruction of 2,048 multiply-adds every 6.26
-# cycles of a scheduler (docs/timing.md). fp8_linear was never timed on a GPU.
-_MMA_SHARE = 4 * 2048 / 6.26
+# Multiply-adds per cycle and SM of BF16 mma.sync: each of four schedulers issues an instruction of
+# 2,048 in 6.26 cycles (docs/timing.md). fp8_linear was never timed on a GPU.
+_MMA_MACS = 4 * 2048 / 6.26
 
 
 class GpuRates:
@@ -108,7 +108,7 @@ class GpuRates:
         return self._tensor_time(product, self._wide_macs * _WIDE_EFFICIENCY, 2)
 
     def weights_only(self, product: Product) -> float:
-        macs = min(_MMA_SHARE, self._wide_macs) * _WIDE_EFFICIENCY
+        macs = min(_MMA_MACS, self._wide_macs) * _WIDE_EFFICIENCY
         return self._tensor_time(product, macs, 1)
 
     def _tensor_time(self, product: Product, macs: float, weight_bytes: int) -> float:
