@@ -5,6 +5,7 @@ whose values it does not look at."""
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -218,6 +219,12 @@ def test_errors():
             torchext.advise(nn.Linear(2, 2), tokens=tokens)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="use must be one of 'training'"):
         torchext.advise(nn.Linear(2, 2), tokens=1, use=wrong)
+
+
+def test_a_missing_simulator_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchext._sim", None)
+    with pytest.raises(ImportError, match=r"advise: the simulator, .*or pass device='cpu'"):
+        torchext.advise(nn.Linear(2, 2), tokens=1, device="h200")
 
 
 def test_an_unknown_gpu(h200):

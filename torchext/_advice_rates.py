@@ -6,6 +6,7 @@ Times are in microseconds. They order layers by what FP8 gains; they are no meas
 from __future__ import annotations
 
 import functools
+import importlib
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
@@ -151,9 +152,7 @@ def gpu_rates(name: str) -> GpuRates:
         ImportError: the simulator, which has the table, was not built.
         RuntimeError: this build has no CUDA kernels.
     """
-    from . import _sim
-
-    rows = {row["name"]: row for row in _sim.timing_gpus()}
+    rows = {row["name"]: row for row in _gpus()}
     if name not in rows:
         raise ValueError(
             f"advise: device must be {', '.join(map(repr, rows))} or 'cpu' (got {name!r}); choose "
@@ -164,11 +163,21 @@ def gpu_rates(name: str) -> GpuRates:
 
 def name_of_gpu(device: str) -> str:
     """The name in the table of a GPU that torch calls `device`, such as "NVIDIA H200"."""
-    from . import _sim
-
-    names = sorted((row["name"] for row in _sim.timing_gpus()), key=len, reverse=True)
+    names = sorted((row["name"] for row in _gpus()), key=len, reverse=True)
     words = device.lower().replace(" ", "_")
     return next((name for name in names if name in words), device)
+
+
+def _gpus() -> list[dict[str, Any]]:
+    try:
+        simulator = importlib.import_module("torchext._sim")
+    except ImportError as error:
+        raise ImportError(
+            "advise: the simulator, which has the table of GPUs, must be built for this Python "
+            f"(got {error}); reinstall torchext from source, or pass device='cpu'"
+        ) from None
+    rows: list[dict[str, Any]] = simulator.timing_gpus()
+    return rows
 
 
 # ---- this CPU ----
