@@ -204,6 +204,7 @@ def test_compiles_to_one_graph(model, mode):
         assert torch.equal(compiled(IDS), expected)
 
 
+@pytest.mark.slow
 def test_the_op_of_experts_in_w8a16_passes_opcheck():
     weight, scale = ops.quantize_128x128(torch.randn(3, 40, 48))
     x, ends = torch.randn(7, 48, requires_grad=True), torch.tensor([2, 2, 6], dtype=torch.int32)

@@ -228,8 +228,11 @@ def test_accelerate_needs_no_adapter():
 
 
 def test_torchext_imports_none_of_these_libraries():
-    names = ("lightning", "torchao", "peft", "transformers", "accelerate", "safetensors",
-             "torchtitan")  # fmt: skip
-    script = f"import sys, torchext; print([n for n in {names} if n in sys.modules])"
+    names = (
+        "lightning", "torchao", "peft", "transformers", "accelerate", "safetensors", "torchtitan",
+        "vllm", "sglang", "deep_gemm",
+    )  # fmt: skip
+    plugins = "torchext.integrations.vllm, torchext.integrations.sglang"
+    script = f"import sys, torchext, {plugins}; print([n for n in {names} if n in sys.modules])"
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
