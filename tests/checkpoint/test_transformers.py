@@ -122,7 +122,7 @@ def test_exported_weights_are_those_that_training_multiplied(tmp_path):
     with torchext.fixed_weights(layer), torch.no_grad():
         layer(torch.randn(4, 320, dtype=torch.bfloat16))
         operand = layer._weight_cache.operand(layer.weight, layer.recipe, transposed=False)
-        assert operand is not None
+        assert operand is not None and operand.data is not None and operand.scale is not None
     named = {f"up_proj.{name}": tensor for name, tensor in master.state_dict().items()}
     exported = dict(checkpoint.quantize_state_dict(named, wide_dtype=torch.bfloat16))
     assert same(exported["up_proj.weight"], operand.data)
