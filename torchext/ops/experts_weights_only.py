@@ -21,8 +21,8 @@ from .._dispatch.batching import each
 from .._dispatch.declaration import DECLARATIONS, declare
 from .._dispatch.layout import pitched
 from . import weights_only as _weights_only  # noqa: F401  (declares fp8_linear)
-from .experts_function import Routing
 from .mlp_function import ACTIVATIONS
+from .moe import moe_combine, moe_permute, moe_route
 
 _DEF = torch.library.Library("torchext", "FRAGMENT")
 _DEF.define(
@@ -135,7 +135,7 @@ def weights_only_experts(
 
     Args:
         x: [T, K], FP32, BF16 or FP16.
-        ids: [T, k], integers from 0; a choice whose id is E or more counts as zero.
+        ids: [T, k], int64 or int32; a choice whose id is not from 0 to E - 1 counts as zero.
         weights: [T, k], of any floating-point dtype.
         operands: the FP8 data and the scales of `up` [E, W, K] and `down` [E, K, I].
         activation, tanh_approximation: as in torchext.ops.mlp_function.MLP.
@@ -144,18 +144,13 @@ def weights_only_experts(
         [T, K], x's dtype.
     """
     (up, up_scale), (down, down_scale) = operands
-    routing = Routing.of(ids, up.shape[0])
-    assert routing.order is not None
-    # A row for each choice before they are sorted: the gradient then adds choices of a token in
-    # their order, which the gradient of indexing x itself would not.
-    rows = x.repeat_interleave(ids.shape[1], 0).index_select(0, routing.order)
-    wide = fp8_linear_by_expert(rows, up, up_scale, routing.offsets)
+    slots, offsets = moe_route(ids, up.shape[0])
+    wide = fp8_linear_by_expert(moe_permute(x, slots), up, up_scale, offsets)
     function = ACTIVATIONS[activation.removesuffix("_mul"), tanh_approximation]
     if activation.endswith("_mul"):
         gate, rest = wide.chunk(2, dim=-1)
         h = function(gate) * rest
     else:
         h = function(wide)
-    y = routing.by_choice(fp8_linear_by_expert(h, down, down_scale, routing.offsets))
-    weighted = y.view(*ids.shape, y.shape[-1]) * weights.float()[..., None]
-    return weighted.sum(1, dtype=torch.float32).to(x.dtype)
+    y = fp8_linear_by_expert(h, down, down_scale, offsets)
+    return moe_combine(y, slots, weights.float(), out_dtype=x.dtype)
