@@ -279,11 +279,13 @@ def test_an_unknown_attribute_is_an_attribute_error():
 
 def test_exports():
     assert set(torchext.__all__) == {
+        "Advice",
         "ConversionResult",
         "InferenceResult",
         "MemoryReport",
         "Recipe",
         "__version__",
+        "advise",
         "convert_to_fp8_training",
         "dequantize_weights",
         "explain_gemm",
