@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from ._fusion import ACTIVATIONS, LINEARS, NAMES, MLPRoles
+from ._fusion import LINEARS, NAMES, MLPRoles
 from ._probing import results_of_function
 from .nn.converted import Rerouted
 from .nn.mlp import as_out_in, can_fuse_class, can_fuse_recipe, fused_mlp, has_hooks
-from .ops.mlp_function import Save
+from .ops.mlp_function import ACTIVATIONS, Save
 
 
 class SplitRoles(NamedTuple):

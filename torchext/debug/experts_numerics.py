@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._fusion import ACTIVATIONS
 from ..nn.experts import FP8Experts, FP8SortedExperts
 from ..ops.experts_function import Routing
+from ..ops.mlp_function import ACTIVATIONS
 
 
 def parameters_of_experts(name: str, layer: FP8Experts) -> list[str]:
