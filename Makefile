@@ -146,9 +146,10 @@ docs: $(VENV)/.ready
 docs-serve: $(VENV)/.ready
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve --no-strict
 
-wheel: $(VENV)/.ready
-	$(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w dist .
-	ls -l dist/*.whl
+# A manylinux_2_28 wheel in dist/. WHEEL_PYTHONS: interpreters to build the simulator for; by default
+# those on PATH.
+wheel: $(BUILT)
+	$(BIN)/python tools/build_wheel.py $(if $(WHEEL_PYTHONS),--python $(WHEEL_PYTHONS))
 
 # For a machine with a GPU and its own torch. WHEEL=dist/torchext_fp8-...whl comes from `make wheel`.
 gpu-check:

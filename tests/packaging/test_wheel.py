@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import old_libraries
 from support.cuda_stubs import write_stubs
 
 ROOT = Path(__file__).parents[2]
@@ -55,7 +56,7 @@ print("smoke passed")
 
 
 def test_contents(wheel: Path) -> None:
-    assert re.fullmatch(r"torchext_fp8-[\d.]+-py3-none-linux_x86_64\.whl", wheel.name)
+    assert re.fullmatch(r"torchext_fp8-[\d.]+-py3-none-manylinux_2_28_x86_64\.whl", wheel.name)
     names = zipfile.ZipFile(wheel).namelist()
     assert "torchext/_C.so" in names
     assert "torchext/py.typed" in names
@@ -88,6 +89,23 @@ def test_is_small_enough(wheel: Path) -> None:
     """On disk, and unpacked (most PTX text is compressed within the wheel, too)."""
     assert wheel.stat().st_size < 40_000_000
     assert sum(entry.file_size for entry in zipfile.ZipFile(wheel).infolist()) < 60_000_000
+
+
+def test_binaries_run_on_old_systems(wheel: Path, tmp_path: Path) -> None:
+    """auditwheel has accepted the wheel; this also finds symbols that need a newer system and have
+    no version, which it does not see."""
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    binaries = list(tmp_path.glob("torchext/*.so"))
+    assert len(binaries) == 2
+    for binary in binaries:
+        assert old_libraries.too_new(binary) == []
+
+
+def test_versions_are_compared_by_their_numbers() -> None:
+    assert old_libraries.is_old("GLIBC_2.2.5") and old_libraries.is_old("GLIBC_2.28")
+    assert not old_libraries.is_old("GLIBC_2.29") and not old_libraries.is_old("GLIBC_2.34")
+    assert old_libraries.is_old("GLIBCXX_3.4.9") and not old_libraries.is_old("GLIBCXX_3.4.26")
+    assert not old_libraries.is_old("GLIBC_PRIVATE")
 
 
 def test_library_depends_on_no_python_and_no_cuda(wheel: Path, tmp_path: Path) -> None:
