@@ -6,7 +6,7 @@
 One wheel serves every Python: the op library has no Python in it, and the simulator's module
 torchext._sim is there once for each Python whose interpreter is given (by default those on PATH).
 Binaries are linked against tools/old_libraries.py's stand-ins for the libraries of glibc 2.28, then
-checked and tagged by auditwheel. For aarch64: Debian's g++-aarch64-linux-gnu. docs/building.md says
+checked and tagged by auditwheel. For aarch64: Debian's g++-aarch64-linux-gnu. docs/install.md says
 more. Exit status: 1 if the build or a check fails, 2 if a tool is missing.
 """
 
