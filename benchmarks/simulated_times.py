@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from . import timing_data
 from .deep_gemm_kernel import (
     BLOCK_K,
     Configuration,
@@ -24,6 +25,7 @@ from .deep_gemm_kernel import (
     kernel_name,
     launch_options,
 )
+from .validate_timing import held_out, sample, split, tile_times
 
 if TYPE_CHECKING:
     from torchext import sim
@@ -82,10 +84,22 @@ class DeepGemm:
 DEEP_GEMM = DeepGemm()
 
 
+def write_tile_pairs() -> None:
+    """Writes timing_data/clock_tile_pairs.csv: both tiles of each of timing_data.tile_pairs()."""
+    with (timing_data.FOLDER / "clock_tile_pairs.csv").open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["groups", "m", "n", "k", "tile", "predicted_us"])
+        for pair in timing_data.tile_pairs():
+            times = tile_times(DeepGemm(launch=False), pair)
+            for (rows, columns), us in zip(pair.tiles, times, strict=True):
+                shape = pair.groups, pair.m, pair.n, pair.k
+                writer.writerow([*shape, f"{rows}x{columns}", f"{us:.4g}"])
+
+
 def main() -> None:
-    """Writes timing_data/clock_predictions.csv: about 5 s for each of 123 shapes."""
-    from . import timing_data
-    from .validate_timing import held_out, sample, split
+    """Writes the tables of the clock's predictions in timing_data: about 5 s of one core for each
+    of 123 shapes and 12 tiles."""
+    write_tile_pairs()
 
     h100 = split(timing_data.deep_gemm("h100"))
     sets = {

@@ -156,3 +156,20 @@ def clock_predictions() -> dict[str, tuple[Timings, np.ndarray]]:
         measured = _timings(lines[0]["gpu"], name, points, "README" not in name)
         sets[name] = measured, np.array([float(r["predicted_gemm_us"]) for r in lines])
     return sets
+
+
+@cache
+def clock_tile_pairs() -> dict[TilePair, tuple[float, float]]:
+    """What the simulator's clock predicted for both tiles of each of tile_pairs(), in microseconds
+    (`python -m benchmarks.simulated_times` writes it)."""
+    times: dict[tuple[int, ...], list[float]] = {}
+    for row in _rows("clock_tile_pairs.csv"):
+        key = tuple(int(row[name]) for name in ("groups", "m", "n", "k"))
+        times.setdefault(key, []).append(float(row["predicted_us"]))
+    pairs = {}
+    for pair in tile_pairs():
+        shape = pair.groups, pair.m, pair.n, pair.k
+        if shape in times:
+            before, after = times[shape]
+            pairs[pair] = before, after
+    return pairs
