@@ -57,6 +57,17 @@ TORCHEXT_PTX void cp_async_bulk_tensor_3d_store(const void* map, const void* sha
       : "memory");
 }
 
+// Adds a box of FP32 numbers in shared memory to global memory, in this thread's current bulk group;
+// otherwise as the store. Each element is one atomic add, rounded to nearest even.
+TORCHEXT_PTX void cp_reduce_async_bulk_tensor_3d_add(const void* map, const void* shared, int32_t x,
+                                                     int32_t y, int32_t z) {
+  asm volatile(
+      "cp.reduce.async.bulk.tensor.3d.global.shared::cta.add.tile.bulk_group"
+      " [%0, {%2, %3, %4}], [%1];" ::"l"(map),
+      "r"(shared_address(shared)), "r"(x), "r"(y), "r"(z)
+      : "memory");
+}
+
 TORCHEXT_PTX void cp_async_bulk_commit_group() {
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }

@@ -164,6 +164,18 @@ def test_forced_refuses_what_there_is_not(name, options):
         ops.fp8_gemm_nt(a.data, a.scale, b.data, b.scale)
 
 
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16])
+def test_tma_adds_to_fp32_outputs(out_dtype):
+    """In L2, so that no thread loads the old output. Sums in BF16 are rounded once, by threads."""
+    a, b = operands("1d1d", 150, 200, 300, torch.device("cpu"))
+    out = torch.randn(150, 200).to(out_dtype)
+    with sim.simulate(num_sms=3) as simulation, selection.forced("128x128"):
+        check(a, b, TENSOR_CORES["sm90"], out=out, accumulate=True)
+    executed = simulation.reports[-1].instructions
+    reduces = sum(count for op, count in executed.items() if op.startswith("cp.reduce.async.bulk"))
+    assert bool(reduces) == (out_dtype == torch.float32)
+
+
 def variants(granularity, dtypes):
     for name in selection.configurations(granularity, *dtypes):
         swapped = name.startswith("swap_")

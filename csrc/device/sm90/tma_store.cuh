@@ -21,9 +21,10 @@
 
 namespace torchext::sm90 {
 
-// `target`: what to store into; target.map() is the tensor map, target.z() the third coordinate and
-// target.dtype() the dtype: FP32, BF16 or FP16, or FP8 for send() alone. Each store calls these
-// functions anew, so that no register holds their results between stores.
+// `target`: what to store into; target.map() is the tensor map, target.z() the third coordinate,
+// target.dtype() the dtype: FP32, BF16 or FP16, or FP8 for send() alone, and target.adds() whether to
+// add to what is there, which must be FP32. Each store calls these functions anew, so that no register
+// holds their results between stores.
 template <int kBoxes>
 struct TmaStore {
   uint8_t* boxes;
@@ -47,7 +48,10 @@ struct TmaStore {
   __device__ __forceinline__ void send(const Target& target, const ThreadCoord& at, uint32_t x,
                                        uint32_t y, const uint8_t* box) const {
     if (at.thread() != 0) return;
-    ptx::cp_async_bulk_tensor_3d_store(target.map(), box, x, y, target.z());
+    if (target.adds())
+      ptx::cp_reduce_async_bulk_tensor_3d_add(target.map(), box, x, y, target.z());
+    else
+      ptx::cp_async_bulk_tensor_3d_store(target.map(), box, x, y, target.z());
     ptx::cp_async_bulk_commit_group();
   }
 

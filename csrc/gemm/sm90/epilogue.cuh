@@ -147,6 +147,7 @@ struct OutTarget {
   const Work& work;
   __device__ __forceinline__ const void* map() const { return &p.out_map; }
   __device__ __forceinline__ ScalarType dtype() const { return p.out_dtype; }
+  __device__ __forceinline__ bool adds() const { return p.accumulate; }
   __device__ __forceinline__ uint32_t z() const {
     return p.grouping == Grouping::kAlongK ? work.group : 0;
   }
@@ -159,7 +160,8 @@ __device__ __forceinline__ void store_tile(const GemmParams& p, Shared<L>& share
   // The previous tile may have ended at any box; this one starts with the first.
   if (at.thread() == 0) ptx::cp_async_bulk_wait_group_read<0>();
   TmaStore<L::kStoreBoxes> by_tma{shared.store[at.warpgroup]};
-  const bool whole = p.out_by_tma && !p.accumulate;
+  // TMA adds in FP32. Other outputs are rounded once, after the sum.
+  const bool whole = p.out_by_tma && (!p.accumulate || p.out_dtype == ScalarType::Float);
   // The output of an empty group stays as it is: adding zero would turn -0 into 0.
   if (p.grouping == Grouping::kAlongK && p.accumulate && work.k_begin == work.k_end) return;
   // TMA stops storing at the end of a matrix, but not at the end of a group of rows.

@@ -24,9 +24,10 @@
 //               next K block's wgmmas in flight in a second block of accumulators; in large tiles
 //               the other warpgroup has its own in flight.
 //   epilogue    The consumers, after a tile's last K block (epilogue.cuh). They store the tile
-//               - by TMA; they wait for its read of shared memory before they reuse the space;
-//               - from registers, where TMA cannot store: unaligned rows, accumulation into out,
-//                 the last rows of a group;
+//               - by TMA, which also adds to an FP32 output; they wait for its read of shared memory
+//                 before they reuse the space;
+//               - from registers, where TMA cannot store: unaligned rows, accumulation into 16-bit
+//                 outputs, the last rows of a group;
 //               - by TMA, after an activation and quantization (activation.cuh);
 //               - through a transposed copy in shared memory, if the tile is swapped.
 //
