@@ -168,8 +168,6 @@ def clock_tile_pairs() -> dict[TilePair, tuple[float, float]]:
         times.setdefault(key, []).append(float(row["predicted_us"]))
     pairs = {}
     for pair in tile_pairs():
-        shape = pair.groups, pair.m, pair.n, pair.k
-        if shape in times:
-            before, after = times[shape]
-            pairs[pair] = before, after
+        before, after = times[pair.groups, pair.m, pair.n, pair.k]
+        pairs[pair] = before, after
     return pairs
