@@ -79,6 +79,33 @@ struct Elements16 {
   }
 };
 
+// 16 FP32 values of neighboring columns.
+struct Values16 {
+  float at[16];
+};
+
+template <class In>
+__device__ Values16 widened(const Elements16<In>& e) {
+  Values16 v;
+#pragma unroll
+  for (int i = 0; i < 16; ++i) v.at[i] = e.at(i);
+  return v;
+}
+
+// Rounds to the format.
+template <class In>
+__device__ Elements16<In> narrowed(const Values16& v) {
+  Elements16<In> e;
+#pragma unroll
+  for (int i = 0; i < Elements16<In>::kWords; ++i) {
+    if constexpr (In::kPerWord == 2)
+      e.words[i] = In::pack(v.at[2 * i + 1], v.at[2 * i]);
+    else
+      e.words[i] = bits_of(v.at[i]);
+  }
+  return e;
+}
+
 // The largest magnitudes of 16 elements, one for each position within a word; `amax_bits` then
 // gives the FP32 bits of the largest of these positions.
 template <class In>

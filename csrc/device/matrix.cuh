@@ -98,6 +98,27 @@ __device__ inline void store16(uint8_t* address, int valid, const uint4& bytes) 
     if (i < valid) address[i] = uint8_t(words[i / 4] >> i % 4 * 8);
 }
 
+// Stores the first `valid` of 16 elements. `aligned`: the address is a multiple of 16.
+template <class In>
+__device__ void store_elements16(uint8_t* address, bool aligned, int valid,
+                                 const Elements16<In>& e) {
+  if (aligned && valid == 16) {
+#pragma unroll
+    for (int i = 0; i < Elements16<In>::kWords; i += 4)
+      reinterpret_cast<uint4*>(address)[i / 4] = {e.words[i], e.words[i + 1], e.words[i + 2],
+                                                  e.words[i + 3]};
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < 16; ++i) {
+    if (i >= valid) continue;
+    if constexpr (In::kPerWord == 2)
+      reinterpret_cast<uint16_t*>(address)[i] = uint16_t(e.words[i / 2] >> i % 2 * 16);
+    else
+      reinterpret_cast<uint32_t*>(address)[i] = e.words[i];
+  }
+}
+
 inline bool is_aligned(const void* data, int64_t row_bytes) {
   return reinterpret_cast<uintptr_t>(data) % 16 == 0 && row_bytes % 16 == 0;
 }

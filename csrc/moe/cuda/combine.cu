@@ -12,10 +12,10 @@ __device__ void combine(const Source& y, const Choices& choices, const Source& r
   constexpr int kTogether = 2 * In::kPerWord;  // rows in flight
   for_each_token(choices.tokens, y.cols, [&](int64_t token, int64_t col) {
     const int valid = valid_of(col, y.cols, 16);
-    float sums[16] = {};
+    Values16 sums = {};
     const auto add = [&](const Elements16<In>& e, float weight) {
 #pragma unroll
-      for (int i = 0; i < 16; ++i) sums[i] = __fadd_rn(sums[i], __fmul_rn(e.at(i), weight));
+      for (int i = 0; i < 16; ++i) sums.at[i] = __fadd_rn(sums.at[i], __fmul_rn(e.at(i), weight));
     };
     for (int64_t first = 0; first < choices.choices; first += kTogether) {
       Elements16<In> e[kTogether];
@@ -33,13 +33,12 @@ __device__ void combine(const Source& y, const Choices& choices, const Source& r
     if (residual.data != nullptr)
       add(load16<In>(residual.at(token, col), residual.col_stride, residual.aligned, valid), 1.0f);
     uint8_t* row = out.data + token * out.stride;
-    const auto at = [&](int i) { return sums[i]; };
     if (out_dtype == ScalarType::Float)
-      store_elements<f32>(row + 4 * col, out.aligned, valid, round16<f32>(at));
+      store_elements16<f32>(row + 4 * col, out.aligned, valid, narrowed<f32>(sums));
     else if (out_dtype == ScalarType::BFloat16)
-      store_elements<bf16>(row + 2 * col, out.aligned, valid, round16<bf16>(at));
+      store_elements16<bf16>(row + 2 * col, out.aligned, valid, narrowed<bf16>(sums));
     else
-      store_elements<f16>(row + 2 * col, out.aligned, valid, round16<f16>(at));
+      store_elements16<f16>(row + 2 * col, out.aligned, valid, narrowed<f16>(sums));
   });
 }
 

@@ -38,11 +38,14 @@ __device__ void permute(const Source& x, const Choices& choices, const Rows& y) 
       if (row < 0) continue;
       Elements16<In> weighted = e;
       if (choices.weights.data != nullptr) {
+        Values16 products = widened(e);
         const float weight = choices.weight(token, choice);
-        weighted = round16<In>([&](int i) { return __fmul_rn(e.at(i), weight); });
+#pragma unroll
+        for (float& product : products.at) product = __fmul_rn(product, weight);
+        weighted = narrowed<In>(products);
       }
-      store_elements<In>(y.data + row * y.stride + col * (4 / In::kPerWord), y.aligned, valid,
-                         weighted);
+      store_elements16<In>(y.data + row * y.stride + col * (4 / In::kPerWord), y.aligned, valid,
+                           weighted);
     }
   });
 }

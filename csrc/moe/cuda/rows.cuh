@@ -58,39 +58,4 @@ inline Rows rows_of(void* data, int64_t cols, ScalarType dtype) {
   return {static_cast<uint8_t*>(data), stride, quantizers::is_aligned(data, stride)};
 }
 
-// Stores the first `valid` of 16 elements.
-template <class Out>
-__device__ void store_elements(uint8_t* address, bool aligned, int valid,
-                               const Elements16<Out>& e) {
-  if (aligned && valid == 16) {
-#pragma unroll
-    for (int i = 0; i < Elements16<Out>::kWords; i += 4)
-      reinterpret_cast<uint4*>(address)[i / 4] = {e.words[i], e.words[i + 1], e.words[i + 2],
-                                                  e.words[i + 3]};
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < 16; ++i) {
-    if (i >= valid) continue;
-    if constexpr (Out::kPerWord == 2)
-      reinterpret_cast<uint16_t*>(address)[i] = uint16_t(e.words[i / 2] >> i % 2 * 16);
-    else
-      reinterpret_cast<uint32_t*>(address)[i] = e.words[i];
-  }
-}
-
-// 16 FP32 values, rounded.
-template <class Out, class Value>
-__device__ Elements16<Out> round16(Value value) {
-  Elements16<Out> e;
-#pragma unroll
-  for (int i = 0; i < Elements16<Out>::kWords; ++i) {
-    if constexpr (Out::kPerWord == 2)
-      e.words[i] = Out::pack(value(2 * i + 1), value(2 * i));
-    else
-      e.words[i] = __float_as_uint(value(i));
-  }
-  return e;
-}
-
 }  // namespace torchext::moe

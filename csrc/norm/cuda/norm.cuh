@@ -1,5 +1,5 @@
-// What the kernels of norms share: their operands as kernels see them, 16 FP32 values of a row, and
-// the pairwise sum (../norm.h). Every operation rounds to nearest by its own instruction, so that
+// What the kernels of norms share: their operands as kernels see them, and the pairwise sum
+// (../norm.h). Every operation rounds to nearest by its own instruction, so that
 // the compiler fuses none.
 #pragma once
 
@@ -30,33 +30,6 @@ struct Norm {
   float *mean, *rstd;
 };
 
-// 16 FP32 values of neighboring columns.
-struct Values16 {
-  float at[16];
-};
-
-template <class In>
-__device__ Values16 widened(const Elements16<In>& e) {
-  Values16 v;
-#pragma unroll
-  for (int i = 0; i < 16; ++i) v.at[i] = e.at(i);
-  return v;
-}
-
-// Rounds to the format.
-template <class In>
-__device__ Elements16<In> narrowed(const Values16& v) {
-  Elements16<In> e;
-#pragma unroll
-  for (int i = 0; i < Elements16<In>::kWords; ++i) {
-    if constexpr (In::kPerWord == 2)
-      e.words[i] = In::pack(v.at[2 * i + 1], v.at[2 * i]);
-    else
-      e.words[i] = bits_of(v.at[i]);
-  }
-  return e;
-}
-
 // The first `valid` of 16 elements from column `col`, a multiple of 16; the others are 0.
 __device__ inline Values16 load_vector16(const Vector& v, int64_t col, int valid) {
   const uint8_t* address = v.data + col * v.stride;
@@ -84,27 +57,6 @@ __device__ Elements16<In> added(const Elements16<In>& x, const Elements16<In>& r
 #pragma unroll
   for (int i = 0; i < 16; ++i) sum.at[i] = __fadd_rn(x.at(i), residual.at(i));
   return narrowed<In>(sum);
-}
-
-// Stores the first `valid` of 16 elements. `aligned`: the address is a multiple of 16.
-template <class In>
-__device__ void store_elements16(uint8_t* address, bool aligned, int valid,
-                                 const Elements16<In>& e) {
-  if (aligned && valid == 16) {
-#pragma unroll
-    for (int i = 0; i < Elements16<In>::kWords; i += 4)
-      reinterpret_cast<uint4*>(address)[i / 4] = {e.words[i], e.words[i + 1], e.words[i + 2],
-                                                  e.words[i + 3]};
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < 16; ++i) {
-    if (i >= valid) continue;
-    if constexpr (In::kPerWord == 2)
-      reinterpret_cast<uint16_t*>(address)[i] = uint16_t(e.words[i / 2] >> i % 2 * 16);
-    else
-      reinterpret_cast<uint32_t*>(address)[i] = e.words[i];
-  }
 }
 
 // Stores the first `valid` of 16 FP32 elements, rounded to the format, and returns them as rounded.
