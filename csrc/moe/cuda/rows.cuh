@@ -10,8 +10,6 @@
 
 namespace torchext::moe {
 
-using quantizers::Elements16;
-
 constexpr int kWarps = 16;
 constexpr int kThreads = 32 * kWarps;
 constexpr int64_t kColumns = 512;  // of a warp
