@@ -10,7 +10,17 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 
-SUITES = ("quantize", "activation", "norm", "gemm", "grouped", "fused", "linear", "training")
+SUITES = (
+    "quantize",
+    "activation",
+    "norm",
+    "moe",
+    "gemm",
+    "grouped",
+    "fused",
+    "linear",
+    "training",
+)
 SUBJECT = "torchext"  # the contender that the others are compared with
 
 
@@ -82,6 +92,9 @@ NORMS = (
         for ending in ("", "_quantize_1x128_dual")
     ),
 )
+
+# Rows for experts, 8 for each token; shape (tokens, columns).
+MOE = ("moe_route", "moe_permute_quantize_1x128", "moe_permute", "moe_combine")
 
 # GEMMs of a layer: m rows of input, a weight [n, k]. fprop: Y[m, n], scales 1x128 by 128x128.
 # wgrad: dW[n, k], scales 1x128 by 1x128, stored in BF16 or added to FP32. dgrad has no case: it is
@@ -203,6 +216,7 @@ def cuda_cases() -> list[Case]:
         ]
     for rows, columns, priority in ((4096, 7168, 1), (8192, 4096, 2)):
         cases += [Case("norm", op, "block", "", (rows, columns), priority) for op in NORMS]
+    cases += [Case("moe", op, "deepseek-v3", "", (4096, 7168), 1) for op in MOE]
     for layer in LAYERS:
         where = (layer.model, layer.name)
         shape = {m: (m, layer.n, layer.k) for m in ROWS}
@@ -278,6 +292,7 @@ def cpu_cases() -> list[Case]:
             for op in ACTIVATIONS
         ),
         *(Case("norm", op, "block", "", (4096, 7168), 2, peers=("copy",)) for op in NORMS),
+        *(Case("moe", op, "cube", "", (1024, 2048), 2, peers=("copy",)) for op in MOE),
         *(Case("gemm", op, *cube, 2) for op in GEMMS),
         *(Case("grouped", op, "cube", "", (4, 256, 512, 1024), 2) for op in GROUPED),
         *(Case("fused", op, *cube, 2) for op in FUSED),
@@ -323,6 +338,7 @@ def explicit_cases(m: int, n: int, k: int) -> list[Case]:
         *(Case("quantize", op, "given", "", (m, k)) for op in QUANTIZERS),
         *(Case("activation", op, "given", "", (m, k)) for op in ACTIVATIONS),
         *(Case("norm", op, "given", "", (m, k)) for op in NORMS),
+        *(Case("moe", op, "given", "", (m, k)) for op in MOE),
         *(Case("gemm", op, "given", "", (m, n, k)) for op in GEMMS),
         bf16_rows("given", "", (m, n, k)),
         *(Case("grouped", op, "given", "", (2, m, n, k)) for op in GROUPED),

@@ -90,7 +90,7 @@ def _calls_of_ops(x: Tensor, weight: Tensor, bias: Tensor) -> dict[str, Callable
         operands = torch.cat((x, x), dim=-1) if "_mul_" in name else x
         tensors = (x, operands) if "_backward_" in name else (operands,)
         calls[f"ops.{name}"] = partial(function, *tensors)
-    for name in cases.NORMS:
+    for name in (*cases.NORMS, *cases.MOE):
         given = next(iter(CATALOG[name].sized.values()))(len(x), FEATURES).to(x.device)
         calls[f"ops.{name}"] = partial(getattr(ops, name), *given.args, **given.kwargs)
     a, b = ops.quantize_1x128(x), ops.quantize_128x128(weight)

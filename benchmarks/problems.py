@@ -164,8 +164,8 @@ class BitsProblem(Problem):
 
 
 class ActivationProblem(BitsProblem):
-    """Operands of an activation or a norm of [rows, columns], in BF16; for backward also its
-    gradient."""
+    """Operands of an activation, a norm or an op for experts' rows of [rows, columns], in BF16; for
+    backward also its gradient."""
 
     def __init__(self, case: Case, device: str):
         super().__init__(case, device)
@@ -175,7 +175,8 @@ class ActivationProblem(BitsProblem):
 
     @cached_property
     def expected(self) -> tuple[Tensor, ...]:  # type: ignore[override]
-        return entry(self.case.op).reference(*self.args, **self.kwargs)
+        outputs = entry(self.case.op).reference(*self.args, **self.kwargs)
+        return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
 class QuantizeProblem(BitsProblem):
@@ -573,6 +574,7 @@ PROBLEMS: dict[str, type[Problem]] = {
     "quantize": QuantizeProblem,
     "activation": ActivationProblem,
     "norm": ActivationProblem,
+    "moe": ActivationProblem,
     "gemm": GemmProblem,
     "grouped": GroupedProblem,
     "fused": FusedProblem,

@@ -13,7 +13,17 @@ from . import goals
 from .cases import Case
 from .contenders import SUBJECT
 
-SECTIONS = ("gemm", "grouped", "fused", "linear", "training", "quantize", "activation", "norm")
+SECTIONS = (
+    "gemm",
+    "grouped",
+    "fused",
+    "linear",
+    "training",
+    "quantize",
+    "activation",
+    "norm",
+    "moe",
+)
 
 
 def markdown(data: dict) -> str:

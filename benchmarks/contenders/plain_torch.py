@@ -193,6 +193,7 @@ CONTENDERS = [
     Contender("copy", "quantize", ("cpu",), require, copy_of_as_many_bytes),
     Contender("copy", "activation", ("cpu",), require, copy_of_as_many_bytes),
     Contender("copy", "norm", ("cpu",), require, copy_of_as_many_bytes),
+    Contender("copy", "moe", ("cpu",), require, copy_of_as_many_bytes),
     Contender("bf16", "gemm", ("cpu", "cuda"), require, unquantized_gemm(torch.bfloat16)),
     Contender("bf16", "grouped", ("cpu",), require, loop_over_groups),
     Contender("bf16", "grouped", ("cuda",), require, unquantized_grouped),

@@ -159,6 +159,7 @@ CONTENDERS = [
     Contender(SUBJECT, "quantize", DEVICES, require, quantize),
     Contender(SUBJECT, "activation", DEVICES, require, fused_quantizer),
     Contender(SUBJECT, "norm", DEVICES, require, fused_quantizer),
+    Contender(SUBJECT, "moe", DEVICES, require, fused_quantizer),
     Contender(SUBJECT, "gemm", DEVICES, require, gemm),
     Contender("torchext_w8a16", "gemm", DEVICES, require, weights_only),
     Contender(SUBJECT, "grouped", DEVICES, require, grouped),

@@ -23,7 +23,8 @@ def test_the_opcode_table_of_the_readme(monkeypatch):
 
 
 def test_every_row_names_its_file():
-    files = {path.name: path.read_text() for path in SIMULATOR.glob("*/*.cpp")}
+    sources = [path for path in SIMULATOR.glob("*/*.cpp") if path.parent.name != "timing"]
+    files = {path.name: path.read_text() for path in sources}
     for row in _sim.opcodes():
         assert f't["{row["opcode"]}"] =' in files[row["file"]]
         assert row["classes"] and row["units"]

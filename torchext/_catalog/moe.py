@@ -184,8 +184,8 @@ ENTRIES = (
         "moe_route",
         ROUTE,
         {"choices": lambda rows, columns: route(rows, 8, 64)()},
-        lambda ids, experts, **_: (*ids.shape, experts),
-        lambda tokens, choices, experts: 12 * tokens * choices + 4 * experts,
+        lambda ids, experts, **_: (ids.shape[0], 0, ids.shape[1], experts),
+        lambda tokens, columns, choices=8, experts=64: 12 * tokens * choices + 4 * experts,
     ),
     entry(
         "moe_permute_quantize_1x128",
