@@ -47,29 +47,26 @@ FEW_ROWS = 64
 DENSE, GROUPED, WGRAD, FUSED = "dense", "grouped", "wgrad", "fused"
 
 
-def dense_cases(gpu: str) -> list[Case]:
+def dense_cases() -> list[Case]:
     return [
         Case("gemm", cases.FPROP, layer.model, layer.name, (m, layer.n, layer.k))
         for layer in cases.LAYERS
         for m in ROWS
-        if gpu == "h100"
     ]
 
 
-def grouped_cases(gpu: str) -> list[Case]:
+def grouped_cases() -> list[Case]:
     return [
         case
         for case in cases.cuda_cases()
-        if gpu == "h100" and case.model == "deepseek-v3" and case.op in GROUPED_OPS
+        if case.model == "deepseek-v3" and case.op in GROUPED_OPS
     ]
 
 
 GROUPED_OPS = (cases.CONTIGUOUS, cases.MASKED)
 
 
-def wgrad_cases(gpu: str) -> list[Case]:
-    if gpu != "h100":
-        return []
+def wgrad_cases() -> list[Case]:
     dense = [
         Case("gemm", cases.WGRAD_ACCUMULATE, x.model, x.name, (TOKENS, x.n, x.k))
         for x in cases.LAYERS
@@ -80,16 +77,16 @@ def wgrad_cases(gpu: str) -> list[Case]:
     return [*dense, *along_k]
 
 
-def fused_cases(gpu: str) -> list[Case]:
+def fused_cases() -> list[Case]:
     return [
         Case("fused", cases.SWIGLU, x.model, x.name, (m, x.n, x.k))
         for x in cases.LAYERS
-        if gpu == "h100" and x.name == "gate_up_proj"
+        if x.name == "gate_up_proj"
         for m in FUSED_ROWS
     ]
 
 
-CLASSES: dict[str, Callable[[str], list[Case]]] = {
+CLASSES: dict[str, Callable[[], list[Case]]] = {
     GROUPED: grouped_cases,
     FUSED: fused_cases,
     WGRAD: wgrad_cases,
@@ -114,7 +111,7 @@ class Pair:
 
 def pairs(predictor: Predictor, kind: str, gpu: str) -> list[Pair]:
     """The cases that are predicted before the time is up, the quickest to predict first."""
-    wanted = sorted(CLASSES[kind](gpu), key=lambda case: math.prod(case.shape))
+    wanted = sorted(CLASSES[kind](), key=lambda case: math.prod(case.shape))
     other = predictor.unfused if kind == FUSED else predictor.deep_gemm
     found = []
     for i in range(0, len(wanted), AT_A_TIME):
@@ -176,7 +173,7 @@ def verdicts(compared: dict[str, list[Pair]]) -> list[list[str]]:
         of = sum(
             goal.most_rows is None or case.shape[0] <= goal.most_rows
             for kind in goal.kinds
-            for case in CLASSES[kind]("h100")
+            for case in CLASSES[kind]()
         )
         met = "met" if value >= goal.at_least else "**missed**"
         at = f"{worst.ratio:.2f} at {name(worst.case)}"

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING
 
 from . import cases
 from .cases import Case
-from .predictions import OutOfTimeError, Prediction, Predictor
+from .predictions import OutOfTimeError, Prediction, Predictor, configuration_of
 from .report import table
-from .selection import Configuration
 
 if TYPE_CHECKING:
     from torchext.gemm_selection import GemmExplanation
@@ -42,7 +41,7 @@ def candidates(case: Case, gpu: str) -> tuple[str, list[str]]:
     answer = explained(case, gpu)
     least = answer.candidates[0].cycles
     hopeful = [c for c in answer.candidates if c.cycles <= CLOSE * least][:MOST]
-    texts = [str(Configuration(c.name, c.split_k, c.cluster)) for c in (answer.chosen, *hopeful)]
+    texts = [configuration_of(candidate) for candidate in (answer.chosen, *hopeful)]
     return texts[0], list(dict.fromkeys(texts))
 
 
@@ -126,9 +125,7 @@ def measured_regrets(predictor: Predictor) -> str:
 
 
 def first_by_model(case: Case, texts: Sequence[str]) -> str:
-    ranked = [
-        str(Configuration(c.name, c.split_k, c.cluster)) for c in explained(case, "h200").candidates
-    ]
+    ranked = [configuration_of(candidate) for candidate in explained(case, "h200").candidates]
     return min(texts, key=ranked.index)
 
 

@@ -29,13 +29,12 @@ from .selection import Configuration
 
 if TYPE_CHECKING:
     from torchext import sim
+    from torchext.gemm_selection import Candidate
 
 TABLE = Path(__file__).parent / "timing_data" / "predictions.csv"
 TORCHEXT, DEEP_GEMM, UNFUSED = "torchext", "deepgemm", "torchext, unfused"
 FP8 = torch.float8_e4m3fn
 SAME = 1e-3  # predictions that differ by less are the same
-
-Scaled = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -174,6 +173,11 @@ def lengths(groups: int, expected: int, step: int) -> list[int]:
     return [max(step, round(expected * (0.7 + 0.6 * s) / step) * step) for s in spread]
 
 
+def _room(expected: int) -> int:
+    """The rows that a masked GEMM has for a group of which `expected` rows are expected."""
+    return round_up(expected * 3 // 2, GROUP)
+
+
 def _index(values: Sequence[int]) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32)
 
@@ -228,7 +232,7 @@ def _our_grouped(case: Case) -> Callable[[], object]:
         ends, rows = _ends(sizes), sum(sizes)
         a = _data(rows, k), _group_scales(rows, k)
         return lambda: ops.m_grouped_fp8_gemm_nt_contiguous(*a, *b, ends)
-    room = round_up(m * 3 // 2, GROUP)
+    room = _room(m)
     counts = _index(lengths(groups, m, 1))
     a = _data(groups, room, k), _group_scales(groups * room, k).unflatten(0, (groups, room))
     return lambda: ops.m_grouped_fp8_gemm_nt_masked(*a, *b, counts, expected_m=m)
@@ -249,7 +253,7 @@ def chosen(case: Case, gpu: str) -> str:
             m, options = sum(lengths(groups, m, GROUP)), {"grouping": "offsets"}
         else:
             options = {"grouping": "masked", "expected_m": m}
-            m = groups * round_up(m * 3 // 2, GROUP)
+            m = groups * _room(m)
         options["groups"] = groups
     elif case.op in (cases.FPROP, cases.WGRAD_ACCUMULATE):
         m, n, k = case.shape
@@ -261,8 +265,13 @@ def chosen(case: Case, gpu: str) -> str:
     if case.op in (cases.WGRAD_ACCUMULATE, cases.ALONG_K):
         options |= {"out_dtype": torch.float32, "accumulate": True}
     memory = rated_memory(gpu)
-    choice = explain_gemm(m, n, k, **options, memory_gigabytes_per_second=memory).chosen
-    return str(Configuration(choice.name, choice.split_k, choice.cluster))
+    answer = explain_gemm(m, n, k, **options, memory_gigabytes_per_second=memory)
+    return configuration_of(answer.chosen)
+
+
+def configuration_of(candidate: Candidate) -> str:
+    """The configuration of a candidate of explain_gemm, as keys have it."""
+    return str(Configuration(candidate.name, candidate.split_k, candidate.cluster))
 
 
 # ---- DeepGEMM ----
@@ -325,7 +334,7 @@ def deep_launch(case: Case, kernel: DeepKernel) -> dict[str, Any]:
         layout = _index([g for g, size in enumerate(sizes) for _ in range(size)])
         a = _data(rows, k), scales(rows, k)
     else:
-        room = round_up(m * 3 // 2, GROUP)
+        room = _room(m)
         rows, layout = groups * room, _index(lengths(groups, m, 1))
         a = _data(rows, k), torch.empty(groups * -(-k // GROUP), room)
     return launch(a, b, torch.empty(rows, n, dtype=torch.bfloat16), layout)
