@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..nn.experts import FP8Experts, FP8SortedExperts
 from ..ops.experts_function import Routing
-from ..ops.mlp_function import ACTIVATIONS
+from ..ops.mlp_function import activate
 
 
 def parameters_of_experts(name: str, layer: FP8Experts) -> list[str]:
@@ -26,10 +26,11 @@ class ObservedExperts:
         """Takes the rows of each expert apart.
 
         Args:
-            name: the module's.
-            layer: the experts.
-            given: the arguments of its forward, in the order of its roles.
-            sample: makes the sample of a linear layer, of (name, recipe, x, weight, counts=...).
+            name: the module's name.
+            layer: the module of experts.
+            given: the arguments of the module's forward, in the order of its roles.
+            sample: makes the sample of a linear layer; called as sample(name, recipe, x, weight,
+                counts=...).
         """
         if isinstance(layer, FP8SortedExperts):
             matrices = layer._local()
@@ -88,10 +89,10 @@ class _Expert:
         """Computes what down reads, in FP32.
 
         Args:
-            sample: makes the sample of a layer, of its input and its number; down is the last.
-            count: of layers.
-            roles: of the experts.
-            x: [rows, K].
+            sample: makes the sample of a layer from its input and its number; down is the last.
+            count: the number of linear layers.
+            roles: the roles of the experts' parameters.
+            x: [rows, K], the expert's rows.
             factors: [rows, 1], the weights of the rows; None for ones.
         """
         self.roles, self.factors = roles, factors
@@ -100,12 +101,7 @@ class _Expert:
         self.down = sample(self.activated(self.wides).to(x.dtype), count - 1)
 
     def activated(self, wides: list[Tensor]) -> Tensor:
-        activation, tanh = self.roles.activation, self.roles.tanh_approximation
-        function = ACTIVATIONS[activation.removesuffix("_mul"), tanh]
-        if not activation.endswith("_mul"):
-            return function(wides[0])
-        gate, up = wides if len(wides) == 2 else wides[0].chunk(2, -1)
-        return function(gate) * up
+        return activate(self.roles.activation, self.roles.tanh_approximation, wides)
 
     def backward(self, dy: Tensor, needs_dx: bool, needs_dw: list[bool]) -> None:
         weighted = dy if self.factors is None else (dy.float() * self.factors).to(dy.dtype)

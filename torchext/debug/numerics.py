@@ -169,10 +169,10 @@ class _Place(NamedTuple):
     """Where a sample belongs.
 
     Attributes:
-        name: the layer's.
-        report: what gets the figures.
-        number: of the layer's forward, from 1.
-        counts: false for further parts of a sample.
+        name: the layer's name.
+        report: the report that gets the figures.
+        number: the number of the layer's forward, from 1.
+        counts: false if the report counts another part of the sample already.
     """
 
     name: str
@@ -190,8 +190,13 @@ class _Sample:
         self.x = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
         self.weight = weight
 
-    def fprop(self, bias: Tensor | None, y: Tensor | None) -> Tensor:
-        """y is the layer's result. If it is None, it is computed. Returns it."""
+    def fprop(self, bias: Tensor | None, y: Tensor | None) -> None:
+        """Adds the figures of fprop.
+
+        Args:
+            bias: [N]; None for none.
+            y: the layer's result [..., N]; None to compute it.
+        """
         a = self._operand("fprop", "input", self.x)
         b = self._operand("fprop", "weight", self.weight)
         if y is None:
@@ -201,7 +206,6 @@ class _Sample:
             self._look("fprop", "bias", bias)
         wide = F.linear(self.x.float(), self.weight.float(), None if bias is None else bias.float())
         self._result("fprop", y.reshape(wide.shape), wide)
-        return y
 
     def backward(self, dy: Tensor, needs_dx: bool, needs_dw: bool) -> None:
         if type(dy) is not Tensor:  # batched gradients

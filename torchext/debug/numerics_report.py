@@ -88,7 +88,7 @@ class GemmNumerics:
     def add(self, signal: float, noise: float, *, counts: bool = True) -> None:
         """Adds a sample: sums of squares of the FP32 product and of the difference from it.
 
-        counts: false for further parts of a sample that was added.
+        counts: false if another part of the sample was added and counted before.
         """
         self.samples += counts
         if math.isfinite(signal) and math.isfinite(noise):

@@ -21,7 +21,7 @@ from .._dispatch.batching import each
 from .._dispatch.declaration import DECLARATIONS, declare
 from .._dispatch.layout import pitched
 from . import weights_only as _weights_only  # noqa: F401  (declares fp8_linear)
-from .mlp_function import ACTIVATIONS
+from .mlp_function import activate
 from .moe import moe_combine, moe_permute, moe_route
 
 _DEF = torch.library.Library("torchext", "FRAGMENT")
@@ -146,11 +146,6 @@ def weights_only_experts(
     (up, up_scale), (down, down_scale) = operands
     slots, offsets = moe_route(ids, up.shape[0])
     wide = fp8_linear_by_expert(moe_permute(x, slots), up, up_scale, offsets)
-    function = ACTIVATIONS[activation.removesuffix("_mul"), tanh_approximation]
-    if activation.endswith("_mul"):
-        gate, rest = wide.chunk(2, dim=-1)
-        h = function(gate) * rest
-    else:
-        h = function(wide)
+    h = activate(activation, tanh_approximation, (wide,))
     y = fp8_linear_by_expert(h, down, down_scale, offsets)
     return moe_combine(y, slots, weights.float(), out_dtype=x.dtype)

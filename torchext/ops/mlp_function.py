@@ -56,6 +56,21 @@ ACTIVATIONS: dict[tuple[str, bool | None], Callable[[Tensor], Tensor]] = {
 GATED = ("silu", "gelu")
 
 
+def activate(activation: str, tanh_approximation: bool | None, wides: Sequence[Tensor]) -> Tensor:
+    """The activated features of an MLP by PyTorch's functions, in the dtype of `wides`.
+
+    Args:
+        activation, tanh_approximation: as in `MLP`.
+        wides: gate [..., I] and up [..., I], or both side by side in one tensor [..., 2 I]; up
+            alone for an activation that has no gate.
+    """
+    function = ACTIVATIONS[activation.removesuffix("_mul"), tanh_approximation]
+    if not activation.endswith("_mul"):
+        return function(wides[0])
+    gate, up = wides if len(wides) == 2 else wides[0].chunk(2, dim=-1)
+    return function(gate) * up
+
+
 def _op(name: str) -> Any:
     return DECLARATIONS[name].handles.op
 
