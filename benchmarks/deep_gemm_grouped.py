@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     Scaled = tuple[torch.Tensor, torch.Tensor]  # data, scales
 
 SMS = 132
-CONTIGUOUS_ROWS = 128  # of a tile; each group of a contiguous GEMM has a multiple of them
+CONTIGUOUS_ROWS = 128  # a tile's; each group of a contiguous GEMM has a multiple of them
 TENSOR_MAP_BYTES = 128
 
 
@@ -58,7 +58,7 @@ ALONG_K = Kind("KGroupedContiguous", wgrad=True)
 
 @dataclass(frozen=True)
 class Kernel:
-    """What a kernel is compiled for. m is 0 unless the kernel is compiled for it, and so is k."""
+    """The constants that a kernel is compiled for. m or k is 0 if the launch gives it instead."""
 
     kind: Kind
     configuration: Configuration
@@ -69,7 +69,7 @@ class Kernel:
 
     @property
     def template_arguments(self) -> list[str]:
-        """Of the kernel's template, as C++ prints them."""
+        """The arguments of the kernel's template, as C++ prints them."""
         c = self.configuration
         sizes = [self.m, self.n, self.k, self.groups, c.block_m, c.block_n, BLOCK_K, 128, 128]
         if not self.kind.wgrad:
@@ -120,8 +120,8 @@ def _candidates(kind: Kind, n: int, groups: int) -> Iterator[tuple[int, int, int
 def configuration(kind: Kind, m: int, n: int, k: int, groups: int = 1) -> Configuration:
     """The configuration that DeepGEMM chooses.
 
-    m: rows of A, of all groups if they are contiguous, of a group (the expected number) if masked.
-    k: of the largest group along K.
+    m: the rows of A: of all groups if they are contiguous, of one group (as expected) if masked.
+    k: the size of K; along K, that of the largest group.
     """
     least, best = np.inf, None
     groups_of_tiles = groups if kind in (MASKED, ALONG_K) else 1
@@ -221,7 +221,7 @@ def _operand(scaled: Scaled, block: int, name: str) -> tuple[Any, Any]:
 def launch_options(
     one: Kernel, a: Scaled, b: Scaled, d: torch.Tensor, layout: torch.Tensor | None = None
 ) -> dict[str, Any]:
-    """What `Module.launch` needs, beside the name.
+    """The options of `Module.launch`, beside the kernel's name.
 
     Data is FP8, scales are FP32, all tensors are contiguous. G is the number of groups.
 

@@ -206,8 +206,8 @@ def _bars(
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.plots")
-    parser.add_argument("folder", type=Path, help="with results.json")
-    parser.add_argument("prefix", help="of the files to write")
+    parser.add_argument("folder", type=Path, help="the folder that has results.json")
+    parser.add_argument("prefix", help="the beginning of the names of the files to write")
     options = parser.parse_args()
     matplotlib.rcParams["svg.hashsalt"] = "torchext"  # the same file from the same data
     data = json.loads((options.folder / "results.json").read_text())

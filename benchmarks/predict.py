@@ -42,7 +42,7 @@ BEGIN, END = "<!-- begin: python -m benchmarks.predict -->\n", "<!-- end -->\n"
 GPUS = ("h100", "h200")
 ROWS = (1, 16, 64, 128, 512, 2048, 4096, 8192)
 FUSED_ROWS = (64, 512, 4096)
-TOKENS = 4096  # of a wgrad
+TOKENS = 4096  # the K of a wgrad
 FEW_ROWS = 64
 DENSE, GROUPED, WGRAD, FUSED = "dense", "grouped", "wgrad", "fused"
 
@@ -92,7 +92,7 @@ CLASSES: dict[str, Callable[[], list[Case]]] = {
     WGRAD: wgrad_cases,
     DENSE: dense_cases,
 }
-AT_A_TIME = 8  # cases, whose kernels nvcc compiles in one file
+AT_A_TIME = 8  # nvcc compiles the kernels of this many cases in one file
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class Goal:
     text: str
     kinds: tuple[str, ...]
     at_least: float
-    worst: bool = False  # of the smallest ratio, not of the geometric mean
+    worst: bool = False  # the goal is for the smallest ratio, not for the geometric mean
     most_rows: int | None = None
 
     def verdict(self, compared: dict[str, list[Pair]]) -> tuple[float, int, Pair] | None:
@@ -224,7 +224,7 @@ def details(compared: Iterable[Pair], other: str) -> str:
 
 
 def losses(compared: dict[str, list[Pair]], count: int = 12) -> str:
-    """The worst shapes, with what our roles wait for."""
+    """A table of the worst shapes, and of what the roles of both kernels wait for."""
     everything = [p for kind in (DENSE, GROUPED, WGRAD) for p in compared.get(kind, [])]
     worst = sorted(everything, key=lambda p: p.ratio)[:count]
     rows = [["shape", "ratio, predicted", "ours: tile, tensor cores busy, waits",
@@ -292,7 +292,8 @@ def op_cases() -> Iterator[Case]:
 
 
 def ops_table(predictor: Predictor, gpu: str) -> str:
-    """Every op that is no GEMM: predicted time, and share of the rate that copies reach."""
+    """A table of every op that is no GEMM: its predicted time, and its rate as a share of the rate
+    that copies reach."""
     from torchext import _sim
     from torchext._catalog import CATALOG
 

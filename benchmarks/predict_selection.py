@@ -1,4 +1,4 @@
-"""How good the choice of tiles is, by the simulator's clock and by timings on an H200."""
+"""Rates the library's choice of tiles, by the simulator's clock and by timings on an H200."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     from torchext.gemm_selection import GemmExplanation
 
 MEASURED = Path(__file__).parent / "results" / "2026-11-26-h200"
-SELECTION_ROWS = (16, 64, 128, 512, 4096)  # of the layers of DeepSeek-V3
-CLOSE, MOST = 1.3, 5  # of the fewest cycles by the cost model; candidates of a shape
+SELECTION_ROWS = (16, 64, 128, 512, 4096)  # M, for each layer of DeepSeek-V3
+# Up to MOST candidates of a shape are predicted: those whose cycles, by the cost model, are at most
+# CLOSE times the fewest.
+CLOSE, MOST = 1.3, 5
 
 
 def selection_shapes() -> list[tuple[int, int, int]]:
@@ -57,7 +59,7 @@ class Regret:
 
 
 def regrets(predictor: Predictor, gpu: str) -> list[Regret]:
-    """How much longer the chosen tile takes than the best one, by the clock."""
+    """The chosen tile and the best one of each shape, by the clock."""
     found = []
     for shape in selection_shapes():
         case = Case("gemm", cases.FPROP, "deepseek-v3", "", shape)
@@ -88,8 +90,8 @@ def selection_table(found: Sequence[Regret]) -> str:
 
 
 def measured_regrets(predictor: Predictor) -> str:
-    """Which model picks tiles better, by the times that were measured on an H200: the clock, or the
-    cost model that was fitted to these times."""
+    """A table of the regrets of tiles that the clock picks, and of tiles that the cost model picks.
+    Regrets come from times measured on an H200, to which the cost model was fitted."""
     timings = json.loads((MEASURED / "timings.json").read_text())
     by_shape = {
         (row["m"], row["n"], row["k"]): row["microseconds"]

@@ -39,13 +39,13 @@ SAME = 1e-3  # predictions that differ by less are the same
 
 @dataclass(frozen=True)
 class Key:
-    """What a prediction is of.
+    """The kernel launches that a prediction is about.
 
     Attributes:
         gpu: a GPU of the clock.
-        contender: whose kernels.
-        op, shape: of the case, the shape as MxNxK.
-        configuration: the tile of a GEMM; else "".
+        contender: TORCHEXT, DEEP_GEMM or UNFUSED, whose kernels run.
+        op, shape: the case's op, and its shape as MxNxK.
+        configuration: the tile of a GEMM; "" for other ops.
     """
 
     gpu: str
@@ -57,16 +57,17 @@ class Key:
 
 @dataclass(frozen=True)
 class Prediction:
-    """A row of the table. Of several launches, times are sums and the rest is the longest's.
+    """A row of the table. For several launches, times are sums, and `tensor` and `waits` are those
+    of the longest launch.
 
     Attributes:
-        key: see there.
-        kernels: their names, with " + " between them.
-        code: what the kernels were compiled from: a hash of their PTX, or a wheel's version.
-        microseconds: predicted, launch included.
-        launch_microseconds: the part of it that is launch ramp and drain.
-        tensor: busy share of the tensor cores.
-        waits: what its roles wait for, the longest of each.
+        key: the launches.
+        kernels: the kernels' names, with " + " between them.
+        code: a hash of the kernels' PTX, or the version of the wheel that has their source.
+        microseconds: the predicted time, launch included.
+        launch_microseconds: the part of this time that the launch's ramp and drain take.
+        tensor: the share of the time in which the tensor cores are busy.
+        waits: for each role of the longest kernel, its longest wait.
     """
 
     key: Key
@@ -370,8 +371,9 @@ def _prediction(key: Key, reports: Sequence[sim.Report]) -> Prediction:
 class Predictor:
     """Predicts cases, or takes predictions from the table.
 
-    say: gets a line for each new prediction. deadline: of time.monotonic(); after it, what the
-    table lacks raises OutOfTimeError.
+    say: called with a line for each new prediction.
+    deadline: a value of time.monotonic(). Later, a prediction that the table lacks raises
+        OutOfTimeError.
     """
 
     table: Table = field(default_factory=Table)
@@ -380,7 +382,7 @@ class Predictor:
     _modules: dict[str, sim.Module] = field(default_factory=dict)
 
     def ours(self, case: Case, gpu: str, configuration: str | None = None) -> Prediction:
-        """configuration: of the tile, to force; None for the library's choice."""
+        """Predicts torchext's op, with the tile `configuration`; None for the library's choice."""
         key = Key(gpu, TORCHEXT, case.op, _shape(case), configuration or chosen(case, gpu))
         force = None if configuration is None else _parsed(configuration)
         return self._known(key) or self._run(key, case, force)
@@ -420,8 +422,9 @@ class Predictor:
             self._compile(missing)
 
     def drifted(self, count: int = 4) -> list[str]:
-        """Which of some rows the clock predicts differently now: it has changed, or the host's part
-        of an op has. The rows are small GEMMs of this library, the same ones each time."""
+        """Predicts some rows again, and returns a line for each that differs: then the clock has
+        changed, or the host's part of an op. The rows are small GEMMs of this library, the same
+        ones each time."""
         dense = [
             row
             for row in self.table.rows.values()

@@ -40,8 +40,8 @@ class Product:
 
 
 class Selection:
-    """Uses torchext.gemm_selection, for a GPU of `sm_count` SMs. memory: rated GB/s; None: of the
-    current GPU, or of an H100."""
+    """Uses torchext.gemm_selection, for a GPU of `sm_count` SMs whose memory is rated at `memory`
+    GB/s; None: the memory of the current GPU or, without one, of an H100."""
 
     def __init__(self, sm_count: int, memory: int | None = None):
         from torchext import gemm_selection

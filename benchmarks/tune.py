@@ -36,7 +36,7 @@ ROWS = (1, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 153
         6144, 8192)  # fmt: skip
 TOKENS = (1024, 2048, 4096, 8192)  # K of a wgrad
 GOOD_ENOUGH = 1.02  # the cost model's choice stands within this factor of the best time
-H200_MEMORY = 4917  # GB/s, of the GPU that the recorded timings were measured on
+H200_MEMORY = 4917  # rated GB/s; the recorded timings were measured on an H200
 HOPELESS = 3.0  # above this multiple of the fewest expected cycles, nothing is timed
 ROUNDS, FINAL_ROUNDS, FINALISTS = 5, 30, 5
 SECONDS_PER_PRODUCT = 5.0

@@ -73,7 +73,7 @@ def bytes_of(model: torch.nn.Module) -> int:
 
 
 def generate(model: Any, prompt: torch.Tensor, tokens: int) -> torch.Tensor:
-    """The `tokens` most likely tokens after the prompt, one after the other, with a KV cache."""
+    """Generates `tokens` tokens after the prompt, always the likeliest one, with a KV cache."""
     return model.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
@@ -92,7 +92,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--mode", choices=get_args(Mode), default="w8a16")
     parser.add_argument("--prompt", type=int, default=32, help="tokens of the prompt")
     parser.add_argument("--tokens", type=int, default=32, help="tokens to generate")
-    parser.add_argument("--rounds", type=int, default=5, help="of BF16 and FP8 in turns")
+    parser.add_argument("--rounds", type=int, default=5, help="times that BF16 and FP8 take turns")
     options = parser.parse_args(arguments)
 
     with tempfile.TemporaryDirectory() as folder, enable(options.mode), torch.inference_mode():
@@ -103,7 +103,8 @@ def main(arguments: list[str] | None = None) -> None:
         vocabulary = models["BF16"].config.vocab_size
         prompt = torch.randint(vocabulary, (1, options.prompt))
 
-        # The prompt takes as long as generating one token; what more tokens add is their time.
+        # Generating one token takes the prompt's time. The time of `options.tokens` more tokens is
+        # what a longer call takes beyond that.
         seconds: dict[str, list[float]] = {name: [] for name in models}
         first: dict[str, list[float]] = {name: [] for name in models}
         for _ in range(options.rounds + 1):

@@ -28,7 +28,7 @@ import old_libraries
 ROOT = Path(__file__).resolve().parents[1]
 TAG = f"manylinux_2_28_{os.uname().machine}"
 PYTHONS = ("python3.10", "python3.11", "python3.12", "python3.13", "python3.14")
-# torch's libraries, which the user's torch has loaded.
+# torch's libraries stay out of the wheel: the user's torch has loaded them.
 OF_TORCH = ("libtorch.so", "libtorch_cpu.so", "libtorch_cuda.so", "libc10.so")
 
 
@@ -48,7 +48,7 @@ def facts(python: str) -> dict[str, str]:
 
 
 def runs(python: str) -> bool:
-    """Whether there is such an interpreter; pyenv has commands for those that it does not run."""
+    """Whether the interpreter exists and runs: pyenv has commands for interpreters that do not."""
     return shutil.which(python) is not None and not subprocess.call(
         [python, "-c", ""], stderr=subprocess.DEVNULL
     )
@@ -66,8 +66,8 @@ def run(*command: str, **environment: str) -> str:
 
 
 def write_stand_ins() -> None:
-    """glibc's and libstdc++'s of 2018, and empty libraries of torch: its own export parts of
-    libstdc++, which the linker would take from there."""
+    """Writes stand-ins for glibc and libstdc++ of 2018, and for torch's libraries: the real ones
+    export parts of libstdc++, which the linker would take from them."""
     old_libraries.write_stubs(STUBS)
     for name in OF_TORCH:
         run(
@@ -77,7 +77,7 @@ def write_stand_ins() -> None:
 
 
 def build(*commands: str) -> None:
-    """setup.py, with the objects of `make`."""
+    """Runs setup.py, which uses the objects that `make` compiled."""
     run(
         *(sys.executable, "setup.py", "-q", "build", f"--build-lib={BASE / 'lib'}"),
         *commands, LDFLAGS=LINK,
@@ -122,7 +122,7 @@ def build_simulators(pythons: list[str]) -> list[str]:
 
 
 def check(wheel: Path) -> list[str]:
-    """What keeps a wheel from its policy, beside auditwheel's own findings."""
+    """The violations of the policy that auditwheel does not look for."""
     problems = []
     if not wheel.name.endswith(f"{TAG}.whl"):
         problems.append(f"{wheel.name}: not tagged {TAG}")

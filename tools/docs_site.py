@@ -45,7 +45,7 @@ def public_modules() -> list[str]:
 
 
 API = public_modules()
-# Modules whose functions are those of others, described there.
+# Modules whose functions have the signatures of other modules' functions, which describe them.
 SHORT = ("torchext.compat.deep_gemm", "torchext.reference")
 LANGUAGES = {
     ".cu": "cuda", ".cuh": "cuda", ".cpp": "cpp", ".h": "cpp", ".inc": "cpp", ".py": "python",
@@ -170,7 +170,7 @@ def notebook_text(notebook: dict[str, Any]) -> str:
 
 def api_text(module: str) -> str:
     text = f"# {module}\n\n::: {module}\n"
-    if module in SHORT:  # a signature of its own starts ruff, and that for every function
+    if module in SHORT:  # separate signatures are formatted by ruff, a process for each function
         text += "    options:\n      separate_signature: false\n"
     return text
 

@@ -71,7 +71,7 @@ def _picture(figure: Any) -> dict[str, Any]:
 
 
 def text(outputs: list[dict[str, Any]]) -> str:
-    """What a cell shows, without its pictures."""
+    """The text that a cell shows; each picture is the line `<picture>`."""
     pieces = []
     for output in outputs:
         if output["output_type"] == "stream":

@@ -17,7 +17,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-# manylinux_2_28 (PEP 600; the list is in auditwheel's policies), and what GCC 8 had.
+# The versions of manylinux_2_28 (PEP 600; auditwheel's policies list them) and of GCC 8.
 NEWEST = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 24), "CXXABI": (1, 3, 11), "GCC": (7, 0, 0)}
 # Where glibc had symbols that it has since moved into libc.so.6, where they got a newer version.
 OLD_HOMES = {
@@ -26,8 +26,9 @@ OLD_HOMES = {
     "librt.so.1": r"(shm|mq|timer|aio|lio)_",
 }
 
-# What a newer glibc has and an older one lacks. False in the first means that there may be several
-# threads. stat and lstat were static functions, which called these with the version of the struct.
+# Names that a newer glibc has and an older one lacks. __libc_single_threaded = 0 means that there
+# may be several threads. stat and lstat were static functions in an older glibc, and called
+# __xstat and __lxstat with the version of the struct.
 COMPAT = """
 #define HIDDEN extern "C" __attribute__((visibility("hidden")))
 HIDDEN char __libc_single_threaded = 0;
@@ -62,10 +63,10 @@ def is_old(version: str) -> bool:
 
 
 def too_new(library: Path) -> list[str]:
-    """What a binary needs of this machine's glibc and libstdc++ and older ones do not have.
+    """The symbols that a binary takes from glibc or libstdc++ and that older releases lack.
 
-    A symbol with a version that NEWEST forbids, or one without any: the linker found it in no
-    library, but this machine's have it.
+    These are symbols with a version that NEWEST forbids, and symbols without a version: the linker
+    found them in no library, but this machine's libraries have them.
     """
     output = _run("readelf", "--dyn-syms", "-W", str(library))
     here = {
@@ -117,7 +118,7 @@ def write_stubs(folder: Path) -> None:
 
 
 def _chosen(soname: str) -> list[tuple[Symbol, bool]]:
-    """Of each name the newest version that is old enough, and whether there is a newer one."""
+    """The newest version of each name that is old enough, and whether there is a newer one."""
     by_name: dict[str, list[Symbol]] = defaultdict(list)
     for symbol in _symbols(_run("readelf", "--dyn-syms", "-W", _path(soname))):
         by_name[symbol.name].append(symbol)
