@@ -1,6 +1,5 @@
-"""torchext.advise: what it counts, how its predictions grow, what it advises, and that conversions
-take its advice. Times are predicted, so that no test measures any but those of the CPU's rates,
-whose values it does not look at."""
+"""torchext.advise: its counts, how its predictions grow, its advice, and conversions that take it.
+Only test_rates_of_this_cpu measures times; it checks how the rates relate, not their values."""
 
 from __future__ import annotations
 

@@ -221,7 +221,7 @@ class Split(nn.Module):
 
 
 class SplitInForward(Split):
-    """Of the user's own: it has no name of transformers'."""
+    """A user's own MLP, without the names of transformers."""
 
     feed_forward_chunk = None  # type: ignore[assignment]
 

@@ -112,7 +112,7 @@ class LinearConfig:
 
 
 class ScaledConfig(LinearConfig):
-    """Of a subclass, whose forward is its own."""
+    """The config of a subclass of Linear that has a forward of its own."""
 
 
 @pytest.fixture

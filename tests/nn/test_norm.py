@@ -52,7 +52,7 @@ def norm_of(make: Any, device: torch.device, **options: Any) -> Any:
 
 
 def plain(norm: Any) -> Any:
-    """What PyTorch computes with the norm's parameters."""
+    """PyTorch's result with the norm's parameters."""
     norm = copy.deepcopy(norm)
     if getattr(norm, "unit_offset", False):
         norm.weight = nn.Parameter(norm.weight.detach() + 1)

@@ -11,8 +11,8 @@ import pytest
 import torchext
 from torchext import _architectures
 
-EVERY = "every"  # of --sim-arch
-FEW_SMS = 3  # launchers choose large tiles
+EVERY = "every"  # a value of --sim-arch
+FEW_SMS = 3  # so few that launchers choose large tiles
 
 
 @dataclass(frozen=True)
