@@ -24,8 +24,8 @@ class Product(NamedTuple):
     """The product of a [m, k] and a weight [n, k], or one for each of `groups` experts.
 
     Attributes:
-        m: rows of a, those of all groups together.
-        n, k: of each weight.
+        m: the rows of a, of all groups together.
+        n, k: the sizes of each weight.
         groups: the number of experts; 1 for a linear layer.
         along_k: the product for a weight's gradient: `groups` of [m, n], with k rows in all.
     """
@@ -41,7 +41,10 @@ class Product(NamedTuple):
         return 2 * self.m * self.n * self.k
 
     def bytes(self, of_a: float, of_weight: float, of_out: float) -> float:
-        """Bytes that are moved at least, each element once, by the bytes of an element."""
+        """The fewest bytes that can be moved: every element once.
+
+        of_a, of_weight, of_out: the bytes of an element.
+        """
         weights = 1 if self.along_k else self.groups
         outputs = self.groups if self.along_k else 1
         return (
@@ -52,11 +55,11 @@ class Product(NamedTuple):
 
 
 class Rates(Protocol):
-    """What a device takes for the parts of a layer.
+    """The times of a layer's parts on a device, in microseconds.
 
     Attributes:
         source: where the figures come from, for the report.
-        wide_bytes: bytes of an element of the wide layer that is compared with.
+        wide_bytes: the bytes of an element of the wide layer with which FP8 is compared.
     """
 
     source: str
@@ -69,7 +72,7 @@ class Rates(Protocol):
     def weights_only(self, product: Product) -> float: ...
 
     def quantize(self, elements: int, *, both: bool) -> float:
-        """both: along rows and along columns, from one read."""
+        """both: quantize along rows and along columns, from one read."""
         ...
 
 
@@ -77,9 +80,9 @@ class Rates(Protocol):
 
 # Fitted by hand to BF16 products (cuBLAS) on an H200, benchmarks/results/2026-11-26-h200: within
 # 5 % for 4,096 rows of DeepSeek-V3's layers, up to 19 % too fast for 64 rows.
-_WIDE_EFFICIENCY = 0.93  # of the tensor cores' BF16 rate, beside the cycles of a tile
-_WIDE_TILE = 128 * 256
-_WIDE_TILE_CYCLES = 1500
+_WIDE_EFFICIENCY = 0.93  # the share of the tensor cores' BF16 rate that products reach
+_WIDE_TILE = 128 * 256  # elements of the output
+_WIDE_TILE_CYCLES = 1500  # that each tile takes besides
 # From the same run: the smallest kernels, launch included.
 _WIDE_START, _QUANTIZER_START = 8.0, 5.5
 # Multiply-adds per cycle and SM of BF16 mma.sync: each of four schedulers issues an instruction of
@@ -93,7 +96,7 @@ class GpuRates:
     wide_bytes = 2
 
     def __init__(self, gpu: dict[str, Any]) -> None:
-        """gpu: a row of the timing model's table of GPUs (docs/timing.md)."""
+        """gpu: a row of the simulator's table of GPUs (docs/timing.md)."""
         self.source = (
             f"predicted for the GPU {gpu['name']!r} by the cost model of explain_gemm; the wide "
             "layers are BF16; nothing was measured"
@@ -121,7 +124,7 @@ class GpuRates:
         return max(cycles / self._wide_mhz, memory) + _WIDE_START
 
     def fp8(self, product: Product) -> float:
-        # What a launch and its first tile take passes at the clock of an idle GPU.
+        # A launch and its first tile run at the clock of an idle GPU.
         start = _fp8_cycles(Product(1, 1, 1), self._sms)
         busy = (_fp8_cycles(product, self._sms) - start) / self._fp8_mhz
         memory = product.bytes(1, 1, 2) / self._bandwidth
@@ -182,7 +185,7 @@ def _gpus() -> list[dict[str, Any]]:
 
 # ---- this CPU ----
 
-_ROWS, _SIDE, _LONG_SIDE = 128, 512, 2048  # of the products that are timed
+_ROWS, _SIDE, _LONG_SIDE = 128, 512, 2048  # the sizes of the products that are timed
 _REPEATS = 3
 
 
@@ -263,7 +266,15 @@ def _rate(
     multiply: Callable[[Any, Any], Tensor],
     weight_bytes: int,
 ) -> _Rate:
-    """The rate of many rows, and the bandwidth at one row of a weight beyond the caches."""
+    """The flops that a product of many rows reaches, and the bytes that a product of one row with a
+    larger weight reaches.
+
+    Args:
+        dtype: of x, and of the weight before `prepare`.
+        prepare: makes the weight that `multiply` takes.
+        multiply: called with x, quantized for `_multiply_fp8`, and the weight.
+        weight_bytes: the bytes of an element of the prepared weight.
+    """
 
     def timed(rows: int, side: int) -> float:
         x: Any = torch.ones(rows, side, dtype=dtype)

@@ -68,11 +68,12 @@ class FusedSplitMLP(Rerouted):
 
 
 class _Forward(FusedSplitMLP):
-    """Of a module whose forward calls the children."""
+    """For a module whose forward calls the children."""
 
 
 class _FeedForwardChunk(FusedSplitMLP):
-    """Of a layer of BERT and its relatives in transformers, which splits long inputs before."""
+    """For a layer of BERT and its relatives in transformers. Its forward splits long inputs, and
+    calls `feed_forward_chunk` with each part."""
 
     method: ClassVar[str] = "feed_forward_chunk"
 
@@ -103,9 +104,9 @@ def _rest(
     x: Tensor,
     y: Tensor,
 ) -> Any:
-    """method(module, x) if y is the output of down.
+    """Returns method(module, x), with y in place of the output of down.
 
-    names: of the first child, of the second, and of down in the second.
+    names: the names of the first child, of the second child, and of down in the second.
     """
     first, second, down = names
     after: Any = module._modules[second]
@@ -160,8 +161,8 @@ def _linear(module: torch.nn.Module, child: str, name: str) -> Any:
 class _Probe:
     """A copy of a module with small random linear layers in two children, in float64."""
 
-    _INNER = 6  # the number of activated features; norms fix that of the input
-    _SCALES = (1, 30)  # of the input: a clamp shows only where values are large
+    _INNER = 6  # the number of activated features; norms fix the number of the input's
+    _SCALES = (1, 30)  # factors of the input: a clamp shows only where values are large
 
     def __init__(
         self, module: torch.nn.Module, children: tuple[str, str], names: tuple[str, str]
@@ -209,7 +210,7 @@ class _Probe:
         self.inputs = [scale * random(2, 3, width).detach() for scale in self._SCALES]
 
     def roles(self, method: Callable[..., Any]) -> SplitRoles | None:
-        """Those of the children, if `method` computes an MLP and what follows, else None."""
+        """The children's roles if `method` computes an MLP and what follows, else None."""
         failure = f"{type(self.module).__name__}: no MLP in {' and '.join(self.children)}"
         calls = [(x,) for x in self.inputs]
         results = results_of_function(lambda x: method(self.module, x), calls, failure)

@@ -21,17 +21,17 @@ _WIDE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclasses.dataclass(frozen=True)
 class LayerAdvice:
-    """What FP8 does to a linear layer, or to a module of experts.
+    """The predicted effect of FP8 on a linear layer, or on a module of experts.
 
     Attributes:
-        name: fully qualified.
-        shapes: of its weights: [N, K], or [E, N, K] with a matrix for each of E experts.
-        rows: rows of its inputs: tokens, times the experts that each token chooses.
-        flops: of all of its products, two for each multiplication.
-        wide_bytes, fp8_bytes: bytes that its products and quantizers move at least, wide and in
-            FP8.
-        wide_microseconds, fp8_microseconds: the time of these products and quantizers.
-        reason: why not to convert it; None if it should be.
+        name: the layer's fully qualified name.
+        shapes: the shapes of its weights: [N, K], or [E, N, K] with a matrix for each of E experts.
+        rows: the number of rows of its inputs: tokens, times the experts that each token chooses.
+        flops: the operations of all its products, two for each multiplication.
+        wide_bytes, fp8_bytes: the fewest bytes that its products and quantizers can move, wide and
+            in FP8.
+        wide_microseconds, fp8_microseconds: the predicted time of these products and quantizers.
+        reason: why the layer should not be converted; None if it should be.
     """
 
     name: str
@@ -46,7 +46,7 @@ class LayerAdvice:
 
     @property
     def gain(self) -> float:
-        """How many times as fast FP8 is."""
+        """The wide time over the FP8 time: above 1, FP8 is faster."""
         return self.wide_microseconds / self.fp8_microseconds
 
 
@@ -60,9 +60,9 @@ class Advice:
     Attributes:
         device: a GPU's name, or "cpu".
         use: "training", "w8a8" or "w8a16".
-        tokens: tokens of a forward.
-        source: where times come from. They are predicted in any case.
-        layers: every linear layer, and module of experts, in the model's order.
+        tokens: the number of tokens in a forward.
+        source: where the times come from. They are predicted in any case.
+        layers: every linear layer and every module of experts, in the model's order.
     """
 
     device: str
@@ -78,8 +78,8 @@ class Advice:
 
     @property
     def skip(self) -> Mapping[str, str]:
-        """{name of every other layer: the reason}. Its names are patterns for the `skip` of
-        quantize_for_inference, too."""
+        """{name of every other layer: the reason}. quantize_for_inference also takes it as
+        `skip`."""
         return ReadOnlyDict(
             {layer.name: layer.reason for layer in self.layers if layer.reason is not None}
         )
@@ -168,9 +168,9 @@ def advise(
 ) -> Advice:
     """Predicts which linear layers of `model` FP8 makes faster, and changes nothing.
 
-    For each layer it adds up the times of its products and, in FP8, of what quantizes their
-    operands. FP8 halves the bytes of weights and, on a GPU, doubles the rate of products; it adds
-    quantizers and launches. So small layers lose, and few tokens or many decide.
+    For each layer it adds up the times of its products and, in FP8, of the quantizers of their
+    operands. FP8 halves the bytes of weights and, on a GPU, doubles the rate of products, but adds
+    quantizers and launches. So small layers lose, and the number of tokens matters.
 
     Every figure is predicted. On a GPU, FP8 products come from the cost model of
     torchext.explain_gemm, and BF16 products and quantizers from rooflines (docs/advice.md says how
@@ -179,7 +179,7 @@ def advise(
 
     Args:
         model: any module; it may be on the meta device.
-        tokens: how many tokens one forward has on one device: batch times sequence length, or the
+        tokens: the number of tokens in a forward on one device: batch times sequence length, or the
             number of sequences in decoding.
         device: "cpu" for this CPU, or a GPU of docs/timing.md: "h100", "h200", "h800" or
             "h800_pcie". None: the GPU that holds the model, else "cpu".
@@ -193,7 +193,8 @@ def advise(
     Raises:
         TypeError: model is no module.
         ValueError: tokens or least_gain is not positive; device or use is another string.
-        ImportError, RuntimeError: for a GPU, this build has no simulator or no CUDA kernels.
+        ImportError: device is a GPU, and this build has no simulator.
+        RuntimeError: device is a GPU, and this build has no CUDA kernels.
     """
     _check_arguments(model, tokens, use, least_gain)
     experts = find_experts(model)

@@ -12,7 +12,7 @@ from .entry import BITS, E5M2, Entry, Sample, random, sample
 from .quantize import special
 
 Make = Callable[[], Sample]
-EXPERTS, CHOICES = 6, 3  # of a token in the samples; sized calls make 8 choices of 64 experts
+EXPERTS, CHOICES = 6, 3  # in samples: each token makes 3 choices of 6 experts. Sized calls: 8 of 64
 
 
 def ids_of(tokens: int, choices: int, experts: int) -> Tensor:

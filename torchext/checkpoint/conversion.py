@@ -150,10 +150,10 @@ def convert(
         pow2_scale: round scales up to powers of two (`scale_fmt: ue8m0`).
         wide_dtype: round every floating-point tensor to this dtype, before it is quantized, too.
             None keeps each dtype, and dequantizes to BF16.
-        experts: "keep" them as they are; write "one_by_one", gate and up apart, as released
-            checkpoints are (`experts.7.gate_proj.weight`), [E, N, K] is assumed; or write them
-            "stacked" in 3-D, gate above up, as transformers 5 holds them (`experts.gate_up_proj`
-            [E, 2I, H], `experts.down_proj` [E, H, I]). Blocks of gate and up stay apart.
+        experts: "keep" leaves them as they are. "one_by_one" splits 3-D tensors [E, N, K], gate and
+            up apart, as in released checkpoints (`experts.7.gate_proj.weight`). "stacked" joins
+            matrices into 3-D tensors, gate above up, as in transformers 5 (`experts.gate_up_proj`
+            [E, 2I, H], `experts.down_proj` [E, H, I]); gate and up keep blocks of their own.
         gate_up: "fused" or "apart": whether gate and up of a 3-D FP8 `gate_up_proj` share blocks,
             where its scales' shape does not tell.
         weight_block_size: rows and columns of a block, in place of config.json's.

@@ -28,7 +28,7 @@ def stack_experts(
         stack of gate and up do not tell that they have blocks of their own, else None.
 
     Raises:
-        CheckpointError: experts are missing, differ, or have more than a weight.
+        CheckpointError: experts are missing or differ, or have tensors other than weights.
     """
     modules: dict[str, dict[str, dict[int, Step]]] = {}  # module, name of a matrix, number
     result: list[Step | str] = []

@@ -36,7 +36,8 @@ def quantize_state_dict(
         named_tensors: a state dict, or pairs of name and tensor, on any device. Weights are
             [N, K], `X.weight`; those of experts may be [E, N, K], `X.experts.gate_up_proj`.
         modules_to_not_convert, pow2_scale, wide_dtype, allow_unmatched: as in `convert`.
-        experts: "keep" or "one_by_one", as there; tensors that come one by one cannot be stacked.
+        experts: "keep" or "one_by_one", as in `convert`. Tensors that come one by one cannot be
+            stacked.
 
     Yields:
         (`X.weight`, [N, K] e4m3) and (`X.weight_scale_inv`, [ceil(N / 128), ceil(K / 128)]

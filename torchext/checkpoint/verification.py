@@ -193,10 +193,12 @@ def _full_blocks(
 
 @dataclasses.dataclass(frozen=True)
 class _Piece:
-    """Rows of the original that a weight has, from row `start` of its matrix `matrix` on.
+    """Rows of the original that a weight consists of.
 
     Attributes:
-        entry, of_entry, first, last: the tensor, which of its matrices, and the rows.
+        matrix, start: the weight's matrix that has the rows, and its row where they begin.
+        entry, of_entry: the original's tensor, and the matrix of it that has the rows.
+        first, last: the rows in that matrix: from `first` to before `last`.
     """
 
     matrix: int
@@ -210,7 +212,8 @@ class _Piece:
 def _pieces(
     weight: Entry, origins: Mapping[str, tuple[Entry, Part]]
 ) -> tuple[tuple[int, ...] | None, list[_Piece]]:
-    """The shape that the original has in place of `weight`, and where each row comes from."""
+    """The shape of the original of `weight`, and the rows that it consists of; None and no rows if
+    the original lacks it."""
     entry, part = origins.get(weight.name, (None, None))
     if entry is not None and part is not None:
         rows = part.start, part.stop

@@ -52,9 +52,9 @@ def numerics(model: torch.nn.Module, every: int = 1) -> Iterator[NumericsReport]
     forward that activation checkpointing repeats does not count.
 
     Layers that run in compiled code, under a transform of torch.func, or with tensor subclasses are
-    not observed; `report.unobserved` lists them. Experts in 3-D parameters count as a layer for
-    each parameter, which has its name. The rows of each expert are quantized by themselves, for
-    wgrad, too, whose scale groups in the layer may hold rows of several experts.
+    not observed; `report.unobserved` lists them. Each 3-D parameter of experts counts as a layer
+    with the parameter's name. The rows of each expert are quantized apart from those of others. For
+    wgrad this differs from the layer, where a scale group may hold rows of several experts.
 
     Args:
         model: any module. The context applies to the FP8 layers that it has on entry.

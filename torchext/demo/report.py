@@ -27,7 +27,7 @@ def table(
 ) -> str:
     """The comparison, as text.
 
-    kernels_before_fusing: those of one step of the FP8 model if nothing in it runs fused.
+    kernels_before_fusing: the number of kernels of a step if nothing in the FP8 model runs fused.
     """
     runs = (fp32, bf16, fp8)
     rows = [("held-out loss after", *(run.name for run in runs), "fp8 to fp32", "fp8 to bf16")]

@@ -1,4 +1,5 @@
-"""What the plug-ins for vLLM and SGLang share: what the user asked for, and the product of a layer.
+"""Code that the plug-ins for vLLM and SGLang share: they read what the user asked for, find the
+engine's names, and multiply.
 
 An engine loads the plug-ins of every installed package in each of its processes, so they do
 nothing unless an environment variable asks for it.
@@ -31,7 +32,7 @@ def asked_for(variable: str) -> frozenset[str]:
     """The parts, of PARTS, that an environment variable lists; "1" means "linear".
 
     Raises:
-        ValueError: it has something else.
+        ValueError: the variable lists something else.
     """
     value = os.environ.get(variable, "").strip()
     if value.lower() in _OFF:
@@ -111,15 +112,16 @@ def block_product(
         x: [M, K], FP32, BF16 or FP16; or FP8 with `x_scale`.
         x_scale: FP32 [M, ceil(K / 128)], with any strides; ignored for a wide x.
         weight, weight_scale: e4m3 [N, K] and FP32 [ceil(N / 128), ceil(K / 128)].
-        bias: [N].
-        out_dtype: of the result.
-        pow2_scale: of a wide x: round its scales up to powers of two.
+        bias: [N]; None for none.
+        out_dtype: the dtype of the result: BF16, FP16 or FP32.
+        pow2_scale: round the scales of a wide x up to powers of two.
 
     Returns:
         [M, N].
 
     Raises:
-        TypeError: x_scale has another dtype, such as int32 with four exponents each.
+        TypeError: x is FP8, and x_scale is missing or has another dtype, such as int32 with four
+            exponents in each element.
     """
     if x.dtype in _FP8:
         if x_scale is None or x_scale.dtype is not torch.float32:

@@ -79,10 +79,8 @@ def dispatch(
     act_scale_ue8m0: bool = False,
     **others: Any,
 ) -> Any:
-    """In place of SGLang's function that chooses the product of FP8 layers with blocks.
-
-    Layers with other blocks than 128x128 get what `original` chooses.
-    """
+    """Chooses the function that multiplies in FP8 layers with blocks: `linear` if they are 128x128;
+    for others, what SGLang's own function, `original`, chooses."""
     if weight_block_size is not None and tuple(weight_block_size) != _BLOCK:
         return original(weight_block_size, act_scale_ue8m0, **others)
     return functools.partial(linear, pow2_scale=act_scale_ue8m0)
@@ -107,16 +105,16 @@ def linear(
         block_size: (128, 128).
         weight_scale: FP32, BF16 or UE8M0 [ceil(N / 128), ceil(K / 128)].
         input_scale: FP32 [..., ceil(K / 128)], with any strides.
-        bias: [N].
-        pow2_scale: of a wide input: round its scales up to powers of two.
-        weight_bf16: ignored; SGLang's copy for few rows.
+        bias: [N]; None for none.
+        pow2_scale: round the scales of a wide input up to powers of two.
+        weight_bf16: SGLang's copy of the weight for few rows; ignored.
 
     Returns:
-        [..., N], the input's dtype; BF16 for FP8.
+        [..., N], in the input's dtype; in BF16 if the input is FP8.
 
     Raises:
-        ValueError: other blocks.
-        TypeError: scales of another dtype.
+        ValueError: block_size is not [128, 128].
+        TypeError: input_scale has another dtype than FP32.
     """
     if tuple(block_size) != _BLOCK:
         raise ValueError(

@@ -39,7 +39,7 @@ class FP8Linear(nn.Linear, Module):
     @dataclass(kw_only=True, slots=True)
     class Config(Linear.Config):
         recipe: str = "blockwise"
-        """As torchext.Recipe.parse reads it."""
+        """A recipe as torchext.Recipe.parse reads it."""
 
     def __init__(self, config: Config) -> None:
         nn.Linear.__init__(
@@ -56,7 +56,8 @@ class FP8Linear(nn.Linear, Module):
     exact=True,
 )
 def fp8_linear(config: Any, recipe: str = "blockwise") -> Any:
-    """The config of the FP8 layer; of one with fewer than 128 features, `config` itself."""
+    """The config of the FP8 layer, or `config` itself if the layer has fewer than 128 in or out
+    features. recipe: as torchext.Recipe.parse reads it."""
     reason = _why_wide("linear.weight", config, Patterns((), "torchext"))
     return config if reason else derive(config, FP8Linear.Config, recipe=recipe)
 
@@ -84,7 +85,7 @@ class FP8LinearConverter(ModelConfigConverter):
         """Swaps configs in place.
 
         Raises:
-            ValueError: a pattern of `skip` matches no linear layer, or `recipe` is none.
+            ValueError: a pattern of `skip` matches no linear layer, or `recipe` cannot be read.
         """
         Recipe.parse(self.config.recipe)
         patterns = Patterns(self.config.skip, "FP8LinearConverter: skip")

@@ -64,7 +64,7 @@ class Rerouted(Converted):
     They keep the name of the class: wrapping policies go by it.
 
     Attributes:
-        method: what calls `run`, which a subclass with another method overrides.
+        method: the name of the method that calls `run`.
     """
 
     method: ClassVar[str] = "forward"

@@ -56,7 +56,8 @@ class Routing(NamedTuple):
 
     @classmethod
     def of(cls, ids: Tensor, weights: Tensor | None, experts: int) -> Routing:
-        """ids: those of the choices [T, k] or, without weights, the offsets of sorted tokens."""
+        """ids: [T, k], the expert of each choice; or, if weights is None, the offsets [E] of tokens
+        that the caller sorted."""
         return cls(None, ids) if weights is None else cls(*moe_route(ids, experts))
 
     def rows_of_tokens(self, x: Tensor) -> Tensor:
@@ -73,7 +74,7 @@ class Routing(NamedTuple):
         return Operand(*moe_permute_quantize_1x128(x, self.slots, **options), None, None)
 
     def by_row(self, values: Tensor | None) -> Tensor | None:
-        """values [T, k] of choices as [S], in FP32."""
+        """values [T, k] of choices as [S], in FP32. None without values, or if tokens are rows."""
         if values is None or self.slots is None:
             return None
         rows = torch.empty(values.numel(), dtype=torch.float32, device=values.device)

@@ -112,8 +112,8 @@ def moe_permute_quantize_1x128(
         num_sms: the number of SMs that the CUDA kernel may occupy; 0 for all.
 
     Returns:
-        data: [rows, K], FP8, and scale: [rows, ceil(K / 128)], float32, with the strides of
-        `quantize_1x128`'s.
+        data: [rows, K], FP8, with the strides of `quantize_1x128`'s data.
+        scale: [rows, ceil(K / 128)], float32, with the strides of `quantize_1x128`'s scale.
 
     Raises:
         ValueError: a shape does not fit, or, on the CPU, a slot is not below rows.
@@ -145,7 +145,7 @@ def _fake_permute(
 
 
 def _of_choices(rows: Tensor, slots: Tensor) -> Tensor:
-    """rows [R, ...] as [T, k, ...]: that of each choice; zeros for choices without one."""
+    """The row of each choice: rows [R, ...] as [T, k, ...]; zeros for choices without a row."""
     exists = (slots >= 0) & (slots < rows.shape[0])
     if rows.shape[0] == 0:
         return rows.new_zeros((*slots.shape, *rows.shape[1:]))
