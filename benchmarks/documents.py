@@ -13,7 +13,7 @@ from datetime import date
 from pathlib import Path
 
 from . import goals
-from .report import ceilings_of, roof_seconds, table
+from .report import ceilings_of, replace_between, roof_seconds, table
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN = "<!-- python -m benchmarks.documents: begin -->\n"
@@ -109,11 +109,7 @@ def roofline(data: dict) -> str:
 
 def with_block(text: str, content: str) -> str:
     """`text` with `content` between the marks."""
-    before, _, rest = text.partition(BEGIN)
-    _, mark, after = rest.partition(END)
-    if not mark:
-        raise ValueError(f"documents: text must contain {BEGIN.strip()} and {END.strip()}")
-    return before + BEGIN + content + END + after
+    return replace_between(text, BEGIN, END, content)
 
 
 def named_folder(text: str) -> str | None:

@@ -32,7 +32,7 @@ from .predict_selection import (
     short,
 )
 from .predictions import TORCHEXT, OutOfTimeError, Prediction, Predictor
-from .report import table
+from .report import replace_between, table
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = ROOT / "docs" / "predicted.md"
@@ -434,8 +434,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     text, compared = text_of(predictor, options.only)
     print(text)
     if options.write:
-        before, _, rest = DOCUMENT.read_text().partition(BEGIN)
-        DOCUMENT.write_text(before + BEGIN + "\n" + text + "\n" + END + rest.partition(END)[2])
+        DOCUMENT.write_text(replace_between(DOCUMENT.read_text(), BEGIN, END, f"\n{text}\n"))
         plot(compared, IMAGES)
     print(f"{time.monotonic() - begin:.0f} s", file=sys.stderr)
     return 0

@@ -54,6 +54,18 @@ def table(header: Iterable[str], rows: Iterable[Iterable[object]], numeric_from:
     return "\n".join("| " + " | ".join(_cell(c) for c in line) + " |" for line in lines)
 
 
+def replace_between(text: str, begin: str, end: str, content: str) -> str:
+    """`text` with `content` in place of what stands between the marks `begin` and `end`.
+
+    Raises ValueError: a mark is missing.
+    """
+    before, _, rest = text.partition(begin)
+    _, mark, after = rest.partition(end)
+    if not mark:
+        raise ValueError(f"report: text must contain {begin.strip()} and {end.strip()}")
+    return before + begin + content + end + after
+
+
 def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 

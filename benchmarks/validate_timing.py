@@ -35,6 +35,8 @@ import numpy as np
 
 from . import timing_data
 from .deep_gemm_kernel import choose
+from .report import replace_between
+from .report import table as markdown_table
 from .timing_baselines import (
     PHYSICAL,
     ClosedForm,
@@ -304,8 +306,7 @@ Row = Sequence[object]
 
 
 def table(header: Row, rows: Sequence[Row]) -> str:
-    lines = [header, [":--", *["--:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
+    return markdown_table(map(str, header), rows) + "\n"
 
 
 def _percent(value: float, signed: bool = False) -> str:
@@ -483,9 +484,7 @@ def plot(predictors: dict[str, Predictor], path: Path, limit: int | None = None)
 
 def with_report(text: str, tables: str) -> str:
     """The document with other tables between its two marks."""
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{tables}{END}{after}"
+    return replace_between(text, BEGIN, END, f"\n{tables}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
