@@ -34,8 +34,8 @@ class FrozenExperts(FrozenWeights, Rerouted):
     Attributes:
         fused_roles: what it computes.
         mode: "w8a8" multiplies in FP8 in grouped GEMMs. "w8a16" leaves x as it is, and calls
-            `torchext.ops.fp8_linear` for each expert that has tokens; a GPU is waited for to know
-            how many.
+            `torchext.ops.fp8_linear` for each expert that has tokens; the host waits for a GPU to
+            learn how many each has.
     """
 
     fused_roles: ExpertsRoles
