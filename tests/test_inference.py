@@ -118,7 +118,7 @@ def test_w8a16(model):
 
 
 def test_experts_in_w8a16_read_no_more_than_their_rows():
-    """No expert without tokens, no choice of an expert that is elsewhere, no tokens at all."""
+    """They read no expert without tokens, skip choices of absent experts, and accept no tokens."""
     torch.manual_seed(1)
     experts: Any = Experts(256, 192, 6)
     quantize_for_inference(experts, "w8a16")

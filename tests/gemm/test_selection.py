@@ -166,7 +166,7 @@ def test_forced_refuses_what_there_is_not(name, options):
 
 @pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16])
 def test_tma_adds_to_fp32_outputs(out_dtype):
-    """In L2, so that no thread loads the old output. Sums in BF16 are rounded once, by threads."""
+    """TMA adds in L2, so no thread loads the old output. Sums in BF16 are still made by threads."""
     a, b = operands("1d1d", 150, 200, 300, torch.device("cpu"))
     out = torch.randn(150, 200).to(out_dtype)
     with sim.simulate(num_sms=3) as simulation, selection.forced("128x128"):

@@ -298,7 +298,7 @@ def test_compiled_layers_take_the_offer(device, write, quantizations):
 
 
 def test_other_tracers_see_writes(device):
-    """Without AOTAutograd a write is no new value; versions tell."""
+    """Without AOTAutograd a write makes no new value, but changes the tensor's version."""
 
     def function(x: Tensor) -> list[Tensor]:
         y = rms_norm_quantize_1x128(x, weight, 1e-6, return_normed=True)[-1]

@@ -75,8 +75,8 @@ class RMSNorm(torch.nn.RMSNorm):
 
         It is computed by torch.nn.functional.rms_norm, and not quantized, if x is not contiguous or
         empty, if normalized_shape has several dimensions, without a weight, under autocast if x is
-        not FP32, and under torch.export, other tracers and transforms. Under torch.compile it is
-        the same kernel, but layers that read the result quantize it unless gradients are off.
+        not FP32, and under torch.export, other tracers and transforms. Under torch.compile the same
+        kernel runs. If gradients are on there, layers that read the result quantize it themselves.
 
         Args:
             x: [..., K], FP32, BF16 or FP16; others as for torch.nn.RMSNorm.

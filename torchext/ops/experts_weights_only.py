@@ -3,8 +3,8 @@
 Each expert's rows are one product of `torchext.ops.fp8_linear`: nothing is padded, no weight is
 dequantized into memory, and only experts with rows are read. The products are one private op,
 `torchext::_fp8_linear_by_expert`, so that graphs need not know how many rows each expert has. Its
-kernels are in Python, so a graph that contains it needs Python. On a GPU they wait for the place
-where each expert's rows end, so that a CUDA graph cannot capture them.
+kernels are in Python, so a graph that contains it needs Python. On a GPU the host waits to learn
+where each expert's rows end, so a CUDA graph cannot capture the op.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ def fp8_linear_by_expert(x: Tensor, weight: Tensor, scale: Tensor, offsets: Tens
     """Each expert's rows of x times its own dequantized weight, transposed. x has a gradient.
 
     Args:
-        x: [S, K], FP32, BF16 or FP16, sorted by expert.
+        x: [S, K], FP32, BF16 or FP16. Its rows are sorted by expert.
         weight: [E, N, K], FP8.
         scale: FP32 [E, ceil(N / 128), ceil(K / 128)] or, with one element, [1, 1, 1].
-        offsets: [E], int32: where each expert's rows end. Rows after the last are 0.
+        offsets: [E], int32: where each expert's rows end.
 
     Returns:
-        [S, N], x's dtype.
+        [S, N], x's dtype. Rows from offsets[-1] on are 0.
     """
     result: Tensor = _by_expert(x, weight, scale, offsets)
     return result

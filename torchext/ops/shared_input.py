@@ -11,8 +11,8 @@ grad_fn, which a buffer that the user fills in place never has, or, also without
 was offered. In inference mode tensors have no version, and nothing is offered or shared. The slot
 holds no reference to the input, and is emptied when the input dies.
 
-torch.compile does not come here: it removes repeated quantizations by itself, and takes a norm's by
-the rules of shared_in_graph.py.
+torch.compile does not come here: it removes repeated quantizations by itself. The rules of
+shared_in_graph.py let a traced layer take what a norm quantized.
 """
 
 from __future__ import annotations
