@@ -103,6 +103,9 @@ class GpuRates:
         )
         self._sms: int = gpu["sms"]
         self._bandwidth: float = gpu["gigabytes_per_second"] * 1e3  # bytes per microsecond
+        from .sim.ops import rated_memory  # loads the simulator
+
+        self._rated_memory = rated_memory(gpu["name"])
         self._fp8_mhz: float = gpu["fp8_mhz"]
         self._wide_mhz: float = gpu["tensor_mhz"]
         self._idle_mhz: float = gpu["other_mhz"]
@@ -125,17 +128,20 @@ class GpuRates:
 
     def fp8(self, product: Product) -> float:
         # A launch and its first tile run at the clock of an idle GPU.
-        start = _fp8_cycles(Product(1, 1, 1), self._sms)
-        busy = (_fp8_cycles(product, self._sms) - start) / self._fp8_mhz
+        start = self._fp8_cycles(Product(1, 1, 1))
+        busy = (self._fp8_cycles(product) - start) / self._fp8_mhz
         memory = product.bytes(1, 1, 2) / self._bandwidth
         return max(busy, memory) + start / self._idle_mhz
+
+    def _fp8_cycles(self, product: Product) -> float:
+        return _fp8_cycles(product, self._sms, self._rated_memory)
 
     def quantize(self, elements: int, *, both: bool) -> float:
         return elements * (2 + (2 if both else 1)) / self._bandwidth + _QUANTIZER_START
 
 
 @functools.cache
-def _fp8_cycles(product: Product, sms: int) -> float:
+def _fp8_cycles(product: Product, sms: int, gigabytes_per_second: int) -> float:
     grouping = "none"
     if product.groups > 1:
         grouping = "along_k" if product.along_k else "offsets"
@@ -143,6 +149,7 @@ def _fp8_cycles(product: Product, sms: int) -> float:
         product.m, product.n, product.k,
         granularity="1d1d" if product.along_k else "1d2d",
         grouping=grouping, groups=product.groups, sm_count=sms,
+        memory_gigabytes_per_second=gigabytes_per_second,
     )  # fmt: skip
     return explained.chosen.cycles
 
