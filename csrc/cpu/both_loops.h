@@ -77,7 +77,7 @@ inline __attribute__((always_inline)) void encode_planes(
     if (i * V::kBytes % 64 == 0) __builtin_prefetch(ahead + i * V::kBytes, 0, 2);
     const I fraction = V::load(fractions + i * V::kBytes);
     const I excess = V::subs_u8(V::load(exponents + i * V::kBytes), least);
-    nearest = V::min_u8(nearest, V::sub8(excess, V::set8(1)));  // not of zeros
+    nearest = V::min_u8(nearest, V::sub8(excess, V::set8(1)));  // zeros count for nothing
     const I sum =
         V::add8(V::template sll16<kMantissaBits<Out>>(excess), V::significands_at(table, fraction));
     codes[i] = V::merge_sign(V::subs_u8(sum, below), fraction);

@@ -12,6 +12,6 @@ void require_built(Path path, const char* op);
 
 }  // namespace torchext
 
-// Whether this build has the kernels of the path with this number (architecture.h). For the Python
-// package.
+// Whether this build has the kernels of the path with this number (architecture.h). The Python
+// package calls it.
 extern "C" __attribute__((visibility("default"))) bool torchext_is_path_built(std::int32_t path);

@@ -67,15 +67,15 @@ void route_cpu(const RouteView& view);
 // `counts`: [ctas, experts + 1] of workspace; with one CTA it is not used. `ids`: the memory of the ids.
 void route_cuda(Device& device, const RouteView& view, int ctas, int32_t* counts, Buffer ids);
 
-// Each token's row groups, quantized once, into the rows of its choices.
+// Quantizes each token once, and writes it into the rows of its choices.
 void permute_quantize_cpu(const MatrixView& x, const ChoicesView& choices,
                           const QuantizeOptions& options, const QuantizedView& out);
 void permute_quantize_cuda(Device& device, const MatrixView& x, const ChoicesView& choices,
                            const QuantizeOptions& options, const QuantizedView& out, int num_sms,
                            Buffers buffers);
 
-// Each token, times the choice's weight in FP32, into the rows of its choices. `y`: contiguous rows
-// of x's dtype.
+// Writes each token, times the choice's weight in FP32, into the rows of its choices. `y` has
+// contiguous rows of x's dtype.
 void permute_cpu(const MatrixView& x, const ChoicesView& choices, void* y);
 void permute_cuda(Device& device, const MatrixView& x, const ChoicesView& choices, void* y,
                   int num_sms, Buffers buffers);

@@ -1,7 +1,7 @@
 // The one seam between launchers and whatever executes kernels. A launcher asks device_for(tensor)
 // where it runs: nullptr means the CPU kernel; a Device means the CUDA kernel, executed either by a
 // GPU (cuda_device.cpp) or, on CPU tensors, by the PTX simulator that has been installed through
-// torchext_set_simulator (simulated_device.cpp). Launchers cannot tell the two apart.
+// torchext_set_simulator (device.cpp). Launchers cannot tell the two apart.
 #pragma once
 
 #include <array>

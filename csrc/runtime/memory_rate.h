@@ -6,8 +6,8 @@
 
 namespace torchext {
 
-// Of a GPU, by its memory's clock and bus width; of a simulated one, what
-// torchext_set_simulated_memory said. The architecture table's if neither is known.
+// Computed from the clock and bus width of a GPU's memory; for a simulated GPU, what
+// torchext_set_simulated_memory was given. If neither is known, the architecture table's.
 int memory_gigabytes_per_second(Device& device);
 
 // The same for a Device that cuda_device() returned; 0 if the driver does not tell.

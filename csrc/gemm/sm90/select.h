@@ -10,7 +10,7 @@
 
 namespace torchext::sm90 {
 
-// What the choice depends on, of a GPU.
+// The facts about a GPU on which the choice depends.
 struct Gpu {
   int sm_count;
   int memory_gigabytes_per_second;  // rated; runtime/memory_rate.h
@@ -31,7 +31,7 @@ struct Candidate {
   // Cycles that an SM takes for one K block: the largest of the next four.
   double k_block_cycles;
   double tensor_cycles, issue_cycles, shared_cycles, load_cycles;
-  double tile_cycles;    // of an SM for its tiles of the whole GEMM, if memory keeps up
+  double tile_cycles;    // that an SM takes for its tiles of the whole GEMM, if memory keeps up
   double memory_cycles;  // to move the bytes of the whole GEMM: a lower bound
   double cycles;         // for the whole GEMM
 };

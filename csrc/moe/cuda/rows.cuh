@@ -12,7 +12,7 @@ namespace torchext::moe {
 
 constexpr int kWarps = 16;
 constexpr int kThreads = 32 * kWarps;
-constexpr int64_t kColumns = 512;  // of a warp
+constexpr int64_t kColumns = 512;  // that a warp takes at a time
 
 // Calls body(token, col) for the lane's columns col to col + 15 of every token; all lanes of a warp
 // have the same token.

@@ -1,7 +1,7 @@
 // Gradients of RMSNorm and LayerNorm. For each chunk of rows, about one wave of 128 x 128 tiles:
 //
 //   rows      As rows.cuh: warps share a row. Each lane loads and keeps its chunks of the gradient and
-//             of x, the means are found through shared memory, and dx is stored. Of rows longer than
+//             of x, the means are found through shared memory, and dx is stored. In rows longer than
 //             8,192 elements, further chunks are loaded again wherever they are needed.
 //   columns   A CTA takes 128 rows of 512 columns; a warp sums 16 rows, and the CTA adds the eight sums.
 //   quantize  If asked: tiles of dx both ways (device/quantize_groups.cuh).

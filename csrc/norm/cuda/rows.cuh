@@ -3,7 +3,7 @@
 // them share a row:
 //
 //   load     Each lane loads up to kHeld chunks of 16 elements of x and of the residual, adds them,
-//            stores the sum and keeps it in registers. Of rows longer than 8,192 elements, further
+//            stores the sum and keeps it in registers. In rows longer than 8,192 elements, further
 //            chunks are loaded again wherever they are needed.
 //   reduce   Warps write the sums of segments to shared memory, meet at __syncthreads, and each thread
 //            adds those of its row. LayerNorm does so twice: for the mean, then for the deviation.

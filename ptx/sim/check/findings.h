@@ -1,4 +1,4 @@
-// The checker's findings: one struct per fault. Of equal faults, one per kind and line is kept.
+// The checker's findings: one struct per fault. Equal faults are kept once per kind and line.
 #pragma once
 
 #include <array>

@@ -42,7 +42,7 @@ class Replay {
     queue_.push({time, order_++, kind, what, count, bytes});
   }
 
-  // Of the launch (replay.cpp)
+  // The launch as a whole (replay.cpp).
   double simulate(const Samples& samples, std::uint64_t count, std::uint32_t resident,
                   std::uint64_t rest, double* middle);
   std::uint32_t ctas_that_fit() const;
