@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -74,6 +75,7 @@ def test_notebooks_print_what_they_show(path, tmp_path):
 
 def test_a_notebook_shows_prints_values_and_figures():
     pytest.importorskip("matplotlib").use("Agg")
+    importlib.import_module("matplotlib.pyplot").figure()  # open already, so of no cell
     sources = ["a = 1", "print(a)\na + 1", "import matplotlib.pyplot as p\np.plot([1]);"]
     cells = [{"cell_type": "code", "source": [source]} for source in sources]
     outputs = notebooks.execute({"cells": [*cells, {"cell_type": "markdown", "source": []}]})

@@ -28,6 +28,7 @@ def code_cells(notebook: dict[str, Any]) -> list[dict[str, Any]]:
 def execute(notebook: dict[str, Any]) -> list[list[dict[str, Any]]]:
     """The outputs of each code cell, as a notebook has them. An exception ends the run."""
     namespace: dict[str, Any] = {"__name__": "__main__"}
+    _open_figures()  # closes those that this process had already
     return [
         _run("".join(cell["source"]), f"<cell {number}>", namespace)
         for number, cell in enumerate(code_cells(notebook), 1)
