@@ -165,7 +165,12 @@ def main(arguments: list[str] | None = None) -> int:
         if pythons:
             build()
         modules = build_simulators(pythons)
-        build("bdist_wheel", f"--plat-name=linux_{os.uname().machine}", f"--dist-dir={plain}")
+        # Without --skip-build, bdist_wheel would build again, with each flag of torch's twice: ninja
+        # would compile everything anew.
+        build(
+            "bdist_wheel", "--skip-build", f"--plat-name=linux_{os.uname().machine}",
+            f"--dist-dir={plain}",
+        )  # fmt: skip
         (built,) = plain.glob("*.whl")
         excluded = [option for name in OF_TORCH for option in ("--exclude", name)]
         run(
