@@ -165,7 +165,7 @@ def main(arguments: list[str] | None = None) -> int:
         if pythons:
             build()
         modules = build_simulators(pythons)
-        # Without --skip-build, bdist_wheel would build again, with each flag of torch's twice: ninja
+        # Without --skip-build, bdist_wheel would build again with each flag of torch's twice: ninja
         # would compile everything anew.
         build(
             "bdist_wheel", "--skip-build", f"--plat-name=linux_{os.uname().machine}",
