@@ -163,7 +163,7 @@ class FP8Experts(Rerouted):
                 )
             ]
         if graph:
-            return ExpertsFunction.apply(x, ids, weights, config, operands, *parameters)
+            return ExpertsFunction.apply(x, ids, weights, config, operands, *parameters, None)
         quantized = [
             operand or quantize_weight(parameter, recipe, transposed=False)
             for operand, parameter in zip(operands, parameters, strict=True)
@@ -225,7 +225,7 @@ class FP8SortedExperts(FP8Experts):
         both, ends = torch.cat([gate, up], 1), counts.cumsum(0, dtype=torch.int32)
         graph = torch.is_grad_enabled() and any(t.requires_grad for t in (x, both, down))
         if graph:
-            return ExpertsFunction.apply(x, ends, None, config, [None, None], both, down)
+            return ExpertsFunction.apply(x, ends, None, config, [None, None], both, down, None)
         operands = [quantize_weight(p, self.recipe, transposed=False) for p in (both, down)]
         return forward_only(config, operands, x, ends, None)
 

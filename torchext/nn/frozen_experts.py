@@ -64,7 +64,7 @@ class FrozenExperts(FrozenWeights, Rerouted):
         config = MLP(roles.activation, roles.tanh_approximation, _RECIPE, output_dtype(x), "fp8")
         if torch.is_grad_enabled() and (x.requires_grad or weights.requires_grad):
             matrices = [data for data, _ in pairs]
-            return ExpertsFunction.apply(x, ids, weights, config, operands, *matrices)
+            return ExpertsFunction.apply(x, ids, weights, config, operands, *matrices, None)
         return forward_only(config, operands, x, ids, weights)
 
     def frozen_names(self) -> tuple[str, ...]:

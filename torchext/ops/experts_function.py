@@ -1,19 +1,14 @@
-"""The experts of a mixture as one autograd function: grouped FP8 GEMMs, forward and backward.
+"""The experts of a mixture as one autograd function: tokens in, tokens out, in one process.
 
 Each of T tokens chooses k of E experts. Each of the S = T k choices gets a row, its slot, so that
 an expert's rows are a run, whose end is in `offsets` (moe.py):
 
     rows [S, K]   x of each choice's token
-    wide [S, W] = rows @ up[e].T       gate and up side by side (W = 2 I), or up alone (W = I)
-    h    [S, I] = activation(wide)     quantized as it is computed
-    y    [S, K] = h @ down[e].T        times the choice's weight, which multiplies the scales of h
-    out  [T, K] = the sum of y over the choices of a token, in FP32, in their order
+    y    [S, K]   what the choice's expert makes of it, times the choice's weight (experts_rows.py)
+    out  [T, K]   the sum of y over the choices of a token, in FP32, in their order
 
-fprop and dgrad are grouped along their rows, wgrad along K. Backward needs no y for the gradients
-of the weights: dweight = <dy, y> = <dy @ down[e], h>, and dgrad computes the product on the left.
-
-Bytes kept for backward, for each choice: those of mlp_function.py, and 8 for its row and weight.
-Nothing here waits for the device, and every sum has a fixed order.
+Bytes kept for backward, for each choice: those of experts_rows.py, K for the row in FP8, and 8 for
+its number and weight. Nothing here waits for the device, and every sum has a fixed order.
 """
 
 from __future__ import annotations
@@ -21,25 +16,18 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .._dispatch.declaration import DECLARATIONS
-from .._dispatch.layout import laid_out, pitched
 from ..recipe import Recipe
-from .grouped import k_grouped_fp8_gemm_nt, m_grouped_fp8_gemm_nt_contiguous
-from .linear_function import (
-    Operand,
-    differentiable_once,
-    quantize_activation,
-    quantize_weight,
-    quantizer_options,
-)
-from .mlp_function import MLP, activated
+from . import experts_rows
+from .experts_rows import Needs, Pair, Rows
+from .linear_function import Operand, differentiable_once, quantize_activation, quantizer_options
+from .mlp_function import MLP
 from .moe import moe_combine, moe_permute, moe_permute_quantize_1x128, moe_route
 
-_dequantize = DECLARATIONS["dequantize"].handles.alias
 _quantize_1x128 = DECLARATIONS["quantize_1x128"].handles.op
+_quantize_1x128_t = DECLARATIONS["quantize_1x128_t"].handles.op
 
 
 class Routing(NamedTuple):
@@ -60,18 +48,34 @@ class Routing(NamedTuple):
         that the caller sorted."""
         return cls(None, ids) if weights is None else cls(*moe_route(ids, experts))
 
-    def rows_of_tokens(self, x: Tensor) -> Tensor:
-        """x [T, K] as rows [S, K]."""
-        return x if self.slots is None else moe_permute(x, self.slots)
+    def rows_of_tokens(self, x: Tensor, weights: Tensor | None = None) -> Tensor:
+        """x [T, K] as rows [S, K], times the choices' weights [T, k] unless tokens are rows."""
+        return x if self.slots is None else moe_permute(x, self.slots, weights)
 
-    def quantized_rows_of_tokens(self, x: Tensor, recipe: Recipe, *, transposed: bool) -> Operand:
-        """x [T, K] as rows [S, K], quantized."""
+    def quantized(self, x: Tensor, recipe: Recipe, *, transposed: bool) -> Operand:
+        """x [T, K] as rows [S, K], quantized. `transposed`: both ways, from one copy in BF16."""
         dtype = recipe.input_dtype
-        if self.slots is None or transposed or recipe.granularity != "blockwise":
-            rows = self.rows_of_tokens(x)
-            return quantize_activation(rows, dtype, recipe, plain=True, transposed=transposed)
+        if self.slots is not None and not transposed:
+            return Operand(*self.quantized_rows(x, dtype, recipe), None, None)
+        rows = self.rows_of_tokens(x)
+        return quantize_activation(rows, dtype, recipe, plain=True, transposed=transposed)
+
+    def quantized_rows(self, x: Tensor, dtype: torch.dtype, recipe: Recipe) -> Pair:
+        """x [T, K] as rows [S, K], each token quantized once."""
         options = quantizer_options(dtype, recipe)
-        return Operand(*moe_permute_quantize_1x128(x, self.slots, **options), None, None)
+        if self.slots is None:
+            data, scale = _quantize_1x128(x, **options)
+        else:
+            data, scale = moe_permute_quantize_1x128(x, self.slots, **options)
+        return data, scale
+
+    def transposed_rows(
+        self, x: Tensor, weights: Tensor | None, dtype: torch.dtype, recipe: Recipe
+    ) -> Pair:
+        """x [T, K] times the choices' weights [T, k], quantized along the rows: [K, S]."""
+        rows = self.rows_of_tokens(x, weights)
+        data, scale = _quantize_1x128_t(rows, **quantizer_options(dtype, recipe))
+        return data, scale
 
     def by_row(self, values: Tensor | None) -> Tensor | None:
         """values [T, k] of choices as [S], in FP32. None without values, or if tokens are rows."""
@@ -85,109 +89,61 @@ class Routing(NamedTuple):
         assert self.slots is not None
         return values[self.slots.long()]
 
-    def sum_of_choices(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
-        """[T, K], the FP32 sum of each token's rows, rounded to `dtype`."""
+    def sum_of_choices(
+        self, rows: Tensor, dtype: torch.dtype, residual: Tensor | None = None
+    ) -> Tensor:
+        """[T, K], the FP32 sum of each token's rows and its residual, rounded to `dtype`."""
         if self.slots is None:
             return rows.to(dtype)
-        return moe_combine(rows, self.slots, out_dtype=dtype)
-
-
-def experts(
-    config: MLP,
-    routing: Routing,
-    operands: list[Operand],
-    q_rows: Operand,
-    row_weights: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """y [S, K], weighted, and `wide` [S, W].
-
-    Args:
-        config: what an expert computes.
-        routing: of the choices.
-        operands: the quantized `up` [E, W, K] and `down` [E, K, I].
-        q_rows: rows [S, K], quantized.
-        row_weights: [S], FP32; None for ones.
-    """
-    up, down = operands
-    wide = _by_rows(q_rows.data, q_rows.scale, (up.data, up.scale), routing, config.out_dtype)
-    h, h_scale = activated(config, "", wide)
-    y_scale = h_scale if row_weights is None else _weighted(h_scale, row_weights)
-    return _by_rows(h, y_scale, (down.data, down.scale), routing, config.out_dtype), wide
-
-
-def _weighted(scale: Tensor, row_weights: Tensor) -> Tensor:
-    """M-major scales times a factor for each row. In place, a compiled graph would lose strides."""
-    columns = scale.t() * row_weights
-    return F.pad(columns, (0, -scale.shape[0] % 4))[:, : scale.shape[0]].t()
-
-
-def _by_rows(
-    a: Tensor | None, a_scale: Tensor | None, b: Any, routing: Routing, dtype: torch.dtype
-) -> Tensor:
-    """The product of each expert's rows of a with its own b; zero for rows of no expert."""
-    assert a is not None and a_scale is not None
-    data, scale = b
-    out = a.new_zeros((a.shape[0], data.shape[1]), dtype=dtype)
-    return m_grouped_fp8_gemm_nt_contiguous(a, a_scale, data, scale, routing.offsets, out=out)
+        return moe_combine(rows, self.slots, residual=residual, out_dtype=dtype)
 
 
 def forward_only(
-    config: MLP, operands: list[Operand], x: Tensor, ids: Tensor, weights: Tensor | None
+    config: MLP,
+    operands: list[Operand],
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor | None,
+    *,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """`ExpertsFunction` without gradients. Every operand is quantized."""
     routing = Routing.of(ids, weights, operands[0].data.shape[0])  # type: ignore[union-attr]
-    q_rows = routing.quantized_rows_of_tokens(x, config.recipe, transposed=False)
-    y, _ = experts(config, routing, operands, q_rows, routing.by_row(weights))
-    return routing.sum_of_choices(y, x.dtype)
+    pair = routing.quantized_rows(x, config.recipe.input_dtype, config.recipe)
+    rows = Rows(*pair, routing.offsets, routing.by_row(weights))
+    y, _ = experts_rows.forward(config, operands, rows)
+    return routing.sum_of_choices(y, x.dtype, residual)
 
 
 class ExpertsFunction(torch.autograd.Function):
-    """`experts` for tokens, with gradients for x, the weights of choices and both parameters.
+    """The experts for tokens, with gradients for x, the weights of choices, both parameters and the
+    residual.
 
-    apply(x [T, K], ids [T, k], weights [T, k], config, operands, up, down). An operand is None
-    where the parameter is to be quantized here. Returns [T, K] in x's dtype. Gradients have the
-    dtypes of what they belong to. If the rows of x are sorted by expert, `weights` is None and
-    `ids` is [E], int32: where each expert's rows end.
+    apply(x [T, K], ids [T, k], weights [T, k], config, operands, up, down, residual). An operand is
+    None where the parameter is to be quantized here. residual [T, K], of config.out_dtype, is added
+    to the sums before they are rounded; None for none. Returns [T, K] in x's dtype. Gradients have
+    the dtypes of what they belong to. If the rows of x are sorted by expert, `weights` and
+    `residual` are None and `ids` is [E], int32: where each expert's rows end.
     """
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        x, ids, weights, config, given, *parameters = inputs
+        x, ids, weights, config, given, *parameters, residual = inputs
         recipe = config.recipe
-        needs_x, _, needs_weights, _, _, needs_up, needs_down = ctx.needs_input_grad
-        ctx.needs_wide = needs_x or needs_up
-        ctx.needs_dh = ctx.needs_wide or needs_weights
-        transposed = [needs_x, ctx.needs_dh]
-        operands = [
-            operand or quantize_weight(parameter, recipe, transposed=needed)
-            for operand, parameter, needed in zip(given, parameters, transposed, strict=True)
-        ]
+        needs_x, _, needs_weights, _, _, needs_up, needs_down, _ = ctx.needs_input_grad
+        needs = Needs(needs_x, needs_weights, needs_up, needs_down)
+        operands = experts_rows.quantize_weights(given, parameters, recipe, needs)
         routing = Routing.of(ids, weights, parameters[0].shape[0])
-        q_rows = routing.quantized_rows_of_tokens(x, recipe, transposed=needs_up)
-        row_weights = routing.by_row(weights)
-        y, wide = experts(config, routing, operands, q_rows, row_weights)
-        kept_wide: list[Tensor | None] = []
-        if ctx.needs_dh or needs_down:
-            if config.save == "bf16":
-                kept_wide = [wide]
-            elif config.save == "fp8":
-                options = quantizer_options(recipe.input_dtype, recipe)
-                kept_wide = [*_quantize_1x128(wide, **options)]
-            else:
-                kept_wide = [q_rows.data, q_rows.scale, operands[0].data, operands[0].scale]
-        kept_weights = [
-            part
-            for operand, needed in zip(operands, transposed, strict=True)
-            for part in (_kept(operand) if needed else (None, None))
-        ]
-        # Backward transposes weights that do not train, so that no copy of them is kept.
-        ctx.transposes = [operand.data_t is None for operand in operands]
-        kept_rows = [q_rows.data_t, q_rows.scale_t] if needs_up else [None, None]
-        ctx.save_for_backward(*routing, row_weights, *kept_rows, *kept_weights, *kept_wide)
-        ctx.config = config
-        weights_dtype = None if weights is None else weights.dtype
-        ctx.dtypes = [x.dtype, weights_dtype, *(p.dtype for p in parameters)]
-        return routing.sum_of_choices(y, x.dtype)
+        q_rows = routing.quantized(x, recipe, transposed=needs_up)
+        rows = Rows(q_rows.data, q_rows.scale, routing.offsets, routing.by_row(weights))  # type: ignore[arg-type]
+        y, kept = experts_rows.forward(config, operands, rows, needs)
+        rows_t = [q_rows.data_t, q_rows.scale_t] if needs_up else [None, None]
+        kept_weights = weights if needs_down else None
+        ctx.save_for_backward(routing.slots, kept_weights, *rows_t, *kept.tensors)
+        ctx.config, ctx.kept = config, kept._replace(tensors=())
+        optional = [None if t is None else t.dtype for t in (weights, residual)]
+        ctx.dtypes = [x.dtype, *optional, *(p.dtype for p in parameters)]
+        return routing.sum_of_choices(y, x.dtype, residual)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -196,75 +152,27 @@ class ExpertsFunction(torch.autograd.Function):
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     config: MLP = ctx.config
-    recipe = config.recipe
-    needs_x, _, needs_weights, _, _, needs_up, needs_down = ctx.needs_input_grad
-    x_dtype, weights_dtype, up_dtype, down_dtype = ctx.dtypes
-    slots, offsets, row_weights, *saved = ctx.saved_tensors
-    routing = Routing(slots, offsets)
-    rows_t, up_t, down_t = saved[0:2], saved[2:4], saved[4:6]
-    dx = dweights = dup = ddown = None
+    recipe, needs = config.recipe, ctx.kept.needs
+    x_dtype, weights_dtype, residual_dtype, *dtypes = ctx.dtypes
+    slots, weights, *rows_t_and_kept = ctx.saved_tensors
+    rows_t, kept = rows_t_and_kept[:2], ctx.kept._replace(tensors=tuple(rows_t_and_kept[2:]))
+    dx = dweights = dresidual = None
+    if ctx.needs_input_grad[7]:
+        dresidual = grad.to(residual_dtype)
+    if needs == experts_rows.NOTHING:
+        return None, None, None, None, None, None, None, dresidual
 
-    dy = routing.rows_of_tokens(grad.to(config.out_dtype))  # without the weights
-    if ctx.needs_dh or needs_down:
-        wide, wide_scale = _saved_wide(config, routing, saved[6:])
-    if ctx.needs_dh:
-        q_dy = quantize_activation(dy, recipe.grad_dtype, recipe, plain=True, transposed=False)
-        down_t = _transposed(down_t, ctx.transposes[1])
-        dh = _by_rows(q_dy.data, q_dy.scale, down_t, routing, config.out_dtype)
-        if needs_weights:
-            h = _dequantize(*activated(config, "", wide, wide_scale), torch.float32)
-            sums = h.mul_(dh).sum(1)
-            dweights = routing.by_choice(sums).to(weights_dtype)
-    h_t: list[Tensor] = []
-    if ctx.needs_wide:
-        options = config.options(recipe.grad_dtype)
-        options["gate_up_scale" if config.is_gated else "x_scale"] = wide_scale
-        if needs_down:
-            options["activation_dtype"] = recipe.input_dtype
-        op = DECLARATIONS[f"{config.activation}_backward_quantize_1x128_dual"].handles.op
-        weighted = dh if row_weights is None else dh.mul_(row_weights[:, None])
-        data, scale, data_t, scale_t, _, *h_t = op(weighted, wide, **options)
-        if needs_x:
-            up_t = _transposed(up_t, ctx.transposes[0])
-            drows = _by_rows(data, scale, up_t, routing, config.out_dtype)
-            dx = routing.sum_of_choices(drows, x_dtype)
-        if needs_up:
-            dup = _along_rows((data_t, scale_t), rows_t, offsets, up_dtype)
-    elif needs_down:
-        h_t = activated(config, "_t", wide, wide_scale)
-    if needs_down:
-        weighted = dy if row_weights is None else dy.mul_(row_weights[:, None])
-        q_dy = quantize_activation(
-            weighted, recipe.grad_dtype, recipe, plain=False, transposed=True
-        )
-        ddown = _along_rows((q_dy.data_t, q_dy.scale_t), h_t, offsets, down_dtype)
-    return dx, None, dweights, None, None, dup, ddown
-
-
-def _kept(operand: Operand) -> tuple[Tensor | None, Tensor | None]:
-    """What dgrad needs of a weight: its transpose or, if there is none, the weight itself."""
-    if operand.data_t is None:
-        return operand.data, operand.scale
-    return operand.data_t, operand.scale_t
-
-
-def _transposed(kept: Any, transposes: bool) -> tuple[Tensor, Tensor]:
-    data, scale = kept
-    return (pitched(data.mT), scale.mT) if transposes else laid_out(data, scale)
-
-
-def _along_rows(a: Any, b: Any, offsets: Tensor, dtype: torch.dtype) -> Tensor:
-    """For each expert, the product of a and b over its rows; b may have been copied."""
-    data, scale = a
-    data_of_b, scale_of_b = laid_out(*b)
-    return k_grouped_fp8_gemm_nt(data, scale, data_of_b, scale_of_b, offsets, out_dtype=dtype)
-
-
-def _saved_wide(config: MLP, routing: Routing, saved: list[Tensor]) -> tuple[Tensor, Tensor | None]:
-    """`wide` from what forward kept, and its scales if it was kept in FP8."""
-    if config.save == "bf16":
-        return saved[0], None
-    if config.save == "fp8":
-        return laid_out(*saved)
-    rows, up = laid_out(*saved[:2]), laid_out(*saved[2:])
-    return _by_rows(*rows, up, routing, config.out_dtype), None
+    routing = Routing(slots, kept.tensors[0])
+    dy, dtype = grad.to(config.out_dtype), recipe.grad_dtype
+    plain = routing.quantized_rows(dy, dtype, recipe) if needs.h else (None, None)
+    along_rows: Any = (None, None)
+    if needs.down:
+        factors = None if weights is None else weights.float()
+        along_rows = routing.transposed_rows(dy, factors, dtype, recipe)
+    gradient = Operand(*plain, *along_rows)
+    grads = experts_rows.backward(config, kept, gradient, rows_t, dtypes)
+    if grads.rows is not None:
+        dx = routing.sum_of_choices(grads.rows, x_dtype)
+    if grads.weights is not None:
+        dweights = routing.by_choice(grads.weights).to(weights_dtype)
+    return dx, None, dweights, None, None, grads.up, grads.down, dresidual
