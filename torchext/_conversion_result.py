@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from ._dispatch.layout import GROUP
-from .nn.experts import FP8Experts, trains_in_fp8
+from .nn.experts import ExpertsInFP8, trains_in_fp8
 from .recipe import GEMMS, Recipe
 
 _NORMS = ("RMSNorm", "LayerNorm")
@@ -334,7 +334,7 @@ def _uses(model: nn.Module, skipped: Mapping[str, str]) -> dict[int, tuple[int, 
             layer = module if linear is None else modules[linear]
             if trains_in_fp8(layer):
                 recipe: Recipe = layer.recipe  # type: ignore[assignment]
-                if isinstance(layer, FP8Experts):
+                if isinstance(layer, ExpertsInFP8):
                     transposed = layer._is_transposed
                 else:
                     transposed = not isinstance(layer, nn.Linear)

@@ -26,7 +26,6 @@ from torch.nn.parameter import is_lazy
 
 from ._probing import results_of
 from .nn.experts import ExpertsRoles, FP8Experts, FP8SortedExperts, SortedExpertsRoles
-from .nn.weight_cache import WeightCache
 from .ops.mlp_function import ACTIVATIONS, GATED, Save
 from .recipe import Recipe
 
@@ -243,7 +242,4 @@ def convert_experts_(module: Any, roles: Roles, recipe: Recipe, save: Save) -> N
     """Makes a module that recognize_experts recognized train in FP8. `revert_` undoes it."""
     base = FP8SortedExperts if isinstance(roles, SortedExpertsRoles) else FP8Experts
     module.__class__ = base.class_for(type(module))
-    module.recipe = recipe
-    module.fused_roles = roles
-    module.fused_save = save
-    module._weight_cache = WeightCache()
+    module._setup(roles, recipe, save)

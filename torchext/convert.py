@@ -14,7 +14,7 @@ from ._experts import convert_experts_, find_experts
 from ._fusion import NAMES, fuse_mlps, unfuse_mlps
 from ._norm_fusion import fuse_norms, unfuse_norms
 from ._split_fusion import fuse_split_mlps, unfuse_split_mlps
-from .nn import Linear
+from .nn import Linear, MoE
 from .nn.converted import TransposedLinear, convert_subclass_, convert_transposed_
 from .nn.experts import FP8Experts, trains_in_fp8
 from .nn.mlp import check_save
@@ -144,7 +144,8 @@ def unconvert(model: torch.nn.Module) -> tuple[str, ...]:
 
     Fused MLPs and norms get their classes back, too. Each layer stays the same object with the same
     parameters, hooks and mode; torchext.nn.Linears that no conversion made become torch.nn.Linears,
-    too. Call it, for example, before another library quantizes the model.
+    too. A torchext.nn.MoE stays one. Call it, for example, before another library quantizes the
+    model.
 
     Args:
         model: any module, including an FP8 layer.
@@ -176,7 +177,9 @@ def _unconvert(model: torch.nn.Module, name: str) -> tuple[str, ...]:
             f"{name}: model must be a torch.nn.Module (got {model!r}); pass the model that was "
             "converted"
         )
-    layers = {fqn: m for fqn, m in model.named_modules() if trains_in_fp8(m)}
+    layers = {
+        fqn: m for fqn, m in model.named_modules() if trains_in_fp8(m) and not isinstance(m, MoE)
+    }
     for fqn, layer in layers.items():
         if type(layer) is not Linear and "plain_class" not in vars(type(layer)):
             raise TypeError(

@@ -5,6 +5,7 @@ from .block import Block
 from .fp8_linear import FP8Linear
 from .linear import Linear
 from .mlp import GEGLU, GELUMLP, ReLU2MLP, SwiGLU
+from .moe import MoE
 from .norm import LayerNorm, RMSNorm
 from .rotary import rotary_embedding
 
@@ -17,6 +18,7 @@ __all__ = [
     "KVCache",
     "LayerNorm",
     "Linear",
+    "MoE",
     "RMSNorm",
     "ReLU2MLP",
     "SwiGLU",

@@ -1,6 +1,7 @@
-"""Experts that hold their weights as 3-D parameters, in FP8; a conversion makes them in place.
+"""Experts that hold their weights as 3-D parameters, in FP8.
 
-torchext/_experts.py tells which modules are such experts.
+A conversion makes FP8Experts in place; torchext/_experts.py tells which modules are such experts.
+torchext.nn.MoE (moe.py) is one by itself.
 """
 
 from __future__ import annotations
@@ -55,15 +56,11 @@ class SortedExpertsRoles(NamedTuple):
     arguments: tuple[str, ...]
 
 
-class FP8Experts(Rerouted):
-    """Base of the classes that experts get.
-
-    forward(x [T, K], ids [T, k], weights [T, k]) returns [T, K]: for each token, the sum over its
-    choices of weight * down[id] @ activation(up[id] @ x). Under torch.export, other tracers,
-    transforms and tensor subclasses, the forward of the class runs, in the dtypes of its
-    parameters.
+class ExpertsInFP8(torch.nn.Module):
+    """Base of modules that hold experts and run them in FP8.
 
     Attributes:
+        recipe: how rows, weights and gradients are quantized.
         fused_roles: what it computes.
         fused_save: as `save` of torchext.nn.SwiGLU.
     """
@@ -72,21 +69,10 @@ class FP8Experts(Rerouted):
     fused_roles: ExpertsRoles | SortedExpertsRoles
     fused_save: Save
     _weight_cache: WeightCache
-    added = ("recipe", "fused_roles", "fused_save", "_weight_cache")
 
-    def run(self, *args: Any, **kwargs: Any) -> Any:
-        given = self._given(args, kwargs)
-        if given is not None and self._can_run(*given):
-            return self._run(*given)
-        return super().run(*args, **kwargs)
-
-    def _given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any] | None:
-        """The arguments in the order of the roles; None if there are others."""
-        names = self.fused_roles.arguments
-        given = dict(zip(names, args, strict=False)) | kwargs
-        if not len(args) + len(kwargs) == len(given) == len(names) or given.keys() != set(names):
-            return None
-        return [given[name] for name in names]
+    def _setup(self, roles: ExpertsRoles | SortedExpertsRoles, recipe: Recipe, save: Save) -> None:
+        self.recipe, self.fused_roles, self.fused_save = recipe, roles, save
+        self._weight_cache = WeightCache()
 
     def refresh_weight(self) -> None:
         """Drops the FP8 weights, as torchext.nn.Linear.refresh_weight does."""
@@ -104,27 +90,6 @@ class FP8Experts(Rerouted):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self.refresh_weight()  # the parameters will be replaced
         return super()._apply(fn, recurse)
-
-    def _can_run(self, x: Any, ids: Any, weights: Any) -> bool:
-        if _is_transformed():
-            return False
-        if not all(type(p) is Parameter and p.dim() == 3 for p in self._held()):
-            return False
-        up, down = self._matrices()
-        return (
-            all(type(t) is Tensor and not t.is_nested for t in (x, ids, weights))
-            and x.dim() == ids.dim() == 2
-            and x.shape[0] == ids.shape[0]
-            and ids.shape == weights.shape
-            and ids.dtype in (torch.int64, torch.int32)
-            and weights.is_floating_point()
-            and ids.device == weights.device == x.device
-            and down.shape[0] == up.shape[0]
-            and down.shape[1] == up.shape[2]
-            and up.shape[1] == down.shape[2] * (2 if self._is_gated else 1)
-            and fit(x, up[0], None)
-            and fit(x, down[0].t(), None)
-        )
 
     def _config(self, x: Tensor) -> MLP:
         roles = self.fused_roles
@@ -146,10 +111,13 @@ class FP8Experts(Rerouted):
     def _is_gated(self) -> bool:
         return self.fused_roles.activation.endswith("_mul")
 
-    def _run(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    def _run(
+        self, x: Tensor, ids: Tensor, weights: Tensor, residual: Tensor | None = None
+    ) -> Tensor:
         roles, recipe = self.fused_roles, self.recipe
         config, parameters = self._config(x), self._matrices()
-        graph = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weights, *parameters))
+        differentiable = [t for t in (x, weights, residual, *parameters) if t is not None]
+        graph = torch.is_grad_enabled() and any(t.requires_grad for t in differentiable)
         # Re-entrant checkpointing runs forward without gradients first, and later with them.
         for_x, for_dh = x.requires_grad, graph
         if not torch.is_grad_enabled():
@@ -163,12 +131,12 @@ class FP8Experts(Rerouted):
                 )
             ]
         if graph:
-            return ExpertsFunction.apply(x, ids, weights, config, operands, *parameters, None)
+            return ExpertsFunction.apply(x, ids, weights, config, operands, *parameters, residual)
         quantized = [
             operand or quantize_weight(parameter, recipe, transposed=False)
             for operand, parameter in zip(operands, parameters, strict=True)
         ]
-        return forward_only(config, quantized, x, ids, weights)
+        return forward_only(config, quantized, x, ids, weights, residual=residual)
 
     def _kept_operand(self, parameter: Tensor, needed: bool, name: str) -> Operand | None:
         """The FP8 weights that are kept, with those for dgrad if `needed`."""
@@ -179,6 +147,53 @@ class FP8Experts(Rerouted):
         if kept is None or not swapped:
             return kept
         return Operand(kept.data_t, kept.scale_t, kept.data, kept.scale)
+
+
+class FP8Experts(ExpertsInFP8, Rerouted):
+    """Base of the classes that experts get.
+
+    forward(x [T, K], ids [T, k], weights [T, k]) returns [T, K]: for each token, the sum over its
+    choices of weight * down[id] @ activation(up[id] @ x). Under torch.export, other tracers,
+    transforms and tensor subclasses, the forward of the class runs, in the dtypes of its
+    parameters.
+    """
+
+    added = ("recipe", "fused_roles", "fused_save", "_weight_cache")
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        given = self._given(args, kwargs)
+        if given is not None and self._can_run(*given):
+            return self._run(*given)
+        return super().run(*args, **kwargs)
+
+    def _given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any] | None:
+        """The arguments in the order of the roles; None if there are others."""
+        names = self.fused_roles.arguments
+        given = dict(zip(names, args, strict=False)) | kwargs
+        if not len(args) + len(kwargs) == len(given) == len(names) or given.keys() != set(names):
+            return None
+        return [given[name] for name in names]
+
+    def _can_run(self, x: Any, ids: Any, weights: Any) -> bool:
+        if _is_transformed():
+            return False
+        if not all(type(p) is Parameter and p.dim() == 3 for p in self._held()):
+            return False
+        up, down = self._matrices()
+        return (
+            all(type(t) is Tensor and not t.is_nested for t in (x, ids, weights))
+            and x.dim() == ids.dim() == 2
+            and x.shape[0] == ids.shape[0]
+            and ids.shape == weights.shape
+            and ids.dtype in (torch.int64, torch.int32)
+            and weights.is_floating_point()
+            and ids.device == weights.device == x.device
+            and down.shape[0] == up.shape[0]
+            and down.shape[1] == up.shape[2]
+            and up.shape[1] == down.shape[2] * (2 if self._is_gated else 1)
+            and fit(x, up[0], None)
+            and fit(x, down[0].t(), None)
+        )
 
 
 def _is_transformed() -> bool:
@@ -232,4 +247,4 @@ class FP8SortedExperts(FP8Experts):
 
 def trains_in_fp8(module: torch.nn.Module) -> bool:
     """Whether `module` is an FP8 linear layer, or experts in FP8."""
-    return is_fp8(module) or isinstance(module, FP8Experts)
+    return is_fp8(module) or isinstance(module, ExpertsInFP8)
