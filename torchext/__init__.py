@@ -5,6 +5,7 @@
 - `torchext.advise(model, tokens=...)` predicts which layers FP8 makes faster.
 - `torchext.nn` has the layers, `torchext.ops` the ops.
 - `torchext.checkpoint` reads, checks and writes FP8 checkpoints.
+- `torchext.distributed` shards models over ranks, with FP8 on the wire.
 - `torchext.debug` shows what FP8 does to the values of a model.
 - `torchext.reference` computes what each op computes, in plain PyTorch.
 - `torchext.sim` runs CUDA kernels on a CPU and checks them.
@@ -36,8 +37,8 @@ __version__ = "0.1.0"
 _logging.getLogger("torchext").addHandler(_logging.NullHandler())
 
 # Imported at first use: the simulator needs numpy and its own extension module, checkpoints need
-# safetensors.
-_LAZY = ("checkpoint", "compat", "debug", "reference", "sim")
+# safetensors, and FSDP2 takes a second.
+_LAZY = ("checkpoint", "compat", "debug", "distributed", "reference", "sim")
 
 __all__ = [
     "Advice",

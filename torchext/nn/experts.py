@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from ..ops.experts_function import ExpertsFunction, forward_only
+from ..ops.gathered_weight import is_weight
 from ..ops.linear_function import Operand, quantize_weight
 from ..ops.linear_operands import fit
 from ..ops.mlp_function import MLP, Save
@@ -177,7 +178,7 @@ class FP8Experts(ExpertsInFP8, Rerouted):
     def _can_run(self, x: Any, ids: Any, weights: Any) -> bool:
         if _is_transformed():
             return False
-        if not all(type(p) is Parameter and p.dim() == 3 for p in self._held()):
+        if not all(is_weight(p) and p.dim() == 3 for p in self._held()):
             return False
         up, down = self._matrices()
         return (

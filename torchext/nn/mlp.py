@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.modules import module as torch_module
 
+from ..ops.gathered_weight import is_weight
 from ..ops.linear_function import Operand, quantize_weight
 from ..ops.linear_operands import bias_fits, fit
 from ..ops.mlp_function import MLP, MLPFunction, Save, mlp, quantized_input
@@ -212,7 +213,7 @@ def _is_plain(layer: Any, recipe: Recipe) -> bool:
     return (
         can_fuse_class(layer)
         and layer.recipe == recipe
-        and type(layer.weight) is Parameter
+        and is_weight(layer.weight)
         and (layer.bias is None or type(layer.bias) is Parameter)
         and "forward" not in vars(layer)
         and not has_hooks(layer)

@@ -30,10 +30,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._dispatch.declaration import DECLARATIONS
-from .._dispatch.layout import laid_out, pitched
+from .._dispatch.layout import laid_out
 from ..recipe import Recipe
 from .grouped import k_grouped_fp8_gemm_nt, m_grouped_fp8_gemm_nt_contiguous
-from .linear_function import Operand, quantize_weight, quantizer_options
+from .linear_function import (
+    Operand,
+    kept_for_dgrad,
+    quantize_weight,
+    quantizer_options,
+    read_for_dgrad,
+)
 from .mlp_function import MLP, activate, activated
 
 _dequantize = DECLARATIONS["dequantize"].handles.alias
@@ -88,8 +94,8 @@ class Kept(NamedTuple):
     Attributes:
         tensors: for ctx.save_for_backward: the rows' offsets, their weights and eight more.
         needs: the gradients that backward computes.
-        transposes: whether backward must transpose up and down: they do not train, and no
-            transpose of them is kept.
+        transposes: whether backward must transpose up and down, because no transpose is kept: they
+            do not train, or were gathered in FP8.
     """
 
     tensors: tuple[Tensor | None, ...]
@@ -162,8 +168,8 @@ def forward(
         kept_wide[:2] = _quantize_1x128(wide, **options)
     else:
         kept_wide[2:] = [*pair, up.data, up.scale]
-    kept_up = _for_dgrad(up) if needs.rows else (None, None)
-    kept_down = _for_dgrad(down) if needs.h else (None, None)
+    kept_up = kept_for_dgrad(up) if needs.rows else (None, None)
+    kept_down = kept_for_dgrad(down) if needs.h else (None, None)
     tensors = (rows.offsets, rows.weights, *kept_up, *kept_down, *kept_wide)
     return y, Kept(tensors, needs, (up.data_t is None, down.data_t is None))
 
@@ -195,7 +201,9 @@ def backward(
         wide, wide_scale = _kept_wide(config, offsets, wide_parts)
     if needs.h:
         dy: Any = gradient.data, gradient.scale
-        dh = _by_rows(dy, _transposed(down, kept.transposes[1]), offsets, config.out_dtype)
+        dh = _by_rows(
+            dy, read_for_dgrad(down, transposes=kept.transposes[1]), offsets, config.out_dtype
+        )
         if needs.weights:
             h = _dequantize(*activated(config, "", wide, wide_scale), torch.float32)
             dweights = h.mul_(dh).sum(1)
@@ -210,7 +218,7 @@ def backward(
         weighted = dh if weights is None else dh.mul_(weights[:, None])
         data, scale, data_t, scale_t, _, *h_t = op(weighted, wide, **options)
         if needs.rows:
-            up_t = _transposed(up, kept.transposes[0])
+            up_t = read_for_dgrad(up, transposes=kept.transposes[0])
             drows = _by_rows((data, scale), up_t, offsets, config.out_dtype)
         if needs.up:
             dup = _along_rows((data_t, scale_t), rows_t, offsets, dtypes[0])
@@ -249,18 +257,6 @@ def _along_rows(a: Any, b: Any, offsets: Tensor, dtype: torch.dtype) -> Tensor:
     data, scale = a
     data_of_b, scale_of_b = laid_out(*b)
     return k_grouped_fp8_gemm_nt(data, scale, data_of_b, scale_of_b, offsets, out_dtype=dtype)
-
-
-def _for_dgrad(operand: Operand) -> tuple[Tensor | None, Tensor | None]:
-    """What dgrad needs of a weight: its transpose or, if there is none, the weight itself."""
-    if operand.data_t is None:
-        return operand.data, operand.scale
-    return operand.data_t, operand.scale_t
-
-
-def _transposed(kept: Any, transposes: bool) -> Pair:
-    data, scale = kept
-    return (pitched(data.mT), scale.mT) if transposes else laid_out(data, scale)
 
 
 def _kept_wide(config: MLP, offsets: Tensor, kept: list[Any]) -> tuple[Tensor, Tensor | None]:

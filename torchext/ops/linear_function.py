@@ -29,11 +29,12 @@ from torch.autograd import profiler
 
 from .._dispatch.declaration import DECLARATIONS
 from .._dispatch.dtensor import is_distributed
-from .._dispatch.layout import laid_out
+from .._dispatch.layout import laid_out, pitched
 from .._float32 import column_sums
 from ..recipe import GRANULARITIES, Recipe
 from . import gemm, quantize  # noqa: F401  (declare the ops)
 from . import kept as _kept  # noqa: F401  (likewise)
+from .gathered_weight import GatheredWeight
 from .linear_operands import named_after_layer
 from .linear_ranges import open_range
 from .shared_input import quantized_once
@@ -132,8 +133,11 @@ def quantize_weight(
 ) -> Operand:
     """Quantizes weight [..., N, K]: `data` and, if `transposed`, `data_t` [..., K, N].
 
-    `kept` as in quantize_activation.
+    `kept` as in quantize_activation. A weight that was gathered in FP8 is not quantized again, and
+    gets no `data_t`: backward transposes it (`kept_for_dgrad`), because FSDP2 frees it in between.
     """
+    if isinstance(weight, GatheredWeight):
+        return Operand(pitched(weight.data_fp8), weight.scale, None, None)
     dtype = recipe.weight_dtype
     if recipe.granularity != "blockwise":
         if kept and transposed:
@@ -148,6 +152,22 @@ def quantize_weight(
         return Operand(data, scale, data_t, scale.mT)
     data, scale = _quantize_128x128(weight, **options)
     return Operand(data, scale, None, None)
+
+
+def kept_for_dgrad(operand: Operand) -> tuple[Tensor | None, Tensor | None]:
+    """What dgrad needs of a weight: its transpose or, if there is none, the weight itself."""
+    if operand.data_t is None:
+        return operand.data, operand.scale
+    return operand.data_t, operand.scale_t
+
+
+def read_for_dgrad(kept: Any, *, transposes: bool) -> tuple[Tensor, Tensor]:
+    """The transpose of a weight [..., N, K], from what `kept_for_dgrad` returned.
+
+    `transposes`: whether that was the weight itself.
+    """
+    data, scale = kept
+    return (pitched(data.mT), scale.mT) if transposes else laid_out(data, scale)
 
 
 def _quantize_and_keep(x: Tensor, dtype: torch.dtype, recipe: Recipe) -> Operand:
@@ -295,12 +315,13 @@ class LinearFunction(torch.autograd.Function):
         w_t: tuple[Tensor | None, Tensor | None] = (None, None)
         x_t: tuple[Tensor | None, Tensor | None] = (None, None)
         if needs_dx:
-            w_t = (q_w.data_t, q_w.scale_t) if recipe.dgrad == "fp8" else (weight, None)
+            w_t = kept_for_dgrad(q_w) if recipe.dgrad == "fp8" else (weight, None)
         if needs_dw and ctx.keeps_input:
             x_t = (x, None)
         elif needs_dw:
             x_t = (q_x.data_t, q_x.scale_t) if recipe.wgrad == "fp8" else (x.to(out_dtype), None)
         ctx.save_for_backward(*w_t, *x_t)
+        ctx.transposes = q_w.data_t is None
         ctx.recipe = recipe
         ctx.dtypes = (x.dtype, weight.dtype, None if bias is None else bias.dtype)
         return y
@@ -348,7 +369,10 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     )
     product = _fp8_gemm_nt_kept if ctx.compiled else _product_with_saved
     if needs_dx:
-        if fp8_dx:
+        if fp8_dx and ctx.transposes:
+            w_t, w_t_scale = read_for_dgrad((w_t, w_t_scale), transposes=True)
+            dx = _product(q_dy.data, q_dy.scale, w_t, w_t_scale, out_dtype=x_dtype)
+        elif fp8_dx:
             dx = product(q_dy.data, q_dy.scale, w_t, w_t_scale, out_dtype=x_dtype)
         else:
             dx = wide_dgrad(dy, w_t, x_dtype)

@@ -37,10 +37,12 @@ from .linear_function import (
     as_matrix,
     differentiable_once,
     foldable,
+    kept_for_dgrad,
     quantize_activation,
     quantize_gradient,
     quantize_weight,
     quantizer_options,
+    read_for_dgrad,
 )
 from .shared_input import quantized_once
 
@@ -206,9 +208,10 @@ class MLPFunction(torch.autograd.Function):
         kept_weights = [
             part
             for operand, needed in zip(operands, transposed, strict=True)
-            for part in ((operand.data_t, operand.scale_t) if needed else (None, None))
+            for part in (kept_for_dgrad(operand) if needed else (None, None))
         ]
         ctx.save_for_backward(*kept_x, *kept_weights, *kept_wide)
+        ctx.transposes = [operand.data_t is None for operand in operands]
         ctx.config = config
         ctx.dtypes = [x.dtype, *(None if p is None else p.dtype for p in parameters)]
         return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
@@ -247,6 +250,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         options["bias_grad"] = any(needs_bias[:-1])
         if needs_weight[-1]:
             options["activation_dtype"] = recipe.input_dtype
+        weights_t[-1] = [*read_for_dgrad(weights_t[-1], transposes=ctx.transposes[-1])]
         dh = _product(q_dy.data, q_dy.scale, weights_t[-1], config.out_dtype)
         op = _op(f"{config.activation}_backward_quantize_1x128_dual")
         data, scale, data_t, scale_t, bias_grad, *h_t = op(dh, wide, **options)
@@ -255,7 +259,8 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if needs_x:
             for i, part in enumerate(parts):
                 groups = slice(part.start // GROUP, ceil_div(part.stop, GROUP))
-                operands = (data[:, part], scale[:, groups], *laid_out(*weights_t[i]))
+                weight_t = read_for_dgrad(weights_t[i], transposes=ctx.transposes[i])
+                operands = (data[:, part], scale[:, groups], *weight_t)
                 if dx is None:
                     dx = _fp8_gemm_nt(*operands, None, x_dtype)
                 else:
