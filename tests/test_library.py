@@ -284,9 +284,11 @@ def test_exports():
         "InferenceResult",
         "MemoryReport",
         "Recipe",
+        "WeightGradientQueue",
         "__version__",
         "advise",
         "convert_to_fp8_training",
+        "delay_weight_gradients",
         "dequantize_weights",
         "explain_gemm",
         "fixed_weights",
@@ -297,6 +299,7 @@ def test_exports():
         "ops",
         "quantize_for_inference",
         "revert_to_linear",
+        "sm_budget",
         "unconvert",
     }
     for name in torchext.__all__:

@@ -21,6 +21,7 @@ from typing import Any as _Any
 
 from . import nn, ops
 from ._conversion_result import ConversionResult
+from ._dispatch.sm_budget import sm_budget
 from ._memory_report import MemoryReport, memory_report
 from .advice import Advice, advise
 from .availability import get_include, is_available
@@ -28,6 +29,7 @@ from .convert import convert_to_fp8_training, revert_to_linear, unconvert
 from .gemm_selection import explain_gemm
 from .inference import InferenceResult, dequantize_weights, quantize_for_inference
 from .nn.weight_cache import fixed_weights
+from .ops.delayed import WeightGradientQueue, delay_weight_gradients
 from .recipe import Recipe
 
 __version__ = "0.1.0"
@@ -46,9 +48,11 @@ __all__ = [
     "InferenceResult",
     "MemoryReport",
     "Recipe",
+    "WeightGradientQueue",
     "__version__",
     "advise",
     "convert_to_fp8_training",
+    "delay_weight_gradients",
     "dequantize_weights",
     "explain_gemm",
     "fixed_weights",
@@ -59,6 +63,7 @@ __all__ = [
     "ops",
     "quantize_for_inference",
     "revert_to_linear",
+    "sm_budget",
     "unconvert",
 ]
 

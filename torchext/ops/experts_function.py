@@ -21,6 +21,7 @@ from torch import Tensor
 from .._dispatch.declaration import DECLARATIONS
 from ..recipe import Recipe
 from . import experts_rows
+from .delayed import leaf
 from .experts_rows import Needs, Pair, Rows
 from .linear_function import Operand, differentiable_once, quantize_activation, quantizer_options
 from .mlp_function import MLP
@@ -141,6 +142,8 @@ class ExpertsFunction(torch.autograd.Function):
         kept_weights = weights if needs_down else None
         ctx.save_for_backward(routing.slots, kept_weights, *rows_t, *kept.tensors)
         ctx.config, ctx.kept = config, kept._replace(tensors=())
+        compiled = torch.compiler.is_compiling()
+        ctx.parameters = [None if compiled else leaf(p) for p in parameters]
         optional = [None if t is None else t.dtype for t in (weights, residual)]
         ctx.dtypes = [x.dtype, *optional, *(p.dtype for p in parameters)]
         return routing.sum_of_choices(y, x.dtype, residual)
@@ -170,7 +173,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         factors = None if weights is None else weights.float()
         along_rows = routing.transposed_rows(dy, factors, dtype, recipe)
     gradient = Operand(*plain, *along_rows)
-    grads = experts_rows.backward(config, kept, gradient, rows_t, dtypes)
+    grads = experts_rows.backward(config, kept, gradient, rows_t, dtypes, parameters=ctx.parameters)
     if grads.rows is not None:
         dx = routing.sum_of_choices(grads.rows, x_dtype)
     if grads.weights is not None:

@@ -23,6 +23,7 @@ Bytes kept for backward, for each row, besides the transposed rows: those of mlp
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +33,7 @@ from torch import Tensor
 from .._dispatch.declaration import DECLARATIONS
 from .._dispatch.layout import laid_out
 from ..recipe import Recipe
+from .delayed import weight_gradient
 from .grouped import k_grouped_fp8_gemm_nt, m_grouped_fp8_gemm_nt_contiguous
 from .linear_function import (
     Operand,
@@ -180,6 +182,8 @@ def backward(
     gradient: Operand,
     rows_t: Pair | None,
     dtypes: tuple[torch.dtype, torch.dtype],
+    *,
+    parameters: Sequence[Tensor | None] = (None, None),
 ) -> Gradients:
     """The gradients that forward's `needs` names.
 
@@ -191,6 +195,8 @@ def backward(
             weights, quantized as `transposed` does.
         rows_t: the rows of forward, quantized as `transposed` does; None unless needs.up.
         dtypes: of the gradients of up and down.
+        parameters: up and down where a queue of delayed.py may take their gradients, which are then
+            None here; None otherwise.
     """
     needs = kept.needs
     offsets, weights, *tensors = kept.tensors
@@ -221,11 +227,13 @@ def backward(
             up_t = read_for_dgrad(up, transposes=kept.transposes[0])
             drows = _by_rows((data, scale), up_t, offsets, config.out_dtype)
         if needs.up:
-            dup = _along_rows((data_t, scale_t), rows_t, offsets, dtypes[0])
+            operands = (data_t, scale_t), rows_t, offsets, dtypes[0]
+            dup = _wgrad(parameters[0], *operands)
     elif needs.down:
         h_t = activated(config, "_t", wide, wide_scale)
     if needs.down:
-        ddown = _along_rows((gradient.data_t, gradient.scale_t), h_t, offsets, dtypes[1])
+        pair = gradient.data_t, gradient.scale_t
+        ddown = _wgrad(parameters[1], pair, h_t, offsets, dtypes[1])
     return Gradients(drows, dweights, dup, ddown)
 
 
@@ -257,6 +265,13 @@ def _along_rows(a: Any, b: Any, offsets: Tensor, dtype: torch.dtype) -> Tensor:
     data, scale = a
     data_of_b, scale_of_b = laid_out(*b)
     return k_grouped_fp8_gemm_nt(data, scale, data_of_b, scale_of_b, offsets, out_dtype=dtype)
+
+
+def _wgrad(parameter: Tensor | None, *operands: Any) -> Tensor | None:
+    """The gradient of a parameter, by `_along_rows`; None if a queue computes it later."""
+    if torch.compiler.is_compiling():
+        return _along_rows(*operands)
+    return weight_gradient(parameter, lambda: _along_rows(*operands))
 
 
 def _kept_wide(config: MLP, offsets: Tensor, kept: list[Any]) -> tuple[Tensor, Tensor | None]:

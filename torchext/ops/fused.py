@@ -11,6 +11,7 @@ from .._dispatch.declaration import declare
 from .._dispatch.flops import product_flops
 from .._dispatch.layout import empty_data, empty_group_scale
 from .._dispatch.scales import call_with_float32_scales, float32_in_graph
+from .._dispatch.sm_budget import gemm_sms
 
 
 def _empty_quantized(a: Tensor, columns: int, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
@@ -80,6 +81,7 @@ def fp8_gemm_nt_swiglu_quantize(
     """
     if is_compiling():
         a_scale, b_scale = float32_in_graph((a, a_scale), (b, b_scale))
+    num_sms = num_sms or gemm_sms(a)
     try:
         return _fp8_gemm_nt_swiglu_quantize(
             a, a_scale, b, b_scale, bias=bias, dtype=dtype, pow2_scale=pow2_scale, num_sms=num_sms
@@ -160,6 +162,7 @@ def fp8_gemm_nt_gelu_quantize(
     """
     if is_compiling():
         a_scale, b_scale = float32_in_graph((a, a_scale), (b, b_scale))
+    num_sms = num_sms or gemm_sms(a)
     try:
         return _fp8_gemm_nt_gelu_quantize(
             a,
@@ -244,6 +247,7 @@ def fp8_gemm_nt_relu2_quantize(
     """
     if is_compiling():
         a_scale, b_scale = float32_in_graph((a, a_scale), (b, b_scale))
+    num_sms = num_sms or gemm_sms(a)
     try:
         return _fp8_gemm_nt_relu2_quantize(
             a, a_scale, b, b_scale, bias=bias, dtype=dtype, pow2_scale=pow2_scale, num_sms=num_sms

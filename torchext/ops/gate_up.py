@@ -14,14 +14,13 @@ from torch import Tensor
 from .._dispatch.batching import each
 from .._dispatch.declaration import declare
 from .._dispatch.flops import product_flops
-from . import gemm as _gemm  # noqa: F401  (declares the op)
+from .gemm import write_product
 
 _DEF = torch.library.Library("torchext", "FRAGMENT")
 _DEF.define(
     "_gate_up(Tensor x, Tensor x_scale, Tensor gate, Tensor gate_scale, Tensor? gate_bias, "
     "Tensor up, Tensor up_scale, Tensor? up_bias, ScalarType out_dtype) -> Tensor"
 )
-_write_fp8_gemm_nt = torch.ops.torchext._fp8_gemm_nt.out
 
 
 def gate_up(x: Tensor, x_scale: Tensor, *rest: Any) -> Tensor:
@@ -37,7 +36,7 @@ def gate_up(x: Tensor, x_scale: Tensor, *rest: Any) -> Tensor:
     wide = x.new_empty((x.shape[0], 2 * gate.shape[0]), dtype=out_dtype)
     for i, part in enumerate(wide.chunk(2, 1)):
         weight, scale, bias = projections[3 * i : 3 * i + 3]
-        _write_fp8_gemm_nt(x, x_scale, weight, scale, out=part, bias=bias)
+        write_product(x, x_scale, weight, scale, out=part, bias=bias)
     return wide
 
 

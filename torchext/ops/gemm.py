@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from .._dispatch.declaration import declare
 from .._dispatch.flops import product_flops
 from .._dispatch.layout import leading_sizes
 from .._dispatch.scales import call_with_float32_scales, float32_in_graph
+from .._dispatch.sm_budget import gemm_sms
 
 
 def _fake(
@@ -104,6 +106,7 @@ def fp8_gemm_nt(
     """
     if is_compiling():
         a_scale, b_scale = float32_in_graph((a, a_scale), (b, b_scale))
+    num_sms = num_sms or gemm_sms(a)
     try:
         if out is None:
             if accumulate:
@@ -137,3 +140,25 @@ def fp8_gemm_nt(
             out_dtype=out_dtype,
             num_sms=num_sms,
         )
+
+
+_write_below_autograd = torch.ops.torchext._fp8_gemm_nt.out
+
+
+def product(a: Any, a_scale: Any, b: Any, b_scale: Any, *rest: Any) -> Tensor:
+    """The GEMM below autograd, on the SMs of the open `torchext.sm_budget`.
+
+    `rest` is bias and out_dtype, or nothing.
+    """
+    num_sms = gemm_sms(a)
+    if num_sms == 0:
+        return _fp8_gemm_nt_alias(a, a_scale, b, b_scale, *rest)  # type: ignore[no-any-return]
+    return _fp8_gemm_nt_alias(a, a_scale, b, b_scale, *rest, num_sms=num_sms)  # type: ignore[no-any-return]
+
+
+def write_product(*operands: Any, **options: Any) -> None:
+    """As `product`, for the overload `.out`."""
+    num_sms = gemm_sms(operands[0])
+    if num_sms:
+        options["num_sms"] = num_sms
+    _write_below_autograd(*operands, **options)

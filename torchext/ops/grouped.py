@@ -17,6 +17,7 @@ from .._dispatch.batching import each_product
 from .._dispatch.declaration import declare
 from .._dispatch.flops import product_flops
 from .._dispatch.scales import call_with_float32_scales, float32_in_graph
+from .._dispatch.sm_budget import gemm_sms
 
 
 def _fake_contiguous(
@@ -110,7 +111,8 @@ def m_grouped_fp8_gemm_nt_contiguous(
         accumulate: add the GEMM's result to `out`. The sum is computed in FP32 and rounded once.
         bias: [G, N], bfloat16, float16 or float32, contiguous.
         out_dtype: bfloat16 (None), float16 or float32. With `out`: None, or the dtype of `out`.
-        num_sms: the number of SMs that the CUDA kernel may occupy; 0 for all.
+        num_sms: the number of SMs that the CUDA kernel may occupy; 0 for all, or for those that an
+            open `torchext.sm_budget` leaves to GEMMs.
 
     Returns:
         `out` if it is given, else a contiguous [M, N] tensor of dtype out_dtype.
@@ -124,6 +126,7 @@ def m_grouped_fp8_gemm_nt_contiguous(
     """
     if is_compiling():
         a_scale, b_scale = float32_in_graph((a, a_scale), (b, b_scale))
+    num_sms = num_sms or gemm_sms(a)
     try:
         if out is None:
             _check_accumulate("m_grouped_fp8_gemm_nt_contiguous", accumulate)
@@ -249,7 +252,8 @@ def m_grouped_fp8_gemm_nt_masked(
         accumulate: add the GEMM's result to `out`. The sum is computed in FP32 and rounded once.
         bias: [G, N], bfloat16, float16 or float32, contiguous.
         out_dtype: bfloat16 (None), float16 or float32. With `out`: None, or the dtype of `out`.
-        num_sms: the number of SMs that the CUDA kernel may occupy; 0 for all.
+        num_sms: the number of SMs that the CUDA kernel may occupy; 0 for all, or for those that an
+            open `torchext.sm_budget` leaves to GEMMs.
 
     Returns:
         `out` if it is given, else a contiguous [G, M, N] tensor of dtype out_dtype.
@@ -263,6 +267,7 @@ def m_grouped_fp8_gemm_nt_masked(
     """
     if is_compiling():
         a_scale, b_scale = float32_in_graph((a, a_scale), (b, b_scale))
+    num_sms = num_sms or gemm_sms(a)
     try:
         if out is None:
             _check_accumulate("m_grouped_fp8_gemm_nt_masked", accumulate)
@@ -371,7 +376,8 @@ def k_grouped_fp8_gemm_nt(
             to it.
         accumulate: add the GEMM's result to `out`. The sum is computed in FP32 and rounded once.
         out_dtype: bfloat16 (None), float16 or float32. With `out`: None, or the dtype of `out`.
-        num_sms: the number of SMs that the CUDA kernel may occupy; 0 for all.
+        num_sms: the number of SMs that the CUDA kernel may occupy; 0 for all, or for those that an
+            open `torchext.sm_budget` leaves to GEMMs.
 
     Returns:
         `out` if it is given, else a contiguous [G, M, N] tensor of dtype out_dtype.
@@ -384,6 +390,7 @@ def k_grouped_fp8_gemm_nt(
     """
     if is_compiling():
         a_scale, b_scale = float32_in_graph((a, a_scale), (b, b_scale))
+    num_sms = num_sms or gemm_sms(a)
     try:
         if out is None:
             _check_accumulate("k_grouped_fp8_gemm_nt", accumulate)

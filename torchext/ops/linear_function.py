@@ -30,10 +30,12 @@ from torch.autograd import profiler
 from .._dispatch.declaration import DECLARATIONS
 from .._dispatch.dtensor import is_distributed
 from .._dispatch.layout import laid_out, pitched
+from .._dispatch.sm_budget import gemm_sms
 from .._float32 import column_sums
 from ..recipe import GRANULARITIES, Recipe
 from . import gemm, quantize  # noqa: F401  (declare the ops)
 from . import kept as _kept  # noqa: F401  (likewise)
+from .delayed import at_once, leaf, weight_gradient
 from .gathered_weight import GatheredWeight
 from .linear_operands import named_after_layer
 from .linear_ranges import open_range
@@ -199,6 +201,9 @@ def quantizer_options(dtype: torch.dtype, recipe: Recipe) -> dict[str, Any]:
 
 def _product(*operands: Tensor | None, out_dtype: torch.dtype) -> Tensor:
     """The GEMM of a, a_scale, b, b_scale and, unless it is omitted or None, bias."""
+    num_sms = gemm_sms(operands[0])  # type: ignore[arg-type]
+    if num_sms:
+        return _fp8_gemm_nt(*operands, out_dtype=out_dtype, num_sms=num_sms)
     if out_dtype is torch.bfloat16:  # the default, see quantizer_options
         return _fp8_gemm_nt(*operands)
     return _fp8_gemm_nt(*operands, out_dtype=out_dtype)
@@ -322,6 +327,7 @@ class LinearFunction(torch.autograd.Function):
             x_t = (q_x.data_t, q_x.scale_t) if recipe.wgrad == "fp8" else (x.to(out_dtype), None)
         ctx.save_for_backward(*w_t, *x_t)
         ctx.transposes = q_w.data_t is None
+        ctx.weight = None if ctx.compiled else leaf(weight)
         ctx.recipe = recipe
         ctx.dtypes = (x.dtype, weight.dtype, None if bias is None else bias.dtype)
         return y
@@ -383,9 +389,15 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             _, _, x_t, x_t_scale = quantize_activation(
                 foldable(x_t), recipe.input_dtype, recipe, plain=False, transposed=True
             )
-        dw = product(q_dy.data_t, q_dy.scale_t, x_t, x_t_scale, out_dtype=weight_dtype)
-    elif needs_dw:
+
+        def wgrad() -> Tensor:
+            return product(q_dy.data_t, q_dy.scale_t, x_t, x_t_scale, out_dtype=weight_dtype)
+
+        dw = wgrad() if ctx.compiled else weight_gradient(ctx.weight, wgrad)
+    elif needs_dw and ctx.compiled:
         dw = wide_wgrad(dy, x_t, weight_dtype)
+    elif needs_dw:
+        dw = weight_gradient(ctx.weight, lambda: wide_wgrad(dy, x_t, weight_dtype))
     return dx, dw, db, *[None] * (len(ctx.needs_input_grad) - 3)
 
 
@@ -431,7 +443,7 @@ def differentiable_once(
     raises an error that names `layer`."""
     if not torch.is_grad_enabled():
         return gradients()
-    with torch.no_grad():
+    with torch.no_grad(), at_once():
         grads = gradients()
     # Without an autograd graph the gradients would count as constants, and a penalty on them would
     # silently train nothing. The anchor gives them a graph even if dy is constant. Multiplying each

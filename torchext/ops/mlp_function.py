@@ -31,7 +31,9 @@ from .._dispatch.declaration import DECLARATIONS
 from .._dispatch.layout import GROUP, ceil_div, laid_out
 from ..recipe import Recipe
 from . import activation as _activation  # noqa: F401  (declares the ops)
+from .delayed import leaf, weight_gradient
 from .gate_up import gate_up, gate_up_in_graph
+from .gemm import product, write_product
 from .linear_function import (
     Operand,
     as_matrix,
@@ -79,8 +81,6 @@ def _op(name: str) -> Any:
 
 _dequantize = DECLARATIONS["dequantize"].handles.alias
 _quantize_1x128 = _op("quantize_1x128")
-_fp8_gemm_nt = DECLARATIONS["fp8_gemm_nt"].handles.alias
-_write_fp8_gemm_nt = torch.ops.torchext._fp8_gemm_nt.out
 
 
 class MLP(NamedTuple):
@@ -126,7 +126,7 @@ def mlp(
     wide = _wide(config, operands[:-1], biases[:-1], q_x)
     h, h_scale = activated(config, "", wide)
     down = operands[-1]
-    y = _fp8_gemm_nt(h, h_scale, down.data, down.scale, biases[-1], config.out_dtype)
+    y = product(h, h_scale, down.data, down.scale, biases[-1], config.out_dtype)
     return y, wide
 
 
@@ -139,7 +139,7 @@ def _wide(
         for part in (operand.data, operand.scale, bias)
     ]
     if not config.is_gated:
-        return _fp8_gemm_nt(q_x.data, q_x.scale, *products, config.out_dtype)
+        return product(q_x.data, q_x.scale, *products, config.out_dtype)
     both: Any = gate_up_in_graph if torch.compiler.is_compiling() else gate_up
     return both(q_x.data, q_x.scale, *products, config.out_dtype)
 
@@ -212,6 +212,8 @@ class MLPFunction(torch.autograd.Function):
         ]
         ctx.save_for_backward(*kept_x, *kept_weights, *kept_wide)
         ctx.transposes = [operand.data_t is None for operand in operands]
+        compiled = torch.compiler.is_compiling()
+        ctx.weights = [None if compiled else leaf(weight) for weight in weights]
         ctx.config = config
         ctx.dtypes = [x.dtype, *(None if p is None else p.dtype for p in parameters)]
         return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
@@ -262,19 +264,19 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
                 weight_t = read_for_dgrad(weights_t[i], transposes=ctx.transposes[i])
                 operands = (data[:, part], scale[:, groups], *weight_t)
                 if dx is None:
-                    dx = _fp8_gemm_nt(*operands, None, x_dtype)
+                    dx = product(*operands, None, x_dtype)
                 else:
-                    _write_fp8_gemm_nt(*operands, out=dx, accumulate=True)
+                    write_product(*operands, out=dx, accumulate=True)
         for i, part in enumerate(parts):
             if needs_weight[i]:
-                dw = _product(data_t[part], scale_t[part], x_t, dtypes[2 * i])
-                gradients[2 * i] = dw
+                dy_t = data_t[part], scale_t[part]
+                gradients[2 * i] = _wgrad(ctx.weights[i], *dy_t, x_t, dtypes[2 * i])
             if needs_bias[i]:
                 gradients[2 * i + 1] = bias_grad[part].to(dtypes[2 * i + 1])
     elif needs_weight[-1]:
         h_t = activated(config, "_t", wide, wide_scale)
     if needs_weight[-1]:
-        gradients[-2] = _product(q_dy.data_t, q_dy.scale_t, h_t, dtypes[-2])
+        gradients[-2] = _wgrad(ctx.weights[-1], q_dy.data_t, q_dy.scale_t, h_t, dtypes[-2])
     if dx is not None and dy is not grad:
         dx = dx.view(*grad.shape[:-1], dx.shape[1])
     return dx, None, None, *gradients
@@ -284,7 +286,14 @@ def _product(
     a: Tensor | None, a_scale: Tensor | None, b: Sequence[Tensor], out_dtype: torch.dtype
 ) -> Tensor:
     """The GEMM with an operand b, which may have been copied since it was saved."""
-    return _fp8_gemm_nt(a, a_scale, *laid_out(*b), None, out_dtype)
+    return product(a, a_scale, *laid_out(*b), None, out_dtype)
+
+
+def _wgrad(weight: Tensor | None, *operands: Any) -> Tensor | None:
+    """The gradient of a weight, `_product` of the operands; None if a queue computes it later."""
+    if torch.compiler.is_compiling():
+        return _product(*operands)
+    return weight_gradient(weight, lambda: _product(*operands))
 
 
 def _saved_wide(config: MLP, saved: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:

@@ -25,6 +25,7 @@ from .._dispatch.batching import each, each_quantized
 from .._dispatch.declaration import declare
 from .._dispatch.errors import python_error
 from .._dispatch.layout import empty_contiguous, empty_data, empty_group_scale
+from .._dispatch.sm_budget import communication_sms
 
 Dtype = torch.dtype | None
 
@@ -49,7 +50,8 @@ def moe_route(ids: Tensor, num_experts: int, *, num_sms: int = 0) -> tuple[Tenso
         ids: [T, k], int64 or int32, of any strides: the experts that each token chose. A token may
             choose an expert twice.
         num_experts: E, from 1 to 1024.
-        num_sms: the number of SMs that the CUDA kernels may occupy; 0 for all.
+        num_sms: the number of SMs that the CUDA kernels may occupy; 0 for all, or for those of
+            an open `torchext.sm_budget`.
 
     Returns:
         slots: [T, k], int32, contiguous: the row of each choice, a permutation of 0 to T * k - 1.
@@ -59,6 +61,7 @@ def moe_route(ids: Tensor, num_experts: int, *, num_sms: int = 0) -> tuple[Tenso
         ValueError: ids is no matrix of fewer than 2**31 elements, or num_experts is out of range.
         TypeError: ids has another dtype.
     """
+    num_sms = num_sms or communication_sms(ids)
     try:
         return _route(ids, num_experts, num_sms=num_sms)
     except RuntimeError as error:
@@ -109,7 +112,8 @@ def moe_permute_quantize_1x128(
             written.
         dtype: torch.float8_e4m3fn (None) or torch.float8_e5m2.
         pow2_scale: round scales up to powers of two.
-        num_sms: the number of SMs that the CUDA kernel may occupy; 0 for all.
+        num_sms: the number of SMs that the CUDA kernel may occupy; 0 for all, or for those of
+            an open `torchext.sm_budget`.
 
     Returns:
         data: [rows, K], FP8, with the strides of `quantize_1x128`'s data.
@@ -125,6 +129,7 @@ def moe_permute_quantize_1x128(
         options["dtype"] = dtype
     if pow2_scale is not False:
         options["pow2_scale"] = pow2_scale
+    num_sms = num_sms or communication_sms(x)
     if num_sms != 0:
         options["num_sms"] = num_sms
     try:
@@ -195,7 +200,8 @@ def moe_permute(
         weights: [T, k], float32, of any strides; None for ones.
         rows: the number of rows of the result; T * k if None. Rows that no choice has are not
             written.
-        num_sms: the number of SMs that the CUDA kernel may occupy; 0 for all.
+        num_sms: the number of SMs that the CUDA kernel may occupy; 0 for all, or for those of
+            an open `torchext.sm_budget`.
 
     Returns:
         y: [rows, K], of x's dtype, contiguous.
@@ -204,6 +210,7 @@ def moe_permute(
         ValueError: a shape does not fit, or, on the CPU, a slot is not below rows.
         TypeError: x, slots or weights has another dtype.
     """
+    num_sms = num_sms or communication_sms(x)
     try:
         if asks_gradient(x) or asks_gradient(weights):
             return _permute(x, slots, weights, rows, num_sms=num_sms)
@@ -273,7 +280,8 @@ def moe_combine(
         residual: [T, K], of y's dtype, of any strides: added to the sum, such as the result of a
             shared expert. None for none.
         out_dtype: bfloat16, float16 or float32; y's dtype if None.
-        num_sms: the number of SMs that the CUDA kernel may occupy; 0 for all.
+        num_sms: the number of SMs that the CUDA kernel may occupy; 0 for all, or for those of
+            an open `torchext.sm_budget`.
 
     Returns:
         out: [T, K], contiguous.
@@ -282,6 +290,7 @@ def moe_combine(
         ValueError: a shape does not fit, or, on the CPU, a slot is not below the rows of y.
         TypeError: a tensor or out_dtype has another dtype.
     """
+    num_sms = num_sms or communication_sms(y)
     try:
         if asks_gradient(y) or asks_gradient(weights) or asks_gradient(residual):
             return _combine(

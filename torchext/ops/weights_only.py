@@ -15,6 +15,7 @@ from .._dispatch.dtensor import is_distributed
 from .._dispatch.flops import linear_flops
 from .._dispatch.layout import GROUP, leading_sizes, pitched
 from .._dispatch.scales import call_with_float32_scales, float32_in_graph
+from .._dispatch.sm_budget import gemm_sms
 from .gemm import gradient_of_bias
 
 
@@ -158,6 +159,7 @@ def fp8_linear(
         is_distributed(x)  # registers the sharding rules if it is the first DTensor
     if is_compiling():
         (weight_scale,) = float32_in_graph((weight, weight_scale))
+    num_sms = num_sms or gemm_sms(x)
     try:
         if not (asks_gradient(x) or asks_gradient(bias)):
             return _fp8_linear_alias(x, weight, weight_scale, bias, num_sms)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torchext import _sim
 from torchext._architectures import architectures, simulated, why_not_built
+from torchext._dispatch import sm_budget
 from torchext._dispatch.c_api import c_function
 
 from .options import launch_options
@@ -15,7 +16,8 @@ from .ptx_file import read_ptx
 from .report import Report, report_from
 
 _PACKAGE = Path(__file__).resolve().parent.parent
-_active: list[tuple[_sim.OpSimulator, int]] = []  # with the memory's rated GB/s; innermost last
+# With the memory's rated GB/s and the number of SMs; innermost last.
+_active: list[tuple[_sim.OpSimulator, int, int]] = []
 # Share of the rated bandwidth that kernels reach: 0.88 on an H100, 0.83 on an H200.
 _REACHED = 0.86
 
@@ -32,7 +34,8 @@ class Simulation:
         return [report_from(raw) for raw in self._simulator.launches()]
 
 
-def _install(simulator: _sim.OpSimulator | None, memory: int = 0) -> None:
+def _install(simulator: _sim.OpSimulator | None, memory: int = 0, sms: int = 0) -> None:
+    sm_budget.simulated = sms
     c_function("torchext_set_simulated_memory")(memory)
     c_function("torchext_set_simulator")(None if simulator is None else simulator.interface)
 
@@ -124,7 +127,7 @@ def simulate(
             "reinstall torchext where nvcc is on PATH or CUDA_HOME is set"
         )
     simulator = _sim.OpSimulator(files, read_ptx, options, compute_capability)
-    active = simulator, rated_memory(timing)
+    active = simulator, rated_memory(timing), num_sms
     _active.append(active)
     _install_innermost()
     try:
