@@ -95,6 +95,9 @@ NORMS = (
 
 # Rows for experts, 8 for each token; shape (tokens, columns).
 MOE = ("moe_route", "moe_permute_quantize_1x128", "moe_permute", "moe_combine")
+# torchext.nn.MoE, forward and backward, on a CPU; shape (tokens, hidden, intermediate, experts,
+# choices).
+MOE_LAYER = "layer_forward_backward"
 
 # GEMMs of a layer: m rows of input, a weight [n, k]. fprop: Y[m, n], scales 1x128 by 128x128.
 # wgrad: dW[n, k], scales 1x128 by 1x128, stored in BF16 or added to FP32. dgrad has no case: it is
@@ -329,6 +332,8 @@ def goal_cases() -> list[Case]:
             for dtype, peer in dtypes
         ),
         Case("training", STEP, "demo", "", (16, 128, 256), 0, peers=("fp32",)),
+        Case("moe", MOE[1], "experts", "", (1024, 7168), 1, peers=("copy",)),
+        Case("moe", MOE_LAYER, "experts", "", (128, 512, 512, 8, 2), 1, peers=WITHOUT_FP8),
     ]  # fmt: skip
 
 

@@ -170,6 +170,15 @@ CPU_GOALS = (
         )
     ),
     *_on_a_cpu(
+        "moe_permute_quantize",
+        "moe_permute_quantize_1x128, 1024 x 7168, 8 choices, share of the speed of a copy",
+        _is("moe", "moe_permute_quantize_1x128", shape=(1024, 7168)), "copy", 0.7,
+    ),
+    *_on_a_cpu(
+        "moe_layer", "MoE forward + backward in BF16, against a loop over experts in BF16",
+        _is("moe", cases.MOE_LAYER), "bf16", 1.3,
+    ),
+    *_on_a_cpu(
         "training_step", "a training step of the demo, against the FP32 step",
         _is("training", cases.STEP), "fp32", 1.15,
     ),

@@ -570,11 +570,17 @@ class TrainingProblem(Problem):
         return require({"relative": error, "worst": error}, self.LOSS_TOLERANCE, what="loss")
 
 
-PROBLEMS: dict[str, type[Problem]] = {
+def _moe(case: Case, device: str) -> Problem:
+    from .moe_layer import MoELayerProblem
+
+    return (MoELayerProblem if case.op == cases.MOE_LAYER else ActivationProblem)(case, device)
+
+
+PROBLEMS: dict[str, Callable[[Case, str], Problem]] = {
     "quantize": QuantizeProblem,
     "activation": ActivationProblem,
     "norm": ActivationProblem,
-    "moe": ActivationProblem,
+    "moe": _moe,
     "gemm": GemmProblem,
     "grouped": GroupedProblem,
     "fused": FusedProblem,

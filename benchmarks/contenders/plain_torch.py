@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import cases
+from ..moe_layer import loop_in
 from ..problems import (
     BitsProblem,
     FusedProblem,
@@ -194,6 +195,8 @@ CONTENDERS = [
     Contender("copy", "activation", ("cpu",), require, copy_of_as_many_bytes),
     Contender("copy", "norm", ("cpu",), require, copy_of_as_many_bytes),
     Contender("copy", "moe", ("cpu",), require, copy_of_as_many_bytes),
+    Contender("bf16", "moe", ("cpu",), require, loop_in(torch.bfloat16)),
+    Contender("fp32", "moe", ("cpu",), require, loop_in(torch.float32)),
     Contender("bf16", "gemm", ("cpu", "cuda"), require, unquantized_gemm(torch.bfloat16)),
     Contender("bf16", "grouped", ("cpu",), require, loop_over_groups),
     Contender("bf16", "grouped", ("cuda",), require, unquantized_grouped),

@@ -9,12 +9,14 @@ import dataclasses
 import torch
 
 from .. import cases
+from ..moe_layer import MoELayerProblem, fp8_layer
 from ..problems import (
     ActivationProblem,
     FusedProblem,
     GemmProblem,
     GroupedProblem,
     LinearProblem,
+    Problem,
     QuantizeProblem,
     Run,
     TrainingProblem,
@@ -45,6 +47,13 @@ def fused_quantizer(problem: ActivationProblem) -> Run:
 
     op = getattr(ops, problem.case.op)
     return Run(lambda: op(*problem.args, **problem.kwargs), problem.check_bits)
+
+
+def moe(problem: Problem) -> Run:
+    if isinstance(problem, MoELayerProblem):
+        return fp8_layer(problem)
+    assert isinstance(problem, ActivationProblem)
+    return fused_quantizer(problem)
 
 
 def gemm(problem: GemmProblem) -> Run:
@@ -159,7 +168,7 @@ CONTENDERS = [
     Contender(SUBJECT, "quantize", DEVICES, require, quantize),
     Contender(SUBJECT, "activation", DEVICES, require, fused_quantizer),
     Contender(SUBJECT, "norm", DEVICES, require, fused_quantizer),
-    Contender(SUBJECT, "moe", DEVICES, require, fused_quantizer),
+    Contender(SUBJECT, "moe", DEVICES, require, moe),
     Contender(SUBJECT, "gemm", DEVICES, require, gemm),
     Contender("torchext_w8a16", "gemm", DEVICES, require, weights_only),
     Contender(SUBJECT, "grouped", DEVICES, require, grouped),

@@ -98,6 +98,8 @@ def test_a_cpus_goals_are_those_of_the_issue():
     )}  # fmt: skip
     assert bounds == share | {
         "cpu_many_rows_vs_bf16": ">= 0.9",
+        "cpu_moe_permute_quantize": ">= 0.7",
+        "cpu_moe_layer": ">= 1.3",
         "cpu_many_rows_vs_fp32": ">= 2",
         "cpu_m1": ">= 2",
         "cpu_m4": ">= 1.7",
