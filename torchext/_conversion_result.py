@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from ._dispatch.layout import GROUP
-from .nn.experts import ExpertsInFP8, trains_in_fp8
+from .nn.experts import ExpertsInFP8, ExpertsRoles, trains_in_fp8
 from .recipe import GEMMS, Recipe
 
 _NORMS = ("RMSNorm", "LayerNorm")
@@ -344,10 +344,20 @@ def _uses(model: nn.Module, skipped: Mapping[str, str]) -> dict[int, tuple[int, 
                 fp8 = [gemm for gemm in gemms if gemm not in recipe.wide_gemms]
                 bytes_in_bf16 = 2.0 * in_features if "wgrad" in gemms else 0.0
                 saved = bytes_in_bf16 if "wgrad" not in fp8 else in_features * _bytes_of(recipe)
+                if of_experts and "wgrad" in fp8 and _reads_tokens(layer, parameter):
+                    width = parameter.shape[-2 if transposed else -1]
+                    if in_features > 2 * width:  # the token is kept, which is smaller than its rows
+                        saved = 2.0 * width
                 use = (use[0], product * len(fp8), bytes_in_bf16, saved)
             before = uses.get(id(parameter), _NONE)
             uses[id(parameter)] = tuple(map(sum, zip(before, use, strict=True)))  # type: ignore
     return uses
+
+
+def _reads_tokens(layer: nn.Module, parameter: torch.Tensor) -> bool:
+    """Whether `parameter` is the first that experts multiply, called with choices of tokens."""
+    roles = getattr(layer, "fused_roles", None)
+    return isinstance(roles, ExpertsRoles) and parameter is getattr(layer, roles.parameters[0])
 
 
 def _bytes_of(recipe: Recipe) -> float:

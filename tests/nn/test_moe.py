@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from support.linear_testing import OpCounter, gradient, normal, saved_tensors, sqnr
 from torchext import Recipe, convert_to_fp8_training, fixed_weights, unconvert
 from torchext.nn import MoE, SwiGLU
+from torchext.ops.experts_function import Routing
 
 H, INNER, EXPERTS = 200, 128, 4
 large = pytest.mark.large  # needs many GEMMs, or does not depend on the kernels
@@ -160,6 +161,22 @@ def test_rows_are_saved_in_fp8(device):
     assert not any(s.dtype == torch.bfloat16 for s in saved)
     sizes = {s.data_ptr(): s.nbytes for s in saved if s.dtype == torch.float8_e4m3fn}
     assert sum(sizes.values()) == 2 * t * (384 + 2 * 512) + EXPERTS * 3 * 512 * 384
+
+
+@large
+@pytest.mark.parametrize("save", ["fp8", "recompute"])
+def test_tokens_are_saved_if_they_are_smaller_than_their_rows(device, save, monkeypatch):
+    """Then backward makes the rows again, with the same bits."""
+    layer = moe_of(device, torch.bfloat16, save=save)
+    x = normal(40, H, device=device, dtype=torch.bfloat16, grad=True)
+    inputs = x, *choices(40, device=device, k=3)
+    with saved_tensors() as saved:
+        layer(*inputs)
+    wide = [s for s in saved if s.dtype == torch.bfloat16]
+    assert [s.data_ptr() for s in wide] == [x.data_ptr()]
+    got = results(layer, layer, *inputs)
+    monkeypatch.setattr(Routing, "keeps_tokens", lambda routing, x: False)
+    assert all(map(torch.equal, got, results(layer, layer, *inputs)))
 
 
 @large

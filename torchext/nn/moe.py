@@ -44,8 +44,9 @@ class MoE(ExpertsInFP8):
     The gradients of parameters (wgrad) sum over rows and so need operands that are quantized along
     them. These are made from the rows in the input's dtype, not from rows that are FP8 already:
     every operand is rounded once. Scale groups of 128 rows are counted from the first row and may
-    hold rows of several experts; a NaN in one reaches the gradients of all of these. Backward keeps
-    x's rows in FP8, transposed: one byte for each element of each choice.
+    hold rows of several experts; a NaN in one reaches the gradients of all of these. For them
+    backward keeps x's rows in FP8, one byte for each element of each choice; or, with more than two
+    choices (in BF16), x itself, which is smaller, and makes the rows again, with the same bits.
     """
 
     fused_roles: ExpertsRoles

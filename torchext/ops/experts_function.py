@@ -8,7 +8,10 @@ an expert's rows are a run, whose end is in `offsets` (moe.py):
     out  [T, K]   the sum of y over the choices of a token, in FP32, in their order
 
 Bytes kept for backward, for each choice: those of experts_rows.py, K for the row in FP8, and 8 for
-its number and weight. Nothing here waits for the device, and every sum has a fixed order.
+its number and weight. If a token's rows take more bytes than x itself (k > 2 in BF16), x is kept
+instead, and backward makes the rows again, with the same bits: 2 K for each token, not k K.
+
+Nothing here waits for the device, and every sum has a fixed order.
 """
 
 from __future__ import annotations
@@ -78,6 +81,10 @@ class Routing(NamedTuple):
         data, scale = _quantize_1x128_t(rows, **quantizer_options(dtype, recipe))
         return data, scale
 
+    def keeps_tokens(self, x: Tensor) -> bool:
+        """Whether backward keeps x [T, K] rather than its rows in FP8, whichever is smaller."""
+        return self.slots is not None and self.slots.shape[1] > x.element_size()
+
     def by_row(self, values: Tensor | None) -> Tensor | None:
         """values [T, k] of choices as [S], in FP32. None without values, or if tokens are rows."""
         if values is None or self.slots is None:
@@ -135,12 +142,13 @@ class ExpertsFunction(torch.autograd.Function):
         needs = Needs(needs_x, needs_weights, needs_up, needs_down)
         operands = experts_rows.quantize_weights(given, parameters, recipe, needs)
         routing = Routing.of(ids, weights, parameters[0].shape[0])
-        q_rows = routing.quantized(x, recipe, transposed=needs_up)
+        keeps_tokens = needs_up and routing.keeps_tokens(x)
+        q_rows = routing.quantized(x, recipe, transposed=needs_up and not keeps_tokens)
         rows = Rows(q_rows.data, q_rows.scale, routing.offsets, routing.by_row(weights))  # type: ignore[arg-type]
         y, kept = experts_rows.forward(config, operands, rows, needs)
-        rows_t = [q_rows.data_t, q_rows.scale_t] if needs_up else [None, None]
+        kept_rows = [x, None] if keeps_tokens else [q_rows.data_t, q_rows.scale_t]
         kept_weights = weights if needs_down else None
-        ctx.save_for_backward(routing.slots, kept_weights, *rows_t, *kept.tensors)
+        ctx.save_for_backward(routing.slots, kept_weights, *kept_rows, *kept.tensors)
         ctx.config, ctx.kept = config, kept._replace(tensors=())
         compiled = torch.compiler.is_compiling()
         ctx.parameters = [None if compiled else leaf(p) for p in parameters]
@@ -157,8 +165,8 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     config: MLP = ctx.config
     recipe, needs = config.recipe, ctx.kept.needs
     x_dtype, weights_dtype, residual_dtype, *dtypes = ctx.dtypes
-    slots, weights, *rows_t_and_kept = ctx.saved_tensors
-    rows_t, kept = rows_t_and_kept[:2], ctx.kept._replace(tensors=tuple(rows_t_and_kept[2:]))
+    slots, weights, x_or_rows, rows_scale, *tensors = ctx.saved_tensors
+    kept = ctx.kept._replace(tensors=tuple(tensors))
     dx = dweights = dresidual = None
     if ctx.needs_input_grad[7]:
         dresidual = grad.to(residual_dtype)
@@ -173,6 +181,9 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         factors = None if weights is None else weights.float()
         along_rows = routing.transposed_rows(dy, factors, dtype, recipe)
     gradient = Operand(*plain, *along_rows)
+    rows_t: Any = (x_or_rows, rows_scale)
+    if needs.up and rows_scale is None:  # x itself was kept
+        rows_t = routing.transposed_rows(x_or_rows, None, recipe.input_dtype, recipe)
     grads = experts_rows.backward(config, kept, gradient, rows_t, dtypes, parameters=ctx.parameters)
     if grads.rows is not None:
         dx = routing.sum_of_choices(grads.rows, x_dtype)
