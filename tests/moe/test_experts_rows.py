@@ -49,6 +49,7 @@ def exact(x: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> Tensor:
     return y
 
 
+@pytest.mark.large  # needs many GEMMs
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 @pytest.mark.parametrize("save", ["bf16", "recompute"])
 def test_against_float64(device, recipe, save):
@@ -91,6 +92,7 @@ def test_scales_stay_powers_of_two(device):
         assert bool(is_power.all()) == recipe.pow2_scale
 
 
+@pytest.mark.large
 def test_without_gradients_nothing_is_kept(device):
     up, down = weights_of(device)
     recipe, offsets = Recipe(), torch.tensor(OFFSETS, device=device).int()
