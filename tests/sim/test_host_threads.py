@@ -246,3 +246,28 @@ def test_ctas_that_wait_for_each_other_are_a_deadlock(num_threads):
     )
     report, _ = launch(module(code), 64, num_threads=num_threads)
     assert kinds(report) == {"deadlock"}
+
+
+@THREADS
+def test_equal_findings_are_those_of_the_smallest_cta(num_threads):
+    """CTA 0 makes the same faults as CTA 1, but later. Each makes more than a report keeps."""
+    faults = "".join(f"ld.global.u32 %r5, [%rd2+{2 * i + 1}];\n" for i in range(40))
+    code = f"""
+        setp.eq.u32 %p1, %r1, 1;
+        @%p1 bra FAULTS;
+    SPIN:
+        ld.acquire.gpu.global.u32 %r5, [%rd1];
+        setp.eq.u32 %p2, %r5, 0;
+        @%p2 bra SPIN;
+    FAULTS:
+        {faults}
+        st.release.gpu.global.u32 [%rd1], 1;
+    """
+    report = module(code).launch(
+        "kernel", grid=2, block=1, args=[np.zeros(4, np.int32), np.zeros(64, np.int32)],
+        num_threads=num_threads,
+    )  # fmt: skip
+    assert kinds(report) == {"misaligned access"} and report.findings_truncated
+    assert {f.cta for f in report.findings} == {(0, 0, 0)}
+    lines = [f.ptx_line for f in report.findings]
+    assert lines == list(range(lines[0], lines[0] + 32))

@@ -127,11 +127,12 @@ def _on_the_cpu(op: Callable, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def _apart(x: torch.Tensor) -> torch.Tensor:
-    """x in the middle of a tensor. A store beyond an output then hits no x that happens to lie
-    there, which would add kinds of findings by chance."""
-    around = x.new_zeros(x.shape[0] + 128, *x.shape[1:])
-    around[64:-64] = x
-    return around[64:-64]
+    """x in the middle of a tensor, 16 KiB from either end. A store beyond an output then hits no x
+    that happens to lie there, which would add kinds of findings by chance."""
+    rows = max(64, -(-(16 << 10) // (x.stride(0) * x.element_size())))
+    around = x.new_zeros(x.shape[0] + 2 * rows, *x.shape[1:])
+    around[rows:-rows] = x
+    return around[rows:-rows]
 
 
 def _dual() -> tuple[torch.Tensor, ...]:
@@ -232,7 +233,7 @@ def _route() -> tuple[torch.Tensor, ...]:
 def _permute() -> tuple[torch.Tensor, ...]:
     """The last slots lie beyond the rows. Every row has a choice."""
     x, slots = random(60, 200), slots_of(60, 2)
-    return ops.moe_permute_quantize_1x128(_apart(x), slots, 110)
+    return ops.moe_permute_quantize_1x128(_apart(x), _apart(slots), 110)
 
 
 PROBLEMS = {

@@ -25,28 +25,52 @@ const char* name_of(Grade grade) {
   return grade == Grade::error ? "error" : "note";
 }
 
+namespace {
+// Reports list errors first, then what the smallest CTA found. Of findings of one CTA, the first
+// comes first.
+auto place_in_report(const Finding& f) {
+  return std::tuple(f.grade(), f.cta[2], f.cta[1], f.cta[0], f.ptx_line,
+                    std::string_view(row_of(f.kind).name));
+}
+
+bool comes_first(const Finding& a, const Finding& b) {
+  return place_in_report(a) < place_in_report(b);
+}
+
+bool equal(const Finding& a, const Finding& b) {
+  return a.kind == b.kind && a.ptx_line == b.ptx_line && a.other.ptx_line == b.other.ptx_line;
+}
+}  // namespace
+
 void FindingSink::add(Finding finding) {
   const std::lock_guard<std::mutex> lock(mutex_);
-  std::size_t& kept = kept_[static_cast<std::size_t>(finding.grade())];
-  if (kept >= cap_) {
-    full_ = true;
-    return;
+  auto replaced = std::find_if(findings_.begin(), findings_.end(),
+                               [&](const Finding& f) { return equal(f, finding); });
+  if (replaced == findings_.end()) {
+    std::size_t& kept = kept_[static_cast<std::size_t>(finding.grade())];
+    if (kept < cap_) {
+      ++kept;
+    } else {
+      full_ = true;
+      for (auto f = findings_.begin(); f != findings_.end(); ++f) {
+        if (f->grade() == finding.grade() &&
+            (replaced == findings_.end() || comes_first(*replaced, *f)))
+          replaced = f;
+      }
+      if (replaced == findings_.end()) return;
+    }
   }
-  if (!seen_.insert({finding.kind, finding.ptx_line, finding.other.ptx_line}).second) return;
+  if (replaced != findings_.end()) {
+    if (!comes_first(finding, *replaced)) return;
+    findings_.erase(replaced);
+  }
   if (finding.remedy.empty()) finding.remedy = row_of(finding.kind).remedy;
-  ++kept;
   findings_.push_back(std::move(finding));
 }
 
 std::vector<Finding> FindingSink::take() {
   const std::lock_guard<std::mutex> lock(mutex_);
-  std::stable_sort(findings_.begin(), findings_.end(), [](const Finding& a, const Finding& b) {
-    const auto key = [](const Finding& f) {
-      return std::tuple(f.grade(), f.cta[2], f.cta[1], f.cta[0], f.ptx_line,
-                        std::string_view(row_of(f.kind).name));
-    };
-    return key(a) < key(b);
-  });
+  std::stable_sort(findings_.begin(), findings_.end(), comes_first);
   return std::move(findings_);
 }
 

@@ -36,6 +36,10 @@ std::uint32_t default_registers(const Program& program, const Dim3& block) {
   return std::max(16u, most / 8 * 8);
 }
 
+// Bytes around the parameters. Stores beyond an array that the host has allocated next to them would
+// otherwise be "read-only memory" in some runs.
+constexpr std::size_t kParamGuard = 16 << 10;
+
 // The clock replays the traces of some clusters: the first, the last, and others between them,
 // until they have so many events.
 constexpr std::uint64_t kTracedEvents = 2'000'000;
@@ -82,8 +86,8 @@ Grid::Grid(const Module& module, std::shared_ptr<const Program> p, const LaunchO
     refuse(name, "the number of arguments must be " + std::to_string(program->params.size()) +
                      " (got " + std::to_string(params.size()) + ")");
   }
-  param_block.assign(program->param_bytes / 8 + 32, 0);
-  auto base = reinterpret_cast<std::uint64_t>(param_block.data());
+  param_block.assign(program->param_bytes / 8 + 32 + 2 * kParamGuard / 8, 0);
+  auto base = reinterpret_cast<std::uint64_t>(param_block.data()) + kParamGuard;
   base = (base + 127) / 128 * 128;
   for (std::size_t i = 0; i < params.size(); ++i) {
     if (params[i].size() != program->params[i].bytes) {
