@@ -53,6 +53,30 @@ class Module:
         "read_write", name). Raises ValueError for a launch that the target's GPUs would refuse.
         """
 
+def launch_group(
+    launches: Sequence[
+        tuple[
+            Module,
+            str,
+            tuple[int, int, int],
+            tuple[int, int, int],
+            tuple[int, int, int],
+            int,
+            bool,
+            Sequence[bytes],
+            int,
+        ]
+    ],
+    options: LaunchOptions,
+    buffers: Sequence[tuple[tuple[int, int, str, str], int]],
+    /,
+) -> list[dict[str, Any]]:
+    """Runs a grid on each of several devices without the GIL, with a report for each.
+
+    launches: (module, kernel, grid, block, cluster, smem, non-portable cluster, params, device).
+    buffers: those of `Module.launch`, each with its device. Raises as `Module.launch`.
+    """
+
 def timing_gpus() -> list[dict[str, Any]]:
     """The GPUs that the timing model knows (csrc/runtime/timing.inc)."""
 

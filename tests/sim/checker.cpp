@@ -110,6 +110,32 @@ void test_scopes_between_clusters() {
   }
 }
 
+void test_scopes_between_gpus() {
+  constexpr std::uint64_t address = 0x100;
+  constexpr std::uint32_t other = 1u << kGpuShift;  // cluster 0 of the second GPU
+  for (const Scope released : {Scope::cluster, Scope::gpu, Scope::sys}) {
+    for (const Scope acquired : {Scope::cluster, Scope::gpu, Scope::sys}) {
+      GridSync sync(2);
+      const Knowledge k = knowledge_of({7});
+      sync.publish(address, 0, {k, k, k, k}, released);
+      Knowledge seen;
+      sync.observe(address, other, acquired, &seen);
+      const bool reaches = released == Scope::sys && acquired == Scope::sys;
+      EXPECT(seen.known->knows(other, 0, 0, 7) == reaches);
+      EXPECT(seen.views->refused->knows(other, 0, 0, 7) == !reaches);
+      EXPECT(sync.released_to_all().size() == (released == Scope::sys));
+    }
+  }
+  GridSync sync(2);  // a fence at .gpu, then a flag at .sys
+  const Knowledge k = knowledge_of({7});
+  sync.publish(address, other, {k, k, k, {}}, Scope::sys);
+  Knowledge here, there;
+  sync.observe(address, other + 1, Scope::sys, &there);
+  EXPECT(there.known->knows(other + 1, other, 0, 7));
+  sync.observe(address, 0, Scope::sys, &here);
+  EXPECT(!here.known->knows(0, other, 0, 7) && here.views->released_at == Scope::gpu);
+}
+
 // ---- Shadow memory ----
 
 // A thread; CTAs have 64 threads, and there is one cluster.
@@ -201,6 +227,24 @@ void test_strong_accesses_do_not_race_within_both_scopes() {
   EXPECT(second(Scope::cluster, Scope::gpu, 64) == Conflict::none);
 }
 
+void test_strong_accesses_of_two_gpus_race_below_sys() {
+  for (const Scope scope : {Scope::gpu, Scope::sys}) {
+    Shadow shadow(4, true);
+    Thread a{0}, b{0};
+    shadow.write(a.actor(scope), 0, 4);
+    Actor other = b.actor(scope);
+    other.cluster = 1u << kGpuShift;
+    const Conflict::Kind kind = shadow.write(other, 0, 4).kind;
+    EXPECT(kind == (scope == Scope::sys ? Conflict::none : Conflict::race));
+    std::uint64_t visited = 0;
+    shadow.for_each_last_write([&](std::uint64_t offset, const LastWrite& write) {
+      ++visited;
+      EXPECT(offset == 0 && write.cluster == other.cluster && write.scope == scope);
+    });
+    EXPECT(visited == 1);
+  }
+}
+
 void test_stores_of_one_value() {
   const std::uint8_t zero[4] = {}, one[4] = {1};
   Shadow shadow(4, true);
@@ -271,10 +315,12 @@ int main() {
   test_refs_share();
   test_scopes_within_a_cluster();
   test_scopes_between_clusters();
+  test_scopes_between_gpus();
   test_epochs();
   test_a_write_after_reads_by_several_warps();
   test_words_split_to_bytes();
   test_strong_accesses_do_not_race_within_both_scopes();
+  test_strong_accesses_of_two_gpus_race_below_sys();
   test_stores_of_one_value();
   test_the_async_proxy_needs_a_fence();
   test_restart_forgets();

@@ -34,8 +34,9 @@ except ImportError as error:
         "install torchext with its extra `sim`: `pip install '.[sim]'`"
     ) from error
 
-from .arguments import Argument, output, pointer, read_only, struct, tensor_map
+from .arguments import Argument, output, pointer, read_only, struct, tensor_map, window
 from .compiler import CompileError, compile_cuda
+from .group import GroupReport, Launch, launch_group
 from .module import Kernel, Module, Parameter, link
 from .numerics import tensor_core_matmul
 from .ops import Simulation, simulate
@@ -50,7 +51,9 @@ __all__ = [
     "Argument",
     "CompileError",
     "Finding",
+    "GroupReport",
     "Kernel",
+    "Launch",
     "Module",
     "Parameter",
     "PtxError",
@@ -63,6 +66,7 @@ __all__ = [
     "Timing",
     "Variable",
     "compile_cuda",
+    "launch_group",
     "link",
     "output",
     "pointer",
@@ -71,4 +75,5 @@ __all__ = [
     "struct",
     "tensor_core_matmul",
     "tensor_map",
+    "window",
 ]

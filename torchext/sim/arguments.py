@@ -58,8 +58,23 @@ class _Pointer(Argument):
     def register(self, arena: Arena, name: str) -> None:
         arena.add(self.view, self.access, self._name or name)
 
+    def address(self, arena: Arena) -> int:
+        return arena.address_of(self.view)
+
     def to_bytes(self, arena: Arena) -> bytes:
-        return arena.address_of(self.view).to_bytes(8, "little")
+        return self.address(arena).to_bytes(8, "little")
+
+
+class _Window(_Pointer):
+    def __init__(self, view: View, access: str, name: str | None, device: int) -> None:
+        super().__init__(view, access, name or "window")
+        self.device = device
+
+    def register(self, arena: Arena, name: str) -> None:
+        arena.add(self.view, self.access, self._name or name, self.device)
+
+    def address(self, arena: Arena) -> int:
+        return arena.address_of(self.view, self.device)
 
 
 class _Struct(Argument):
@@ -125,7 +140,7 @@ class _TensorMap(Argument):
         self._pointer.register(arena, name)
 
     def to_bytes(self, arena: Arena) -> bytes:
-        return self._encode(global_address=arena.address_of(self._pointer.view))
+        return self._encode(global_address=self._pointer.address(arena))
 
 
 def pointer(array: Array, access: str = "read_write", name: str | None = None) -> Argument:
@@ -156,6 +171,31 @@ def read_only(array: Array, name: str | None = None) -> Argument:
 def output(array: Array, name: str | None = None) -> Argument:
     """`pointer(array, "write", name)`: bytes count as unwritten until the kernel writes them."""
     return pointer(array, "write", name)
+
+
+def window(
+    array: Array, device: int, access: str = "read_write", name: str | None = None
+) -> Argument:
+    """Memory of a device that the kernels of a group's other devices may access, too.
+
+    Pass the window to every launch of the group that uses it: all of them get the same address.
+
+    Args:
+        array: as for `pointer`.
+        device: the device that the memory belongs to.
+        access: as for `pointer`, for all devices. "write": a load of a byte before some device has
+            stored it is a finding.
+        name: of the buffer in findings; "window" if None.
+
+    Raises as `pointer` does, and ValueError if device is negative.
+    """
+    if access not in ("read", "write", "read_write"):
+        raise ValueError(
+            f"torchext.sim.window: access must be read, write or read_write (got {access!r})"
+        )
+    if device < 0:
+        raise ValueError(f"torchext.sim.window: device must be at least 0 (got {device})")
+    return _Window(view_of(array, "torchext.sim.window: array"), access, name, device)
 
 
 def struct(*members: object) -> Argument:

@@ -150,26 +150,51 @@ class _Allocation:
                 min(old.begin, new.begin),
                 max(old.end, new.end),
                 old.access if old.access == new.access else "read_write",
-                old.names + new.names,
+                old.names + [name for name in new.names if name not in old.names],
             )
         self.ranges = [*apart, new]
 
+    def check_apart(self, new: _Range, device: int, own: int) -> None:
+        """Raises ValueError if a range of this allocation, which is on device `own`, overlaps one
+        of another device, unless both are read-only: then each device has a copy."""
+        for old in self.ranges:
+            if old.end <= new.begin or new.end <= old.begin or old.access == new.access == "read":
+                continue
+            raise ValueError(
+                f"torchext.sim.launch_group: an array must belong to one device (got "
+                f"{old.names[0]} on device {own} and {new.names[0]} on device {device}); pass "
+                f"window(array, device={own}) to both launches"
+            )
+
 
 class Arena:
-    """The device memory of one launch."""
+    """The device memory of one launch, or of all devices of a group.
+
+    Attributes:
+        device: whose memory `add` and `address_of` mean if they are told none.
+    """
 
     def __init__(self) -> None:
-        self._allocations: dict[int, _Allocation] = {}
+        self._allocations: dict[tuple[int, int], _Allocation] = {}  # by address and device
         self._memory: np.ndarray | None = None
+        self.device = 0
 
-    def add(self, view: View, access: str, name: str) -> None:
-        """Registers a view, to be placed with the allocation that it is part of."""
+    def add(self, view: View, access: str, name: str, device: int | None = None) -> None:
+        """Registers a view, to be placed with the allocation that it is part of.
+
+        Raises ValueError if another device may write these bytes.
+        """
         if view.extent == 0:
             return
-        allocation = self._allocations.setdefault(
-            view.base, _Allocation(view.base, view.size, view.owner)
-        )
-        allocation.add(_Range(view.offset, view.offset + view.extent, access, [name]))
+        device = self.device if device is None else device
+        new = _Range(view.offset, view.offset + view.extent, access, [name])
+        for (base, other), allocation in self._allocations.items():
+            if base == view.base and other != device:
+                allocation.check_apart(new, device, other)
+        key = (view.base, device)
+        if key not in self._allocations:
+            self._allocations[key] = _Allocation(view.base, view.size, view.owner)
+        self._allocations[key].add(new)
 
     def place(self) -> None:
         """Lays the allocations out and copies the host's bytes in."""
@@ -184,16 +209,23 @@ class Arena:
             for r in allocation.ranges:
                 self._copy(allocation, r, to_host=False)
 
-    def address_of(self, view: View) -> int:
+    def address_of(self, view: View, device: int | None = None) -> int:
         """The device address of a view's first byte; 0, as cudaMalloc(0) gives, if it is empty."""
-        allocation = self._allocations.get(view.base)
+        allocation = self._allocations.get((view.base, self.device if device is None else device))
         return 0 if allocation is None or view.extent == 0 else allocation.address + view.offset
 
     def buffers(self) -> list[tuple[int, int, str, str]]:
         """(address, bytes, access, name) of every buffer."""
+        return [buffer for buffer, _ in self.buffers_of_devices()]
+
+    def buffers_of_devices(self) -> list[tuple[tuple[int, int, str, str], int]]:
+        """(what `buffers` has of it, device) of every buffer."""
         return [
-            (allocation.address + r.begin, r.end - r.begin, r.access, " and ".join(r.names))
-            for allocation in self._allocations.values()
+            (
+                (allocation.address + r.begin, r.end - r.begin, r.access, " and ".join(r.names)),
+                device,
+            )
+            for (_, device), allocation in self._allocations.items()
             for r in allocation.ranges
         ]
 

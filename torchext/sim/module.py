@@ -10,7 +10,7 @@ from typing import Any
 from torchext import _sim
 
 from . import names
-from .arguments import argument_of
+from .arguments import Argument, argument_of
 from .memory import Arena
 from .options import launch_options
 from .ptx_file import read_ptx, warn_unless_ascii
@@ -67,12 +67,13 @@ class Kernel:
         return f"{self.name}({sizes})"
 
 
-def _dim3(name: str, value: int | Sequence[int]) -> tuple[int, int, int]:
+def dim3(
+    name: str, value: int | Sequence[int], where: str = "torchext.sim.Module.launch"
+) -> tuple[int, int, int]:
+    """One to three numbers as three. Raises ValueError, which starts with `where`."""
     values = (value,) if isinstance(value, int) else tuple(value)
     if not 1 <= len(values) <= 3 or any(not 0 <= v < 1 << 32 for v in values):
-        raise ValueError(
-            f"torchext.sim.Module.launch: {name} must be 1 to 3 numbers (got {value!r})"
-        )
+        raise ValueError(f"{where}: {name} must be 1 to 3 numbers (got {value!r})")
     x, y, z = (*values, 1, 1)[:3]
     return x, y, z
 
@@ -143,6 +144,11 @@ class Module:
         self._module = _sim.Module(self._texts)
 
     @property
+    def raw(self) -> _sim.Module:
+        """The module of the extension, for `launch_group`."""
+        return self._module
+
+    @property
     def target(self) -> str:
         """The `.target` of the module, such as "sm_90a"."""
         return self._module.target
@@ -191,6 +197,28 @@ class Module:
     def check(self, name: str) -> None:
         """Decodes a kernel and all it calls; raises PtxError for an unknown opcode or modifier."""
         self._module.decode(self.kernel(name).name)
+
+    def arguments(self, kernel: Kernel, args: Sequence[Any], where: str) -> list[Argument]:
+        """What `args` are to the kernel's parameters.
+
+        Raises ValueError and TypeError for arguments that do not fit; messages start with `where`.
+        """
+        if len(args) != len(kernel.parameters):
+            raise ValueError(
+                f"{where}: args must have one entry for each of the kernel's "
+                f"{len(kernel.parameters)} parameters (got {len(args)})"
+            )
+        arguments = [
+            argument_of(arg, f"{where}: argument {i}", parameter)
+            for i, (arg, parameter) in enumerate(zip(args, kernel.parameters, strict=True))
+        ]
+        for i, (argument, parameter) in enumerate(zip(arguments, kernel.parameters, strict=True)):
+            if argument.size != parameter.size:
+                raise ValueError(
+                    f"{where}: argument {i} must have {parameter.size} bytes, the size of "
+                    f"parameter {parameter.name} (got {argument.size})"
+                )
+        return arguments
 
     def launch(
         self,
@@ -248,11 +276,6 @@ class Module:
         """
         kernel = self.kernel(name)
         where = f"torchext.sim.Module.launch of {name}"
-        if len(args) != len(kernel.parameters):
-            raise ValueError(
-                f"{where}: args must have one entry for each of the kernel's "
-                f"{len(kernel.parameters)} parameters (got {len(args)})"
-            )
         options = launch_options(
             where,
             seed=seed,
@@ -266,25 +289,16 @@ class Module:
             timing_only=timing_only,
             non_portable_cluster=non_portable_cluster,
         )
-        arguments = [
-            argument_of(arg, f"{where}: argument {i}", parameter)
-            for i, (arg, parameter) in enumerate(zip(args, kernel.parameters, strict=True))
-        ]
-        for i, (argument, parameter) in enumerate(zip(arguments, kernel.parameters, strict=True)):
-            if argument.size != parameter.size:
-                raise ValueError(
-                    f"{where}: argument {i} must have {parameter.size} bytes, the size of "
-                    f"parameter {parameter.name} (got {argument.size})"
-                )
+        arguments = self.arguments(kernel, args, where)
         arena = Arena()
         for i, argument in enumerate(arguments):
             argument.register(arena, f"argument {i}")
         arena.place()
         raw = self._module.launch(
             kernel.name,
-            _dim3("grid", grid),
-            _dim3("block", block),
-            (0, 0, 0) if cluster is None else _dim3("cluster", cluster),
+            dim3("grid", grid),
+            dim3("block", block),
+            (0, 0, 0) if cluster is None else dim3("cluster", cluster),
             smem,
             options,
             [argument.to_bytes(arena) for argument in arguments],

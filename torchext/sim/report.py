@@ -24,12 +24,13 @@ class Finding:
         module, ptx_line, opcode: the name of the module, and the instruction's line in its text.
         source: the CUDA lines it comes from, as (file, line), innermost inlined function first and
             the kernel's own line last; empty where the PTX has no `-lineinfo`.
+        device: of a group, that executed it; None for a launch on one GPU.
         cta, warp, lanes: where it executed. `lanes` is empty if no thread executed it, but TMA.
         address: of the access; in shared memory, the offset in the CTA's window. 0 if none.
         other, other_module, other_ptx_line, other_source: the other access or event that it
             conflicts with, if there is one.
-        other_cta, other_warp, other_lane: the thread of the other access. None if it is not
-            known, or if no thread made the access, but TMA.
+        other_device, other_cta, other_warp, other_lane: the thread of the other access. None if it
+            is not known, or if no thread made the access, but TMA.
         remedy: the usual remedy, in one sentence.
         seed: the seed of the schedule in which it was found.
     """
@@ -42,6 +43,7 @@ class Finding:
     ptx_line: int
     opcode: str
     source: tuple[tuple[str, int], ...]
+    device: int | None
     cta: tuple[int, int, int]
     warp: int
     lanes: tuple[int, ...]
@@ -50,6 +52,7 @@ class Finding:
     other_module: str
     other_ptx_line: int
     other_source: tuple[tuple[str, int], ...]
+    other_device: int | None
     other_cta: tuple[int, int, int] | None
     other_warp: int | None
     other_lane: int | None

@@ -71,7 +71,13 @@ py::tuple frames_of(const SourceMap& map, std::uint32_t ptx_line) {
   return py::tuple(frames);
 }
 
-py::dict to_python(const Finding& f, const SourceMap& map) {
+using Maps = std::vector<std::shared_ptr<const SourceMap>>;  // of the grids of a group
+
+py::object device_of(int device) {
+  return device < 0 ? py::object(py::none()) : py::int_(device);
+}
+
+py::dict to_python(const Finding& f, const SourceMap& map, const SourceMap& other_map) {
   py::list lanes;
   for (int lane = 0; lane < 32; ++lane) {
     if (f.lanes >> lane & 1) lanes.append(lane);
@@ -88,15 +94,17 @@ py::dict to_python(const Finding& f, const SourceMap& map) {
   d["ptx_line"] = line;
   d["opcode"] = f.opcode;
   d["source"] = frames_of(map, f.ptx_line);
+  d["device"] = device_of(f.device);
   d["cta"] = py::make_tuple(f.cta[0], f.cta[1], f.cta[2]);
   d["warp"] = f.warp;
   d["lanes"] = py::tuple(lanes);
   d["address"] = f.address;
   d["other"] = f.other.what;
-  std::tie(module, line) = map.place(f.other.ptx_line);
+  std::tie(module, line) = other_map.place(f.other.ptx_line);
   d["other_module"] = f.other.ptx_line == 0 ? "" : module;
   d["other_ptx_line"] = line;
-  d["other_source"] = frames_of(map, f.other.ptx_line);
+  d["other_source"] = frames_of(other_map, f.other.ptx_line);
+  d["other_device"] = device_of(f.other.device);
   d["other_cta"] = py::none();
   if (f.other.cta)
     d["other_cta"] = py::make_tuple((*f.other.cta)[0], (*f.other.cta)[1], (*f.other.cta)[2]);
@@ -108,11 +116,10 @@ py::dict to_python(const Finding& f, const SourceMap& map) {
 }
 
 py::dict to_python(const std::string& kernel, const Report& report, const std::string& text,
-                   const std::vector<SourceText>& ptx,
-                   const std::shared_ptr<const timing::Prediction>& timing) {
-  const SourceMap map(report.findings.empty() ? std::vector<SourceText>() : ptx);
+                   const Maps& maps, std::size_t gpu) {
   py::list findings, unwritten;
-  for (const Finding& f : report.findings) findings.append(to_python(f, map));
+  for (const Finding& f : report.findings)
+    findings.append(to_python(f, *maps[gpu], *maps[f.other.what.empty() ? gpu : f.other.gpu]));
   for (const auto& u : report.unwritten) {
     unwritten.append(py::make_tuple(u.buffer, u.bytes, u.first_offset));
   }
@@ -126,7 +133,17 @@ py::dict to_python(const std::string& kernel, const Report& report, const std::s
   d["output"] = report.output;
   d["unwritten"] = unwritten;
   d["text"] = text;
-  d["timing"] = timing ? timing_to_python(*timing, SourceMap(ptx)) : py::object(py::none());
+  d["timing"] = py::none();
+  return d;
+}
+
+py::dict to_python(const std::string& kernel, const Report& report, const std::string& text,
+                   const std::vector<SourceText>& ptx,
+                   const std::shared_ptr<const timing::Prediction>& timing) {
+  const auto map =
+      std::make_shared<const SourceMap>(report.findings.empty() ? std::vector<SourceText>() : ptx);
+  py::dict d = to_python(kernel, report, text, {map}, 0);
+  if (timing) d["timing"] = timing_to_python(*timing, SourceMap(ptx));
   return d;
 }
 
@@ -235,6 +252,29 @@ py::list traits(const PythonModule& self, const std::string& kernel) {
 }
 
 using PythonBuffer = std::tuple<std::uint64_t, std::uint64_t, std::string, std::string>;
+using Triple = std::array<std::uint32_t, 3>;
+
+LaunchOptions shaped(LaunchOptions options, const Triple& grid, const Triple& block,
+                     const Triple& cluster, std::uint32_t smem) {
+  options.grid = dim3_of(grid);
+  options.block = dim3_of(block);
+  options.cluster = dim3_of(cluster);
+  options.dynamic_smem = smem;
+  return options;
+}
+
+std::vector<ParamBytes> bytes_of(const std::vector<py::bytes>& params) {
+  std::vector<ParamBytes> bytes;
+  for (const std::string param : params) bytes.emplace_back(param.begin(), param.end());
+  return bytes;
+}
+
+Buffer buffer_of(const PythonBuffer& buffer) {
+  static const std::map<std::string, Buffer::Access> kAccess = {
+      {"read", Buffer::Read}, {"write", Buffer::Write}, {"read_write", Buffer::ReadWrite}};
+  const auto& [address, size, access, name] = buffer;
+  return {reinterpret_cast<void*>(address), std::size_t(size), kAccess.at(access), name};
+}
 
 py::dict launch_module(const PythonModule& self, const std::string& kernel,
                        const std::array<std::uint32_t, 3>& grid,
@@ -242,20 +282,10 @@ py::dict launch_module(const PythonModule& self, const std::string& kernel,
                        const std::array<std::uint32_t, 3>& cluster, std::uint32_t smem,
                        const py::dict& shared_options, const std::vector<py::bytes>& params,
                        const std::vector<PythonBuffer>& buffers) {
-  LaunchOptions options = options_of(shared_options);
-  options.grid = dim3_of(grid);
-  options.block = dim3_of(block);
-  options.cluster = dim3_of(cluster);
-  options.dynamic_smem = smem;
-  std::vector<ParamBytes> bytes;
-  for (const std::string param : params) bytes.emplace_back(param.begin(), param.end());
-  static const std::map<std::string, Buffer::Access> kAccess = {
-      {"read", Buffer::Read}, {"write", Buffer::Write}, {"read_write", Buffer::ReadWrite}};
+  const LaunchOptions options = shaped(options_of(shared_options), grid, block, cluster, smem);
+  const std::vector<ParamBytes> bytes = bytes_of(params);
   std::vector<Buffer> ranges;
-  for (const auto& [address, size, access, name] : buffers) {
-    ranges.push_back(
-        Buffer{reinterpret_cast<void*>(address), std::size_t(size), kAccess.at(access), name});
-  }
+  for (const PythonBuffer& buffer : buffers) ranges.push_back(buffer_of(buffer));
   Report report;
   std::string text;
   timing::Request request = request_of(shared_options);
@@ -266,6 +296,45 @@ py::dict launch_module(const PythonModule& self, const std::string& kernel,
     text = render(report, kernel, options, self.texts);
   }
   return to_python(kernel, report, text, self.texts, request.result);
+}
+
+// A launch of a group: module, kernel, grid, block, cluster, smem, non-portable cluster, params,
+// device.
+using PythonLaunch = std::tuple<const PythonModule*, std::string, Triple, Triple, Triple,
+                                std::uint32_t, bool, std::vector<py::bytes>, int>;
+
+py::list launch_modules(const std::vector<PythonLaunch>& launches, const py::dict& shared_options,
+                        const std::vector<std::pair<PythonBuffer, int>>& buffers) {
+  std::vector<GroupMember> members;
+  for (const auto& [module, kernel, grid, block, cluster, smem, large, params, device] : launches) {
+    LaunchOptions options = shaped(options_of(shared_options), grid, block, cluster, smem);
+    options.non_portable_cluster = large;
+    members.push_back({module->module.get(), kernel, options, bytes_of(params), device});
+  }
+  std::vector<Buffer> ranges;
+  for (const auto& [buffer, device] : buffers) {
+    ranges.push_back(buffer_of(buffer));
+    ranges.back().device = device;
+  }
+  std::vector<Report> reports;
+  std::vector<std::string> texts;
+  Maps maps;
+  {
+    const py::gil_scoped_release unlocked;
+    reports = launch_group(members, ranges);
+    const bool any = std::any_of(reports.begin(), reports.end(),
+                                 [](const Report& report) { return !report.findings.empty(); });
+    for (const PythonLaunch& launch : launches)
+      maps.push_back(std::make_shared<const SourceMap>(any ? std::get<0>(launch)->texts
+                                                           : std::vector<SourceText>()));
+    for (std::size_t gpu = 0; gpu < reports.size(); ++gpu)
+      texts.push_back(render(reports[gpu], members[gpu].kernel, members[gpu].options, maps, gpu,
+                             members[gpu].device));
+  }
+  py::list list;
+  for (std::size_t gpu = 0; gpu < reports.size(); ++gpu)
+    list.append(to_python(members[gpu].kernel, reports[gpu], texts[gpu], maps, gpu));
+  return list;
 }
 
 }  // namespace
@@ -303,6 +372,7 @@ void bind_launch(py::module_& module) {
                         const std::string& kernel) { self.module->program(kernel); })
       .def("traits", &traits)
       .def("launch", &launch_module);
+  module.def("launch_group", &launch_modules);
 
   py::class_<OpSimulator>(module, "OpSimulator")
       .def(py::init([](const std::vector<std::string>& files, const OpSimulator::ReadPtx& read_ptx,

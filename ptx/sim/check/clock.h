@@ -2,7 +2,7 @@
 // are the threads of a cluster, followed by the asynchronous workers that act for them: an
 // mbarrier's copies, a warp's wgmma stream, a thread's bulk groups. Lanes share clocks; a shared
 // clock never changes. Only strong accesses to global memory create knowledge of other clusters,
-// which a separate map (`foreign`) holds.
+// which a separate map (`foreign`) holds. Clusters of all grids of a group have different numbers.
 #pragma once
 
 #include <array>
@@ -12,6 +12,13 @@
 #include <vector>
 
 namespace torchext::sim {
+
+// The upper bits of a cluster's number say which grid of a group it belongs to. Each grid has a GPU of
+// its own.
+constexpr int kGpuShift = 28;
+inline std::uint32_t gpu_of(std::uint32_t cluster) {
+  return cluster >> kGpuShift;
+}
 
 using AgentClocks = std::vector<std::uint32_t>;
 using ForeignClocks = std::map<std::uint32_t, std::shared_ptr<const AgentClocks>>;  // by cluster
@@ -123,12 +130,12 @@ class Ref {
 };
 using ClockRef = Ref<VectorClock>;
 
-// How far a strong operation reaches. `none` means that the operation is weak. With one GPU, sys
-// reaches as far as gpu.
+// How far a strong operation reaches. `none` means that the operation is weak. Only sys reaches
+// other GPUs.
 enum class Scope : std::uint8_t { none, cta, cluster, gpu, sys };
-constexpr std::size_t kScopeLevels = 3;  // cta, cluster, gpu
+constexpr std::size_t kScopeLevels = 4;  // cta, cluster, gpu, sys
 inline std::size_t level_of(Scope scope) {
-  return scope == Scope::cta ? 0 : scope == Scope::cluster ? 1 : 2;
+  return scope == Scope::none ? 0 : static_cast<std::size_t>(scope) - 1;
 }
 const char* name_of(Scope scope);  // ".cta"
 
@@ -178,7 +185,7 @@ struct Knowledge {
     views = ViewsRef::join(views, other.views);
   }
 };
-// Knowledge by the readers it reaches: [0] this CTA, [1] this cluster, [2] every cluster.
+// Knowledge by the readers it reaches: [0] this CTA, [1] this cluster, [2] this GPU, [3] every GPU.
 using Scoped = std::array<Knowledge, kScopeLevels>;
 
 }  // namespace torchext::sim

@@ -22,7 +22,12 @@ void before_exit(Warp& w, std::uint32_t lanes) {
       if (it == w.bulk_groups.end()) return;
       const CopyGroups& g = it->second;
       const std::uint32_t last = g.open ? g.current : g.current - 1;
-      if (g.read_waited < last) {
+      if (g.remote != 0 && g.waited < g.remote) {
+        w.finding_at(g.remote_pc, FindingKind::outstanding_remote_store,
+                     "the thread exits before its bulk store to memory of device " +
+                         std::to_string(g.remote_device) + " is complete",
+                     1u << lane);
+      } else if (g.read_waited < last) {
         const std::string what =
             g.open ? "the thread exits with a bulk store that it has not committed"
                    : "the thread exits while a bulk store may still read shared memory";

@@ -38,7 +38,8 @@ bool comes_first(const Finding& a, const Finding& b) {
 }
 
 bool equal(const Finding& a, const Finding& b) {
-  return a.kind == b.kind && a.ptx_line == b.ptx_line && a.other.ptx_line == b.other.ptx_line;
+  return a.kind == b.kind && a.ptx_line == b.ptx_line && a.other.ptx_line == b.other.ptx_line &&
+         a.other.gpu == b.other.gpu;
 }
 }  // namespace
 

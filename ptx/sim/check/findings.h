@@ -1,11 +1,10 @@
-// The checker's findings: one struct per fault. Equal faults are kept once per kind and line.
+// The checker's findings: one struct per fault. Equal faults are kept once per kind and lines.
 #pragma once
 
 #include <array>
 #include <cstdint>
 #include <mutex>
 #include <optional>
-#include <set>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -38,6 +37,8 @@ std::string hex(std::uint64_t value);  // "0x1f", for messages
 struct OtherAccess {
   std::string what;  // empty if there is none
   std::uint32_t ptx_line = 0;
+  int device = -1;        // in a group of GPUs
+  std::uint32_t gpu = 0;  // the place of its grid in the group: whose module ptx_line is of
   std::optional<std::array<std::uint32_t, 3>> cta;  // the parts that are known
   std::int32_t warp = -1, lane = -1;
 };
@@ -50,6 +51,7 @@ struct Finding {
   std::string opcode;
   std::string file;  // of the CUDA source, with -lineinfo
   std::uint32_t source_line = 0;
+  int device = -1;  // in a group of GPUs
   std::uint32_t cta[3] = {0, 0, 0};
   std::uint32_t warp = 0;
   std::uint32_t lanes = 0;  // mask
@@ -63,7 +65,9 @@ struct Finding {
 
 class FindingSink {
  public:
-  // Keeps up to `cap` errors and as many notes, so that notes never crowd out an error.
+  // Keeps up to `cap` errors and as many notes, so that notes never crowd out an error. What it
+  // keeps is what comes first in a report, and of equal findings that of the smallest CTA: neither
+  // depends on which host thread is the first.
   explicit FindingSink(std::size_t cap) : cap_(cap) {}
   void add(Finding finding);
   std::vector<Finding> take();  // errors first, in a stable order
@@ -73,7 +77,6 @@ class FindingSink {
   std::mutex mutex_;
   std::size_t cap_;
   bool full_ = false;
-  std::set<std::tuple<FindingKind, std::uint32_t, std::uint32_t>> seen_;
   std::size_t kept_[2] = {0, 0};  // by grade
   std::vector<Finding> findings_;
 };

@@ -18,7 +18,8 @@ std::vector<LastWrite> writes_of(const Place& place) {
 
 // The narrowest scope that includes both a thread of this CTA and the writer.
 Scope scope_to(const Warp& w, const LastWrite& write) {
-  if (write.cluster != w.cluster().number) return Scope::gpu;
+  if (gpu_of(write.cluster) != gpu_of(w.cluster().key)) return Scope::sys;
+  if (write.cluster != w.cluster().key) return Scope::gpu;
   const std::uint32_t per_cta = w.grid().warps_per_cta * 32;
   const bool thread = write.agent < per_cta * w.grid().cluster_size;
   return thread && write.agent / per_cta != w.cta().rank ? Scope::cluster : Scope::cta;
@@ -27,9 +28,9 @@ Scope scope_to(const Warp& w, const LastWrite& write) {
 // The widest scope of a release of the write that the thread running the fence knew of.
 Scope released_at(const Warp& w, const MapFence& fence, const LastWrite& write) {
   for (std::size_t level = kScopeLevels; level-- > 0;) {
-    if (fence.views->map_released[level]->knows(w.cluster().number, write.cluster, write.agent,
+    if (fence.views->map_released[level]->knows(w.cluster().key, write.cluster, write.agent,
                                                 write.clock))
-      return level == 2 ? Scope::gpu : level == 1 ? Scope::cluster : Scope::cta;
+      return static_cast<Scope>(level + 1);
   }
   return Scope::none;
 }
@@ -53,7 +54,9 @@ std::string missing(Warp& w, int lane, std::uint64_t address, const LastWrite& w
     } else if (std::min(released, fence.scope) < needed) {
       why = std::string("scope too narrow, its fences release at ") + name_of(released) +
             " and acquire at " + name_of(fence.scope) + ", for threads of different " +
-            (needed == Scope::gpu && w.grid().cluster_size > 1 ? "clusters" : "CTAs");
+            (needed == Scope::sys                                ? "GPUs"
+             : needed == Scope::gpu && w.grid().cluster_size > 1 ? "clusters"
+                                                                 : "CTAs");
     } else {
       return "";
     }
@@ -118,19 +121,23 @@ void read_tensor_map(Warp& w, int lane, const Place& place, std::uint64_t addres
   actor.proxy = Proxy::tensormap;
   w.check_read(place, actor, kTensorMapBytes, 1u << lane, address);
   for (const LastWrite& write : writes_of(place)) {
-    if (!w.known(lane)->knows(w.cluster().number, write.cluster, write.agent, write.clock) &&
-        !(write.cluster == w.cluster().number && write.agent == w.agent(lane)))
+    if (!w.known(lane)->knows(w.cluster().key, write.cluster, write.agent, write.clock) &&
+        !(write.cluster == w.cluster().key && write.agent == w.agent(lane)))
       continue;  // reported as a data race
     const std::string why = missing(w, lane, address, write);
     if (why.empty()) continue;
-    const Instruction& other = w.program().code[write.pc];
-    w.finding(FindingKind::missing_tensormap_fence,
-              "use of a tensor map that the kernel has written: " + why, 1u << lane, address,
-              "write by " +
-                  (write.cluster == w.cluster().number ? w.cluster().describe_agent(write.agent)
-                                                       : std::string("another CTA")) +
-                  ", line " + std::to_string(other.line) + ": " + w.program().opcodes[other.opcode],
-              other.line);
+    const Program& program = *w.grid().of_cluster(write.cluster).program;
+    const Instruction& other = program.code[write.pc];
+    w.finding(
+        FindingKind::missing_tensormap_fence,
+        "use of a tensor map that the kernel has written: " + why, 1u << lane, address,
+        "write by " +
+            (write.cluster == w.cluster().key ? w.cluster().describe_agent(write.agent)
+             : gpu_of(write.cluster) == gpu_of(w.cluster().key)
+                 ? std::string("another CTA")
+                 : "a CTA of device " + std::to_string(w.grid().of_cluster(write.cluster).device)) +
+            ", line " + std::to_string(other.line) + ": " + program.opcodes[other.opcode],
+        other.line);
     break;
   }
 }

@@ -130,7 +130,8 @@ void Warp::memory_fence(std::uint32_t mask, Scope scope, bool acquires, bool rel
   if (acquires) {
     const std::uint32_t taking = mask & acquired_lanes;
     for_lanes(taking, [&](int l) { acquire(1u << l, strong_acquired[l][level]); });
-    if (level == kScopeLevels - 1) {  // otherwise a later, wider fence may take in more
+    const std::size_t widest = level_of(grid_.sync.gpus() == 1 ? Scope::gpu : Scope::sys);
+    if (level >= widest) {  // otherwise a later, wider fence may take in more
       for_lanes(taking, [&](int l) { strong_acquired[l] = {}; });
       acquired_lanes &= ~taking;
     }

@@ -15,14 +15,6 @@ std::uint32_t rank_of(const Grid& grid, std::uint32_t agent) {
   return agent / (grid.warps_per_cta * 32);
 }
 
-Dim3 cta_index(const Grid& grid, std::uint32_t cluster, std::uint32_t rank) {
-  const Dim3& size = grid.cluster_dim;
-  const std::uint32_t across = grid.options.grid.x / size.x, up = grid.options.grid.y / size.y;
-  return Dim3{cluster % across * size.x + rank % size.x,
-              cluster / across % up * size.y + rank / size.x % size.y,
-              cluster / across / up * size.z + rank / size.x / size.y};
-}
-
 std::string text(const Dim3& d) {
   return "(" + std::to_string(d.x) + ", " + std::to_string(d.y) + ", " + std::to_string(d.z) + ")";
 }
@@ -30,24 +22,28 @@ std::string text(const Dim3& d) {
 }  // namespace
 
 OtherAccess other_access(const Warp& w, const Conflict& c, const std::string& proxy) {
-  const Grid& grid = w.grid();
-  const Instruction& i = w.program().code[c.other_pc];
-  const bool thread = is_thread(grid, c.other_agent), here = c.other_cluster == w.cluster().number;
+  const Grid& grid = w.grid().of_cluster(c.other_cluster);
+  const Instruction& i = grid.program->code[c.other_pc];
+  const bool thread = is_thread(grid, c.other_agent), here = c.other_cluster == w.cluster().key;
+  const bool this_gpu = grid.gpu == w.grid().gpu;
+  const std::uint32_t cluster = c.other_cluster & ((1u << kGpuShift) - 1);
   OtherAccess other;
   other.ptx_line = i.line;
-  std::string who;
+  other.device = grid.device;
+  other.gpu = grid.gpu;
+  std::string who = this_gpu ? "" : "device " + std::to_string(grid.device) + ", ";
   if (thread || grid.cluster_size == 1) {
     const std::uint32_t rank = thread ? rank_of(grid, c.other_agent) : 0;
-    const Dim3 cta = cta_index(grid, c.other_cluster, rank);
+    const Dim3 cta = grid.cta_index(cluster, rank);
     other.cta = {cta.x, cta.y, cta.z};
     const Dim3& own = w.cta().index;
-    if (cta.x != own.x || cta.y != own.y || cta.z != own.z) {
-      who = "CTA " + text(cta);
+    if (!this_gpu || cta.x != own.x || cta.y != own.y || cta.z != own.z) {
+      who += "CTA " + text(cta);
       if (grid.cluster_size > 1 && here) who += " of the same cluster";
       who += ", ";
     }
   } else if (!here) {
-    who = "the cluster of CTA " + text(cta_index(grid, c.other_cluster, 0)) + ", ";
+    who += "the cluster of CTA " + text(grid.cta_index(cluster, 0)) + ", ";
   }
   if (thread) {
     other.warp = static_cast<std::int32_t>(c.other_agent / 32 % grid.warps_per_cta);
@@ -57,12 +53,18 @@ OtherAccess other_access(const Warp& w, const Conflict& c, const std::string& pr
     who += here ? w.cluster().describe_agent(c.other_agent) : "asynchronous work";
   }
   other.what = proxy + (c.other_is_write ? "write" : "read") + " by " + who + ", " +
-               w.program().place(i.line) + ": " + w.program().opcodes[i.opcode];
+               grid.program->place(i.line) + ": " + grid.program->opcodes[i.opcode];
   return other;
 }
 
 std::string race_remedy(const Warp& w, const Conflict& c, const Actor& actor) {
   const Grid& grid = w.grid();
+  if (gpu_of(c.other_cluster) != gpu_of(actor.cluster)) {
+    return "Only .sys orders GPUs: after the first access, a release at .sys scope of a flag "
+           "(st.release.sys, red.release.sys, or __threadfence_system() and a volatile store); "
+           "before "
+           "the second, an acquire of it at .sys.";
+  }
   if (c.other_cluster != actor.cluster) {
     return "No barrier orders CTAs of a grid: use an atomic, or a release and an acquire at .gpu "
            "scope "

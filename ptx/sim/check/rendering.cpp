@@ -112,28 +112,40 @@ const char* name_of(LaunchOptions::Completion completion) {
 
 std::string render(const Report& report, const std::string& kernel, const LaunchOptions& options,
                    const std::vector<SourceText>& ptx) {
+  return render(report, kernel, options, {std::make_shared<const SourceMap>(ptx)}, 0, -1);
+}
+
+std::string render(const Report& report, const std::string& kernel, const LaunchOptions& options,
+                   const std::vector<std::shared_ptr<const SourceMap>>& maps, std::size_t gpu,
+                   int device) {
   std::ostringstream out;
+  if (device >= 0) out << "device " << device << ", ";
   out << "kernel '" << short_name(kernel) << "': " << summary(report)
       << (report.findings_truncated ? " (more were dropped)" : "") << " (seed=" << options.seed
       << ", completion=\"" << name_of(options.completion) << "\", "
       << with_separators(report.warp_instructions) << " warp-instructions)\n";
-  const SourceMap map(ptx);
+  const SourceMap& map = *maps[gpu];
+  const auto other_map = [&](const Finding& f) -> const SourceMap& {
+    return f.other.what.empty() ? map : *maps[f.other.gpu];
+  };
   for (auto f = report.findings.begin(); f != report.findings.end();) {
     out << '\n'
         << name_of(f->grade()) << ": " << row_of(f->kind).name << ": " << f->message << '\n';
     quote_both(out, map, f->ptx_line);
-    out << "      = where: CTA (" << f->cta[0] << ", " << f->cta[1] << ", " << f->cta[2] << ")";
+    out << "      = where: ";
+    if (f->device >= 0) out << "device " << f->device << ", ";
+    out << "CTA (" << f->cta[0] << ", " << f->cta[1] << ", " << f->cta[2] << ")";
     if (f->lanes != 0) out << ", warp " << f->warp << ", " << lanes_text(f->lanes);
     if (f->address != 0) out << ", address " << hex(f->address);
     out << '\n';
-    render_other(out, *f, map);
+    render_other(out, *f, other_map(*f));
     // Several findings about one instruction: print each CUDA line once.
     auto next = f + 1;
-    std::set<std::string> shown = {place_of(map, f->other.ptx_line)};
+    std::set<std::string> shown = {place_of(other_map(*f), f->other.ptx_line)};
     int like_shown = 0;
     for (; next != report.findings.end() && same_fault(*f, *next); ++next) {
-      if (shown.insert(place_of(map, next->other.ptx_line)).second) {
-        render_other(out, *next, map);
+      if (shown.insert(place_of(other_map(*next), next->other.ptx_line)).second) {
+        render_other(out, *next, other_map(*next));
       } else {
         ++like_shown;
       }

@@ -2,9 +2,11 @@
 // error.
 #pragma once
 
+#include <memory>
 #include <string>
 #include <vector>
 
+#include "../frontend/source_map.h"
 #include "../machine/launch.h"
 
 namespace torchext::sim {
@@ -13,6 +15,11 @@ namespace torchext::sim {
 // source file that -lineinfo names can be read.
 std::string render(const Report& report, const std::string& kernel, const LaunchOptions& options,
                    const std::vector<SourceText>& ptx);
+
+// The same for a grid of a group. `maps` has the texts of all grids' modules, `gpu` is this grid's.
+std::string render(const Report& report, const std::string& kernel, const LaunchOptions& options,
+                   const std::vector<std::shared_ptr<const SourceMap>>& maps, std::size_t gpu,
+                   int device);
 
 const char* name_of(LaunchOptions::Completion completion);
 

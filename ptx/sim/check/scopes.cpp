@@ -46,6 +46,17 @@ bool import_all(const Shared (&clocks)[n], std::uint32_t cluster, ClockRef (&out
   return any;
 }
 
+// True if the clock of a thread of cluster `own` includes all of these accesses.
+bool knows_all(const VectorClock& clock, std::uint32_t own, const ForeignClocks& accesses) {
+  for (const auto& [cluster, clocks] : accesses) {
+    for (std::uint32_t agent = 0; agent < clocks->size(); ++agent) {
+      if ((*clocks)[agent] != 0 && !clock.knows(own, cluster, agent, (*clocks)[agent]))
+        return false;
+    }
+  }
+  return true;
+}
+
 void join(Shared& into, const Shared& other) {
   if (other == nullptr || into == other) return;
   if (into == nullptr) {
@@ -111,26 +122,50 @@ Knowledge SyncCell::observe(std::uint32_t rank, Scope scope) const {
   return all;
 }
 
+GridSync::Exported GridSync::export_of(const Knowledge& knowledge, std::uint32_t cluster) {
+  Exported out;
+  out.known = exported(knowledge.known, cluster);
+  if (knowledge.views) {
+    export_all(knowledge.views->async, cluster, out.async);
+    export_all(knowledge.views->map_released, cluster, out.map_released);
+    out.alias = exported(knowledge.views->alias, cluster);
+  }
+  return out;
+}
+
+Knowledge GridSync::import_of(const Exported& published, std::uint32_t cluster) {
+  Knowledge knowledge;
+  knowledge.known = imported(published.known, cluster);
+  Views views;
+  const bool any = import_all(published.async, cluster, views.async) |
+                   import_all(published.map_released, cluster, views.map_released);
+  views.alias = imported(published.alias, cluster);
+  if (any || views.alias) knowledge.views = ViewsRef::make(std::move(views));
+  return knowledge;
+}
+
+void GridSync::merge(Exported& into, const Exported& from) {
+  join(into.known, from.known);
+  for (std::size_t k = 0; k < kAsyncSpaces; ++k) join(into.async[k], from.async[k]);
+  join(into.alias, from.alias);
+  for (std::size_t k = 0; k < kScopeLevels; ++k) join(into.map_released[k], from.map_released[k]);
+}
+
 void GridSync::publish(std::uint64_t address, std::uint32_t cluster, const Scoped& knowledge,
                        Scope scope) {
-  const Knowledge& wide = knowledge[2];
-  const bool reaches = scope >= Scope::gpu && wide.known;
-  const Shared known = reaches ? exported(wide.known, cluster) : nullptr;
+  const Knowledge &gpu = knowledge[level_of(Scope::gpu)], &sys = knowledge[level_of(Scope::sys)];
+  const bool reaches = scope >= Scope::gpu && gpu.known;
+  const bool reaches_all = gpus() > 1 && scope == Scope::sys && sys.known;
+  const Exported wide = reaches ? export_of(gpu, cluster) : Exported();
+  const Exported all = !reaches_all                                       ? Exported()
+                       : sys.known == gpu.known && sys.views == gpu.views ? wide
+                                                                          : export_of(sys, cluster);
   const Shared narrow =
-      reaches && knowledge[0].known == wide.known ? nullptr : exported(knowledge[0].known, cluster);
-  Exported views;
-  if (reaches && wide.views) {
-    export_all(wide.views->async, cluster, views.async);
-    export_all(wide.views->map_released, cluster, views.map_released);
-    views.alias = exported(wide.views->alias, cluster);
-  }
+      reaches && knowledge[0].known == gpu.known ? nullptr : exported(knowledge[0].known, cluster);
   const std::lock_guard<std::mutex> lock(mutex_);
-  Cell& cell = cells_[address];
-  join(cell.wide.known, known);
-  for (std::size_t k = 0; k < kAsyncSpaces; ++k) join(cell.wide.async[k], views.async[k]);
-  join(cell.wide.alias, views.alias);
-  for (std::size_t k = 0; k < kScopeLevels; ++k)
-    join(cell.wide.map_released[k], views.map_released[k]);
+  Cell& cell = cells_[gpu_of(cluster)][address];
+  merge(cell.wide, wide);
+  merge(cell.all, all);
   if (narrow != nullptr) {
     join(cell.narrow, narrow);
     const bool both = knowledge[1].known == knowledge[0].known;
@@ -140,29 +175,45 @@ void GridSync::publish(std::uint64_t address, std::uint32_t cluster, const Scope
 
 void GridSync::observe(std::uint64_t address, std::uint32_t cluster, Scope scope,
                        Knowledge* knowledge) {
-  Cell cell;
-  {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    const auto it = cells_.find(address);
-    if (it == cells_.end()) return;
-    cell = it->second;
+  for (std::uint32_t gpu = 0; gpu < gpus(); ++gpu) {
+    Cell cell;
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      const auto it = cells_[gpu].find(address);
+      if (it == cells_[gpu].end()) continue;
+      cell = it->second;
+    }
+    const auto refuse = [&](const Shared& clocks, const Knowledge& withheld, Scope released) {
+      if (clocks != nullptr && !knowledge->known.covers(withheld.known) &&
+          !knows_all(*knowledge->known, cluster, *clocks))
+        knowledge->join(refused(withheld, released, scope));
+    };
+    const bool own = gpu == gpu_of(cluster);
+    if (!own) {
+      const Knowledge all = import_of(cell.all, cluster);
+      if (scope == Scope::sys)
+        knowledge->join(all);
+      else
+        refuse(cell.all.known, all, Scope::sys);
+    }
+    const Knowledge wide = import_of(cell.wide, cluster);
+    if (own && scope >= Scope::gpu)
+      knowledge->join(wide);
+    else
+      refuse(cell.wide.known, wide, Scope::gpu);
+    refuse(cell.narrow, {imported(cell.narrow, cluster), {}}, cell.narrow_scope);
   }
-  Knowledge wide;
-  wide.known = imported(cell.wide.known, cluster);
-  Views views;
-  const bool any = import_all(cell.wide.async, cluster, views.async) |
-                   import_all(cell.wide.map_released, cluster, views.map_released);
-  views.alias = imported(cell.wide.alias, cluster);
-  if (any || views.alias) wide.views = ViewsRef::make(std::move(views));
-  if (scope >= Scope::gpu)
-    knowledge->join(wide);
-  else if (!knowledge->known.covers(wide.known))
-    knowledge->join(refused(wide, Scope::gpu, scope));
-  if (cell.narrow != nullptr) {
-    const Knowledge narrow{imported(cell.narrow, cluster), {}};
-    if (!knowledge->known.covers(narrow.known))
-      knowledge->join(refused(narrow, cell.narrow_scope, scope));
+}
+
+ForeignClocks GridSync::released_to_all() const {
+  ForeignClocks released;
+  const std::lock_guard<std::mutex> lock(mutex_);
+  for (const auto& cells : cells_) {
+    for (const auto& [address, cell] : cells) {
+      if (cell.all.known != nullptr) VectorClock::merge(released, *cell.all.known);
+    }
   }
+  return released;
 }
 
 }  // namespace torchext::sim

@@ -39,6 +39,10 @@ Shadow::Page& Shadow::page(std::uint64_t index) {
   return *p;
 }
 
+LastWrite Shadow::last_write(const Cell& c) {
+  return {c.w_cluster, c.w_agent, c.w_clock, c.w_pc, static_cast<Scope>(c.flags & kWriteScope)};
+}
+
 Shadow::Cell& Shadow::cell(std::uint64_t granule) {
   return page(granule / (kPageBytes / 4))[granule % (kPageBytes / 4)];
 }
@@ -56,7 +60,9 @@ bool Shadow::ordered(const Actor& a, std::uint32_t cluster, std::uint32_t agent,
 bool Shadow::morally_strong(const Actor& a, std::uint32_t cluster, std::uint32_t agent,
                             Scope scope) {
   const Scope least = std::min(a.scope, scope);
-  if (least == Scope::none || least >= Scope::gpu) return least != Scope::none;
+  if (least == Scope::none || least == Scope::sys) return least != Scope::none;
+  if (gpu_of(cluster) != gpu_of(a.cluster)) return false;
+  if (least == Scope::gpu) return true;
   if (cluster != a.cluster) return false;
   return least == Scope::cluster || agent / a.cta_threads == a.issuer / a.cta_threads;
 }
@@ -382,7 +388,7 @@ std::vector<LastWrite> Shadow::last_writes(std::uint64_t offset, std::uint64_t b
     for (const LastWrite& w : writes) {
       if (w.cluster == c.w_cluster && w.agent == c.w_agent && w.clock == c.w_clock) return;
     }
-    writes.push_back({c.w_cluster, c.w_agent, c.w_clock, c.w_pc});
+    writes.push_back(last_write(c));
   };
   for (std::uint64_t at = offset / 4 * 4; at < offset + bytes; at += 4) {
     const auto& p = pages_[at / kPageBytes];
@@ -395,6 +401,25 @@ std::vector<LastWrite> Shadow::last_writes(std::uint64_t offset, std::uint64_t b
     }
   }
   return writes;
+}
+
+void Shadow::for_each_last_write(
+    const std::function<void(std::uint64_t offset, const LastWrite& write)>& visit) const {
+  for (std::size_t p = 0; p < pages_.size(); ++p) {
+    if (pages_[p] == nullptr) continue;
+    for (std::size_t i = 0; i < pages_[p]->size(); ++i) {
+      const Cell& c = (*pages_[p])[i];
+      const std::uint64_t offset = p * kPageBytes + 4 * i;
+      const auto visit_cell = [&](const Cell& cell, std::uint64_t at) {
+        if (cell.w_clock != 0) visit(at, last_write(cell));
+      };
+      if (c.flags & kSplit) {
+        for (std::size_t b = 0; b < 4; ++b) visit_cell(splits_[c.r_agent][b], offset + b);
+      } else {
+        visit_cell(c, offset);
+      }
+    }
+  }
 }
 
 std::uint64_t Shadow::count_invalid(std::uint64_t* first) const {

@@ -4,6 +4,7 @@
 
 #include <array>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <unordered_map>
@@ -59,6 +60,7 @@ struct SharedOwner {
 // The write that some bytes hold the value of.
 struct LastWrite {
   std::uint32_t cluster, agent, clock, pc;
+  Scope scope;
 };
 
 // The bytes in memory before and after a store that takes effect at once.
@@ -88,6 +90,9 @@ class Shadow {
   AsyncSpace async_space(std::uint32_t writer) const;
   // The distinct writes of this launch whose values the bytes hold.
   std::vector<LastWrite> last_writes(std::uint64_t offset, std::uint64_t bytes) const;
+  // Calls visit(offset, write) for the last write to each granule, or byte of a split granule.
+  void for_each_last_write(
+      const std::function<void(std::uint64_t offset, const LastWrite& write)>& visit) const;
   // The number of bytes that nobody has written. *first becomes the offset of the first.
   std::uint64_t count_invalid(std::uint64_t* first) const;
 
@@ -110,6 +115,7 @@ class Shadow {
   static constexpr std::uint64_t kPageBytes = 4096;
   using Page = std::array<Cell, kPageBytes / 4>;
 
+  static LastWrite last_write(const Cell& c);
   Cell& cell(std::uint64_t granule);
   Page& page(std::uint64_t index);
   static bool ordered(const Actor& a, std::uint32_t cluster, std::uint32_t agent,

@@ -32,7 +32,7 @@ void strong_read(Warp& w, int lane, const Place& place, std::uint64_t address, S
   const auto observe = [&](Scope at) {
     Knowledge k;
     if (cell != w.cluster().sync.end()) k = cell->second.observe(w.cta().rank, at);
-    if (place.cta == nullptr) w.grid().sync.observe(key, w.cluster().number, at, &k);
+    if (place.cta == nullptr) w.grid().sync.observe(key, w.cluster().key, at, &k);
     return k;
   };
   const std::uint32_t bit = 1u << lane;
@@ -45,8 +45,8 @@ void strong_read(Warp& w, int lane, const Place& place, std::uint64_t address, S
   Scope at = Scope::none;
   Knowledge k;
   for (std::size_t level = 0; level < kScopeLevels; ++level) {
-    const Scope widest[] = {Scope::cta, Scope::cluster, Scope::sys};
-    const Scope reach = std::min(scope, widest[level]);
+    Scope reach = std::min(scope, static_cast<Scope>(level + 1));
+    if (reach == Scope::sys && w.grid().sync.gpus() == 1) reach = Scope::gpu;
     if (reach != at && (level == 0 || !no_scopes)) k = observe(reach);
     at = reach;
     w.strong_acquired[lane][level].join(k);
@@ -66,7 +66,7 @@ void strong_write(Warp& w, int lane, const Place& place, std::uint64_t address, 
     released = w.fence_released[lane];
   const std::uint64_t key = key_of(place, address);
   w.cluster().sync[key].publish(w.cta().rank, released, scope);
-  if (place.cta == nullptr) w.grid().sync.publish(key, w.cluster().number, released, scope);
+  if (place.cta == nullptr) w.grid().sync.publish(key, w.cluster().key, released, scope);
 }
 
 }  // namespace torchext::sim

@@ -63,6 +63,7 @@ struct Traits {
   bool times_out = false;                // its wait may end without success, as its predicate says
   DescribeWait describe_wait = nullptr;  // nullptr: "waits at OPCODE"
   MemoryUse memory;
+  bool compares = false;  // the integers s[0] and s[1]: deadlock reports say with what
 
   bool asynchronous() const { return completion != Completion::at_once; }
 };

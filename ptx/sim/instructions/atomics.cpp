@@ -77,6 +77,7 @@ Step atomic(Warp& w, const Instruction& i, U32 mask) {
         const U64 v = w.integer(i.list[values + e], lane);
         std::memcpy(value + e * a.bytes, &v, a.bytes);
       }
+      if (a.returns) w.note_poll(lane, address, total);
       const auto step = strong_step(place, address);
       if (observes(a)) w.check_read(place, w.actor(lane, a.scope), total, 1u << lane, address);
       if (a.returns || a.acquire) strong_read(w, lane, place, address, a.scope, a.acquire);

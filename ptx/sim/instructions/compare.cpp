@@ -1,5 +1,6 @@
 // Comparisons and selections: setp, set, testp, selp, slct.
 #include <cmath>
+#include <cstring>
 
 #include "../frontend/decode.h"
 #include "../numerics/number_formats.h"
@@ -314,6 +315,7 @@ void decode_setp(Decoder& d) {
                                          : comparison_of(type, op, false);
   if (d.out.execute == nullptr) d.fail_type(type);
   if (type == Type::f64) d.is(OpClass::fp64);
+  d.out.traits.compares = std::strchr("bsu", *name_of(type)) != nullptr;
 }
 
 void decode_set(Decoder& d) {

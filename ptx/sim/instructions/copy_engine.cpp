@@ -232,6 +232,11 @@ void start_grouped(Warp& w, int lane, CopyJob job, std::string what) {
   CopyGroups& g = bulk_group(w, lane);
   g.open = true;
   g.last_pc = w.pc();
+  if (job.global != nullptr && job.global->device >= 0 && job.global->device != w.grid().device) {
+    g.remote = g.current;
+    g.remote_pc = w.pc();
+    g.remote_device = job.global->device;
+  }
   if (timing::recorder() != nullptr) {
     timing::Action action;
     action.kind = timing::Action::store;

@@ -62,6 +62,7 @@ Step load(Warp& w, const Instruction& i, std::uint32_t mask) {
           if (~local[e].of[lane] != 0) valid[e] &= ~(1u << lane);
         }
       }
+      if (strong) w.note_poll(lane, address, total);
       if (strong) strong_read(w, lane, place, address, t.scope, t.acquire);
     }
     for (std::uint32_t e = 0; e < t.elements; ++e) {

@@ -310,11 +310,11 @@ void Warp::enter(const Callee* const* targets, U32 mask) {
   bool parts = mask != base.mask;
   for_lanes(mask, [&](int l) { parts |= targets[l] != first; });
   const U32 behind = base.pc + 1;
-  const auto meets_behind = [&](const Token& t) {
+  const auto meets_behind = [&](const JoinPoint& t) {
     return t.pc == behind && t.depth == base.calls.size();
   };
   if (parts && (base.tokens.empty() || !meets_behind(*base.tokens.back()))) {
-    auto token = std::make_shared<Token>();
+    auto token = std::make_shared<JoinPoint>();
     token->pc = behind;
     token->depth = base.calls.size();
     token->expected = base.mask;

@@ -25,7 +25,8 @@ Cta::Cta(Cluster& c, Dim3 i, std::uint32_t r)
 Cluster::Cluster(Grid& g, std::uint32_t n)
     : grid(g),
       number(n),
-      random(g.options.seed * 0x2545f4914f6cdd1dull + std::uint64_t{n} * 0x9e3779b97f4a7c15ull),
+      key(g.gpu << kGpuShift | n),
+      random(g.options.seed * 0x2545f4914f6cdd1dull + std::uint64_t{key} * 0x9e3779b97f4a7c15ull),
       counts(g.program->code.size(), 0) {
   const Dim3 c = g.cluster_dim, all = g.options.grid;
   const std::uint32_t across = all.x / c.x, down = all.y / c.y;
@@ -204,10 +205,9 @@ std::string Cluster::describe_agent(std::uint32_t agent) const {
   return out.str();
 }
 
-void Cluster::report_deadlock() {
+std::pair<Warp*, const Group*> Cluster::add_waits(const std::string& where, Waits* waits) const {
   Warp* first = nullptr;
   const Group* first_group = nullptr;
-  std::vector<std::pair<std::string, std::string>> waits;  // reason, who
   for (Warp* w : all_warps) {
     if (w->finished()) continue;
     for (const Group& g : w->groups()) {
@@ -217,22 +217,29 @@ void Cluster::report_deadlock() {
         first_group = &g;
       }
       std::ostringstream who, why;
+      who << where;
       if (grid.cluster_size > 1) who << "CTA rank " << w->cta().rank << ' ';
       who << "warp " << w->index();
       if (g.mask != ~0u) who << " lanes 0x" << std::hex << g.mask;
       why << grid.program->place(grid.program->code[g.pc].line) << ": " << wait_reason(*w, g);
-      const auto same = std::find_if(waits.begin(), waits.end(),
+      const auto same = std::find_if(waits->begin(), waits->end(),
                                      [&](const auto& other) { return other.first == why.str(); });
-      if (same == waits.end())
-        waits.emplace_back(why.str(), who.str());
+      if (same == waits->end())
+        waits->emplace_back(why.str(), who.str());
       else
         same->second += ", " + who.str();
     }
   }
+  return {first, first_group};
+}
+
+void Cluster::report_deadlock() {
+  Waits waits;
+  const auto [first, group] = add_waits("", &waits);
   if (first == nullptr) return;
   std::string message = "no warp can go on:";
   for (const auto& [why, who] : waits) message += "\n  " + who + ", " + why;
-  first->finding_at(first_group->pc, FindingKind::deadlock, message, first_group->mask);
+  first->finding_at(group->pc, FindingKind::deadlock, message, group->mask);
 }
 
 }  // namespace torchext::sim

@@ -22,7 +22,7 @@ void Warp::branch(const Instruction& i, std::uint32_t taken) {
   }
   if (i.reconverge != ~0u && (g.tokens.empty() || g.tokens.back()->pc != i.reconverge ||
                               g.tokens.back()->depth != g.calls.size())) {
-    auto token = std::make_shared<Token>();
+    auto token = std::make_shared<JoinPoint>();
     token->pc = i.reconverge;
     token->depth = g.calls.size();
     token->expected = g.mask;
@@ -57,7 +57,7 @@ void Warp::branch_each(const std::uint32_t (&targets)[32], std::uint32_t mask,
   if (rest != 0) add(base.pc + 1, rest);
   for_lanes(mask, [&](int lane) { add(targets[lane], 1u << lane); });
   if (parts.size() > 1 && reconverge != ~0u) {
-    auto token = std::make_shared<Token>();
+    auto token = std::make_shared<JoinPoint>();
     token->pc = reconverge;
     token->depth = base.calls.size();
     token->expected = base.mask;
@@ -73,14 +73,14 @@ bool Warp::at_token() {
   Group* g = &groups_[current_];
   while (!g->tokens.empty() && g->tokens.back()->pc == g->pc &&
          g->tokens.back()->depth == g->calls.size()) {
-    Token& token = *g->tokens.back();
+    JoinPoint& token = *g->tokens.back();
     token.parked |= g->mask;
     if ((token.expected & ~token.parked) != 0) {
       g->parked = true;
       return true;
     }
     // All lanes are here: they continue as one group, without the token.
-    const std::shared_ptr<Token> done = g->tokens.back();
+    const std::shared_ptr<JoinPoint> done = g->tokens.back();
     std::uint32_t mask = g->mask;
     Group merged = *g;
     for (std::size_t i = 0; i < groups_.size();) {
@@ -155,7 +155,7 @@ void Warp::settle_tokens() {
 // Removes the group's lanes from every token after the first `keep`.
 void Warp::drop_from_tokens(Group& g, std::size_t keep) {
   while (g.tokens.size() > keep) {
-    Token& token = *g.tokens.back();
+    JoinPoint& token = *g.tokens.back();
     token.expected &= ~g.mask;
     token.parked &= ~g.mask;
     g.tokens.pop_back();
@@ -191,7 +191,7 @@ std::size_t Warp::part(std::size_t index, std::uint32_t lanes) {
   const std::uint32_t behind = g.pc + 1;
   if (g.tokens.empty() || g.tokens.back()->pc != behind ||
       g.tokens.back()->depth != g.calls.size()) {
-    auto token = std::make_shared<Token>();
+    auto token = std::make_shared<JoinPoint>();
     token->pc = behind;
     token->depth = g.calls.size();
     token->expected = g.mask;

@@ -60,12 +60,19 @@ std::vector<std::uint32_t> to_trace(std::uint32_t clusters) {
 
 }  // namespace
 
-Grid::Grid(const Module& module, std::shared_ptr<const Program> p, const LaunchOptions& o,
-           const std::vector<ParamBytes>& params, const std::vector<Buffer>& buffers)
+Grid::Grid(World& in, const Module& module, std::shared_ptr<const Program> p,
+           const LaunchOptions& o, const std::vector<ParamBytes>& params, int of_device)
     : program(std::move(p)),
       options(o),
       sink(o.max_findings),
       checks(o.checks),
+      world(in),
+      gpu(static_cast<std::uint32_t>(in.grids.size())),
+      device(of_device),
+      stop(in.stop),
+      executed(in.executed),
+      global_progress(in.global_progress),
+      sync(in.sync),
       files_(module.files()),
       heap_(module.heap()),
       heap_launch_(heap_.start_launch()) {
@@ -106,7 +113,8 @@ Grid::Grid(const Module& module, std::shared_ptr<const Program> p, const LaunchO
       constants[offset / 8 + lane] = base + static_cast<std::uint64_t>(addend);
   }
 
-  for (const Buffer& b : buffers) memory.add(b, checks, false);
+  world.grids.push_back(this);
+  for (const auto& buffer : world.buffers) memory.add(buffer);
   if (program->param_bytes != 0)
     memory.add({reinterpret_cast<void*>(base), program->param_bytes, Buffer::Read, "parameters"},
                checks, true);
@@ -139,6 +147,29 @@ std::size_t Report::count(Grade grade) const {
       findings.begin(), findings.end(), [grade](const Finding& f) { return f.grade() == grade; }));
 }
 
+Dim3 Grid::cta_index(std::uint32_t cluster, std::uint32_t rank) const {
+  const Dim3& size = cluster_dim;
+  const std::uint32_t across = options.grid.x / size.x, up = options.grid.y / size.y;
+  return Dim3{cluster % across * size.x + rank % size.x,
+              cluster / across % up * size.y + rank / size.x % size.y,
+              cluster / across / up * size.z + rank / size.x / size.y};
+}
+
+Finding Grid::finding_of(std::uint32_t pc) const {
+  const Instruction& i = program->code[pc];
+  Finding f;
+  f.kernel = program->kernel;
+  f.ptx_line = i.line;
+  f.opcode = program->opcodes[i.opcode];
+  if (i.source_line != 0 && i.file < files_.size()) {
+    f.file = files_[i.file];
+    f.source_line = i.source_line;
+  }
+  f.seed = options.seed;
+  f.device = device;
+  return f;
+}
+
 // Notes the blocks of the device heap that the launch has not freed, by the call of malloc.
 void Grid::note_kept_blocks() {
   std::map<std::uint32_t, std::pair<std::uint64_t, std::uint64_t>> kept;  // pc: blocks, bytes
@@ -147,20 +178,11 @@ void Grid::note_kept_blocks() {
     kept[block.pc].second += block.bytes;
   }
   for (const auto& [pc, sum] : kept) {
-    const Instruction& i = program->code[pc];
-    Finding f;
+    Finding f = finding_of(pc);
     f.kind = FindingKind::heap_leak;
     f.message = std::to_string(sum.first) +
                 (sum.first == 1 ? " block of " : " blocks of together ") +
                 std::to_string(sum.second) + " bytes, allocated here, not freed by the launch";
-    f.kernel = program->kernel;
-    f.ptx_line = i.line;
-    f.opcode = program->opcodes[i.opcode];
-    if (i.source_line != 0 && i.file < files_.size()) {
-      f.file = files_[i.file];
-      f.source_line = i.source_line;
-    }
-    f.seed = options.seed;
     sink.add(std::move(f));
   }
 }
@@ -308,24 +330,7 @@ Report Grid::run() {
   }
   if (failure) std::rethrow_exception(failure);
 
-  if (checks && !stop.load()) note_kept_blocks();
-  Report report;
-  report.findings_truncated = sink.full();
-  report.findings = sink.take();
-  for (std::size_t i = 0; i < counts.size(); ++i) {
-    if (counts[i] == 0) continue;
-    report.instructions[program->opcodes[program->code[i].opcode]] += counts[i];
-    report.warp_instructions += counts[i];
-  }
-  report.output = std::move(output_);
-  if (checks && !stop.load()) {
-    for (const auto& b : memory.buffers()) {
-      if (b->shadow == nullptr) continue;
-      std::uint64_t first = 0;
-      const std::uint64_t bytes = b->shadow->count_invalid(&first);
-      if (bytes != 0) report.unwritten.push_back({b->name, bytes, first});
-    }
-  }
+  Report report = report_of(counts);
   if (request != nullptr && !stop.load()) {
     std::uint64_t events = 0;
     std::vector<std::unique_ptr<timing::ClusterTrace>> chosen;
@@ -346,10 +351,36 @@ Report Grid::run() {
   return report;
 }
 
+Report Grid::report_of(const std::vector<std::uint64_t>& counts) {
+  if (checks && !stop.load()) note_kept_blocks();
+  Report report;
+  report.findings_truncated = sink.full();
+  report.findings = sink.take();
+  for (std::size_t i = 0; i < counts.size(); ++i) {
+    if (counts[i] == 0) continue;
+    report.instructions[program->opcodes[program->code[i].opcode]] += counts[i];
+    report.warp_instructions += counts[i];
+  }
+  report.output = std::move(output_);
+  if (checks && !stop.load()) {
+    for (const auto& b : memory.buffers()) {
+      if (b->shadow == nullptr || b->device != device) continue;
+      std::uint64_t first = 0;
+      const std::uint64_t bytes = b->shadow->count_invalid(&first);
+      if (bytes != 0) report.unwritten.push_back({b->name, bytes, first});
+    }
+  }
+  return report;
+}
+
 Report launch(const Module& module, const std::string& kernel, const LaunchOptions& options,
               const std::vector<ParamBytes>& params, const std::vector<Buffer>& buffers) {
   module.kernel(kernel);
-  Grid grid(module, module.program(kernel), options, params, buffers);
+  World world;
+  for (const Buffer& b : buffers) {
+    if (b.bytes != 0) world.buffers.push_back(Memory::make(b, options.checks, false));
+  }
+  Grid grid(world, module, module.program(kernel), options, params);
   return grid.run();
 }
 

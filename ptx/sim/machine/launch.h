@@ -80,6 +80,7 @@ struct Buffer {
   std::size_t bytes = 0;
   Access access = ReadWrite;
   std::string name;
+  int device = -1;  // that it belongs to, in a group of GPUs
 };
 
 struct LaunchOptions {
@@ -125,5 +126,22 @@ struct Report {
 // simulator does not know.
 Report launch(const Module& module, const std::string& kernel, const LaunchOptions& options,
               const std::vector<ParamBytes>& params, const std::vector<Buffer>& buffers);
+
+// A grid of a group.
+struct GroupMember {
+  const Module* module;
+  std::string kernel;
+  LaunchOptions options;
+  std::vector<ParamBytes> params;
+  int device;
+};
+// The most GPUs of a group: the numbers of clusters have four bits for them (check/clock.h).
+constexpr std::size_t kMostGpus = 16;
+
+// Runs one grid a GPU, all at the same time, on memory that all of them may access. Returns their
+// reports, in the order of `members`. The first member's options hold for all, except for those that
+// describe its grid. Throws like launch.
+std::vector<Report> launch_group(const std::vector<GroupMember>& members,
+                                 const std::vector<Buffer>& buffers);
 
 }  // namespace torchext::sim

@@ -53,7 +53,7 @@ class Random {  // splitmix64
 
 // A point where diverged lanes wait for each other: the immediate post-dominator of the branch at
 // which they diverged.
-struct Token {
+struct JoinPoint {
   std::uint32_t pc = 0;
   std::uint32_t expected = 0;  // lanes still in the region or parked
   std::uint32_t parked = 0;
@@ -64,7 +64,7 @@ struct Token {
 struct Group {
   std::uint32_t pc = 0;
   std::uint32_t mask = 0;
-  std::vector<std::shared_ptr<Token>> tokens;
+  std::vector<std::shared_ptr<JoinPoint>> tokens;
   std::vector<CallFrame> calls;  // calls to return from, innermost last
   bool blocked = false;          // the instruction at pc must be tried again
   bool parked = false;           // waits at tokens.back()
@@ -129,6 +129,9 @@ struct CopyGroups {
   bool open = false;                              // the group being filled is not empty
   std::uint32_t read_waited = 0, waited = 0;      // groups up to this clock are known done
   std::uint32_t last_pc = 0;
+  // The last group that stores to another GPU's memory; 0: none.
+  std::uint32_t remote = 0, remote_pc = 0;
+  int remote_device = -1;
   // Reads of tensor maps in memory by the thread's loads. A thread's loads read maps in order, so
   // one clock covers all earlier reads.
   std::uint32_t map_agent = 0, map_clock = 0;
@@ -280,6 +283,13 @@ class Warp {
   void touched(std::uint32_t mask) { dirty_ |= mask; }
   // Notes that an instruction has read memory or waited, and has changed nothing.
   void polled();
+  // Notes what a lane has just read that other threads may change, for deadlock reports.
+  void note_poll(int lane, std::uint64_t address, std::uint32_t bytes);
+  struct Poll {
+    std::uint64_t address = 0, progress = 0;  // Cluster::progress at that time
+    std::uint32_t bytes = 0, pc = 0;
+  };
+  const Poll& last_poll(int lane) const { return polls_of_[static_cast<std::size_t>(lane)]; }
   const ClockRef& known(int lane) const { return known_[lane]; }
   const ViewsRef& views(int lane) const { return views_[lane]; }
   std::uint32_t clock(int lane) const { return clock_[lane]; }
@@ -361,7 +371,8 @@ class Warp {
   ClockRef known_[32];
   ViewsRef views_[32];
   std::uint32_t clock_[32];
-  std::uint32_t dirty_ = 0;       // lanes with accesses since they were last ordered
+  std::uint32_t dirty_ = 0;  // lanes with accesses since they were last ordered
+  std::array<Poll, 32> polls_of_;
   std::uint32_t polls_ = 0;       // since the warp last changed anything
   std::uint32_t parked_for_ = 0;  // instructions executed while lanes were parked
   std::unordered_set<std::uint64_t> states_;
@@ -389,7 +400,7 @@ class Cta {
 
 class Cluster {
  public:
-  Cluster(Grid& grid, std::uint32_t number);
+  Cluster(Grid& grid, std::uint32_t number);  // the number in the grid
   ~Cluster();
 
   enum class State { finished, running };
@@ -398,6 +409,7 @@ class Cluster {
 
   Grid& grid;
   std::uint32_t number;  // linear, in the grid
+  std::uint32_t key;     // among the clusters of all grids of a group (clock.h)
   Random random;
   std::vector<std::unique_ptr<Cta>> ctas;
   std::uint64_t progress = 0;         // counts events that may unblock a group
@@ -420,6 +432,10 @@ class Cluster {
   std::string describe_agent(std::uint32_t agent) const;
   std::map<std::uint32_t, std::string> agent_names;
   void report_deadlock();
+  // Who waits for what, as (reason, "warp 0, warp 1") pairs, which it adds to. `where` comes before
+  // the name of a warp. Returns a group that waits, or nullptr.
+  using Waits = std::vector<std::pair<std::string, std::string>>;
+  std::pair<Warp*, const Group*> add_waits(const std::string& where, Waits* waits) const;
   // For a cluster that polls. True if every group of lanes has returned to an earlier state and no
   // cluster has changed anything since, so that the cluster would loop for ever.
   bool repeats();
@@ -439,12 +455,30 @@ class Cluster {
   std::uint64_t idle_rounds_ = 0;
 };
 
+// What the grids of a group have in common. A launch on one GPU is a group of one.
+struct World {
+  explicit World(std::size_t gpus = 1) : sync(gpus) {}
+  std::atomic<bool> stop{false};
+  std::atomic<std::uint64_t> executed{0};
+  std::atomic<std::uint64_t> global_progress{0};
+  GridSync sync;  // strong accesses to global memory, between clusters
+  std::vector<Grid*> grids;
+  std::vector<std::shared_ptr<GlobalBuffer>> buffers;  // that all grids may access
+};
+
 class Grid {
  public:
-  Grid(const Module& module, std::shared_ptr<const Program> program, const LaunchOptions& options,
-       const std::vector<ParamBytes>& params, const std::vector<Buffer>& buffers);
+  // Adds itself to the world.
+  Grid(World& world, const Module& module, std::shared_ptr<const Program> program,
+       const LaunchOptions& options, const std::vector<ParamBytes>& params, int device = -1);
 
   Report run();
+  // The index in the grid of a CTA of a cluster.
+  Dim3 cta_index(std::uint32_t cluster, std::uint32_t rank) const;
+  // A finding about an instruction; its kind, message and thread are the caller's to say.
+  Finding finding_of(std::uint32_t pc) const;
+  // The report of a grid whose clusters have executed each instruction so often.
+  Report report_of(const std::vector<std::uint64_t>& counts);
 
   std::shared_ptr<const Program> program;
   const LaunchOptions& options;
@@ -461,11 +495,14 @@ class Grid {
   std::vector<std::uint64_t> constants;  // bank 1
   std::vector<std::uint64_t> param_block;
   bool checks;
-  std::atomic<bool> stop{false};
-  std::atomic<std::uint64_t> executed{0};
-  std::atomic<std::uint64_t> global_progress{0};
-
-  GridSync sync;  // strong accesses to global memory, between clusters
+  World& world;
+  std::uint32_t gpu;  // the grid's place in the group
+  int device;         // the GPU's name in the group; -1 if there is one
+  std::atomic<bool>& stop;
+  std::atomic<std::uint64_t>& executed;
+  std::atomic<std::uint64_t>& global_progress;
+  GridSync& sync;
+  Grid& of_cluster(std::uint32_t key) const { return *world.grids[gpu_of(key)]; }
 
   // The grid workspace of cooperative groups: its size in bytes, and the grid's barrier.
   std::uint64_t workspace_address() const { return reinterpret_cast<std::uint64_t>(workspace_); }

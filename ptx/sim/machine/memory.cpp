@@ -13,14 +13,19 @@ namespace torchext::sim {
 
 void Memory::add(const Buffer& b, bool checks, bool always_valid) {
   if (b.bytes == 0) return;
-  auto g = std::make_unique<GlobalBuffer>();
+  buffers_.push_back(make(b, checks, always_valid));
+}
+
+std::shared_ptr<GlobalBuffer> Memory::make(const Buffer& b, bool checks, bool always_valid) {
+  auto g = std::make_shared<GlobalBuffer>();
   g->begin = reinterpret_cast<std::uint64_t>(b.data);
   g->end = g->begin + b.bytes;
   g->writable = b.access != Buffer::Read;
   g->name = b.name;
+  g->device = b.device;
   if (g->writable && checks)
     g->shadow = std::make_unique<Shadow>(b.bytes, always_valid || b.access == Buffer::ReadWrite);
-  buffers_.push_back(std::move(g));
+  return g;
 }
 
 void Memory::sort() {
@@ -34,14 +39,18 @@ void Memory::sort() {
   }
 }
 
+std::string GlobalBuffer::described() const {
+  return "'" + name + "' (" + std::to_string(end - begin) + " bytes" +
+         (device < 0 ? "" : " on device " + std::to_string(device)) + ")";
+}
+
 std::string Memory::describe(std::uint64_t address) const {
   const GlobalBuffer* best = nullptr;
   std::uint64_t distance = ~0ull;
   bool after = false;
   for (const auto& b : buffers_) {
     if (address >= b->begin && address < b->end) {
-      return "byte " + std::to_string(address - b->begin) + " of '" + b->name + "' (" +
-             std::to_string(b->end - b->begin) + " bytes)";
+      return "byte " + std::to_string(address - b->begin) + " of " + b->described();
     }
     const std::uint64_t d = address < b->begin ? b->begin - address : address - b->end;
     if (d < distance) {
@@ -51,8 +60,8 @@ std::string Memory::describe(std::uint64_t address) const {
     }
   }
   if (best == nullptr || distance > (1u << 30)) return "not near any buffer";
-  return std::to_string(distance) + " bytes " + (after ? "after the end of '" : "before '") +
-         best->name + "' (" + std::to_string(best->end - best->begin) + " bytes)";
+  return std::to_string(distance) + " bytes " + (after ? "after the end of " : "before ") +
+         best->described();
 }
 
 bool Warp::resolve(int lane, Space space, std::uint64_t address, std::uint32_t bytes, bool write,
@@ -233,7 +242,9 @@ std::string narrow_scopes(const Conflict& c, const Actor& actor) {
   if (actor.scope != Scope::none && c.other_scope != Scope::none) {
     return std::string(": scope too narrow, ") + name_of(actor.scope) + " here and " +
            name_of(c.other_scope) + " there, for threads of different " +
-           (c.other_cluster == actor.cluster ? "CTAs" : "clusters");
+           (gpu_of(c.other_cluster) != gpu_of(actor.cluster) ? "devices"
+            : c.other_cluster == actor.cluster               ? "CTAs"
+                                                             : "clusters");
   }
   const Views& v = *actor.views;
   if (!v.refused->knows(actor.cluster, c.other_cluster, c.other_agent, c.other_clock)) return "";
@@ -251,7 +262,8 @@ void Warp::conflict(const Conflict& c, const Actor& actor, const Place& place, b
     return;
   }
   const OtherAccess other = other_access(*this, c, prefix_of(c.other_proxy));
-  const OpClass other_class = program_.code[c.other_pc].traits.op_class;
+  const OpClass other_class =
+      grid_.of_cluster(c.other_cluster).program->code[c.other_pc].traits.op_class;
   FindingKind kind = FindingKind::data_race;
   std::string message, remedy;
   if (c.kind == Conflict::same_value) {
@@ -263,10 +275,9 @@ void Warp::conflict(const Conflict& c, const Actor& actor, const Place& place, b
     message = "write that nothing orders after an earlier write of the same value";
   } else if (c.kind == Conflict::proxy) {
     kind = FindingKind::missing_proxy_fence;
-    message =
-        "async-proxy " + what +
-        " of bytes that a generic-proxy write made, with no fence.proxy.async in between" +
-        other_fences(*actor.views, cluster_.number, c, place.shadow->async_space(c.other_agent));
+    message = "async-proxy " + what +
+              " of bytes that a generic-proxy write made, with no fence.proxy.async in between" +
+              other_fences(*actor.views, cluster_.key, c, place.shadow->async_space(c.other_agent));
   } else if (c.kind == Conflict::noncoherent) {
     kind = FindingKind::noncoherent_load;
     message = write ? "write to bytes that a non-coherent load may still read"
@@ -290,7 +301,8 @@ void Warp::conflict(const Conflict& c, const Actor& actor, const Place& place, b
         prefix_of(actor.proxy) + what + " that nothing orders after an earlier access" + narrow;
     remedy = narrow.empty() ? race_remedy(*this, c, actor)
                             : "Use a scope that includes both threads: .cluster within a cluster, "
-                              ".gpu (__threadfence(), cuda::thread_scope_device) in a grid.";
+                              ".gpu (__threadfence(), cuda::thread_scope_device) in a grid, .sys "
+                              "(__threadfence_system(), cuda::thread_scope_system) between GPUs.";
   }
   finding_at(actor.pc, kind, message, lanes, address, other, remedy);
 }

@@ -53,8 +53,10 @@ struct GlobalBuffer {
   bool writable;
   std::unique_ptr<Shadow> shadow;  // none for read-only memory
   std::string name;
-  SpinLock lock;               // of shadow, and of the bytes while there is a shadow
-  DeviceHeap* heap = nullptr;  // if set, only its blocks may be accessed
+  SpinLock lock;                  // of shadow, and of the bytes while there is a shadow
+  DeviceHeap* heap = nullptr;     // if set, only its blocks may be accessed
+  int device = -1;                // that it belongs to, in a group of GPUs
+  std::string described() const;  // "'out' (4096 bytes)"
 
   // The lock for an access to the bytes. It keeps a race of the kernel from being one of the host
   // threads too. Empty if there is no shadow: read-only memory, or a launch without checks.
@@ -81,6 +83,8 @@ class Memory {
  public:
   // Throws std::invalid_argument for buffers that overlap.
   void add(const Buffer& buffer, bool checks, bool always_valid);
+  void add(std::shared_ptr<GlobalBuffer> buffer) { buffers_.push_back(std::move(buffer)); }
+  static std::shared_ptr<GlobalBuffer> make(const Buffer& buffer, bool checks, bool always_valid);
   void sort();
   GlobalBuffer* find(std::uint64_t address) const {
     std::size_t low = 0, high = buffers_.size();
@@ -95,10 +99,10 @@ class Memory {
   }
   // "12 bytes after buffer 'out' (4096 bytes)", for messages.
   std::string describe(std::uint64_t address) const;
-  const std::vector<std::unique_ptr<GlobalBuffer>>& buffers() const { return buffers_; }
+  const std::vector<std::shared_ptr<GlobalBuffer>>& buffers() const { return buffers_; }
 
  private:
-  std::vector<std::unique_ptr<GlobalBuffer>> buffers_;
+  std::vector<std::shared_ptr<GlobalBuffer>> buffers_;
 };
 
 }  // namespace torchext::sim

@@ -135,7 +135,7 @@ Warp::Warp(Cta& cta, std::uint32_t index)
   live_ = count == 32 ? ~0u : (1u << count) - 1;
   first_agent_ = (cta.rank * grid_.warps_per_cta + index) * 32;
   std::fill(std::begin(clock_), std::end(clock_), 1);
-  self_.cluster = cluster_.number;
+  self_.cluster = cluster_.key;
   self_.cta_threads = grid_.warps_per_cta * 32;
   for (const auto& [which, slot, predicate] : program_.specials) {
     if (predicate) set_predicate(slot, ~0u, special_value(which, cta, first, 0, index) ? ~0u : 0);
@@ -265,6 +265,10 @@ std::uint32_t Warp::run(std::uint32_t quantum) {
   return executed;
 }
 
+void Warp::note_poll(int lane, std::uint64_t address, std::uint32_t bytes) {
+  polls_of_[static_cast<std::size_t>(lane)] = {address, cluster_.progress, bytes, pc()};
+}
+
 void Warp::polled() {
   ++cluster_.spins;
   ++polls_;
@@ -322,24 +326,17 @@ void Warp::finding(FindingKind kind, const std::string& message, std::uint32_t l
   OtherAccess access;
   access.what = other;
   access.ptx_line = other_line;
+  access.gpu = grid_.gpu;
+  access.device = grid_.device;
   finding_at(pc(), kind, message, lanes, address, access);
 }
 
 void Warp::finding_at(std::uint32_t at_pc, FindingKind kind, const std::string& message,
                       std::uint32_t lanes, std::uint64_t address, const OtherAccess& other,
                       const std::string& remedy) {
-  const Instruction& i = program_.code[at_pc];
-  Finding f;
+  Finding f = grid_.finding_of(at_pc);
   f.kind = kind;
   f.message = message;
-  f.kernel = program_.kernel;
-  f.ptx_line = i.line;
-  f.opcode = program_.opcodes[i.opcode];
-  const auto& files = grid_.files();
-  if (i.source_line != 0 && i.file < files.size()) {
-    f.file = files[i.file];
-    f.source_line = i.source_line;
-  }
   f.cta[0] = cta_.index.x;
   f.cta[1] = cta_.index.y;
   f.cta[2] = cta_.index.z;
@@ -348,7 +345,6 @@ void Warp::finding_at(std::uint32_t at_pc, FindingKind kind, const std::string& 
   f.address = address;
   f.other = other;
   f.remedy = remedy;
-  f.seed = grid_.options.seed;
   grid_.sink.add(std::move(f));
 }
 

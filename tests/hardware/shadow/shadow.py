@@ -52,8 +52,8 @@ class _DeviceArena(Arena):
         self.driver = driver
         self.views: list[View] = []
 
-    def add(self, view: View, access: str, name: str) -> None:
-        super().add(view, access, name)
+    def add(self, view: View, access: str, name: str, device: int | None = None) -> None:
+        super().add(view, access, name, device)
         self.views.append(view)
 
     def fill(self, before: dict[tuple[int, int], bytes], poison_outputs: bool) -> None:
@@ -90,8 +90,8 @@ class _DeviceArena(Arena):
     def allocations(self, other: Arena) -> list[tuple[int, int, int]]:
         """(address in `other`, address on the device, bytes) of every allocation."""
         return [
-            (other._allocations[base].address, a.address, a.size)
-            for base, a in self._allocations.items()
+            (other._allocations[key].address, a.address, a.size)
+            for key, a in self._allocations.items()
         ]
 
     def free(self) -> None:
