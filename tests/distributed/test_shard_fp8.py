@@ -17,12 +17,19 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 from torch.utils.checkpoint import checkpoint
 
 import torchext
 from support.ranks import Meshes, run_checks
 from torchext import Recipe
-from torchext.distributed import Fp8ShardedWeight, gathered_dtypes, shard_fp8
+from torchext.distributed import (
+    Fp8ColwiseParallel,
+    Fp8RowwiseParallel,
+    Fp8ShardedWeight,
+    gathered_dtypes,
+    shard_fp8,
+)
 from torchext.distributed.blocks import Blocks
 from torchext.ops import quantize_128x128
 
@@ -266,6 +273,38 @@ class Counting:
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, **options: Any) -> Any:
         self.sent += input_tensor.nbytes
         return dist.all_gather_single(output_tensor, input_tensor, **options)
+
+
+def check_with_tensor_parallelism(meshes: Meshes) -> None:
+    """FSDP2 on the outer dimension, with tensor parallelism on the inner one."""
+
+    def run(gather: Any) -> list[Tensor]:
+        built = model(Block, 256, 512)
+        for part in built:
+            plan: dict[str, ParallelStyle] = {
+                "up": Fp8ColwiseParallel(),
+                "down": Fp8RowwiseParallel(),
+            }
+            parallelize_module(part, meshes.square["inner"], plan)
+            shard_fp8(part, meshes.square["outer"], gather=gather)
+        sent = gathered_dtypes(built)
+        assert [name for name, dtype in sent.items() if dtype is E4M3] == (
+            ["0.up.weight", "0.down.weight", "1.up.weight", "1.down.weight"]
+            if gather == "fp8"
+            else []
+        )
+        torch.manual_seed(meshes.square["outer"].get_local_rank())
+        optimizer = torch.optim.AdamW(built.parameters(), lr=1e-2)
+        seen = []
+        for _ in range(2):
+            y = built(torch.randn(24, 256))
+            y.float().square().mean().backward()
+            seen += [y.detach(), *(whole(p.grad) for p in built.parameters())]
+            optimizer.step()
+            optimizer.zero_grad()
+        return seen
+
+    same(run("fp8"), run("bfloat16"))
 
 
 def check_bytes(meshes: Meshes) -> None:

@@ -69,6 +69,17 @@ def _rank(rank: int, world: int, init: str, work: tuple[str, Sequence[str]], res
     dist.destroy_process_group()
 
 
+def _next(results: Any, ranks: Sequence[Any]) -> tuple[str, str | None]:
+    """The next result. Raises queue.Empty if there is none for long, or a rank died."""
+    for _ in range(75):
+        try:
+            return results.get(timeout=2)  # type: ignore[no-any-return]
+        except queue.Empty:
+            if any(rank.exitcode for rank in ranks):
+                raise
+    raise queue.Empty
+
+
 def run_checks(file: str, names: Sequence[str], world: int, folder: Path) -> dict[str, str | None]:
     """{name: the traceback of a rank that raised, or None} of the functions `names` of `file`."""
     context = mp.get_context("spawn")
@@ -83,7 +94,7 @@ def run_checks(file: str, names: Sequence[str], world: int, folder: Path) -> dic
     found: dict[str, str | None] = {}
     try:
         for _ in range(world * len(names)):
-            name, error = results.get(timeout=150)
+            name, error = _next(results, ranks)
             found[name] = found.get(name) or error
     except queue.Empty:
         for name in names:

@@ -93,7 +93,7 @@ def shard_fp8(
             f"gather='fp8' (got {reshard!r}, but FSDP2 cannot reshard a tensor subclass to fewer "
             "ranks); pass True, False or gather='bfloat16'"
         )
-    _mark(module, policy.param_dtype, fsdp)
+    _mark(module, mesh, policy.param_dtype, fsdp)
     return fully_shard(module, mesh=mesh, **fsdp)
 
 
@@ -110,7 +110,9 @@ def gathered_dtypes(module: torch.nn.Module) -> dict[str, torch.dtype]:
     return found
 
 
-def _mark(module: torch.nn.Module, dtype: torch.dtype | None, fsdp: dict[str, Any]) -> None:
+def _mark(
+    module: torch.nn.Module, mesh: DeviceMesh, dtype: torch.dtype | None, fsdp: dict[str, Any]
+) -> None:
     """Makes Fp8ShardedWeights of the weights that fully_shard will shard and send in FP8."""
     ignored = {id(p) for p in fsdp.get("ignored_params") or ()}
     uses: dict[int, int] = {}
@@ -125,25 +127,37 @@ def _mark(module: torch.nn.Module, dtype: torch.dtype | None, fsdp: dict[str, An
         names = part.fused_roles.parameters if isinstance(part, ExpertsInFP8) else ("weight",)
         for name in names:
             parameter = part._parameters.get(name)
-            if parameter is None or isinstance(parameter, DTensor) or id(parameter) in ignored:
+            if parameter is None or _is_sharded(parameter, mesh) or id(parameter) in ignored:
                 continue  # computed, sharded before, or left alone
             reason = _reason(part, parameter, uses[id(parameter)], fsdp)
             if reason is not None:
                 _log.info("%s.%s is not gathered in FP8: %s", path, name, reason)
                 continue
             recipe: Any = part.recipe
-            sharded = Fp8ShardedWeight(
-                parameter.detach(),
+            new: Any = parameter.detach()
+            local = new._local_tensor if isinstance(new, DTensor) else new
+            sharded: Any = Fp8ShardedWeight(
+                local,
                 group,
                 len(group.places),
-                tuple(parameter.shape),
+                tuple(local.shape),
                 (recipe.weight_dtype, recipe.pow2_scale),
             )
             group.places.append((part, name))
+            if isinstance(new, DTensor):  # of tensor parallelism
+                new._local_tensor = sharded
+                sharded = new
             new = Parameter(sharded, parameter.requires_grad)
             for attribute, value in vars(parameter).items():
                 setattr(new, attribute, value)
             part._parameters[name] = new
+
+
+def _is_sharded(parameter: Any, mesh: DeviceMesh) -> bool:
+    """Whether FSDP2 has sharded it on the mesh, as opposed to tensor parallelism on another."""
+    if not isinstance(parameter, DTensor):
+        return False
+    return {*(mesh.mesh_dim_names or ())} <= {*(parameter.device_mesh.mesh_dim_names or ())}
 
 
 def _reason(part: Any, parameter: Any, uses: int, fsdp: dict[str, Any]) -> str | None:
@@ -155,7 +169,9 @@ def _reason(part: Any, parameter: Any, uses: int, fsdp: dict[str, Any]) -> str |
         return "a wide GEMM of the recipe multiplies the weight itself"
     if isinstance(part, FP8SortedExperts):
         return "these experts copy gate and up side by side in every forward"
-    if type(parameter) is not Parameter:
+    if isinstance(parameter, DTensor) and "_parallel_style" not in vars(part):
+        return "DTensor's tensor parallelism multiplies it; use Fp8ColwiseParallel"
+    if type(parameter) is not Parameter and not isinstance(parameter, DTensor):
         return f"it is a {type(parameter).__name__}"
     if uses > 1:
         return "other modules share it"

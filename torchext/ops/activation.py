@@ -17,6 +17,7 @@ from .._dispatch.batching import each_quantized, quantize_rows
 from .._dispatch.declaration import declare
 from .._dispatch.errors import python_error
 from .._dispatch.layout import empty_data, empty_group_scale, leading_sizes
+from .._dispatch.sharding_rules import quantizer
 
 Dtype = torch.dtype | None
 Pair = tuple[Tensor, Tensor]
@@ -72,10 +73,20 @@ def _declare(family: str, operands: int) -> tuple[Any, Any, Any]:
     """The ops NAME_quantize_1x128, _t and _dual."""
     name = f"{family}_quantize_1x128"
     return (
-        declare(name, fake=_fake(rows_of, operands), flops=None, batching=quantize_rows(1)).op,
+        declare(
+            name,
+            fake=_fake(rows_of, operands),
+            flops=None,
+            batching=quantize_rows(1),
+            sharding=quantizer(name, "1x128", columns=operands == 1),
+        ).op,
         *(
             declare(
-                name + ending, fake=_fake(outputs, operands), flops=None, batching=each_quantized
+                name + ending,
+                fake=_fake(outputs, operands),
+                flops=None,
+                batching=each_quantized,
+                sharding=quantizer(name + ending, f"1x128{ending}", columns=operands == 1),
             ).op
             for ending, outputs in (("_t", transposed_of), ("_dual", both_of))
         ),

@@ -15,6 +15,7 @@ from .._dispatch.declaration import declare
 from .._dispatch.flops import product_flops
 from .._dispatch.layout import leading_sizes
 from .._dispatch.scales import call_with_float32_scales, float32_in_graph
+from .._dispatch.sharding_rules import product as sharding_of_product
 from .._dispatch.sm_budget import gemm_sms
 
 
@@ -39,6 +40,7 @@ def gradient_of_bias(grad: Tensor, bias_shape: torch.Size) -> Tensor:
 _fp8_gemm_nt, _fp8_gemm_nt_alias, _write_fp8_gemm_nt = declare(
     "fp8_gemm_nt",
     fake=_fake,
+    sharding=sharding_of_product,
     flops=product_flops,
     batching=multiply_rows,
     gradient=Gradient("bias", gradient_of_bias),

@@ -29,6 +29,7 @@ from .._dispatch.layout import (
     leading_sizes,
 )
 from .._dispatch.scales import call_with_float32_scales, float32_in_graph
+from .._dispatch.sharding_rules import quantizer
 
 Dtype = torch.dtype | None
 
@@ -54,7 +55,11 @@ def _fake_1x128(
 
 
 _quantize_1x128 = declare(
-    "quantize_1x128", fake=_fake_1x128, flops=None, batching=quantize_rows(1)
+    "quantize_1x128",
+    fake=_fake_1x128,
+    flops=None,
+    batching=quantize_rows(1),
+    sharding=quantizer("quantize_1x128", "1x128"),
 ).op
 
 
@@ -92,7 +97,11 @@ def _fake_1x128_t(
 
 
 _quantize_1x128_t = declare(
-    "quantize_1x128_t", fake=_fake_1x128_t, flops=None, batching=each_quantized
+    "quantize_1x128_t",
+    fake=_fake_1x128_t,
+    flops=None,
+    batching=each_quantized,
+    sharding=quantizer("quantize_1x128_t", "1x128_t"),
 ).op
 
 
@@ -127,7 +136,11 @@ def _fake_1x128_dual(
 
 
 _quantize_1x128_dual = declare(
-    "quantize_1x128_dual", fake=_fake_1x128_dual, flops=None, batching=each_quantized
+    "quantize_1x128_dual",
+    fake=_fake_1x128_dual,
+    flops=None,
+    batching=each_quantized,
+    sharding=quantizer("quantize_1x128_dual", "1x128_dual"),
 ).op
 
 
@@ -202,7 +215,11 @@ def _fake_128x128(
 
 
 _quantize_128x128 = declare(
-    "quantize_128x128", fake=_fake_128x128, flops=None, batching=quantize_rows(2)
+    "quantize_128x128",
+    fake=_fake_128x128,
+    flops=None,
+    batching=quantize_rows(2),
+    sharding=quantizer("quantize_128x128", "128x128"),
 ).op
 
 
@@ -241,7 +258,11 @@ def _fake_128x128_dual(
 
 
 _quantize_128x128_dual = declare(
-    "quantize_128x128_dual", fake=_fake_128x128_dual, flops=None, batching=quantize_rows(2)
+    "quantize_128x128_dual",
+    fake=_fake_128x128_dual,
+    flops=None,
+    batching=quantize_rows(2),
+    sharding=quantizer("quantize_128x128_dual", "128x128_dual"),
 ).op
 
 
@@ -279,7 +300,11 @@ def _fake_rowwise(
 
 
 _quantize_rowwise = declare(
-    "quantize_rowwise", fake=_fake_rowwise, flops=None, batching=quantize_rows(1)
+    "quantize_rowwise",
+    fake=_fake_rowwise,
+    flops=None,
+    batching=quantize_rows(1),
+    sharding=quantizer("quantize_rowwise", "rowwise"),
 ).op
 
 
@@ -312,7 +337,11 @@ def _fake_tensorwise(
 
 
 _quantize_tensorwise = declare(
-    "quantize_tensorwise", fake=_fake_tensorwise, flops=None, batching=each_quantized
+    "quantize_tensorwise",
+    fake=_fake_tensorwise,
+    flops=None,
+    batching=each_quantized,
+    sharding=quantizer("quantize_tensorwise", "tensorwise"),
 ).op
 
 
