@@ -208,13 +208,67 @@ def check_ops_of_dtensors(meshes: Meshes) -> None:
         da = ops.quantize_1x128(distributed(x, of_x))
         db = ops.quantize_128x128(distributed(w, of_w))
         y: Any = ops.fp8_gemm_nt(*da, *db, out_dtype=torch.float32)
-        assert y.placements == (of_y,)
+        assert y.placements == (of_y,) and y.dtype == torch.float32
+        assert ops.fp8_gemm_nt(*da, *db).dtype == torch.bfloat16  # DTensor caches decisions
         if isinstance(of_y, Shard):
             assert torch.equal(y.full_tensor(), expected)
         else:
             assert difference(y.full_tensor(), expected) < 1e-6
     with pytest.raises(RuntimeError, match="fp8_gemm_nt: placements must let"):
         ops.fp8_gemm_nt(*ops.quantize_1x128(distributed(x, Shard(1))), *b_of(w, distributed))
+
+
+def check_fused_ops_of_dtensors(meshes: Meshes) -> None:
+    """Rows of results have the bits of the whole results; so have columns where they may."""
+    mesh, rank = meshes.all, dist.get_rank()
+    x, weight, residual = torch.randn(256, 512), torch.randn(512), torch.randn(256, 512)
+    a, b = ops.quantize_1x128(x), ops.quantize_128x128(torch.randn(512, 512))
+
+    def distributed(tensor: Tensor, placement: Any) -> Any:
+        return DTensor.from_local(own_part(tensor, placement), mesh, [placement])
+
+    def own_part(tensor: Tensor, placement: Any) -> Tensor:
+        if not isinstance(placement, Shard):
+            return tensor
+        return tensor.view_as(tensor).chunk(2, placement.dim)[rank].contiguous()
+
+    def compare_bits(results: Any, expected: Any, placement: Any) -> None:
+        for result, wanted in zip(results, expected, strict=True):
+            (own,) = result.placements
+            assert isinstance(own, Shard) == (isinstance(placement, Shard) and wanted.numel() > 0)
+            assert result.shape == wanted.shape and result.dtype == wanted.dtype
+            local, part = result.to_local(), own_part(wanted, own)
+            if local.itemsize == 1:
+                local, part = local.view(torch.uint8), part.view(torch.uint8)
+            assert torch.equal(local, part)
+
+    for name, parameters in (("rms", [weight]), ("layer", [weight, -weight])):
+        for ending in ("", "_dual"):
+            op = getattr(ops, f"{name}_norm_quantize_1x128{ending}")
+            cases: list[dict[str, Any]] = [{}, {"residual": residual}, {"return_normed": True}]
+            for options in cases:
+                expected = op(x, *parameters, 1e-5, **options)
+                given = {k: distributed(v, Shard(0)) if k == "residual" else v
+                         for k, v in options.items()}  # fmt: skip
+                whole_parameters = [distributed(p, Replicate()) for p in parameters]
+                results = op(distributed(x, Shard(0)), *whole_parameters, 1e-5, **given)
+                compare_bits(results, expected, Shard(0))
+            with pytest.raises(RuntimeError, match=f"{name}_norm_.*placements must let"):
+                op(distributed(x, Shard(1)), *whole_parameters, 1e-5)
+
+    for name, columns in (("swiglu", False), ("gelu", True), ("relu2", True)):
+        op = getattr(ops, f"fp8_gemm_nt_{name}_quantize")
+        expected = op(*a, *b)
+        da = ops.quantize_1x128(distributed(x, Shard(0)))
+        replicated = [distributed(t, Replicate()) for t in b]
+        compare_bits(op(*da, *replicated), expected, Shard(0))
+        whole_a = ops.quantize_1x128(distributed(x, Replicate()))
+        of_rows = [DTensor.from_local(t.chunk(2)[rank], mesh, [Shard(0)]) for t in b]
+        if columns:
+            compare_bits(op(*whole_a, *of_rows), expected, Shard(1))
+        else:
+            with pytest.raises(RuntimeError, match="swiglu_quantize: placements must let"):
+                op(*whole_a, *of_rows)
 
 
 def b_of(w: Tensor, distributed: Any) -> Any:

@@ -89,46 +89,94 @@ def quantizer(name: str, kind: str, *, columns: bool = True) -> Callable[..., li
     return rule
 
 
-def product(
-    placements: Any,
-    a: Any,
-    a_scale: Any,
-    b: Any,
-    b_scale: Any,
-    *options: Any,
-    bias: Any = None,
-    **_: Any,
-) -> list[Sharding]:
+def product(placements: Any, *operands: Any, bias: Any = None, **_: Any) -> list[Sharding]:
     """The rule of fp8_gemm_nt: D [..., N] = A [..., K] @ B [N, K].T, scales of any granularity.
 
     Sharded may be rows of A; rows of B, with the bias; or K, which gives partial sums, to which the
     bias must be partial.
     """
+    a, a_scale, b, b_scale, *options = operands
+    if options:  # the alias takes it by position
+        bias, *options = options
+    allowed = _cases(placements, (a, a_scale, b, b_scale), bias, len(options))
+    return _checked("fp8_gemm_nt", [a, a_scale, b, b_scale, bias], allowed)
+
+
+def fused_product(name: str, *, columns: bool) -> Callable[..., list[Sharding]]:
+    """The rule of a product whose result is activated and quantized in groups of a row.
+
+    `columns`: whether rows of B may be sharded; gate and up, which are halves of them, may not.
+    """
+
+    def rule(placements: Any, *operands: Any, bias: Any = None, **_: Any) -> list[Sharding]:
+        a, b = operands[0], operands[2]
+        sharded = placements.Shard(a.ndim - 1)
+        keeps = columns and _keeps_groups(b, 0, b.shape[0])
+        allowed: list[Sharding] = [
+            ([out, out], inputs)
+            for (out,), inputs in _cases(placements, operands[:4], bias, len(operands) - 4)
+            if not out.is_partial() and (keeps or out != sharded)
+        ]
+        return _checked(name, [*operands[:4], bias], allowed)
+
+    return rule
+
+
+def _cases(placements: Any, operands: Any, bias: Any, options: int) -> list[Sharding]:
+    """The placements that products allow; there are `options` arguments after the bias."""
+    a, a_scale, b, b_scale = operands
     shard, partial, whole = placements.Shard, placements.Partial(), placements.Replicate()
     last, (n, k) = a.ndim - 1, b.shape
-    if options:  # the alias takes it by position
-        bias, *options = options  # type: ignore[assignment]
-    others = [None] * len(options)
 
     def case(out: Any, *inputs: Any) -> Sharding:
-        *operands, of_bias = inputs
-        return [out], [*operands, None if bias is None else of_bias, *others]
-
-    def follows(scale: Any, dim: int, size: int, placement: Any) -> Any:
-        """The scale's placement where its data is sharded along a dimension of `size`."""
-        return placement if scale.shape[dim] in (size, ceil_div(size, GROUP)) else whole
+        *own, of_bias = inputs
+        return [out], [*own, None if bias is None else of_bias, *[None] * options]
 
     allowed = [case(whole, whole, whole, whole, whole, whole)]
     for dim in range(last):
-        of_scale = shard(dim) if a_scale.ndim == a.ndim else whole
-        if a_scale.ndim == a.ndim and a_scale.shape[dim] != a.shape[dim]:
-            of_scale = whole
+        each_row = a_scale.ndim == a.ndim and a_scale.shape[dim] == a.shape[dim]
+        of_scale = shard(dim) if each_row else whole
         allowed.append(case(shard(dim), shard(dim), of_scale, whole, whole, whole))
     if b_scale.shape[0] == n or _keeps_groups(b, 0, n):
-        of_scale = follows(b_scale, 0, n, shard(0))
+        of_scale = shard(0) if b_scale.shape[0] in (n, ceil_div(n, GROUP)) else whole
         allowed.append(case(shard(last), whole, whole, shard(0), of_scale, shard(0)))
     grouped = a_scale.shape[-1] == b_scale.shape[-1] == ceil_div(k, GROUP)
     if not grouped or (_keeps_groups(a, last, k) and _keeps_groups(b, 1, k)):
         of_a, of_b = (shard(last), shard(1)) if grouped else (whole, whole)
         allowed.append(case(partial, shard(last), of_a, shard(1), of_b, partial))
-    return _checked("fp8_gemm_nt", [a, a_scale, b, b_scale, bias], allowed)
+    return allowed
+
+
+def norm(name: str, row_values: int) -> Callable[..., list[Sharding]]:
+    """The rule of a norm that quantizes: rows of x may be sharded.
+
+    Of an op that also returns the transpose, dimension 0 of x, in multiples of 128 rows.
+
+    `row_values`: how many values it returns for each row, between what is quantized and h and y.
+    """
+
+    def rule(
+        placements: Any, x: Any, *rest: Any, residual: Any = None, **options: Any
+    ) -> list[Sharding]:
+        shard, whole = placements.Shard, placements.Replicate()
+        dual = name.endswith("_dual")
+        count = (4 if dual else 2) + row_values + 2
+        specs = [argument if hasattr(argument, "placements") else None for argument in rest]
+        parameters = [None if spec is None else whole for spec in specs]
+
+        def inputs(placement: Any) -> list[Any]:
+            return [placement, *parameters, *([] if residual is None else [placement])]
+
+        allowed: list[Sharding] = [([whole] * count, inputs(whole))]
+        for dim in range(x.ndim - 1):
+            if dual and (dim > 0 or not _keeps_groups(x, 0, math.prod(x.shape[:-1]))):
+                continue
+            outputs = [shard(dim)] * 2 + [shard(1)] * (2 if dual else 0)
+            outputs += [shard(dim)] * row_values
+            outputs += [whole if residual is None else shard(dim)]
+            outputs += [shard(dim) if options.get("return_normed") else whole]
+            allowed.append((outputs, inputs(shard(dim))))
+        every = [x, *specs, *([] if residual is None else [residual])]
+        return _checked(name, every, allowed)
+
+    return rule

@@ -11,6 +11,7 @@ from .._dispatch.declaration import declare
 from .._dispatch.flops import product_flops
 from .._dispatch.layout import empty_data, empty_group_scale
 from .._dispatch.scales import call_with_float32_scales, float32_in_graph
+from .._dispatch.sharding_rules import fused_product
 from .._dispatch.sm_budget import gemm_sms
 
 
@@ -37,6 +38,7 @@ def _fake_swiglu(
 _fp8_gemm_nt_swiglu_quantize = declare(
     "fp8_gemm_nt_swiglu_quantize",
     fake=_fake_swiglu,
+    sharding=fused_product("fp8_gemm_nt_swiglu_quantize", columns=False),
     flops=product_flops,
     batching=each_quantized_product,
 ).op
@@ -117,6 +119,7 @@ def _fake_gelu(
 _fp8_gemm_nt_gelu_quantize = declare(
     "fp8_gemm_nt_gelu_quantize",
     fake=_fake_gelu,
+    sharding=fused_product("fp8_gemm_nt_gelu_quantize", columns=True),
     flops=product_flops,
     batching=each_quantized_product,
 ).op
@@ -206,6 +209,7 @@ def _fake_relu2(
 _fp8_gemm_nt_relu2_quantize = declare(
     "fp8_gemm_nt_relu2_quantize",
     fake=_fake_relu2,
+    sharding=fused_product("fp8_gemm_nt_relu2_quantize", columns=True),
     flops=product_flops,
     batching=each_quantized_product,
 ).op

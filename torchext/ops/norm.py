@@ -24,6 +24,7 @@ from .._dispatch.layout import (
     folded_strides,
     leading_sizes,
 )
+from .._dispatch.sharding_rules import norm
 
 Dtype = torch.dtype | None
 
@@ -60,7 +61,11 @@ def _fake_rms(
 
 
 _rms_norm_quantize_1x128 = declare(
-    "rms_norm_quantize_1x128", fake=_fake_rms, flops=None, batching=each_quantized
+    "rms_norm_quantize_1x128",
+    fake=_fake_rms,
+    flops=None,
+    batching=each_quantized,
+    sharding=norm("rms_norm_quantize_1x128", 1),
 ).op
 
 
@@ -140,7 +145,11 @@ def _fake_rms_dual(
 
 
 _rms_norm_quantize_1x128_dual = declare(
-    "rms_norm_quantize_1x128_dual", fake=_fake_rms_dual, flops=None, batching=each_quantized
+    "rms_norm_quantize_1x128_dual",
+    fake=_fake_rms_dual,
+    flops=None,
+    batching=each_quantized,
+    sharding=norm("rms_norm_quantize_1x128_dual", 1),
 ).op
 
 
@@ -207,7 +216,11 @@ def _fake_layer(
 
 
 _layer_norm_quantize_1x128 = declare(
-    "layer_norm_quantize_1x128", fake=_fake_layer, flops=None, batching=each_quantized
+    "layer_norm_quantize_1x128",
+    fake=_fake_layer,
+    flops=None,
+    batching=each_quantized,
+    sharding=norm("layer_norm_quantize_1x128", 2),
 ).op
 
 
@@ -277,7 +290,11 @@ def _fake_layer_dual(
 
 
 _layer_norm_quantize_1x128_dual = declare(
-    "layer_norm_quantize_1x128_dual", fake=_fake_layer_dual, flops=None, batching=each_quantized
+    "layer_norm_quantize_1x128_dual",
+    fake=_fake_layer_dual,
+    flops=None,
+    batching=each_quantized,
+    sharding=norm("layer_norm_quantize_1x128_dual", 2),
 ).op
 
 
