@@ -233,10 +233,46 @@ struct Checker {
       }
     }
     nan();
+    nan_of_b();
+    large();
     const Matrix a(Format::e4m3, 3, 128, 1, random), b(Format::e4m3, 5, 128, 128, random);
     const Rows columns[2] = {{0, 5}, {0, 0}};
     for (float x : multiply(level, a, {0, 3}, b, columns, {0, 0}))
       if (x != 0) fail("%s: an empty sum is %g", name, double(x));
+  }
+
+  // A NaN code of b reaches its column of the result and no other, however few the rows.
+  void nan_of_b() {
+    for (Format weight : {Format::e4m3, Format::e5m2}) {
+      const Matrix a(Format::e4m3, 7, 640, 1, random);
+      Matrix b(weight, 36, 640, 128, random);
+      b.data[size_t(21 * b.stride + 300)] = 0xff;
+      const Rows columns[2] = {{0, 36}, {0, 0}};
+      for (int64_t rows : {1, 2, 3, 4, 6, 7}) {
+        const std::vector<float> result = multiply(level, a, {0, rows}, b, columns, {0, 640});
+        for (int i = 0; i < rows * 36; ++i)
+          if (std::isnan(result[size_t(i)]) != (i % 36 == 21))
+            fail("%s: a NaN of column 21 and element %d of row %d", name, i % 36, i / 36);
+      }
+    }
+  }
+
+  // Numbers near FP32's largest, which a level may not multiply by anything before the product.
+  void large() {
+    for (Format format : {Format::fp32, Format::bf16}) {
+      if (format == Format::fp32 && level.element_bytes != 4) continue;
+      Matrix a(format, 7, 640, 1, random), b(Format::e4m3, 36, 640, 128, random);
+      a.scale.assign(a.scale.size(), 1.0f);
+      for (float& scale : b.scale) scale = 0x1p-9f;
+      for (uint8_t& code : b.data) code &= 0xbf;  // below 2
+      const uint32_t near = 0x7e800000;           // 2^126
+      for (int64_t at : {0, 300, 3 * int(a.stride) + 5})
+        std::memcpy(&a.data[size_t(at) * (format == Format::fp32 ? 4 : 2)],
+                    reinterpret_cast<const char*>(&near) + (format == Format::fp32 ? 0 : 2),
+                    format == Format::fp32 ? 4 : 2);
+      const Rows columns[2] = {{0, 36}, {0, 0}};
+      for (int64_t rows : {1, 4, 7}) check(a, {0, rows}, b, columns, {0, 640});
+    }
   }
 
   // A NaN code, or a NaN scale, reaches its row of the result and no other.

@@ -12,92 +12,130 @@
 
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,bmi2,f16c")
+#include "few_rows_avx2.h"
 #include "fp32.h"
 
 namespace torchext::cpu_gemm {
 namespace {
 
 struct Avx2 : FP32<Avx2, 8, 2, 6> {
-  // Rows of 16 codes -> columns: out[i] has column 2 i of all eight rows, then column 2 i + 1.
-  static void transpose(const __m128i (&rows)[8], __m128i (&out)[8]) {
-    __m128i x[8], y[8];
+  // Transposes rows of 32 codes: columns[i] has column 2 i of all eight rows, then column 2 i + 1, then
+  // columns 16 + 2 i and 17 + 2 i.
+  static inline __attribute__((always_inline)) void transpose(const __m256i (&rows)[8],
+                                                              __m256i (&columns)[8]) {
+    __m256i x[8], y[8];
+#pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {  // x[2 i], x[2 i + 1]: rows i and i + 4, interleaved
-      x[2 * i] = _mm_unpacklo_epi8(rows[i], rows[i + 4]);
-      x[2 * i + 1] = _mm_unpackhi_epi8(rows[i], rows[i + 4]);
+      x[2 * i] = _mm256_unpacklo_epi8(rows[i], rows[i + 4]);
+      x[2 * i + 1] = _mm256_unpackhi_epi8(rows[i], rows[i + 4]);
     }
+#pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
+#pragma GCC unroll 2
       for (int i = 0; i < 2; ++i) {  // rows i, i + 2, i + 4, i + 6
-        y[4 * half + 2 * i] = _mm_unpacklo_epi8(x[2 * i + half], x[2 * i + 4 + half]);
-        y[4 * half + 2 * i + 1] = _mm_unpackhi_epi8(x[2 * i + half], x[2 * i + 4 + half]);
+        y[4 * half + 2 * i] = _mm256_unpacklo_epi8(x[2 * i + half], x[2 * i + 4 + half]);
+        y[4 * half + 2 * i + 1] = _mm256_unpackhi_epi8(x[2 * i + half], x[2 * i + 4 + half]);
       }
+#pragma GCC unroll 2
       for (int i = 0; i < 2; ++i) {  // all rows
-        out[4 * half + 2 * i] = _mm_unpacklo_epi8(y[4 * half + i], y[4 * half + 2 + i]);
-        out[4 * half + 2 * i + 1] = _mm_unpackhi_epi8(y[4 * half + i], y[4 * half + 2 + i]);
+        columns[4 * half + 2 * i] = _mm256_unpacklo_epi8(y[4 * half + i], y[4 * half + 2 + i]);
+        columns[4 * half + 2 * i + 1] = _mm256_unpackhi_epi8(y[4 * half + i], y[4 * half + 2 + i]);
       }
     }
   }
 
-  // 16 codes to FP32. As FP16, the bits of a finite e4m3 number are 2^-8 of it, subnormal or not.
-  template <class Number>
-  static void convert(__m128i codes, __m256& low, __m256& high) {
-    constexpr bool e5m2 = Number::kFraction == 2;
-    __m256i halves;
-    if constexpr (e5m2)
-      halves = _mm256_slli_epi16(_mm256_cvtepu8_epi16(codes), 8);
-    else
-      halves = _mm256_and_si256(_mm256_slli_epi16(_mm256_cvtepi8_epi16(codes), 7),
-                                _mm256_set1_epi16(int16_t(0xbf80)));
-    low = _mm256_cvtph_ps(_mm256_castsi256_si128(halves));
-    high = _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1));
-    if constexpr (!e5m2) {
-      low = _mm256_mul_ps(low, _mm256_set1_ps(256));
-      high = _mm256_mul_ps(high, _mm256_set1_ps(256));
-    }
-  }
+  // Rows of a are packed as 2^8 of themselves, and b as 2^-8, because the bits of a finite e4m3
+  // number are 2^-8 of it as FP16, subnormal or not. A row with numbers too large for that is packed
+  // as it is.
+  static constexpr float kUp = 256;
 
-  static bool has_nan(const __m128i (&rows)[8]) {
-    __m128i found = _mm_setzero_si128();
-    const __m128i nan = _mm_set1_epi8(0x7f);
-    for (const __m128i row : rows)
-      found = _mm_or_si128(found, _mm_cmpeq_epi8(_mm_and_si128(row, nan), nan));
-    return !_mm_testz_si128(found, found);
+  static float pack_row(const Operand& a, int64_t row, int64_t column, int count, float* steps) {
+    FP32::pack_row(a, row, column, count, steps);
+    constexpr uint32_t kLarge = 0x7b000000;  // 2^119
+    uint32_t large = 0;
+    if (a.format == Format::bf16 || a.format == Format::fp32)
+      for (int i = 0; i < Depth::kSegment; ++i)
+        large |= (bits_of(steps[i]) & 0x7fffffff) - kLarge < kInfinityBits - kLarge;
+    if (large) return kUp;
+    for (int i = 0; i < Depth::kSegment; ++i) steps[i] *= kUp;
+    return 1;
   }
 
   template <class Number>
-  static void pack_eight(const uint8_t* from, int64_t stride, int depth, float* out) {
+  struct Down : Number {
+    static constexpr int kExponentBias = Number::kExponentBias + 8;
+  };
+
+  // Codes in the upper halves of 16 bits to FP16: e5m2 as it is, 2^-8 of e4m3.
+  template <class Number>
+  static __m256i halves(__m256i codes) {
+    if constexpr (Number::kFraction == 2) return codes;
+    return _mm256_and_si256(_mm256_srai_epi16(codes, 1), _mm256_set1_epi16(int16_t(0xbf80)));
+  }
+
+  // Eight of these to 2^-8 of the numbers.
+  template <class Number>
+  static __m256 floats(__m128i halves) {
+    const __m256 x = _mm256_cvtph_ps(halves);
+    if constexpr (Number::kFraction == 2) return _mm256_mul_ps(x, _mm256_set1_ps(1 / kUp));
+    return x;
+  }
+
+  // The NaN of e4m3 would become a number. `largest` is that of twice the codes.
+  template <class Number>
+  static bool has_nan(__m256i largest) {
+    const __m256i nan = _mm256_set1_epi8(int8_t(2 * Number::kSpecialCode));
+    return Number::kFraction == 3 && _mm256_movemask_epi8(_mm256_cmpeq_epi8(largest, nan)) != 0;
+  }
+
+  static __m256i larger_code(__m256i largest, __m256i codes) {
+    return _mm256_max_epu8(largest, _mm256_add_epi8(codes, codes));
+  }
+
+  // Packs at most eight rows.
+  template <class Number>
+  static void pack_lanes(const uint8_t* from, int64_t stride, int count, int depth, float* out) {
+    const auto pack_any = [&](int k, int size) {
+      pack_vector<Down<Number>>(from + k, stride, count, size, out + k * kPanel);
+    };
     int k = 0;
-    for (; k + 16 <= depth; k += 16) {
-      __m128i rows[8], columns[8];
-      for (int i = 0; i < 8; ++i)
-        rows[i] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i * stride + k));
-      if (Number::kFraction == 3 && __builtin_expect(has_nan(rows), 0)) {
-        pack_vector<Number>(from + k, stride, 8, 16, out + k * kPanel);
+    for (; count == kLanes && k + 32 <= depth; k += 32) {
+      __m256i rows[8], columns[8], largest = _mm256_setzero_si256();
+      for (int i = 0; i < 8; ++i) {
+        rows[i] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i * stride + k));
+        largest = larger_code(largest, rows[i]);
+      }
+      if (has_nan<Number>(largest)) [[unlikely]] {
+        pack_any(k, 32);
         continue;
       }
       transpose(rows, columns);
       for (int i = 0; i < 8; ++i) {
-        __m256 low, high;
-        convert<Number>(columns[i], low, high);
-        _mm256_storeu_ps(out + (k + 2 * i) * kPanel, low);
-        _mm256_storeu_ps(out + (k + 2 * i + 1) * kPanel, high);
+        const auto store = [&](int at, __m256i codes) __attribute__((always_inline)) {
+          const __m256i pair = halves<Number>(codes);
+          float* to = out + (k + at) * kPanel;
+          _mm256_storeu_ps(to, floats<Number>(_mm256_castsi256_si128(pair)));
+          _mm256_storeu_ps(to + 16 * kPanel, floats<Number>(_mm256_extracti128_si256(pair, 1)));
+        };
+        store(2 * i, _mm256_unpacklo_epi8(_mm256_setzero_si256(), columns[i]));
+        store(2 * i + 1, _mm256_unpackhi_epi8(_mm256_setzero_si256(), columns[i]));
       }
     }
-    if (k < depth) pack_vector<Number>(from + k, stride, 8, depth - k, out + k * kPanel);
+    if (k < depth) pack_any(k, depth - k);
   }
 
   static void pack_panel(const Operand& b, int64_t row, int rows, int64_t column, int depth,
                          float* out) {
-    if (rows < kPanel) return FP32::pack_panel(b, row, rows, column, depth, out);
-    const auto* from = static_cast<const uint8_t*>(b.data) + row * b.stride + column;
-    for (int v = 0; v < kVectors; ++v, from += kLanes * b.stride)
-      (b.format == Format::e5m2 ? pack_eight<E5M2> : pack_eight<E4M3>)(from, b.stride, depth,
-                                                                       out + v * kLanes);
+    const auto pack = b.format == Format::e5m2 ? pack_lanes<E5M2> : pack_lanes<E4M3>;
+    for (int first = 0; first < kPanel; first += kLanes)
+      pack(static_cast<const uint8_t*>(b.data) + (row + first) * b.stride + column, b.stride,
+           std::clamp(rows - first, 0, kLanes), depth, out + first);
   }
 };
 
 }  // namespace
 
-const Level avx2 = Loops<Avx2>::level();
+const Level avx2 = FewRowsAvx2<Avx2>::level();
 
 }  // namespace torchext::cpu_gemm
 #pragma GCC pop_options

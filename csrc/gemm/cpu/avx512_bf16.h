@@ -62,7 +62,7 @@ struct BF16 {
     return true;
   }
 
-  static void pack_row(const Operand& a, int64_t row, int64_t column, int count, uint32_t* steps) {
+  static float pack_row(const Operand& a, int64_t row, int64_t column, int count, uint32_t* steps) {
     const int64_t first = row * a.stride + column;
     if (a.format == Format::bf16) {
       auto* to = reinterpret_cast<uint16_t*>(steps);
@@ -72,6 +72,7 @@ struct BF16 {
       pack_codes(Decode(table_of(a.format)), static_cast<const uint8_t*>(a.data) + first, count,
                  steps);
     }
+    return 1;
   }
 
   static void pack_panel(const Operand& b, int64_t row, int rows, int64_t column, int depth,

@@ -72,7 +72,7 @@ struct FP32 {
     for (int i = 0; i < count; ++i) out[i] = Number::to_float(from[i]);
   }
 
-  static void pack_row(const Operand& a, int64_t row, int64_t column, int count, float* steps) {
+  static float pack_row(const Operand& a, int64_t row, int64_t column, int count, float* steps) {
     const int64_t first = row * a.stride + column;
     switch (a.format) {
       case Format::e4m3:
@@ -91,6 +91,7 @@ struct FP32 {
         widen<Float>(a.data, first, count, steps);
     }
     std::fill(steps + count, steps + Depth::kSegment, 0.0f);
+    return 1;
   }
 
   template <class Number>

@@ -12,7 +12,8 @@
 //
 // A panel holds Isa::kVectors vectors of columns for each step of K; a step is Isa::kPair elements
 // of K. Isa packs four elements of K (a quad) at a time, in steps of its own order; packed a has
-// the same order. A segment is padded to whole quads with zeros.
+// the same order. A segment is padded to whole quads with zeros. Isa::pack_row returns a power of
+// two by which the row's sums must be multiplied.
 #pragma once
 
 #include <cstring>
@@ -67,7 +68,7 @@ struct Loops {
       if (Isa::pack_tile(a, rows, k.first(s), k.count(s), data)) continue;
       for (int64_t i = 0; i < height; ++i) {
         Step steps[kSteps];
-        Isa::pack_row(a, rows[i], k.first(s), k.count(s), steps);
+        out.scales[s * height + i] *= Isa::pack_row(a, rows[i], k.first(s), k.count(s), steps);
         const int count = padded(k.count(s)) / Isa::kPair;
         for (int j = 0; j < count; ++j) data[j * height + i] = steps[j];
       }

@@ -96,7 +96,7 @@ struct Neon {
     }
   }
 
-  static void pack_row(const Operand& a, int64_t row, int64_t column, int count, uint32_t* steps) {
+  static float pack_row(const Operand& a, int64_t row, int64_t column, int count, uint32_t* steps) {
     const int64_t first = row * a.stride + column;
     if (a.format == Format::bf16)
       pack_bf16(static_cast<const uint16_t*>(a.data) + first, count, steps);
@@ -104,6 +104,7 @@ struct Neon {
       (a.format == Format::e5m2
            ? pack_row_of<E5M2>
            : pack_row_of<E4M3>)(static_cast<const uint8_t*>(a.data) + first, count, steps);
+    return 1;
   }
 
   template <class Number>
