@@ -94,7 +94,14 @@ NORMS = (
 )
 
 # Rows for experts, 8 for each token; shape (tokens, columns).
-MOE = ("moe_route", "moe_permute_quantize_1x128", "moe_permute", "moe_combine")
+MOE = (
+    "moe_route",
+    "moe_permute_quantize_1x128",
+    "moe_permute",
+    "moe_combine",
+    "moe_pack_1x128",
+    "moe_unpack_1x128",
+)
 # torchext.nn.MoE, forward and backward, on a CPU; shape (tokens, hidden, intermediate, experts,
 # choices).
 MOE_LAYER = "layer_forward_backward"

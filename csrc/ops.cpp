@@ -235,6 +235,16 @@ const Op kOps[] = {
     {"moe_combine(Tensor y, Tensor slots, Tensor? weights=None, *, Tensor? residual=None,"
      " ScalarType? out_dtype=None, int num_sms=0) -> Tensor",
      TORCH_BOX(&torchext::moe_combine), kHasAlias},
+    // Tokens as rows of a message to other ranks, and such rows in the rows of their choices.
+    {"moe_pack_1x128(Tensor x, Tensor slots, Tensor? ids=None, Tensor? weights=None,"
+     " int? rows=None, *, ScalarType? dtype=None, bool pow2_scale=False, int num_sms=0)"
+     " -> Tensor message",
+     TORCH_BOX(&torchext::moe_pack_1x128)},
+    // A SymInt, so that a compiled graph serves any number of columns.
+    {"moe_unpack_1x128(Tensor message, Tensor slots, Tensor offsets, SymInt columns,"
+     " int? rows=None, *, bool header=True, ScalarType? dtype=None, int num_sms=0)"
+     " -> (Tensor data, Tensor scale, Tensor weight)",
+     TORCH_BOX(&torchext::moe_unpack_1x128)},
 
     // quantize_1x128(activation(fp8_gemm_nt(...))), with FP32 in between.
     {"fp8_gemm_nt_swiglu_quantize(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, *,"

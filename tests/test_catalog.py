@@ -25,6 +25,7 @@ from tests.hardware.gpu_check.op_calls import check
 from torchext import ops
 from torchext._catalog import BITS, CATALOG, Sample
 from torchext._catalog.entry import E5M2
+from torchext._dispatch.layout import GROUP, ceil_div
 
 Tensor = torch.Tensor
 SAMPLES = [(name, label) for name, entry in CATALOG.items() for label in entry.samples]
@@ -185,7 +186,10 @@ def test_fakes_keep_sizes_symbolic(name, label, device):
         args, kwargs = tree_map_only(Tensor, symbolic, (given.args, given.kwargs))
         fake = tree_leaves(overload(name)(*args, **kwargs))
         # torch itself makes constants of sizes 0 and 1; an argument may be a size.
-        constants = {0, 1, *(size for size in given.args if isinstance(size, int))}
+        constants = {0, 1}
+        for size in (*given.args, *given.kwargs.values()):
+            if isinstance(size, int):
+                constants |= {size, ceil_div(size, GROUP)}  # and its number of scales
         sizes = [size for t in fake for size in t.shape]
         assert all(isinstance(size, torch.SymInt) or size in constants for size in sizes)
         if all(size > 1 for t in tensors(given) for size in t.shape):

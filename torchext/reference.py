@@ -15,6 +15,7 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ._dispatch.layout import (
@@ -928,3 +929,85 @@ def moe_combine(
         sums += residual.float()
     out = empty_contiguous(y, (tokens,), y.shape[1], out_dtype or y.dtype)
     return out.copy_(sums)
+
+
+def moe_pack_1x128(
+    x: Tensor,
+    slots: Tensor,
+    ids: Tensor | None = None,
+    weights: Tensor | None = None,
+    rows: int | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    pow2_scale: bool = False,
+) -> Tensor:
+    """Tokens as rows of a message; see `torchext.ops.moe_pack_1x128`. Rows of no token are zero
+    but for their ids."""
+    tokens, columns = x.shape
+    data, scale = quantize_1x128(x, dtype=dtype, pow2_scale=pow2_scale)
+    parts = [data, data.new_zeros((tokens, -columns % 16)), scale]
+    choices = 0
+    if ids is not None and weights is not None:
+        choices = ids.shape[1]
+        is_id = (ids >= 0) & (ids <= torch.iinfo(torch.int32).max)
+        parts += [torch.where(is_id, ids, -1).int(), weights]
+    as_bytes = [_bytes_of(part) for part in parts]
+    used = sum(part.shape[1] for part in as_bytes)
+    packed = F.pad(torch.cat(as_bytes, 1), (0, -used % 16))
+    rows = slots.numel() if rows is None else rows
+    message = empty_contiguous(x, (rows,), packed.shape[1], torch.uint8).zero_()
+    first_id = columns + -columns % 16 + 4 * scale.shape[1]
+    message[:, first_id : first_id + 4 * choices] = 255
+    for rank in range(slots.shape[1]):
+        there = slots[:, rank] >= 0
+        message[slots[there, rank].long()] = packed[there]
+    return message
+
+
+def _bytes_of(matrix: Tensor) -> Tensor:
+    rows, columns = matrix.shape
+    if matrix.numel() == 0:
+        shape = (rows, columns * matrix.element_size())
+        return torch.empty(shape, dtype=torch.uint8, device=matrix.device)
+    return matrix.clone(memory_format=torch.contiguous_format).view(torch.uint8)
+
+
+def moe_unpack_1x128(
+    message: Tensor,
+    slots: Tensor,
+    offsets: Tensor,
+    columns: int,
+    rows: int | None = None,
+    *,
+    header: bool = True,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A message in the rows of its choices; see `torchext.ops.moe_unpack_1x128`. Rows of no choice
+    are zero."""
+    count, choices = slots.shape
+    groups = ceil_div(columns, GROUP)
+    rows = slots.numel() if rows is None else rows
+    fp8 = dtype or torch.float8_e4m3fn
+    data, scale = (
+        empty_data(message, (rows,), columns, fp8),
+        empty_group_scale(message, (rows,), columns),
+    )
+    data.view(torch.uint8).zero_()
+    scale.fill_(1)
+    weight = torch.zeros(rows, device=message.device)
+    first_scale = columns + -columns % 16
+    first_weight = first_scale + 4 * (groups + choices)
+
+    def floats(first: int, number: int) -> Tensor:
+        if number * count == 0:
+            return torch.empty((count, number), device=message.device)
+        part = message[:, first : first + 4 * number]
+        return part.clone(memory_format=torch.contiguous_format).view(torch.float32)
+
+    for choice in range(choices if count else 0):
+        there = slots[:, choice] >= 0
+        to = slots[there, choice].long()
+        data.view(torch.uint8)[to] = message[there, :columns]
+        scale[to] = floats(first_scale, groups)[there]
+        weight[to] = floats(first_weight, choices)[there, choice] if header else 1.0
+    return data, scale, weight

@@ -1,5 +1,4 @@
-// Routes, permutes and combines on a CPU. Tokens are shared among threads; a token's elements stay
-// in the L1 cache while all of its rows are written or added.
+// Routes, permutes and combines on a CPU; chunks.h says how the work is shared out.
 
 // No product is fused with an addition (moe.h).
 #ifdef __clang__
@@ -8,101 +7,12 @@
 #pragma GCC optimize("fp-contract=off")
 #endif
 
-#include <algorithm>
-#include <cstring>
 #include <vector>
 
-#include "../cpu/quantize_tiles.h"
-#include "moe.h"
+#include "chunks.h"
 
 namespace torchext {
 namespace {
-
-using namespace cpu;
-
-constexpr int64_t kChunk = 1024;  // columns of a token that are handled at once
-
-// Columns [col, col + cols) of row `row`: in place if they are contiguous, else gathered.
-const uint8_t* contiguous(const MatrixView& x, int64_t row, int64_t col, int64_t cols,
-                          uint8_t* gathered) {
-  const int64_t size = element_size(x.dtype);
-  const auto* from =
-      static_cast<const uint8_t*>(x.data) + (row * x.row_stride + col * x.col_stride) * size;
-  if (x.col_stride == 1) return from;
-  for (int64_t i = 0; i < cols; ++i)
-    std::memcpy(gathered + i * size, from + i * x.col_stride * size, size_t(size));
-  return gathered;
-}
-
-// Calls body(token, col, cols, gathered) for each kChunk columns of each token; `gathered` has room
-// for them.
-template <class Body>
-void for_each_chunk(int64_t tokens, int64_t cols, int64_t choices, const Body& body) {
-  if (cols == 0) return;
-  const int64_t chunks = ceil_div(cols, kChunk);
-  const int64_t elements = std::min(cols, kChunk) * (choices + 1);
-  in_parallel(tokens * chunks, elements, kernels(), [&](int64_t begin, int64_t end) {
-    alignas(kLine) uint8_t gathered[kChunk * sizeof(float)];
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t col = i % chunks * kChunk;
-      body(i / chunks, col, std::min(kChunk, cols - col), gathered);
-    }
-  });
-}
-
-// Writes a part of a row; past the cache if `stream`, for which `to` starts a cache line.
-void write_row(const uint8_t* from, int64_t bytes, uint8_t* to, bool stream) {
-  const int64_t whole = stream ? bytes / kTile : 0;
-  if (whole) kernels().copy8(from, int(whole), kTile, to, kTile, true);
-  std::memcpy(to + whole * kTile, from + whole * kTile, size_t(bytes - whole * kTile));
-}
-
-// The token that has each row; -1 for rows that no choice has.
-std::vector<int32_t> tokens_of_rows(const ChoicesView& choices) {
-  std::vector<int32_t> tokens(size_t(choices.rows), -1);
-  for (int64_t token = 0; token < choices.tokens; ++token)
-    for (int64_t choice = 0; choice < choices.choices; ++choice) {
-      const int64_t row = choices.slots(token, choice);
-      if (row >= 0) tokens[size_t(row)] = int32_t(token);
-    }
-  return tokens;
-}
-
-// The scales of tokens [tokens, groups], contiguous, in the rows of their choices. Columns of scales
-// may lie a large power of two apart, in the same few lines of a cache. So a column's line is written
-// at once, rather than a token's scales.
-void write_scales(const std::vector<float>& scales, int64_t groups, const ChoicesView& choices,
-                  const QuantizedView& out) {
-  constexpr int64_t kPart = kLine / sizeof(float);
-  const std::vector<int32_t> tokens = tokens_of_rows(choices);
-  const int64_t parts = ceil_div(choices.rows, kPart);
-  in_parallel(parts, kPart * groups, kernels(), [&](int64_t begin, int64_t end) {
-    alignas(kLine) float part[kPart][kPart];
-    for (int64_t first = begin * kPart; first < std::min(end * kPart, choices.rows);
-         first += kPart) {
-      const int64_t rows = std::min(kPart, choices.rows - first);
-      const int32_t* token = tokens.data() + first;
-      const bool all = std::all_of(token, token + rows, [](int32_t t) { return t >= 0; });
-      for (int64_t group = 0; group < groups; group += kPart) {
-        const int64_t columns = std::min(kPart, groups - group);
-        for (int64_t r = 0; r < rows; ++r) {
-          if (token[r] < 0) continue;
-          const float* from = scales.data() + token[r] * groups + group;
-          for (int64_t c = 0; c < columns; ++c) part[c][r] = from[c];
-        }
-        for (int64_t c = 0; c < columns; ++c) {
-          float* to = &scale_at(out, first, group + c);
-          if (all) {
-            store_scales(part[c], int(rows), to, true);
-            continue;
-          }
-          for (int64_t r = 0; r < rows; ++r)
-            if (token[r] >= 0) to[r] = part[c][r];
-        }
-      }
-    }
-  });
-}
 
 // to[i] = from[i] * weight.
 struct Scale {
@@ -208,13 +118,7 @@ void permute_quantize_cpu(const MatrixView& x, const ChoicesView& choices,
                    const uint8_t* from = contiguous(x, token, col, cols, gathered);
                    alignas(kLine) uint8_t codes[kChunk];
                    float* scales = scales_of_tokens.data() + token * groups + col / kTile;
-                   const int whole = int(cols / kTile), rest = int(cols % kTile);
-                   task.quantize.groups(from, kTile, whole, kTile, task.dropped_mantissa, codes,
-                                        kTile, scales, 1, Ahead(), false);
-                   if (rest)
-                     task.quantize.groups(from + whole * kTile * task.element_size, kTile, 1, rest,
-                                          task.dropped_mantissa, codes + whole * kTile, kTile,
-                                          scales + whole, 1, Ahead(), false);
+                   quantize_chunk(task, from, int(cols), codes, scales);
                    for (int64_t choice = 0; choice < choices.choices; ++choice) {
                      const int64_t row = choices.slots(token, choice);
                      if (row >= 0) write_row(codes, cols, data_at(out, row, col), stream);

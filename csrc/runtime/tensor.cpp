@@ -47,6 +47,8 @@ int32_t dtype_code(ScalarType dtype) {
       return aoti_torch_dtype_float32();
     case ScalarType::Int:
       return aoti_torch_dtype_int32();
+    case ScalarType::Byte:
+      return aoti_torch_dtype_uint8();
     default:
       fail("TypeError", "torchext allocates no tensors of dtype ", dtype_name(dtype));
   }
@@ -81,6 +83,7 @@ int64_t element_size(ScalarType dtype) {
   switch (dtype) {
     case ScalarType::Float8_e4m3fn:
     case ScalarType::Float8_e5m2:
+    case ScalarType::Byte:
       return 1;
     case ScalarType::BFloat16:
     case ScalarType::Half:

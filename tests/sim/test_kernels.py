@@ -173,6 +173,14 @@ def rows_of_experts(wide: torch.Tensor) -> dict[str, Case]:
         found[f"moe_permute {dtype}"] = Case(partial(ops.moe_permute, x[:70], few, weights))
         combine: Callable[..., Any] = partial(ops.moe_combine, x, few, weights, residual=x[:70])
         found[f"moe_combine {dtype}"] = Case(combine)
+        header = ids_of(70, 4, 37), weights_of(70, 4)
+        pack: Callable[..., Any] = partial(ops.moe_pack_1x128, x[:70], few, *header)
+        for num_sms in (0, 2):
+            found[f"moe_pack_1x128 {dtype} {num_sms}"] = Case(partial(pack, num_sms=num_sms))
+    given = CATALOG["moe_unpack_1x128"].sample("ragged")
+    unpack: Callable[..., Any] = partial(ops.moe_unpack_1x128, *given.args)
+    for num_sms in (0, 2):
+        found[f"moe_unpack_1x128 {num_sms}"] = Case(partial(unpack, num_sms=num_sms))
     return found
 
 

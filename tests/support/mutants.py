@@ -25,8 +25,9 @@ from torch.utils import cpp_extension
 from support.completion import MODES, is_asynchronous, modes_that_differ
 from support.op_interface import without_simulator
 from torchext import gemm_selection, ops, sim
+from torchext._catalog import CATALOG
 from torchext._catalog.entry import random
-from torchext._catalog.moe import ids_of, slots_of
+from torchext._catalog.moe import ids_of, slots_of, weights_of
 
 ROOT = Path(__file__).parents[2]
 SEEDS = (0, 1, 2)
@@ -51,6 +52,7 @@ FORWARD = "csrc/activation/cuda/forward.cu"
 BACKWARD = "csrc/activation/cuda/backward.cu"
 ROUTE = "csrc/moe/cuda/route.cu"
 ROWS = "csrc/moe/cuda/rows.cuh"
+MESSAGE = "csrc/moe/cuda/message.cu"
 
 
 def _kernel(tile: str, granularity: str = "1d2d", op: str = "", output: str = "kStored") -> str:
@@ -236,6 +238,20 @@ def _permute() -> tuple[torch.Tensor, ...]:
     return ops.moe_permute_quantize_1x128(_apart(x), _apart(slots), 110)
 
 
+def _pack() -> tuple[torch.Tensor, ...]:
+    """Two warps to a token, rows that end amid 16 elements, headers that end amid 16 bytes; a scale
+    that is NaN makes codes of nothing NaN, too."""
+    x, slots = random(30, 600), slots_of(30, 2)
+    x[5, 590] = torch.nan
+    return (ops.moe_pack_1x128(_apart(x), slots, ids_of(30, 3, 9), weights_of(30, 3)),)
+
+
+def _unpack() -> tuple[torch.Tensor, ...]:
+    given = CATALOG["moe_unpack_1x128"].sample("ragged")
+    message, *rest = given.args
+    return ops.moe_unpack_1x128(_apart(message), *rest)
+
+
 PROBLEMS = {
     # One CTA computes two tiles of eight K blocks.
     "by TMA": Problem(_kernel(MEDIUM), _gemm(256, 128, 1024), num_sms=1, tile=MEDIUM),
@@ -262,6 +278,8 @@ PROBLEMS = {
     "activation gradient": Problem(BACKWARD, _activation_gradient),
     "route": Problem(ROUTE, _route),
     "permute": Problem("csrc/moe/cuda/permute.cu", _permute),
+    "pack": Problem(MESSAGE, _pack),
+    "unpack": Problem(MESSAGE, _unpack),
 }
 
 
@@ -505,6 +523,14 @@ MUTANTS = [
            "return row < rows ? row : -1;", "return row;"),
     Mutant("a token beyond the last", "permute", ROWS,
            "i < tokens * chunks; i += step", "i <= tokens * chunks; i += step"),
+    Mutant("codes beyond the columns sent", "pack", MESSAGE,
+           "kept >= 4 ? ~0u : kept <= 0 ? 0 : (1u << 8 * kept) - 1", "~0u"),
+    Mutant("headers written by every warp of a token", "pack", MESSAGE,
+           "if (col < kColumns) store_header", "store_header"),
+    Mutant("zeros behind a row's end", "pack", MESSAGE,
+           "if (4 * lane < layout.pitch - layout.end)", "if (lane < 4)"),
+    Mutant("the last row of an expert zeroed", "unpack", MESSAGE,
+           "first = __ldg(used);", "first = __ldg(used) - 1;"),
 ]  # fmt: skip
 
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import reference
+from ..ops.moe_messages import MessageLayout
 from .entry import BITS, E5M2, Entry, Sample, random, sample
 from .quantize import special
 
@@ -179,7 +181,140 @@ def shape_of_combine(
     return slots.shape[0], y.shape[1], slots.shape[1], int(residual is not None)
 
 
+# ---- messages ----
+RANKS = 2  # in samples; each token has a row for each
+
+
+def pack(
+    tokens: int,
+    columns: int,
+    choices: int = CHOICES,
+    ranks: int = RANKS,
+    *,
+    x_dtype: torch.dtype = torch.bfloat16,
+    **options: Any,
+) -> Make:
+    def make() -> Sample:
+        header = (ids_of(tokens, choices, EXPERTS), weights_of(tokens, choices)) if choices else ()
+        x = random(tokens, columns, dtype=x_dtype)
+        return sample(x, slots_of(tokens, ranks), *header, **options)
+
+    return make
+
+
+def pack_strided() -> Sample:
+    x, slots = random(60, 600)[::2, ::3], slots_of(RANKS, 30).t()
+    return sample(x, slots, ids_of(60, 8, EXPERTS)[::2, ::2], weights_of(4, 30).t())
+
+
+PACK = {
+    "ragged": pack(37, 400),
+    "whole groups": pack(16, 1024, 8, dtype=E5M2, pow2_scale=True),
+    "no header": pack(21, 260, 0),
+    "fp16": pack(20, 1040, x_dtype=torch.float16),
+    "fp32": pack(11, 129, x_dtype=torch.float32, dtype=E5M2, pow2_scale=True),
+    "one rank": pack(9, 256, 1, 1),
+    "many choices": pack(5, 128, 40),
+    "special numbers": lambda: sample(
+        special(), slots_of(140, 2), ids_of(140, 2, EXPERTS).int(), weights_of(140, 2)
+    ),
+    "strides": pack_strided,
+    "unaligned rows": lambda: sample(random(30, 273)[:, 1:], slots_of(30, CHOICES)),
+    "ids that are no int32": lambda: sample(
+        random(3, 128), slots_of(3, 2), torch.tensor([[2**40], [-5], [2**31 - 1]]), weights_of(3, 1)
+    ),
+    "one token": pack(1, 2, 1, 1),
+    "no tokens": pack(0, 40),
+    "no columns": pack(7, 0),
+}
+
+
+def unpack(
+    messages: int,
+    columns: int,
+    choices: int = CHOICES,
+    *,
+    header: bool = True,
+    dtype: torch.dtype | None = None,
+    **options: Any,
+) -> Make:
+    """A message whose choices include some without a row."""
+
+    def make() -> Sample:
+        ids, weights = ids_of(messages, choices, EXPERTS), weights_of(messages, choices)
+        order = torch.arange(messages, dtype=torch.int32)[:, None]
+        parts = (ids, weights) if header else ()
+        message = reference.moe_pack_1x128(random(messages, columns), order, *parts, dtype=dtype)
+        slots, offsets = reference.moe_route(ids, EXPERTS)
+        slots = torch.where((ids >= 0) & (ids < EXPERTS), slots, -1)
+        more: dict[str, Any] = {} if header else {"header": False}
+        if dtype is not None:
+            more["dtype"] = dtype
+        return sample(message, slots, offsets, columns, **more, **options)
+
+    return make
+
+
+def unpack_strided() -> Sample:
+    """Every other row of a message, and slots and offsets of other tensors' columns."""
+    given = unpack(24, 300)()
+    message, slots, offsets, _ = given.args
+    twice = torch.stack((message, message.flip(0)), 1).flatten(0, 1)[::2]
+    return sample(twice, slots.t().contiguous().t(), torch.stack((offsets, offsets), 1)[:, 0], 300)
+
+
+UNPACK = {
+    "ragged": unpack(37, 400),
+    "whole groups": unpack(16, 1024, 8, dtype=E5M2),
+    "no header": unpack(21, 260, header=False),
+    "more rows": unpack(9, 129, 2, rows=30),
+    "one choice": unpack(12, 256, 1),
+    "strides": unpack_strided,
+    "one element": unpack(1, 1, 1),
+    "no tokens": unpack(0, 40),
+    "no columns": unpack(7, 0),
+}
+
+
+def shape_of_pack(
+    x: Tensor, slots: Tensor, ids: Tensor | None = None, *_: Any, **__: Any
+) -> tuple[int, ...]:
+    return *x.shape, slots.shape[1], 0 if ids is None else ids.shape[1]
+
+
+def shape_of_unpack(
+    message: Tensor, slots: Tensor, offsets: Tensor, columns: int, rows: int | None = None, **_: Any
+) -> tuple[int, ...]:
+    return slots.shape[0], columns, slots.shape[1], slots.numel() if rows is None else rows
+
+
 ENTRIES = (
+    entry(
+        "moe_pack_1x128",
+        PACK,
+        {
+            "header": lambda rows, columns: pack(rows, columns, 8)(),
+            "no header": lambda rows, columns: pack(rows, columns, 0)(),
+        },
+        shape_of_pack,
+        lambda tokens, columns, ranks=RANKS, choices=8: (
+            tokens * (2 * columns + 4 * ranks + 12 * choices)
+            + tokens * ranks * MessageLayout.of(columns, choices).pitch
+        ),
+    ),
+    entry(
+        "moe_unpack_1x128",
+        UNPACK,
+        {
+            "header": lambda rows, columns: unpack(rows, columns, 8)(),
+            "no header": lambda rows, columns: unpack(rows, columns, 8, header=False)(),
+        },
+        shape_of_unpack,
+        lambda messages, columns, choices=8, rows=0: (
+            messages * (MessageLayout.of(columns, choices).pitch + 4 * choices)
+            + (rows or messages * choices) * ((1 + 4 / 128) * columns + 4)
+        ),
+    ),
     entry(
         "moe_route",
         ROUTE,

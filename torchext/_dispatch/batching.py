@@ -27,7 +27,7 @@ _ops = torch.ops.torchext
 _IMPL = torch.library.Library("torchext", "IMPL")
 
 # Arguments that must be contiguous. An element of a batch may not be, and is then copied.
-_DENSE = ("bias", "offsets", "group_ids", "masked_m")
+_DENSE = ("bias", "offsets", "group_ids", "masked_m", "message")
 
 # Calls the op with all of its arguments by position.
 Call = Callable[..., Any]

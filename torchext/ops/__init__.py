@@ -72,6 +72,7 @@ from .grouped import (
     m_grouped_fp8_gemm_nt_masked,
 )
 from .moe import moe_combine, moe_permute, moe_permute_quantize_1x128, moe_route
+from .moe_messages import moe_pack_1x128, moe_unpack_1x128
 from .norm import (
     layer_norm_quantize_1x128,
     layer_norm_quantize_1x128_dual,
@@ -121,9 +122,11 @@ __all__ = [
     "m_grouped_fp8_gemm_nt_contiguous",
     "m_grouped_fp8_gemm_nt_masked",
     "moe_combine",
+    "moe_pack_1x128",
     "moe_permute",
     "moe_permute_quantize_1x128",
     "moe_route",
+    "moe_unpack_1x128",
     "quantize_1x128",
     "quantize_1x128_dual",
     "quantize_1x128_dual_bias_grad",
