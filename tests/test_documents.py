@@ -38,6 +38,7 @@ GROUPS = {
         "docs/guides/huggingface.md",
         "docs/guides/peft.md",
         "docs/guides/distributed.md",
+        "docs/guides/experts.md",
         "docs/guides/serving.md",
         "docs/guides/rl.md",
         "docs/guides/checkpoint.md",

@@ -264,7 +264,7 @@ def test_references_load_as_an_attribute():
 def test_completion_shows_what_is_public():
     script = "import torchext; print(*dir(torchext))"
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    lazy = {"checkpoint", "compat", "debug", "distributed", "reference", "sim"}
+    lazy = {"checkpoint", "compat", "debug", "distributed", "moe", "reference", "sim"}
     assert set(run.stdout.split()) == {*torchext.__all__, *lazy}
     for name in dir(torchext):
         assert hasattr(torchext, name)

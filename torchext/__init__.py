@@ -4,6 +4,7 @@
 - `torchext.quantize_for_inference(model)` replaces their weights by FP8 ones, one byte for each.
 - `torchext.advise(model, tokens=...)` predicts which layers FP8 makes faster.
 - `torchext.nn` has the layers, `torchext.ops` the ops.
+- `torchext.moe` sends tokens to experts on other ranks, in FP8.
 - `torchext.checkpoint` reads, checks and writes FP8 checkpoints.
 - `torchext.distributed` shards models over ranks, with FP8 on the wire.
 - `torchext.debug` shows what FP8 does to the values of a model.
@@ -40,7 +41,7 @@ _logging.getLogger("torchext").addHandler(_logging.NullHandler())
 
 # Imported at first use: the simulator needs numpy and its own extension module, checkpoints need
 # safetensors, and FSDP2 takes a second.
-_LAZY = ("checkpoint", "compat", "debug", "distributed", "reference", "sim")
+_LAZY = ("checkpoint", "compat", "debug", "distributed", "moe", "reference", "sim")
 
 __all__ = [
     "Advice",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from .composition import is_composed_in_graph
 from .experts import ExpertsInFP8, ExpertsRoles
 from .linear import output_dtype
 from .mlp import SwiGLU, can_fuse_recipe, check_save
+
+if TYPE_CHECKING:
+    from ..moe import Dispatcher
 
 _WIDE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _NAME = "torchext.nn.MoE"
@@ -47,6 +50,17 @@ class MoE(ExpertsInFP8):
     hold rows of several experts; a NaN in one reaches the gradients of all of these. For them
     backward keeps x's rows in FP8, one byte for each element of each choice; or, with more than two
     choices (in BF16), x itself, which is smaller, and makes the rows again, with the same bits.
+
+    With a torchext.moe.Dispatcher, this rank holds num_experts / R of the experts, those of its
+    rank, and tokens go to the ranks of their experts:
+
+        dispatcher = torchext.moe.Dispatcher(256, group=group)
+        layer = MoE(7168, 2048, 256, dispatcher=dispatcher)
+
+    Output and gradients of x and topk_weights have the bits of one process with the tokens of all
+    ranks. The gradients of parameters are already sums over the tokens of all ranks. Their operands
+    are rounded twice, since rows arrive in FP8. Every rank of the group must call forward and
+    backward, with no tokens if it has none. Under torch.compile the experts are a graph break.
     """
 
     fused_roles: ExpertsRoles
@@ -61,6 +75,8 @@ class MoE(ExpertsInFP8):
         shared: torch.nn.Module | None = None,
         recipe: Recipe | None = None,
         save: Save = "fp8",
+        dispatcher: Dispatcher | None = None,
+        exact: bool = True,
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -69,29 +85,38 @@ class MoE(ExpertsInFP8):
         Args:
             hidden_size: size H of the last dimension of input and output.
             intermediate_size: number of activated features of each expert, I.
-            num_experts: E, from 1 to 1024.
+            num_experts: E, from 1 to 1024; those of all ranks.
             shared_intermediate_size: makes a torchext.nn.SwiGLU of this width that every token
                 passes; None for no shared expert.
             shared: a module for every token instead, called as shared(x [tokens, H]).
-            recipe: a blockwise recipe whose GEMMs are all FP8; Recipe.deepseek_v3() if None.
+            recipe: a blockwise recipe whose GEMMs are all FP8. If None, the dispatcher's, or
+                Recipe.deepseek_v3().
             save: what backward gets of the activation's operands, as for torchext.nn.SwiGLU.
+            dispatcher: sends tokens to experts on other ranks; None if all experts are here.
+            exact: with a dispatcher, whether every choice's row returns by itself; see
+                Dispatcher.combine.
             device, dtype: of the parameters, as for torchext.nn.Linear.
 
         Raises:
-            ValueError: num_experts, save or recipe is none of these, or two shared experts are
-                given.
+            ValueError: num_experts, save or recipe is none of these or not the dispatcher's, or two
+                shared experts are given.
             TypeError: recipe is not a torchext.Recipe.
         """
         super().__init__()
         check_save(_NAME, save)
+        if dispatcher is not None:
+            _check_dispatcher(dispatcher, num_experts, recipe)
+            recipe = dispatcher.recipe
         _check_arguments(num_experts, recipe, shared_intermediate_size, shared)
         self.hidden_size, self.intermediate_size = hidden_size, intermediate_size
         self.num_experts = num_experts
+        self.dispatcher, self.exact = dispatcher, exact
+        local_experts = num_experts if dispatcher is None else dispatcher.num_local_experts
         options: dict[str, Any] = {"device": device, "dtype": dtype}
         names = "gate_up_proj", "down_proj"
         shapes = (2 * intermediate_size, hidden_size), (hidden_size, intermediate_size)
         for name, shape in zip(names, shapes, strict=True):
-            setattr(self, name, Parameter(torch.empty(num_experts, *shape, **options)))
+            setattr(self, name, Parameter(torch.empty(local_experts, *shape, **options)))
         if shared_intermediate_size is not None:
             shared = SwiGLU(
                 hidden_size, shared_intermediate_size, **options, recipe=recipe, save=save
@@ -136,14 +161,46 @@ class MoE(ExpertsInFP8):
 
     def _experts(self, x: Tensor, ids: Tensor, weights: Tensor, residual: Tensor | None) -> Tensor:
         """y [T, H] of x [T, H], with the residual added."""
+        if self.dispatcher is not None:
+            return self._dispatched(x, ids, weights, residual)
         if torch.compiler.is_compiling() and is_composed_in_graph():  # an exported graph
             given: list[Any] = [None, None]
             operands = quantize_weights(given, self._matrices(), self.recipe, NOTHING)
             return forward_only(self._config(x), operands, x, ids, weights, residual=residual)
         return self._run(x, ids, weights, residual)
 
+    @torch._disable_dynamo
+    def _dispatched(
+        self, x: Tensor, ids: Tensor, weights: Tensor, residual: Tensor | None
+    ) -> Tensor:
+        from ..moe import experts  # loads torch.distributed, as the dispatcher has
+
+        assert self.dispatcher is not None
+        graph = torch.is_grad_enabled()
+        # As in _run: which FP8 weights to keep, with those for dgrad or without.
+        needed = (x.requires_grad, True) if graph else (self.training,) * 2
+        up, down = self._held()
+        names = self.fused_roles.parameters
+        return experts(
+            x,
+            weights,
+            up,
+            down,
+            dispatcher=self.dispatcher,
+            routing=self.dispatcher.create_routing(ids, weights),
+            config=self._config(x),
+            residual=residual,
+            operands=(
+                self._kept_operand(up, needed[0], names[0]),
+                self._kept_operand(down, needed[1], names[1]),
+            ),
+            exact=self.exact,
+        )
+
     def extra_repr(self) -> str:
         sizes = f"{self.hidden_size}, {self.intermediate_size}, num_experts={self.num_experts}"
+        if self.dispatcher is not None:
+            sizes += f" on {self.dispatcher.num_ranks} ranks"
         return f"{sizes}, save={self.fused_save!r}, {super().extra_repr()}"
 
     def _check(self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> None:
@@ -198,6 +255,19 @@ class MoE(ExpertsInFP8):
                 f"{_NAME}: must not run under torch.func's transforms or forward-mode gradients "
                 "(got one of them); call it outside, or use backward()"
             )
+
+
+def _check_dispatcher(dispatcher: Dispatcher, num_experts: int, recipe: Recipe | None) -> None:
+    if num_experts != dispatcher.num_experts:
+        raise ValueError(
+            f"{_NAME}: num_experts must be the dispatcher's, {dispatcher.num_experts} (got "
+            f"{num_experts}); give both the number of experts of all ranks"
+        )
+    if recipe is not None and recipe != dispatcher.recipe:
+        raise ValueError(
+            f"{_NAME}: recipe must be the dispatcher's, {dispatcher.recipe} (got {recipe}); pass "
+            "it to the dispatcher"
+        )
 
 
 def _check_arguments(
