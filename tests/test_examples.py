@@ -36,3 +36,24 @@ def test_serving_a_tiny_model_from_the_cpu(mode: str) -> None:
     assert share and 0.5 < float(share[1]) < 0.55
     agreement = re.search(r"relative error ([\d.]+), the same .* at (\d+)% of pos", run.stdout)
     assert agreement and 0 < float(agreement[1]) < 0.2 and int(agreement[2]) > 80
+
+
+@pytest.mark.slow
+def test_training_experts_on_two_processes(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "losses.png"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", "examples/train_moe.py", "--steps", "3"]
+    command += ["--batch", "4", "--length", "64", "--layers", "1", "--picture", str(picture)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    losses = [float(loss) for loss in re.findall(r"step +\d+  loss ([\d.]+)", run.stdout)]
+    assert len(losses) == 6 and losses[2] < losses[0] and losses[5] < losses[3]
+    gap = re.search(r"largest difference of means of 20 steps: ([\d.]+)%", run.stdout)
+    assert gap and float(gap[1]) < 3
+    share = re.search(r"\(ratio ([\d.]+)\)", run.stdout)
+    assert share and 0.5 < float(share[1]) < 0.75
+    assert picture.stat().st_size > 10_000
