@@ -85,7 +85,7 @@ def measure(rank: int, options: argparse.Namespace, folder: str) -> None:
     x = torch.randn(options.tokens, options.hidden, generator=generator).bfloat16()
     scores = torch.rand(options.tokens, options.experts, generator=generator)
     weights, ids = scores.topk(options.topk, -1)
-    contenders = {
+    contenders: dict[str, EveryRow | InFp8] = {
         "BF16, every row": EveryRow(options.experts),
         "FP8, exact": InFp8(options.experts, exact=True),
         "FP8, summed by rank": InFp8(options.experts, exact=False),

@@ -18,7 +18,16 @@ import torch.distributed as dist
 import torchext
 from support import moe_ranks
 from support.linear_testing import sqnr
-from support.moe_ranks import CHOICES, EXPERTS, HIDDEN, PROBLEMS, RECIPES, TOKENS, Problem
+from support.moe_ranks import (
+    CHOICES,
+    EXPERTS,
+    HIDDEN,
+    IN_DETAIL,
+    PROBLEMS,
+    RECIPES,
+    TOKENS,
+    Problem,
+)
 from torchext import Recipe, ops
 from torchext.moe import Dispatcher, Work
 from torchext.ops.experts_function import ExpertsFunction
@@ -76,14 +85,16 @@ def assert_same(found: list[Any], size: int, key: Any, expected: dict[str, Any])
 
 
 @pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize(
+    "name, recipe",
+    [*((name, "") for name in PROBLEMS), *((name, "powers of two") for name in IN_DETAIL)],
+)
 def test_the_number_of_ranks_changes_no_bit(found, name, recipe, size):
     assert_same(found, size, (name, recipe), one_process(name, RECIPES[recipe]))
 
 
 @pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize("name", IN_DETAIL)
 def test_fixed_messages_change_no_bit(found, name, size):
     assert_same(found, size, (name, "capacity"), one_process(name))
 
@@ -109,8 +120,16 @@ def test_compiled(found):
 
 
 @pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("name", ["any", "all choose one", "empty experts"])
-@pytest.mark.parametrize("key", ["", "not exact", "capacity, not exact"])
+@pytest.mark.parametrize(
+    "name, key",
+    [
+        ("any", ""),
+        ("any", "not exact"),
+        ("any", "capacity, not exact"),
+        ("all choose one", ""),
+        ("empty experts", ""),
+    ],
+)
 def test_gradients_of_parameters_and_sums_by_rank_are_close(found, name, key, size):
     expected, here = one_process(name), EXPERTS // size
     for rank in range(RANKS):
