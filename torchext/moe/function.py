@@ -56,7 +56,7 @@ def experts(
         the exchange of counts run between graphs.
 
     Raises:
-        The errors of Dispatcher.dispatch and Dispatcher.combine.
+        ValueError, TypeError, RuntimeError: as Dispatcher.dispatch and Dispatcher.combine do.
     """
     settings = dispatcher, routing, config, operands, exact, torch.is_grad_enabled()
     return _Experts.apply(x, weights, up, down, residual, settings)
