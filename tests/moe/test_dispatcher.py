@@ -114,7 +114,7 @@ def test_the_layer_with_a_shared_expert(found, size):
 
 
 def test_compiled(found):
-    for rank in range(RANKS):
+    for rank in range(2):
         eager, compiled = found[rank][2]["any", ""], found[rank][2]["compiled"]
         assert all(same_bits(compiled[name], eager[name]) for name in eager)
 
