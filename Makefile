@@ -29,8 +29,8 @@ demo: $(BUILT)
 	$(BIN)/python -m torchext.demo
 
 # Two tiers. `make check` runs lint, types and the tests that are neither `slow` nor `alone` (under 3
-# minutes on 2 cores, after the build). `make test` runs everything: CI took 38 minutes on 2 cores on
-# 26 November 2026, including the build.
+# minutes on 2 cores of Zen 4, after the build). `make test` runs everything: CI took 38 minutes on 2
+# such cores on 26 November 2026, including the build. A Zen 3 takes almost twice as long.
 WORKERS ?= $(shell nproc)
 PYTEST := $(BIN)/python -m pytest --durations=15 --durations-min=1
 # One pytest worker for each core, and one torch thread in each worker.

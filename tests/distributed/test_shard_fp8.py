@@ -33,6 +33,8 @@ from torchext.distributed import (
 from torchext.distributed.blocks import Blocks
 from torchext.ops import quantize_128x128
 
+pytestmark = pytest.mark.slow  # starts processes, each of which loads torch
+
 E4M3 = torch.float8_e4m3fn
 
 

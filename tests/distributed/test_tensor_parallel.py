@@ -23,6 +23,8 @@ from torchext.distributed import (
     activation,
 )
 
+pytestmark = pytest.mark.slow  # starts processes, each of which loads torch
+
 
 class Mlp(nn.Module):
     def __init__(self, features: int = 256, inner: int = 512) -> None:

@@ -33,6 +33,8 @@ from torchext.moe import Dispatcher, Work
 from torchext.ops.experts_function import ExpertsFunction
 from torchext.ops.moe_messages import MessageLayout
 
+pytestmark = pytest.mark.slow  # starts processes, each of which loads torch
+
 RANKS = len(TOKENS)
 EXACT = ("y", "dx", "dweights", "dresidual")
 
