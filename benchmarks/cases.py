@@ -350,7 +350,7 @@ def explicit_cases(m: int, n: int, k: int) -> list[Case]:
         *(Case("quantize", op, "given", "", (m, k)) for op in QUANTIZERS),
         *(Case("activation", op, "given", "", (m, k)) for op in ACTIVATIONS),
         *(Case("norm", op, "given", "", (m, k)) for op in NORMS),
-        *(Case("moe", op, "given", "", (m, k)) for op in MOE),
+        *(Case("moe", op, "given", "", (m, k), peers=("copy",)) for op in MOE),
         *(Case("gemm", op, "given", "", (m, n, k)) for op in GEMMS),
         bf16_rows("given", "", (m, n, k)),
         *(Case("grouped", op, "given", "", (2, m, n, k)) for op in GROUPED),
