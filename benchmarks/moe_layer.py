@@ -84,7 +84,7 @@ class MoELayerProblem(Problem):
 
 
 def loop_over_experts(x: Tensor, ids: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """What models without grouped GEMMs do: the tokens of each expert are gathered, pass two
+    """The loop of models without grouped GEMMs: the tokens of each expert are gathered, pass two
     linear layers, are weighted and added into the result."""
     y = torch.zeros_like(x)
     for expert in range(up.shape[0]):

@@ -113,7 +113,7 @@ inline MessageLayout message_layout(int64_t cols, int64_t choices) {
   return {scales, ids, weights, end, round_up(end, 16)};
 }
 
-// What a message says of each token's choices. An id that is no int32 is sent as -1.
+// The choices of each token, as a message has them. An id that is no int32 is sent as -1.
 struct HeaderView {
   int64_t choices;  // 0 for a message without headers
   const void* ids;  // int64 if `wide`, else int32

@@ -45,7 +45,7 @@ def _run(rank: int, folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> list[Any]:
-    """What each rank has found."""
+    """The results of each rank."""
     folder = str(tmp_path_factory.mktemp("ranks"))
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "torchext"])  # imported once, not by each rank
@@ -241,7 +241,7 @@ def test_a_rank_that_ended_is_named(ended):
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_one_process_has_the_bits_of_experts(name, recipe):
-    """Of converted experts, whose rows are the tokens themselves."""
+    """Converted experts, whose rows are the tokens themselves, give the same bits."""
     problem, result = Problem(name), one_process(name, recipe)
     leaves = (problem.x, problem.weights, problem.up, problem.down, problem.residual)
     x, weights, up, down, residual = (t.clone().requires_grad_() for t in leaves)

@@ -29,7 +29,7 @@ def ptx(tmp_path_factory) -> str:
 
 
 class Ranks:
-    """What each rank sends in each epoch, to which ranks, and what should arrive."""
+    """The messages of each epoch: which rank sends which to whom, and those that should arrive."""
 
     def __init__(self, tokens: tuple[int, ...], epochs: int) -> None:
         generator = np.random.default_rng(3)

@@ -75,7 +75,7 @@ __device__ inline uint8_t* slot_of(const SymmetricDispatch& p, int destination, 
   return p.windows[destination].slots + at * p.pitch;
 }
 
-// What a CTA has in shared memory.
+// The shared memory of a CTA.
 struct Stages {
   uint8_t* messages;  // [kWarps][kStages][pitch]
   ptx::mbarrier (*full)[kStages];

@@ -455,7 +455,7 @@ class Cluster {
   std::uint64_t idle_rounds_ = 0;
 };
 
-// What the grids of a group have in common. A launch on one GPU is a group of one.
+// The state that the grids of a group share. A launch on one GPU is a group of one.
 struct World {
   explicit World(std::size_t gpus = 1) : sync(gpus) {}
   std::atomic<bool> stop{false};

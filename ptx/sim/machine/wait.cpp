@@ -28,7 +28,7 @@ std::string compared_with(const Warp& w, const Warp::Poll& poll, int lane) {
   return "";
 }
 
-// What the lanes of a group poll, and what is there.
+// Says which address the lanes of a group poll, and which value is there.
 std::string polled_values(const Warp& w, const Group& g) {
   std::string text;
   std::vector<std::string> said;
