@@ -91,7 +91,7 @@ FAULTS = [
           ("bulk store in flight",)),
     Fault("no barrier before the TMA store", "05",
           "async proxy\n    ptx::bar_sync(1 + warpgroup, 128);\n", "async proxy\n",
-          ("data race", "missing proxy fence", "bulk store in flight")),
+          ("data race", "missing proxy fence")),
     Fault("ring that starts anew with each tile", "05", "    float total[64] = {};",
           "    ring = RingPosition();\n    float total[64] = {};",
           ("deadlock", "data race", "uninitialized memory")),

@@ -45,28 +45,35 @@ bool equal(const Finding& a, const Finding& b) {
 
 void FindingSink::add(Finding finding) {
   const std::lock_guard<std::mutex> lock(mutex_);
-  auto replaced = std::find_if(findings_.begin(), findings_.end(),
-                               [&](const Finding& f) { return equal(f, finding); });
-  if (replaced == findings_.end()) {
-    std::size_t& kept = kept_[static_cast<std::size_t>(finding.grade())];
-    if (kept < cap_) {
-      ++kept;
-    } else {
-      full_ = true;
-      for (auto f = findings_.begin(); f != findings_.end(); ++f) {
-        if (f->grade() == finding.grade() &&
-            (replaced == findings_.end() || comes_first(*replaced, *f)))
-          replaced = f;
-      }
-      if (replaced == findings_.end()) return;
+  if (finding.remedy.empty()) finding.remedy = row_of(finding.kind).remedy;
+  const auto known = std::find_if(findings_.begin(), findings_.end(),
+                                  [&](const Finding& f) { return equal(f, finding); });
+  if (known != findings_.end()) {
+    if (comes_first(finding, *known)) *known = std::move(finding);
+    return;
+  }
+  const auto grade = finding.grade();
+  findings_.push_back(std::move(finding));
+  std::size_t& kept = kept_[static_cast<std::size_t>(grade)];
+  if (++kept <= cap_) return;
+  // One is too many: the last one of the kind that has the most, so that none crowds out another.
+  full_ = true;
+  --kept;
+  const auto of_kind = [&](FindingKind kind) {
+    return std::count_if(findings_.begin(), findings_.end(),
+                         [&](const Finding& f) { return f.kind == kind; });
+  };
+  auto last = findings_.end();
+  std::ptrdiff_t most = 0;
+  for (auto f = findings_.begin(); f != findings_.end(); ++f) {
+    if (f->grade() != grade) continue;
+    const std::ptrdiff_t count = of_kind(f->kind);
+    if (count > most || (count == most && comes_first(*last, *f))) {
+      last = f;
+      most = count;
     }
   }
-  if (replaced != findings_.end()) {
-    if (!comes_first(finding, *replaced)) return;
-    findings_.erase(replaced);
-  }
-  if (finding.remedy.empty()) finding.remedy = row_of(finding.kind).remedy;
-  findings_.push_back(std::move(finding));
+  findings_.erase(last);
 }
 
 std::vector<Finding> FindingSink::take() {

@@ -65,9 +65,9 @@ struct Finding {
 
 class FindingSink {
  public:
-  // Keeps up to `cap` errors and as many notes, so that notes never crowd out an error. What it
-  // keeps is what comes first in a report, and of equal findings that of the smallest CTA: neither
-  // depends on which host thread is the first.
+  // Keeps up to `cap` errors and as many notes, so that notes never crowd out an error. Of more, the
+  // last in a report of the kind that has the most is dropped; of equal findings, that of the larger
+  // CTA. Neither depends on which host thread is the first.
   explicit FindingSink(std::size_t cap) : cap_(cap) {}
   void add(Finding finding);
   std::vector<Finding> take();  // errors first, in a stable order
