@@ -44,23 +44,26 @@ def _run(rank: int, folder: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory) -> list[Any]:
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("dispatcher")
+
+
+@pytest.fixture(scope="module")
+def found(folder) -> list[Any]:
     """The results of each rank."""
-    folder = str(tmp_path_factory.mktemp("ranks"))
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "torchext"])  # imported once, not by each rank
-    ranks = [context.Process(target=_run, args=(rank, folder)) for rank in range(RANKS)]
+    ranks = [context.Process(target=_run, args=(rank, str(folder))) for rank in range(RANKS)]
     for rank in ranks:
         rank.start()
     for rank in ranks:
         rank.join(240)
         rank.kill()
-    return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(RANKS)]
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(RANKS)]
 
 
 @pytest.fixture(scope="module")
-def ended(found, tmp_path_factory) -> list[Any]:
-    folder = tmp_path_factory.getbasetemp() / "ranks0"
+def ended(found, folder) -> list[Any]:
     return [
         torch.load(folder / f"{rank}.ended.pt", weights_only=False) for rank in range(RANKS - 1)
     ]
