@@ -15,6 +15,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from . import gradient_sync
+
 _lock = threading.Lock()
 _thread = threading.local()  # `at_once`: whether the thread computes gradients in backward
 # The open queues, of which the last takes gradients. They serve all threads, because autograd runs
@@ -43,7 +45,8 @@ class WeightGradientQueue:
             count: how many; all by default.
 
         Raises:
-            RuntimeError: a weight's memory was freed, as FSDP2 does when it reshards.
+            RuntimeError: a weight's memory was freed, as FSDP2 does when it reshards; or DDP or
+                FSDP2 has begun to reduce its gradient.
             ValueError: count is negative.
         """
         if count is not None and count < 0:
@@ -61,6 +64,13 @@ class WeightGradientQueue:
                     "queue.run() (got one that FSDP2 resharded); delay only where gradients are "
                     "not synchronized: set_requires_gradient_sync(False) and "
                     "set_reshard_after_backward(False)"
+                )
+            if gradient_sync.is_reduced(weight):
+                self._waiting.clear()
+                raise RuntimeError(
+                    "torchext.delay_weight_gradients: queue.run() must come before gradients are "
+                    "reduced (got one whose weight DDP or FSDP2 synchronizes now); call it before "
+                    "the micro-batch that ends no_sync() or calls set_requires_gradient_sync(True)"
                 )
             with torch.no_grad():
                 gradient = compute()
@@ -81,6 +91,8 @@ def weight_gradient(weight: Tensor | None, compute: Callable[[], Tensor]) -> Ten
     queue = _open[-1] if _open else None
     if queue is None or weight is None or getattr(_thread, "at_once", False):
         return compute()
+    if gradient_sync.is_reduced(weight):
+        return compute()
     queue._put(weight, compute)
     return None
 
@@ -96,10 +108,10 @@ def at_once() -> Iterator[None]:
 
 
 def leaf(weight: Tensor) -> Tensor | None:
-    """The weight if a gradient can be accumulated into it after backward, else None.
+    """In forward: the weight if a gradient can be accumulated into it after backward, else None.
 
     Hooks would be called twice, at first without a gradient. FSDP2 frees a weight that it gathered
-    in FP8, and reduces its gradient, at the end of backward.
+    in FP8, and reduces its gradient, at the end of backward. So does DDP, unless within no_sync().
     """
     if (
         type(weight) is torch.nn.Parameter
@@ -107,6 +119,8 @@ def leaf(weight: Tensor) -> Tensor | None:
         and weight.is_leaf
         and not weight._backward_hooks
         and not getattr(weight, "_post_accumulate_grad_hooks", None)
+        and not gradient_sync.ddp_reduces(weight)
+        and not gradient_sync.is_recomputed()
     ):
         return weight
     return None
@@ -128,20 +142,24 @@ def delay_weight_gradients() -> Iterator[WeightGradientQueue]:
 
     It applies to torchext.nn.Linear and the fused MLPs and experts, whichever thread runs backward.
     Backward computes the gradients of weights that are computed themselves (parametrizations,
-    transposed layers), that have hooks, or that were gathered in FP8; of DTensors; and of layers in
-    a compiled graph. DDP and FSDP reduce a gradient when backward ends, so delay only micro-batches
-    that are not reduced (`no_sync()`, or for FSDP2 set_requires_gradient_sync(False) and
-    set_reshard_after_backward(False)).
+    transposed layers), that have hooks, or that were gathered in FP8; of DTensors; of layers in a
+    compiled graph, and of those that reentrant checkpointing recomputes.
+
+    DDP and FSDP2 reduce gradients when backward ends, so then backward computes them all. Delayed
+    are those of micro-batches that are not reduced: whose forward is within DDP's no_sync(), or for
+    FSDP2 after set_requires_gradient_sync(False) and set_reshard_after_backward(False). Call
+    `queue.run()` before the micro-batch that is reduced.
 
     Raises:
-        RuntimeError: at the end, gradients are left in the queue; or torch.compile traces the
-            context.
+        RuntimeError: at the end, gradients are left in the queue; torch.compile traces the context;
+            or this release of torch does not tell whether DDP and FSDP2 reduce.
     """
     if torch.compiler.is_compiling():
         raise RuntimeError(
             "torchext.delay_weight_gradients: must not be opened in a compiled function (a graph "
             "computes all gradients in backward); open it around the call of backward"
         )
+    gradient_sync.check_torch()
     queue = WeightGradientQueue()
     with _lock:
         _open.append(queue)
