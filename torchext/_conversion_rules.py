@@ -30,12 +30,13 @@ _WIDE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def linear_layers(model: torch.nn.Module, experts: Container[str]) -> dict[str, torch.nn.Module]:
     """Every layer that a conversion considers, by name, in FP8 or not: torch.nn.Linears, layers
-    that hold the weight transposed, and the modules named in `experts`."""
+    that hold the weight transposed, the modules named in `experts`, and torchext.nn.MoE."""
     return {
         fqn: module
         for fqn, module in model.named_modules()
         if isinstance(module, torch.nn.Linear)
         or trains_in_fp8(module)
+        or isinstance(module, FrozenWeights)
         or fqn in experts
         or is_transposed_linear(module)
     }
@@ -91,6 +92,12 @@ def why_impossible(layer: torch.nn.Module) -> str | None:
         return "trains in FP8 already"
     if isinstance(layer, FrozenWeights):
         return "holds FP8 weights for inference (call torchext.dequantize_weights first)"
+    return why_unfit(layer)
+
+
+def why_unfit(layer: torch.nn.Module) -> str | None:
+    """The reason why the wide weights of `layer` cannot be replaced by FP8 ones, or read as such;
+    None if they can."""
     if is_parametrized(layer):
         return "its parameters are parametrized (convert first, parametrize after)"
     weights = weights_of(layer)
@@ -130,6 +137,8 @@ def why_impossible_for_experts(recipe: Recipe) -> str | None:
 
 def weights_of(layer: torch.nn.Module) -> list[torch.Tensor]:
     """The weight of a linear layer, or those of experts."""
+    if isinstance(layer, FrozenWeights):
+        return [layer.get_parameter(name) for name in layer.frozen_names()]
     parameters: list[torch.Tensor] = list(layer.parameters(recurse=False))
     if not isinstance(layer, torch.nn.Linear) and all(p.dim() == 3 for p in parameters):
         return parameters  # of experts

@@ -25,7 +25,14 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from ._probing import results_of
-from .nn.experts import ExpertsRoles, FP8Experts, FP8SortedExperts, SortedExpertsRoles
+from .nn.experts import (
+    ExpertsInFP8,
+    ExpertsRoles,
+    FP8Experts,
+    FP8SortedExperts,
+    SortedExpertsRoles,
+)
+from .nn.frozen_weights import FrozenWeights
 from .ops.mlp_function import ACTIVATIONS, GATED, Save
 from .recipe import Recipe
 
@@ -229,10 +236,12 @@ class _SortedProbe:
 
 
 def find_experts(model: torch.nn.Module) -> dict[str, Roles]:
-    """{fully qualified name: its roles} of every module of experts, in FP8 or not."""
+    """{fully qualified name: its roles} of every module of experts whose weights are wide, whether
+    they train in FP8, as in torchext.nn.MoE, or not."""
     found = {}
     for fqn, module in model.named_modules():
-        roles = module.fused_roles if isinstance(module, FP8Experts) else recognize_experts(module)
+        in_fp8 = isinstance(module, ExpertsInFP8) and not isinstance(module, FrozenWeights)
+        roles = module.fused_roles if in_fp8 else recognize_experts(module)
         if roles is not None:
             found[fqn] = roles
     return found

@@ -214,7 +214,7 @@ def advise(
         reason = reason or rules.why_not_worthwhile(layer, name, embeddings)
         shapes = tuple(tuple(weight.shape) for weight in weights)
         choices = 1
-        if name in experts:
+        if weights[0].dim() == 3:
             choices = experts_of_a_token(name, weights[0], modules)
         matrices = _matrices(layer, shapes)
         advice = _layer_advice(

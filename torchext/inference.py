@@ -156,7 +156,8 @@ def quantize_for_inference(
 
     A torch.nn.Linear becomes a torchext.nn.FP8Linear and stays the same object with the same bias,
     hooks and mode. Experts that a module holds as two 3-D parameters become FP8, too, with their
-    module's class. A model that trains in FP8 is unconverted first. No wide copy is kept; while it
+    module's class, and so do those of torchext.nn.MoE. A model that trains in FP8 is unconverted
+    first. No wide copy is kept; while it
     runs, there is one of a single module. The weights do not train any more, but gradients pass
     through them to adapters.
 
@@ -194,9 +195,7 @@ def quantize_for_inference(
         for fqn, roles in found.items()
         if isinstance(roles, ExpertsRoles) and not roles.transposed
     }
-    layers = rules.linear_layers(model, experts) | {
-        name: module for name, module in model.named_modules() if isinstance(module, FrozenWeights)
-    }
+    layers = rules.linear_layers(model, experts)
     matched = _matches(skip, layers)
     if any(trains_in_fp8(module) for module in layers.values()):
         unconvert(model)
@@ -208,7 +207,7 @@ def quantize_for_inference(
     shared: dict[int, tuple[torch.Tensor, FP8Linear]] = {}  # by the id of the wide weight
     for fqn, layer in layers.items():
         reason = f"skipped by {skipped_by[fqn]!r}" if fqn in skipped_by else None
-        reason = reason or _why_impossible(layer, fqn, experts)
+        reason = reason or _why_impossible(layer, fqn, experts, mode)
         if reason is None and module_filter_fn is not None:
             reason = None if module_filter_fn(layer, fqn) else rules.EXCLUDED
         elif reason is None:
@@ -293,10 +292,14 @@ class _LeftOutOfDDP:
             setattr(model, cls.attribute, cls(model, before))
 
 
-def _why_impossible(layer: torch.nn.Module, fqn: str, experts: Mapping[str, Any]) -> str | None:
+def _why_impossible(
+    layer: torch.nn.Module, fqn: str, experts: Mapping[str, Any], mode: Mode
+) -> str | None:
     if isinstance(layer, FrozenWeights):
         return "holds FP8 weights already"
-    reason = rules.why_impossible(layer)
+    reason = rules.why_unfit(layer)
+    if reason is None and mode == "w8a16" and getattr(layer, "dispatcher", None) is not None:
+        return "its dispatcher sends rows in FP8, which w8a16 does not multiply (use mode w8a8)"
     if reason is None and is_transposed_linear(layer):
         return f"{type(layer).__name__} holds a transposed weight (replace it by a torch.nn.Linear)"
     if reason is None and fqn not in experts and type(layer) is not torch.nn.Linear:

@@ -11,8 +11,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
-from ..nn.converted import is_fp8
-from ..nn.experts import ExpertsInFP8, FP8SortedExperts
+from ..nn.experts import ExpertsInFP8, FP8SortedExperts, trains_in_fp8
 from .weight import Fp8ShardedWeight, Group
 
 _log = logging.getLogger("torchext.distributed")
@@ -122,7 +121,7 @@ def _mark(
                 uses[id(parameter)] = uses.get(id(parameter), 0) + 1
     group = Group(dtype)
     for path, part in module.named_modules():
-        if not (is_fp8(part) or isinstance(part, ExpertsInFP8)):
+        if not trains_in_fp8(part):
             continue
         names = part.fused_roles.parameters if isinstance(part, ExpertsInFP8) else ("weight",)
         for name in names:

@@ -20,6 +20,7 @@ from ..ops.mlp_function import MLP, Save
 from ..recipe import Recipe
 from .composition import is_composed, is_composed_in_graph
 from .converted import Rerouted, is_fp8
+from .frozen_weights import FrozenWeights
 from .linear import output_dtype
 from .weight_cache import WeightCache
 
@@ -115,29 +116,30 @@ class ExpertsInFP8(torch.nn.Module):
     def _run(
         self, x: Tensor, ids: Tensor, weights: Tensor, residual: Tensor | None = None
     ) -> Tensor:
-        roles, recipe = self.fused_roles, self.recipe
         config, parameters = self._config(x), self._matrices()
         differentiable = [t for t in (x, weights, residual, *parameters) if t is not None]
         graph = torch.is_grad_enabled() and any(t.requires_grad for t in differentiable)
-        # Re-entrant checkpointing runs forward without gradients first, and later with them.
-        for_x, for_dh = x.requires_grad, graph
-        if not torch.is_grad_enabled():
-            for_x = for_dh = self.training
-        operands: list[Any] = [None, None]
-        if not torch.compiler.is_compiling():
-            operands = [
-                self._kept_operand(parameter, needed, name)
-                for parameter, needed, name in zip(
-                    self._held(), (for_x, for_dh), roles.parameters, strict=True
-                )
-            ]
+        operands = self._operands(x.requires_grad, graph)
         if graph:
             return ExpertsFunction.apply(x, ids, weights, config, operands, *parameters, residual)
         quantized = [
-            operand or quantize_weight(parameter, recipe, transposed=False)
+            operand or quantize_weight(parameter, self.recipe, transposed=False)
             for operand, parameter in zip(operands, parameters, strict=True)
         ]
         return forward_only(config, quantized, x, ids, weights, residual=residual)
+
+    def _operands(self, for_x: bool, for_dh: bool) -> list[Operand | None]:
+        """The FP8 weights that are kept of up and down; None where the caller is to quantize them.
+
+        Args:
+            for_x: whether x, or for_dh, whether anything needs a gradient.
+        """
+        if torch.compiler.is_compiling():
+            return [None, None]
+        # Re-entrant checkpointing runs forward without gradients first, and later with them.
+        needs = (for_x, for_dh) if torch.is_grad_enabled() else (self.training,) * 2
+        names = self.fused_roles.parameters
+        return list(map(self._kept_operand, self._held(), needs, names))
 
     def _kept_operand(self, parameter: Tensor, needed: bool, name: str) -> Operand | None:
         """The FP8 weights that are kept, with those for dgrad if `needed`."""
@@ -247,5 +249,7 @@ class FP8SortedExperts(FP8Experts):
 
 
 def trains_in_fp8(module: torch.nn.Module) -> bool:
-    """Whether `module` is an FP8 linear layer, or experts in FP8."""
+    """Whether `module` is a linear layer, or experts, whose wide weights train in FP8."""
+    if isinstance(module, FrozenWeights):
+        return False
     return is_fp8(module) or isinstance(module, ExpertsInFP8)

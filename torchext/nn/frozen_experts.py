@@ -1,7 +1,5 @@
-"""Experts that hold two 3-D weights in FP8, for inference; `quantize_for_inference` makes them.
-
-torchext/_experts.py tells which modules are such experts.
-"""
+"""Experts that hold two 3-D weights in FP8, for inference; `quantize_for_inference` makes them, of
+torchext.nn.MoEs and of what torchext/_experts.py recognizes."""
 
 from __future__ import annotations
 
@@ -10,22 +8,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._dispatch.layout import pitched
 from ..ops.experts_function import ExpertsFunction, forward_only
 from ..ops.experts_weights_only import weights_only_experts
 from ..ops.linear_function import Operand
 from ..ops.mlp_function import MLP
+from ..ops.quantize import quantize_128x128
 from ..recipe import Recipe
-from .converted import Rerouted
+from .converted import Converted, Rerouted, made_class
 from .experts import ExpertsRoles
 from .fp8_linear import Mode
 from .frozen_weights import FrozenWeights
 from .linear import output_dtype
+from .moe import MoE
 
 _RECIPE = Recipe.deepseek_v3()
 
 
-class FrozenExperts(FrozenWeights, Rerouted):
-    """Base of the classes that experts get: as FP8Experts, with weights in FP8 that do not train.
+class _Frozen(FrozenWeights, Converted):
+    """Base of the classes that modules get whose experts are in FP8 and do not train.
 
     The parameters keep their names, `up` [E, W, K] and `down` [E, K, I] in e4m3. Beside each is
     `<name>_scale_inv`, FP32 [E, ceil(rows / 128), ceil(columns / 128)], as in Hugging Face models.
@@ -40,32 +41,6 @@ class FrozenExperts(FrozenWeights, Rerouted):
 
     fused_roles: ExpertsRoles
     mode: Mode
-    added = ("fused_roles", "mode")
-
-    def run(self, *args: Any, **kwargs: Any) -> Tensor:
-        names = self.fused_roles.arguments
-        given = dict(zip(names, args, strict=False)) | kwargs
-        if len(args) + len(kwargs) != 3 or given.keys() != set(names):
-            raise TypeError(
-                f"{type(self).__name__}: arguments must be {', '.join(names)} (got "
-                f"{len(args)} by position and {', '.join(kwargs) or 'none'} by name); experts "
-                "quantized for inference take these three"
-            )
-        x, ids, weights = (given[name] for name in names)
-        pairs = [self.frozen_pair(name) for name in self.frozen_names()]
-        roles = self.fused_roles
-        if self.mode == "w8a16":
-            y = weights_only_experts(
-                x.to(output_dtype(x)), ids, weights, pairs, activation=roles.activation,
-                tanh_approximation=roles.tanh_approximation,
-            )  # fmt: skip
-            return y.to(x.dtype)
-        operands = [Operand(data, scale, None, None) for data, scale in pairs]
-        config = MLP(roles.activation, roles.tanh_approximation, _RECIPE, output_dtype(x), "fp8")
-        if torch.is_grad_enabled() and (x.requires_grad or weights.requires_grad):
-            matrices = [data for data, _ in pairs]
-            return ExpertsFunction.apply(x, ids, weights, config, operands, *matrices, None)
-        return forward_only(config, operands, x, ids, weights)
 
     def frozen_names(self) -> tuple[str, ...]:
         return self.fused_roles.parameters
@@ -79,14 +54,96 @@ class FrozenExperts(FrozenWeights, Rerouted):
         text = super().extra_repr()
         return f"{text}{', ' if text else ''}mode={self.mode!r}"
 
+    def _pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """The FP8 data and the scales of up and down, as products read them."""
+        pairs = [self.frozen_pair(name) for name in self.frozen_names()]
+        # A GPU reads rows at multiples of 16 bytes.
+        return [(pitched(data) if data.shape[-1] % 16 else data, scale) for data, scale in pairs]
 
-def quantize_experts_(
-    module: Any, roles: ExpertsRoles, mode: Mode, *, pow2_scale: bool
-) -> FrozenExperts:
-    """Quantizes a module that recognize_experts recognized, in place."""
-    module.__class__ = FrozenExperts.class_for(type(module))
+    def _weights_only(
+        self, x: Tensor, ids: Tensor, weights: Tensor, residual: Tensor | None = None
+    ) -> Tensor:
+        roles = self.fused_roles
+        return weights_only_experts(
+            x.to(output_dtype(x)),
+            ids,
+            weights,
+            self._pairs(),
+            activation=roles.activation,
+            tanh_approximation=roles.tanh_approximation,
+            residual=residual,
+        )
+
+
+class FrozenExperts(_Frozen, Rerouted):
+    """Base of the classes that recognized experts get: as FP8Experts, with frozen weights."""
+
+    added = ("fused_roles", "mode")
+
+    def run(self, *args: Any, **kwargs: Any) -> Tensor:
+        names = self.fused_roles.arguments
+        given = dict(zip(names, args, strict=False)) | kwargs
+        if len(args) + len(kwargs) != 3 or given.keys() != set(names):
+            raise TypeError(
+                f"{type(self).__name__}: arguments must be {', '.join(names)} (got "
+                f"{len(args)} by position and {', '.join(kwargs) or 'none'} by name); experts "
+                "quantized for inference take these three"
+            )
+        x, ids, weights = (given[name] for name in names)
+        if self.mode == "w8a16":
+            return self._weights_only(x, ids, weights).to(x.dtype)
+        pairs, roles = self._pairs(), self.fused_roles
+        operands = [Operand(data, scale, None, None) for data, scale in pairs]
+        config = MLP(roles.activation, roles.tanh_approximation, _RECIPE, output_dtype(x), "fp8")
+        if torch.is_grad_enabled() and (x.requires_grad or weights.requires_grad):
+            matrices = [data for data, _ in pairs]
+            return ExpertsFunction.apply(x, ids, weights, config, operands, *matrices, None)
+        return forward_only(config, operands, x, ids, weights)
+
+
+class FrozenMoE(_Frozen):
+    """Base of the classes that torchext.nn.MoEs get: the same layer with frozen weights.
+
+    In mode "w8a8" the experts' results have the bits that the layer has in training: there it
+    quantizes its weights likewise, for a recipe with the same `pow2_scale`.
+    """
+
+    added = ("mode",)
+
+    @classmethod
+    def class_for(cls, plain: type) -> type:
+        base: Any = cls
+        return made_class(base, plain, prefix="")
+
+    def reset_parameters(self) -> None:
+        """Draws the experts' weights as torchext.nn.MoE does, and quantizes them."""
+        for name in self.frozen_names():
+            data, scale = self.frozen_pair(name)
+            bound = data.shape[-1] ** -0.5 if data.shape[-1] > 0 else 0.0
+            for expert in range(data.shape[0]):
+                wide = torch.empty(data.shape[1:], device=data.device).uniform_(-bound, bound)
+                for parameter, value in zip((data, scale), quantize_128x128(wide), strict=True):
+                    parameter.data[expert].copy_(value)
+
+    def _experts(self, x: Tensor, ids: Tensor, weights: Tensor, residual: Tensor | None) -> Tensor:
+        if self.mode == "w8a16":
+            return self._weights_only(x, ids, weights, residual)
+        y: Tensor = super()._experts(x, ids, weights, residual)  # type: ignore[misc]
+        return y
+
+    def _operands(self, for_x: bool, for_dh: bool) -> list[Operand]:
+        return [Operand(data, scale, None, None) for data, scale in self._pairs()]
+
+    def _wide_parameters(self) -> list[tuple[str, Tensor]]:
+        return []
+
+
+def quantize_experts_(module: Any, roles: ExpertsRoles, mode: Mode, *, pow2_scale: bool) -> _Frozen:
+    """Quantizes a module that find_experts found, in place."""
+    base = FrozenMoE if isinstance(module, MoE) else FrozenExperts
+    module.__class__ = base.class_for(type(module))
     module.fused_roles = roles
     module.mode = mode
     module.quantize_in_place(pow2_scale=pow2_scale)
-    frozen: FrozenExperts = module
+    frozen: _Frozen = module
     return frozen

@@ -164,7 +164,7 @@ class MoE(ExpertsInFP8):
         if self.dispatcher is not None:
             return self._dispatched(x, ids, weights, residual)
         if torch.compiler.is_compiling() and is_composed_in_graph():  # an exported graph
-            given: list[Any] = [None, None]
+            given = self._operands(False, False)
             operands = quantize_weights(given, self._matrices(), self.recipe, NOTHING)
             return forward_only(self._config(x), operands, x, ids, weights, residual=residual)
         return self._run(x, ids, weights, residual)
@@ -176,11 +176,8 @@ class MoE(ExpertsInFP8):
         from ..moe import experts  # loads torch.distributed, as the dispatcher has
 
         assert self.dispatcher is not None
-        graph = torch.is_grad_enabled()
-        # As in _run: which FP8 weights to keep, with those for dgrad or without.
-        needed = (x.requires_grad, True) if graph else (self.training,) * 2
         up, down = self._held()
-        names = self.fused_roles.parameters
+        of_up, of_down = self._operands(x.requires_grad, True)
         return experts(
             x,
             weights,
@@ -190,10 +187,7 @@ class MoE(ExpertsInFP8):
             routing=self.dispatcher.create_routing(ids, weights),
             config=self._config(x),
             residual=residual,
-            operands=(
-                self._kept_operand(up, needed[0], names[0]),
-                self._kept_operand(down, needed[1], names[1]),
-            ),
+            operands=(of_up, of_down),
             exact=self.exact,
         )
 
@@ -202,6 +196,10 @@ class MoE(ExpertsInFP8):
         if self.dispatcher is not None:
             sizes += f" on {self.dispatcher.num_ranks} ranks"
         return f"{sizes}, save={self.fused_save!r}, {super().extra_repr()}"
+
+    def _wide_parameters(self) -> list[tuple[str, Tensor]]:
+        """Those that must be in FP32, BF16 or FP16, with their names."""
+        return list(zip(self.fused_roles.parameters, self._held(), strict=True))
 
     def _check(self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> None:
         parameters = self._held()
@@ -228,11 +226,7 @@ class MoE(ExpertsInFP8):
                     f"{_NAME}: {name} must be on device {device}, where the parameters are (got "
                     f"{tensor.device}); move it with .to()"
                 )
-        for name, tensor in (
-            ("x", x),
-            ("gate_up_proj", parameters[0]),
-            ("down_proj", parameters[1]),
-        ):
+        for name, tensor in (("x", x), *self._wide_parameters()):
             if tensor.dtype not in _WIDE_DTYPES:
                 raise TypeError(
                     f"{_NAME}: {name} must be torch.float32, torch.bfloat16 or torch.float16 (got "

@@ -127,11 +127,12 @@ def weights_only_experts(
     *,
     activation: str,
     tanh_approximation: bool | None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """For each token, the sum over its choices of weight * down[id] @ activation(up[id] @ x).
 
-    x and `weights` have gradients. The activation is computed in x's dtype, as in the wide model;
-    the choices of a token are added in FP32.
+    x, `weights` and `residual` have gradients. The activation is computed in x's dtype, as in
+    the wide model; the choices of a token are added in FP32.
 
     Args:
         x: [T, K], FP32, BF16 or FP16.
@@ -139,6 +140,7 @@ def weights_only_experts(
         weights: [T, k], of any floating-point dtype.
         operands: the FP8 data and the scales of `up` [E, W, K] and `down` [E, K, I].
         activation, tanh_approximation: as in torchext.ops.mlp_function.MLP.
+        residual: [T, K]: added to the sums before they are rounded.
 
     Returns:
         [T, K], x's dtype.
@@ -148,4 +150,4 @@ def weights_only_experts(
     wide = fp8_linear_by_expert(moe_permute(x, slots), up, up_scale, offsets)
     h = activate(activation, tanh_approximation, (wide,))
     y = fp8_linear_by_expert(h, down, down_scale, offsets)
-    return moe_combine(y, slots, weights.float(), out_dtype=x.dtype)
+    return moe_combine(y, slots, weights.float(), residual=residual, out_dtype=x.dtype)
