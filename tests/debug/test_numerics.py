@@ -8,7 +8,8 @@ import csv
 import io
 import json
 import math
-from typing import Any
+import types
+from typing import Any, cast
 
 import pytest
 import torch
@@ -18,9 +19,10 @@ from torch.utils.checkpoint import checkpoint
 
 import torchext
 from support.linear_testing import main_recipes, normal, sqnr
-from torchext import Recipe, convert_to_fp8_training, debug
+from torchext import Recipe, convert_to_fp8_training, debug, quantize_for_inference
+from torchext.debug.experts_numerics import observable
 from torchext.debug.numerics import _add_quantized
-from torchext.nn import Linear
+from torchext.nn import Linear, MoE
 from torchext.ops.linear_function import Operand
 
 from ..test_experts import Experts, Sorted, Transposed
@@ -286,6 +288,46 @@ def test_experts(device, kind):
     factors = 1 if kind == "sorted" else arguments[1].flatten()[:, None]
     dy = (2 * y.detach()).repeat_interleave(1 if kind == "sorted" else 2, 0) * factors
     assert last.operands["grad"].amax == pytest.approx(dy.abs().max().item(), rel=1e-6)
+
+
+def test_experts_of_the_house(device):
+    """torchext.nn.MoE, with two leading dimensions, choices of no expert and a shared expert."""
+    torch.manual_seed(0)
+    layer = MoE(128, 136, 4, shared_intermediate_size=128, device=device)
+    x = normal(2, 12, 128, device=device, grad=True)
+    ids, weights = torch.tensor([0, 2, -1], device=device), torch.rand(2, 12, 3, device=device)
+    ids = ids.expand(2, 12, 3)
+    expected = layer(x, ids, weights)
+    with debug.numerics(layer) as report:
+        y = layer(x=x, topk_idx=ids, topk_weights=weights)
+        y.sum().backward()  # its gradient is expanded
+    assert sqnr(expected, y) > 30 and report.unobserved == ()  # the shared expert is not fused
+    names = ["gate_up_proj", "down_proj"]
+    shared = [f"shared_experts.{name}_proj" for name in ("gate", "up", "down")]
+    assert {(g.layer, g.gemm) for g in report.gemms} == {
+        (name, gemm) for name in names + shared for gemm in ("fprop", "dgrad", "wgrad")
+    }
+    assert all(g.samples == 1 and g.sqnr is not None and 20 < g.sqnr < 45 for g in report.gemms)
+    assert entry(report, names[0], "fprop").operands["input"].amax == x.abs().max().item()
+    weight = layer.get_parameter("down_proj")[::2]  # the others have no rows
+    assert entry(report, names[1], "fprop").operands["weight"].amax == weight.abs().max().item()
+    dy = entry(report, names[1], "wgrad").operands["grad"]
+    assert dy.amax == weights[..., :2].max().item()
+
+
+def test_what_experts_cannot_show(device):
+    """Tokens from other ranks, and weights that do not train."""
+    layer = MoE(128, 128, 4, device=device)
+    ids, ones = (torch.ones(3, 1, device=device, dtype=t) for t in (torch.int64, torch.float32))
+    arguments = normal(3, 128, device=device), ids, ones
+    for ranks in (1, 2):
+        layer.dispatcher = cast(Any, types.SimpleNamespace(num_ranks=ranks))
+        assert (observable(layer, arguments, {}) is None) == (ranks == 2)
+    layer.dispatcher = None
+    quantize_for_inference(layer)
+    with debug.numerics(layer) as report:
+        layer(*arguments)
+    assert report.gemms == report.unobserved == ()
 
 
 def test_empty_batches_and_keyword_arguments(device):

@@ -9,14 +9,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..nn.experts import FP8Experts, FP8SortedExperts
+from ..nn import MoE
+from ..nn.experts import FP8SortedExperts
 from ..ops.experts_function import Routing
+from ..ops.gathered_weight import is_weight
 from ..ops.mlp_function import activate
 
 
-def parameters_of_experts(name: str, layer: FP8Experts) -> list[str]:
+def parameters_of_experts(name: str, layer: Any) -> list[str]:
     """The names that the parameters of the experts have in a report."""
     return [f"{name}.{parameter}".lstrip(".") for parameter in layer.fused_roles.parameters]
+
+
+def observable(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any] | None:
+    """The arguments of a forward, in the order of the layer's roles, with the tokens as a matrix.
+
+    None if the forward cannot be observed: its tensors are of other types, or its tokens go to
+    experts on other ranks.
+    """
+    given = layer._given(args, kwargs)
+    if given is None or not isinstance(layer, MoE):
+        return given if given is not None and layer._can_run(*given) else None
+    if layer.dispatcher is not None and layer.dispatcher.num_ranks > 1:
+        return None
+    if any(type(t) is not Tensor for t in given) or not all(map(is_weight, layer._held())):
+        return None
+    x, *choices = given
+    tokens = x.reshape(-1, x.shape[-1])
+    return [tokens, *(t.reshape(tokens.shape[0], t.shape[-1]) for t in choices)]
 
 
 class ObservedExperts:
@@ -28,7 +48,7 @@ class ObservedExperts:
         Args:
             name: the module's name.
             layer: the module of experts.
-            given: the arguments of the module's forward, in the order of its roles.
+            given: the arguments of the module's forward, from `observable`.
             sample: makes the sample of a linear layer; called as sample(name, recipe, x, weight,
                 counts=...).
         """

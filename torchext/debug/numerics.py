@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..nn.converted import is_fp8
-from ..nn.experts import FP8Experts
+from ..nn.experts import ExpertsInFP8, trains_in_fp8
 from ..ops import dequantize
 from ..ops.linear_function import (
     Operand,
@@ -28,7 +28,7 @@ from ..ops.linear_function import (
     wide_wgrad,
 )
 from ..recipe import Recipe
-from .experts_numerics import ObservedExperts, parameters_of_experts
+from .experts_numerics import ObservedExperts, observable, parameters_of_experts
 from .numerics_report import NumericsReport, OperandNumerics
 
 
@@ -51,10 +51,11 @@ def numerics(model: torch.nn.Module, every: int = 1) -> Iterator[NumericsReport]
     since a fused one has no result of its own to look at (docs/layers.md has the difference). A
     forward that activation checkpointing repeats does not count.
 
-    Layers that run in compiled code, under a transform of torch.func, or with tensor subclasses are
-    not observed; `report.unobserved` lists them. Each 3-D parameter of experts counts as a layer
-    with the parameter's name. The rows of each expert are quantized apart from those of others. For
-    wgrad this differs from the layer, where a scale group may hold rows of several experts.
+    Layers that run in compiled code, under a transform of torch.func, or with tensor subclasses,
+    and experts whose tokens come from other ranks, are not observed; `report.unobserved` lists
+    them. Each 3-D parameter of experts counts as a layer with the parameter's name. The rows of
+    each expert are quantized apart from those of others. For wgrad this differs from the layer,
+    where a scale group may hold rows of several experts.
 
     Args:
         model: any module. The context applies to the FP8 layers that it has on entry.
@@ -81,7 +82,9 @@ def numerics(model: torch.nn.Module, every: int = 1) -> Iterator[NumericsReport]
         )
     layers = {name: module for name, module in model.named_modules() if is_fp8(module)}
     experts = {
-        name: module for name, module in model.named_modules() if isinstance(module, FP8Experts)
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, ExpertsInFP8) and trains_in_fp8(module)
     }
     parts = [part for name, layer in experts.items() for part in parameters_of_experts(name, layer)]
     report = NumericsReport([*layers, *parts], every)
@@ -147,8 +150,8 @@ class _ExpertsObserver(_Observer):
     """The forward hook of experts in 3-D parameters: each expert is observed as an MLP."""
 
     def observe(self, layer: Any, args: Any, kwargs: Any, output: Any, *, repeated: bool) -> None:
-        given = layer._given(args, kwargs)
-        if given is None or not layer._can_run(*given):
+        given = observable(layer, args, kwargs)
+        if given is None:
             return
         x, needs_dx = given[0], given[0].requires_grad
         with _undisturbed(x):
@@ -156,7 +159,8 @@ class _ExpertsObserver(_Observer):
             if not repeated:
                 mlps.fprop()
         if output.requires_grad:
-            output.register_hook(lambda dy: mlps.backward(dy, needs_dx))
+            shape = x.shape
+            output.register_hook(lambda dy: mlps.backward(dy.reshape(shape), needs_dx))
 
 
 @contextmanager

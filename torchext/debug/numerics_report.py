@@ -149,7 +149,7 @@ class NumericsReport:
     @property
     def unobserved(self) -> tuple[str, ...]:
         """FP8 layers of which nothing was observed: they did not run, or only in compiled code,
-        under a transform, or with a tensor subclass."""
+        under a transform, with a tensor subclass, or with tokens from other ranks."""
         seen = {layer for layer, _ in self._gemms}
         return tuple(name for name in self._layers if name not in seen)
 

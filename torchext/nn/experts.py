@@ -93,6 +93,14 @@ class ExpertsInFP8(torch.nn.Module):
         self.refresh_weight()  # the parameters will be replaced
         return super()._apply(fn, recurse)
 
+    def _given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any] | None:
+        """The arguments of forward in the order of the roles; None if there are others."""
+        names = self.fused_roles.arguments
+        given = dict(zip(names, args, strict=False)) | kwargs
+        if not len(args) + len(kwargs) == len(given) == len(names) or given.keys() != set(names):
+            return None
+        return [given[name] for name in names]
+
     def _config(self, x: Tensor) -> MLP:
         roles = self.fused_roles
         dtype = output_dtype(x)
@@ -168,14 +176,6 @@ class FP8Experts(ExpertsInFP8, Rerouted):
         if given is not None and self._can_run(*given):
             return self._run(*given)
         return super().run(*args, **kwargs)
-
-    def _given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any] | None:
-        """The arguments in the order of the roles; None if there are others."""
-        names = self.fused_roles.arguments
-        given = dict(zip(names, args, strict=False)) | kwargs
-        if not len(args) + len(kwargs) == len(given) == len(names) or given.keys() != set(names):
-            return None
-        return [given[name] for name in names]
 
     def _can_run(self, x: Any, ids: Any, weights: Any) -> bool:
         if _is_transformed():
