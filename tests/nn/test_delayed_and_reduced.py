@@ -92,6 +92,21 @@ def test_ddp_reduces_all_gradients(mesh):
     assert_same((p.grad for p in model.parameters()), (2 * g for g in gradients(1, 2)))
 
 
+def test_ddp_may_be_told_to_reduce_after_forward(mesh):
+    """As torch's pipelines do: all forwards run in no_sync()."""
+    model: Any = replicated()
+    with delay_weight_gradients() as queue:
+        with model.no_sync():
+            found = [loss(model, seed) for seed in (1, 2)]
+            found[0].backward()
+            assert len(queue) == 5
+        queue.run()
+        model.reducer.prepare_for_backward([found[1]])
+        found[1].backward()
+        assert len(queue) == 0
+    assert_same((p.grad for p in model.parameters()), (2 * g for g in gradients(1, 2)))
+
+
 @pytest.mark.parametrize("reshard", [True, False])
 def test_fsdp2_reduces_all_gradients(mesh, reshard):
     model = sharded(mesh, reshard=reshard)

@@ -91,7 +91,7 @@ def weight_gradient(weight: Tensor | None, compute: Callable[[], Tensor]) -> Ten
     queue = _open[-1] if _open else None
     if queue is None or weight is None or getattr(_thread, "at_once", False):
         return compute()
-    if gradient_sync.is_reduced(weight):
+    if gradient_sync.backward_reduces(weight):
         return compute()
     queue._put(weight, compute)
     return None
@@ -119,8 +119,8 @@ def leaf(weight: Tensor) -> Tensor | None:
         and weight.is_leaf
         and not weight._backward_hooks
         and not getattr(weight, "_post_accumulate_grad_hooks", None)
-        and not gradient_sync.ddp_reduces(weight)
         and not gradient_sync.is_recomputed()
+        and not gradient_sync.ddp_reduces(weight)
     ):
         return weight
     return None
@@ -146,9 +146,9 @@ def delay_weight_gradients() -> Iterator[WeightGradientQueue]:
     compiled graph, and of those that reentrant checkpointing recomputes.
 
     DDP and FSDP2 reduce gradients when backward ends, so then backward computes them all. Delayed
-    are those of micro-batches that are not reduced: whose forward is within DDP's no_sync(), or for
-    FSDP2 after set_requires_gradient_sync(False) and set_reshard_after_backward(False). Call
-    `queue.run()` before the micro-batch that is reduced.
+    are those of micro-batches that are not reduced: whose forward and backward are within DDP's
+    no_sync(), or for FSDP2 after set_requires_gradient_sync(False) and
+    set_reshard_after_backward(False). Call `queue.run()` before the micro-batch that is reduced.
 
     Raises:
         RuntimeError: at the end, gradients are left in the queue; torch.compile traces the context;

@@ -8,18 +8,34 @@ those of torch 2.10 to 2.13.
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
-from weakref import WeakValueDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.weak import WeakTensorKeyDictionary
 
 _FSDP_STATE = "torch.distributed.fsdp._fully_shard._fsdp_state"
-# Weights, by id, whose last forward under DDP was one after whose backward DDP reduces.
-_reduced_by_ddp: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
+
+
+@dataclass
+class _Replicated:
+    """A weight under DDP.
+
+    Attributes:
+        ddp: the module whose forward used it last.
+        reduced: whether that forward, or a backward since, made DDP reduce its gradient.
+    """
+
+    ddp: weakref.ref[DistributedDataParallel]
+    reduced: bool
+
+
+_replicated = WeakTensorKeyDictionary()  # Tensor -> _Replicated
 
 
 def check_torch() -> None:
@@ -43,19 +59,27 @@ def ddp_reduces(weight: Tensor) -> bool:
     ddp = getattr(DistributedDataParallel, "_active_ddp_module", None)
     if ddp is None:
         return False
-    if ddp.require_backward_grad_sync:
-        _reduced_by_ddp[id(weight)] = weight
-        return True
-    _reduced_by_ddp.pop(id(weight), None)
-    return False
+    _replicated[weight] = _Replicated(weakref.ref(ddp), ddp.require_backward_grad_sync)
+    return bool(ddp.require_backward_grad_sync)
+
+
+def backward_reduces(weight: Tensor) -> bool:
+    """In backward: whether weight's gradient is reduced when it ends.
+
+    weight: a parameter that forward has used; with FSDP2 the gathered one.
+    """
+    replicated = _replicated.get(weight) if _replicated else None
+    if replicated is not None:
+        # Torch's pipelines run all forwards in no_sync(), and prepare DDP before the last backward.
+        ddp = replicated.ddp()
+        replicated.reduced |= ddp is not None and ddp.require_backward_grad_sync
+    return is_reduced(weight)
 
 
 def is_reduced(weight: Tensor) -> bool:
-    """Whether a backward that runs now, or has begun with its forward, reduces weight's gradient.
-
-    weight: a parameter that a forward has used; with FSDP2 the gathered one.
-    """
-    return id(weight) in _reduced_by_ddp or any(
+    """Whether it is too late to add to weight's gradient, as a reduction has begun or may begin."""
+    replicated = _replicated.get(weight) if _replicated else None
+    return (replicated is not None and replicated.reduced) or any(
         getattr(parameter, "_unsharded_param", None) is weight
         for group in _reducing_groups()
         for parameter in _private(group, "fsdp_params")
