@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from torchext import ops
 from torchext._dispatch.declaration import DECLARATIONS, declare
+
+NOTHING: dict[str, Any] = {
+    "fake": lambda x: x,
+    "flops": None,
+    "batching": lambda *_: (None, None),
+    "sharding": lambda *_: [],
+}
 
 
 def of_cpp():
@@ -33,12 +42,12 @@ def test_public_declarations_are_the_public_ops():
 
 def test_an_op_declared_twice_is_an_error():
     with pytest.raises(RuntimeError, match="quantize_1x128 must have one declaration"):
-        declare("quantize_1x128", fake=lambda x: x, flops=None, batching=lambda *_: (None, None))
+        declare("quantize_1x128", **NOTHING)
 
 
 def test_an_op_that_cpp_lacks_is_an_error():
     with pytest.raises(AttributeError, match="no_such_op"):
-        declare("no_such_op", fake=lambda x: x, flops=None, batching=lambda *_: (None, None))
+        declare("no_such_op", **NOTHING)
     assert "no_such_op" not in DECLARATIONS
 
 

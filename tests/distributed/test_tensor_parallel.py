@@ -273,6 +273,113 @@ def check_fused_ops_of_dtensors(meshes: Meshes) -> None:
                 op(*whole_a, *of_rows)
 
 
+def same_bits(got: Any, wanted: Tensor) -> None:
+    """Of this rank's shard, or the replica."""
+    (placement,), local = got.placements, got.to_local()
+    assert got.shape == wanted.shape and got.dtype == wanted.dtype
+    part = wanted
+    if isinstance(placement, Shard):
+        part = wanted.chunk(2, placement.dim)[dist.get_rank()]
+    assert torch.equal(*(t.view(torch.uint8) if t.itemsize == 1 else t for t in (local, part)))
+
+
+def check_gradients_of_dtensors(meshes: Meshes) -> None:
+    """Of activations and norms: the bits of the unsharded op, but sums over rows in another order.
+
+    What each rule allows: tests/distributed/test_sharding_rules.py.
+    """
+    x, grad, weight = torch.randn(256, 512), torch.randn(256, 256), torch.randn(512)
+    rstd = x.square().mean(-1).rsqrt()
+    options: dict[str, Any] = {"bias_grad": True, "activation_dtype": torch.float8_e4m3fn}
+    calls: list[tuple[Any, Any, Any]] = [
+        (ops.silu_mul_backward_quantize_1x128_dual, [grad, x], options),
+        (ops.relu2_backward_quantize_1x128_dual, [grad, x[:, :256]], options),
+        (ops.rms_norm_backward_quantize_1x128_dual, [x.flip(0), x, weight, rstd], {}),
+        (ops.quantize_1x128_dual_bias_grad, [x], {}),
+        (ops.dequantize, [*ops.quantize_1x128(x)], {"out_dtype": torch.float32}),
+    ]
+
+    def distributed(tensor: Tensor, placement: Any) -> Any:
+        part = tensor.chunk(2)[dist.get_rank()] if placement == Shard(0) else tensor
+        return DTensor.from_local(part, meshes.all, [placement])
+
+    for op, tensors, given in calls:
+        expected = op(*tensors, **given)
+        results = op(
+            *(distributed(t, Replicate() if t is weight else Shard(0)) for t in tensors), **given
+        )
+        if isinstance(results, Tensor):
+            results, expected = (results,), (expected,)
+        for got, wanted in zip(results, expected, strict=True):
+            if got.placements == (Partial(),):
+                assert wanted.dtype == torch.float32
+                assert difference(got.full_tensor(), wanted) < 1e-6
+            else:
+                assert isinstance(got.placements[0], Shard)
+                same_bits(got, wanted)
+    columns = distribute_tensor(x, meshes.all, [Shard(1)])
+    whole_rows = [distributed(t, Replicate()) for t in (weight, rstd)]
+    with pytest.raises(RuntimeError, match="rms_norm_backward: placements must let each rank"):
+        ops.rms_norm_backward(columns, columns, *whole_rows)
+
+
+def check_ops_for_experts_of_dtensors(meshes: Meshes) -> None:
+    """Each rank has all tokens and some columns of each expert's result."""
+    x, w, bias = torch.randn(40, 256), torch.randn(3, 256, 256), torch.randn(3, 256)
+    ids, weights = torch.randint(3, (40, 2)), torch.rand(40, 2)
+
+    def run(x: Any, w: Any, bias: Any, ids: Any, weights: Any) -> list[Any]:
+        slots, offsets = ops.moe_route(ids, 3)
+        rows, scale = ops.moe_permute_quantize_1x128(x, slots)
+        pair = ops.quantize_128x128(w)
+        y = ops.m_grouped_fp8_gemm_nt_contiguous(rows, scale, *pair, offsets, bias=bias)
+        z = ops.moe_combine(y, slots, weights, residual=ops.moe_combine(y, slots))
+        again = ops.moe_permute(z, slots, weights)
+        dw = ops.k_grouped_fp8_gemm_nt(
+            *ops.quantize_1x128_t(y), *ops.quantize_1x128_t(x.repeat(2, 1)), offsets
+        )
+        return [rows, scale, y, z, again, dw]
+
+    def distributed(tensor: Tensor, placement: Any) -> Any:
+        return distribute_tensor(tensor, meshes.all, [placement])
+
+    given = x, w, bias, ids, weights
+    whole, columns = Replicate(), Shard(1)
+    results = run(*map(distributed, given, (whole, columns, columns, whole, whole)))
+    placements = [p for result in results for p in result.placements]
+    assert placements == [whole, whole, columns, columns, columns, columns]
+    for got, wanted in zip(results, run(*given), strict=True):
+        same_bits(got, wanted)
+
+    slots, _ = ops.moe_route(ids, 3)
+    own = [distributed(x, columns), distributed(slots, whole)]
+    for got, wanted in zip(
+        ops.moe_permute_quantize_1x128(*own), ops.moe_permute_quantize_1x128(x, slots), strict=True
+    ):
+        assert got.placements == (columns,)  # type: ignore[attr-defined]
+        same_bits(got, wanted)
+
+    with pytest.raises(RuntimeError, match=r"moe_route: tensors must be replicated, .*Dispatcher"):
+        ops.moe_route(distributed(ids, Shard(0)), 3)
+    with pytest.raises(RuntimeError, match="contiguous: placements must let each rank"):
+        ops.m_grouped_fp8_gemm_nt_contiguous(
+            *ops.quantize_1x128(distributed(x, Shard(0))),
+            *ops.quantize_128x128(distributed(w, whole)),
+            distributed(torch.tensor([10, 20, 40]).int(), whole),
+        )
+
+    def gradients(x: Any, slots: Any, weights: Any) -> list[Any]:
+        leaves = [t.clone().requires_grad_() for t in (x, weights)]
+        y = ops.moe_permute(leaves[0], slots, leaves[1])
+        z = ops.moe_combine(y, slots, leaves[1])
+        return [*torch.autograd.grad(z.square().sum(), leaves)]
+
+    got = gradients(*own, distributed(weights, whole))
+    dx, dweights = gradients(x, slots, weights)
+    same_bits(got[0], dx)
+    assert difference(got[1].full_tensor(), dweights) < 1e-6
+
+
 def b_of(w: Tensor, distributed: Any) -> Any:
     return ops.quantize_128x128(distributed(w, Shard(0)))
 

@@ -48,13 +48,13 @@ class Declaration(NamedTuple):
         overloads: the names that csrc/ops.cpp defines for the op: itself, its alias, and each of
             both with `.out`.
         multiplies: whether it has a flop formula.
-        sharding: its sharding rule, or None.
+        sharding: its sharding rule.
     """
 
     handles: Handles
     overloads: tuple[str, ...]
     multiplies: bool
-    sharding: Callable[..., Sequence[Sharding]] | None
+    sharding: Callable[..., Sequence[Sharding]]
 
 
 DECLARATIONS: dict[str, Declaration] = {}  # by the op's name
@@ -66,10 +66,10 @@ def declare(
     fake: Callable[..., Any],
     flops: Callable[..., int] | None,
     batching: Rule,
+    sharding: Callable[..., Sequence[Sharding]],
     gradient: Gradient | list[Gradient] | Callable[..., Any] | None = None,
     out: bool = False,
     autocast: Callable[..., Any] | None = None,
-    sharding: Callable[..., Sequence[Sharding]] | None = None,
 ) -> Handles:
     """Registers the op `torchext::NAME` with torch.
 
@@ -80,13 +80,14 @@ def declare(
         flops: the op's flop formula, called with the shapes of its arguments; None for an op that
             multiplies nothing.
         batching: the batching rule of the op and its alias. `.out` runs once for each element.
+        sharding: the sharding rule of the op and its alias, called with the module
+            torch.distributed.tensor and the op's arguments; returns the possible Shardings, or
+            raises ValueError for placements that the op refuses. DTensor refuses `.out`.
         gradient: None for an op whose outputs require no gradient; a Gradient for each argument
             that the op has a gradient for (such an op needs an alias); or a kernel for the Autograd
             key.
         out: whether the op and its alias have an overload `.out`.
         autocast: called as autocast(device type, *arguments) under torch.autocast.
-        sharding: sharding rule, called with the module torch.distributed.tensor and the op's
-            arguments; returns the possible Shardings.
 
     Raises RuntimeError if the op has been declared before, and AttributeError if csrc/ops.cpp does
     not define the op, its alias or its `.out`.

@@ -37,7 +37,6 @@ def _without_optional(kind: Any) -> Any:
 
 
 for _declaration in DECLARATIONS.values():
-    if _declaration.sharding is not None:
-        for _op in filter(None, _declaration.handles[:2]):  # the op, and its alias if it has one
-            register_sharding(_op)(functools.partial(_declaration.sharding, distributed))
-            _cached_by_every_option(_op)
+    for _op in filter(None, _declaration.handles[:2]):  # the op, and its alias if it has one
+        register_sharding(_op)(functools.partial(_declaration.sharding, distributed))
+        _cached_by_every_option(_op)

@@ -1,17 +1,24 @@
-"""Sharding rules of quantizers and products: what each rank may compute of DTensors by itself.
+"""Sharding rules of quantizers, norms and dense products: what each rank may compute by itself.
 
 A rule refuses placements that would cut a scale's group between ranks, or that would need
-communication first: DTensor would otherwise redistribute operands silently.
+communication first: DTensor would otherwise redistribute operands silently. Rules of the other ops:
+sharding_rules_gradients.py, sharding_rules_grouped.py.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
+
+import torch
 
 from .declaration import Sharding
 from .layout import GROUP, ceil_div
+
+# Placements of all outputs, and of the tensor arguments that are not replicated, by their names.
+Case = tuple[list[Any], dict[str, Any]]
+Rule = Callable[..., list[Sharding]]
 
 
 def _parts(spec: Any, dim: int) -> int:
@@ -20,27 +27,70 @@ def _parts(spec: Any, dim: int) -> int:
     return math.prod(sizes)
 
 
-def _keeps_groups(spec: Any, dim: int, run: int) -> bool:
+def keeps_groups(spec: Any, dim: int, run: int) -> bool:
     """Whether no group of 128 in `run` consecutive elements along a dimension is cut."""
     parts = _parts(spec, dim)
     return parts == 1 or run % (parts * GROUP) == 0
 
 
-def _checked(name: str, specs: Sequence[Any], allowed: list[Sharding]) -> list[Sharding]:
-    """`allowed`, if the placements of the tensors `specs` are among them on each mesh dimension."""
+_ALONE = (
+    "placements must let each rank compute its part alone, without cutting a scale's group of "
+    f"{GROUP}"
+)
+
+
+def _checked(
+    name: str, specs: Sequence[Any], allowed: list[Sharding], rule: str = _ALONE
+) -> list[Sharding]:
+    """`allowed`, if the placements of the tensors `specs` are among them on each mesh dimension.
+
+    specs: of the first arguments; None for those that are no tensors. rule: what the error states.
+    """
     tensors = [spec for spec in specs if spec is not None]
     for i in range(tensors[0].mesh.ndim):
         own = [None if spec is None else spec.placements[i] for spec in specs]
         if not any(inputs[: len(own)] == own for _, inputs in allowed):
             shapes = ", ".join(f"{list(spec.shape)} {spec.placements[i]}" for spec in tensors)
-            raise ValueError(
-                f"{name}: placements must let each rank compute its part alone, without cutting a "
-                f"scale's group of {GROUP} (got {shapes}); redistribute, or pass local tensors"
-            )
+            raise ValueError(f"{name}: {rule} (got {shapes}); redistribute, or pass local tensors")
     return allowed
 
 
-def quantizer(name: str, kind: str, *, columns: bool = True) -> Callable[..., list[Sharding]]:
+def by_name(
+    name: str,
+    cases: Callable[[Any, Mapping[str, Any]], Iterable[Case]],
+    rule: str = _ALONE,
+) -> Rule:
+    """The rule of an op, or of its alias, from cases that name its arguments.
+
+    Args:
+        name: of the op.
+        cases: called with the module torch.distributed.tensor and {name: argument}, without those
+            that have their default. Returns what may be sharded, besides the case that nothing is.
+        rule: what the error states for other placements.
+    """
+
+    def named(placements: Any, *operands: Any, **options: Any) -> list[Sharding]:
+        schema = getattr(torch.ops.torchext, name).default._schema
+        names = [argument.name for argument in schema.arguments]
+        given = dict(zip(names, operands, strict=False)) | options
+        specs = {n: v if hasattr(v, "placements") else None for n, v in given.items()}
+        whole = placements.Replicate()
+        replicated: Case = [whole] * len(schema.returns), {}
+        allowed: list[Sharding] = [
+            (outputs, [None if spec is None else own.get(n, whole) for n, spec in specs.items()])
+            for outputs, own in (replicated, *cases(placements, given))
+        ]
+        return _checked(name, [*specs.values()], allowed, rule)
+
+    return named
+
+
+def replicated(name: str, reason: str) -> Rule:
+    """The rule of an op that takes no shards. `reason` follows "since" in the error."""
+    return by_name(name, lambda *_: (), f"tensors must be replicated, since {reason}")
+
+
+def quantizer(name: str, kind: str, *, columns: bool = True, sums: bool = False) -> Rule:
     """The rule of an op that quantizes its first argument.
 
     Args:
@@ -48,6 +98,7 @@ def quantizer(name: str, kind: str, *, columns: bool = True) -> Callable[..., li
         kind: "1x128", "1x128_t", "1x128_dual", "128x128", "128x128_dual", "rowwise" or
             "tensorwise": the scales, and whether the outputs are transposed.
         columns: whether x may be sharded along its last dimension; an op that halves it may not.
+        sums: whether the op also returns sums over the rows.
     """
 
     def rule(placements: Any, x: Any, *rest: Any, **_: Any) -> list[Sharding]:
@@ -61,29 +112,30 @@ def quantizer(name: str, kind: str, *, columns: bool = True) -> Callable[..., li
                 return None
             if kind.startswith("128x128"):
                 within = dim >= last - 1  # a matrix, not along a stack of them
-                if within and not _keeps_groups(x, dim, x.shape[dim]):
+                if within and not keeps_groups(x, dim, x.shape[dim]):
                     return None
                 swapped = 2 * last - 1 - dim if within else dim
                 return [shard(dim), shard(dim)] + ([shard(swapped)] if transposes else [])
             if kind in ("rowwise", "tensorwise"):
                 return [shard(dim)] * 2 if kind == "rowwise" and dim < last else None
-            if plain and dim == last and not _keeps_groups(x, dim, x.shape[dim]):
+            if plain and dim == last and not keeps_groups(x, dim, x.shape[dim]):
                 return None
             if not transposes:
                 return [shard(dim)] * 2
             rows = math.prod(x.shape[:-1])
-            if dim not in (0, last) or (dim == 0 < last and not _keeps_groups(x, dim, rows)):
+            if dim not in (0, last) or (dim == 0 < last and not keeps_groups(x, dim, rows)):
                 return None
             transposed = shard(0 if dim == last else 1)
             return [shard(dim)] * (2 if plain else 0) + [transposed] * 2
 
-        count = {"1x128_dual": 4, "128x128_dual": 3}.get(kind, 2)
+        count = {"1x128_dual": 4, "128x128_dual": 3}.get(kind, 2) + sums
         others = [None] * len(rest)
         allowed: list[Sharding] = [([whole] * count, [whole, *others])]
         for dim in range(x.ndim):
             results = outputs(dim)
             if results is not None:
-                allowed.append((results, [shard(dim), *others]))
+                of_sums = shard(0) if dim == last else placements.Partial()
+                allowed.append(([*results, *[of_sums] * sums], [shard(dim), *others]))
         return _checked(name, [x], allowed)
 
     return rule
@@ -102,7 +154,7 @@ def product(placements: Any, *operands: Any, bias: Any = None, **_: Any) -> list
     return _checked("fp8_gemm_nt", [a, a_scale, b, b_scale, bias], allowed)
 
 
-def fused_product(name: str, *, columns: bool) -> Callable[..., list[Sharding]]:
+def fused_product(name: str, *, columns: bool) -> Rule:
     """The rule of a product whose result is activated and quantized in groups of a row.
 
     `columns`: whether rows of B may be sharded; gate and up, which are halves of them, may not.
@@ -111,7 +163,7 @@ def fused_product(name: str, *, columns: bool) -> Callable[..., list[Sharding]]:
     def rule(placements: Any, *operands: Any, bias: Any = None, **_: Any) -> list[Sharding]:
         a, b = operands[0], operands[2]
         sharded = placements.Shard(a.ndim - 1)
-        keeps = columns and _keeps_groups(b, 0, b.shape[0])
+        keeps = columns and keeps_groups(b, 0, b.shape[0])
         allowed: list[Sharding] = [
             ([out, out], inputs)
             for (out,), inputs in _cases(placements, operands[:4], bias, len(operands) - 4)
@@ -137,17 +189,17 @@ def _cases(placements: Any, operands: Any, bias: Any, options: int) -> list[Shar
         each_row = a_scale.ndim == a.ndim and a_scale.shape[dim] == a.shape[dim]
         of_scale = shard(dim) if each_row else whole
         allowed.append(case(shard(dim), shard(dim), of_scale, whole, whole, whole))
-    if b_scale.shape[0] == n or _keeps_groups(b, 0, n):
+    if b_scale.shape[0] == n or keeps_groups(b, 0, n):
         of_scale = shard(0) if b_scale.shape[0] in (n, ceil_div(n, GROUP)) else whole
         allowed.append(case(shard(last), whole, whole, shard(0), of_scale, shard(0)))
     grouped = a_scale.shape[-1] == b_scale.shape[-1] == ceil_div(k, GROUP)
-    if not grouped or (_keeps_groups(a, last, k) and _keeps_groups(b, 1, k)):
+    if not grouped or (keeps_groups(a, last, k) and keeps_groups(b, 1, k)):
         of_a, of_b = (shard(last), shard(1)) if grouped else (whole, whole)
         allowed.append(case(partial, shard(last), of_a, shard(1), of_b, partial))
     return allowed
 
 
-def norm(name: str, row_values: int) -> Callable[..., list[Sharding]]:
+def norm(name: str, row_values: int) -> Rule:
     """The rule of a norm that quantizes: rows of x may be sharded.
 
     Of an op that also returns the transpose, dimension 0 of x, in multiples of 128 rows.
@@ -169,7 +221,7 @@ def norm(name: str, row_values: int) -> Callable[..., list[Sharding]]:
 
         allowed: list[Sharding] = [([whole] * count, inputs(whole))]
         for dim in range(x.ndim - 1):
-            if dual and (dim > 0 or not _keeps_groups(x, 0, math.prod(x.shape[:-1]))):
+            if dual and (dim > 0 or not keeps_groups(x, 0, math.prod(x.shape[:-1]))):
                 continue
             outputs = [shard(dim)] * 2 + [shard(1)] * (2 if dual else 0)
             outputs += [shard(dim)] * row_values

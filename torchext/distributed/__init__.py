@@ -4,9 +4,8 @@
   `gathered_dtypes` tells what travels in FP8.
 - `Fp8ColwiseParallel`, `Fp8RowwiseParallel` and `PrepareFp8Input` are styles for
   torch.distributed.tensor.parallel.parallelize_module.
-- Once it is imported, quantizers (also fused with an activation or a norm) and dense GEMMs of
-  torchext.ops take DTensors whose placements let each rank compute its part alone, and refuse
-  others.
+- Once it is imported, torchext.ops take DTensors whose placements let each rank compute its part
+  alone, and refuse others. Only fp8_linear and the layers' own ops redistribute, as torch's do.
 """
 
 from .._dispatch import sharding as _rules  # noqa: F401  (registers the ops' rules with DTensor)

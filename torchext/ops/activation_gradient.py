@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .._dispatch.batching import each_quantized
 from .._dispatch.declaration import declare
+from .._dispatch.sharding_rules_gradients import activation_gradient
 from .activation import Dtype, both_of, call, transposed_of
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]
@@ -47,7 +48,14 @@ def _fake(operands: int) -> Callable[..., Any]:
 
 def _declare(family: str, operands: int) -> Any:
     name = f"{family}_backward_quantize_1x128_dual"
-    return declare(name, fake=_fake(operands), flops=None, batching=each_quantized).op
+    operand = "gate_up" if operands == 2 else "x"
+    return declare(
+        name,
+        fake=_fake(operands),
+        flops=None,
+        batching=each_quantized,
+        sharding=activation_gradient(name, operand, columns=operands == 1),
+    ).op
 
 
 _silu_mul, _gelu_mul = _declare("silu_mul", 2), _declare("gelu_mul", 2)

@@ -20,6 +20,7 @@ from .._dispatch.autograd import apply, recorded_outside
 from .._dispatch.batching import each
 from .._dispatch.declaration import DECLARATIONS, declare
 from .._dispatch.layout import pitched
+from .._dispatch.sharding_rules import replicated
 from . import weights_only as _weights_only  # noqa: F401  (declares fp8_linear)
 from .mlp_function import activate
 from .moe import moe_combine, moe_permute, moe_route
@@ -116,7 +117,14 @@ class _ByExpert(torch.autograd.Function):
         )
 
 
-declare("_fp8_linear_by_expert", fake=_fake, flops=_flops, batching=each, gradient=_autograd)
+declare(
+    "_fp8_linear_by_expert",
+    fake=_fake,
+    flops=_flops,
+    batching=each,
+    gradient=_autograd,
+    sharding=replicated("_fp8_linear_by_expert", "experts call it with plain tensors"),
+)
 
 
 def weights_only_experts(

@@ -14,6 +14,7 @@ from torch import Tensor
 from .._dispatch.batching import each
 from .._dispatch.declaration import declare
 from .._dispatch.flops import product_flops
+from .._dispatch.sharding_rules import replicated
 from .gemm import write_product
 
 _DEF = torch.library.Library("torchext", "FRAGMENT")
@@ -52,4 +53,10 @@ def _flops(x_shape: Any, x_scale_shape: Any, gate_shape: Any, *_: Any, **options
     return 2 * product_flops(x_shape, x_scale_shape, gate_shape)
 
 
-gate_up_in_graph = declare("_gate_up", fake=_fake, flops=_flops, batching=each).op
+gate_up_in_graph = declare(
+    "_gate_up",
+    fake=_fake,
+    flops=_flops,
+    batching=each,
+    sharding=replicated("_gate_up", "compiled MLPs call it with plain tensors"),
+).op

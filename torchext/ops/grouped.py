@@ -17,6 +17,7 @@ from .._dispatch.batching import each_product
 from .._dispatch.declaration import declare
 from .._dispatch.flops import product_flops
 from .._dispatch.scales import call_with_float32_scales, float32_in_graph
+from .._dispatch.sharding_rules_grouped import grouped_product, product_along_groups
 from .._dispatch.sm_budget import gemm_sms
 
 
@@ -58,6 +59,7 @@ _contiguous, _contiguous_alias, _write_contiguous = declare(
     flops=product_flops,
     batching=each_product,
     gradient=Gradient("bias", _sum_groups, saved=("offsets", "group_ids")),
+    sharding=grouped_product("m_grouped_fp8_gemm_nt_contiguous"),
     out=True,
 )
 
@@ -201,6 +203,7 @@ _masked, _masked_alias, _write_masked = declare(
     flops=product_flops,
     batching=each_product,
     gradient=Gradient("bias", _sum_counted, saved=("masked_m",)),
+    sharding=grouped_product("m_grouped_fp8_gemm_nt_masked"),
     out=True,
 )
 
@@ -332,6 +335,7 @@ def _fake_k_grouped(
 _k_grouped, _, _write_k_grouped = declare(
     "k_grouped_fp8_gemm_nt",
     fake=_fake_k_grouped,
+    sharding=product_along_groups("k_grouped_fp8_gemm_nt"),
     flops=product_flops,
     batching=each_product,
     out=True,

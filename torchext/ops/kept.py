@@ -16,9 +16,11 @@ from .._dispatch.batching import BatchDims, Call, as_products_read, each, each_q
 from .._dispatch.declaration import declare
 from .._dispatch.flops import product_flops
 from .._dispatch.layout import GROUP, ceil_div, leading_sizes, round_up
+from .._dispatch.sharding_rules import replicated
 from . import quantize
 
 Dtype = torch.dtype | None
+_OF_LAYERS = "compiled layers call it with plain tensors"
 
 
 def _fake_quantize(
@@ -36,7 +38,13 @@ def _fake_quantize(
     return data, scale, kept, scale.new_empty(kept_scale)
 
 
-declare("_quantize_kept", fake=_fake_quantize, flops=None, batching=each_quantized)
+declare(
+    "_quantize_kept",
+    fake=_fake_quantize,
+    flops=None,
+    batching=each_quantized,
+    sharding=replicated("_quantize_kept", _OF_LAYERS),
+)
 
 
 def _fake_quantize_blocks(
@@ -46,7 +54,13 @@ def _fake_quantize_blocks(
     return data, scale, data.new_empty((x.shape[1], round_up(x.shape[0], 16)))
 
 
-declare("_quantize_128x128_kept", fake=_fake_quantize_blocks, flops=None, batching=each_quantized)
+declare(
+    "_quantize_128x128_kept",
+    fake=_fake_quantize_blocks,
+    flops=None,
+    batching=each_quantized,
+    sharding=replicated("_quantize_128x128_kept", _OF_LAYERS),
+)
 
 
 def _fake_product(
@@ -62,4 +76,10 @@ def _each_product(call: Call, size: int, dims: BatchDims, *operands: Any) -> tup
     return each(product, size, dims, *operands)
 
 
-declare("_fp8_gemm_nt_kept", fake=_fake_product, flops=product_flops, batching=_each_product)
+declare(
+    "_fp8_gemm_nt_kept",
+    fake=_fake_product,
+    flops=product_flops,
+    batching=_each_product,
+    sharding=replicated("_fp8_gemm_nt_kept", _OF_LAYERS),
+)

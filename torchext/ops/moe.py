@@ -25,6 +25,8 @@ from .._dispatch.batching import each, each_quantized
 from .._dispatch.declaration import declare
 from .._dispatch.errors import python_error
 from .._dispatch.layout import empty_contiguous, empty_data, empty_group_scale
+from .._dispatch.sharding_rules import replicated
+from .._dispatch.sharding_rules_grouped import combination, permutation
 from .._dispatch.sm_budget import communication_sms
 
 Dtype = torch.dtype | None
@@ -36,7 +38,16 @@ def _fake_route(ids: Tensor, num_experts: int, *, num_sms: int = 0) -> tuple[Ten
     return slots, ids.new_empty((num_experts,), dtype=torch.int32)
 
 
-_route = declare("moe_route", fake=_fake_route, flops=None, batching=each).op
+_route = declare(
+    "moe_route",
+    fake=_fake_route,
+    flops=None,
+    batching=each,
+    sharding=replicated(
+        "moe_route",
+        "a row depends on the tokens of all ranks (torchext.moe.Dispatcher routes across ranks)",
+    ),
+).op
 
 
 def moe_route(ids: Tensor, num_experts: int, *, num_sms: int = 0) -> tuple[Tensor, Tensor]:
@@ -87,7 +98,11 @@ def _fake_permute_quantize(
 
 
 _permute_quantize = declare(
-    "moe_permute_quantize_1x128", fake=_fake_permute_quantize, flops=None, batching=each_quantized
+    "moe_permute_quantize_1x128",
+    fake=_fake_permute_quantize,
+    flops=None,
+    batching=each_quantized,
+    sharding=permutation("moe_permute_quantize_1x128", quantizes=True),
 ).op
 
 
@@ -178,6 +193,7 @@ _permute, _permute_alias, _ = declare(
         Gradient("x", _token_gradient, saved=("slots", "weights")),
         Gradient("weights", _permute_weight_gradient, saved=("x", "slots")),
     ],
+    sharding=permutation("moe_permute"),
 )
 
 
@@ -234,9 +250,9 @@ def _fake_combine(
 def _row_gradient(grad: Tensor, shape: torch.Size, slots: Tensor, weights: Tensor | None) -> Tensor:
     """Zeros for rows that no choice has."""
     permuted = moe_permute(grad.contiguous(), slots, weights, shape[0])
-    has_choice = torch.zeros(shape[0] + 1, dtype=torch.bool, device=grad.device)
     flat = slots.reshape(-1)
-    has_choice[torch.where((flat >= 0) & (flat < shape[0]), flat, shape[0]).long()] = True
+    rows = torch.where((flat >= 0) & (flat < shape[0]), flat, shape[0]).long()
+    has_choice = slots.new_zeros(shape[0] + 1, dtype=torch.bool).index_fill(0, rows, True)
     return permuted.masked_fill(~has_choice[: shape[0], None], 0)
 
 
@@ -255,6 +271,7 @@ _combine, _combine_alias, _ = declare(
         Gradient("weights", _combine_weight_gradient, saved=("y", "slots")),
         Gradient("residual", lambda grad, shape: grad),
     ],
+    sharding=combination("moe_combine"),
 )
 
 

@@ -29,6 +29,7 @@ from .._dispatch.layout import (
     empty_group_scale,
     round_up,
 )
+from .._dispatch.sharding_rules import replicated
 from .._dispatch.sm_budget import communication_sms
 
 Dtype = torch.dtype | None
@@ -74,7 +75,15 @@ def _fake_pack(
     return empty_contiguous(x, (rows,), layout.pitch, torch.uint8)
 
 
-_pack = declare("moe_pack_1x128", fake=_fake_pack, flops=None, batching=each).op
+_BETWEEN_RANKS = "messages are one rank's own (torchext.moe.Dispatcher sends them)"
+
+_pack = declare(
+    "moe_pack_1x128",
+    fake=_fake_pack,
+    flops=None,
+    batching=each,
+    sharding=replicated("moe_pack_1x128", _BETWEEN_RANKS),
+).op
 
 
 def moe_pack_1x128(
@@ -148,7 +157,13 @@ def _fake_unpack(
     return data, scale, message.new_empty((rows,), dtype=torch.float32)
 
 
-_unpack = declare("moe_unpack_1x128", fake=_fake_unpack, flops=None, batching=each_quantized).op
+_unpack = declare(
+    "moe_unpack_1x128",
+    fake=_fake_unpack,
+    flops=None,
+    batching=each_quantized,
+    sharding=replicated("moe_unpack_1x128", _BETWEEN_RANKS),
+).op
 
 
 def moe_unpack_1x128(

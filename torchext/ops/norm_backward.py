@@ -15,6 +15,7 @@ from .._dispatch.batching import each, each_quantized
 from .._dispatch.declaration import declare
 from .._dispatch.errors import python_error
 from .._dispatch.layout import empty_contiguous, empty_data, empty_group_scale, leading_sizes
+from .._dispatch.sharding_rules_gradients import norm_gradient
 
 Dtype = torch.dtype | None
 
@@ -46,7 +47,13 @@ def _fake_rms(
     return empty_contiguous(x, leading_sizes(x), x.shape[-1], x.dtype), _column_values(x)
 
 
-_rms_norm_backward = declare("rms_norm_backward", fake=_fake_rms, flops=None, batching=each).op
+_rms_norm_backward = declare(
+    "rms_norm_backward",
+    fake=_fake_rms,
+    flops=None,
+    batching=each,
+    sharding=norm_gradient("rms_norm_backward", 1),
+).op
 
 
 def rms_norm_backward(
@@ -110,6 +117,7 @@ _rms_norm_backward_quantize_1x128_dual = declare(
     fake=_fake_rms_quantize,
     flops=None,
     batching=each_quantized,
+    sharding=norm_gradient("rms_norm_backward_quantize_1x128_dual", 1),
 ).op
 
 
@@ -167,7 +175,11 @@ def _fake_layer(
 
 
 _layer_norm_backward = declare(
-    "layer_norm_backward", fake=_fake_layer, flops=None, batching=each
+    "layer_norm_backward",
+    fake=_fake_layer,
+    flops=None,
+    batching=each,
+    sharding=norm_gradient("layer_norm_backward", 2),
 ).op
 
 
@@ -227,6 +239,7 @@ _layer_norm_backward_quantize_1x128_dual = declare(
     fake=_fake_layer_quantize,
     flops=None,
     batching=each_quantized,
+    sharding=norm_gradient("layer_norm_backward_quantize_1x128_dual", 2),
 ).op
 
 

@@ -30,6 +30,7 @@ from .._dispatch.layout import (
 )
 from .._dispatch.scales import call_with_float32_scales, float32_in_graph
 from .._dispatch.sharding_rules import quantizer
+from .._dispatch.sharding_rules_gradients import dequantizer
 
 Dtype = torch.dtype | None
 
@@ -179,6 +180,7 @@ _quantize_1x128_dual_bias_grad = declare(
     fake=_fake_1x128_dual_bias_grad,
     flops=None,
     batching=each_quantized,
+    sharding=quantizer("quantize_1x128_dual_bias_grad", "1x128_dual", sums=True),
 ).op
 
 
@@ -447,6 +449,7 @@ _dequantize, _dequantize_alias, _ = declare(
     flops=None,
     batching=each,
     gradient=Gradient("scale", _gradient_of_scale, saved=("data",)),
+    sharding=dequantizer("dequantize"),
 )
 
 
