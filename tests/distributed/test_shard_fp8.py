@@ -21,6 +21,7 @@ from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 from torch.utils.checkpoint import checkpoint
 
 import torchext
+from support.combined_parallelism import check_fsdp_with_tensor_and_expert_parallelism  # noqa: F401
 from support.ranks import Meshes, run_checks
 from torchext import Recipe
 from torchext.distributed import (

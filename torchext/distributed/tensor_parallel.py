@@ -17,11 +17,14 @@ from ..nn.linear import Linear, output_dtype
 from ..nn.mlp import can_fuse_recipe
 from ..ops.linear_function import (
     LinearFunction,
+    Operand,
     _product,
     foldable,
+    kept_for_dgrad,
     quantize_activation,
     quantize_gradient,
     quantize_weight,
+    read_for_dgrad,
 )
 from ..recipe import Recipe
 from .activation import (
@@ -228,6 +231,13 @@ def _local(parameter: Any) -> Any:
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
+def _for_dgrad(ctx: Any, weight: Operand, needed: bool) -> tuple[Tensor | None, Tensor | None]:
+    """What to save of the quantized weight: its transpose, or what backward transposes if FSDP2
+    gathered it in FP8 (and frees it after forward)."""
+    ctx.transposes = weight.data_t is None
+    return kept_for_dgrad(weight) if needed else (None, None)
+
+
 class _Column(torch.autograd.Function):
     """apply(x, weight, bias, recipe, out_dtype): a GatheredInput times this rank's features."""
 
@@ -236,7 +246,7 @@ class _Column(torch.autograd.Function):
         x, weight, bias, recipe, out_dtype = inputs
         needs_dx, needs_dw = ctx.needs_input_grad[:2]
         q_w = quantize_weight(weight, recipe, transposed=needs_dx)
-        ctx.save_for_backward(q_w.data_t, q_w.scale_t)
+        ctx.save_for_backward(*_for_dgrad(ctx, q_w, needs_dx))
         ctx.rows = x.rows if needs_dw else None
         ctx.recipe = recipe
         ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
@@ -255,7 +265,8 @@ class _Column(torch.autograd.Function):
             bias_dtype=bias_dtype if needs_db else None,
         )
         if needs_dx:
-            dx = _product(q_dy.data, q_dy.scale, *ctx.saved_tensors, out_dtype=x_dtype)
+            w_t = read_for_dgrad(ctx.saved_tensors, transposes=ctx.transposes)
+            dx = _product(q_dy.data, q_dy.scale, *w_t, out_dtype=x_dtype)
             dx = dx.view(*grads[0].shape[:-1], -1)
         if needs_dw:
             x_t = ctx.rows.gather_transposed()
@@ -278,7 +289,7 @@ class _Row(torch.autograd.Function):
         y = _product(q_x.data, q_x.scale, q_w.data, q_w.scale, None, out_dtype=out_dtype)
         own = scattered_sum(y.view(*x.shape[:-1], -1), dim, mesh)
         check_rows(op, own, dim)
-        ctx.save_for_backward(q_w.data_t, q_w.scale_t, q_x.data_t, q_x.scale_t)
+        ctx.save_for_backward(*_for_dgrad(ctx, q_w, needs_dx), q_x.data_t, q_x.scale_t)
         ctx.recipe, ctx.dim, ctx.mesh = recipe, dim, mesh
         ctx.dtypes = x.dtype, weight.dtype
         return own
@@ -287,14 +298,15 @@ class _Row(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         needs_dx, needs_dw = ctx.needs_input_grad[:2]
         x_dtype, weight_dtype = ctx.dtypes
-        w_t, w_t_scale, x_t, x_t_scale = ctx.saved_tensors
+        *w_t, x_t, x_t_scale = ctx.saved_tensors
         recipe, dx, dw = ctx.recipe, None, None
         rows = Rows.of(grads[0], recipe.grad_dtype, recipe, ctx.dim, ctx.mesh)
         parts = rows.plain_parts() if needs_dx else []
         parts += rows.transposed_parts() if needs_dw else []
         sent = gathered(parts, ctx.mesh) if parts else []
         if needs_dx:
-            dx = _product(*as_plain(*sent[:2]), w_t, w_t_scale, out_dtype=x_dtype)
+            w_t = read_for_dgrad(w_t, transposes=ctx.transposes)
+            dx = _product(*as_plain(*sent[:2]), *w_t, out_dtype=x_dtype)
         if needs_dw:
             dw = _product(*as_transposed(*sent[-2:]), x_t, x_t_scale, out_dtype=weight_dtype)
         return dx, dw, None, None, None, None, None
