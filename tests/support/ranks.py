@@ -82,7 +82,8 @@ def _next(results: Any, ranks: Sequence[Any]) -> tuple[str, str | None]:
 
 def run_checks(file: str, names: Sequence[str], world: int, folder: Path) -> dict[str, str | None]:
     """{name: the traceback of a rank that raised, or None} of the functions `names` of `file`."""
-    context = mp.get_context("spawn")
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torchext"])  # imported once, not by each rank
     results = context.Queue()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     ranks = [

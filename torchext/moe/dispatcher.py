@@ -362,7 +362,7 @@ class Dispatcher:
         return Work(lambda: total(arrived(), slots), is_completed)
 
     @torch._disable_dynamo
-    def to_choices(self, values: Tensor, routing: Routing) -> Tensor:
+    def to_choices(self, values: Tensor, routing: Routing) -> Work[Tensor]:
         """The value of each choice's row: values [S] as [T, k], zeros for choices of no expert.
         Backward needs it for the gradient of the weights.
 
@@ -371,20 +371,25 @@ class Dispatcher:
         _check_rows(values, routing)
         if self._exchange is None:
             exists = (routing.ids >= 0) & (routing.ids < self.num_experts)
-            return torch.where(exists, values[routing.slots.long()], 0)
+            of_choices = torch.where(exists, values[routing.slots.long()], 0)
+            return Work(lambda: of_choices, _now)
         assert routing.sent is not None and routing.expected is not None
         back = routing.received.back[:, 0]
         count = sum(routing.expected.choices)
         rows = values.new_zeros(count + 1)
         rows[torch.where(back >= 0, back, count).long()] = values
-        arrived, _ = self._exchange.rows(
+        arrived, is_completed = self._exchange.rows(
             rows[:count, None],
             routing.expected.choices,
             routing.sent.choices,
             "the return of the weights' gradients",
         )
-        returned = torch.cat((arrived()[:, 0], values.new_zeros(1)))
-        return returned[routing.slots.long()]  # -1 is the zero
+
+        def of_slots() -> Tensor:
+            returned = torch.cat((arrived()[:, 0], values.new_zeros(1)))
+            return returned[routing.slots.long()]  # -1 is the zero
+
+        return Work(of_slots, is_completed)
 
     # ---- capacity ----
 

@@ -105,8 +105,15 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         along_rows = experts_rows.transposed(plain, recipe, weight, gradient=True)
     gradient = Operand(*plain, *along_rows)
     found = experts_rows.backward(config, kept, gradient, rows_t, dtypes, parameters=ctx.parameters)
+    rows = of_choices = None
     if found.rows is not None:
-        dx = dispatcher.combine(found.rows, routing, exact=exact, out_dtype=x_dtype)
+        rows = dispatcher.combine(
+            found.rows, routing, exact=exact, out_dtype=x_dtype, async_op=True
+        )
     if found.weights is not None:
-        dweights = dispatcher.to_choices(found.weights, routing).to(weights_dtype)
+        of_choices = dispatcher.to_choices(found.weights, routing)
+    if rows is not None:
+        dx = rows.wait()
+    if of_choices is not None:
+        dweights = of_choices.wait().to(weights_dtype)
     return dx, dweights, found.up, found.down, dresidual, None

@@ -10,6 +10,9 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.profiler import record_function
+
+from . import overlap
 
 _SECONDS_TO_REPORT = 5.0  # that ranks have to say that they are alive, once one has failed
 _number = itertools.count()  # of this process's transports; the same on all ranks of a group
@@ -56,7 +59,7 @@ class Transport:
     def counts(self, counts: Tensor) -> Tensor:
         """counts [R, n]: row r goes to rank r. Returns [R, n], whose row r came from rank r."""
         received = torch.empty_like(counts)
-        self._start(received, counts, None, None, "the exchange of counts")()
+        self._start(received, counts, None, None, "the exchange of counts").wait()  # soon here
         return received
 
     def rows(
@@ -90,14 +93,15 @@ class Transport:
     ) -> _Wait:
         step = next(self._steps)
         try:
-            work = dist.all_to_all_single(
-                out,
-                given.contiguous(),
-                None if received is None else list(received),
-                None if sent is None else list(sent),
-                group=self._group,
-                async_op=True,
-            )
+            with record_function(f"torchext.moe: starts {purpose}"):
+                work = dist.all_to_all_single(
+                    out,
+                    given.contiguous(),
+                    None if received is None else list(received),
+                    None if sent is None else list(sent),
+                    group=self._group,
+                    async_op=True,
+                )
         except RuntimeError as error:
             raise self.explained(error, step, purpose) from error
         assert work is not None
@@ -152,13 +156,19 @@ class _Wait:
     def __init__(self, transport: Transport, work: dist.Work, step: int, purpose: str) -> None:
         self._transport, self._work = transport, work
         self._step, self._purpose = step, purpose
+        self._turns_given = overlap.turns_given()
 
     def is_completed(self) -> bool:
         return self._work.is_completed()
 
     def __call__(self) -> None:
+        overlap.before_waiting(self._turns_given)
+        self.wait()
+
+    def wait(self) -> None:
         try:
-            self._work.wait()
+            with record_function(f"torchext.moe: waits for {self._purpose}"):
+                self._work.wait()
         except RuntimeError as error:
             raise self._transport.explained(error, self._step, self._purpose) from error
 
