@@ -57,3 +57,25 @@ def test_training_experts_on_two_processes(tmp_path: Path) -> None:
     share = re.search(r"\(ratio ([\d.]+)\)", run.stdout)
     assert share and 0.5 < float(share[1]) < 0.75
     assert picture.stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_overlapping_two_micro_batches(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    picture, trace = tmp_path / "overlap.png", tmp_path / "trace.json"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", "examples/overlap_moe.py", "--tokens", "32"]
+    command += ["--width", "128", "--inner", "128", "--layers", "1"]
+    command += ["--picture", str(picture), "--trace", str(trace)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    assert "of all ranks have the same bits: True" in run.stdout
+    lines = r"^ *(\w+ward): the (\w+) of (?:tokens|rows), [\d.]+ ms .* for: (\d)$"
+    gemms = {(half, what): int(n) for half, what, n in re.findall(lines, run.stdout, re.MULTILINE)}
+    # The forward of experts is two GEMMs, their backward four.
+    assert gemms["backward", "dispatch"] == 2 and gemms["forward", "return"] == 4
+    assert "torchext.moe: starts the dispatch of tokens" in trace.read_text()
+    assert picture.stat().st_size > 10_000

@@ -148,7 +148,8 @@ def delay_weight_gradients() -> Iterator[WeightGradientQueue]:
     DDP and FSDP2 reduce gradients when backward ends, so then backward computes them all. Delayed
     are those of micro-batches that are not reduced: whose forward and backward are within DDP's
     no_sync(), or for FSDP2 after set_requires_gradient_sync(False) and
-    set_reshard_after_backward(False). Call `queue.run()` before the micro-batch that is reduced.
+    set_reshard_after_backward(False). Call `queue.run()` before the micro-batch that is reduced,
+    and before your own code, or the step() of a pipeline, scales gradients.
 
     Raises:
         RuntimeError: at the end, gradients are left in the queue; torch.compile traces the context;
