@@ -4,7 +4,6 @@ kind, the error says what it is."""
 from __future__ import annotations
 
 import gzip
-import re
 import warnings
 import zlib
 from pathlib import Path
@@ -21,7 +20,7 @@ _SIGNATURES = {
     b"\x00\x00\xfe\xff": "UTF-32 text",
 }
 _GZIP = b"\x1f\x8b"
-_NOT_TEXT = re.compile(rb"[\x00-\x08\x0e-\x1f]")
+_NOT_TEXT = bytes([*range(0x09), *range(0x0E, 0x20)])
 
 
 def warn_unless_ascii(text: bytes | str, name: str | Path) -> None:
@@ -69,10 +68,11 @@ def read_ptx(path: str | Path) -> str:
         if data.startswith(signature):
             hint = "save it as UTF-8" if "text" in what else "pass the PTX itself (nvcc -ptx)"
             raise _sim.PtxError(f"{path}: the file must be PTX text (got {what}); {hint}")
-    if control := _NOT_TEXT.search(data):
+    if len(data.translate(None, _NOT_TEXT)) < len(data):  # much faster than a search
+        at = next(at for at, byte in enumerate(data) if byte in _NOT_TEXT)
         raise _sim.PtxError(
-            f"{path}: the file must be PTX text (got byte 0x{control[0][0]:02x}, which no text has,"
-            f" at offset {control.start()})"
+            f"{path}: the file must be PTX text (got byte 0x{data[at]:02x}, which no text has, "
+            f"at offset {at})"
         )
     if not data.strip():
         raise _sim.PtxError(f"{path}: the file must be PTX text (got an empty file)")

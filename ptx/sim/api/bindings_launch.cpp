@@ -140,9 +140,7 @@ py::dict to_python(const std::string& kernel, const Report& report, const std::s
 py::dict to_python(const std::string& kernel, const Report& report, const std::string& text,
                    const std::vector<SourceText>& ptx,
                    const std::shared_ptr<const timing::Prediction>& timing) {
-  const auto map =
-      std::make_shared<const SourceMap>(report.findings.empty() ? std::vector<SourceText>() : ptx);
-  py::dict d = to_python(kernel, report, text, {map}, 0);
+  py::dict d = to_python(kernel, report, text, {map_of(report, ptx)}, 0);
   if (timing) d["timing"] = timing_to_python(*timing, SourceMap(ptx));
   return d;
 }
@@ -389,8 +387,8 @@ void bind_launch(py::module_& module) {
       .def("launches", [](const OpSimulator& self) {
         py::list reports;
         for (const auto& launch : self.launches()) {
-          reports.append(to_python(launch.kernel, launch.report, launch.text,
-                                   {{launch.path, *launch.ptx}}, launch.timing));
+          reports.append(
+              to_python(launch.kernel, launch.report, launch.text, *launch.ptx, launch.timing));
         }
         return reports;
       });

@@ -70,14 +70,14 @@ int guarded(char* error, std::size_t error_bytes, F&& f) {
 
 // A PTX file, parsed on first use.
 struct OpSimulator::Source {
-  std::string path, text;
+  std::vector<SourceText> texts;  // one
   std::vector<std::string> kernels;
   std::mutex mutex;
   std::shared_ptr<Module> module;
 
   Module& parsed() {
     const std::lock_guard<std::mutex> lock(mutex);
-    if (!module) module = Module::parse({{path, text}});
+    if (!module) module = Module::parse(texts);
     return *module;
   }
 };
@@ -97,9 +97,8 @@ std::shared_ptr<OpSimulator::Source> OpSimulator::open(const std::string& path,
   std::shared_ptr<Source>& source = kept[key];
   if (!source) {
     auto read = std::make_shared<Source>();
-    read->path = path;
-    read->text = read_ptx(path);
-    read->kernels = entry_names(read->text);
+    read->texts = {{path, read_ptx(path)}};
+    read->kernels = entry_names(read->texts.front().text);
     source = std::move(read);
   }
   return source;
@@ -145,11 +144,10 @@ std::string OpSimulator::launch(const std::string& kernel, LaunchOptions options
   }
   timing::Request request = timing_;
   const timing::Asking asking(request.gpu.empty() ? nullptr : &request);
-  Launch launch{kernel,       sim::launch(module, kernel, options, params, buffers),
-                "",           source.path,
-                &source.text, nullptr};
+  Launch launch{kernel, sim::launch(module, kernel, options, params, buffers), "", &source.texts,
+                nullptr};
   launch.timing = request.result;
-  launch.text = render(launch.report, kernel, options, {{source.path, source.text}});
+  launch.text = render(launch.report, kernel, options, source.texts);
   const std::string findings = launch.report.ok() ? "" : launch.text;
   const std::lock_guard<std::mutex> lock(mutex_);
   launches_.push_back(std::move(launch));

@@ -30,9 +30,8 @@ class OpSimulator {
   struct Launch {
     std::string kernel;
     Report report;
-    std::string text;  // rendered
-    std::string path;
-    const std::string* ptx;  // of the module; this object owns it
+    std::string text;                    // rendered
+    const std::vector<SourceText>* ptx;  // of the module; this object owns it
     std::shared_ptr<const timing::Prediction> timing;
   };
   std::vector<Launch> launches() const;

@@ -110,9 +110,14 @@ const char* name_of(LaunchOptions::Completion completion) {
   return "?";
 }
 
+std::shared_ptr<const SourceMap> map_of(const Report& report, const std::vector<SourceText>& ptx) {
+  return std::make_shared<const SourceMap>(report.findings.empty() ? std::vector<SourceText>()
+                                                                   : ptx);
+}
+
 std::string render(const Report& report, const std::string& kernel, const LaunchOptions& options,
                    const std::vector<SourceText>& ptx) {
-  return render(report, kernel, options, {std::make_shared<const SourceMap>(ptx)}, 0, -1);
+  return render(report, kernel, options, {map_of(report, ptx)}, 0, -1);
 }
 
 std::string render(const Report& report, const std::string& kernel, const LaunchOptions& options,

@@ -11,6 +11,10 @@
 
 namespace torchext::sim {
 
+// The lines that the report's findings quote. Without findings it is empty, because reading a large
+// file takes longer than a small launch.
+std::shared_ptr<const SourceMap> map_of(const Report& report, const std::vector<SourceText>& ptx);
+
 // `ptx` has the texts of the module; a linked module has several. A CUDA line is quoted if the
 // source file that -lineinfo names can be read.
 std::string render(const Report& report, const std::string& kernel, const LaunchOptions& options,
