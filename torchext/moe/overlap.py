@@ -109,7 +109,8 @@ def overlap_forward_backward(forward: Callable[[], F], backward: Callable[[], B]
     except for those that backward draws itself (checkpointing's are forward's).
 
     Args:
-        forward: runs on the caller's thread.
+        forward: runs on the caller's thread. It must not compute gradients: on GPUs they need the
+            thread of autograd on which backward waits for its turn.
         backward: runs on another one, with the caller's autocast, gradient mode, context variables,
             and current stream. It must not need what forward computes. Other states of a thread,
             such as modes of torch.utils._python_dispatch, it does not see.
@@ -131,6 +132,7 @@ def overlap_forward_backward(forward: Callable[[], F], backward: Callable[[], B]
             )
         _running.append(turns)
     results: dict[int, Any] = {}
+    random: dict[int, Any] = {}
 
     def run(half: int, function: Callable[[], Any]) -> None:
         error = None
@@ -138,6 +140,7 @@ def overlap_forward_backward(forward: Callable[[], F], backward: Callable[[], B]
             results[half] = function()
         except BaseException as raised:  # of both threads; raised below
             error = raised
+        random[half] = _random_states()  # the other half runs from here on
         turns.end(half, error)
 
     def run_backward() -> None:
@@ -148,9 +151,8 @@ def overlap_forward_backward(forward: Callable[[], F], backward: Callable[[], B]
     try:
         thread.start()
         run(_FORWARD, forward)
-        random = _random_states()
         thread.join()
-        _set_random_states(random)
+        _set_random_states(random[_FORWARD])
     finally:
         _running.clear()
     if turns.error is not None:
