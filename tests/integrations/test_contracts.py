@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import importlib
+import inspect
 import subprocess
 import sys
 from types import ModuleType
@@ -14,9 +15,23 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from support.linear_testing import sqnr
-from torchext import Recipe, convert_to_fp8_training
+from support.torchtitan_stand_in import (
+    AllToAllTokenDispatcher,
+    BaseEPTokenDispatcher,
+    Converter,
+    GroupedExperts,
+    LinearConfig,
+    LocalTokenDispatcher,
+    Module,
+    OtherExperts,
+    RoutedExperts,
+    ScaledConfig,
+    routed,
+)
+from torchext import Recipe, convert_to_fp8_training, ops
 from torchext.nn import FP8Linear, Linear
 
 
@@ -101,50 +116,28 @@ def test_torchao(stand_in):
     assert trained.recipe == Recipe.tensorwise()
 
 
-@dataclasses.dataclass(kw_only=True)
-class LinearConfig:
-    """As torchtitan.models.common.linear.Linear.Config 0.3.0."""
-
-    in_features: int
-    out_features: int
-    bias: bool = False
-    param_init: Any = None
-
-
-class ScaledConfig(LinearConfig):
-    """The config of a subclass of Linear that has a forward of its own."""
-
-
 @pytest.fixture
 def torchtitan(stand_in):
     overrides: dict[str, dict[str, Any]] = {}
 
     def override(*, target: type, fqns: Any = None, description: str = "", exact: bool = False):
-        assert target is LinearConfig
-        options = {"fqns": fqns, "exact": exact}
+        options = {"target": target, "fqns": fqns, "exact": exact}
         return lambda function: overrides.setdefault(function.__name__, options) and function
 
     def derive(source: Any, target_cls: Any, **deltas: Any) -> Any:
         shared = {f.name: getattr(source, f.name) for f in dataclasses.fields(source)}
         return target_cls(**shared, **deltas)
 
-    class Module(torch.nn.Module):
-        """Wires Config to its owner, as torchtitan's Configurable does."""
-
-        def __init_subclass__(cls) -> None:
-            def build(config: Any) -> Any:
-                return cls(config)
-
-            vars(cls)["Config"].build = build
-
-    class Converter:
-        @dataclasses.dataclass(kw_only=True)
-        class Config:
-            pass
-
     linear = type("Linear", (torch.nn.Linear,), {"Config": LinearConfig})
+    dispatchers = LocalTokenDispatcher, BaseEPTokenDispatcher, AllToAllTokenDispatcher
     stand_in("torchtitan.config", derive=derive, override=override)
     stand_in("torchtitan.models.common.linear", Linear=linear)
+    stand_in(
+        "torchtitan.models.common.moe", GroupedExperts=GroupedExperts, RoutedExperts=RoutedExperts
+    )
+    stand_in(
+        "torchtitan.models.common.token_dispatcher", **{kind.__name__: kind for kind in dispatchers}
+    )
     stand_in("torchtitan.protocols.model", ModelConfigConverter=Converter)
     stand_in("torchtitan.protocols.module", Module=Module)
     return importlib.import_module("torchext.integrations.torchtitan"), overrides
@@ -153,7 +146,7 @@ def torchtitan(stand_in):
 def test_torchtitan_override(torchtitan):
     adapter, overrides = torchtitan
     fqns = overrides["fp8_linear"]["fqns"]
-    assert overrides["fp8_linear"]["exact"]
+    assert overrides["fp8_linear"]["exact"] and overrides["fp8_linear"]["target"] is LinearConfig
 
     def claimed(name: str) -> bool:
         return any(fnmatch.fnmatch(name, glob) for glob in fqns)
@@ -203,6 +196,116 @@ def test_torchtitan_converter(torchtitan):
     wrong = adapter.FP8LinearConverter(adapter.FP8LinearConverter.Config(skip=["w9"]))
     with pytest.raises(ValueError, match=r"skip must have patterns .*got 'w9'.*lm_head"):
         wrong.convert(ModelConfig())
+
+
+class OneRank:
+    """An EP mesh whose group is torch.distributed's default, here one process."""
+
+    def get_group(self) -> None:
+        return None
+
+
+def run_experts(module: Any) -> dict[str, Tensor]:
+    torch.manual_seed(1)
+    x = torch.randn(40, 256).bfloat16().requires_grad_()
+    scores, ids = torch.rand(40, 4).topk(2)
+    scores.requires_grad_()
+    y = module(x, scores, ids, torch.bincount(ids.flatten(), minlength=4))
+    y.backward(torch.randn_like(y))
+    grads = {name: p.grad for name, p in module.named_parameters()}
+    return {"y": y.detach(), "dx": x.grad, "dscores": scores.grad, **grads}
+
+
+@pytest.mark.parametrize("mesh", [OneRank(), None])
+def test_torchtitan_experts(torchtitan, mesh):
+    adapter, overrides = torchtitan
+    assert overrides["fp8_experts"]["target"] is RoutedExperts.Config
+    config = adapter.fp8_experts(routed(), capacity=100)
+    assert config.token_dispatcher.capacity == 100
+    torch.manual_seed(0)
+    plain, module = routed().build(), config.build()
+    module.load_state_dict(plain.state_dict())
+    assert isinstance(module.inner_experts, adapter.FP8GroupedExperts)
+    assert module.inner_experts.recipe == Recipe()
+    module.token_dispatcher.wire_meshes(ep_mesh=mesh)
+    expected, found = run_experts(plain), run_experts(module)
+    for name, value in expected.items():
+        assert found[name].dtype == value.dtype
+        assert sqnr(value.double(), found[name].double()) > 20, name
+
+
+def test_torchtitan_dispatch_alone_rounds_tokens_and_gradients_once(torchtitan):
+    """With experts that double, all else is exact but the rounding of messages to FP8."""
+    adapter, _ = torchtitan
+    dispatcher = adapter.FP8TokenDispatcher(
+        adapter.FP8TokenDispatcher.Config(num_experts=4, top_k=2, recipe="blockwise")
+    )
+    dispatcher.wire_meshes(ep_mesh=OneRank())
+    x, grad = (torch.randn(24, 256).requires_grad_() for _ in range(2))
+    scores, ids = torch.rand(24, 4).topk(2)
+    scores.requires_grad_()
+    rows, counts, metadata = dispatcher.dispatch(
+        x, scores, ids, torch.bincount(ids.flatten(), minlength=4)
+    )
+    assert torch.equal(counts, torch.bincount(ids.flatten(), minlength=4))
+    y = dispatcher.combine(2 * rows, metadata, x)
+    y.backward(grad)
+
+    def rounded(t: Tensor) -> Tensor:
+        return ops.dequantize(*ops.quantize_1x128(t.detach()), out_dtype=torch.float32)
+
+    scale = 2 * scores.detach().sum(1, keepdim=True)
+    torch.testing.assert_close(y.detach(), scale * rounded(x))
+    torch.testing.assert_close(x.grad, scale * rounded(grad))
+    both = 2 * (rounded(x) * rounded(grad)).sum(1, keepdim=True)
+    torch.testing.assert_close(scores.grad, both.expand(24, 2))
+
+
+def test_torchtitan_dispatcher_has_the_interface(torchtitan):
+    adapter, _ = torchtitan
+    for name in ("dispatch", "combine", "wire_meshes", "init_buffer"):
+        own, theirs = (
+            [(p.name, p.kind, p.default) for p in inspect.signature(f).parameters.values()]
+            for f in (
+                getattr(adapter.FP8TokenDispatcher, name),
+                getattr(BaseEPTokenDispatcher, name),
+            )
+        )
+        assert own == theirs, name
+    fields = {f.name for f in dataclasses.fields(adapter.FP8TokenDispatcher.Config)}
+    assert {"num_experts", "top_k"} < fields
+
+
+class MixtureConfig:
+    def __init__(self) -> None:
+        small = routed()
+        small.inner_experts.hidden_dim = 64
+        self.layers = [routed(), routed(OtherExperts), routed(dispatcher=LocalTokenDispatcher),
+                       small, routed()]  # fmt: skip
+
+    def traverse(self, kind: type) -> Any:
+        assert kind is RoutedExperts.Config
+        for i, config in enumerate(list(self.layers)):
+            yield f"layers.{i}.moe.routed_experts", config, self.layers, i
+
+
+def test_torchtitan_converter_of_experts(torchtitan):
+    adapter, _ = torchtitan
+    model, kind = MixtureConfig(), adapter.FP8ExpertsConverter
+    converter = kind(kind.Config(skip=["layers.4"], timeout=9.0))
+    assert converter.convert(model) is model
+    name = "layers.{}.moe.routed_experts".format
+    assert converter.converted == [name(0), name(2)]
+    assert converter.dispatched == [name(0), name(1), name(3)]
+    assert model.layers[0].token_dispatcher.timeout == 9.0
+    assert type(model.layers[2].token_dispatcher) is LocalTokenDispatcher.Config
+    assert type(model.layers[4].token_dispatcher) is AllToAllTokenDispatcher.Config
+    for layer, reason in {1: "own behavior", 3: "fewer than 128", 4: "skip matches"}.items():
+        assert reason in converter.skipped[name(layer)]
+    with pytest.raises(ValueError, match=r"skip must have patterns .*got 'layers.7'"):
+        kind(kind.Config(skip=["layers.7"])).convert(MixtureConfig())
+    with pytest.raises(ValueError, match="recipe of experts must be blockwise"):
+        kind(kind.Config(recipe="rowwise")).convert(MixtureConfig())
 
 
 def test_accelerate_needs_no_adapter():
