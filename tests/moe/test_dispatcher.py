@@ -1,13 +1,12 @@
-"""Dispatch and combine on gloo with two and with four ranks against one process.
+"""Dispatch and combine on gloo with two, four and eight ranks against one process.
 
-Four processes are started once and run every check (tests/support/moe_ranks.py); pairs of them are
-the two ranks. The tests here compare what they have found.
+Eight processes are started once (tests/support/moe_ranks.py). Together they run one check; four of
+them, and pairs of these, run all others. The tests here compare what they have found.
 """
 
 from __future__ import annotations
 
 import copy
-import multiprocessing
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from support.moe_ranks import (
     TOKENS,
     Problem,
 )
+from support.ranks import rank_context
 from torchext import Recipe, ops
 from torchext.moe import Dispatcher, Work
 from torchext.ops.experts_function import ExpertsFunction
@@ -35,12 +35,12 @@ from torchext.ops.moe_messages import MessageLayout
 
 pytestmark = pytest.mark.slow  # starts processes, each of which loads torch
 
-RANKS = len(TOKENS)
+RANKS, MOST = len(TOKENS), 8
 EXACT = ("y", "dx", "dweights", "dresidual")
 
 
 def _run(rank: int, folder: str) -> None:
-    moe_ranks.main(rank, RANKS, folder)
+    moe_ranks.main(rank, MOST, folder)
 
 
 @pytest.fixture(scope="module")
@@ -51,15 +51,14 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def found(folder) -> list[Any]:
     """The results of each rank."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torchext"])  # imported once, not by each rank
-    ranks = [context.Process(target=_run, args=(rank, str(folder))) for rank in range(RANKS)]
+    context = rank_context()
+    ranks = [context.Process(target=_run, args=(rank, str(folder))) for rank in range(MOST)]
     for rank in ranks:
         rank.start()
     for rank in ranks:
         rank.join(240)
         rank.kill()
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(RANKS)]
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(MOST)]
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +95,24 @@ def assert_same(found: list[Any], size: int, key: Any, expected: dict[str, Any])
 )
 def test_the_number_of_ranks_changes_no_bit(found, name, recipe, size):
     assert_same(found, size, (name, recipe), one_process(name, RECIPES[recipe]))
+
+
+def test_eight_ranks_change_no_bit(found):
+    expected, problem = one_process("special numbers"), Problem("special numbers")
+    for rank in range(MOST):
+        for name in EXACT:
+            wanted = expected[name][problem.of_rank(rank, MOST)]
+            assert same_bits(found[rank][8]["special numbers", ""][name], wanted), (rank, name)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_experts_of_any_kind_get_the_same_bits(found, size):
+    problem = Problem("any")
+    expected = moe_ranks.of_any_function(Dispatcher(EXPERTS), problem, slice(None))
+    for rank in range(RANKS):
+        for name, value in found[rank][size]["any function"].items():
+            wanted = expected[name][problem.of_rank(rank % size, size)]
+            assert same_bits(value, wanted), (rank, name)
 
 
 @pytest.mark.parametrize("size", [2, 4])

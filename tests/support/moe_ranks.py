@@ -15,11 +15,13 @@ from torch.utils.checkpoint import checkpoint
 
 from torchext import Recipe, ops
 from torchext.moe import Dispatcher, MissingRanksError, experts, transport
+from torchext.moe.wide_rows import combine_rows, dispatch_rows
 from torchext.nn import MoE
 from torchext.ops.mlp_function import MLP
 
 EXPERTS, CHOICES, HIDDEN, INNER = 8, 3, 256, 128
 TOKENS = (5, 0, 17, 9)  # of each rank of four; ranks of two have those of two of them
+EIGHTHS = (3, 2, 0, 0, 8, 9, 9, 0)  # of each rank of eight
 RECIPES = {"": Recipe(), "powers of two": Recipe(pow2_scale=True, grad_dtype=torch.float8_e5m2)}
 Found = dict[Any, Any]
 
@@ -53,8 +55,8 @@ class Problem:
 
     def of_rank(self, rank: int, size: int) -> slice:
         """The tokens of a rank of `size`."""
-        starts = [0, *torch.tensor(TOKENS).cumsum(0).tolist()]
-        each = len(TOKENS) // size
+        starts = [0, *torch.tensor(EIGHTHS).cumsum(0).tolist()]
+        each = len(EIGHTHS) // size
         return slice(starts[rank * each], starts[(rank + 1) * each])
 
 
@@ -118,6 +120,17 @@ def module(dispatcher: Dispatcher | None, problem: Problem, tokens: slice) -> Fo
     with torch.no_grad():
         assert torch.equal(layer(x, *arguments), y)
     return {"y": y.detach(), "dx": x.grad}
+
+
+def of_any_function(dispatcher: Dispatcher, problem: Problem, tokens: slice) -> Found:
+    """The sum of the rows' tanh, and gradients: experts that are no torchext layer."""
+    leaves = [t[tokens].clone().requires_grad_() for t in (problem.x, problem.weights)]
+    x, weights = leaves
+    routing = dispatcher.create_routing(problem.ids[tokens], weights)
+    rows, _, weight = dispatch_rows(x, dispatcher, routing)
+    y = combine_rows(rows.tanh(), weight, weights, dispatcher, routing)
+    dx, dweights = torch.autograd.grad(y, leaves, problem.grad[tokens])
+    return {"y": y.detach(), "dx": dx, "dweights": dweights}
 
 
 def rows_of_rank(dispatcher: Dispatcher, problem: Problem, tokens: slice) -> Found:
@@ -193,6 +206,7 @@ def checks_of(group: Any) -> Found:
     dispatcher = Dispatcher(EXPERTS, group=group)
     found["recomputed"] = layer(dispatcher, problem, tokens, recomputes=True)
     found["module"] = module(dispatcher, problem, tokens)
+    found["any function"] = of_any_function(dispatcher, problem, tokens)
     found["too many"] = too_many(group, Problem("any"), problem.of_rank(size - 1, size))
     before = dispatcher.bytes_sent
     rows_of_rank(dispatcher, problem, tokens)
@@ -200,6 +214,12 @@ def checks_of(group: Any) -> Found:
     if size == 2 and dist.get_rank() < 2:  # one pair is enough: importing Dynamo takes seconds
         found["compiled"] = compiled(dispatcher, problem, tokens)
     return found
+
+
+def checks_of_eight() -> Found:
+    problem = Problem("special numbers")
+    tokens = problem.of_rank(dist.get_rank(), 8)
+    return {("special numbers", ""): layer(Dispatcher(EXPERTS), problem, tokens)}
 
 
 def late(group: Any) -> Any:
@@ -216,11 +236,12 @@ def late(group: Any) -> Any:
     return None
 
 
-def ended(rank: int, size: int) -> Any:
+def ended(group: Any) -> Any:
     """The last rank ends between a routing and its dispatch."""
     problem = Problem("any")
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
     tokens = problem.of_rank(rank, size)
-    dispatcher = Dispatcher(EXPERTS, timeout=20)
+    dispatcher = Dispatcher(EXPERTS, group=group, timeout=20)
     routing = dispatcher.create_routing(problem.ids[tokens], problem.weights[tokens])
     if rank == size - 1:
         os._exit(0)
@@ -235,12 +256,17 @@ def main(rank: int, size: int, folder: str) -> None:
     """Saves what this rank has found in `folder`."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=size)
-    found: Found = {4: checks_of(None)}
+    found: Found = {8: checks_of_eight()}
+    four = dist.new_group(range(4))
     pairs = [dist.new_group([first, first + 1]) for first in (0, 2)]
+    if rank >= 4:
+        torch.save(found, Path(folder) / f"{rank}.pt")
+        os._exit(0)
+    found[4] = checks_of(four)
     found[2] = checks_of(pairs[rank // 2])
     transport._SECONDS_TO_REPORT = 1.0
     found["late"] = late(pairs[rank // 2])
     torch.save(found, Path(folder) / f"{rank}.pt")
-    dist.barrier()
-    torch.save(ended(rank, size), Path(folder) / f"{rank}.ended.pt")
+    dist.barrier(four)
+    torch.save(ended(four), Path(folder) / f"{rank}.ended.pt")
     os._exit(0)  # destroying a group whose ranks have ended may wait for them

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.util
+import multiprocessing
 import os
 import queue
 import sys
@@ -19,7 +20,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 _TIMEOUT = datetime.timedelta(seconds=60)
@@ -40,6 +40,16 @@ class Meshes(NamedTuple):
     def pair(self) -> DeviceMesh:
         """The two ranks of this rank's inner dimension."""
         return self.square["inner"]
+
+
+def rank_context() -> Any:
+    """What starts processes as forks of one that has imported what ranks need, once for all tests.
+    Importing takes seconds of a core, Dynamo as much as torch."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["pytest", "torchext.distributed", "torchext.moe", "torch._dynamo"]
+    )
+    return context
 
 
 def _rank(rank: int, world: int, init: str, work: tuple[str, Sequence[str]], results: Any) -> None:
@@ -82,8 +92,7 @@ def _next(results: Any, ranks: Sequence[Any]) -> tuple[str, str | None]:
 
 def run_checks(file: str, names: Sequence[str], world: int, folder: Path) -> dict[str, str | None]:
     """{name: the traceback of a rank that raised, or None} of the functions `names` of `file`."""
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torchext"])  # imported once, not by each rank
+    context = rank_context()
     results = context.Queue()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     ranks = [
