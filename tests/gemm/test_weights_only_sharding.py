@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from support.ranks import rank_context
 from support.weights_only_testing import GRANULARITIES, operands
 from torchext import ops
 
@@ -42,7 +42,7 @@ def test_distributed_tensors(granularity, mesh):
                 assert torch.equal(leaf.grad.full_tensor(), plain.grad)
 
 
-def _two_ranks(rank: int, where: str, results: mp.Queue) -> None:
+def _two_ranks(rank: int, where: str, results: Any) -> None:
     """Puts (granularity, placements, difference from the plain call) for each case."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -72,7 +72,7 @@ def _two_ranks(rank: int, where: str, results: mp.Queue) -> None:
 @pytest.mark.slow
 def test_two_ranks_share_a_product(tmp_path: Path):
     """By features, by K (the partial sums are added, and the bias once), and by rows of x."""
-    context = mp.get_context("spawn")
+    context = rank_context()
     results = context.Queue()
     where = str(tmp_path / "init")
     ranks = [context.Process(target=_two_ranks, args=(rank, where, results)) for rank in range(2)]

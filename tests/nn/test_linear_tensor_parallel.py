@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 import queue
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -20,6 +20,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
+from support.ranks import rank_context
 from torchext import Recipe, convert_to_fp8_training
 
 RECIPES = [Recipe.deepseek_v3(), Recipe.rowwise(), Recipe.tensorwise()]
@@ -96,7 +97,7 @@ def test_compiled(mesh):
     assert max(found.values()) < 1e-5
 
 
-def _two_ranks(rank: int, where: str, results: mp.Queue) -> None:
+def _two_ranks(rank: int, where: str, results: Any) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{where}", rank=rank, world_size=2)
     mesh = init_device_mesh("cpu", (2,))
@@ -116,7 +117,7 @@ def _two_ranks(rank: int, where: str, results: mp.Queue) -> None:
 
 @pytest.mark.slow
 def test_two_ranks(tmp_path):
-    context = mp.get_context("spawn")
+    context = rank_context()
     results = context.Queue()
     arguments = (str(tmp_path / "init"), results)
     ranks = [context.Process(target=_two_ranks, args=(rank, *arguments)) for rank in range(2)]
