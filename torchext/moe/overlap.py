@@ -120,8 +120,8 @@ def overlap_forward_backward(forward: Callable[[], F], backward: Callable[[], B]
 
     Raises:
         RuntimeError: another call is running in this process.
-        Whatever forward or backward raises: then the other half ends with an exception at its next
-        wait, and the first error is raised here. Other ranks see a rank that is missing, as always.
+        Exception: what forward or backward raises. The other half ends with an exception at its
+            next wait. Other ranks see a rank that is missing, as always.
     """
     turns = _Turns()
     with _lock:
