@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from support.linear_testing import sqnr
-from torchext import convert_to_fp8_training, memory_report, unconvert
+from torchext import convert_to_fp8_training, memory_report, quantize_for_inference, unconvert
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.slow
@@ -301,6 +301,28 @@ def test_compiled_in_one_graph(family):
     backend = "aot_eager" if family in ("Llama", "GPT-2", "Qwen3-MoE", "BERT") else "eager"
     model.compile(fullgraph=True, backend=backend)
     assert_same(step(model, inputs), expected)
+
+
+def test_experts_with_other_layouts():
+    """Llama 4's are called without choices; GPT-OSS's have biases."""
+    sizes = {"hidden_size": 128, "intermediate_size": 192, "num_local_experts": 4}
+    llama = transformers.models.llama4.modeling_llama4.Llama4TextExperts(
+        transformers.Llama4TextConfig(**sizes)
+    )
+    for parameter in llama.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    x = torch.randn(12, 128)
+    expected = llama(x)
+    convert_to_fp8_training(llama).require(1.0)
+    assert sqnr(expected, llama(x)) > 20
+    quantize_for_inference(llama, "w8a16").require(1.0)
+    assert sqnr(expected, llama(x)) > 25
+    gpt = transformers.models.gpt_oss.modeling_gpt_oss.GptOssExperts(
+        transformers.GptOssConfig(**sizes)
+    )
+    model = nn.ModuleDict({"experts": gpt, "linear": nn.Linear(128, 128)})
+    wide = quantize_for_inference(model).wide
+    assert "besides the matrices of experts: gate_up_proj_bias, down_proj_bias" in wide[0].reason
 
 
 def test_saved_bytes_of_a_decoder():

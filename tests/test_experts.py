@@ -15,8 +15,14 @@ from torch import Tensor, nn
 
 from support.linear_testing import gradient, sqnr
 from torchext import Recipe, convert_to_fp8_training, unconvert
-from torchext._experts import recognize_experts
-from torchext.nn.experts import ExpertsRoles, FP8Experts, FP8SortedExperts, SortedExpertsRoles
+from torchext._experts import recognize_experts, why_not_experts
+from torchext.nn.experts import (
+    ExpertsRoles,
+    FP8EqualExperts,
+    FP8Experts,
+    FP8SortedExperts,
+    SortedExpertsRoles,
+)
 
 
 class Experts(nn.Module):
@@ -141,6 +147,76 @@ class Transposed(Experts):
     def forward(self, tokens: Tensor, chosen: Tensor, scores: Tensor) -> Tensor:
         h = self.activate(torch.einsum("tckw,tk->tcw", self.both[chosen], tokens))
         return torch.einsum("tcik,tci,tc->tk", self.out[chosen], h, scores)
+
+
+class Equal(Transposed):
+    """Called with as many rows for each expert, and with sizes as attributes, as Llama 4's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count, self.features = self.both.shape[:2]
+
+    def forward(self, rows: Tensor) -> Tensor:  # type: ignore[override]
+        x = rows.view(self.count, -1, self.features)
+        h = self.activate(torch.bmm(x, self.both))
+        return torch.bmm(h, self.out).view(-1, self.features)
+
+
+def test_experts_with_equal_runs_of_rows():
+    """Each row is the choice of one expert, with the bits of a choice that weighs 1."""
+    equal: Any = Equal()
+    assert recognize_experts(equal) == ROLES._replace(transposed=True, arguments=("rows",))
+    chosen: Any = Transposed()
+    chosen.load_state_dict(equal.state_dict())
+    x, ids, ones = torch.randn(12, 128), torch.arange(12)[:, None] // 3, torch.ones(12, 1)
+    wide = equal(x)
+    assert torch.equal(equal(x[:0]), x[:0])
+    found = []
+    for module, rest in ((equal, ()), (chosen, (ids, ones))):
+        assert convert_to_fp8_training(module, {"": Recipe()}).fp8_elements == 4 * 3 * 192 * 128
+        leaf = x.clone().requires_grad_()
+        y = module(leaf, *rest)
+        y.square().sum().backward()
+        found.append([y.detach(), gradient(leaf), *map(gradient, module.parameters())])
+    assert all(map(torch.equal, *found)) and sqnr(wide, found[0][0]) > 20
+    assert isinstance(equal, FP8EqualExperts)
+    assert torch.equal(equal(x[:0]), x[:0])  # by the class's forward
+    assert torch.equal(pickle.loads(pickle.dumps(equal))(x), found[0][0])
+    unconvert(equal)
+    assert torch.equal(equal(x), wide) and type(equal) is Equal
+
+
+class OtherShapes(Experts):
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Parameter(torch.zeros(4, 7, 5))
+
+
+class OneMatrix(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrices = nn.Parameter(torch.zeros(4, 7, 5))
+
+
+class NoArguments(Experts):
+    def forward(self) -> Tensor:  # type: ignore[override]
+        return self.out
+
+
+@pytest.mark.parametrize(
+    "module, reason",
+    [
+        (WithBias, "parameters besides the matrices of experts: bias"),
+        (lambda: nn.Sequential(nn.Linear(2, 2)), "besides the matrices of experts: 0.weight, 0.b"),
+        (Clamped, "may clamp, interleave"),
+        (OtherShapes, "do not have the shapes of experts"),
+        (OneMatrix, "not up and down, or gate, up and down"),
+        (NoArguments, "its forward takes nothing; those of experts, 3 or 1 arguments"),
+    ],
+)
+def test_why_experts_are_left_alone(module, reason):
+    assert reason in str(why_not_experts(module()))
+    assert why_not_experts(Experts()) is None
 
 
 def test_transposed_weights_are_recognized():

@@ -14,7 +14,8 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from ._dispatch.layout import GROUP
-from .nn.experts import ExpertsInFP8, ExpertsRoles, trains_in_fp8
+from ._experts import why_not_experts
+from .nn.experts import ExpertsInFP8, ExpertsRoles, FP8EqualExperts, trains_in_fp8
 from .recipe import GEMMS, Recipe
 
 _NORMS = ("RMSNorm", "LayerNorm")
@@ -357,7 +358,11 @@ def _uses(model: nn.Module, skipped: Mapping[str, str]) -> dict[int, tuple[int, 
 def _reads_tokens(layer: nn.Module, parameter: torch.Tensor) -> bool:
     """Whether `parameter` is the first that experts multiply, called with choices of tokens."""
     roles = getattr(layer, "fused_roles", None)
-    return isinstance(roles, ExpertsRoles) and parameter is getattr(layer, roles.parameters[0])
+    return (
+        isinstance(roles, ExpertsRoles)
+        and len(roles.arguments) == 3
+        and parameter is getattr(layer, roles.parameters[0])
+    )
 
 
 def _bytes_of(recipe: Recipe) -> float:
@@ -387,8 +392,11 @@ def experts_of_a_token(
     owner: str, parameter: torch.Tensor, modules: Mapping[str, nn.Module]
 ) -> int:
     """How many of the experts in a 3-D parameter of module `owner` a token passes: what `top_k` or
-    `num_experts_per_tok` of the module, or of one beside it, says; 1 if there is none."""
+    `num_experts_per_tok` of the module, or of one beside it, says; 1 if there is none. All of them
+    if converted experts get as many rows each."""
     module = modules[owner]
+    if isinstance(module, FP8EqualExperts):
+        return parameter.shape[0]
     parent = modules.get(owner.rpartition(".")[0], module)
     for near in (module, parent, *parent.children()):
         for name in ("top_k", "num_experts_per_tok"):
@@ -485,8 +493,9 @@ def why_wide(
         return f"{kind} multiplies element by element"
     if _holds_experts(module, parameter):
         return (
-            f"{kind} holds matrices, such as experts, in one 3-D parameter (make each a "
-            "torch.nn.Linear, or call torchext.ops.m_grouped_fp8_gemm_nt_contiguous)"
+            f"{kind} holds matrices, such as experts, in one 3-D parameter (not recognized as "
+            f"experts: {why_not_experts(module)}; make each a torch.nn.Linear, or call "
+            "torchext.ops.m_grouped_fp8_gemm_nt_contiguous)"
         )
     return f"parameter of {kind} itself (only a torch.nn.Linear is converted)"
 

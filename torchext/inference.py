@@ -26,7 +26,7 @@ from ._experts import find_experts
 from ._patterns import Patterns
 from .convert import unconvert
 from .nn.converted import is_transposed_linear
-from .nn.experts import ExpertsRoles, trains_in_fp8
+from .nn.experts import trains_in_fp8
 from .nn.fp8_linear import FP8Linear, Mode, check_mode, quantize_linear_
 from .nn.frozen_experts import quantize_experts_
 from .nn.frozen_weights import E4M3, FrozenWeights
@@ -155,11 +155,10 @@ def quantize_for_inference(
     """Replaces the weights of `model`'s linear layers by FP8 ones, in place: one byte for each.
 
     A torch.nn.Linear becomes a torchext.nn.FP8Linear and stays the same object with the same bias,
-    hooks and mode. Experts that a module holds as two 3-D parameters become FP8, too, with their
-    module's class, and so do those of torchext.nn.MoE. A model that trains in FP8 is unconverted
-    first. No wide copy is kept; while it
-    runs, there is one of a single module. The weights do not train any more, but gradients pass
-    through them to adapters.
+    hooks and mode. Experts that a module holds as 3-D parameters (docs/layers.md) become FP8, too,
+    with their module's class, and so do those of torchext.nn.MoE. A model that trains in FP8 is
+    unconverted first. No wide copy is kept; while it runs, there is one of a single module. The
+    weights do not train any more, but gradients pass through them to adapters.
 
     `state_dict` has the layout of FP8 checkpoints: `X.weight` and `X.weight_scale_inv`.
     `dequantize_weights(model)` undoes it, except for the rounding.
@@ -189,12 +188,7 @@ def quantize_for_inference(
     """
     _check_arguments(model, module_filter_fn)
     check_mode("quantize_for_inference", mode)
-    found = find_experts(model)
-    experts = {
-        fqn: roles
-        for fqn, roles in found.items()
-        if isinstance(roles, ExpertsRoles) and not roles.transposed
-    }
+    experts = find_experts(model)
     layers = rules.linear_layers(model, experts)
     matched = _matches(skip, layers)
     if any(trains_in_fp8(module) for module in layers.values()):

@@ -1,6 +1,7 @@
-"""Experts whose weights are frozen in FP8 by quantize_for_inference: torchext.nn.MoE.
+"""Experts whose weights are frozen in FP8 by quantize_for_inference: torchext.nn.MoE, and experts
+that are recognized, whose parameters are transposed or three, or whose rows stand by expert.
 
-tests/test_inference.py has experts that are recognized by what they compute.
+tests/test_inference.py has more of experts that are called with choices.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from torchext import Recipe, advise, convert_to_fp8_training, dequantize_weights
 from torchext import quantize_for_inference as quantize
 from torchext.moe import Dispatcher
 from torchext.nn import FP8Linear, MoE
-from torchext.nn.frozen_experts import FrozenMoE
+from torchext.nn.frozen_experts import FrozenExperts, FrozenMoE
+
+from ..test_experts import Equal, Experts, Sorted, SortedInBF16, Transposed
 
 pytestmark = pytest.mark.large  # what is tested does not depend on the kernels
 MODES = ["w8a8", "w8a16"]
@@ -173,3 +176,106 @@ def test_reports_and_filters():
     assert unconvert(model) == () and isinstance(model["experts"], FrozenMoE)
     advised = {layer.name: layer.shapes for layer in advise(model, tokens=1, device="cpu").layers}
     assert advised["experts"] == ((4, 272, 256), (4, 256, 136))
+
+
+# ---- experts that are recognized ----
+
+KINDS: dict[str, Any] = {
+    "transposed": Transposed, "equal": Equal, "sorted": Sorted, "sorted in BF16": SortedInBF16
+}  # fmt: skip
+every_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+
+
+def experts_of(kind: Any) -> tuple[Any, list[Tensor]]:
+    """The module, and arguments of its forward. One expert has no rows if that is possible."""
+    torch.manual_seed(0)
+    x = torch.randn(12, 128)
+    if kind is Equal:
+        return kind(), [x]
+    if kind is Transposed:
+        return kind(), [x, torch.arange(24).view(12, 2) % 3, torch.rand(12, 2)]
+    return kind(), [x, torch.tensor([5, 0, 4, 3])]
+
+
+def outputs(module: Any, inputs: list[Tensor]) -> list[Tensor]:
+    """The result and the gradients of x, and of the choices' weights."""
+    given = [t.detach().requires_grad_(t.is_floating_point()) for t in inputs]
+    y = module(*given)
+    y.square().sum().backward()
+    return [y.detach(), *(gradient(t) for t in given if t.requires_grad)]
+
+
+@every_kind
+@pytest.mark.parametrize(("mode", "least"), [("w8a8", 20), ("w8a16", 100)])
+def test_recognized_experts(kind, mode, least):
+    experts, inputs = experts_of(kind)
+    shapes = {name: p.shape for name, p in experts.named_parameters()}
+    result = quantize(experts, mode)
+    assert result.converted == {"": mode} and isinstance(experts, FrozenExperts)
+    assert result.fp8_share == 1 and result.bytes_after < 0.26 * result.bytes_before
+    assert {n: p.shape for n, p in experts.named_parameters() if n in shapes} == shapes
+    wide = copy.deepcopy(experts).dequantize_()
+    assert type(wide) is kind
+    if kind is SortedInBF16:
+        least = 20
+    expected = outputs(wide, inputs)
+    found = outputs(experts, inputs)
+    for got, true in zip(found, expected, strict=True):
+        assert sqnr(true, got) > least
+    for name, (data, _) in zip(experts.frozen_names(), experts._pairs(), strict=True):
+        assert data.data_ptr() == experts.get_parameter(name).data_ptr()  # no copy
+    for other in (copy.deepcopy(experts), pickle.loads(pickle.dumps(experts)), experts.half()):
+        assert torch.equal(other(*inputs), found[0])
+        strides = [p.stride() for p in other.parameters()]
+        assert strides == [p.stride() for p in experts.parameters()]
+    with torch.inference_mode():
+        assert torch.equal(experts(*inputs), found[0])
+
+
+@every_kind
+def test_their_state_dict_is_a_checkpoint(kind):
+    experts, inputs = experts_of(kind)
+    wide = experts.state_dict()
+    quantize(experts)
+    state = experts.state_dict()
+    for name, parameter in wide.items():
+        data, scale = ops.quantize_128x128(parameter)
+        assert torch.equal(state[name].float(), data.float())
+        assert torch.equal(state[f"{name}_scale_inv"], scale)
+    y = experts(*inputs)
+    for assign in (False, True):  # as tensors come from a file, which has no strides
+        other = kind()
+        quantize(other)
+        other.load_state_dict({n: t.clone().contiguous() for n, t in state.items()}, assign=assign)
+        assert torch.equal(other(*inputs), y)
+
+
+def test_transposed_experts_have_the_bits_of_others():
+    plain, inputs = Experts(), experts_of(Transposed)[1]
+    transposed: Any = Transposed()
+    transposed.load_state_dict({n: t.mT for n, t in plain.state_dict().items()})
+    for module in (plain, transposed):
+        quantize(module)
+    assert all(map(torch.equal, outputs(transposed, inputs), outputs(plain, inputs)))
+
+
+def test_arguments_of_recognized_experts():
+    experts, (x,) = experts_of(Equal)
+    quantize(experts)
+    y = experts(x)
+    assert torch.equal(experts(rows=x.view(4, 3, 128)), y)
+    assert experts(x[:0]).shape == (0, 128)
+    with pytest.raises(ValueError, match=r"as many rows for each of 4 experts \(got 11 rows\)"):
+        experts(x[1:])
+    with pytest.raises(TypeError, match="arguments must be rows"):
+        experts(x, x)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind, mode", [(Transposed, "w8a8"), (Equal, "w8a16"), (Sorted, "w8a8")])
+def test_recognized_experts_compile_to_one_graph(kind, mode):
+    experts, inputs = experts_of(kind)
+    quantize(experts, mode)
+    torch._dynamo.reset()
+    compiled = torch.compile(experts, fullgraph=True, backend="aot_eager")
+    assert all(map(torch.equal, outputs(compiled, inputs), outputs(experts, inputs)))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..nn import MoE
-from ..nn.experts import FP8SortedExperts
+from ..nn.experts import routed
 from ..ops.experts_function import Routing
 from ..ops.gathered_weight import is_weight
 from ..ops.mlp_function import activate
@@ -52,15 +52,11 @@ class ObservedExperts:
             sample: makes the sample of a linear layer; called as sample(name, recipe, x, weight,
                 counts=...).
         """
-        if isinstance(layer, FP8SortedExperts):
-            matrices = layer._local()
-            ends = given[1].cumsum(0, dtype=torch.int32)
-            self.routing, row_weights = Routing.of(ends, None, ends.shape[0]), None
-        else:
-            matrices = layer._matrices()
-            _, ids, weights = given
-            self.routing = Routing.of(ids, weights, matrices[0].shape[0])
-            row_weights = self.routing.by_row(weights.detach())
+        matrices = layer._matrices()
+        count = matrices[0].shape[0]
+        ids, of_choices = routed(given, count)
+        self.routing = Routing.of(ids, of_choices, count)
+        row_weights = self.routing.by_row(None if of_choices is None else of_choices.detach())
         self.needs_dw = [matrix.requires_grad for matrix in matrices]
         names = parameters_of_experts(name, layer)
         rows = self.routing.rows_of_tokens(given[0].detach())

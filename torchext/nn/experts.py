@@ -32,7 +32,8 @@ class ExpertsRoles(NamedTuple):
         parameters: the names of `up` [E, W, K] and `down` [E, K, I]. The rows of `up` are those of
             the gate and then of up, W = 2 I, or of up alone, W = I.
         activation, tanh_approximation: as in torchext.ops.mlp_function.MLP.
-        arguments: the names of forward's arguments: x, the experts' indices, their weights.
+        arguments: the names of forward's arguments: x, the experts' indices, their weights; or x
+            alone, whose rows stand by expert, as many for each, as in Llama 4.
         transposed: the module holds `up` as [E, K, W] and `down` as [E, I, K].
     """
 
@@ -58,6 +59,34 @@ class SortedExpertsRoles(NamedTuple):
     arguments: tuple[str, ...]
 
 
+Roles = ExpertsRoles | SortedExpertsRoles
+
+
+def routed(given: list[Any], experts: int) -> tuple[Tensor, Tensor | None]:
+    """What Routing.of takes: the choices' indices and weights, or where each expert's rows end and
+    None.
+
+    Args:
+        given: the arguments of forward, in the order of the roles.
+        experts: E.
+
+    Raises:
+        ValueError: x is the only argument, and its rows are no multiple of E.
+    """
+    x, *rest = given
+    if len(rest) == 2:
+        return rest[0], rest[1]
+    if rest:
+        return rest[0].cumsum(0, dtype=torch.int32), None
+    if x.shape[0] % experts:
+        raise ValueError(
+            f"torchext: x must have as many rows for each of {experts} experts (got {x.shape[0]} "
+            "rows); pass a multiple"
+        )
+    ends = torch.arange(1, experts + 1, dtype=torch.int32, device=x.device)
+    return ends * (x.shape[0] // experts), None
+
+
 class ExpertsInFP8(torch.nn.Module):
     """Base of modules that hold experts and run them in FP8.
 
@@ -68,11 +97,11 @@ class ExpertsInFP8(torch.nn.Module):
     """
 
     recipe: Recipe
-    fused_roles: ExpertsRoles | SortedExpertsRoles
+    fused_roles: Roles
     fused_save: Save
     _weight_cache: WeightCache
 
-    def _setup(self, roles: ExpertsRoles | SortedExpertsRoles, recipe: Recipe, save: Save) -> None:
+    def _setup(self, roles: Roles, recipe: Recipe, save: Save) -> None:
         self.recipe, self.fused_roles, self.fused_save = recipe, roles, save
         self._weight_cache = WeightCache()
 
@@ -122,8 +151,9 @@ class ExpertsInFP8(torch.nn.Module):
         return self.fused_roles.activation.endswith("_mul")
 
     def _run(
-        self, x: Tensor, ids: Tensor, weights: Tensor, residual: Tensor | None = None
+        self, x: Tensor, ids: Tensor, weights: Tensor | None, residual: Tensor | None = None
     ) -> Tensor:
+        """The experts' sums; ids and weights are what `routed` returns."""
         config, parameters = self._config(x), self._matrices()
         differentiable = [t for t in (x, weights, residual, *parameters) if t is not None]
         graph = torch.is_grad_enabled() and any(t.requires_grad for t in differentiable)
@@ -174,23 +204,32 @@ class FP8Experts(ExpertsInFP8, Rerouted):
     def run(self, *args: Any, **kwargs: Any) -> Any:
         given = self._given(args, kwargs)
         if given is not None and self._can_run(*given):
-            return self._run(*given)
+            return self._run(given[0], *routed(given, self._matrices()[0].shape[0]))
         return super().run(*args, **kwargs)
 
     def _can_run(self, x: Any, ids: Any, weights: Any) -> bool:
+        return (
+            self._can_multiply(x)
+            and all(type(t) is Tensor and not t.is_nested for t in (ids, weights))
+            and ids.dim() == 2
+            and x.shape[0] == ids.shape[0]
+            and ids.shape == weights.shape
+            and ids.dtype in (torch.int64, torch.int32)
+            and weights.is_floating_point()
+            and ids.device == weights.device == x.device
+        )
+
+    def _can_multiply(self, x: Any) -> bool:
+        """Whether x and the parameters are plain, and fit together."""
         if _is_transformed():
             return False
         if not all(is_weight(p) and p.dim() == 3 for p in self._held()):
             return False
         up, down = self._matrices()
         return (
-            all(type(t) is Tensor and not t.is_nested for t in (x, ids, weights))
-            and x.dim() == ids.dim() == 2
-            and x.shape[0] == ids.shape[0]
-            and ids.shape == weights.shape
-            and ids.dtype in (torch.int64, torch.int32)
-            and weights.is_floating_point()
-            and ids.device == weights.device == x.device
+            type(x) is Tensor
+            and not x.is_nested
+            and x.dim() == 2
             and down.shape[0] == up.shape[0]
             and down.shape[1] == up.shape[2]
             and up.shape[1] == down.shape[2] * (2 if self._is_gated else 1)
@@ -205,6 +244,19 @@ def _is_transformed() -> bool:
     return is_composed() or bool(torch._C._len_torch_function_stack())
 
 
+class FP8EqualExperts(FP8Experts):
+    """Base of the classes that experts get whose rows stand by expert, as many for each.
+
+    forward(x [E * M, K]) returns [E * M, K]: expert e computes rows e M to (e + 1) M. Where
+    FP8Experts cannot run, the forward of the class does.
+    """
+
+    def _can_run(self, x: Any) -> bool:  # type: ignore[override]
+        return (
+            self._can_multiply(x) and x.numel() > 0 and x.shape[0] % self._held()[0].shape[0] == 0
+        )
+
+
 class FP8SortedExperts(FP8Experts):
     """Base of the classes that experts get whose tokens are sorted by expert.
 
@@ -217,7 +269,7 @@ class FP8SortedExperts(FP8Experts):
     def _can_run(self, x: Any, counts: Any) -> bool:  # type: ignore[override]
         if _is_transformed():
             return False
-        gate, up, down = self._local()
+        gate, up, down = self._matrices()
         return (
             all(type(t) is Tensor and not t.is_nested for t in (x, counts))
             and x.dim() == 2
@@ -233,14 +285,15 @@ class FP8SortedExperts(FP8Experts):
             and fit(x, down[0].t(), None)
         )
 
-    def _local(self) -> list[Any]:
-        """The parameters; of a DTensor the shard of this rank, as the forward of the class does."""
+    def _matrices(self) -> list[Any]:
+        """Gate, up and down; of a DTensor the shard of this rank, as the forward of the class has
+        it."""
         parameters: list[Any] = self._held()
         return [p if type(p) in (Tensor, Parameter) else p.to_local() for p in parameters]
 
-    def _run(self, x: Tensor, counts: Tensor) -> Tensor:  # type: ignore[override]
-        config, (gate, up, down) = self._config(x), self._local()
-        both, ends = torch.cat([gate, up], 1), counts.cumsum(0, dtype=torch.int32)
+    def _run(self, x: Tensor, ends: Tensor, _: None) -> Tensor:  # type: ignore[override]
+        config, (gate, up, down) = self._config(x), self._matrices()
+        both = torch.cat([gate, up], 1)
         graph = torch.is_grad_enabled() and any(t.requires_grad for t in (x, both, down))
         if graph:
             return ExpertsFunction.apply(x, ends, None, config, [None, None], both, down, None)

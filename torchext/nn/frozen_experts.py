@@ -1,4 +1,4 @@
-"""Experts that hold two 3-D weights in FP8, for inference; `quantize_for_inference` makes them, of
+"""Experts that hold 3-D weights in FP8, for inference; `quantize_for_inference` makes them, of
 torchext.nn.MoEs and of what torchext/_experts.py recognizes."""
 
 from __future__ import annotations
@@ -10,13 +10,15 @@ from torch import Tensor
 
 from .._dispatch.layout import pitched
 from ..ops.experts_function import ExpertsFunction, forward_only
+from ..ops.experts_rows import Pair
 from ..ops.experts_weights_only import weights_only_experts
+from ..ops.frozen import frozen_product
 from ..ops.linear_function import Operand
-from ..ops.mlp_function import MLP
+from ..ops.mlp_function import MLP, activate
 from ..ops.quantize import quantize_128x128
 from ..recipe import Recipe
 from .converted import Converted, Rerouted, made_class
-from .experts import ExpertsRoles
+from .experts import ExpertsRoles, Roles, SortedExpertsRoles, routed
 from .fp8_linear import Mode
 from .frozen_weights import FrozenWeights
 from .linear import output_dtype
@@ -28,9 +30,9 @@ _RECIPE = Recipe.deepseek_v3()
 class _Frozen(FrozenWeights, Converted):
     """Base of the classes that modules get whose experts are in FP8 and do not train.
 
-    The parameters keep their names, `up` [E, W, K] and `down` [E, K, I] in e4m3. Beside each is
-    `<name>_scale_inv`, FP32 [E, ceil(rows / 128), ceil(columns / 128)], as in Hugging Face models.
-    x and the choices' weights get gradients; backward keeps no copy of the weights.
+    The parameters keep their names and shapes, in e4m3. Beside each is `<name>_scale_inv`, FP32
+    [E, ceil(rows / 128), ceil(columns / 128)], as in Hugging Face models. x and the choices'
+    weights get gradients; backward keeps no copy of the weights.
 
     Attributes:
         fused_roles: what it computes.
@@ -39,11 +41,14 @@ class _Frozen(FrozenWeights, Converted):
             learn how many each has.
     """
 
-    fused_roles: ExpertsRoles
+    fused_roles: Roles
     mode: Mode
 
     def frozen_names(self) -> tuple[str, ...]:
         return self.fused_roles.parameters
+
+    def holds_transposes(self) -> bool:
+        return isinstance(self.fused_roles, ExpertsRoles) and self.fused_roles.transposed
 
     def dequantize_(self, dtype: torch.dtype | None = None) -> Any:
         """Gives the module its own class and wide weights back; `dtype` as in FP8Linear's."""
@@ -54,14 +59,15 @@ class _Frozen(FrozenWeights, Converted):
         text = super().extra_repr()
         return f"{text}{', ' if text else ''}mode={self.mode!r}"
 
-    def _pairs(self) -> list[tuple[Tensor, Tensor]]:
-        """The FP8 data and the scales of up and down, as products read them."""
+    def _pairs(self) -> list[Pair]:
+        """The FP8 data and the scales of (gate,) up and down, as products read them."""
         pairs = [self.frozen_pair(name) for name in self.frozen_names()]
-        # A GPU reads rows at multiples of 16 bytes.
-        return [(pitched(data) if data.shape[-1] % 16 else data, scale) for data, scale in pairs]
+        if self.holds_transposes():
+            pairs = [(data.mT, scale.mT) for data, scale in pairs]
+        return [(_as_read(data), scale) for data, scale in pairs]
 
     def _weights_only(
-        self, x: Tensor, ids: Tensor, weights: Tensor, residual: Tensor | None = None
+        self, x: Tensor, ids: Tensor, weights: Tensor | None, residual: Tensor | None = None
     ) -> Tensor:
         roles = self.fused_roles
         return weights_only_experts(
@@ -75,6 +81,15 @@ class _Frozen(FrozenWeights, Converted):
         )
 
 
+def _as_read(data: Tensor) -> Tensor:
+    """`data` [E, N, K], or a copy if products could not read its rows.
+
+    A GPU reads them at multiples of 16 bytes. Transposes that `load_state_dict(assign=True)` put
+    in place are contiguous the other way.
+    """
+    return pitched(data) if data.shape[-1] % 16 or data.stride(-1) != 1 else data
+
+
 class FrozenExperts(_Frozen, Rerouted):
     """Base of the classes that recognized experts get: as FP8Experts, with frozen weights."""
 
@@ -83,22 +98,41 @@ class FrozenExperts(_Frozen, Rerouted):
     def run(self, *args: Any, **kwargs: Any) -> Tensor:
         names = self.fused_roles.arguments
         given = dict(zip(names, args, strict=False)) | kwargs
-        if len(args) + len(kwargs) != 3 or given.keys() != set(names):
+        if len(args) + len(kwargs) != len(names) or given.keys() != set(names):
             raise TypeError(
-                f"{type(self).__name__}: arguments must be {', '.join(names)} (got "
-                f"{len(args)} by position and {', '.join(kwargs) or 'none'} by name); experts "
-                "quantized for inference take these three"
+                f"{type(self).__name__}: arguments must be {', '.join(names)} (got {len(args)} by "
+                f"position and {', '.join(kwargs) or 'none'} by name); experts quantized for "
+                "inference take no others"
             )
-        x, ids, weights = (given[name] for name in names)
+        x, *rest = (given[name] for name in names)
+        if not rest:
+            x = x.reshape(-1, x.shape[-1])
+        pairs = self._pairs()
+        ids, weights = routed([x, *rest], pairs[0][0].shape[0])
         if self.mode == "w8a16":
             return self._weights_only(x, ids, weights).to(x.dtype)
-        pairs, roles = self._pairs(), self.fused_roles
+        if isinstance(self.fused_roles, SortedExpertsRoles):
+            return self._gate_and_up_apart(x, ids, pairs)
+        return self._in_fp8(x, ids, weights, pairs)
+
+    def _in_fp8(self, x: Tensor, ids: Tensor, weights: Tensor | None, pairs: list[Pair]) -> Tensor:
+        roles = self.fused_roles
         operands = [Operand(data, scale, None, None) for data, scale in pairs]
         config = MLP(roles.activation, roles.tanh_approximation, _RECIPE, output_dtype(x), "fp8")
-        if torch.is_grad_enabled() and (x.requires_grad or weights.requires_grad):
+        inputs = (x,) if weights is None else (x, weights)
+        if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
             matrices = [data for data, _ in pairs]
             return ExpertsFunction.apply(x, ids, weights, config, operands, *matrices, None)
         return forward_only(config, operands, x, ids, weights)
+
+    def _gate_and_up_apart(self, x: Tensor, ends: Tensor, pairs: list[Pair]) -> Tensor:
+        """Sorted experts: three grouped products, with PyTorch's activation between them. Side by
+        side, as the fused activation reads gate and up, they would be a copy of the weights."""
+        options: dict[str, Any] = {"out_dtype": output_dtype(x), "offsets": ends}
+        *before, down = pairs
+        wides = [frozen_product(x, *pair, **options) for pair in before]
+        h = activate(self.fused_roles.activation, self.fused_roles.tanh_approximation, wides)
+        return frozen_product(h, *down, **options).to(x.dtype)
 
 
 class FrozenMoE(_Frozen):
@@ -138,7 +172,7 @@ class FrozenMoE(_Frozen):
         return []
 
 
-def quantize_experts_(module: Any, roles: ExpertsRoles, mode: Mode, *, pow2_scale: bool) -> _Frozen:
+def quantize_experts_(module: Any, roles: Roles, mode: Mode, *, pow2_scale: bool) -> _Frozen:
     """Quantizes a module that find_experts found, in place."""
     base = FrozenMoE if isinstance(module, MoE) else FrozenExperts
     module.__class__ = base.class_for(type(module))

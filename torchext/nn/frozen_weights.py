@@ -31,6 +31,11 @@ class FrozenWeights(torch.nn.Module):
         """The names of the weights."""
         raise NotImplementedError
 
+    def holds_transposes(self) -> bool:
+        """Whether the weights are the transposes [E, K, N] of what products read. In memory the
+        rows of what products read are contiguous all the same, so that nothing copies them."""
+        return False
+
     def hold(self, name: str, data: Tensor, scale: Tensor) -> None:
         """Makes parameters of an FP8 weight and its scales."""
         self._parameters[name] = Parameter(data, requires_grad=False)
@@ -43,8 +48,12 @@ class FrozenWeights(torch.nn.Module):
             wide = self._parameters[name]
             assert wide is not None
             self.wide_dtype = wide.dtype
-            data, scale = quantize_128x128(wide, pow2_scale=pow2_scale)
-            self.hold(name, data.contiguous(), scale)
+            if self.holds_transposes():
+                data, scale = quantize_128x128(wide.mT, pow2_scale=pow2_scale)
+                self.hold(name, data.contiguous().mT, scale.mT.contiguous())
+            else:
+                data, scale = quantize_128x128(wide, pow2_scale=pow2_scale)
+                self.hold(name, data.contiguous(), scale)
 
     @torch.no_grad()
     def dequantize_in_place(self, dtype: torch.dtype | None) -> None:

@@ -130,7 +130,7 @@ declare(
 def weights_only_experts(
     x: Tensor,
     ids: Tensor,
-    weights: Tensor,
+    weights: Tensor | None,
     operands: list[tuple[Tensor, Tensor]],
     *,
     activation: str,
@@ -145,17 +145,24 @@ def weights_only_experts(
     Args:
         x: [T, K], FP32, BF16 or FP16.
         ids: [T, k], int64 or int32; a choice whose id is not from 0 to E - 1 counts as zero.
-        weights: [T, k], of any floating-point dtype.
-        operands: the FP8 data and the scales of `up` [E, W, K] and `down` [E, K, I].
+        weights: [T, k], of any floating-point dtype. If None, the rows of x are sorted by expert,
+            and ids [E], int32, says where each expert's end.
+        operands: the FP8 data and the scales of `up` [E, W, K] and `down` [E, K, I]; or of gate,
+            up and down, where gate and up are two.
         activation, tanh_approximation: as in torchext.ops.mlp_function.MLP.
         residual: [T, K]: added to the sums before they are rounded.
 
     Returns:
         [T, K], x's dtype.
     """
-    (up, up_scale), (down, down_scale) = operands
-    slots, offsets = moe_route(ids, up.shape[0])
-    wide = fp8_linear_by_expert(moe_permute(x, slots), up, up_scale, offsets)
-    h = activate(activation, tanh_approximation, (wide,))
-    y = fp8_linear_by_expert(h, down, down_scale, offsets)
+    *before, down = operands
+    slots, rows, offsets = None, x, ids
+    if weights is not None:
+        slots, offsets = moe_route(ids, down[0].shape[0])
+        rows = moe_permute(x, slots)
+    wides = [fp8_linear_by_expert(rows, *pair, offsets) for pair in before]
+    h = activate(activation, tanh_approximation, wides)
+    y = fp8_linear_by_expert(h, *down, offsets)
+    if slots is None or weights is None:
+        return y
     return moe_combine(y, slots, weights.float(), residual=residual, out_dtype=x.dtype)
